@@ -1,0 +1,173 @@
+"""Bytes to nouns and back: stream entries, request bodies, replies. Pure; nothing here trusts what it decodes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import numpy as np
+
+from millstream.broker.errors import Malformed, MillstreamError, from_wire, to_wire
+from millstream.broker.job import Job, Json, Reply, Vectors
+
+VERSION = "1"
+FIELDS = ("v", "id", "at", "op", "rows", "tokens", "deadline", "queue_by", "client", "tenant", "trace", "body")
+"""Of a stream entry, always in this order: plain words, so that XRANGE reads like a table."""
+
+MAX_ROWS = 4096
+MAX_TOKENS = 100_000_000
+MAX_BODY = 8 * 1024 * 1024
+MAX_MS = 2**53
+
+_NAMES = tuple(name.encode() for name in FIELDS)
+_ID = re.compile(rb"[0-9a-f]{32}")
+_NAME = re.compile(rb"[A-Za-z0-9_.-]{0,64}")
+_TRACE = re.compile(rb"[\x20-\x7e]{0,128}")
+
+
+def encode_entry(job: Job) -> list[str | bytes | int]:
+    """The flat fields of `job`, as XADD takes them. The enqueue script writes the same ones."""
+    values: tuple[str | bytes | int, ...] = (
+        VERSION,
+        job.id,
+        job.at,
+        job.op,
+        job.rows,
+        job.tokens,
+        job.deadline,
+        job.queue_by,
+    )
+    values += (job.client, job.tenant, job.trace, job.body)
+    flat: list[str | bytes | int] = []
+    for name, value in zip(FIELDS, values, strict=True):
+        flat += (name, value)
+    return flat
+
+
+def decode_entry(flat: Sequence[bytes]) -> Job:
+    """The job of an entry's flat fields. Raises Malformed."""
+    if tuple(flat[0::2]) != _NAMES:
+        raise Malformed(f"fields are not {' '.join(FIELDS)}")
+    version, job_id, at, op, rows, tokens, deadline, queue_by, client, tenant, trace, body = flat[1::2]
+    if version != VERSION.encode():
+        raise Malformed(f"version {version[:16]!r} is not {VERSION}")
+    if not _ID.fullmatch(job_id):
+        raise Malformed("id is not 32 hexadecimal digits")
+    if len(body) > MAX_BODY:
+        raise Malformed(f"body of {len(body)} bytes is over {MAX_BODY}")
+    return Job(
+        id=job_id.decode(),
+        at=_number("at", at, MAX_MS),
+        op=_text("op", op, _NAME),
+        rows=_number("rows", rows, MAX_ROWS),
+        tokens=_number("tokens", tokens, MAX_TOKENS),
+        deadline=_number("deadline", deadline, MAX_MS),
+        queue_by=_number("queue_by", queue_by, MAX_MS),
+        client=_text("client", client, _NAME),
+        tenant=_text("tenant", tenant, _NAME),
+        trace=_text("trace", trace, _TRACE),
+        body=body,
+    )
+
+
+def salvage(flat: Sequence[bytes]) -> tuple[str, str]:
+    """The job id and client of a malformed entry, each empty unless it is well formed: enough to answer it."""
+    fields = dict(zip(flat[0:64:2], flat[1:64:2], strict=False))
+    job_id, client = fields.get(b"id", b""), fields.get(b"client", b"")
+    if not _ID.fullmatch(job_id) or not _NAME.fullmatch(client):
+        return "", ""
+    return job_id.decode(), client.decode()
+
+
+def _number(name: str, value: bytes, most: int) -> int:
+    if not value.isdigit() or len(value) > 16 or int(value) > most:
+        raise Malformed(f"{name} is not a whole number up to {most}")
+    return int(value)
+
+
+def _text(name: str, value: bytes, pattern: re.Pattern[bytes]) -> str:
+    if not pattern.fullmatch(value):
+        raise Malformed(f"{name} does not match {pattern.pattern.decode()}")
+    return value.decode()
+
+
+def encode_inputs(inputs: Sequence[Json], options: Mapping[str, Json]) -> bytes:
+    """The body of a job: UTF-8 JSON, not escaped, so that redis-cli shows a Chinese text as it is.
+
+    Raises UnicodeEncodeError for a text with a lone surrogate, TypeError or ValueError for what JSON cannot carry.
+    """
+    body = {"inputs": inputs, "options": options} if options else {"inputs": inputs}
+    return json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def decode_inputs(body: bytes, rows: int) -> tuple[list[Json], dict[str, Json]]:
+    """The inputs, one a row, and the options of a body. Raises Malformed."""
+    decoded = _json(body)
+    if not isinstance(decoded, dict):
+        raise Malformed("body is not a JSON object")
+    inputs, options = decoded.get("inputs"), decoded.get("options", {})
+    if not isinstance(inputs, list) or not isinstance(options, dict):
+        raise Malformed("body has no list `inputs` or no object `options`")
+    if len(inputs) != rows or not inputs:
+        raise Malformed(f"body has {len(inputs)} inputs, the entry says {rows} rows")
+    return inputs, options
+
+
+def _json(text: bytes) -> Json:
+    try:
+        return cast(Json, json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"not JSON: {str(error)[:80]}") from None
+
+
+def encode_reply(reply: Reply) -> bytes:
+    """One line of JSON, then the vectors as raw little-endian float32."""
+    head: dict[str, object] = {"v": 1}
+    if reply.error is not None:
+        head["error"] = to_wire(reply.error)
+    if reply.errors:
+        head["errors"] = {str(row): to_wire(error) for row, error in reply.errors.items()}
+    if reply.values is not None:
+        head["values"] = reply.values
+    if reply.truncated:
+        head["truncated"] = reply.truncated
+    if reply.timings:
+        head["timings"] = {name: round(ms, 3) for name, ms in reply.timings.items()}
+    head["tokens"] = reply.tokens
+    data = b""
+    if reply.vectors is not None:
+        head["shape"] = reply.vectors.shape
+        data = np.ascontiguousarray(reply.vectors, dtype="<f4").tobytes()
+    return json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" + data
+
+
+def decode_reply(blob: bytes) -> Reply:
+    """The reply encode_reply wrote; its vectors are a read-only view of `blob`. Raises Malformed."""
+    line, _, data = blob.partition(b"\n")
+    head = _json(line)
+    if not isinstance(head, dict):
+        raise Malformed("reply has no head")
+    try:
+        return Reply(
+            vectors=_vectors(head.get("shape"), data),
+            values=cast("list[Json] | None", head.get("values")),
+            errors={int(row): _error(error) for row, error in cast(dict[str, Json], head.get("errors", {})).items()},
+            error=_error(head["error"]) if "error" in head else None,
+            tokens=int(cast(int, head.get("tokens", 0))),
+            truncated=tuple(cast(list[int], head.get("truncated", ()))),
+            timings=cast(dict[str, float], head.get("timings", {})),
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        raise Malformed(f"reply: {error}") from None
+
+
+def _vectors(shape: Json, data: bytes) -> Vectors | None:
+    if shape is None:
+        return None
+    return np.frombuffer(data, dtype="<f4").reshape(cast(list[int], shape))
+
+
+def _error(wire: Json) -> MillstreamError:
+    return from_wire(cast(dict[str, object], wire))

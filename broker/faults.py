@@ -1,0 +1,156 @@
+"""What a failing server means: the library's errors mapped to ours at one edge, and which of them may pass."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from redis import exceptions as theirs
+
+from millstream.broker.errors import BrokerUnavailable, MillstreamError, QueueFull
+
+T = TypeVar("T")
+
+URL_VARIABLE = "MILLSTREAM_REDIS_URL"
+START_ONE = f"start one with `millstream up`, or set {URL_VARIABLE}"
+
+_FIRST_PAUSE_S = 0.02
+_LONGEST_PAUSE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Fault:
+    """One way a server fails us, known by the error's class, or by its words where a script's error wraps them."""
+
+    says: str
+    hint: str
+    transient: bool
+    classes: tuple[type[Exception], ...] = ()
+    words: tuple[str, ...] = ()
+
+    def explains(self, error: theirs.RedisError) -> bool:
+        return isinstance(error, self.classes) or any(word in str(error) for word in self.words)
+
+
+# The first that explains an error is taken: the library's authentication and loading errors are connection errors too.
+_FAULTS = (
+    _Fault(
+        "refuses this user",
+        "check the user and password in the URL, and the user's ACL",
+        transient=False,
+        classes=(
+            theirs.AuthenticationError,
+            theirs.AuthenticationWrongNumberOfArgsError,
+            theirs.AuthorizationError,
+            theirs.NoPermissionError,
+        ),
+        words=("NOAUTH", "NOPERM", "WRONGPASS"),
+    ),
+    _Fault(
+        "is loading its data",
+        "wait until it is done",
+        transient=True,
+        classes=(theirs.BusyLoadingError,),
+        words=("LOADING Redis", "LOADING Valkey"),
+    ),
+    _Fault(
+        "is a read-only replica",
+        "point the URL at the primary",
+        transient=True,
+        classes=(theirs.ReadOnlyError,),
+        words=("READONLY", "previous master"),
+    ),
+    _Fault("cannot write to its disk", "free disk space and see its log", transient=True, words=("MISCONF",)),
+    _Fault("has too few replicas to accept writes", "see min-replicas-to-write", transient=True, words=("NOREPLICAS",)),
+    _Fault(
+        "is busy with somebody's script",
+        "wait, or end it with SCRIPT KILL",
+        transient=True,
+        words=("BUSY Redis", "BUSY Valkey"),
+    ),
+    _Fault(
+        "is a cluster that is not whole",
+        "see CLUSTER INFO",
+        transient=True,
+        classes=(theirs.ClusterDownError, theirs.TryAgainError),
+        words=("CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN"),
+    ),
+    _Fault(
+        "accepts no more connections", "raise its maxclients", transient=True, words=("max number of clients reached",)
+    ),
+    _Fault(
+        "has no connection left for this process",
+        "use fewer threads",
+        transient=True,
+        classes=(theirs.MaxConnectionsError,),
+    ),
+    _Fault("did not answer in time", "it is overloaded, frozen or cut off", True, (theirs.TimeoutError,)),
+    _Fault("cannot be reached", START_ONE, transient=True, classes=(theirs.ConnectionError,)),
+    _Fault(
+        "does not speak the Redis protocol", "check host and port", transient=False, classes=(theirs.InvalidResponse,)
+    ),
+)
+
+
+def _fault(error: BaseException) -> _Fault | None:
+    if not isinstance(error, theirs.RedisError):
+        return None
+    return next((fault for fault in _FAULTS if fault.explains(error)), None)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may succeed later without anybody changing its arguments, its user or its URL."""
+    if isinstance(error, BrokerUnavailable):
+        return error.__cause__ is None or is_transient(error.__cause__)
+    fault = _fault(error)
+    return fault is not None and fault.transient
+
+
+@contextmanager
+def translated(where: str) -> Iterator[None]:
+    """Raise the library's errors as ours; `where` is the connection's `safe_url`.
+
+    BrokerUnavailable where the server cannot or will not work, QueueFull where it is out of memory. Errors that answer
+    the command itself (NOGROUP, NOSCRIPT, WRONGTYPE) pass through.
+    """
+    try:
+        yield
+    except theirs.RedisError as error:
+        ours = _translation(error, where)
+        if ours is None:
+            raise
+        raise ours from error
+
+
+def _translation(error: theirs.RedisError, where: str) -> MillstreamError | None:
+    if isinstance(error, theirs.OutOfMemoryError) or "OOM command not allowed" in str(error):
+        hint = "drain the queue or raise the server's maxmemory"
+        return QueueFull(f"Redis at {where} is out of memory", hint=hint, retry_after=1.0)
+    fault = _fault(error)
+    if fault is None:
+        return None
+    return BrokerUnavailable(f"Redis at {where} {fault.says}: {error}", hint=fault.hint)
+
+
+def retrying(action: Callable[[], T], *, until: float | None = None, stop: threading.Event | None = None) -> T:
+    """Repeat an idempotent `action` while it fails for a transient reason, and return what it returns.
+
+    Pauses grow from 20 ms to 1 s, jittered: callers that lost one server do not return as one herd. Gives up, with the
+    last error, where the next try would start after `until` (monotonic seconds; None: never) or `stop` is set.
+    """
+    stop = stop or threading.Event()
+    longest = _FIRST_PAUSE_S
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            pause = random.uniform(longest / 2, longest)
+            late = until is not None and time.monotonic() + pause > until
+            if late or not is_transient(error) or stop.wait(pause):
+                raise
+        longest = min(longest * 2, _LONGEST_PAUSE_S)

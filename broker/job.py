@@ -1,0 +1,112 @@
+"""The nouns of the queue: Priority, Draft, Job, Claim, Reply. Frozen data, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from millstream.broker.errors import MillstreamError
+
+Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
+Vectors = NDArray[np.float32]
+
+
+class Priority(StrEnum):
+    """Which of a service's three streams a job waits in."""
+
+    REALTIME = "realtime"
+    NORMAL = "normal"
+    BATCH = "batch"
+
+
+PRIORITIES = tuple(Priority)
+"""Most urgent first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A job before the server stamped it. `deadline` and `queue_by` are seconds of this process's monotonic clock.
+
+    They are sent as what remains of them, so that hosts need not agree on a clock; None is no limit. `tokens` is the
+    caller's estimate. An empty `client` makes the job detached.
+    """
+
+    id: str
+    op: str
+    rows: int
+    tokens: int
+    body: bytes
+    client: str = ""
+    deadline: float | None = None
+    queue_by: float | None = None
+    tenant: str = ""
+    trace: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One stream entry. Times are ms of the server's clock; 0 means no limit."""
+
+    id: str
+    at: int
+    op: str
+    rows: int
+    tokens: int
+    deadline: int
+    queue_by: int
+    client: str
+    tenant: str
+    trace: str
+    body: bytes
+
+    def missed(self, now: int) -> str:
+        """The phase whose limit has passed at `now` (server ms): "total", "queue", or "" where there is still time."""
+        if self.deadline and now >= self.deadline:
+            return "total"
+        if self.queue_by and now >= self.queue_by:
+            return "queue"
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where an entry lies, and to whom its answer goes. All that settling needs."""
+
+    priority: Priority
+    entry: str
+    job_id: str = ""
+    client: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """An entry this worker holds. `job` is None where the entry is malformed; `malformed` then says how.
+
+    `attempts` counts starts that did not end: 0.5 for each host lost while it held the job (nobody can say what ran).
+    """
+
+    address: Address
+    job: Job | None
+    attempts: float = 0.0
+    malformed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to one job: an outcome for each row, or one `error` for all of them.
+
+    `vectors` is float32 [rows without an error, dim], in row order; `values` is the same for services whose results
+    are JSON. `errors` maps a row's index to its error. `tokens` and `truncated` are per job; `timings` is in ms.
+    """
+
+    vectors: Vectors | None = None
+    values: list[Json] | None = None
+    errors: Mapping[int, MillstreamError] = field(default_factory=dict)
+    error: MillstreamError | None = None
+    tokens: int = 0
+    truncated: tuple[int, ...] = ()
+    timings: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,74 @@
+"""Every Redis key, one method each. `{service}` is the Cluster hash tag: a service's keys share a slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from millstream.broker.job import PRIORITIES, Priority
+
+GROUP = "workers"
+"""The one consumer group of every job stream."""
+
+RETURNED = "returned"
+"""The consumer that owns what dead or confused workers gave back, until a live one claims it."""
+
+STREAM_INDEX = {priority: index for index, priority in enumerate(PRIORITIES, start=1)}
+"""How the scripts number the three job streams."""
+
+DEFAULT_PREFIX = "ms"
+
+
+def services_key(prefix: str = DEFAULT_PREFIX) -> str:
+    """SET of service names; no ttl."""
+    return f"{prefix}:services"
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceKeys:
+    """The keys of one service."""
+
+    service: str
+    prefix: str = DEFAULT_PREFIX
+
+    def _key(self, rest: str) -> str:
+        return f"{self.prefix}:{{{self.service}}}:{rest}"
+
+    def spec(self) -> str:
+        """HASH: spec as JSON, limits as fields, version; no ttl; written by `up` and `config push` only."""
+        return self._key("service")
+
+    def stream(self, priority: Priority) -> str:
+        """STREAM of jobs; no ttl. Settled entries are XDELed, so XLEN = waiting + in flight."""
+        return self._key(f"q:{priority}")
+
+    def streams(self) -> list[str]:
+        """The three job streams, most urgent first."""
+        return [self.stream(priority) for priority in PRIORITIES]
+
+    def reply(self, client: str) -> str:
+        """STREAM of replies to one client process, trimmed by that client; ttl set by settle."""
+        return self._key(f"reply:{client}")
+
+    def result(self, job_id: str) -> str:
+        """STRING: the reply of a detached job; ttl result_ttl."""
+        return self._key(f"result:{job_id}")
+
+    def seen(self, job_id: str) -> str:
+        """STRING: the entry id of an accepted job, for idempotency; ttl: the job's life, then 20 s after settle."""
+        return self._key(f"seen:{job_id}")
+
+    def dead(self) -> str:
+        """STREAM of dead letters, capped; no ttl."""
+        return self._key("dead")
+
+    def workers(self) -> str:
+        """ZSET: consumer -> its last beat, server ms; ttl a day after the last beat."""
+        return self._key("workers")
+
+    def worker(self, consumer: str) -> str:
+        """HASH: what one worker process says of itself at each beat; ttl a few leases."""
+        return self._key(f"worker:{consumer}")
+
+    def reclaim(self) -> str:
+        """STRING: when reclaim last passed, and until when it holds off; ttl an hour."""
+        return self._key("reclaim")

@@ -1,0 +1,77 @@
+"""Keeping, losing and giving back what a worker holds.
+
+The delivery count of a pending entry is 1 + 2 x attempts + hosts lost, and only `release` and `reclaim` raise it: an
+attempt is a start that did not end, not a delivery. Where nobody can say what was running, because the whole host is
+gone, each job it held takes half an attempt. From one attempt on a job runs alone; at `max_attempts` it is buried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import redis
+
+from millstream.broker import scripts
+from millstream.broker.job import Address
+from millstream.broker.keys import GROUP, RETURNED, STREAM_INDEX, ServiceKeys
+
+LEASE_S = 5.0
+
+
+def entry_name(address: Address) -> str:
+    """An entry as the scripts name it: stream 1..3, a colon, the entry id."""
+    return f"{STREAM_INDEX[address.priority]}:{address.entry}"
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a beat learned. `now`: server clock, ms; `lost`: held entries another worker has taken over."""
+
+    now: int
+    live_workers: int
+    reclaim_due: bool
+    lost: list[str]
+
+
+class Lease:
+    """The lease of one service's workers on the entries they hold, over one client."""
+
+    def __init__(self, client: redis.Redis, keys: ServiceKeys, *, lease_s: float = LEASE_S) -> None:
+        self._client = client
+        self._keys = keys
+        self._lease_ms = round(lease_s * 1000)
+
+    def beat(self, consumer: str, status: Mapping[str, str | int], held: Collection[str]) -> Beat:
+        """Say that `consumer` lives, extend what it holds, publish `status`. Once a second a process."""
+        keys = [*self._keys.streams(), self._keys.workers(), self._keys.worker(consumer), self._keys.reclaim()]
+        args: list[scripts.Argument] = [GROUP, consumer, self._lease_ms, len(status)]
+        for name, value in status.items():
+            args += (name, value)
+        now, live, due, *lost = scripts.run(self._client, "beat", keys, [*args, *held])
+        return Beat(now, live, bool(due), [entry.decode() for entry in lost])
+
+    def release(
+        self,
+        consumer: str,
+        *,
+        started: Collection[str] = (),
+        keep: Collection[str] = (),
+        gone: bool = False,
+    ) -> int:
+        """Give back all that `consumer` holds but `keep`; `started` ones with one attempt more. Returns how many."""
+        keys = [*self._keys.streams(), self._keys.workers(), self._keys.worker(consumer)]
+        args: list[scripts.Argument] = [GROUP, consumer, RETURNED, int(gone), len(started), *started, *keep]
+        return int(scripts.run(self._client, "release", keys, args))
+
+    def reclaim(self) -> int:
+        """Give back what workers of lost hosts held; any process may call it at any time. Returns how many."""
+        keys = [*self._keys.streams(), self._keys.workers(), self._keys.reclaim()]
+        _, returned = scripts.run(self._client, "reclaim", keys, [GROUP, RETURNED, self._lease_ms])
+        return int(returned)
+
+    def live_workers(self) -> int:
+        """Workers whose last beat is younger than a lease, by the server's clock."""
+        seconds, micros = self._client.time()
+        oldest = seconds * 1000 + micros // 1000 - self._lease_ms
+        return int(self._client.zcount(self._keys.workers(), oldest, "+inf"))

@@ -1,0 +1,40 @@
+-- A worker process says it lives, keeps the lease on what it holds, and learns what it no longer holds.
+-- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET workers   KEYS[5] HASH this worker   KEYS[6] STRING reclaim
+-- ARGV[1] group  ARGV[2] consumer  ARGV[3] lease ms
+-- ARGV[4] n, then n field, value pairs for the hash; then entries held, as 'stream:entry id'
+-- Returns {now_ms, live workers, 1 if a reclaim pass is due, lost entries...}
+
+local GROUP, CONSUMER, LEASE = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local DAY_MS, RECLAIM_EVERY_MS = 86400000, 1000
+
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+redis.call('ZADD', KEYS[4], now, CONSUMER)
+redis.call('PEXPIRE', KEYS[4], DAY_MS)
+local pairs_given = tonumber(ARGV[4])
+for i = 5, 4 + 2 * pairs_given, 2 do redis.call('HSET', KEYS[5], ARGV[i], ARGV[i + 1]) end
+redis.call('HSET', KEYS[5], 'beat', string.format('%.0f', now))
+redis.call('PEXPIRE', KEYS[5], LEASE * 4)
+
+local mine = {}
+for stream = 1, 3 do
+  local stale = {}
+  for _, pending in ipairs(redis.call('XPENDING', KEYS[stream], GROUP, '-', '+', 4096, CONSUMER)) do
+    mine[stream .. ':' .. pending[1]] = true
+    if pending[3] > LEASE / 3 and #stale < 1000 then stale[#stale + 1] = pending[1] end
+  end
+  -- JUSTID keeps the delivery count, which counts attempts.
+  if #stale > 0 then
+    stale[#stale + 1] = 'JUSTID'
+    redis.call('XCLAIM', KEYS[stream], GROUP, CONSUMER, 0, unpack(stale))
+  end
+end
+
+local last = string.match(redis.call('GET', KEYS[6]) or '', '^%d+')
+local due = (not last or now - last >= RECLAIM_EVERY_MS or tonumber(last) > now) and 1 or 0
+local answer = {now, redis.call('ZCOUNT', KEYS[4], now - LEASE, '+inf'), due}
+for i = 5 + 2 * pairs_given, #ARGV do
+  if not mine[ARGV[i]] then answer[#answer + 1] = ARGV[i] end
+end
+return answer

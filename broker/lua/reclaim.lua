@@ -1,0 +1,61 @@
+-- Give back what workers held whose host is gone: no beat and no renewed entry for a whole lease.
+-- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET workers   KEYS[5] STRING reclaim: 'last pass:hold off until'
+-- ARGV[1] group  ARGV[2] consumer of returned jobs  ARGV[3] lease ms
+-- Returns {state, entries given back}; state 'early', 'holding' or 'done'
+
+local GROUP, RETURNED, LEASE = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local EVERY_MS, HOUR_MS, PER_PASS = 900, 3600000, 1000
+-- Nobody can say what a lost host was running: half an attempt for all it held.
+local HALF_ATTEMPT = 1
+
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+local last, hold_until = string.match(redis.call('GET', KEYS[5]) or '', '^(%d+):(%d+)$')
+last, hold_until = tonumber(last) or 0, tonumber(hold_until) or 0
+if now >= last and now - last < EVERY_MS then return {'early', 0} end
+-- Nobody passed for a while: the server was away, frozen or its clock stepped. Live workers first get a lease to renew.
+if now < last or now - last > LEASE / 2 then hold_until = now + LEASE end
+if hold_until > now + LEASE then hold_until = now + LEASE end
+redis.call('SET', KEYS[5], string.format('%.0f:%.0f', now, hold_until), 'PX', HOUR_MS)
+if now < hold_until then return {'holding', 0} end
+
+local function lives(consumer)
+  local beat = redis.call('ZSCORE', KEYS[4], consumer)
+  return beat and now - beat <= LEASE
+end
+
+local returned, gone = 0, {}
+
+local function give_back(key, consumer)
+  local pending = redis.call('XPENDING', key, GROUP, 'IDLE', LEASE, '-', '+', PER_PASS, consumer)
+  for _, entry in ipairs(pending) do
+    local deliveries = entry[4] + HALF_ATTEMPT
+    redis.call('XCLAIM', key, GROUP, RETURNED, 0, entry[1], 'RETRYCOUNT', deliveries, 'JUSTID')
+  end
+  returned = returned + #pending
+end
+
+for stream = 1, 3 do
+  local key = KEYS[stream]
+  if redis.call('EXISTS', key) == 1 then
+    for _, info in ipairs(redis.call('XINFO', 'CONSUMERS', key, GROUP)) do
+      local consumer = {}
+      for i = 1, #info, 2 do consumer[info[i]] = info[i + 1] end
+      local name = consumer['name']
+      if name ~= RETURNED and not lives(name) then
+        if consumer['pending'] > 0 then
+          give_back(key, name)
+          gone[name] = false
+        else
+          redis.call('XGROUP', 'DELCONSUMER', key, GROUP, name)
+          if gone[name] == nil then gone[name] = true end
+        end
+      end
+    end
+  end
+end
+for name, empty in pairs(gone) do
+  if empty then redis.call('ZREM', KEYS[4], name) end
+end
+return {'done', returned}

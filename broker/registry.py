@@ -1,0 +1,99 @@
+"""Services published in Redis: what makes a URL enough for a worker or a client."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from millstream.broker.config import ServiceSpec
+from millstream.broker.connection import Connection, translated
+from millstream.broker.errors import ConfigError, UnknownService, did_you_mean
+from millstream.broker.keys import DEFAULT_PREFIX, ServiceKeys, services_key
+from millstream.broker.streams import Streams
+
+SPEC_VERSION = 1
+
+
+class Registry:
+    """The services of one server under one key prefix."""
+
+    def __init__(self, connection: Connection, prefix: str = DEFAULT_PREFIX) -> None:
+        self._connection = connection
+        self._prefix = prefix
+
+    def keys(self, service: str) -> ServiceKeys:
+        return ServiceKeys(service, self._prefix)
+
+    def push(self, specs: Iterable[ServiceSpec], replace: bool = False) -> list[str]:
+        """Publish `specs`; the names that were new or changed. Raises ConfigError where a differing one stands.
+
+        A differing specification is only written with `replace`: two hosts must not run one queue by two plans.
+        """
+        specs = list(specs)
+        with translated(self._connection.safe_url):
+            changed = [spec for spec in specs if self._differs(spec, replace)]
+            for spec in changed:
+                self._write(spec)
+        return [spec.name for spec in changed]
+
+    def read(self, service: str) -> ServiceSpec:
+        """The specification of `service`. Raises UnknownService, with the nearest name there is."""
+        with translated(self._connection.safe_url):
+            stored = self._connection.client.hget(self.keys(service).spec(), "spec")
+        if stored is None:
+            raise self._unknown(service)
+        return ServiceSpec.from_json(_text(stored))
+
+    def names(self) -> list[str]:
+        """The registered services, sorted."""
+        with translated(self._connection.safe_url):
+            return sorted(_text(name) for name in self._connection.client.smembers(services_key(self._prefix)))
+
+    def _unknown(self, service: str) -> UnknownService:
+        names = self.names()
+        near = did_you_mean(service, names)
+        if near:
+            hint = f"did you mean {near}?"
+        elif names:
+            hint = f"registered here: {', '.join(names)}"
+        else:
+            hint = "none is registered here: run `millstream up` or `millstream config push`"
+        return UnknownService(f"no service {service!r} on {self._connection.safe_url}", did_you_mean=near, hint=hint)
+
+    def _differs(self, spec: ServiceSpec, replace: bool) -> bool:
+        stored = self._connection.client.hget(self.keys(spec.name).spec(), "spec")
+        if stored is None:
+            return True
+        ours, theirs = json.loads(spec.to_json()), json.loads(_text(stored))
+        if ours == theirs:
+            return False
+        if not replace:
+            raise ConfigError(
+                f"service {spec.name!r} is registered on {self._connection.safe_url} with other settings: "
+                f"{_difference(theirs, ours)}",
+                hint="push with --replace to change it, or take the registered settings over",
+            )
+        return True
+
+    def _write(self, spec: ServiceSpec) -> None:
+        keys = self.keys(spec.name)
+        record = spec.to_json()
+        Streams(self._connection.client, keys).create_groups()
+        self._connection.client.hset(
+            keys.spec(),
+            mapping={"version": SPEC_VERSION, "spec": record, "max_queue_size": spec.runtime.max_queue_size},
+        )
+        self._connection.client.sadd(services_key(self._prefix), spec.name)
+
+
+def _difference(theirs: object, ours: object, path: str = "") -> str:
+    """The first few settings that differ, as `runtime.batch_size is 32, here 64`."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        names = sorted({*theirs, *ours})
+        parts = [_difference(theirs.get(n), ours.get(n), f"{path}.{n}".lstrip(".")) for n in names]
+        return ", ".join([part for part in parts if part][:3])
+    return "" if theirs == ours else f"{path} is {theirs}, here {ours}"
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value

@@ -1,0 +1,242 @@
+"""What config.yaml may say of models, services and Redis: frozen pydantic models, presets and defaults by type."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from millstream.broker.errors import ConfigError
+from millstream.broker.units import seconds, size
+
+ModelType = Literal["embedding", "reranker", "llm", "custom", "echo"]
+Preset = Literal["latency", "balanced", "throughput"]
+PriorityName = Literal["realtime", "normal", "batch"]
+
+PRESETS: Mapping[str, Mapping[str, object]] = {
+    "latency": {"batch_size": 8, "batch_timeout": 0.01},
+    "balanced": {"batch_size": 32, "batch_timeout": 0.05},
+    "throughput": {"batch_size": 64, "batch_timeout": 0.1},
+}
+
+TYPE_DEFAULTS: Mapping[str, Mapping[str, object]] = {
+    "embedding": {
+        "batch_size": 64,
+        "batch_timeout": 0.01,
+        "max_queue_size": 10_000,
+        "worker_count": 2,
+        "total_timeout": 60.0,
+    },
+    "reranker": {
+        "batch_size": 32,
+        "batch_timeout": 0.02,
+        "max_queue_size": 2_000,
+        "worker_count": 2,
+        "total_timeout": 60.0,
+    },
+    # One text of a prompt is often longer than 2,048 tokens; prompts are few and dear.
+    "llm": {
+        "batch_size": 4,
+        "batch_timeout": 0.05,
+        "max_queue_size": 200,
+        "worker_count": 1,
+        "total_timeout": 300.0,
+        "max_batch_tokens": 8_192,
+        "rate_limit": {"requests": 10.0},
+    },
+}
+"""Types without a row take the defaults of Runtime."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+
+
+def _optional_seconds(value: object) -> float | None:
+    return None if value in (None, "none", "null") else seconds(value)
+
+
+def _count(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a whole number")
+    return value
+
+
+def _tokens(value: object) -> object:
+    if value == "auto":
+        return value
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ValueError('must be a whole number of at least 1, or "auto"')
+    return number
+
+
+def _rates(value: object) -> object:
+    if value in (None, "none", "null"):
+        return None
+    return {"requests": value} if isinstance(value, int | float | str) and not isinstance(value, bool) else value
+
+
+def _empty_section(value: object) -> object:
+    return {} if value is None else value
+
+
+def _automatic(value: str) -> str | None:
+    return None if value == "auto" else value
+
+
+def _service_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError("a service name has 1 to 64 of A-Z a-z 0-9 _ . - and starts with a letter or digit")
+    return name
+
+
+def _key_prefix(prefix: str) -> str:
+    if not _PREFIX.fullmatch(prefix):
+        raise ValueError("must be 1 to 64 of A-Z a-z 0-9 _ . : -")
+    return prefix
+
+
+Count = Annotated[int, BeforeValidator(_count), Field(ge=1)]
+Rate = Annotated[float, BeforeValidator(_count), Field(gt=0, allow_inf_nan=False)]
+Duration = Annotated[float, BeforeValidator(seconds)]
+Limit = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_optional_seconds)]
+"""A duration above zero; None is no limit."""
+Size = Annotated[int, BeforeValidator(size), Field(gt=0)]
+ServiceName = Annotated[str, AfterValidator(_service_name)]
+
+T = TypeVar("T")
+Section = Annotated[T, BeforeValidator(_empty_section)]
+"""A mapping whose keys may all be commented out."""
+
+
+class Settings(BaseModel):
+    """Base of all: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class RateLimit(Settings):
+    """At most this much per second; `burst` at once, by default one second's worth; `per: tenant` counts each apart."""
+
+    requests: Rate | None = None
+    rows: Rate | None = None
+    tokens: Rate | None = None
+    burst: Rate | None = None
+    per: Literal["tenant"] | None = None
+
+
+class PriorityLimits(Settings):
+    """What differs for one priority of a service; None takes the service's value."""
+
+    share: Rate | None = None
+    queue_timeout: Limit = None
+    total_timeout: Limit = None
+    max_queue_size: Count | None = None
+    batch_timeout: Limit = None
+
+
+class Runtime(Settings):
+    """A service's limits. Times are seconds, `max_queue_size` is jobs, `memory_limit` bytes; None is no limit."""
+
+    batch_size: Count = 32
+    batch_timeout: Duration = 0.01
+    max_queue_size: Count = 10_000
+    worker_count: Count = 1
+    queue_timeout: Limit = None
+    inference_timeout: Limit = None
+    total_timeout: Limit = 60.0
+    rate_limit: Annotated[RateLimit | None, BeforeValidator(_rates)] = None
+    enable_cache: bool = False
+    preset: Preset | None = None
+    max_batch_tokens: Annotated[int | Literal["auto"], BeforeValidator(_tokens)] = 2_048
+    stall_timeout: Limit = None
+    max_attempts: Count = 3
+    memory_limit: Size | None = None
+    cache_ttl: Limit = None
+    truncate: Literal["none", "start", "end"] = "none"
+    priorities: Section[dict[PriorityName, Section[PriorityLimits]]] = {}
+
+
+class ModelSpec(Settings):
+    """Which weights to run, and how. `device` None is the best the host has, `max_length` None the model's own."""
+
+    type: ModelType
+    model_name: str = ""
+    device: Annotated[str | None, AfterValidator(_automatic)] = None
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "float32"
+    max_length: Count | None = None
+    warmup: bool | None = None
+    priority: int | None = None
+    # Code is named by a worker's own file only: it neither goes into Redis nor is taken from there.
+    handler: str | None = Field(default=None, exclude=True)
+
+
+class RedisSettings(Settings):
+    """Where the queue lives. `data_dir` is the embedded server's folder; `result_ttl` is seconds."""
+
+    url: str | None = None
+    key_prefix: Annotated[str, AfterValidator(_key_prefix)] = "ms"
+    result_ttl: Annotated[Duration, Field(gt=0)] = 3_600.0
+    durability: Literal["everysec", "always"] = "everysec"
+    data_dir: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
+
+
+class ServiceSpec(Settings):
+    """One service, fully resolved: every default is filled in. `model_ref` is the model's name in config.yaml."""
+
+    name: ServiceName
+    model: ModelSpec
+    model_ref: str
+    runtime: Runtime
+
+    def to_json(self) -> str:
+        """The record the registry keeps, without `model.handler`. Equal specs give equal text."""
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> ServiceSpec:
+        """The spec of a registry's record. Keys of a newer version are ignored; ConfigError where it cannot be read."""
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise _unreadable("not JSON") from error
+        discard(record, ("model", "handler"))
+        try:
+            for path in _unknown_keys(record):
+                discard(record, path)
+            return cls.model_validate(record)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise _unreadable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def _unknown_keys(record: object) -> list[Sequence[str | int]]:
+    try:
+        ServiceSpec.model_validate(record)
+    except ValidationError as error:
+        return [each["loc"] for each in error.errors() if each["type"] == "extra_forbidden"]
+    return []
+
+
+def _unreadable(reason: str) -> ConfigError:
+    message = f"a service's record in Redis cannot be read: {reason}"
+    return ConfigError(message, hint="write it again with `millstream config push --replace`")
+
+
+def discard(tree: object, path: Sequence[str | int]) -> None:
+    """Delete `path` from nested dicts, or the deepest part of it that is there; nothing where its start is missing."""
+    for depth, key in enumerate(path):
+        if not isinstance(tree, dict) or key not in tree:
+            return
+        if depth == len(path) - 1 or not isinstance(tree[key], dict):
+            del tree[key]
+            return
+        tree = tree[key]

@@ -1,0 +1,183 @@
+"""The verbs of the job streams: enqueue, claim, settle. One class, each method one script."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+import redis
+
+from millstream.broker import scripts
+from millstream.broker.codec import decode_entry, salvage
+from millstream.broker.errors import Malformed
+from millstream.broker.job import PRIORITIES, Address, Claim, Draft, Priority
+from millstream.broker.keys import GROUP, RETURNED, STREAM_INDEX, ServiceKeys
+
+MAX_JOBS_PER_CALL = 128
+MAX_BYTES_PER_CALL = 1024 * 1024
+DEAD_LETTERS_KEPT = 10_000
+REPLY_TTL_MS = 300_000
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Jobs of one call: accepted together or refused together."""
+
+    priority: Priority
+    drafts: Sequence[Draft]
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What became of a group. `refused` is empty, "unknown_service" or "queue_full"; `retry_after` in seconds."""
+
+    refused: str = ""
+    retry_after: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How much one claim may take. `empty_handed`: the worker holds nothing, so one job may exceed rows and tokens."""
+
+    jobs: int
+    rows: int
+    tokens: int
+    live_workers: int = 1
+    empty_handed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """One claim's yield. `now` is the server's clock, ms; `waiting` jobs are left; `suspects` wait to run alone."""
+
+    now: int
+    waiting: int = 0
+    suspects: int = 0
+    claims: list[Claim] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """One job's end: its encoded reply, and for a job that cannot succeed the reason to bury it."""
+
+    address: Address
+    reply: bytes
+    bury: str = ""
+
+
+Settled = Literal["answered", "late", "unwritable"]
+_SETTLED: dict[int, Settled] = {1: "answered", 0: "late", -1: "unwritable"}
+
+
+class Streams:
+    """The three job streams of one service, over one client."""
+
+    def __init__(self, client: redis.Redis, keys: ServiceKeys, *, result_ttl_ms: int = 3_600_000) -> None:
+        self._client = client
+        self._keys = keys
+        self._streams = keys.streams()
+        self._result_ttl_ms = result_ttl_ms
+
+    def create_groups(self) -> None:
+        """Make streams and group where they are missing, from the first entry on: a queued job is never skipped."""
+        for stream in self._streams:
+            try:
+                self._client.xgroup_create(stream, GROUP, id="0", mkstream=True)
+            except redis.exceptions.ResponseError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
+
+    def enqueue(self, groups: Sequence[Group]) -> list[Admission]:
+        """Accept each group or refuse it whole; sending the same jobs again changes nothing.
+
+        At most MAX_JOBS_PER_CALL jobs and about MAX_BYTES_PER_CALL in one call.
+        """
+        keys = [self._keys.spec(), *self._streams]
+        args: list[scripts.Argument] = [len(groups)]
+        now = time.monotonic()
+        for group in groups:
+            args += (STREAM_INDEX[group.priority], len(group.drafts))
+            for draft in group.drafts:
+                keys.append(self._keys.seen(draft.id))
+                args += _draft_args(draft, now)
+        return [_admission(outcome) for outcome in scripts.run(self._client, "enqueue", keys, args)]
+
+    def claim(self, consumer: str, limit: Limit) -> Claimed:
+        """Take what waits, within `limit`, at once. A malformed entry comes as a claim that says so."""
+        args: list[scripts.Argument] = [GROUP, consumer, RETURNED, limit.jobs, limit.rows, limit.tokens]
+        args += (max(1, limit.live_workers), int(limit.empty_handed))
+        now, waiting, suspects, *taken = scripts.run(self._client, "claim", self._streams, args)
+        claims = [
+            _claim(PRIORITIES[stream - 1], entry, fields, (deliveries - 1) / 2)
+            for stream, entry, deliveries, fields in taken
+        ]
+        return Claimed(now, waiting, suspects, claims)
+
+    def wait(self, consumer: str, wait_s: float) -> list[Claim]:
+        """Sleep until a new job comes and take it; empty after `wait_s`. One sleeping worker wakes for each job."""
+        block_ms = max(1, round(wait_s * 1000))
+        reply = self._client.xreadgroup(GROUP, consumer, dict.fromkeys(self._streams, ">"), count=1, block=block_ms)
+        return [
+            _claim(PRIORITIES[self._streams.index(stream.decode())], entry, _flat(fields), 0.0)
+            for stream, entries in cast(list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]], reply or [])
+            for entry, fields in entries
+        ]
+
+    def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
+        """Write each job's reply and retire its entry, in one step and once: a late twin is dropped."""
+        keys = [*self._streams, self._keys.dead()]
+        args: list[scripts.Argument] = [GROUP, DEAD_LETTERS_KEPT]
+        for settlement in settlements:
+            address = settlement.address
+            kind, key, ttl = self._destination(address)
+            keys += (key, self._keys.seen(address.job_id))
+            args += (STREAM_INDEX[address.priority], address.entry, address.job_id, kind, ttl)
+            args += (settlement.reply, settlement.bury)
+        return [_SETTLED[outcome] for outcome in scripts.run(self._client, "settle", keys, args)]
+
+    def _destination(self, address: Address) -> tuple[str, str, int]:
+        # Built from ids that were checked: a key taken from the entry would make the worker write anywhere.
+        if not address.job_id:
+            return "none", self._keys.dead(), 0
+        if address.client:
+            return "stream", self._keys.reply(address.client), REPLY_TTL_MS
+        return "string", self._keys.result(address.job_id), self._result_ttl_ms
+
+
+def _remaining(moment: float | None, now: float) -> int | str:
+    return "" if moment is None else max(0, round((moment - now) * 1000))
+
+
+def _draft_args(draft: Draft, now: float) -> tuple[scripts.Argument, ...]:
+    return (
+        draft.id,
+        draft.op,
+        draft.rows,
+        draft.tokens,
+        _remaining(draft.deadline, now),
+        _remaining(draft.queue_by, now),
+        draft.client,
+        draft.tenant,
+        draft.trace,
+        draft.body,
+    )
+
+
+def _admission(outcome: list[int | bytes]) -> Admission:
+    if outcome[0] != 0:
+        return Admission()
+    return Admission(cast(bytes, outcome[1]).decode(), cast(int, outcome[2]) / 1000)
+
+
+def _claim(priority: Priority, entry: bytes, flat: Sequence[bytes], attempts: float) -> Claim:
+    try:
+        job = decode_entry(flat)
+    except Malformed as error:
+        return Claim(Address(priority, entry.decode(), *salvage(flat)), None, attempts, str(error))
+    return Claim(Address(priority, entry.decode(), job.id, job.client), job, attempts)
+
+
+def _flat(fields: dict[bytes, bytes]) -> list[bytes]:
+    return [part for pair in fields.items() for part in pair]

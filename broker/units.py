@@ -1,0 +1,42 @@
+"""Durations and sizes as people write them in configuration and on the command line."""
+
+from __future__ import annotations
+
+import math
+import re
+from decimal import Decimal
+
+_TEN_YEARS = Decimal(10 * 365 * 86_400)
+_SECONDS = {"ms": Decimal("0.001"), "s": Decimal(1), "m": Decimal(60), "h": Decimal(3_600), "d": Decimal(86_400)}
+_BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]{1,3})?\s*([a-z]*)", re.IGNORECASE)
+
+
+def seconds(value: object) -> float:
+    """A number of seconds, or text with a unit: "10ms", "1.5s", "5m", "2h", "1d". ValueError otherwise."""
+    number, unit = _quantity(value)
+    scale = _SECONDS.get(unit or "s")
+    if scale is None:
+        raise ValueError('must be seconds as a number, or a duration such as "10ms", "5s", "5m" or "2h"')
+    if number * scale > _TEN_YEARS:
+        raise ValueError("must be at most ten years")
+    return float(number * scale)
+
+
+def size(value: object) -> int:
+    """A number of bytes, or text with a unit: "64MB" (64,000,000), "64MiB" (67,108,864). ValueError otherwise."""
+    number, unit = _quantity(value)
+    scale = _BYTES.get((unit or "b").lower())
+    if scale is None or number * scale > 2**63:
+        raise ValueError('must be bytes as a number, or a size such as "64MB" or "2GiB"')
+    return int(number * scale)
+
+
+def _quantity(value: object) -> tuple[Decimal, str]:
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        match = _QUANTITY.fullmatch(str(value).strip())
+        if match:
+            return Decimal(match[1] + (match[2] or "")), match[3]
+        if isinstance(value, int | float) and not math.isnan(value) and value < 0:
+            raise ValueError("must not be negative")
+    return Decimal(0), "no unit"

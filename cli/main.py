@@ -1,0 +1,114 @@
+"""The `millstream` command: finds subcommands by name, and turns every error into one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import click
+
+from millstream.broker.errors import MillstreamError, did_you_mean
+
+DEBUG_VARIABLE = "MILLSTREAM_DEBUG"
+INTERNAL_ERROR = 70
+INTERRUPTED = 130
+
+
+class Lazy(NamedTuple):
+    """Where a command is defined ("module:attribute"), and its line in the help, which needs no import."""
+
+    target: str
+    help: str
+
+
+COMMANDS = {
+    "config": Lazy("millstream.cli.config:config", "Check a configuration, or publish it for workers and clients."),
+    "embed": Lazy("millstream.cli.embed:embed", "Embed texts through the queue."),
+    "queue": Lazy("millstream.cli.queue:queue", "Look into the queues: waiting and running jobs, dead letters."),
+    "up": Lazy("millstream.cli.up:up", "Start a server where none is configured, and workers for each service."),
+    "worker": Lazy("millstream.cli.worker:worker", "Run workers for the services of a server."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when called, and whose errors are one line on stderr."""
+
+    commands_by_name: Mapping[str, Lazy] = COMMANDS
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(self.commands_by_name)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in self.commands_by_name:
+            module, _, attribute = self.commands_by_name[cmd_name].target.partition(":")
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+            return command
+        close = did_you_mean(cmd_name, self.commands_by_name)
+        if close and not ctx.resilient_parsing:
+            ctx.fail(f"No such command '{cmd_name}'; did you mean {close}?")
+        return None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, self.commands_by_name[name].help) for name in self.list_commands(ctx)])
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            result: object = super().invoke(ctx)
+            sys.stdout.flush()  # a reader that went away shows here, not in the interpreter's last breath
+            return result
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click's own: usage errors exit 2, a closed pipe ends quietly
+        except KeyboardInterrupt:
+            ctx.exit(INTERRUPTED)
+        except MillstreamError as error:
+            report(error)
+            ctx.exit(error.exit_code)
+        except Exception as error:  # noqa: BLE001 - the last stop: a user gets a line, not a traceback
+            report(error)
+            ctx.exit(INTERNAL_ERROR)
+
+
+def report(error: Exception) -> None:
+    """Print `error` to stderr, a line each where it holds several; with the traceback under MILLSTREAM_DEBUG=1."""
+    if os.environ.get(DEBUG_VARIABLE):
+        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    if isinstance(error, MillstreamError):
+        lines = str(error).splitlines()
+    else:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        lines = [f"internal error: {what}; run with {DEBUG_VARIABLE}=1 for the traceback"]
+    for line in lines:
+        click.echo(f"millstream: {line}", err=True)
+
+
+def exit_codes() -> dict[int, list[str]]:
+    """Each exit code and what it stands for."""
+    codes: dict[int, list[str]] = defaultdict(list)
+    codes[0].append("done")
+    for cls in _error_classes(MillstreamError):
+        codes[cls.exit_code].append(cls.code)
+    codes[2].append("wrong usage")
+    codes[INTERNAL_ERROR].append("internal error")
+    codes[INTERRUPTED].append("interrupted")
+    return dict(sorted(codes.items()))
+
+
+def _error_classes(cls: type[MillstreamError]) -> Iterator[type[MillstreamError]]:
+    yield cls
+    for child in cls.__subclasses__():
+        yield from _error_classes(child)
+
+
+_EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:>3}  {', '.join(names)}" for code, names in exit_codes().items())
+
+
+@click.group(cls=LazyGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="millstream", prog_name="millstream", message="%(prog)s %(version)s")
+def main() -> None:
+    """A durable, model-aware job queue for local inference."""

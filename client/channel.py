@@ -1,0 +1,245 @@
+"""One process's traffic with one server: a sender thread for all calls, a reader thread for each service.
+
+The sender coalesces what many threads submit into few script calls. Enqueueing is idempotent by job id, so it sends
+again through cut connections and restarts until the submission's time is over; readers read again likewise.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from millstream.broker.connection import Connection, is_transient, translated
+from millstream.broker.errors import BrokerUnavailable, MillstreamError, QueueFull, UnknownService
+from millstream.broker.job import Draft
+from millstream.broker.registry import Registry
+from millstream.broker.replies import Replies
+from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Admission, Group, Streams
+
+log = logging.getLogger(__name__)
+
+READ_S = 2.0
+_AWAY_PAUSE_S = 0.1
+
+
+class Sink(Protocol):
+    """Who waits for jobs. Called from the channel's threads: must be quick and raise nothing."""
+
+    def answered(self, job_id: str, reply: bytes) -> None: ...
+
+    def refused(self, drafts: Sequence[Draft], error: MillstreamError) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Submission:
+    """Jobs to be accepted together. Refusals are waited out until `until` (monotonic seconds; None: for ever)."""
+
+    service: str
+    group: Group
+    sink: Sink
+    until: float | None
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.size = sum(len(draft.body) for draft in self.group.drafts)
+
+
+class Channel:
+    """Shared by all clients of a process that talk to one server; thread-safe. Threads start with the first call."""
+
+    def __init__(self, connection: Connection, registry: Registry) -> None:
+        self.client_id = secrets.token_hex(8)
+        self._connection = connection
+        self._registry = registry
+        self._lock = threading.Lock()
+        self._readers: dict[str, _Reader] = {}
+        self._sender: _Sender | None = None
+        self._closed = False
+
+    def submit(self, submissions: Sequence[Submission]) -> None:
+        """Send these, answers and refusals to their sinks. Returns at once. Raises BrokerUnavailable once closed."""
+        for submission in submissions:
+            reader = self._reader(submission.service)
+            reader.expect(submission)
+        self._sending().put(submissions)
+
+    def forget(self, service: str, job_ids: Sequence[str]) -> None:
+        """Nobody waits for these jobs any more; late answers are dropped."""
+        self._reader(service).forget(job_ids)
+
+    def close(self) -> None:
+        """End the threads; jobs under way go on without anybody waiting."""
+        with self._lock:
+            self._closed = True
+            if self._sender:
+                self._sender.close()
+            for reader in self._readers.values():
+                reader.close()
+        self._connection.close()
+
+    def _sending(self) -> _Sender:
+        with self._lock:
+            if self._closed:
+                raise BrokerUnavailable("this client is closed", hint="make a new one")
+            if self._sender is None:
+                self._sender = _Sender(self._connection, self._registry)
+                self._sender.start()
+            return self._sender
+
+    def _reader(self, service: str) -> _Reader:
+        with self._lock:
+            reader = self._readers.get(service)
+            if reader is None:
+                client = self._connection.blocking(READ_S)
+                replies = Replies(client, self._registry.keys(service), self.client_id)
+                reader = self._readers[service] = _Reader(service, replies)
+                reader.start()
+            return reader
+
+
+class _Sender(threading.Thread):
+    """Takes submissions in order, those of one service together, and carries them to the server."""
+
+    def __init__(self, connection: Connection, registry: Registry) -> None:
+        super().__init__(name="millstream-sender", daemon=True)
+        self._connection = connection
+        self._registry = registry
+        self._ready: deque[Submission] = deque()
+        self._later: list[tuple[float, int, Submission]] = []
+        self._count = itertools.count()
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def put(self, submissions: Sequence[Submission]) -> None:
+        with self._changed:
+            self._ready.extend(submissions)
+            self._changed.notify()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def run(self) -> None:
+        while batch := self._gather():
+            try:
+                with translated(self._connection.safe_url):
+                    streams = Streams(self._connection.client, self._registry.keys(batch[0].service))
+                    admissions = streams.enqueue([submission.group for submission in batch])
+            except Exception as error:  # noqa: BLE001 - every caller hears of it; the sender serves the next
+                self._failed(batch, error)
+            else:
+                for submission, admission in zip(batch, admissions, strict=True):
+                    self._admitted(submission, admission)
+
+    def _gather(self) -> list[Submission]:
+        """What is ready for one script call, all of one service; empty when closed."""
+        with self._changed:
+            while not self._closed and not self._due():
+                next_s = self._later[0][0] - time.monotonic() if self._later else None
+                self._changed.wait(None if next_s is None else max(0.0, next_s))
+            if self._closed:
+                return []
+            batch = [self._ready.popleft()]
+            jobs, size = len(batch[0].group.drafts), batch[0].size
+            while self._ready and self._ready[0].service == batch[0].service:
+                jobs += len(self._ready[0].group.drafts)
+                size += self._ready[0].size
+                if jobs > MAX_JOBS_PER_CALL or size > MAX_BYTES_PER_CALL:
+                    break
+                batch.append(self._ready.popleft())
+            return batch
+
+    def _due(self) -> bool:
+        while self._later and self._later[0][0] <= time.monotonic():
+            self._ready.append(heapq.heappop(self._later)[2])
+        return bool(self._ready)
+
+    def _admitted(self, submission: Submission, admission: Admission) -> None:
+        if admission.refused == "queue_full":
+            full = QueueFull(
+                f"service {submission.service!r} holds its max_queue_size of jobs", retry_after=admission.retry_after
+            )
+            self._again(submission, full, admission.retry_after)
+        elif admission.refused:
+            gone = UnknownService(
+                f"service {submission.service!r} is no longer registered", hint="run `millstream config push`"
+            )
+            submission.sink.refused(submission.group.drafts, gone)
+
+    def _failed(self, batch: Sequence[Submission], error: Exception) -> None:
+        if not isinstance(error, MillstreamError):
+            error = BrokerUnavailable(f"enqueue failed: {type(error).__name__}: {error}")
+            pause = None
+        else:
+            pause = error.retry_after or (_AWAY_PAUSE_S if is_transient(error) else None)
+        for submission in batch:
+            self._again(submission, error, pause)
+
+    def _again(self, submission: Submission, error: MillstreamError, pause: float | None) -> None:
+        """Send again after `pause` seconds, or tell the sink where there is no time or no hope."""
+        at = time.monotonic() + (pause or 0.0)
+        if pause is None or (submission.until is not None and at >= submission.until):
+            submission.sink.refused(submission.group.drafts, error)
+            return
+        with self._changed:
+            heapq.heappush(self._later, (at, next(self._count), submission))
+
+
+class _Reader(threading.Thread):
+    """Reads one service's replies while anybody waits for one; sleeps otherwise."""
+
+    def __init__(self, service: str, replies: Replies) -> None:
+        super().__init__(name=f"millstream-reader-{service}", daemon=True)
+        self._replies = replies
+        self._waiting: dict[str, Sink] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def expect(self, submission: Submission) -> None:
+        with self._changed:
+            for draft in submission.group.drafts:
+                self._waiting[draft.id] = submission.sink
+            self._changed.notify()
+
+    def forget(self, job_ids: Sequence[str]) -> None:
+        with self._changed:
+            for job_id in job_ids:
+                self._waiting.pop(job_id, None)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def run(self) -> None:
+        while self._wanted():
+            try:
+                answers = self._replies.read(READ_S)
+            except Exception as error:  # noqa: BLE001 - whatever happened, callers wait for what comes next
+                self._away(error)
+                continue
+            for job_id, reply in answers:
+                with self._changed:
+                    sink = self._waiting.pop(job_id, None)
+                if sink:
+                    sink.answered(job_id, reply)
+
+    def _wanted(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            return not self._closed
+
+    def _away(self, error: Exception) -> None:
+        if not is_transient(error):
+            log.error("reading replies failed, trying again: %s", error)
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed, _AWAY_PAUSE_S)

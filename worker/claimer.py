@@ -1,0 +1,161 @@
+"""Thread: claims jobs, prepares their rows, keeps the window filled while the model is busy."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from millstream.broker.connection import is_transient
+from millstream.broker.job import Claim
+from millstream.broker.lease import Lease, entry_name
+from millstream.broker.streams import Claimed, Streams
+from millstream.worker.clock import ServerClock
+from millstream.worker.intake import Intake
+from millstream.worker.life import Life
+from millstream.worker.patience import Patience
+from millstream.worker.settler import Finished
+from millstream.worker.window import Window
+
+log = logging.getLogger(__name__)
+
+SLEEP_S = 1.0
+"""How long one wait in Redis lasts: also how late jobs that were given back are seen by an idle worker."""
+
+LEAST_WAIT_S = 0.002
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
+
+
+class Claimer(threading.Thread):
+    """Claims until the process drains, then closes the window. `live_workers` is what the last beat heard."""
+
+    def __init__(
+        self,
+        consumer: str,
+        streams: Streams,
+        waiting: Streams,
+        lease: Lease,
+        intake: Intake,
+        window: Window,
+        clock: ServerClock,
+        patience: Patience,
+        finish: Callable[[Finished], None],
+        life: Life,
+    ) -> None:
+        super().__init__(name="claimer", daemon=True)
+        self._consumer = consumer
+        self._streams = streams
+        self._waiting = waiting
+        self._lease = lease
+        self._intake = intake
+        self._window = window
+        self._clock = clock
+        self._patience = patience
+        self._finish = finish
+        self._life = life
+        self._in_hand_s = 0.0
+        self._suspects = False
+        self._pause_s = 0.0
+        self.live_workers = 1
+
+    def run(self) -> None:
+        with self._life.guard():
+            while not self._life.draining:
+                self._step()
+        self._window.close()
+
+    def _step(self) -> None:
+        try:
+            self._recover()
+            self._fill()
+        except Exception as error:
+            if "NOGROUP" in str(error):
+                # FLUSHALL or a lost stream: start over from the first entry, skipping nothing.
+                self._streams.create_groups()
+            elif is_transient(error):
+                self._away(error)
+            else:
+                raise
+
+    def _away(self, error: Exception) -> None:
+        if not self._pause_s:
+            log.warning("the server is away, claiming goes on when it is back: %s", error)
+        self._pause_s = min(_LONGEST_PAUSE_S, max(_FIRST_PAUSE_S, 2 * self._pause_s))
+        self._life.pause(self._pause_s)
+
+    def _recover(self) -> None:
+        """After a fault: give back what a cut-off reply may have left on our name without our knowing."""
+        if self._pause_s:
+            self._streams.create_groups()
+            lost = self._lease.release(self._consumer, keep=self._window.names())
+            log.warning("the server is back; %d claimed jobs whose delivery was cut off are given back", lost)
+            self._pause_s = 0.0
+
+    def _fill(self) -> None:
+        limit = self._window.room(self.live_workers)
+        if limit is None or (self._suspects and not limit.empty_handed):
+            # Full; or a suspect waits to run alone, and this worker makes itself free for it.
+            self._window.wait_for_take(SLEEP_S) if limit is None else self._window.wait_until_empty(SLEEP_S)
+            return
+        claimed = self._streams.claim(self._consumer, limit)
+        self._suspects = claimed.suspects > 0
+        if claimed.claims:
+            self._hold(self._with_company(claimed.claims, claimed.now), claimed.now)
+        elif self._window.waiting:
+            self._window.wait_for_take(SLEEP_S)
+        elif self._suspects:
+            self._window.wait_until_empty(SLEEP_S)
+        else:
+            self._sleep()
+
+    def _sleep(self) -> None:
+        """Nothing waits anywhere: sleep in Redis until a job comes, then take what came with it."""
+        woken = self._waiting.wait(self._consumer, SLEEP_S)
+        if woken:
+            rest = self._rest()
+            self._hold(self._with_company(woken + rest.claims, rest.now), rest.now)
+
+    def _rest(self) -> Claimed:
+        """Claim on top of what was gathered and is not in the window yet."""
+        limit = self._window.room(self.live_workers)
+        if limit is None:
+            return Claimed(self._clock.now())
+        return self._streams.claim(self._consumer, replace(limit, empty_handed=False))
+
+    def _with_company(self, gathered: list[Claim], now: int) -> list[Claim]:
+        """Where the model is idle, wait for more while more is likely; at most batch_timeout from the first job."""
+        self._clock.heard(now)
+        self._observe(len(gathered))
+        first = time.monotonic()
+        while self._window.idle and sum(_rows(claim) for claim in gathered) < self._window.budget.rows:
+            since = time.monotonic()
+            wait_s = self._patience.wait_s(since - first)
+            if not wait_s or self._life.draining:
+                break
+            # Not a blocking read: an idle server ends one up to 100 ms late (its timer runs 10 times a second).
+            self._life.pause(max(LEAST_WAIT_S, wait_s / 4))
+            more = self._rest().claims
+            self._patience.observe(len(more), time.monotonic() - since)
+            gathered += more
+        return gathered
+
+    def _observe(self, arrived: int) -> None:
+        """Tell patience what came while others were in hand; the first job after idleness came to nobody's company."""
+        in_hand_s = self._window.in_hand_s()
+        alone = self._window.idle
+        self._patience.observe(arrived - alone, in_hand_s - self._in_hand_s)
+        self._in_hand_s = in_hand_s
+
+    def _hold(self, claims: list[Claim], now: int) -> None:
+        self._window.keep([entry_name(claim.address) for claim in claims])
+        held, finished = self._intake.admit(claims, now)
+        for each in finished:
+            self._finish(each)
+        self._window.hold(held)
+
+
+def _rows(claim: Claim) -> int:
+    return claim.job.rows if claim.job else 0

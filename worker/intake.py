@@ -1,0 +1,104 @@
+"""From claimed entries to rows: who can run, who gets an error at once. Decides; does no I/O beside the tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from millstream.broker.codec import decode_inputs
+from millstream.broker.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Malformed,
+    MillstreamError,
+    ModelFailed,
+    WorkerLost,
+)
+from millstream.broker.job import Claim, Job, Json, Reply
+from millstream.worker.models.base import Model, Prepared
+from millstream.worker.settler import Finished
+from millstream.worker.window import Held
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A job whose body was read."""
+
+    claim: Claim
+    job: Job
+    inputs: list[Json]
+    options: Mapping[str, Json]
+
+
+class Intake:
+    """Turns one claim's entries into jobs with prepared rows; the rest is finished at once, each by its own error."""
+
+    def __init__(self, model: Model, max_attempts: int) -> None:
+        self._model = model
+        self._max_attempts = max_attempts
+
+    def admit(self, claims: Sequence[Claim], now: int) -> tuple[list[Held], list[Finished]]:
+        """The jobs to run and the answers to settle, at `now`, server ms."""
+        requests: list[_Request] = []
+        finished: list[Finished] = []
+        for claim in claims:
+            read = self._read(claim, now)
+            if isinstance(read, Finished):
+                finished.append(read)
+            else:
+                requests.append(read)
+        held = self._prepare(requests)
+        finished += [Finished(each.claim.address, each.reply()) for each in held if not each.left]
+        return [each for each in held if each.left], finished
+
+    def _read(self, claim: Claim, now: int) -> _Request | Finished:
+        job = claim.job
+        if job is None:
+            return _malformed(claim, claim.malformed)
+        if claim.attempts >= self._max_attempts:
+            lost = WorkerLost(f"its worker died {claim.attempts:g} times while it ran", hint="see the dead letters")
+            return Finished(claim.address, Reply(error=lost), bury="max_attempts")
+        if phase := job.missed(now):
+            return Finished(claim.address, Reply(error=expired(job, phase, now)))
+        if job.op != self._model.op:
+            wrong = InvalidRequest(f"this service runs {self._model.op!r}, the job asks for {job.op!r}")
+            return Finished(claim.address, Reply(error=wrong))
+        try:
+            inputs, options = decode_inputs(job.body, job.rows)
+        except Malformed as error:
+            return _malformed(claim, str(error))
+        return _Request(claim, job, inputs, options)
+
+    def _prepare(self, requests: Sequence[_Request]) -> list[Held]:
+        """Prepare all rows that share their options in one call: one tokenizer call a claim, not one a job."""
+        groups: dict[str, list[_Request]] = {}
+        for request in requests:
+            groups.setdefault(json.dumps(request.options, sort_keys=True), []).append(request)
+        held = []
+        for group in groups.values():
+            rows = iter(self._rows([each for request in group for each in request.inputs], group[0].options))
+            held += [Held(each.claim, each.job, [next(rows) for _ in each.inputs]) for each in group]
+        return held
+
+    def _rows(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
+        try:
+            rows = self._model.prepare(inputs, options)
+            if len(rows) != len(inputs):
+                raise ModelFailed(f"prepare gave {len(rows)} rows for {len(inputs)} inputs")
+        except Exception as error:  # noqa: BLE001 - whatever one input makes the tokenizer raise, its neighbours must live
+            if len(inputs) == 1:
+                return [ModelFailed(f"cannot be prepared: {type(error).__name__}: {error}"[:500])]
+            half = len(inputs) // 2
+            return self._rows(inputs[:half], options) + self._rows(inputs[half:], options)
+        return rows
+
+
+def _malformed(claim: Claim, reason: str) -> Finished:
+    error = InvalidRequest(f"the entry is malformed: {reason}", hint="it was not written by a millstream client")
+    return Finished(claim.address, Reply(error=error), bury=f"malformed: {reason}")
+
+
+def expired(job: Job, phase: str, now: int) -> DeadlineExceeded:
+    """The error of a job whose `phase` was over at `now`, server ms, before it started."""
+    return DeadlineExceeded(f"not started within its {phase} time: it waited {now - job.at} ms", phase=phase)

@@ -1,0 +1,30 @@
+"""The models a worker can run. The only place that imports torch and the libraries on top of it."""
+
+from __future__ import annotations
+
+from millstream.broker.config import ServiceSpec
+from millstream.broker.errors import ModelUnavailable
+from millstream.worker.models.base import Model, Prepared
+
+__all__ = ["Model", "Prepared", "load"]
+
+
+def load(spec: ServiceSpec, device: str | None, threads: int) -> Model:
+    """The model of `spec`, loaded. Raises ModelUnavailable. Torch is imported only by the types that need it."""
+    if spec.model.type == "echo":
+        from millstream.worker.models.echo import EchoModel
+
+        return EchoModel(spec.model.model_name, spec.model.max_length)
+    if spec.model.type == "embedding":
+        try:
+            from millstream.worker.models.embedding import EmbeddingModel
+        except ModuleNotFoundError as error:
+            raise ModelUnavailable(
+                f"service {spec.name!r} needs {error.name}, which is not installed",
+                hint='pip install "millstream[worker]"',
+            ) from None
+        return EmbeddingModel(spec.model, device, threads, spec.runtime.truncate)
+    raise ModelUnavailable(
+        f"service {spec.name!r}: this version has no worker for models of type {spec.model.type!r}",
+        hint="embedding and echo run today",
+    )

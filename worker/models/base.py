@@ -1,0 +1,41 @@
+"""What the worker asks of a model. Three methods; everything else (queue, batches, deadlines, faults) is above it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from millstream.broker.errors import MillstreamError
+from millstream.broker.job import Json, Vectors
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """One row ready to run: its length in tokens, special ones included, and what the model made of it."""
+
+    tokens: int
+    features: object
+    truncated: bool = False
+
+
+class Model(Protocol):
+    """Weights on a device. `prepare` runs in the claimer thread while `forward` runs in the main one."""
+
+    op: str
+    """The operation its jobs name, for instance "embed"."""
+
+    fingerprint: str
+    """Names the weights and how they run; vectors of different fingerprints must not be mixed."""
+
+    def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
+        """Each input as a row, or the error that row alone gets: not a string, too long."""
+        ...
+
+    def forward(self, rows: Sequence[Prepared]) -> Vectors | list[Json]:
+        """One result a row, in order: float32 [rows, dim], or JSON values. May raise anything."""
+        ...
+
+    def samples(self, tokens: int) -> Sequence[Json]:
+        """One input of about `tokens` tokens, for the warm-up to measure with."""
+        ...

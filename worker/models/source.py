@@ -1,0 +1,84 @@
+"""Where a model's weights are: a local folder, an installed package, the hub. Needs no torch, so errors come fast."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from millstream.broker.errors import ModelUnavailable
+
+PACKAGE = "package:"
+
+
+def locate(model_name: str) -> Path | str:
+    """The folder of `model_name`, or its hub id as it stands. Raises ModelUnavailable, with what to do.
+
+    `package:NAME/folder` is a folder inside an installed Python package; a name that starts with `.`, `/` or `~`, or
+    is a folder here, is local.
+    """
+    if model_name.startswith(PACKAGE):
+        return _in_package(model_name)
+    path = Path(model_name).expanduser()
+    if path.is_dir():
+        return _checked(path.resolve())
+    if model_name.startswith((".", "/", "~")):
+        raise ModelUnavailable(
+            f"no model folder {str(path)!r}", hint="give a folder saved with save_pretrained, or a hub id"
+        )
+    return _on_hub(model_name)
+
+
+def _in_package(model_name: str) -> Path:
+    package, _, folder = model_name.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelUnavailable(
+            f"model {model_name!r}: no Python package {package!r} is installed",
+            hint=f"pip install {package.replace('_', '-')}",
+        )
+    path = Path(spec.submodule_search_locations[0]) / folder
+    if not path.is_dir():
+        raise ModelUnavailable(f"model {model_name!r}: the package has no folder {folder!r}", hint="check model_name")
+    return _checked(path)
+
+
+def _checked(path: Path) -> Path:
+    if not (path / "config.json").is_file() and not (path / "modules.json").is_file():
+        raise ModelUnavailable(
+            f"{path} holds no model: neither config.json nor modules.json is in it",
+            hint="give a folder saved with save_pretrained",
+        )
+    return path
+
+
+def _on_hub(model_name: str) -> str:
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE") and not _cached(model_name):
+        raise ModelUnavailable(
+            f"model {model_name!r} is neither a local folder nor in the hub's cache, and HF_HUB_OFFLINE is set",
+            hint="give a folder, download it once, or unset HF_HUB_OFFLINE",
+        )
+    return model_name
+
+
+def _cached(model_name: str) -> bool:
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    names = (model_name, f"sentence-transformers/{model_name}")
+    return any((cache / f"models--{name.replace('/', '--')}").is_dir() for name in names)
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over the safetensors files of `folder`, by relative name and content."""
+    digest = hashlib.sha256()
+    for file in _weights(folder):
+        digest.update(str(file.relative_to(folder)).encode() + b"\0")
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _weights(folder: Path) -> Iterator[Path]:
+    yield from sorted(folder.rglob("*.safetensors"))

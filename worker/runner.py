@@ -1,0 +1,115 @@
+"""The main loop: take a micro-batch, run it, hand back its outcomes. Owns the device; runs in the main thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from millstream.broker.errors import MillstreamError, ModelFailed
+from millstream.broker.job import Reply
+from millstream.worker.batcher import padded
+from millstream.worker.clock import ServerClock
+from millstream.worker.counters import Counters
+from millstream.worker.intake import expired
+from millstream.worker.models.base import Model, Prepared
+from millstream.worker.progress import Progress
+from millstream.worker.settler import Finished
+from millstream.worker.window import Held, Outcome, Rows, Window
+
+EWMA_WEIGHT = 0.2
+
+
+class Runner:
+    """Runs the window's rows until it is closed and empty."""
+
+    def __init__(
+        self,
+        model: Model,
+        window: Window,
+        clock: ServerClock,
+        progress: Progress,
+        counters: Counters,
+        finish: Callable[[Finished], None],
+    ) -> None:
+        self._model = model
+        self._window = window
+        self._clock = clock
+        self._progress = progress
+        self._counters = counters
+        self._finish = finish
+
+    def run(self) -> None:
+        while batch := self._window.take():
+            batch = self._in_time(batch)
+            outcomes = self._forward(batch) if batch else []
+            for held in self._window.complete(batch, outcomes):
+                self._finish(Finished(held.claim.address, held.reply()))
+
+    def _in_time(self, batch: Rows) -> Rows:
+        """The rows whose jobs may still start; the callers of the others are told. The last check before the model."""
+        now = self._clock.now()
+        missed = {row.owner: held for row in batch if (held := self._window.job_of(row)) and _missed(held, now)}
+        for held in self._window.end(missed.keys()):
+            self._finish(Finished(held.claim.address, Reply(error=expired(held.job, _missed(held, now), now))))
+        return [row for row in batch if row.owner not in missed and self._window.job_of(row)]
+
+    def _forward(self, batch: Rows) -> list[Outcome]:
+        now, start = self._clock.now(), time.monotonic()
+        jobs = {row.owner: held for row in batch if (held := self._window.job_of(row))}
+        for held in jobs.values():
+            held.started_at = held.started_at or now
+        self._progress.start(jobs)
+        outcomes = run_rows(self._model, [row.payload for row in batch])
+        self._progress.stop()
+        self._account(batch, outcomes, jobs, time.monotonic() - start)
+        return outcomes
+
+    def _account(self, batch: Rows, outcomes: list[Outcome], jobs: dict[str, Held], seconds: float) -> None:
+        tokens, computed = sum(row.tokens for row in batch), padded(batch)
+        count = self._counters
+        count.forwards += 1
+        count.rows += len(batch)
+        count.tokens += tokens
+        count.padded += computed
+        count.errors += sum(1 for outcome in outcomes if isinstance(outcome, MillstreamError))
+        count.busy_ms += round(seconds * 1000)
+        rate = seconds / (computed + self._window.budget.overhead)
+        before = self._window.seconds_per_token or rate
+        self._window.seconds_per_token = before + EWMA_WEIGHT * (rate - before)
+        for held in jobs.values():
+            held.timings["queue"] = float(max(0, held.started_at - held.job.at))
+            held.timings["inference"] = held.timings.get("inference", 0.0) + seconds * 1000
+
+
+def _missed(held: Held, now: int) -> str:
+    """The phase that is over at `now`; queue time ends with the job's first forward."""
+    phase = held.job.missed(now)
+    return "" if phase == "queue" and held.started_at else phase
+
+
+def run_rows(model: Model, rows: Sequence[Prepared]) -> list[Outcome]:
+    """One outcome a row. Where a forward fails its rows are halved until the guilty one stands alone."""
+    try:
+        results = model.forward(rows)
+        if len(results) != len(rows):
+            raise ModelFailed(f"the model gave {len(results)} results for {len(rows)} rows")
+    except Exception as error:  # noqa: BLE001 - a model may raise anything, and its neighbours must live
+        if len(rows) == 1:
+            return [_failure(error)]
+        half = len(rows) // 2
+        return run_rows(model, rows[:half]) + run_rows(model, rows[half:])
+    return [_checked(result) for result in results]
+
+
+def _failure(error: Exception) -> MillstreamError:
+    if isinstance(error, MillstreamError):
+        return error
+    return ModelFailed(f"{type(error).__name__}: {error}"[:500])
+
+
+def _checked(result: Outcome) -> Outcome:
+    if isinstance(result, np.ndarray) and not np.isfinite(result).all():
+        return ModelFailed("the model answered NaN or infinity")
+    return result

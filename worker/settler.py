@@ -1,0 +1,86 @@
+"""Thread: encodes answers and settles them, many jobs a round trip. Keeps them through a server's absence."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from dataclasses import dataclass
+
+from millstream.broker.codec import encode_reply
+from millstream.broker.connection import retrying
+from millstream.broker.job import Address, Reply
+from millstream.broker.lease import entry_name
+from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Settlement, Streams
+from millstream.worker.counters import Counters
+from millstream.worker.life import Life
+from millstream.worker.window import Window
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A job's answer, on its way out; `bury` is the reason where it goes to the dead letters."""
+
+    address: Address
+    reply: Reply
+    bury: str = ""
+
+
+class Settler(threading.Thread):
+    """Writes what is `put`, until `finish`; nothing put is dropped while the process lives."""
+
+    def __init__(self, streams: Streams, window: Window, counters: Counters, life: Life) -> None:
+        super().__init__(name="settler", daemon=True)
+        self._streams = streams
+        self._window = window
+        self._counters = counters
+        self._life = life
+        self._queue: queue.SimpleQueue[Finished | None] = queue.SimpleQueue()
+
+    def put(self, finished: Finished) -> None:
+        self._queue.put(finished)
+
+    def finish(self) -> None:
+        """Settle what was put so far, then end."""
+        self._queue.put(None)
+
+    def run(self) -> None:
+        with self._life.guard():
+            ended = False
+            while not ended and (first := self._queue.get()) is not None:
+                ended = self._settle(first)
+
+    def _settle(self, first: Finished) -> bool:
+        """Settle `first` and what else is ready. True when the end was reached."""
+        batch = [_encoded(first)]
+        size, ended = len(batch[0].reply), False
+        while len(batch) < MAX_JOBS_PER_CALL and size < MAX_BYTES_PER_CALL:
+            try:
+                finished = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if finished is None:
+                ended = True
+                break
+            batch.append(_encoded(finished))
+            size += len(batch[-1].reply)
+        self._write(batch)
+        return ended
+
+    def _write(self, batch: list[Settlement]) -> None:
+        # Settling again what was settled changes nothing, so a cut connection is simply tried again.
+        outcomes = retrying(lambda: self._streams.settle(batch), until=None, stop=None)
+        for settlement, outcome in zip(batch, outcomes, strict=True):
+            if outcome == "late":
+                self._counters.late += 1
+            elif outcome == "unwritable":
+                log.error("job %s: its reply could not be written; it is among the dead letters", settlement.address)
+            else:
+                self._counters.jobs += 1
+        self._window.forget([entry_name(settlement.address) for settlement in batch])
+
+
+def _encoded(finished: Finished) -> Settlement:
+    return Settlement(finished.address, encode_reply(finished.reply), finished.bury)

@@ -1,0 +1,224 @@
+"""Starts worker processes, starts them again when they die, and gives back at once what a dead one held."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from millstream.broker.config import ServiceSpec
+from millstream.broker.connection import Connection, is_transient
+from millstream.broker.errors import ModelUnavailable
+from millstream.broker.keys import ServiceKeys
+from millstream.broker.lease import Lease
+from millstream.worker.models.source import locate
+from millstream.worker.process import EXIT_PERMANENT, URL_VARIABLE, Orders
+from millstream.worker.progress import Progress, State
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.05
+DRAIN_S = 30.0
+STEADY_S = 30.0
+_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
+_RUNNABLE = ("embedding", "echo")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How many processes of a service to run here, each on `device` (None: the model's, or the best there is)."""
+
+    spec: ServiceSpec
+    count: int
+    device: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """What a dead child left behind, until it is given back to the queue."""
+
+    service: str
+    consumer: str
+    started: Sequence[str]
+
+
+@dataclass(slots=True, eq=False)
+class Child:
+    """One running worker process."""
+
+    consumer: str
+    process: subprocess.Popen[bytes]
+    progress: Progress
+    born: float
+
+    @property
+    def ready(self) -> bool:
+        return self.process.poll() is None and self.progress.state == State.READY
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One place for a child: its plan, the child in it, and when the next may start after a death."""
+
+    plan: Plan
+    child: Child | None = None
+    failures: int = 0
+    start_at: float = 0.0
+    refused: bool = False
+
+
+def preflight(specs: Sequence[ServiceSpec]) -> None:
+    """Check in milliseconds, without torch, what a worker could only find out in seconds. Raises ModelUnavailable."""
+    for spec in specs:
+        if spec.model.type not in _RUNNABLE:
+            raise ModelUnavailable(
+                f"service {spec.name!r}: this version has no worker for models of type {spec.model.type!r}",
+                hint=f"types that run today: {', '.join(_RUNNABLE)}",
+            )
+        if spec.model.type == "embedding":
+            locate(spec.model.model_name)
+
+
+class Supervisor:
+    """Keeps the planned processes alive until `drain`. Not thread-safe but for `stop` and the read-only properties."""
+
+    def __init__(
+        self, url: str, prefix: str, plans: Sequence[Plan], *, result_ttl_s: float = 3600.0, drain_s: float = DRAIN_S
+    ) -> None:
+        self._url = url
+        self._prefix = prefix
+        self._result_ttl_ms = round(result_ttl_s * 1000)
+        self._drain_s = drain_s
+        self._connection = Connection(url, name="millstream-supervisor")
+        self._slots = [Slot(plan) for plan in plans for _ in range(plan.count)]
+        self._deaths: list[Death] = []
+        self._stop = threading.Event()
+        self.restarts = 0
+
+    def run(self) -> None:
+        """Start the processes, watch over them until `stop`, drain. Raises ModelUnavailable if none can start."""
+        try:
+            while not self._stop.is_set():
+                self.step()
+                self._stop.wait(POLL_S)
+        finally:
+            self.drain()
+
+    def stop(self) -> None:
+        """End `run` from a signal handler or another thread."""
+        self._stop.set()
+
+    def step(self) -> None:
+        """One look at every child: start what is missing, bury what died."""
+        for slot in self._slots:
+            if slot.child and slot.child.process.poll() is not None:
+                self._died(slot, slot.child)
+            elif slot.child and slot.failures and time.monotonic() - slot.child.born > STEADY_S:
+                slot.failures = 0
+            if not slot.child and not slot.refused and time.monotonic() >= slot.start_at:
+                slot.child = self._start(slot.plan)
+        self._give_back()
+        if all(slot.refused for slot in self._slots):
+            raise ModelUnavailable("no worker process could start", hint="see the errors above")
+
+    @property
+    def ready(self) -> int:
+        return sum(1 for slot in self._slots if slot.child and slot.child.ready)
+
+    @property
+    def size(self) -> int:
+        return len(self._slots)
+
+    @property
+    def pids(self) -> list[int]:
+        return [slot.child.process.pid for slot in self._slots if slot.child]
+
+    def drain(self) -> None:
+        """Let every child settle what it holds, for at most `drain_s`; kill what is left and give back its jobs."""
+        children = [slot.child for slot in self._slots if slot.child]
+        for child in children:
+            if child.process.poll() is None:
+                child.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + self._drain_s
+        for child in children:
+            try:
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                log.warning("worker %s did not drain in %g s: killed", child.consumer, self._drain_s)
+                child.process.kill()
+                child.process.wait()
+        for slot in self._slots:
+            if slot.child:
+                self._bury(slot, slot.child)
+        self._give_back()
+        self._connection.close()
+
+    def _start(self, plan: Plan) -> Child:
+        progress = Progress.create()
+        consumer = f"{socket.gethostname()[:32]}-{os.getpid()}-{secrets.token_hex(4)}"
+        orders = Orders(
+            service=plan.spec.name,
+            prefix=self._prefix,
+            consumer=consumer,
+            device=plan.device or plan.spec.model.device,
+            threads=max(1, len(os.sched_getaffinity(0)) // len(self._slots)),
+            progress_fd=progress.fd,
+            result_ttl_ms=self._result_ttl_ms,
+        )
+        # A session of its own: Ctrl-C in the terminal reaches the supervisor alone, which drains its children.
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "millstream.worker.process", orders.to_json()],
+            stdin=subprocess.PIPE,
+            pass_fds=[progress.fd],
+            env={**os.environ, URL_VARIABLE: self._url},
+            start_new_session=True,
+        )
+        return Child(consumer, process, progress, time.monotonic())
+
+    def _died(self, slot: Slot, child: Child) -> None:
+        code = child.process.returncode
+        lived = time.monotonic() - child.born
+        self._bury(slot, child)
+        if code == EXIT_PERMANENT:
+            slot.refused = True
+            return
+        if code == 0 and self._stop.is_set():
+            return
+        slot.failures = 0 if lived > STEADY_S else slot.failures + 1
+        backoff = min(_LONGEST_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** (slot.failures - 1)) if slot.failures else 0.0
+        slot.start_at = time.monotonic() + backoff
+        self.restarts += 1
+        log.warning("worker %s %s; the next starts in %g s", child.consumer, _ended(code), backoff)
+
+    def _bury(self, slot: Slot, child: Child) -> None:
+        self._deaths.append(Death(slot.plan.spec.name, child.consumer, child.progress.running()))
+        if child.process.stdin:
+            child.process.stdin.close()
+        child.progress.close()
+        slot.child = None
+
+    def _give_back(self) -> None:
+        """Release what the dead held: at once, or as soon as the server is back."""
+        for death in list(self._deaths):
+            lease = Lease(self._connection.client, ServiceKeys(death.service, self._prefix))
+            try:
+                returned = lease.release(death.consumer, started=death.started, gone=True)
+            except Exception as error:
+                if not is_transient(error):
+                    raise
+                return
+            self._deaths.remove(death)
+            if returned:
+                log.warning("worker %s: %d jobs it held are given back to the queue", death.consumer, returned)
+
+
+def _ended(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"

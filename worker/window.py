@@ -1,0 +1,228 @@
+"""What a worker holds: rows that wait for their forward, jobs that wait for a row, entries not yet settled.
+
+Three threads meet here: the claimer adds jobs, the runner takes micro-batches and hands rows back, the settler forgets
+jobs whose answer is written.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from millstream.broker.errors import MillstreamError
+from millstream.broker.job import PRIORITIES, Claim, Job, Json, Reply
+from millstream.broker.lease import entry_name
+from millstream.broker.streams import MAX_JOBS_PER_CALL, Limit
+from millstream.worker.batcher import Budget, Pool, Row
+from millstream.worker.models.base import Prepared
+
+Outcome = NDArray[np.float32] | Json | MillstreamError
+"""What became of one row: a vector [dim], a JSON value, or its error."""
+
+Rows = list[Row[Prepared]]
+
+HOLD_S = 1.0
+"""At most about this much predicted work is held: a hoarder starves its neighbours."""
+
+HOLD_BATCHES = 8
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """A job in hand. `prepared` has one entry a row; `outcomes` fills as rows come back."""
+
+    claim: Claim
+    job: Job
+    prepared: Sequence[Prepared | MillstreamError]
+    outcomes: list[Outcome | None] = field(init=False)
+    left: int = field(init=False)
+    started_at: int = 0
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.outcomes = [row if isinstance(row, MillstreamError) else None for row in self.prepared]
+        self.left = sum(1 for row in self.prepared if isinstance(row, Prepared))
+
+    @property
+    def name(self) -> str:
+        return entry_name(self.claim.address)
+
+    def rows(self) -> Rows:
+        urgency = (PRIORITIES.index(self.claim.address.priority), self.job.at)
+        return [
+            Row(row.tokens, urgency, self.name, index, row)
+            for index, row in enumerate(self.prepared)
+            if isinstance(row, Prepared)
+        ]
+
+    def reply(self) -> Reply:
+        """The answer, once every row has its outcome."""
+        errors = {at: out for at, out in enumerate(self.outcomes) if isinstance(out, MillstreamError)}
+        good = [out for out in self.outcomes if not isinstance(out, MillstreamError)]
+        prepared = [row for row in self.prepared if isinstance(row, Prepared)]
+        vectors = [out for out in good if isinstance(out, np.ndarray)]
+        return Reply(
+            vectors=np.stack(vectors) if vectors else None,
+            values=None if vectors else [out for out in good if not isinstance(out, np.ndarray)],
+            errors=errors,
+            tokens=sum(row.tokens for row in prepared),
+            truncated=tuple(at for at, row in enumerate(self.prepared) if isinstance(row, Prepared) and row.truncated),
+            timings=self.timings,
+        )
+
+
+class Window:
+    """What one worker process holds; thread-safe."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+        self.seconds_per_token = 0.0
+        self._pool: Pool[Prepared] = Pool()
+        self._held: dict[str, Held] = {}
+        self._unsettled: set[str] = set()
+        self._running = 0
+        self._takes = 0
+        self._closed = False
+        self._changed = threading.Condition()
+        self._in_hand_since: float | None = None
+        self._in_hand_s = 0.0
+
+    # -- the claimer's side ------------------------------------------------------------------------------------
+
+    def hold(self, jobs: Sequence[Held]) -> None:
+        """Add jobs; their rows may be taken from now on."""
+        with self._changed:
+            for held in jobs:
+                self._unsettled.add(held.name)
+                self._held[held.name] = held
+                self._pool.add(held.rows())
+            self._note_in_hand()
+            self._changed.notify_all()
+
+    def keep(self, names: Collection[str]) -> None:
+        """Note entries that are held only to be settled: malformed, expired, exhausted."""
+        with self._changed:
+            self._unsettled.update(names)
+
+    def room(self, live_workers: int) -> Limit | None:
+        """What may be claimed now on top of what waits; None where the window is full."""
+        with self._changed:
+            most_rows = HOLD_BATCHES * self.budget.rows
+            rows, tokens = most_rows - len(self._pool), self._most_tokens() - self._pool.tokens
+            if rows <= 0 or tokens <= 0:
+                return None
+            return Limit(
+                jobs=min(MAX_JOBS_PER_CALL, rows),
+                rows=rows,
+                tokens=tokens,
+                live_workers=live_workers,
+                empty_handed=not self._unsettled,
+            )
+
+    def _most_tokens(self) -> int:
+        if not self.seconds_per_token:
+            return self.budget.tokens
+        return max(self.budget.tokens, round(HOLD_S / self.seconds_per_token))
+
+    def wait_for_take(self, timeout: float) -> None:
+        """Sleep until the runner takes its next micro-batch, the pool is empty, or `timeout` seconds passed."""
+        with self._changed:
+            takes = self._takes
+            self._changed.wait_for(lambda: self._takes != takes or not len(self._pool) or self._closed, timeout)
+
+    def wait_until_empty(self, timeout: float) -> bool:
+        """Sleep until every held entry is settled; False after `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._unsettled, timeout)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the runner has nothing to do and nothing to take."""
+        with self._changed:
+            return not self._running and not len(self._pool)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether prepared rows wait for the runner."""
+        with self._changed:
+            return bool(len(self._pool))
+
+    def in_hand_s(self) -> float:
+        """Seconds, in all, during which at least one row waited here or ran."""
+        with self._changed:
+            since = self._in_hand_since
+            return self._in_hand_s + (time.monotonic() - since if since is not None else 0.0)
+
+    def close(self) -> None:
+        """No more jobs will come: the runner ends when the pool is empty."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    # -- the runner's side -------------------------------------------------------------------------------------
+
+    def take(self) -> Rows:
+        """The next micro-batch, waiting for one; empty when the window is closed and nothing is left."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._pool) or self._closed)
+            batch = self._pool.take(self.budget)
+            self._running = len(batch)
+            self._takes += 1
+            self._changed.notify_all()
+            return batch
+
+    def job_of(self, row: Row[Prepared]) -> Held | None:
+        """The job of a row taken; None where it was dropped or ended meanwhile."""
+        return self._held.get(row.owner)
+
+    def complete(self, rows: Rows, outcomes: Sequence[Outcome]) -> list[Held]:
+        """Put rows back with their outcomes; the jobs that are complete by it."""
+        with self._changed:
+            done = []
+            for row, outcome in zip(rows, outcomes, strict=True):
+                held = self._held.get(row.owner)
+                if held is None:
+                    continue
+                held.outcomes[row.index] = outcome
+                held.left -= 1
+                if not held.left:
+                    done.append(self._held.pop(row.owner))
+            self._running = 0
+            self._note_in_hand()
+            self._changed.notify_all()
+            return done
+
+    def end(self, names: Collection[str]) -> list[Held]:
+        """Stop jobs before their end, their waiting rows with them: expired, or taken over by another worker."""
+        with self._changed:
+            self._pool.drop(names)
+            ended = [self._held.pop(name) for name in names if name in self._held]
+            self._note_in_hand()
+            self._changed.notify_all()
+            return ended
+
+    def _note_in_hand(self) -> None:
+        in_hand = bool(self._running or len(self._pool))
+        if in_hand and self._in_hand_since is None:
+            self._in_hand_since = time.monotonic()
+        elif not in_hand and self._in_hand_since is not None:
+            self._in_hand_s += time.monotonic() - self._in_hand_since
+            self._in_hand_since = None
+
+    # -- the settler's and the beat's side ---------------------------------------------------------------------
+
+    def forget(self, names: Collection[str]) -> None:
+        """These entries are settled, or no longer ours."""
+        with self._changed:
+            self._unsettled.difference_update(names)
+            self._changed.notify_all()
+
+    def names(self) -> list[str]:
+        """Every entry held and not yet settled, as the scripts name them."""
+        with self._changed:
+            return list(self._unsettled)
