@@ -75,9 +75,14 @@ class Handle:
 
     def done(self) -> bool:
         """Whether `result` would return or raise at once."""
+        return self.wait(0)
+
+    @property
+    def rows_done(self) -> int:
+        """Rows that have their outcome, for a progress bar."""
         with self._changed:
             self._collect()
-            return not self._left
+            return len(self._rows) - self._left
 
     def result(self, timeout: float | None = None) -> Embeddings | list[Json]:
         """The results in the order of the inputs, waiting for at most `timeout` seconds.
@@ -85,15 +90,22 @@ class Handle:
         Raises DeadlineExceeded where this wait was too short (the call goes on), or the call's own error:
         PartialFailure where some rows failed, with the others' results; the rows' error where all failed alike.
         """
+        if not self.wait(timeout):
+            raise DeadlineExceeded(f"no result within {timeout:g} s of waiting", phase="total")
+        with self._changed:
+            return self._outcome()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for at most `timeout` seconds until every row has its outcome; whether they have."""
         until = None if timeout is None else time.monotonic() + timeout
         with self._changed:
             while True:
                 self._collect()
                 if not self._left:
-                    return self._outcome()
+                    return True
                 now = time.monotonic()
                 if until is not None and now >= until:
-                    raise DeadlineExceeded(f"no result within {timeout:g} s of waiting", phase="total")
+                    return False
                 if overdue := [job for job, (_, end) in self._sent.items() if end is not None and now >= end]:
                     self._give_up(overdue)
                     continue

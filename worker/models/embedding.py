@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import transformers
 from sentence_transformers import SentenceTransformer
 
 from millstream.broker.config import ModelSpec
@@ -15,6 +16,9 @@ from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamErr
 from millstream.broker.job import Json, Vectors
 from millstream.worker.models.base import Prepared
 from millstream.worker.models.source import locate, weights_digest
+
+# A worker logs one line when it is ready; bars of many processes only garble a terminal.
+transformers.utils.logging.disable_progress_bar()
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
 
