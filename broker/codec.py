@@ -25,6 +25,7 @@ _NAMES = tuple(name.encode() for name in FIELDS)
 _ID = re.compile(rb"[0-9a-f]{32}")
 _NAME = re.compile(rb"[A-Za-z0-9_.-]{0,64}")
 _TRACE = re.compile(rb"[\x20-\x7e]{0,128}")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def encode_entry(job: Job) -> list[str | bytes | int]:
@@ -48,7 +49,7 @@ def encode_entry(job: Job) -> list[str | bytes | int]:
 
 def decode_entry(flat: Sequence[bytes]) -> Job:
     """The job of an entry's flat fields. Raises Malformed."""
-    if tuple(flat[0::2]) != _NAMES:
+    if tuple(flat[0::2]) != _NAMES or len(flat) != 2 * len(_NAMES):
         raise Malformed(f"fields are not {' '.join(FIELDS)}")
     version, job_id, at, op, rows, tokens, deadline, queue_by, client, tenant, trace, body = flat[1::2]
     if version != VERSION.encode():
@@ -117,9 +118,13 @@ def decode_inputs(body: bytes, rows: int) -> tuple[list[Json], dict[str, Json]]:
 
 def _json(text: bytes) -> Json:
     try:
-        return cast(Json, json.loads(text))
+        decoded = json.loads(text.decode())
+        if _SURROGATE.search(text):
+            # Half a pair is no text: it could neither run nor be sent back.
+            json.dumps(decoded, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise Malformed(f"not JSON: {str(error)[:80]}") from None
+    return cast(Json, decoded)
 
 
 def encode_reply(reply: Reply) -> bytes:
@@ -152,21 +157,34 @@ def decode_reply(blob: bytes) -> Reply:
     try:
         return Reply(
             vectors=_vectors(head.get("shape"), data),
-            values=cast("list[Json] | None", head.get("values")),
-            errors={int(row): _error(error) for row, error in cast(dict[str, Json], head.get("errors", {})).items()},
+            values=_values(head.get("values")),
+            errors={_row(row): _error(error) for row, error in cast(dict[str, Json], head.get("errors", {})).items()},
             error=_error(head["error"]) if "error" in head else None,
             tokens=int(cast(int, head.get("tokens", 0))),
-            truncated=tuple(cast(list[int], head.get("truncated", ()))),
-            timings=cast(dict[str, float], head.get("timings", {})),
+            truncated=tuple(_row(row) for row in cast(list[int], head.get("truncated", []))),
+            timings={name: float(ms) for name, ms in cast(dict[str, float], head.get("timings", {})).items()},
         )
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise Malformed(f"reply: {error}") from None
 
 
 def _vectors(shape: Json, data: bytes) -> Vectors | None:
     if shape is None:
         return None
-    return np.frombuffer(data, dtype="<f4").reshape(cast(list[int], shape))
+    rows, dim = cast(list[int], shape)
+    return np.frombuffer(data, dtype="<f4").reshape(rows, dim)
+
+
+def _values(values: Json) -> list[Json] | None:
+    if values is not None and not isinstance(values, list):
+        raise ValueError("values are no list")
+    return values
+
+
+def _row(index: int | str) -> int:
+    if int(index) < 0:
+        raise ValueError(f"no row {index}")
+    return int(index)
 
 
 def _error(wire: Json) -> MillstreamError:

@@ -180,7 +180,12 @@ class EmbeddedServer:
         self._process = spawn(self._record, self.data_dir, log, lock)
         self._record = replace(self._record, pid=self._process.pid)
         write_record(self.data_dir, self._record)
-        if not self._wait_until_ready():
+        try:
+            ready = self._wait_until_ready()
+        except KeyboardInterrupt:
+            self.stop()
+            raise
+        if not ready:
             self._process = None
             write_record(self.data_dir, before)
             _remove_socket(self._record.socket)

@@ -180,7 +180,8 @@ def _subclasses(cls: type[MillstreamError]) -> Iterable[type[MillstreamError]]:
         yield from _subclasses(child)
 
 
-_BY_CODE = {cls.code: cls for cls in _subclasses(MillstreamError)}
+# PartialFailure is made in the caller's process, of the rows' own errors; it never travels.
+_BY_CODE = {cls.code: cls for cls in _subclasses(MillstreamError) if cls is not PartialFailure}
 
 
 def to_wire(error: MillstreamError) -> dict[str, object]:
@@ -194,8 +195,7 @@ def to_wire(error: MillstreamError) -> dict[str, object]:
 def from_wire(wire: Mapping[str, object]) -> MillstreamError:
     """The error a reply carries. An unknown code, from a newer worker, becomes the base class with its message."""
     cls = _BY_CODE.get(str(wire.get("code")), MillstreamError)
-    known = cls("").details() if cls is not PartialFailure else {}
-    extra = {name: str(wire[name]) for name in known if name in wire}
+    extra = {name: str(wire[name]) for name in cls("").details() if name in wire}
     retry_after = wire.get("retry_after")
     return cls(
         str(wire.get("message", "")),

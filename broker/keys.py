@@ -69,6 +69,10 @@ class ServiceKeys:
         """HASH: what one worker process says of itself at each beat; ttl a few leases."""
         return self._key(f"worker:{consumer}")
 
+    def cancelled(self) -> str:
+        """ZSET: claimed entries their callers no longer want -> when, server ms; ttl an hour after the last."""
+        return self._key("cancelled")
+
     def reclaim(self) -> str:
         """STRING: when reclaim last passed, and until when it holds off; ttl an hour."""
         return self._key("reclaim")

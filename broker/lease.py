@@ -8,7 +8,7 @@ gone, each job it held takes half an attempt. From one attempt on a job runs alo
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import redis
 
@@ -26,12 +26,16 @@ def entry_name(address: Address) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """What a beat learned. `now`: server clock, ms; `lost`: held entries another worker has taken over."""
+    """What a beat learned. `now`: server clock, ms; `lost`: held entries another worker has taken over.
+
+    `cancelled`: held entries whose callers no longer want them, each named once.
+    """
 
     now: int
     live_workers: int
     reclaim_due: bool
     lost: list[str]
+    cancelled: list[str] = field(default_factory=list)
 
 
 class Lease:
@@ -44,12 +48,13 @@ class Lease:
 
     def beat(self, consumer: str, status: Mapping[str, str | int], held: Collection[str]) -> Beat:
         """Say that `consumer` lives, extend what it holds, publish `status`. Once a second a process."""
-        keys = [*self._keys.streams(), self._keys.workers(), self._keys.worker(consumer), self._keys.reclaim()]
+        keys = [*self._keys.streams(), self._keys.workers(), self._keys.worker(consumer)]
+        keys += (self._keys.reclaim(), self._keys.cancelled())
         args: list[scripts.Argument] = [GROUP, consumer, self._lease_ms, len(status)]
         for name, value in status.items():
             args += (name, value)
-        now, live, due, *lost = scripts.run(self._client, "beat", keys, [*args, *held])
-        return Beat(now, live, bool(due), [entry.decode() for entry in lost])
+        now, live, due, lost, cancelled = scripts.run(self._client, "beat", keys, [*args, *held])
+        return Beat(now, live, bool(due), [each.decode() for each in lost], [each.decode() for each in cancelled])
 
     def release(
         self,

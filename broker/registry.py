@@ -64,7 +64,7 @@ class Registry:
         stored = self._connection.client.hget(self.keys(spec.name).spec(), "spec")
         if stored is None:
             return True
-        ours, theirs = json.loads(spec.to_json()), json.loads(_text(stored))
+        ours, theirs = json.loads(spec.to_json()), _record(stored)
         if ours == theirs:
             return False
         if not replace:
@@ -92,7 +92,15 @@ def _difference(theirs: object, ours: object, path: str = "") -> str:
         names = sorted({*theirs, *ours})
         parts = [_difference(theirs.get(n), ours.get(n), f"{path}.{n}".lstrip(".")) for n in names]
         return ", ".join([part for part in parts if part][:3])
-    return "" if theirs == ours else f"{path} is {theirs}, here {ours}"
+    return "" if theirs == ours else f"{path or 'the record'} is {theirs}, here {ours}"
+
+
+def _record(stored: bytes | str) -> object:
+    """What is registered, as JSON; a text where it is none, which differs from every specification."""
+    try:
+        return json.loads(stored)
+    except (ValueError, RecursionError):
+        return "unreadable"
 
 
 def _text(value: bytes | str) -> str:

@@ -10,15 +10,17 @@ from typing import Literal, cast
 import redis
 
 from millstream.broker import scripts
-from millstream.broker.codec import decode_entry, salvage
-from millstream.broker.errors import Malformed
-from millstream.broker.job import PRIORITIES, Address, Claim, Draft, Priority
+from millstream.broker.codec import decode_entry, encode_reply, salvage
+from millstream.broker.errors import Cancelled, Malformed
+from millstream.broker.job import PRIORITIES, Address, Claim, Draft, Priority, Reply
 from millstream.broker.keys import GROUP, RETURNED, STREAM_INDEX, ServiceKeys
 
 MAX_JOBS_PER_CALL = 128
 MAX_BYTES_PER_CALL = 1024 * 1024
 DEAD_LETTERS_KEPT = 10_000
 REPLY_TTL_MS = 300_000
+LONGEST_MS = 100 * 366 * 86_400_000
+"""A longer time, or an infinite one, is sent as this: no server can keep a key for longer than it can count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,10 @@ class Settlement:
 
 Settled = Literal["answered", "late", "unwritable"]
 _SETTLED: dict[int, Settled] = {1: "answered", 0: "late", -1: "unwritable"}
+
+CancelOutcome = Literal["waiting", "running", "gone"]
+_CANCEL_OUTCOMES: dict[int, CancelOutcome] = {2: "waiting", 1: "running", 0: "gone"}
+_CANCELLED = encode_reply(Reply(error=Cancelled("cancelled by its caller before it ran")))
 
 
 class Streams:
@@ -137,6 +143,18 @@ class Streams:
             args += (settlement.reply, settlement.bury)
         return [_SETTLED[outcome] for outcome in scripts.run(self._client, "settle", keys, args)]
 
+    def cancel(self, job_ids: Sequence[str], client: str) -> list[CancelOutcome]:
+        """Stop jobs of `client` (empty: detached ones), each by its id: "waiting" ones are gone and answered as
+        Cancelled, "running" ones end at their worker's next beat, "gone" ones are settled or never were.
+        """
+        keys = [*self._streams, self._keys.cancelled()]
+        args: list[scripts.Argument] = [GROUP, RETURNED]
+        for job_id in job_ids:
+            kind, key, ttl = self._destination(Address(PRIORITIES[0], "", job_id, client))
+            keys += (self._keys.seen(job_id), key)
+            args += (job_id, kind, ttl, _CANCELLED)
+        return [_CANCEL_OUTCOMES[outcome] for outcome in scripts.run(self._client, "cancel", keys, args)]
+
     def _destination(self, address: Address) -> tuple[str, str, int]:
         # Built from ids that were checked: a key taken from the entry would make the worker write anywhere.
         if not address.job_id:
@@ -147,7 +165,7 @@ class Streams:
 
 
 def _remaining(moment: float | None, now: float) -> int | str:
-    return "" if moment is None else max(0, round((moment - now) * 1000))
+    return "" if moment is None else round(min(max(0.0, (moment - now) * 1000), LONGEST_MS))
 
 
 def _draft_args(draft: Draft, now: float) -> tuple[scripts.Argument, ...]:

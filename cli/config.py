@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from millstream.broker.config import DEFAULT_PATH, Config, ServiceSpec, load, unenforced
+from millstream.cli.table import aligned
 
 config_path = click.argument("path", type=click.Path(path_type=Path), default=DEFAULT_PATH)
 
@@ -66,10 +67,7 @@ def table(services: Iterable[ServiceSpec]) -> str:
         ("SERVICE", "MODEL", "TYPE", "ROWS", "TOKENS", "WAIT", "WORKERS", "QUEUE", "TIMEOUT")
     ]
     rows += [_row(service) for service in services]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return aligned(rows)
 
 
 def _row(service: ServiceSpec) -> tuple[str, ...]:

@@ -13,20 +13,20 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from millstream.broker.connection import Connection, is_transient, translated
 from millstream.broker.errors import BrokerUnavailable, MillstreamError, QueueFull, UnknownService
-from millstream.broker.job import Draft
 from millstream.broker.registry import Registry
 from millstream.broker.replies import Replies
-from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Admission, Group, Streams
+from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Admission, CancelOutcome, Group, Streams
 
 log = logging.getLogger(__name__)
 
 READ_S = 2.0
+SWEEP_S = 10.0
 _AWAY_PAUSE_S = 0.1
 
 
@@ -35,7 +35,7 @@ class Sink(Protocol):
 
     def answered(self, job_id: str, reply: bytes) -> None: ...
 
-    def refused(self, drafts: Sequence[Draft], error: MillstreamError) -> None: ...
+    def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +50,19 @@ class Submission:
 
     def __post_init__(self) -> None:
         self.size = sum(len(draft.body) for draft in self.group.drafts)
+
+    @property
+    def job_ids(self) -> list[str]:
+        return [draft.id for draft in self.group.drafts]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cancellation:
+    """Jobs nobody wants any more. `told` gets one outcome a job, or the error that kept us from asking."""
+
+    service: str
+    job_ids: Sequence[str]
+    told: Callable[[Sequence[CancelOutcome] | MillstreamError], None]
 
 
 class Channel:
@@ -71,9 +84,20 @@ class Channel:
             reader.expect(submission)
         self._sending().put(submissions)
 
+    def cancel(self, cancellation: Cancellation) -> None:
+        """Stop jobs; in order with what was submitted before, so that none slips in behind. Returns at once."""
+        self.forget(cancellation.service, cancellation.job_ids)
+        self._sending().put([cancellation])
+
     def forget(self, service: str, job_ids: Sequence[str]) -> None:
         """Nobody waits for these jobs any more; late answers are dropped."""
         self._reader(service).forget(job_ids)
+
+    @property
+    def stray_replies(self) -> int:
+        """Replies so far that nobody waited for."""
+        with self._lock:
+            return sum(reader.strays for reader in self._readers.values())
 
     def close(self) -> None:
         """End the threads; jobs under way go on without anybody waiting."""
@@ -81,8 +105,9 @@ class Channel:
             self._closed = True
             if self._sender:
                 self._sender.close()
-            for reader in self._readers.values():
-                reader.close()
+            readers = list(self._readers.values())
+        for reader in readers:
+            reader.close()
         self._connection.close()
 
     def _sending(self) -> _Sender:
@@ -90,7 +115,7 @@ class Channel:
             if self._closed:
                 raise BrokerUnavailable("this client is closed", hint="make a new one")
             if self._sender is None:
-                self._sender = _Sender(self._connection, self._registry)
+                self._sender = _Sender(self._connection, self._registry, self.client_id, self.forget)
                 self._sender.start()
             return self._sender
 
@@ -108,19 +133,27 @@ class Channel:
 class _Sender(threading.Thread):
     """Takes submissions in order, those of one service together, and carries them to the server."""
 
-    def __init__(self, connection: Connection, registry: Registry) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        registry: Registry,
+        client_id: str,
+        forget: Callable[[str, Sequence[str]], None],
+    ) -> None:
         super().__init__(name="millstream-sender", daemon=True)
+        self._client_id = client_id
+        self._forget = forget
         self._connection = connection
         self._registry = registry
-        self._ready: deque[Submission] = deque()
+        self._ready: deque[Submission | Cancellation] = deque()
         self._later: list[tuple[float, int, Submission]] = []
         self._count = itertools.count()
         self._changed = threading.Condition()
         self._closed = False
 
-    def put(self, submissions: Sequence[Submission]) -> None:
+    def put(self, orders: Sequence[Submission | Cancellation]) -> None:
         with self._changed:
-            self._ready.extend(submissions)
+            self._ready.extend(orders)
             self._changed.notify()
 
     def close(self) -> None:
@@ -130,32 +163,57 @@ class _Sender(threading.Thread):
 
     def run(self) -> None:
         while batch := self._gather():
-            try:
-                with translated(self._connection.safe_url):
-                    streams = Streams(self._connection.client, self._registry.keys(batch[0].service))
-                    admissions = streams.enqueue([submission.group for submission in batch])
-            except Exception as error:  # noqa: BLE001 - every caller hears of it; the sender serves the next
-                self._failed(batch, error)
+            if isinstance(batch, Cancellation):
+                self._cancel(batch)
             else:
-                for submission, admission in zip(batch, admissions, strict=True):
-                    self._admitted(submission, admission)
+                self._enqueue(batch)
 
-    def _gather(self) -> list[Submission]:
-        """What is ready for one script call, all of one service; empty when closed."""
+    def _streams(self, service: str) -> Streams:
+        return Streams(self._connection.client, self._registry.keys(service))
+
+    def _enqueue(self, batch: Sequence[Submission]) -> None:
+        try:
+            with translated(self._connection.safe_url):
+                admissions = self._streams(batch[0].service).enqueue([submission.group for submission in batch])
+        except Exception as error:  # noqa: BLE001 - every caller hears of it; the sender serves the next
+            self._failed(batch, error)
+        else:
+            for submission, admission in zip(batch, admissions, strict=True):
+                self._admitted(submission, admission)
+
+    def _cancel(self, cancellation: Cancellation) -> None:
+        unwanted = set(cancellation.job_ids)
+        with self._changed:
+            # What is to be sent again later must not be.
+            self._later = [each for each in self._later if unwanted.isdisjoint(each[2].job_ids)]
+            heapq.heapify(self._later)
+        told: Sequence[CancelOutcome] | MillstreamError
+        try:
+            with translated(self._connection.safe_url):
+                told = self._streams(cancellation.service).cancel(cancellation.job_ids, self._client_id)
+        except Exception as error:  # noqa: BLE001 - the caller hears of it; the sender serves the next
+            told = _ours(error, "cancel")
+        cancellation.told(told)
+
+    def _gather(self) -> list[Submission] | Cancellation | None:
+        """What is ready for one script call: submissions of one service, or a cancellation; None when closed."""
         with self._changed:
             while not self._closed and not self._due():
                 next_s = self._later[0][0] - time.monotonic() if self._later else None
                 self._changed.wait(None if next_s is None else max(0.0, next_s))
             if self._closed:
-                return []
-            batch = [self._ready.popleft()]
-            jobs, size = len(batch[0].group.drafts), batch[0].size
-            while self._ready and self._ready[0].service == batch[0].service:
-                jobs += len(self._ready[0].group.drafts)
-                size += self._ready[0].size
+                return None
+            first = self._ready.popleft()
+            if isinstance(first, Cancellation):
+                return first
+            batch = [first]
+            jobs, size = len(first.group.drafts), first.size
+            while self._ready and isinstance(after := self._ready[0], Submission) and after.service == first.service:
+                jobs, size = jobs + len(after.group.drafts), size + after.size
                 if jobs > MAX_JOBS_PER_CALL or size > MAX_BYTES_PER_CALL:
                     break
-                batch.append(self._ready.popleft())
+                batch.append(after)
+                self._ready.popleft()
             return batch
 
     def _due(self) -> bool:
@@ -173,25 +231,32 @@ class _Sender(threading.Thread):
             gone = UnknownService(
                 f"service {submission.service!r} is no longer registered", hint="run `millstream config push`"
             )
-            submission.sink.refused(submission.group.drafts, gone)
+            self._refuse(submission, gone)
 
     def _failed(self, batch: Sequence[Submission], error: Exception) -> None:
-        if not isinstance(error, MillstreamError):
-            error = BrokerUnavailable(f"enqueue failed: {type(error).__name__}: {error}")
-            pause = None
-        else:
-            pause = error.retry_after or (_AWAY_PAUSE_S if is_transient(error) else None)
+        ours = _ours(error, "enqueue")
+        pause = ours.retry_after or (_AWAY_PAUSE_S if is_transient(error) else None)
         for submission in batch:
-            self._again(submission, error, pause)
+            self._again(submission, ours, pause)
 
     def _again(self, submission: Submission, error: MillstreamError, pause: float | None) -> None:
         """Send again after `pause` seconds, or tell the sink where there is no time or no hope."""
         at = time.monotonic() + (pause or 0.0)
         if pause is None or (submission.until is not None and at >= submission.until):
-            submission.sink.refused(submission.group.drafts, error)
+            self._refuse(submission, error)
             return
         with self._changed:
             heapq.heappush(self._later, (at, next(self._count), submission))
+
+    def _refuse(self, submission: Submission, error: MillstreamError) -> None:
+        self._forget(submission.service, submission.job_ids)
+        submission.sink.refused(submission.job_ids, error)
+
+
+def _ours(error: Exception, doing: str) -> MillstreamError:
+    if isinstance(error, MillstreamError):
+        return error
+    return BrokerUnavailable(f"{doing} failed: {type(error).__name__}: {error}")
 
 
 class _Reader(threading.Thread):
@@ -199,15 +264,17 @@ class _Reader(threading.Thread):
 
     def __init__(self, service: str, replies: Replies) -> None:
         super().__init__(name=f"millstream-reader-{service}", daemon=True)
+        self.strays = 0
         self._replies = replies
-        self._waiting: dict[str, Sink] = {}
+        self._waiting: dict[str, tuple[Sink, float | None]] = {}
+        self._swept_at = time.monotonic()
         self._changed = threading.Condition()
         self._closed = False
 
     def expect(self, submission: Submission) -> None:
         with self._changed:
             for draft in submission.group.drafts:
-                self._waiting[draft.id] = submission.sink
+                self._waiting[draft.id] = (submission.sink, draft.deadline)
             self._changed.notify()
 
     def forget(self, job_ids: Sequence[str]) -> None:
@@ -216,9 +283,14 @@ class _Reader(threading.Thread):
                 self._waiting.pop(job_id, None)
 
     def close(self) -> None:
+        """Nobody reads any more: who waits is told."""
         with self._changed:
             self._closed = True
             self._changed.notify()
+            waiting, self._waiting = self._waiting, {}
+        closed = BrokerUnavailable("this client was closed", hint="the job goes on without anybody waiting")
+        for job_id, (sink, _) in waiting.items():
+            sink.refused([job_id], closed)
 
     def run(self) -> None:
         while self._wanted():
@@ -229,14 +301,28 @@ class _Reader(threading.Thread):
                 continue
             for job_id, reply in answers:
                 with self._changed:
-                    sink = self._waiting.pop(job_id, None)
+                    sink, _ = self._waiting.pop(job_id, (None, None))
                 if sink:
                     sink.answered(job_id, reply)
+                else:
+                    self.strays += 1
+            self._sweep()
 
     def _wanted(self) -> bool:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             return not self._closed
+
+    def _sweep(self) -> None:
+        """Let go of calls that their callers dropped, and that nobody answered in time."""
+        now = time.monotonic()
+        if now - self._swept_at < SWEEP_S:
+            return
+        self._swept_at = now
+        with self._changed:
+            over = [job for job, (_, end) in self._waiting.items() if end is not None and now > end + SWEEP_S]
+            for job_id in over:
+                del self._waiting[job_id]
 
     def _away(self, error: Exception) -> None:
         if not is_transient(error):

@@ -111,6 +111,11 @@ class Client:
         parts = split(sizes, spec.runtime.batch_size, tokens if isinstance(tokens, int) else 2_048)
         return Handle(self._channel, terms, inputs, parts, refused, self._why_late)
 
+    @property
+    def stray_replies(self) -> int:
+        """Replies that came for no waiting call: after its timeout, or read twice around a cut connection."""
+        return self._channel.stray_replies
+
     def close(self) -> None:
         """End the client's threads and connections. Calls under way in other threads get BrokerUnavailable."""
         self._channel.close()

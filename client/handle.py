@@ -1,4 +1,4 @@
-"""One call under way: its rows, the jobs that carry them, and what came back."""
+"""One call under way: the jobs that carry its rows, and what came back."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
-
-import numpy as np
+from queue import Empty, SimpleQueue
 
 from millstream.broker.codec import decode_reply, encode_inputs
-from millstream.broker.errors import DeadlineExceeded, Malformed, MillstreamError, ModelFailed, PartialFailure
-from millstream.broker.job import Draft, Json, Priority, Reply, Vectors
-from millstream.broker.streams import Group
-from millstream.client.channel import Channel, Submission
-from millstream.client.result import Embeddings, Timings
+from millstream.broker.errors import Cancelled, DeadlineExceeded, Malformed, MillstreamError, ModelFailed
+from millstream.broker.job import Draft, Json, Priority, Reply
+from millstream.broker.streams import CancelOutcome, Group
+from millstream.client.channel import Cancellation, Channel, Submission
+from millstream.client.result import Embeddings
+from millstream.client.rows import RowOutcome, Rows
 from millstream.client.split import Part
+
+CANCEL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,16 @@ class Terms:
     tenant: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A job under way, and when to give it up (monotonic seconds)."""
+
+    part: Part
+    end: float | None
+
+
 class Handle:
-    """A submitted call. `result` may be asked from any thread, again and again."""
+    """A submitted call. Its methods may be called from any thread, again and again."""
 
     def __init__(
         self,
@@ -59,30 +68,45 @@ class Handle:
         self._inputs = inputs
         self._why_late = why_late
         self._changed = threading.Condition()
+        self._listeners: list[Callable[[], None]] = []
         self._unsent = deque(parts)
-        self._sent: dict[str, tuple[Part, float | None]] = {}
-        self._arrived: list[tuple[Part, Reply | MillstreamError]] = []
-        self._rows: list[Vectors | Json | MillstreamError] = [None] * len(inputs)
-        self._left = len(inputs) - len(refused)
-        self._tokens = 0
-        self._truncated: list[int] = []
-        self._timings: dict[str, float] = {}
+        self._sent: dict[str, _Sent] = {}
+        self._patient = terms.wait
+        self._rows = Rows(len(inputs), refused)
         self._began = time.monotonic()
+        self._ended = self._began
         self._end = None if terms.timeout is None else self._began + terms.timeout
-        for row, error in refused.items():
-            self._rows[row] = error
         self._pump()
 
-    def done(self) -> bool:
-        """Whether `result` would return or raise at once."""
-        return self.wait(0)
+    @property
+    def ready(self) -> bool:
+        """Whether every row has its outcome. Asks nobody: a call whose time is over is not ready until waited for."""
+        with self._changed:
+            return not self._rows.left
 
     @property
     def rows_done(self) -> int:
         """Rows that have their outcome, for a progress bar."""
         with self._changed:
-            self._collect()
-            return len(self._rows) - self._left
+            return len(self._rows) - self._rows.left
+
+    def done(self) -> bool:
+        """Whether `result` would return or raise at once."""
+        return self.wait(0)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for at most `timeout` seconds until every row has its outcome; whether they have."""
+        until = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while self._rows.left:
+                now = time.monotonic()
+                if overdue := [job for job, sent in self._sent.items() if sent.end is not None and now >= sent.end]:
+                    self._give_up(overdue)
+                elif until is not None and now >= until:
+                    return False
+                else:
+                    self._changed.wait(_soonest(now, until, self._expires_at()))
+            return True
 
     def result(self, timeout: float | None = None) -> Embeddings | list[Json]:
         """The results in the order of the inputs, waiting for at most `timeout` seconds.
@@ -90,26 +114,48 @@ class Handle:
         Raises DeadlineExceeded where this wait was too short (the call goes on), or the call's own error:
         PartialFailure where some rows failed, with the others' results; the rows' error where all failed alike.
         """
-        if not self.wait(timeout):
-            raise DeadlineExceeded(f"no result within {timeout:g} s of waiting", phase="total")
+        self._wait_or_raise(timeout)
         with self._changed:
-            return self._outcome()
+            return self._rows.value((self._ended - self._began) * 1000)
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait for at most `timeout` seconds until every row has its outcome; whether they have."""
-        until = None if timeout is None else time.monotonic() + timeout
+    def outcomes(self, timeout: float | None = None) -> list[RowOutcome]:
+        """Each row's result or error, as values. Raises DeadlineExceeded where this wait was too short."""
+        self._wait_or_raise(timeout)
         with self._changed:
-            while True:
-                self._collect()
-                if not self._left:
-                    return True
-                now = time.monotonic()
-                if until is not None and now >= until:
-                    return False
-                if overdue := [job for job, (_, end) in self._sent.items() if end is not None and now >= end]:
-                    self._give_up(overdue)
-                    continue
-                self._changed.wait(_soonest(now, until, *(end for _, end in self._sent.values())))
+            return self._rows.outcomes()
+
+    def cancel(self) -> bool:
+        """Stop the call; `result` then raises Cancelled. True where none of its jobs had been taken by a worker.
+
+        A job that runs ends at its worker's next beat, within about a second. Raises BrokerUnavailable, or
+        DeadlineExceeded where the server's word takes too long.
+        """
+        told: SimpleQueue[Sequence[CancelOutcome] | MillstreamError] = SimpleQueue()
+        if not self._drop(told.put):
+            return True
+        try:
+            outcomes = told.get(timeout=CANCEL_S)
+        except Empty:
+            raise DeadlineExceeded(f"no word on the cancellation within {CANCEL_S:g} s") from None
+        if isinstance(outcomes, MillstreamError):
+            raise outcomes
+        return all(outcome == "waiting" for outcome in outcomes)
+
+    def cancel_soon(self) -> None:
+        """The same without waiting for the server's word."""
+        self._drop(lambda outcomes: None)
+
+    @property
+    def expires_at(self) -> float | None:
+        """When the next job's time is over, monotonic seconds; None where there is no limit, or nothing under way."""
+        with self._changed:
+            return self._expires_at()
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call `listener` from one of the channel's threads whenever rows get their outcome, and once now."""
+        with self._changed:
+            self._listeners.append(listener)
+        listener()
 
     # -- the channel's side ------------------------------------------------------------------------------------
 
@@ -121,35 +167,39 @@ class Handle:
         except Malformed as error:
             outcome = ModelFailed(f"its reply cannot be read: {error}", hint="client and worker of different versions?")
         with self._changed:
-            if job_id in self._sent:
-                self._arrived.append((self._sent.pop(job_id)[0], outcome))
-                self._changed.notify_all()
+            sent = self._sent.pop(job_id, None)
+            if sent:
+                self._place([sent.part], outcome)
         self._pump()
 
-    def refused(self, drafts: Sequence[Draft], error: MillstreamError) -> None:
-        """Jobs were not accepted, and will not be tried again. Called by the channel."""
-        self._channel.forget(self._terms.service, [draft.id for draft in drafts])
+    def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
+        """Jobs were not accepted, or nobody listens for their answers any more. Called by the channel."""
         with self._changed:
-            parts = [self._sent.pop(draft.id)[0] for draft in drafts if draft.id in self._sent]
-            # What was not sent yet has no better prospects.
-            parts += self._unsent
-            self._unsent.clear()
-            self._arrived += [(part, error) for part in parts]
-            self._changed.notify_all()
+            sent = [self._sent.pop(job_id) for job_id in job_ids if job_id in self._sent]
+            self._place([each.part for each in sent] + self._take_unsent(), error)
 
     def _pump(self) -> None:
         """Send what the window has room for."""
         with self._changed:
-            submissions = []
+            drafts = []
             while self._unsent and len(self._sent) < self._terms.window:
-                submissions.append(self._submission(self._unsent.popleft()))
-        if submissions and not self._terms.wait:
-            drafts = [draft for submission in submissions for draft in submission.group.drafts]
-            submissions = [Submission(self._terms.service, Group(self._terms.priority, drafts), self, until=0.0)]
-        if submissions:
-            self._channel.submit(submissions)
+                drafts.append(self._draft(self._unsent.popleft()))
+            submissions = self._submissions(drafts)
+            self._patient = True
+        try:
+            if submissions:
+                self._channel.submit(submissions)
+        except MillstreamError as error:
+            self.refused([draft.id for draft in drafts], error)
 
-    def _submission(self, part: Part) -> Submission:
+    def _submissions(self, drafts: Sequence[Draft]) -> list[Submission]:
+        """One a job, each waiting out refusals by itself; without patience one for all, accepted whole or not."""
+        service, priority = self._terms.service, self._terms.priority
+        if drafts and not self._patient:
+            return [Submission(service, Group(priority, drafts), self, until=0.0)]
+        return [Submission(service, Group(priority, [draft]), self, until=draft.deadline) for draft in drafts]
+
+    def _draft(self, part: Part) -> Draft:
         terms, now = self._terms, time.monotonic()
         own_end = None if terms.total_timeout is None else now + terms.total_timeout
         end = self._end if self._end is not None else own_end
@@ -164,15 +214,30 @@ class Handle:
             queue_by=None if terms.queue_timeout is None else now + terms.queue_timeout,
             tenant=terms.tenant,
         )
-        self._sent[draft.id] = (part, end)
-        return Submission(terms.service, Group(terms.priority, [draft]), self, until=end)
+        self._sent[draft.id] = _Sent(part, end)
+        return draft
 
-    # -- the waiter's side, under the lock ---------------------------------------------------------------------
+    # -- under the lock ----------------------------------------------------------------------------------------
+
+    def _place(self, parts: Sequence[Part], outcome: Reply | MillstreamError) -> None:
+        for part in parts:
+            self._rows.place(part, outcome)
+        self._ended = time.monotonic()
+        self._changed.notify_all()
+        for listener in self._listeners:
+            listener()
+
+    def _take_unsent(self) -> list[Part]:
+        """What was not sent yet has no better prospects than what was."""
+        parts = list(self._unsent)
+        self._unsent.clear()
+        return parts
+
+    def _expires_at(self) -> float | None:
+        return min((sent.end for sent in self._sent.values() if sent.end is not None), default=None)
 
     def _give_up(self, overdue: Sequence[str]) -> None:
-        parts = [self._sent.pop(job)[0] for job in overdue]
-        parts += self._unsent
-        self._unsent.clear()
+        parts = [self._sent.pop(job).part for job in overdue] + self._take_unsent()
         self._channel.forget(self._terms.service, overdue)
         # Asking the server why takes a round trip: not under the lock, the channel's threads may want it.
         self._changed.release()
@@ -180,52 +245,24 @@ class Handle:
             error = self._why_late(self._terms.service)
         finally:
             self._changed.acquire()
-        self._arrived += [(part, error) for part in parts]
+        self._place(parts, error)
 
-    def _collect(self) -> None:
-        """Put what arrived into its rows."""
-        arrived, self._arrived = self._arrived, []
-        for part, outcome in arrived:
-            self._left -= len(part.rows)
-            if isinstance(outcome, Reply):
-                self._place(part, outcome)
-            else:
-                for row in part.rows:
-                    self._rows[row] = outcome
+    # ----------------------------------------------------------------------------------------------------------
 
-    def _place(self, part: Part, reply: Reply) -> None:
-        good = iter(reply.vectors if reply.vectors is not None else reply.values or [])
-        for at, row in enumerate(part.rows):
-            error = reply.error or reply.errors.get(at)
-            self._rows[row] = error or next(good, _MISSING)
-        self._tokens += reply.tokens
-        self._truncated += [part.rows[at] for at in reply.truncated]
-        for name, ms in reply.timings.items():
-            self._timings[name] = max(ms, self._timings.get(name, 0.0))
+    def _wait_or_raise(self, timeout: float | None) -> None:
+        if not self.wait(timeout):
+            raise DeadlineExceeded(f"no result within {timeout:g} s of waiting", phase="total")
 
-    def _outcome(self) -> Embeddings | list[Json]:
-        errors = {row: each for row, each in enumerate(self._rows) if isinstance(each, MillstreamError)}
-        if errors:
-            raise _failure(errors, self._rows)
-        timings: Timings = {**self._timings, "total": (time.monotonic() - self._began) * 1000}
-        if self._rows and isinstance(self._rows[0], np.ndarray):
-            return Embeddings.of(
-                np.stack(cast(list[Vectors], self._rows)), self._tokens, tuple(sorted(self._truncated)), timings
-            )
-        return cast(list[Json], list(self._rows))
-
-
-_MISSING = ModelFailed("the worker's reply has no result for this row")
-
-
-def _failure(errors: Mapping[int, MillstreamError], rows: Sequence[object]) -> MillstreamError:
-    """One error for the call: the rows' own where all failed alike, else PartialFailure."""
-    first_row, first = next(iter(errors.items()))
-    if len(errors) == len(rows) and all(type(error) is type(first) for error in errors.values()):
-        return first
-    results = [None if row in errors else result for row, result in enumerate(rows)]
-    message = f"{len(errors)} of {len(rows)} rows failed; row {first_row}: {first}"
-    return PartialFailure(message, errors=errors, results=results)
+    def _drop(self, told: Callable[[Sequence[CancelOutcome] | MillstreamError], None]) -> bool:
+        """Give every row that is not answered its Cancelled, and cancel what was sent; False where nothing was."""
+        with self._changed:
+            sent, self._sent = self._sent, {}
+            parts = [each.part for each in sent.values()] + self._take_unsent()
+            if parts:
+                self._place(parts, Cancelled("cancelled by its caller"))
+        if sent:
+            self._channel.cancel(Cancellation(self._terms.service, list(sent), told))
+        return bool(sent)
 
 
 def _soonest(now: float, *moments: float | None) -> float | None:

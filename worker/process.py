@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass
 
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection, retrying
-from millstream.broker.errors import ConfigError, MillstreamError, ModelUnavailable, UnknownService
+from millstream.broker.errors import Cancelled, ConfigError, MillstreamError, ModelUnavailable, UnknownService
+from millstream.broker.job import Reply
 from millstream.broker.lease import Beat, Lease
 from millstream.broker.registry import Registry
 from millstream.broker.streams import Streams
@@ -34,7 +35,7 @@ from millstream.worker.life import Life, ThreadFailed
 from millstream.worker.patience import Patience
 from millstream.worker.progress import Progress, State
 from millstream.worker.runner import Runner
-from millstream.worker.settler import Settler
+from millstream.worker.settler import Finished, Settler
 from millstream.worker.warmup import warm_up
 from millstream.worker.window import Window
 
@@ -82,7 +83,7 @@ class Worker:
         """Until drained. Raises ModelUnavailable, UnknownService, ConfigError at the start, ThreadFailed later."""
         spec = retrying(lambda: self._registry.read(self._orders.service), stop=self._life.stopped)
         model = models.load(spec, self._orders.device, self._orders.threads)
-        window = Window(_budget(spec))
+        window = Window(_budget(spec), spec.runtime.queue_timeout)
         warm_up(model, window)
         self._work(spec, model, window)
 
@@ -107,9 +108,10 @@ class Worker:
         def heard(beat: Beat) -> None:
             clock.heard(beat.now)
             claimer.live_workers = beat.live_workers
-            if beat.lost:
-                window.end(beat.lost)
-                window.forget(beat.lost)
+            window.end(beat.lost)
+            window.forget(beat.lost)
+            for held in window.end(beat.cancelled):
+                settler.put(Finished(held.claim.address, Reply(error=Cancelled("cancelled by its caller"))))
 
         heart = Heart(
             consumer,

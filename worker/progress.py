@@ -14,9 +14,12 @@ from collections.abc import Iterable
 from enum import IntEnum
 
 SIZE = 64 * 1024
-_HEADER = struct.Struct("<BxxxIddQ")  # state, sequence, stamp, since; the sequence's parity picks the slot
-_SLOT = (SIZE - 64) // 2
+_STATE, _CURRENT, _STAMP = 0, 1, slice(8, 16)
+"""Where the header keeps the state, which of the two slots holds the list, and the stamp."""
+_HEADER_SIZE = 64
+_SLOT = (SIZE - _HEADER_SIZE) // 2
 _LENGTH = struct.Struct("<I")
+_SECONDS = struct.Struct("<d")
 
 
 class State(IntEnum):
@@ -52,29 +55,30 @@ class Progress:
         self._write(())
 
     def enter(self, state: State) -> None:
-        self._map[0] = state
+        self._map[_STATE] = state
 
     @property
     def state(self) -> State:
-        return State(self._map[0])
+        return State(self._map[_STATE])
 
     def stamp(self) -> float:
         """time.monotonic() of the last start or stop; one clock for all processes of a host."""
-        return float(_HEADER.unpack_from(self._map)[2])
+        return float(_SECONDS.unpack(self._map[_STAMP])[0])
 
     def running(self) -> list[str]:
         """The entries whose forward is under way, or was when the process died."""
-        _, sequence, *_ = _HEADER.unpack_from(self._map)
-        start = 64 + (sequence % 2) * _SLOT
+        start = _HEADER_SIZE + self._map[_CURRENT] * _SLOT
         (length,) = _LENGTH.unpack_from(self._map, start)
         text = self._map[start + _LENGTH.size : start + _LENGTH.size + length].decode()
         return text.split() if text else []
 
     def _write(self, entries: Iterable[str]) -> None:
-        # Into the slot not in use, then the sequence: a reader never sees half a list.
-        state, sequence, *_ = _HEADER.unpack_from(self._map)
+        # Into the slot not in use, then one byte says so: a reader never sees half a list. Slices are copied whole,
+        # where pack_into would first write zeros.
+        other = 1 - self._map[_CURRENT]
         text = " ".join(entries).encode()[: _SLOT - _LENGTH.size]
-        start = 64 + ((sequence + 1) % 2) * _SLOT
-        _LENGTH.pack_into(self._map, start, len(text))
+        start = _HEADER_SIZE + other * _SLOT
+        self._map[start : start + _LENGTH.size] = _LENGTH.pack(len(text))
         self._map[start + _LENGTH.size : start + _LENGTH.size + len(text)] = text
-        _HEADER.pack_into(self._map, 0, state, (sequence + 1) % 2**32, time.monotonic(), 0.0, 0)
+        self._map[_STAMP] = _SECONDS.pack(time.monotonic())
+        self._map[_CURRENT] = other

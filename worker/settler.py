@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from millstream.broker.codec import encode_reply
 from millstream.broker.connection import retrying
+from millstream.broker.errors import ModelFailed
 from millstream.broker.job import Address, Reply
 from millstream.broker.lease import entry_name
 from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Settlement, Streams
@@ -83,4 +84,9 @@ class Settler(threading.Thread):
 
 
 def _encoded(finished: Finished) -> Settlement:
-    return Settlement(finished.address, encode_reply(finished.reply), finished.bury)
+    try:
+        reply = encode_reply(finished.reply)
+    except (TypeError, ValueError, RecursionError) as error:
+        # What JSON cannot carry is one job's fault, not the end of the process and of all it holds.
+        reply = encode_reply(Reply(error=ModelFailed(f"the answer cannot be sent: {type(error).__name__}")))
+    return Settlement(finished.address, reply, finished.bury)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import secrets
@@ -29,7 +30,9 @@ POLL_S = 0.05
 DRAIN_S = 30.0
 STEADY_S = 30.0
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
-_RUNNABLE = ("embedding", "echo")
+_LIBRARIES = ("torch", "sentence_transformers")
+RUNNABLE = ("embedding", "echo")
+"""The model types this version has a worker for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +69,14 @@ class Child:
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One place for a child: its plan, the child in it, and when the next may start after a death."""
+    """One place for a child: its plan, the child in it, and when the next may start after a death.
+
+    `ready` is what the last look found: other threads read it, and must not touch a child that may just be buried.
+    """
 
     plan: Plan
     child: Child | None = None
+    ready: bool = False
     failures: int = 0
     start_at: float = 0.0
     refused: bool = False
@@ -78,13 +85,23 @@ class Slot:
 def preflight(specs: Sequence[ServiceSpec]) -> None:
     """Check in milliseconds, without torch, what a worker could only find out in seconds. Raises ModelUnavailable."""
     for spec in specs:
-        if spec.model.type not in _RUNNABLE:
+        if spec.model.type not in RUNNABLE:
             raise ModelUnavailable(
                 f"service {spec.name!r}: this version has no worker for models of type {spec.model.type!r}",
-                hint=f"types that run today: {', '.join(_RUNNABLE)}",
+                hint=f"types that run today: {', '.join(RUNNABLE)}",
             )
         if spec.model.type == "embedding":
+            _check_libraries(spec)
             locate(spec.model.model_name)
+
+
+def _check_libraries(spec: ServiceSpec) -> None:
+    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelUnavailable(
+            f"service {spec.name!r} needs {' and '.join(missing)}, not installed here",
+            hint='pip install "millstream[worker]"',
+        )
 
 
 class Supervisor:
@@ -125,21 +142,32 @@ class Supervisor:
                 slot.failures = 0
             if not slot.child and not slot.refused and time.monotonic() >= slot.start_at:
                 slot.child = self._start(slot.plan)
+            slot.ready = slot.child is not None and slot.child.ready
         self._give_back()
         if all(slot.refused for slot in self._slots):
             raise ModelUnavailable("no worker process could start", hint="see the errors above")
 
     @property
     def ready(self) -> int:
-        return sum(1 for slot in self._slots if slot.child and slot.child.ready)
+        return sum(1 for slot in self._slots if slot.ready)
 
     @property
     def size(self) -> int:
         return len(self._slots)
 
+    def tally(self) -> dict[str, tuple[int, int]]:
+        """Service -> (processes that are ready, processes planned)."""
+        counts: dict[str, tuple[int, int]] = {}
+        for slot in self._slots:
+            ready, planned = counts.get(slot.plan.spec.name, (0, 0))
+            counts[slot.plan.spec.name] = (ready + slot.ready, planned + 1)
+        return counts
+
     @property
     def pids(self) -> list[int]:
-        return [slot.child.process.pid for slot in self._slots if slot.child]
+        """Of the children not yet waited for: until then the system gives a pid to nobody else."""
+        children = [slot.child for slot in self._slots]
+        return [child.process.pid for child in children if child and child.process.returncode is None]
 
     def drain(self) -> None:
         """Let every child settle what it holds, for at most `drain_s`; kill what is left and give back its jobs."""
@@ -203,7 +231,7 @@ class Supervisor:
         if child.process.stdin:
             child.process.stdin.close()
         child.progress.close()
-        slot.child = None
+        slot.child, slot.ready = None, False
 
     def _give_back(self) -> None:
         """Release what the dead held: at once, or as soon as the server is back."""

@@ -27,7 +27,10 @@ Outcome = NDArray[np.float32] | Json | MillstreamError
 Rows = list[Row[Prepared]]
 
 HOLD_S = 1.0
-"""At most about this much predicted work is held: a hoarder starves its neighbours."""
+"""About this much predicted work is held, and half the queue timeout at most: a hoarder starves its neighbours."""
+
+LEAST_BATCHES = 3
+"""Held also where they take longer than that, unless a queue timeout presses: fewer rows to choose among pad more."""
 
 HOLD_BATCHES = 8
 
@@ -79,8 +82,10 @@ class Held:
 class Window:
     """What one worker process holds; thread-safe."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, queue_timeout_s: float | None = None) -> None:
         self.budget = budget
+        self._hold_s = HOLD_S if queue_timeout_s is None else min(HOLD_S, queue_timeout_s / 2)
+        self._least_batches = LEAST_BATCHES if queue_timeout_s is None else 1
         self.seconds_per_token = 0.0
         self._pool: Pool[Prepared] = Pool()
         self._held: dict[str, Held] = {}
@@ -125,9 +130,8 @@ class Window:
             )
 
     def _most_tokens(self) -> int:
-        if not self.seconds_per_token:
-            return self.budget.tokens
-        return max(self.budget.tokens, round(HOLD_S / self.seconds_per_token))
+        predicted = round(self._hold_s / self.seconds_per_token) if self.seconds_per_token else 0
+        return max(self._least_batches * self.budget.tokens, predicted)
 
     def wait_for_take(self, timeout: float) -> None:
         """Sleep until the runner takes its next micro-batch, the pool is empty, or `timeout` seconds passed."""

@@ -1,8 +1,9 @@
 -- A worker process says it lives, keeps the lease on what it holds, and learns what it no longer holds.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET workers   KEYS[5] HASH this worker   KEYS[6] STRING reclaim
+-- KEYS[7] ZSET cancelled
 -- ARGV[1] group  ARGV[2] consumer  ARGV[3] lease ms
 -- ARGV[4] n, then n field, value pairs for the hash; then entries held, as 'stream:entry id'
--- Returns {now_ms, live workers, 1 if a reclaim pass is due, lost entries...}
+-- Returns {now_ms, live workers, 1 if a reclaim pass is due, {lost entries}, {entries cancelled since the last beat}}
 
 local GROUP, CONSUMER, LEASE = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local DAY_MS, RECLAIM_EVERY_MS = 86400000, 1000
@@ -20,7 +21,7 @@ redis.call('PEXPIRE', KEYS[5], LEASE * 4)
 local mine = {}
 for stream = 1, 3 do
   local stale = {}
-  for _, pending in ipairs(redis.call('XPENDING', KEYS[stream], GROUP, '-', '+', 4096, CONSUMER)) do
+  for _, pending in ipairs(redis.call('XPENDING', KEYS[stream], GROUP, '-', '+', 100000, CONSUMER)) do
     mine[stream .. ':' .. pending[1]] = true
     if pending[3] > LEASE / 3 and #stale < 1000 then stale[#stale + 1] = pending[1] end
   end
@@ -33,8 +34,15 @@ end
 
 local last = string.match(redis.call('GET', KEYS[6]) or '', '^%d+')
 local due = (not last or now - last >= RECLAIM_EVERY_MS or tonumber(last) > now) and 1 or 0
-local answer = {now, redis.call('ZCOUNT', KEYS[4], now - LEASE, '+inf'), due}
+
+local lost, cancelled = {}, {}
 for i = 5 + 2 * pairs_given, #ARGV do
-  if not mine[ARGV[i]] then answer[#answer + 1] = ARGV[i] end
+  if not mine[ARGV[i]] then lost[#lost + 1] = ARGV[i] end
 end
-return answer
+for _, entry in ipairs(redis.call('ZRANGE', KEYS[7], 0, -1)) do
+  if mine[entry] then
+    cancelled[#cancelled + 1] = entry
+    redis.call('ZREM', KEYS[7], entry)
+  end
+end
+return {now, redis.call('ZCOUNT', KEYS[4], now - LEASE, '+inf'), due, lost, cancelled}

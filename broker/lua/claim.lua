@@ -4,7 +4,7 @@
 -- ARGV[4] jobs, ARGV[5] rows, ARGV[6] tokens at most   ARGV[7] live workers
 -- ARGV[8] 1: this worker holds nothing, so an over-large or a suspect job may go to it, alone
 -- Returns {now_ms, waiting, suspects, {stream, entry id, deliveries, fields}, ...}
---   waiting: new jobs left in the streams; suspects: returned jobs left that must run alone
+--   waiting: new jobs left in the streams; suspects: returned jobs left that wait for a worker that holds nothing
 -- Raises NOGROUP only. What an entry holds is never trusted: without usable numbers it counts as one row.
 
 local GROUP, CONSUMER, RETURNED = ARGV[1], ARGV[2], ARGV[3]
@@ -58,6 +58,10 @@ local function take_returned(stream)
           redis.call('XCLAIM', key, GROUP, CONSUMER, 0, id, 'JUSTID')
           take(stream, id, deliveries, entry[2], r, t)
           full = full or alone
+        else
+          -- Not overtaken: small jobs that keep coming would pass it for ever.
+          full = true
+          if #taken == 0 then suspects = suspects + 1 end
         end
       end
     end

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from support import eventually
 
@@ -17,7 +19,7 @@ from millstream.broker.config import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.connection import Connection
 from millstream.broker.embedded import EmbeddedServer
 from millstream.broker.errors import InputTooLong, InvalidRequest, PartialFailure
-from millstream.broker.inspector import Inspector
+from millstream.broker.inspector import Inspector, WorkerView
 from millstream.broker.job import Vectors
 from millstream.broker.registry import Registry
 from millstream.client import Client
@@ -86,12 +88,23 @@ def _texts(count: int) -> list[str]:
     """Odd ones, and texts of log-normal length up to the model's limit: a word of the list is one token."""
     chance = random.Random(7)
     words = ["river", "mill", "stone", "water", "wheel", "the", "grain", "turns", "slow", "and", "over", "flour"]
-    lengths = [min(LIMIT - 2, max(1, round(chance.lognormvariate(3.0, 0.8)))) for _ in range(count - len(ODD) - 1)]
+    lengths = [min(LIMIT - 2, max(1, round(chance.lognormvariate(2.2, 0.9)))) for _ in range(count - len(ODD) - 1)]
     return [*ODD, *(" ".join(chance.choices(words, k=length)) for length in [*lengths, LIMIT - 2])]
 
 
 def _alone(model: SentenceTransformer, texts: list[str]) -> Vectors:
     return np.stack([model.encode(text, show_progress_bar=False) for text in texts])
+
+
+def _counts(inspector: Inspector) -> dict[str, NDArray[np.int64]]:
+    """Rows, forwards, tokens and padded tokens of each worker, as of a beat from now on."""
+    asked_at = time.monotonic()
+
+    def workers() -> Sequence[WorkerView]:
+        return inspector.services(["embed"])[0].workers
+
+    eventually(lambda: all(each.beat_age_ms < (time.monotonic() - asked_at) * 1000 for each in workers()))
+    return {each.consumer: np.array([each.rows, each.forwards, each.tokens, each.padded]) for each in workers()}
 
 
 def _difference(got: Vectors, expected: Vectors) -> float:
@@ -116,17 +129,13 @@ def test_vectors_equal_the_model_on_each_text_alone(stack: Stack, reference: Sen
 
 
 def test_a_long_call_runs_in_full_well_packed_batches_on_both_workers(stack: Stack) -> None:
-    def counts() -> dict[str, np.ndarray[tuple[int], np.dtype[np.int64]]]:
-        workers = stack.inspector.service("embed").workers
-        return {each.consumer: np.array([each.rows, each.forwards, each.tokens, each.padded]) for each in workers}
+    before = _counts(stack.inspector)
+    stack.client.embed(_texts(1_500))
+    after = _counts(stack.inspector)
 
-    before = counts()
-    handle = stack.client.submit("embed", _texts(1_500))
-    handle.result()
-    eventually(lambda: sum(after[0] - before[who][0] for who, after in counts().items()) == 1_500)
-
-    done = {who: after - before[who] for who, after in counts().items()}
+    done = {consumer: after[consumer] - before[consumer] for consumer in after}
     rows, forwards, tokens, padded = np.sum(list(done.values()), axis=0)
+    assert rows == 1_500
     assert min(each[0] for each in done.values()) >= 0.3 * rows
     assert rows / forwards >= 16
     assert padded / tokens <= 1.2

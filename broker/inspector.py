@@ -1,0 +1,268 @@
+"""Looking without touching: depths, ages, workers, waiting entries. What the CLI and metrics show comes from here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import cast
+
+import redis
+
+from millstream.broker.connection import Connection, translated
+from millstream.broker.job import PRIORITIES, Priority
+from millstream.broker.keys import DEFAULT_PREFIX, GROUP, RETURNED, ServiceKeys
+from millstream.broker.lease import LEASE_S
+from millstream.broker.registry import Registry
+
+Fields = Mapping[bytes, bytes]
+Entries = Sequence[tuple[bytes, Fields | None]]
+
+_START = "0-0"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """What a live worker process said at its last beat; the counts are since its start."""
+
+    consumer: str
+    state: str
+    host: str
+    pid: int
+    device: str
+    fingerprint: str
+    beat_age_ms: int
+    jobs: int
+    rows: int
+    forwards: int
+    tokens: int
+    padded: int
+    errors: int
+    late: int
+    busy_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceView:
+    """One service at one moment.
+
+    Every unsettled job counts once: `waiting` for its first claim, `held` by a live or lost worker (by consumer), or
+    `returned` from a dead one and waiting again. `oldest_ms` is the age of the oldest of them, by the server's clock.
+    """
+
+    name: str
+    waiting: Mapping[Priority, int]
+    held: Mapping[str, int]
+    returned: int
+    oldest_ms: int | None
+    workers: Sequence[WorkerView]
+    dead_letters: int
+
+    @property
+    def in_flight(self) -> int:
+        """Jobs claimed and not settled."""
+        return sum(self.held.values())
+
+    @property
+    def depth(self) -> int:
+        """Jobs nobody holds."""
+        return sum(self.waiting.values()) + self.returned
+
+    @property
+    def rows_per_forward(self) -> float | None:
+        """The mean batch, over the lives of the live workers; None before their first."""
+        forwards = sum(worker.forwards for worker in self.workers)
+        return sum(worker.rows for worker in self.workers) / forwards if forwards else None
+
+    @property
+    def padding(self) -> float | None:
+        """Tokens computed for each token that was asked for: 1.0 pads nothing; None before the first forward."""
+        tokens = sum(worker.tokens for worker in self.workers)
+        return sum(worker.padded for worker in self.workers) / tokens if tokens else None
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A stream entry as it lies there, well-formed or not; bytes that are no UTF-8 come as backslash escapes."""
+
+    id: str
+    fields: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Peek:
+    """The oldest entries that wait in one stream. `after` is the id of the last one that was ever claimed."""
+
+    stream: str
+    after: str
+    entries: Sequence[Entry]
+
+
+class Inspector:
+    """A read-only view of one server's services under one key prefix."""
+
+    def __init__(self, connection: Connection, prefix: str = DEFAULT_PREFIX) -> None:
+        self._connection = connection
+        self._registry = Registry(connection, prefix)
+
+    def services(self, names: Sequence[str] | None = None) -> list[ServiceView]:
+        """These services, or all that are registered, in two round trips however many they are.
+
+        The figures of a moment, not of one instant: they may disagree by what happened between two commands.
+        Raises BrokerUnavailable.
+        """
+        chosen = [self._registry.keys(name) for name in (self._registry.names() if names is None else names)]
+        with translated(self._connection.safe_url):
+            now, queues = self._queues(chosen)
+            live = [(keys, consumer) for keys, queue in zip(chosen, queues, strict=True) for consumer in queue.live]
+            workers = self._workers(live, now)
+        return [queue.view(keys.service, workers, now) for keys, queue in zip(chosen, queues, strict=True)]
+
+    def peek(self, service: str, priority: Priority, count: int = 10) -> Peek:
+        """The oldest waiting entries of a stream, those given back by dead workers first. Raises BrokerUnavailable."""
+        stream = self._registry.keys(service).stream(priority)
+        with translated(self._connection.safe_url):
+            after, returned = self._positions(stream, count)
+            pipe = self._connection.client.pipeline(transaction=False)
+            for entry_id in returned:
+                pipe.xrange(stream, entry_id, entry_id)
+            pipe.xrange(stream, f"({after}", count=count)
+            found = [entry for entries in cast(list[Entries], pipe.execute()) for entry in entries]
+        return Peek(stream, after, [_entry(entry_id, fields or {}) for entry_id, fields in found[:count]])
+
+    def _queues(self, services: Sequence[ServiceKeys]) -> tuple[int, list[_Queue]]:
+        pipe = self._connection.client.pipeline(transaction=False)
+        pipe.time()
+        for keys in services:
+            for stream in keys.streams():
+                pipe.xlen(stream)
+                pipe.xpending(stream, GROUP)
+                pipe.xrange(stream, count=1)
+            pipe.xlen(keys.dead())
+            pipe.zrange(keys.workers(), 0, -1, withscores=True)
+        answers = iter(_answers(pipe))
+        now = _ms(next(answers))
+        return now, [_Queue.read(answers, now) for _ in services]
+
+    def _workers(self, live: Sequence[tuple[ServiceKeys, bytes]], now: int) -> Mapping[tuple[str, str], WorkerView]:
+        if not live:
+            return {}
+        pipe = self._connection.client.pipeline(transaction=False)
+        for keys, consumer in live:
+            pipe.hgetall(keys.worker(_text(consumer)))
+        hashes = cast(list[Fields], pipe.execute())
+        views = (_worker(consumer, fields, now) for (_, consumer), fields in zip(live, hashes, strict=True))
+        return {(keys.service, view.consumer): view for (keys, _), view in zip(live, views, strict=True)}
+
+    def _positions(self, stream: str, count: int) -> tuple[str, list[bytes]]:
+        """The last id delivered to the group, and the oldest entries that were given back to it."""
+        pipe = self._connection.client.pipeline(transaction=False)
+        pipe.xinfo_groups(stream)
+        pipe.xpending_range(stream, GROUP, min="-", max="+", count=count, consumername=RETURNED)
+        groups, pending = _answers(pipe)
+        after = (each["last-delivered-id"] for each in cast(list[dict[str, bytes]], groups or []) if _is_ours(each))
+        returned = [each["message_id"] for each in cast(list[dict[str, bytes]], pending or [])]
+        return next((entry_id.decode() for entry_id in after), _START), returned
+
+
+@dataclass(frozen=True, slots=True)
+class _Queue:
+    """The answers about one service."""
+
+    waiting: Mapping[Priority, int]
+    pending: Counter[str]
+    oldest_at: int | None
+    live: Sequence[bytes]
+    dead_letters: int
+
+    @classmethod
+    def read(cls, answers: Iterator[object], now: int) -> _Queue:
+        waiting: dict[Priority, int] = {}
+        pending: Counter[str] = Counter()
+        oldest: list[int] = []
+        for priority in PRIORITIES:
+            length, group, first = islice(answers, 3)
+            claimed = _pending(group)
+            waiting[priority] = max(0, cast(int, length) - claimed.total())
+            pending += claimed
+            oldest += _accepted_at(cast(Entries, first))
+        dead_letters, beats = islice(answers, 2)
+        live = [name for name, beat in cast(list[tuple[bytes, float]], beats) if now - beat <= LEASE_S * 1000]
+        return cls(waiting, pending, min(oldest, default=None), live, cast(int, dead_letters))
+
+    def view(self, service: str, workers: Mapping[tuple[str, str], WorkerView], now: int) -> ServiceView:
+        return ServiceView(
+            name=service,
+            waiting=self.waiting,
+            held={consumer: count for consumer, count in self.pending.items() if consumer != RETURNED},
+            returned=self.pending[RETURNED],
+            oldest_ms=None if self.oldest_at is None else max(0, now - self.oldest_at),
+            workers=[workers[service, _text(consumer)] for consumer in self.live],
+            dead_letters=self.dead_letters,
+        )
+
+
+def _answers(pipe: redis.client.Pipeline) -> list[object]:
+    """The pipeline's answers; None for a stream or group that is not there yet."""
+    answers: list[object] = pipe.execute(raise_on_error=False)
+    for at, answer in enumerate(answers):
+        if isinstance(answer, redis.exceptions.ResponseError) and str(answer).startswith(("NOGROUP", "no such key")):
+            answers[at] = None
+        elif isinstance(answer, Exception):
+            raise answer
+    return answers
+
+
+def _pending(group: object) -> Counter[str]:
+    """How many entries each consumer of the group owns."""
+    summary = cast(dict[str, object], group or {})
+    consumers = cast(list[dict[str, object]], summary.get("consumers") or [])
+    return Counter({_text(cast(bytes, each["name"])): cast(int, each["pending"]) for each in consumers})
+
+
+def _accepted_at(first: Entries) -> list[int]:
+    """When the entry was accepted, server ms; nothing where it does not say so."""
+    return [int(at) for _, fields in first if (at := (fields or {}).get(b"at", b"")).isdigit() and len(at) <= 16]
+
+
+def _worker(consumer: bytes, fields: Fields, now: int) -> WorkerView:
+    return WorkerView(
+        consumer=_text(consumer),
+        state=_text(fields.get(b"state", b"unknown")),
+        host=_text(fields.get(b"host", b"")),
+        pid=_count(fields, b"pid"),
+        device=_text(fields.get(b"device", b"")),
+        fingerprint=_text(fields.get(b"fingerprint", b"")),
+        beat_age_ms=max(0, now - (_count(fields, b"beat") or now)),
+        jobs=_count(fields, b"jobs"),
+        rows=_count(fields, b"rows"),
+        forwards=_count(fields, b"forwards"),
+        tokens=_count(fields, b"tokens"),
+        padded=_count(fields, b"padded"),
+        errors=_count(fields, b"errors"),
+        late=_count(fields, b"late"),
+        busy_ms=_count(fields, b"busy_ms"),
+    )
+
+
+def _entry(entry_id: bytes, fields: Fields) -> Entry:
+    return Entry(_text(entry_id), {_text(name): _text(value) for name, value in fields.items()})
+
+
+def _is_ours(group: Mapping[str, bytes]) -> bool:
+    return group["name"] == GROUP.encode()
+
+
+def _count(fields: Fields, name: bytes) -> int:
+    value = fields.get(name, b"")
+    return int(value) if value.isdigit() and len(value) <= 16 else 0
+
+
+def _ms(time: object) -> int:
+    seconds, micros = cast(tuple[int, int], time)
+    return seconds * 1000 + micros // 1000
+
+
+def _text(value: bytes) -> str:
+    return value.decode(errors="backslashreplace")

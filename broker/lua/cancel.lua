@@ -1,0 +1,55 @@
+-- Stop jobs that nobody wants any more: one that waits is gone and answered, one that a worker holds is marked for it.
+-- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET cancelled
+-- KEYS[5..] per job: STRING seen, STREAM or STRING where its reply goes
+-- ARGV[1] group  ARGV[2] consumer of returned jobs; then per job: job id, 'stream' | 'string', reply ttl ms, reply
+-- Returns per job: 2 it waited and will not run; 1 its worker is told at its next beat; 0 settled, or never was
+
+local GROUP, RETURNED = ARGV[1], ARGV[2]
+local MARKS_KEPT_MS = 3600000
+
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+local function find(entry)
+  for stream = 1, 3 do
+    if redis.call('XRANGE', KEYS[stream], entry, entry)[1] then return stream end
+  end
+end
+
+local function holder(stream, entry)
+  local pending = redis.call('XPENDING', KEYS[stream], GROUP, entry, entry, 1)[1]
+  return pending and pending[2]
+end
+
+local function answer(kind, key, job, ttl, reply)
+  if kind == 'string' then
+    redis.pcall('SET', key, reply, 'PX', ttl)
+  else
+    redis.pcall('XADD', key, '*', 'id', job, 'reply', reply)
+    redis.call('PEXPIRE', key, ttl)
+  end
+end
+
+local function cancel(seen, key, job, kind, ttl, reply)
+  local entry = redis.call('GET', seen)
+  local stream = entry and find(entry)
+  if not stream then return 0 end
+  local owner = holder(stream, entry)
+  if owner and owner ~= RETURNED then
+    redis.call('ZADD', KEYS[4], now, stream .. ':' .. entry)
+    redis.call('PEXPIRE', KEYS[4], MARKS_KEPT_MS)
+    return 1
+  end
+  redis.call('XACK', KEYS[stream], GROUP, entry)
+  redis.call('XDEL', KEYS[stream], entry)
+  answer(kind, key, job, ttl, reply)
+  return 2
+end
+
+redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', now - MARKS_KEPT_MS)
+local outcomes, key = {}, 5
+for arg = 3, #ARGV, 4 do
+  outcomes[#outcomes + 1] = cancel(KEYS[key], KEYS[key + 1], ARGV[arg], ARGV[arg + 1], ARGV[arg + 2], ARGV[arg + 3])
+  key = key + 2
+end
+return outcomes

@@ -1,0 +1,209 @@
+"""`millstream embed`: texts in, vectors out, through the queue."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Literal, cast
+
+import click
+
+from millstream.broker.errors import InvalidRequest, MillstreamError, NoWorkers, PartialFailure
+from millstream.cli import options
+
+if TYPE_CHECKING:
+    from millstream.broker.job import Vectors
+    from millstream.client import Client
+    from millstream.client.services import Services
+
+Format = Literal["json", "npy", "text"]
+
+DEFAULT_WAIT_S = 1.0
+_POLL_S = 0.1
+
+
+@click.command()
+@click.argument("texts", metavar="[TEXT]...", nargs=-1)
+@click.option("--service", metavar="NAME", help="By default the only embedding service there is.")
+@click.option("--priority", type=click.Choice(["realtime", "normal", "batch"]), default="normal", show_default=True)
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds for the whole call.")
+@click.option("--truncate", type=click.Choice(["none", "start", "end"]), help="Where to cut texts that are too long.")
+@click.option(
+    "--wait",
+    "wait_s",
+    type=click.FloatRange(min=0),
+    default=DEFAULT_WAIT_S,
+    show_default=True,
+    help="Seconds to wait for a worker where none is alive.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Standard input is a JSON array of strings, or one string a line."
+)
+@click.option("--format", "layout", type=click.Choice(["json", "npy", "text"]), default="json", show_default=True)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="A file, instead of standard output.")
+@options.url
+@options.prefix
+def embed(
+    texts: tuple[str, ...],
+    service: str | None,
+    wait_s: float,
+    as_json: bool,
+    layout: Format,
+    output: Path | None,
+    url: str | None,
+    prefix: str | None,
+    **call: str | float | None,
+) -> None:
+    """Embed each TEXT, or each line of standard input, through the queue.
+
+    One line of JSON a text: {"index": 0, "embedding": [...]}. With --format text the numbers alone; with npy one
+    float32 array. A text that failed has no JSON line, an empty line or a row of NaN, and a line on standard error.
+    """
+    _check_output(output, layout)
+    rows = _texts(texts, as_json)
+    target = options.find(url, prefix)
+    from millstream.broker.registry import Registry
+    from millstream.client import Client
+    from millstream.client.services import Services
+
+    with options.connected(target.url) as connection:
+        services = Services(connection, Registry(connection, target.prefix))
+        name = _service(services, service)
+        _await_worker(services, name, wait_s)
+    with Client(target.url, prefix=target.prefix) as client:
+        vectors, errors = _call(client, rows, {"service": name, **call})
+    _write(encode(layout, vectors), output)
+    for index, error in sorted(errors.items()):
+        click.echo(f"millstream: text {index}: {error}", err=True)
+    if errors:
+        click.get_current_context().exit(PartialFailure.exit_code)
+
+
+def _check_output(output: Path | None, layout: Format) -> None:
+    """Before the work, not after it."""
+    if output and not output.parent.is_dir():
+        raise click.UsageError(f"--output: there is no folder '{output.parent}'.")
+    if layout == "npy" and not output and sys.stdout.isatty():
+        raise click.UsageError("an array is not for a terminal: give --output FILE.")
+
+
+def _texts(arguments: Sequence[str], as_json: bool) -> list[str]:
+    """What to embed. Raises InvalidRequest, a line for each thing that is no text."""
+    if arguments and as_json:
+        raise click.UsageError("--json reads standard input: give no TEXT with it.")
+    if arguments:
+        return list(arguments)
+    if sys.stdin.isatty():
+        raise click.UsageError("no texts: give some as arguments or on standard input.")
+    # Not decoded strictly: a line that is no UTF-8 is refused by itself, its neighbours are embedded.
+    text = sys.stdin.buffer.read().decode(errors="surrogateescape")
+    if as_json:
+        return parse_json(text)
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def parse_json(text: str) -> list[str]:
+    """The strings of a JSON array, or of one JSON string a line. Raises InvalidRequest, naming what is none."""
+    values = _array(text)
+    strings = [value for value in values if isinstance(value, str)]
+    if len(strings) < len(values):
+        raise InvalidRequest(
+            "\n".join(
+                f"text {index}: not a string but {json.dumps(value, ensure_ascii=False)[:60]}"
+                for index, value in enumerate(values)
+                if not isinstance(value, str)
+            )
+        )
+    return strings
+
+
+def _array(text: str) -> list[object]:
+    if text.lstrip().startswith("["):
+        return cast(list[object], _parsed(text, "standard input"))
+    lines = enumerate(text.split("\n"), start=1)
+    return [_parsed(line, f"line {number}") for number, line in lines if line.strip()]
+
+
+def _parsed(text: str, where: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{where} is not JSON: {error}") from None
+
+
+def _service(services: Services, wanted: str | None) -> str:
+    """The service to call. Raises UnknownService, or InvalidRequest where it embeds nothing."""
+    if wanted is None:
+        return services.only("embedding")
+    spec, _ = services.read(wanted)
+    if spec.model.type != "embedding":
+        raise InvalidRequest(f"service {wanted!r} is of type {spec.model.type!r}", hint="embedding services embed")
+    return wanted
+
+
+def _await_worker(services: Services, service: str, wait_s: float) -> None:
+    """Give a worker that is just starting its chance. Raises NoWorkers."""
+    until = time.monotonic() + wait_s
+    while not services.live_workers(service):
+        if time.monotonic() >= until:
+            raise NoWorkers(
+                f"no worker of service {service!r} is alive",
+                hint="start one with `millstream up` or `millstream worker run`, or give --wait SECONDS",
+            )
+        time.sleep(_POLL_S)
+
+
+def _call(
+    client: Client, texts: Sequence[str], call: Mapping[str, str | float | None]
+) -> tuple[list[Vectors | None], Mapping[int, MillstreamError]]:
+    """A vector a text, None where it failed, and the errors by index. Raises where every text failed alike."""
+    try:
+        return list(client.embed(texts, **call)), {}  # type: ignore[arg-type]
+    except PartialFailure as partial:
+        return cast("list[Vectors | None]", partial.results), partial.errors
+
+
+def encode(layout: Format, vectors: Sequence[Vectors | None]) -> Iterator[bytes]:
+    """The output, piece by piece. Numbers are written with the digits that give the same float32 back."""
+    if layout == "npy":
+        yield _npy(vectors)
+        return
+    for index, vector in enumerate(vectors):
+        numbers = [] if vector is None else [str(number) for number in vector]
+        if layout == "text":
+            yield " ".join(numbers).encode() + b"\n"
+        elif vector is not None:
+            yield f'{{"index":{index},"embedding":[{",".join(numbers)}]}}\n'.encode()
+
+
+def _npy(vectors: Sequence[Vectors | None]) -> bytes:
+    import io
+
+    import numpy as np
+
+    dimension = next((len(vector) for vector in vectors if vector is not None), 0)
+    missing = np.full(dimension, np.nan, dtype=np.float32)
+    rows = [missing if vector is None else vector for vector in vectors]
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(rows, dtype=np.float32).reshape(len(rows), dimension), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _write(pieces: Iterable[bytes], output: Path | None) -> None:
+    if output is None:
+        _copy(pieces, sys.stdout.buffer)
+        return
+    try:
+        with output.open("wb") as file:
+            _copy(pieces, file)
+    except OSError as error:
+        raise click.FileError(str(output), error.strerror) from None
+
+
+def _copy(pieces: Iterable[bytes], sink: BinaryIO) -> None:
+    for piece in pieces:
+        sink.write(piece)
+    sink.flush()

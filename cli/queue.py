@@ -1,0 +1,125 @@
+"""`millstream queue`: what waits, what runs, and who works, read without touching anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from millstream.cli import options
+from millstream.cli.table import aligned
+
+if TYPE_CHECKING:
+    from millstream.broker.inspector import Entry, ServiceView
+
+_HEADING = (
+    "SERVICE",
+    "REALTIME",
+    "NORMAL",
+    "BATCH",
+    "IN FLIGHT",
+    "RETURNED",
+    "OLDEST",
+    "WORKERS",
+    "ROWS/FORWARD",
+    "PADDING",
+    "DEAD",
+)
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+
+
+@click.group()
+def queue() -> None:
+    """Look into the queues: waiting and running jobs, dead letters."""
+
+
+@queue.command("ls")
+@options.url
+@options.prefix
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with every worker's own figures.")
+def list_services(url: str | None, prefix: str | None, as_json: bool) -> None:
+    """List the services: jobs that wait by priority, jobs in flight, workers, batches, dead letters.
+
+    RETURNED jobs were given back by workers that died, and run next. OLDEST is the age of the oldest job.
+    """
+    target = options.find(url, prefix)
+    from millstream.broker.inspector import Inspector
+
+    with options.connected(target.url) as connection:
+        views = Inspector(connection, target.prefix).services()
+        where = connection.safe_url
+    if as_json:
+        click.echo(json.dumps([as_record(view) for view in views], ensure_ascii=False, indent=2))
+    elif views:
+        click.echo(aligned([_HEADING, *(_row(view) for view in views)]))
+    else:
+        click.echo(f"no service is registered on {where}")
+
+
+@queue.command()
+@click.argument("service")
+@options.url
+@options.prefix
+@click.option("--priority", type=click.Choice(["realtime", "normal", "batch"]), help="By default all three.")
+@click.option("--count", type=click.IntRange(min=1), default=10, show_default=True, help="Entries of each priority.")
+def peek(service: str, url: str | None, prefix: str | None, priority: str | None, count: int) -> None:
+    """Show the oldest jobs that wait for SERVICE, as they lie in the stream, and the redis-cli line that does."""
+    target = options.find(url, prefix)
+    from millstream.broker.inspector import Inspector
+    from millstream.broker.job import PRIORITIES, Priority
+    from millstream.broker.registry import Registry
+
+    with options.connected(target.url) as connection:
+        # Its error knows the services there are.
+        Registry(connection, target.prefix).read(service)
+        inspector = Inspector(connection, target.prefix)
+        for each in [Priority(priority)] if priority else PRIORITIES:
+            found = inspector.peek(service, each, count)
+            start = "-" if found.after == "0-0" else f"({found.after}"
+            words = ("XRANGE", found.stream, start, "+", "COUNT", str(count))
+            click.echo(f"# {options.redis_cli(target.url, *words)}")
+            _print(found.entries)
+
+
+def _print(entries: Sequence[Entry]) -> None:
+    for entry in entries:
+        lines = [entry.id, *(f"{name} {value}" for name, value in entry.fields.items())]
+        # As bytes: what lies there is UTF-8, whatever this terminal's locale says. Control characters could act on it.
+        click.echo("\n".join(line.translate(_CONTROL) for line in lines).encode())
+
+
+def as_record(view: ServiceView) -> dict[str, object]:
+    """A service as JSON shows it."""
+    figures = {"depth": view.depth, "rows_per_forward": view.rows_per_forward, "padding": view.padding}
+    return asdict(view) | figures
+
+
+def _row(view: ServiceView) -> tuple[str, ...]:
+    return (
+        view.name,
+        *(str(count) for count in view.waiting.values()),
+        str(view.in_flight),
+        str(view.returned),
+        _age(view.oldest_ms),
+        str(len(view.workers)),
+        _mean(view.rows_per_forward, 1),
+        _mean(view.padding, 2),
+        str(view.dead_letters),
+    )
+
+
+def _age(ms: int | None) -> str:
+    if ms is None:
+        return "-"
+    if ms < 10_000:
+        return f"{ms / 1000:.1f}s"
+    minutes, seconds = divmod(ms // 1000, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+def _mean(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,104 @@
+"""How a long-running command says how things stand: a line redrawn on a terminal, a line a change elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from contextlib import suppress
+from types import TracebackType
+from typing import Protocol
+
+import click
+
+
+class Status(Protocol):
+    """Where the state of things is shown. `show` raises nothing: who goes on must not end with its reader."""
+
+    detailed: bool
+    """Whether figures that change every second are wanted."""
+
+    def show(self, line: str) -> None: ...
+
+
+class Lines:
+    """For a pipe or a file: a line where it differs from the one before."""
+
+    detailed = False
+
+    def __init__(self) -> None:
+        self._shown = ""
+
+    def show(self, line: str) -> None:
+        if line != self._shown:
+            self._shown = line
+            with suppress(OSError):
+                click.echo(line)
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return
+
+
+class Redrawn:
+    """For a terminal: one line at the bottom; what this process and its workers log scrolls by above it.
+
+    Workers write to the standard error they inherit, so while this is open that is a pipe, read here.
+    """
+
+    detailed = True
+
+    def __init__(self, where: str) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._where = where
+        self._shown = ""
+        self._console = Console(highlight=False)
+        self._live = Live(console=self._console, auto_refresh=False, transient=True, redirect_stderr=False)
+
+    def show(self, line: str) -> None:
+        from rich.text import Text
+
+        if line != self._shown:
+            self._shown = line
+            with suppress(OSError):
+                self._live.update(Text(f"{line}  {self._where}", no_wrap=True, overflow="ellipsis"), refresh=True)
+
+    def __enter__(self) -> Redrawn:
+        self._live.start()
+        sys.stderr.flush()
+        reading, writing = os.pipe()
+        self._stderr = os.dup(2)
+        os.dup2(writing, 2)
+        os.close(writing)
+        self._reader = threading.Thread(target=self._pass_on, args=(reading,), name="log lines", daemon=True)
+        self._reader.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        sys.stderr.flush()
+        os.dup2(self._stderr, 2)
+        os.close(self._stderr)
+        # It ends with the last worker; one that hangs in the kernel must not hold up the end.
+        self._reader.join(1.0)
+        with suppress(OSError):
+            self._live.stop()
+
+    def _pass_on(self, reading: int) -> None:
+        with os.fdopen(reading, errors="replace") as lines:
+            for line in lines:
+                with suppress(OSError):
+                    self._console.print(line.rstrip("\n"), markup=False, soft_wrap=True)
+
+
+def status_line(where: str) -> Lines | Redrawn:
+    """The one that fits where the output goes; `where` names the server."""
+    interactive = sys.stdout.isatty() and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    return Redrawn(where) if interactive else Lines()

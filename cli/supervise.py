@@ -1,0 +1,151 @@
+"""Running a supervisor in the foreground: saying how things stand, keeping its server alive, ending cleanly."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Mapping
+
+from millstream.broker.embedded import EmbeddedServer
+from millstream.broker.errors import MillstreamError
+from millstream.broker.inspector import Inspector, ServiceView
+from millstream.cli.interrupts import Interrupts
+from millstream.cli.status import Status
+from millstream.worker.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+LOOK_S = 1.0
+_RATE_LOOKS = 6
+_LONGEST_PAUSE_S = 30.0
+
+
+def supervise(
+    supervisor: Supervisor,
+    interrupts: Interrupts,
+    status: Status,
+    inspector: Inspector | None = None,
+    server: EmbeddedServer | None = None,
+) -> None:
+    """Run `supervisor` until it is interrupted and drained; `server` is started again where it crashes meanwhile.
+
+    Raises what Supervisor.run raises, and KeyboardInterrupt where a second interrupt cut the drain short.
+    """
+    logging.basicConfig(level=logging.WARNING, format="millstream: %(message)s")
+    monitor = Monitor(supervisor, interrupts, status, inspector, server)
+    monitor.start()
+    try:
+        interrupts.attach(supervisor)
+        supervisor.run()
+    finally:
+        monitor.end()
+    if interrupts.kills:
+        raise KeyboardInterrupt
+
+
+class Monitor(threading.Thread):
+    """Looks ten times a second at the processes, once a second at the server and its queues."""
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        interrupts: Interrupts,
+        status: Status,
+        inspector: Inspector | None,
+        server: EmbeddedServer | None,
+    ) -> None:
+        super().__init__(name="monitor", daemon=True)
+        self._supervisor = supervisor
+        self._interrupts = interrupts
+        self._status = status
+        self._inspector = inspector
+        self._server = server
+        self._ended = threading.Event()
+        self._was_ready = False
+        self._figures: Mapping[str, str] = {}
+        self._rates: defaultdict[str, Rate] = defaultdict(Rate)
+        self._pause_s = 0.0
+        self._restart_at = 0.0
+
+    def end(self) -> None:
+        self._ended.set()
+        self.join()
+
+    def run(self) -> None:
+        look_at = time.monotonic() + LOOK_S
+        while not self._ended.wait(TICK_S):
+            self._status.show(self._line())
+            if time.monotonic() >= look_at:
+                self._look()
+                look_at = time.monotonic() + LOOK_S
+
+    def _line(self) -> str:
+        if self._interrupts.drains:
+            return "draining: workers finish what they hold; interrupt again to kill"
+        tally = self._supervisor.tally()
+        counts = ", ".join(
+            f"{name} {ready}/{planned}{self._figures.get(name, '')}" for name, (ready, planned) in tally.items()
+        )
+        return f"{self._phase()}: {counts}"
+
+    def _phase(self) -> str:
+        if self._supervisor.ready == self._supervisor.size:
+            self._was_ready = True
+            return "ready"
+        return "degraded" if self._was_ready else "starting"
+
+    def _look(self) -> None:
+        try:
+            if self._server:
+                self._keep(self._server)
+            if self._inspector and self._status.detailed:
+                self._figures = self._measured(self._inspector)
+        except Exception as error:  # noqa: BLE001 - what is shown may fail; what it is about must go on
+            log.debug("looking at the server failed: %s", error)
+            self._figures = dict.fromkeys(self._supervisor.tally(), " (the server does not answer)")
+
+    def _keep(self, server: EmbeddedServer) -> None:
+        if server.alive() or time.monotonic() < self._restart_at:
+            return
+        log.warning("the server is gone; starting it again")
+        try:
+            server.restart()
+        except MillstreamError as error:
+            self._pause_s = min(_LONGEST_PAUSE_S, max(LOOK_S, 2 * self._pause_s))
+            self._restart_at = time.monotonic() + self._pause_s
+            log.warning("%s; next try in %g s", error, self._pause_s)
+        else:
+            self._pause_s = 0.0
+            log.warning("the server is back, with its data")
+
+    def _measured(self, inspector: Inspector) -> Mapping[str, str]:
+        now = time.monotonic()
+        views = inspector.services(list(self._supervisor.tally()))
+        return {view.name: figures(view, self._rates[view.name].observe(view, now)) for view in views}
+
+
+class Rate:
+    """Rows a second over the last looks."""
+
+    def __init__(self) -> None:
+        self._rows: Mapping[str, int] = {}
+        self._total = 0
+        self._looks: deque[tuple[float, int]] = deque(maxlen=_RATE_LOOKS)
+
+    def observe(self, view: ServiceView, now: float) -> float:
+        """The rate after one more look, at `now`, monotonic seconds."""
+        # A consumer is one process: its counter only grows, and starts to count when it is first seen.
+        self._total += sum(worker.rows - self._rows.get(worker.consumer, worker.rows) for worker in view.workers)
+        self._rows = {worker.consumer: worker.rows for worker in view.workers}
+        self._looks.append((now, self._total))
+        (since, before), (until, after) = self._looks[0], self._looks[-1]
+        return (after - before) / (until - since) if until > since else 0.0
+
+
+def figures(view: ServiceView, rate: float) -> str:
+    """What follows a service's name and its workers in the status line."""
+    padding = f", padding {view.padding:.2f}" if view.padding else ""
+    return f" ({view.depth} waiting, {view.in_flight} in flight, {rate:.0f} texts/s{padding})"

@@ -1,0 +1,111 @@
+"""`millstream up`: a server where none is configured, and workers for every service of a configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from millstream.broker.config import Config
+from millstream.broker.errors import ConfigError
+from millstream.cli import options
+from millstream.cli.config import config_path, load_and_warn
+
+if TYPE_CHECKING:
+    from millstream.broker.connection import Connection
+    from millstream.broker.embedded import EmbeddedServer
+    from millstream.cli.interrupts import Interrupts
+
+URL_VARIABLE = "MILLSTREAM_REDIS_URL"
+
+
+@click.command()
+@config_path
+@click.option(
+    "--data-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where the server that is started keeps its data; by default MILLSTREAM_DATA_DIR, or else redis.data_dir.",
+)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), help="TCP port, on loopback, of the server that is started; 0: any free."
+)
+@click.option(
+    "--url", metavar="URL", help="Use this Redis server; by default MILLSTREAM_REDIS_URL, or else redis.url of PATH."
+)
+@click.option("--replace", is_flag=True, help="Change services that are registered with other values.")
+def up(path: Path, data_dir: Path | None, port: int | None, url: str | None, replace: bool) -> None:
+    """Start a server where none is configured, and workers for each service of PATH, by default ./config.yaml.
+
+    Ctrl-C drains: workers finish what they hold, then everything ends. Ctrl-C again kills.
+    """
+    if url and (data_dir or port is not None):
+        raise click.UsageError("--data-dir and --port are for a server of its own: not with --url.")
+    config = load_and_warn(path)
+    if not config.services:
+        raise ConfigError(f"{path}: nothing to run", hint="add a service under services:")
+    from millstream.cli.interrupts import Interrupts
+    from millstream.worker.supervisor import preflight
+
+    preflight(list(config.services.values()))
+    own = data_dir is not None or port is not None
+    external = None if own else url or os.environ.get(URL_VARIABLE) or config.redis.url
+    with Interrupts() as interrupts, _server(external, _data_dir(data_dir, config), port) as (found, server):
+        _run(config, interrupts, found, server, replace)
+
+
+def _run(config: Config, interrupts: Interrupts, url: str, server: EmbeddedServer | None, replace: bool) -> None:
+    from millstream.broker.inspector import Inspector
+    from millstream.broker.registry import Registry
+    from millstream.cli.status import status_line
+    from millstream.cli.supervise import supervise
+    from millstream.worker.supervisor import Plan, Supervisor
+
+    prefix, specs = config.redis.key_prefix, list(config.services.values())
+    with options.connected(url) as connection:
+        registry = Registry(connection, prefix)
+        _introduce(connection, server, registry.keys(specs[0].name).streams()[1])
+        registry.push(specs, replace=replace)
+        plans = [Plan(spec, spec.runtime.worker_count) for spec in specs]
+        supervisor = Supervisor(url, prefix, plans, result_ttl_s=config.redis.result_ttl)
+        with status_line(connection.safe_url) as status:
+            supervise(supervisor, interrupts, status, Inspector(connection, prefix), server)
+    click.echo("drained: every job that was claimed is answered, the others wait in the queue")
+
+
+def _data_dir(flag: Path | None, config: Config) -> Path | None:
+    """None is the default one, which the environment can name."""
+    return flag or (None if os.environ.get("MILLSTREAM_DATA_DIR") else config.redis.data_dir)
+
+
+@contextmanager
+def _server(
+    external: str | None, data_dir: Path | None, port: int | None
+) -> Iterator[tuple[str, EmbeddedServer | None]]:
+    """The URL to use, and the server of our own where there is no `external` one."""
+    if external:
+        yield external, None
+        return
+    from millstream.broker.embedded import EmbeddedServer
+
+    with EmbeddedServer.start(data_dir, tcp_port=port) as server:
+        yield server.url, server
+
+
+def _introduce(connection: Connection, server: EmbeddedServer | None, stream: str) -> None:
+    """Say which server it is and how to reach it. Raises ConfigError where it is too old, BrokerUnavailable."""
+    from millstream.broker.connection import check
+    from millstream.broker.engine import version_text
+
+    info = check(connection)
+    where = ""
+    if server:
+        where = f"; data in {server.data_dir}" if server.owned else f"; already running, data in {server.data_dir}"
+    click.echo(f"server: {connection.safe_url} ({info.engine} {version_text(info.version)}{where})")
+    click.echo(f"look:   {options.redis_cli(connection.url, 'XRANGE', stream, '-', '+', 'COUNT', '10')}")
+    for reachable in [connection.safe_url, server.tcp_url if server else None]:
+        if reachable:
+            click.echo(f"use:    export {URL_VARIABLE}={reachable}")

@@ -1,0 +1,72 @@
+"""The rows of one call and what became of each: pure bookkeeping, in the caller's order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import numpy as np
+
+from millstream.broker.errors import MillstreamError, ModelFailed, PartialFailure
+from millstream.broker.job import Json, Reply, Vectors
+from millstream.client.result import Embeddings
+from millstream.client.split import Part
+
+RowOutcome = Vectors | Json | MillstreamError
+"""A vector [dim], a JSON value, or the row's error."""
+
+_MISSING = ModelFailed("the worker's reply has no result for this row")
+
+
+class Rows:
+    """Outcomes by row, filled part by part. `left` rows have none yet."""
+
+    def __init__(self, count: int, refused: Mapping[int, MillstreamError]) -> None:
+        self._rows: list[RowOutcome] = [None] * count
+        self.left = count - len(refused)
+        self._tokens = 0
+        self._truncated: list[int] = []
+        self._timings: dict[str, float] = {}
+        for row, error in refused.items():
+            self._rows[row] = error
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def place(self, part: Part, outcome: Reply | MillstreamError) -> None:
+        """Put what came for `part` into its rows; one error stands for all of them."""
+        self.left -= len(part.rows)
+        if isinstance(outcome, MillstreamError):
+            outcome = Reply(error=outcome)
+        good = iter(outcome.vectors if outcome.vectors is not None else outcome.values or [])
+        for at, row in enumerate(part.rows):
+            self._rows[row] = outcome.error or outcome.errors.get(at) or next(good, _MISSING)
+        self._tokens += outcome.tokens
+        self._truncated += [part.rows[at] for at in outcome.truncated if at < len(part.rows)]
+        for name, ms in outcome.timings.items():
+            self._timings[name] = max(ms, self._timings.get(name, 0.0))
+
+    def outcomes(self) -> list[RowOutcome]:
+        return list(self._rows)
+
+    def value(self, total_ms: float) -> Embeddings | list[Json]:
+        """The call's result. Raises PartialFailure, or the rows' own error where all failed alike."""
+        errors = {row: each for row, each in enumerate(self._rows) if isinstance(each, MillstreamError)}
+        if errors:
+            raise _failure(errors, self._rows)
+        if not self._rows or not isinstance(self._rows[0], np.ndarray):
+            return cast(list[Json], list(self._rows))
+        vectors = cast(list[Vectors], self._rows)
+        if len({np.shape(vector) for vector in vectors}) > 1:
+            raise ModelFailed("its workers answered vectors of different lengths", hint="do all run the same model?")
+        timings = {**self._timings, "total": total_ms}
+        return Embeddings.of(np.stack(vectors), self._tokens, tuple(sorted(self._truncated)), timings)
+
+
+def _failure(errors: Mapping[int, MillstreamError], rows: Sequence[RowOutcome]) -> MillstreamError:
+    first_row, first = next(iter(errors.items()))
+    if len(errors) == len(rows) and all(type(error) is type(first) for error in errors.values()):
+        return first
+    results: list[object] = [None if row in errors else result for row, result in enumerate(rows)]
+    message = f"{len(errors)} of {len(rows)} rows failed; row {first_row}: {first}"
+    return PartialFailure(message, errors=errors, results=results)

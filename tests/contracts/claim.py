@@ -1,0 +1,174 @@
+"""What `claim` and `wait` promise, on any server."""
+
+from __future__ import annotations
+
+import pytest
+import redis
+from contracts.queue import Queue, draft, ids, names
+
+from millstream.broker.codec import encode_entry
+from millstream.broker.job import PRIORITIES, Draft, Job, Priority
+from millstream.broker.keys import GROUP, RETURNED
+from millstream.broker.streams import Limit
+
+
+def entry(**changed: bytes) -> dict[bytes, bytes]:
+    """A well-formed entry but for what is changed."""
+    job = Job("0" * 32, 1, "echo", 1, 1, 0, 0, "", "", "", b'{"inputs":["x"]}')
+    flat = [part if isinstance(part, bytes) else str(part).encode() for part in encode_entry(job)]
+    return dict(zip(flat[0::2], flat[1::2], strict=True)) | {name.encode(): value for name, value in changed.items()}
+
+
+MALFORMED = {
+    "no number": entry(rows=b"many", tokens=b"few"),
+    "not a number": entry(rows=b"nan", tokens=b"nan"),
+    "infinite": entry(rows=b"inf", tokens=b"-inf"),
+    "negative": entry(rows=b"-5", tokens=b"-5"),
+    "huge": entry(rows=b"9" * 400, tokens=b"9" * 400),
+    "other fields": {b"hello": b"world"},
+    "many fields": {f"field-{i}".encode(): b"x" for i in range(2000)},
+    "bytes": entry(id=b"\xff\xfe\x00"),
+}
+
+
+class ClaimContract:
+    """A subclass gives the fixture `queue`."""
+
+    def test_the_most_urgent_stream_comes_first_and_each_in_order(self, queue: Queue) -> None:
+        put = {priority: queue.put(draft(), draft(), priority=priority) for priority in reversed(PRIORITIES)}
+
+        claimed = queue.claim()
+
+        assert ids(claimed.claims) == [job.id for priority in PRIORITIES for job in put[priority]]
+        assert [claim.address.priority for claim in claimed.claims] == [p for p in PRIORITIES for _ in "12"]
+        assert claimed.waiting == 0
+
+    def test_nothing_is_given_twice(self, queue: Queue) -> None:
+        queue.put(*[draft() for _ in range(5)])
+
+        first, second, third = queue.claim("w1", jobs=3), queue.claim("w2"), queue.claim("w3")
+
+        assert (len(first.claims), len(second.claims), len(third.claims)) == (3, 2, 0)
+        assert set(ids(first.claims)).isdisjoint(ids(second.claims))
+
+    @pytest.mark.parametrize("limit", [Limit(2, 100, 1000), Limit(100, 6, 1000), Limit(100, 100, 20)])
+    def test_a_claim_keeps_to_jobs_rows_and_tokens(self, queue: Queue, limit: Limit) -> None:
+        put = queue.put(*[draft(rows=3, tokens=10) for _ in range(5)])
+
+        claimed = queue.streams.claim("w1", limit)
+
+        assert ids(claimed.claims) == [job.id for job in put[:2]]
+        assert claimed.waiting == 3
+
+    def test_what_does_not_fit_is_not_overtaken(self, queue: Queue) -> None:
+        small, large, after = queue.put(draft(rows=2), draft(rows=4), draft(rows=2))
+
+        assert ids(queue.claim(rows=5).claims) == [small.id]
+        assert ids(queue.claim(rows=5).claims) == [large.id]
+        assert ids(queue.claim(rows=5).claims) == [after.id]
+
+    @pytest.mark.parametrize("large", [draft(rows=50), draft(tokens=500)])
+    def test_an_over_large_job_goes_alone_to_a_worker_that_holds_nothing(self, queue: Queue, large: Draft) -> None:
+        queue.put(large, draft())
+
+        assert queue.claim(rows=10, tokens=100, empty_handed=False).claims == []
+        assert ids(queue.claim(rows=10, tokens=100).claims) == [large.id]
+
+    def test_a_worker_takes_its_share_and_leaves_the_rest_to_its_neighbours(self, queue: Queue) -> None:
+        queue.put(*[draft() for _ in range(4)], priority=Priority.REALTIME)
+        queue.put(*[draft() for _ in range(6)])
+
+        assert [len(queue.claim(f"w{n}", live_workers=3).claims) for n in range(4)] == [4, 2, 2, 1]
+
+    def test_jobs_that_were_given_back_come_first(self, queue: Queue) -> None:
+        lost = queue.hold("dead", draft(), draft())
+        queue.lease.release("dead", gone=True)
+        (urgent,) = queue.put(draft(), priority=Priority.REALTIME)
+
+        claimed = queue.claim("w1")
+
+        assert ids(claimed.claims) == [*ids(lost), urgent.id]
+        assert queue.held_by(RETURNED) == []
+        assert sorted(queue.held_by("w1")) == sorted(names(claimed.claims))
+
+    def test_jobs_that_were_given_back_keep_to_the_budget_too(self, queue: Queue) -> None:
+        lost = queue.hold("dead", draft(rows=3), draft(rows=3), draft(rows=3))
+        queue.lease.release("dead", gone=True)
+
+        assert ids(queue.claim("w1", rows=7).claims) == ids(lost[:2])
+        assert ids(queue.claim("w2", rows=7).claims) == ids(lost[2:])
+
+    def test_a_suspect_runs_alone_on_a_worker_that_holds_nothing(self, queue: Queue) -> None:
+        suspects = queue.hold("dead", draft(), draft())
+        queue.lease.release("dead", started=names(suspects), gone=True)
+        (innocent,) = queue.put(draft())
+
+        busy = queue.claim("busy", empty_handed=False)
+        first, second = queue.claim("w1"), queue.claim("w2")
+
+        assert (ids(busy.claims), busy.suspects) == ([innocent.id], 2)
+        assert (ids(first.claims), first.suspects) == ([suspects[0].address.job_id], 1)
+        assert (ids(second.claims), second.suspects) == ([suspects[1].address.job_id], 0)
+        assert first.claims[0].attempts == 1.0
+
+    def test_a_suspect_joins_no_claim_that_already_has_jobs(self, queue: Queue) -> None:
+        innocent, suspect = queue.hold("dead", draft(), draft())
+        queue.lease.release("dead", started=names([suspect]), gone=True)
+
+        claimed = queue.claim()
+
+        assert (ids(claimed.claims), claimed.suspects) == (ids([innocent]), 1)
+
+    def test_a_returned_job_that_is_too_large_for_a_busy_worker_is_waited_for(self, queue: Queue) -> None:
+        lost = queue.hold("dead", draft(rows=50))
+        queue.lease.release("dead", gone=True)
+        queue.put(draft())
+
+        busy = queue.claim("w1", rows=10, empty_handed=False)
+        free = queue.claim("w1", rows=10)
+
+        assert (busy.claims, busy.suspects) == ([], 1)
+        assert (ids(free.claims), free.suspects) == (ids(lost), 0)
+
+    def test_an_entry_deleted_after_it_was_given_back_is_forgotten(self, queue: Queue) -> None:
+        gone, kept = queue.hold("dead", draft(), draft())
+        queue.lease.release("dead", gone=True)
+        queue.client.xdel(queue.keys.stream(Priority.NORMAL), gone.address.entry)
+
+        assert ids(queue.claim().claims) == ids([kept])
+        assert queue.client.xpending(queue.keys.stream(Priority.NORMAL), GROUP)["pending"] == 1
+
+    @pytest.mark.parametrize("fields", MALFORMED.values(), ids=MALFORMED.keys())
+    def test_a_malformed_entry_comes_marked_costs_one_row_and_hurts_nobody(
+        self, queue: Queue, fields: dict[bytes, bytes]
+    ) -> None:
+        (before,) = queue.put(draft())
+        queue.put_raw(fields)
+        (after,) = queue.put(draft())
+
+        claims = queue.claim(rows=3, tokens=1000).claims
+
+        assert [bool(claim.malformed) for claim in claims] == [False, True, False]
+        assert claims[1].job is None
+        assert ids(claims) == [before.id, "" if fields.get(b"id") != b"0" * 32 else "0" * 32, after.id]
+
+    def test_a_stream_without_its_group_is_reported(self, queue: Queue) -> None:
+        queue.client.delete(queue.keys.stream(Priority.BATCH))
+
+        with pytest.raises(redis.ResponseError, match=r"^NOGROUP .*q:batch"):
+            queue.claim()
+
+    def test_a_group_made_anew_starts_at_the_first_entry(self, queue: Queue) -> None:
+        queue.client.delete(queue.keys.stream(Priority.NORMAL))
+        (job,) = queue.put(draft())
+
+        queue.streams.create_groups()
+
+        assert ids(queue.claim().claims) == [job.id]
+
+    def test_waiting_takes_one_job_a_stream_and_nothing_where_there_is_none(self, queue: Queue) -> None:
+        first, _ = queue.put(draft(), draft())
+
+        assert ids(queue.streams.wait("w1", 5.0)) == [first.id]
+        queue.claim()
+        assert queue.streams.wait("w1", 0.001) == []

@@ -1,0 +1,112 @@
+"""What `enqueue` promises, on any server."""
+
+from __future__ import annotations
+
+import time
+
+from contracts.queue import Queue, draft
+
+from millstream.broker.codec import FIELDS, decode_entry
+from millstream.broker.job import PRIORITIES, Priority
+from millstream.broker.streams import Admission, Group
+
+ACCEPTED = Admission()
+FULL = Admission("queue_full", 0.1)
+
+
+class EnqueueContract:
+    """A subclass gives the fixture `queue`."""
+
+    def test_a_job_waits_in_the_stream_of_its_priority(self, queue: Queue) -> None:
+        for priority in PRIORITIES:
+            queue.put(draft(), draft(), priority=priority)
+
+        assert [queue.client.xlen(stream) for stream in queue.keys.streams()] == [2, 2, 2]
+
+    def test_an_entry_holds_the_fields_in_the_order_that_is_published(self, queue: Queue) -> None:
+        (job,) = queue.put(draft(rows=2, tokens=7, client="me"))
+
+        ((_, fields),) = queue.jobs()
+        assert [name.decode() for name in fields] == list(FIELDS)
+        read = decode_entry([part for pair in fields.items() for part in pair])
+        assert (read.id, read.op, read.rows, read.tokens, read.client) == (job.id, "echo", 2, 7, "me")
+        assert (read.deadline, read.queue_by, read.body) == (0, 0, job.body)
+
+    def test_what_remains_of_a_deadline_is_counted_on_the_servers_clock(self, queue: Queue) -> None:
+        before = queue.now()
+        now = time.monotonic()
+        queue.put(draft(deadline=now + 1000, queue_by=now + 500))
+
+        job = queue.claim().claims[0].job
+        assert job is not None
+        assert before <= job.at <= queue.now()
+        assert 990_000 < job.deadline - job.at <= 1_000_000
+        assert 490_000 < job.queue_by - job.at <= 500_000
+
+    def test_a_deadline_that_has_passed_is_no_absence_of_one(self, queue: Queue) -> None:
+        queue.put(draft(deadline=time.monotonic() - 5))
+
+        job = queue.claim().claims[0].job
+        assert job is not None
+        assert job.deadline == job.at
+
+    def test_a_limit_beyond_any_life_is_accepted_once(self, queue: Queue) -> None:
+        queue.put(draft(deadline=float("inf")), draft(deadline=1e17))
+
+        claims = queue.claim().claims
+        assert [claim.malformed for claim in claims] == ["", ""]
+
+    def test_sending_the_same_jobs_again_changes_nothing(self, queue: Queue) -> None:
+        group = Group(Priority.NORMAL, [draft(), draft()])
+
+        assert queue.streams.enqueue([group]) == [ACCEPTED]
+        assert queue.streams.enqueue([group]) == [ACCEPTED]
+
+        assert queue.depth() == 2
+
+    def test_a_job_that_was_settled_meanwhile_is_not_run_again_by_sending_it_again(self, queue: Queue) -> None:
+        (job,) = queue.put(draft())
+        queue.settle(queue.claim().claims)
+
+        assert queue.streams.enqueue([Group(Priority.NORMAL, [job])]) == [ACCEPTED]
+
+        assert queue.depth() == 0
+
+    def test_a_job_accepted_before_is_accepted_again_by_a_full_queue(self, queue: Queue) -> None:
+        queue.open(max_queue_size=1)
+        (job,) = queue.put(draft())
+
+        assert queue.streams.enqueue([Group(Priority.NORMAL, [job])]) == [ACCEPTED]
+
+    def test_a_group_enters_whole_or_not_at_all(self, queue: Queue) -> None:
+        queue.open(max_queue_size=3)
+        groups = [Group(Priority.NORMAL, [draft() for _ in range(size)]) for size in (2, 2, 1)]
+
+        assert queue.streams.enqueue(groups) == [ACCEPTED, FULL, ACCEPTED]
+
+        assert queue.depth() == 3
+
+    def test_a_refused_job_may_be_sent_again_when_there_is_room(self, queue: Queue) -> None:
+        queue.open(max_queue_size=1)
+        queue.put(draft())
+        refused = Group(Priority.BATCH, [draft()])
+        assert queue.streams.enqueue([refused]) == [FULL]
+
+        claims = queue.claim().claims
+        assert queue.streams.enqueue([refused]) == [FULL], "a claimed job is still in the queue"
+        queue.settle(claims)
+
+        assert queue.streams.enqueue([refused]) == [ACCEPTED]
+
+    def test_a_service_nobody_registered_takes_no_jobs(self, queue: Queue) -> None:
+        queue.client.delete(queue.keys.spec())
+
+        assert queue.streams.enqueue([Group(Priority.NORMAL, [draft()])]) == [Admission("unknown_service")]
+
+        assert queue.depth() == 0
+
+    def test_what_makes_a_job_known_does_not_stay_for_ever(self, queue: Queue) -> None:
+        endless, urgent = queue.put(draft(), draft(deadline=time.monotonic() + 10))
+
+        assert 0 < queue.client.pttl(queue.keys.seen(endless.id)) <= 7 * 86_400_000
+        assert 10_000 < queue.client.pttl(queue.keys.seen(urgent.id)) <= 70_000

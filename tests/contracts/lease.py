@@ -1,0 +1,243 @@
+"""What `beat`, `release` and `reclaim` promise, on any server."""
+
+from __future__ import annotations
+
+from contracts.queue import LEASE_MS, Queue, draft, ids, names
+
+from millstream.broker.job import Priority
+from millstream.broker.keys import GROUP, RETURNED
+
+
+class BeatContract:
+    """A subclass gives the fixture `queue`."""
+
+    def test_a_beat_extends_what_is_held_and_counts_no_attempt(self, queue: Queue) -> None:
+        (claim,) = claims = queue.hold("w1", draft())
+        queue.age("w1", claims, LEASE_MS - 1000)
+
+        queue.lease.beat("w1", {}, names(claims))
+
+        assert queue.idle_ms(claim) < LEASE_MS - 1000
+        queue.lease.release("w1")
+        assert queue.claim("w2").claims[0].attempts == 0.0
+
+    def test_a_beat_leaves_young_entries_alone(self, queue: Queue) -> None:
+        (claim,) = claims = queue.hold("w1", draft())
+        queue.age("w1", claims, LEASE_MS // 4)
+
+        queue.lease.beat("w1", {}, names(claims))
+
+        assert queue.idle_ms(claim) >= LEASE_MS // 4
+
+    def test_a_beat_extends_the_entries_of_nobody_else(self, queue: Queue) -> None:
+        (claim,) = claims = queue.hold("other", draft())
+        queue.age("other", claims)
+
+        queue.lease.beat("w1", {}, [])
+
+        assert queue.idle_ms(claim) >= 2 * LEASE_MS
+
+    def test_a_beat_hears_what_another_worker_has_taken_over(self, queue: Queue) -> None:
+        lost, kept = queue.hold("w1", draft(), draft())
+        queue.client.xclaim(queue.keys.stream(Priority.NORMAL), GROUP, "w2", 0, [lost.address.entry], justid=True)
+
+        assert queue.lease.beat("w1", {}, names([lost, kept])).lost == names([lost])
+
+    def test_however_many_entries_are_held_none_is_called_lost(self, queue: Queue) -> None:
+        queue.open(max_queue_size=10_000)
+        for _ in range(42):
+            queue.put(*[draft() for _ in range(100)])
+        held = [claim for _ in range(42) for claim in queue.claim("w1").claims]
+
+        assert len(held) == 4_200
+        assert queue.lease.beat("w1", {}, names(held)).lost == []
+
+    def test_a_beat_counts_the_workers_that_live(self, queue: Queue) -> None:
+        assert queue.lease.live_workers() == 0
+
+        assert [queue.lease.beat(worker, {}, []).live_workers for worker in ("w1", "w2", "w2")] == [1, 2, 2]
+        queue.silence("w1")
+
+        assert queue.lease.beat("w2", {}, []).live_workers == 1
+        assert queue.lease.live_workers() == 1
+
+    def test_a_beat_publishes_the_worker_for_a_few_leases(self, queue: Queue) -> None:
+        beat = queue.lease.beat("w1", {"state": "ready", "rows": 7}, [])
+
+        worker = queue.client.hgetall(queue.keys.worker("w1"))
+        assert worker == {b"state": b"ready", b"rows": b"7", b"beat": str(beat.now).encode()}
+        assert LEASE_MS < queue.client.pttl(queue.keys.worker("w1")) <= 4 * LEASE_MS
+        assert queue.client.pttl(queue.keys.workers()) > 0
+
+    def test_a_beat_says_when_a_reclaim_pass_is_due(self, queue: Queue) -> None:
+        assert queue.lease.beat("w1", {}, []).reclaim_due
+        queue.reclaim()
+        assert not queue.lease.beat("w1", {}, []).reclaim_due
+        queue.passed(1500)
+        assert queue.lease.beat("w1", {}, []).reclaim_due
+
+
+class ReleaseContract:
+    """A subclass gives the fixture `queue`."""
+
+    def test_a_dead_workers_jobs_go_to_the_next_at_once_without_an_attempt(self, queue: Queue) -> None:
+        claims = queue.hold("dead", draft(), draft())
+
+        assert queue.lease.release("dead", gone=True) == 2
+
+        again = queue.claim("w1").claims
+        assert ids(again) == ids(claims)
+        assert [claim.attempts for claim in again] == [0.0, 0.0]
+
+    def test_only_what_was_running_takes_an_attempt(self, queue: Queue) -> None:
+        running, waiting = queue.hold("dead", draft(), draft())
+
+        queue.lease.release("dead", started=names([running]), gone=True)
+
+        assert [claim.attempts for claim in queue.claim("w1").claims] == [1.0]
+        assert [(ids([c]), c.attempts) for c in queue.claim("w2").claims] == [(ids([waiting]), 0.0)]
+
+    def test_what_is_kept_stays(self, queue: Queue) -> None:
+        kept, lost = queue.hold("w1", draft(), draft())
+
+        assert queue.lease.release("w1", keep=names([kept])) == 1
+
+        assert queue.held_by("w1") == names([kept])
+        assert queue.held_by(RETURNED) == names([lost])
+
+    def test_a_worker_that_is_gone_leaves_nothing_behind(self, queue: Queue) -> None:
+        queue.hold("dead", draft())
+
+        queue.lease.release("dead", gone=True)
+
+        assert queue.lease.live_workers() == 0
+        assert not queue.client.exists(queue.keys.worker("dead"))
+        for stream in queue.keys.streams():
+            assert b"dead" not in [consumer["name"] for consumer in queue.client.xinfo_consumers(stream, GROUP)]
+
+    def test_releasing_again_changes_nothing(self, queue: Queue) -> None:
+        claims = queue.hold("dead", draft())
+
+        assert queue.lease.release("dead", started=names(claims), gone=True) == 1
+        assert queue.lease.release("dead", started=names(claims), gone=True) == 0
+
+        assert queue.claim("w1").claims[0].attempts == 1.0
+
+    def test_releasing_where_a_stream_is_gone_gives_back_the_others(self, queue: Queue) -> None:
+        queue.hold("dead", draft())
+        queue.client.delete(queue.keys.stream(Priority.REALTIME))
+
+        assert queue.lease.release("dead", gone=True) == 1
+
+
+class ReclaimContract:
+    """A subclass gives the fixture `queue`."""
+
+    def test_passes_keep_a_distance(self, queue: Queue) -> None:
+        queue.passed(100)
+
+        assert queue.reclaim() == ("early", 0)
+
+    def test_a_lost_hosts_jobs_are_given_back_with_half_an_attempt(self, queue: Queue) -> None:
+        claims = queue.hold("lost", draft(), draft())
+        queue.age("lost", claims)
+        queue.silence("lost")
+        queue.passed(1000)
+
+        assert queue.reclaim() == ("done", 2)
+
+        again = queue.claim("w1").claims
+        assert ids(again) == ids(claims)
+        assert [claim.attempts for claim in again] == [0.5, 0.5]
+
+    def test_attempts_and_lost_hosts_add_up(self, queue: Queue) -> None:
+        claims = queue.hold("dead", draft())
+        queue.lease.release("dead", started=names(claims), gone=True)
+        seen = []
+        for consumer in ("h1", "h2", "h3"):
+            claims = queue.claim(consumer).claims
+            seen.append(claims[0].attempts)
+            queue.age(consumer, claims)
+            queue.passed(1000)
+            assert queue.reclaim() == ("done", 1)
+
+        assert seen == [1.0, 1.5, 2.0]
+        assert queue.claim("w1", empty_handed=False).suspects == 1
+
+    def test_after_a_gap_live_workers_first_get_a_lease_to_renew(self, queue: Queue) -> None:
+        claims = queue.hold("frozen too", draft())
+        queue.age("frozen too", claims)
+        queue.silence("frozen too")
+        queue.passed(LEASE_MS)
+
+        assert queue.reclaim() == ("holding", 0)
+
+        _, until = queue.last_pass()
+        assert 0 < until - queue.now() <= LEASE_MS
+        assert queue.held_by("frozen too") == names(claims)
+
+    def test_the_first_pass_ever_holds_off(self, queue: Queue) -> None:
+        assert queue.reclaim() == ("holding", 0)
+
+    def test_holding_off_goes_on_through_later_passes_and_ends(self, queue: Queue) -> None:
+        claims = queue.hold("lost", draft())
+        queue.age("lost", claims)
+        queue.silence("lost")
+
+        queue.passed(1000, hold_ms=2000)
+        assert queue.reclaim() == ("holding", 0)
+        queue.passed(1000)
+        assert queue.reclaim() == ("done", 1)
+
+    def test_a_clock_that_stepped_back_holds_off_for_one_lease(self, queue: Queue) -> None:
+        queue.passed(-3_600_000, hold_ms=3_600_000)
+
+        assert queue.reclaim() == ("holding", 0)
+
+        last, until = queue.last_pass()
+        assert last <= queue.now()
+        assert until <= queue.now() + LEASE_MS
+
+    def test_a_live_workers_jobs_stay_however_long_they_take(self, queue: Queue) -> None:
+        claims = queue.hold("slow", draft())
+        queue.age("slow", claims, 20 * LEASE_MS)
+        queue.passed(1000)
+
+        assert queue.reclaim() == ("done", 0)
+
+        assert queue.held_by("slow") == names(claims)
+
+    def test_a_silent_worker_keeps_what_it_renewed_within_the_lease(self, queue: Queue) -> None:
+        claims = queue.hold("quiet", draft())
+        queue.silence("quiet")
+        queue.passed(1000)
+
+        assert queue.reclaim() == ("done", 0)
+
+        assert queue.held_by("quiet") == names(claims)
+
+    def test_jobs_given_back_are_left_where_they_are(self, queue: Queue) -> None:
+        claims = queue.hold("dead", draft())
+        queue.lease.release("dead", gone=True)
+        queue.age(RETURNED, claims)
+        queue.passed(1000)
+
+        assert queue.reclaim() == ("done", 0)
+
+        assert queue.claim("w1").claims[0].attempts == 0.0
+
+    def test_silent_workers_that_hold_nothing_are_forgotten(self, queue: Queue) -> None:
+        queue.settle(queue.hold("gone", draft()))
+        queue.silence("gone")
+        queue.passed(1000)
+
+        queue.reclaim()
+
+        assert queue.client.zscore(queue.keys.workers(), "gone") is None
+        consumers = queue.client.xinfo_consumers(queue.keys.stream(Priority.NORMAL), GROUP)
+        assert b"gone" not in [consumer["name"] for consumer in consumers]
+
+    def test_a_pass_leaves_a_key_that_expires(self, queue: Queue) -> None:
+        queue.reclaim()
+
+        assert 0 < queue.client.pttl(queue.keys.reclaim()) <= 3_600_000

@@ -1,0 +1,157 @@
+"""kill -9 of workers, of whole hosts and of the server, under load: nothing is lost, nothing is answered twice."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import pytest
+from e2e.conftest import Say
+from e2e.hosts import Host
+from e2e.ledger import Load
+from e2e.reference import TEXTS, Reference
+from e2e.sites import Site, minilm, site_of
+from e2e.watch import Entry, freeze_with_work
+from support import eventually
+
+from millstream.broker.embedded import EmbeddedServer
+
+pytestmark = pytest.mark.timeout(300)
+
+CALLER_PROCESSES, CALLER_THREADS, LEDGER_THREADS = 2, 6, 6
+
+DEAD_WORKER_S = 2.0
+LOST_HOST_S = 8.0
+
+
+class Mill:
+    """Two hosts with one worker each: two workers, and always a second supervisor."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.watch = site.watch
+        self._cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
+        self.hosts = [self.start_host(), self.start_host()]
+        site.await_workers(2)
+
+    def start_host(self) -> Host:
+        # A core for each, as hosts have: one that starts a model must not slow down its neighbour.
+        return self.site.start_host(1, cores=[next(self._cores)])
+
+    def host_of(self, pid: int) -> Host:
+        return next(host for host in self.hosts if pid in host.children)
+
+    def taken_over(self, held: list[Entry], dead: Mapping[str, int]) -> float:
+        """Seconds until everything in `held` is settled, or owned by a worker that lives and is not one of `dead`."""
+        killed_at = time.monotonic()
+        eventually(lambda: not self.watch.unsettled(held, self.watch.live().keys() - dead.keys()), within_s=30.0)
+        return time.monotonic() - killed_at
+
+    def whole(self) -> None:
+        """Two workers live; no job is one death away from being buried for deaths that were not its fault."""
+        self.site.await_workers(2)
+        eventually(lambda: self.watch.attempts() < 2, within_s=30.0)
+
+
+@pytest.fixture(scope="module")
+def mill(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mill]:
+    with site_of(url, minilm(), tmp_path_factory.mktemp("mill")) as site:
+        yield Mill(site)
+
+
+@contextmanager
+def load(mill: Mill, reference: Reference) -> Iterator[None]:
+    """Callers in this and in other processes; afterwards every job has had one answer, its own, and nothing is left."""
+    callers = [mill.site.start_caller(CALLER_THREADS, reference.file) for _ in range(CALLER_PROCESSES)]
+    for caller in callers:
+        caller.await_first_call()
+    with mill.site.ledger() as ledger:
+        calls = Load(ledger, TEXTS, LEDGER_THREADS)
+        calls.start()
+        try:
+            yield
+        finally:
+            calls.stop()
+        tallies = [caller.stop() for caller in callers]
+        try:
+            eventually(lambda: mill.watch.depth() == 0)
+        except AssertionError:
+            c = mill.site.connection.client
+            for k in mill.site.keys.streams():
+                print("DBG", k, c.xinfo_groups(k), c.xinfo_consumers(k, "workers"), c.xpending_range(k, "workers", "-", "+", 100), c.xrange(k))
+            print("DBG", mill.watch.workers(), c.zrange(mill.site.keys.workers(), 0, -1, withscores=True), c.time())
+            print("DBG ours", [(j, j in ledger.replies) for e in c.xrange(mill.site.keys.streams()[1]) for j in [e[1][b"id"].decode()]], [j in ledger.sent for e in c.xrange(mill.site.keys.streams()[1]) for j in [e[1][b"id"].decode()]])
+            raise
+
+    assert [tally["wrong"] for tally in tallies] == [[]] * CALLER_PROCESSES
+    assert all(tally["answered"] == tally["calls"] > 0 for tally in tallies)
+    assert ledger.replies.keys() == ledger.sent.keys()
+    assert ledger.answered_more_than_once() == []
+    assert [job for job, (reply,) in ledger.replies.items() if reference.wrong(ledger.sent[job], reply.vectors)] == []
+    assert mill.watch.held() == []
+    assert mill.watch.dead_letters() == []
+
+
+def test_what_a_killed_worker_held_is_in_live_hands_within_2_seconds(
+    mill: Mill, reference: Reference, say: Say
+) -> None:
+    chance = random.Random()
+
+    with load(mill, reference):
+        for _ in range(6):
+            mill.whole()
+            victim = dict([chance.choice(list(mill.watch.live().items()))])
+            held = freeze_with_work(mill.watch, victim)
+            kill(victim)
+            seconds = mill.taken_over(held, victim)
+            say(f"killed 1 of 2 workers with {len(held)} jobs in hand: in live hands after {seconds:.2f} s")
+            assert seconds < DEAD_WORKER_S
+
+
+def test_jobs_outlive_all_workers_killed_at_once(mill: Mill, reference: Reference, say: Say) -> None:
+    with load(mill, reference):
+        for _ in range(2):
+            mill.whole()
+            victims = mill.watch.live()
+            held = freeze_with_work(mill.watch, victims)
+            kill(victims)
+            seconds = mill.taken_over(held, victims)
+            say(f"killed both workers with {len(held)} jobs in hand: in live hands after {seconds:.1f} s")
+
+
+def test_jobs_outlive_a_killed_server(mill: Mill, reference: Reference, server: EmbeddedServer, say: Say) -> None:
+    with load(mill, reference):
+        for _ in range(8):
+            mill.whole()
+            eventually(mill.watch.held)
+            os.kill(server.pid, signal.SIGKILL)
+            killed_at = time.monotonic()
+            server.restart()
+            held = mill.watch.held()
+            assert held
+            mill.taken_over(held, {})
+            say(f"killed the server with {len(held)} jobs in hand: back after {time.monotonic() - killed_at:.2f} s")
+
+
+def test_what_a_lost_host_held_is_in_live_hands_within_8_seconds(mill: Mill, reference: Reference, say: Say) -> None:
+    with load(mill, reference):
+        mill.whole()
+        victim = dict([next(iter(mill.watch.live().items()))])
+        host = mill.host_of(*victim.values())
+        held = freeze_with_work(mill.watch, victim)
+        host.lose()
+        seconds = mill.taken_over(held, victim)
+        mill.hosts.append(mill.start_host())
+        say(f"lost 1 of 2 hosts with {len(held)} jobs in hand: in live hands after {seconds:.2f} s")
+        assert seconds < LOST_HOST_S
+        mill.whole()
+
+
+def kill(victims: Mapping[str, int]) -> None:
+    for pid in victims.values():
+        os.kill(pid, signal.SIGKILL)

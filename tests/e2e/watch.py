@@ -1,0 +1,104 @@
+"""What the server says of one service, read past the product's own code."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Collection, Mapping
+from typing import cast
+
+from support import eventually
+
+from millstream.broker.connection import Connection, retrying
+from millstream.broker.keys import GROUP, RETURNED, ServiceKeys
+from millstream.broker.lease import LEASE_S
+
+Entry = tuple[str, bytes]
+"""A stream's key and an entry's id."""
+
+
+class Watch:
+    """Reads through a server's restarts."""
+
+    def __init__(self, connection: Connection, keys: ServiceKeys) -> None:
+        self._client = connection.client
+        self._keys = keys
+
+    def live(self) -> dict[str, int]:
+        """Each consumer that beats, and its pid."""
+        return {consumer: int(fields[b"pid"]) for consumer, fields in self.workers().items()}
+
+    def workers(self) -> dict[str, Mapping[bytes, bytes]]:
+        """What each consumer that beats published of itself."""
+        return retrying(self._workers)
+
+    def _workers(self) -> dict[str, Mapping[bytes, bytes]]:
+        seconds, micros = self._client.time()
+        oldest = seconds * 1000 + micros // 1000 - round(LEASE_S * 1000)
+        consumers = cast(list[bytes], self._client.zrangebyscore(self._keys.workers(), oldest, "+inf"))
+        found = {name.decode(): self._client.hgetall(self._keys.worker(name.decode())) for name in consumers}
+        return {name: cast(Mapping[bytes, bytes], fields) for name, fields in found.items() if fields}
+
+    def counted(self, field: str) -> dict[str, int]:
+        """One counter of each consumer that beats."""
+        return {consumer: int(fields[field.encode()]) for consumer, fields in self.workers().items()}
+
+    def held(self, consumer: str | None = None) -> list[Entry]:
+        """The pending entries of `consumer`, or of all."""
+        return [(stream, each["message_id"]) for stream, each in self._pending(consumer)]
+
+    def attempts(self) -> float:
+        """The most attempts that any pending job has behind it."""
+        return max(((each["times_delivered"] - 1) / 2 for _, each in self._pending(None)), default=0.0)
+
+    def returned(self) -> list[Entry]:
+        """Entries given back that no worker has taken yet."""
+        return self.held(RETURNED)
+
+    def _pending(self, consumer: str | None) -> list[tuple[str, dict[str, int]]]:
+        return [
+            (stream, each)
+            for stream in self._keys.streams()
+            for each in retrying(
+                lambda stream=stream: self._client.xpending_range(stream, GROUP, "-", "+", 100_000, consumer)
+            )
+        ]
+
+    def unsettled(self, entries: Collection[Entry], owners: Collection[str]) -> list[Entry]:
+        """Those of `entries` that are neither settled nor held by one of `owners`."""
+        pipe = self._client.pipeline(transaction=False)
+        for stream, entry in entries:
+            pipe.xpending_range(stream, GROUP, entry, entry, 1)
+        answers = pipe.execute()
+        return [
+            entry
+            for entry, pending in zip(entries, answers, strict=True)
+            if pending and pending[0]["consumer"].decode() not in owners
+        ]
+
+    def depth(self) -> int:
+        """Jobs in the streams: waiting or held."""
+        return sum(int(retrying(lambda stream=stream: self._client.xlen(stream))) for stream in self._keys.streams())
+
+    def dead_letters(self) -> list[Mapping[bytes, bytes]]:
+        letters = retrying(lambda: self._client.xrange(self._keys.dead()))
+        return [fields for _, fields in letters]
+
+
+def freeze_with_work(watch: Watch, victims: Mapping[str, int], *, within_s: float = 10.0) -> list[Entry]:
+    """Stop these workers (consumer -> pid) at a moment when each holds entries; what they hold."""
+    held: list[Entry] = []
+
+    def frozen() -> bool:
+        for pid in victims.values():
+            os.kill(pid, signal.SIGSTOP)
+        each = [watch.held(consumer) for consumer in victims]
+        held[:] = [entry for entries in each for entry in entries]
+        if all(each):
+            return True
+        for pid in victims.values():
+            os.kill(pid, signal.SIGCONT)
+        return False
+
+    eventually(frozen, within_s=within_s)
+    return held

@@ -1,0 +1,154 @@
+"""Services are published once, changed on purpose, and found by nearly their name."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+from contracts.queue import Queue, draft
+
+from millstream.broker.connection import Connection
+from millstream.broker.errors import ConfigError, UnknownService
+from millstream.broker.job import Priority
+from millstream.broker.keys import services_key
+from millstream.broker.registry import Registry
+from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.streams import Admission, Group
+
+
+def spec(name: str = "embed", model: ModelSpec | None = None, **runtime: object) -> ServiceSpec:
+    echo = model or ModelSpec(type="echo", model_name="sleep:0.1")
+    return ServiceSpec(name=name, model=echo, model_ref="m", runtime=Runtime.model_validate(runtime))
+
+
+@pytest.fixture
+def prefix() -> str:
+    """No other test sees what is registered under it."""
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def registry(connection: Connection, prefix: str) -> Iterator[Registry]:
+    yield Registry(connection, prefix)
+    connection.client.unlink(prefix, *connection.client.scan_iter(f"{prefix}*", count=1000))
+
+
+def test_what_was_pushed_is_read_again(registry: Registry) -> None:
+    pushed = spec(batch_size=17, queue_timeout=0.5, priorities={"batch": {"total_timeout": 60}})
+
+    assert registry.push([pushed]) == ["embed"]
+
+    assert registry.read("embed") == pushed
+    assert registry.names() == ["embed"]
+
+
+def test_pushing_the_same_again_changes_nothing(registry: Registry) -> None:
+    registry.push([spec("a"), spec("b")])
+
+    assert registry.push([spec("a"), spec("b"), spec("c")]) == ["c"]
+    assert registry.names() == ["a", "b", "c"]
+
+
+def test_a_differing_specification_is_refused_and_told_apart(registry: Registry) -> None:
+    registry.push([spec(batch_size=32)])
+
+    with pytest.raises(ConfigError, match=r"runtime\.batch_size is 32, here 64") as caught:
+        registry.push([spec("new"), spec(batch_size=64)])
+
+    assert "--replace" in caught.value.hint
+    assert registry.read("embed").runtime.batch_size == 32
+    assert registry.names() == ["embed"]
+
+
+def test_replacing_changes_only_what_differs(registry: Registry) -> None:
+    registry.push([spec("a"), spec("b")])
+
+    assert registry.push([spec("a"), spec("b", batch_size=5)], replace=True) == ["b"]
+
+    assert registry.read("b").runtime.batch_size == 5
+
+
+def test_an_unknown_service_meets_the_nearest_name(registry: Registry) -> None:
+    registry.push([spec("embedding"), spec("chat")])
+
+    with pytest.raises(UnknownService) as near:
+        registry.read("embeding")
+    with pytest.raises(UnknownService) as far:
+        registry.read("zzz")
+
+    assert near.value.did_you_mean == "embedding"
+    assert "did you mean embedding?" in str(near.value)
+    assert far.value.did_you_mean == ""
+    assert "chat, embedding" in far.value.hint
+
+
+def test_without_any_service_the_hint_says_how_to_register_one(registry: Registry) -> None:
+    with pytest.raises(UnknownService) as caught:
+        registry.read("embed")
+
+    assert "config push" in caught.value.hint
+    assert registry.names() == []
+
+
+def test_a_pushed_service_takes_jobs_at_once_up_to_its_limit(registry: Registry, connection: Connection) -> None:
+    registry.push([spec(max_queue_size=2)])
+    queue = Queue(connection.client, registry.keys("embed"))
+    groups = [Group(Priority.NORMAL, [draft()]) for _ in range(3)]
+
+    admissions = queue.streams.enqueue(groups)
+
+    assert [admission.refused for admission in admissions] == ["", "", "queue_full"]
+    assert len(queue.claim().claims) == 2
+
+
+def test_a_limit_that_was_replaced_holds_from_then_on(registry: Registry, connection: Connection) -> None:
+    registry.push([spec(max_queue_size=1)])
+    queue = Queue(connection.client, registry.keys("embed"))
+    queue.put(draft())
+    again = [Group(Priority.NORMAL, [draft()])]
+    assert queue.streams.enqueue(again) != [Admission()]
+
+    registry.push([spec(max_queue_size=2)], replace=True)
+
+    assert queue.streams.enqueue(again) == [Admission()]
+    assert queue.depth() == 2
+
+
+def test_code_is_neither_published_nor_taken_from_the_server(registry: Registry, connection: Connection) -> None:
+    registry.push([spec(model=ModelSpec(type="custom", handler="os:system"))])
+    key = registry.keys("embed").spec()
+    record = connection.client.hget(key, "spec")
+    assert isinstance(record, bytes)
+    assert b"os:system" not in record
+
+    connection.client.hset(key, "spec", record.replace(b'"priority":', b'"handler":"os:system","priority":'))
+
+    assert registry.read("embed").model.handler is None
+
+
+@pytest.mark.parametrize("record", ["", "{", "[]", '{"name":5}', "\x00\xff"])
+def test_a_record_that_cannot_be_read_says_how_to_write_it_again(
+    registry: Registry, connection: Connection, record: str
+) -> None:
+    connection.client.hset(registry.keys("embed").spec(), "spec", record)
+
+    with pytest.raises(ConfigError, match="--replace"):
+        registry.read("embed")
+
+
+def test_a_record_that_cannot_be_read_can_be_replaced(registry: Registry, connection: Connection) -> None:
+    connection.client.hset(registry.keys("embed").spec(), "spec", "{")
+
+    with pytest.raises(ConfigError, match="--replace"):
+        registry.push([spec()])
+    assert registry.push([spec()], replace=True) == ["embed"]
+
+    assert registry.read("embed") == spec()
+
+
+def test_registered_names_are_kept_under_the_prefix(registry: Registry, connection: Connection, prefix: str) -> None:
+    registry.push([spec()])
+
+    assert connection.client.smembers(services_key(prefix)) == {b"embed"}
+    assert "embed" not in Registry(connection, f"{prefix}-other").names()

@@ -1,0 +1,146 @@
+"""A client's replies reach it through any cut, and none is kept once it was read."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import redis
+from contracts.queue import CALLER, Queue, draft
+from redis.client import Pipeline
+from support import eventually
+
+from millstream.broker.connection import Connection, is_transient
+from millstream.broker.keys import ServiceKeys
+from millstream.broker.replies import READ_COUNT, Replies
+
+LONG_S = 30.0
+
+
+@pytest.fixture
+def queue(connection: Connection, service: str) -> Queue:
+    opened = Queue(connection.client, ServiceKeys(service))
+    opened.open(max_queue_size=100_000)
+    return opened
+
+
+@pytest.fixture
+def replies(connection: Connection, queue: Queue) -> Replies:
+    return Replies(connection.blocking(LONG_S), queue.keys, CALLER)
+
+
+def sleeping(queue: Queue) -> list[int]:
+    """The connections on which a reader is blocked, or was at its last word."""
+    return [int(each["id"]) for each in queue.client.client_list(_type="normal") if each["cmd"] == "xread"]
+
+
+def cut(queue: Queue) -> int:
+    """Have the server drop the readers' connections; how many."""
+    return sum(int(queue.client.client_kill_filter(_id=str(each))) for each in sleeping(queue))
+
+
+def answer(queue: Queue, count: int) -> list[str]:
+    """Have `count` jobs enqueued, claimed and answered; their ids."""
+    answered: list[str] = []
+    while len(answered) < count:
+        drafts = queue.put(*[draft() for _ in range(min(100, count - len(answered)))])
+        claims = queue.claim().claims
+        assert queue.settle(claims, claims[0].address.job_id.encode()) == ["answered"] * len(drafts)
+        answered += [each.id for each in drafts]
+    return answered
+
+
+def test_replies_come_in_order_with_their_job_and_bytes(queue: Queue, replies: Replies) -> None:
+    drafts = queue.put(draft(), draft())
+    first, second = queue.claim().claims
+    queue.settle([first], b"\x00\xff\n")
+    queue.settle([second], b"")
+
+    assert replies.read(LONG_S) == [(drafts[0].id, b"\x00\xff\n"), (drafts[1].id, b"")]
+
+
+def test_replies_are_trimmed_as_they_are_read(queue: Queue, replies: Replies) -> None:
+    first = answer(queue, 3)
+    assert [job_id for job_id, _ in replies.read(LONG_S)] == first
+    second = answer(queue, 2)
+
+    assert [job_id for job_id, _ in replies.read(LONG_S)] == second
+    assert [job_id for job_id, _ in queue.replies()] == second
+    assert replies.read(0.01) == []
+    assert queue.replies() == []
+
+
+def test_more_replies_than_one_read_holds_come_with_the_next(queue: Queue, replies: Replies) -> None:
+    answered = answer(queue, READ_COUNT + 50)
+
+    assert [job_id for job_id, _ in replies.read(LONG_S) + replies.read(LONG_S)] == answered
+
+
+def test_a_read_without_replies_ends_after_its_time(replies: Replies) -> None:
+    assert replies.read(0.01) == []
+
+
+def test_a_reply_wakes_a_sleeping_reader(queue: Queue, replies: Replies) -> None:
+    woken: list[list[tuple[str, bytes]]] = []
+    thread = threading.Thread(target=lambda: woken.append(replies.read(LONG_S)))
+    thread.start()
+    eventually(lambda: sleeping(queue))
+
+    answered = answer(queue, 1)
+
+    thread.join(LONG_S)
+    assert [job_id for job_id, _ in woken[0]] == answered
+
+
+def test_a_read_whose_answer_was_lost_on_its_way_is_read_again(
+    queue: Queue, replies: Replies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = answer(queue, 5) and replies.read(LONG_S)
+    lost = answer(queue, 5)
+    execute = Pipeline.execute
+
+    def execute_and_cut(pipe: Pipeline) -> None:
+        execute(pipe)
+        raise redis.ConnectionError("cut")
+
+    monkeypatch.setattr(Pipeline, "execute", execute_and_cut)
+    with pytest.raises(redis.ConnectionError):
+        replies.read(LONG_S)
+    monkeypatch.undo()
+    again = replies.read(LONG_S)
+
+    assert len(read) == 5
+    assert [job_id for job_id, _ in again] == lost
+
+
+def test_replies_survive_a_connection_that_is_cut_again_and_again(queue: Queue, replies: Replies) -> None:
+    answered: list[str] = []
+    read: list[str] = []
+    cuts: list[int] = []
+    done = threading.Event()
+
+    def cut_until_done() -> None:
+        while not done.is_set():
+            cuts.append(cut(queue))
+
+    threads = [
+        threading.Thread(target=lambda: answered.extend(answer(queue, 4_000))),
+        threading.Thread(target=cut_until_done),
+    ]
+    for thread in threads:
+        thread.start()
+    errors: list[Exception] = []
+    while threads[0].is_alive() or len(set(read)) < len(answered):
+        try:
+            read += [job_id for job_id, _ in replies.read(0.2)]
+        except redis.RedisError as error:
+            errors.append(error)
+    done.set()
+    for thread in threads:
+        thread.join(LONG_S)
+
+    assert set(read) == set(answered)
+    assert len(answered) == 4_000
+    assert sum(cuts) > 0
+    assert errors
+    assert all(is_transient(error) for error in errors)

@@ -1,0 +1,160 @@
+"""What only a real server shows of the job streams: lost groups, cold script caches, full memory, sleeping workers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from contracts.queue import Queue, draft, ids, names
+from support import eventually
+
+from millstream.broker.connection import Connection, translated
+from millstream.broker.embedded import EmbeddedServer
+from millstream.broker.errors import QueueFull
+from millstream.broker.job import PRIORITIES, Claim, Priority
+from millstream.broker.keys import ServiceKeys
+from millstream.broker.streams import Group, Streams
+
+LONG_S = 30.0
+
+
+@pytest.fixture
+def queue(connection: Connection, service: str) -> Queue:
+    opened = Queue(connection.client, ServiceKeys(service))
+    opened.open()
+    return opened
+
+
+@pytest.fixture
+def own_queue(tmp_path: Path, wheel_binary: Path) -> Iterator[Queue]:
+    """On a server that a test may harm."""
+    with EmbeddedServer.start(tmp_path / "data", binary=wheel_binary) as server:
+        connection = Connection(server.url, name="tests")
+        opened = Queue(connection.client, ServiceKeys("embed"))
+        opened.open()
+        yield opened
+        connection.close()
+
+
+def blocked(queue: Queue) -> int:
+    """Clients that sleep in the server."""
+    return int(queue.client.info("clients")["blocked_clients"])
+
+
+def test_a_deleted_stream_is_reported_to_claims_waits_and_beats_and_the_new_group_loses_nothing(queue: Queue) -> None:
+    queue.client.delete(queue.keys.stream(Priority.NORMAL))
+    (job,) = queue.put(draft())
+
+    with pytest.raises(redis.ResponseError, match="NOGROUP"):
+        queue.claim()
+    with pytest.raises(redis.ResponseError, match="NOGROUP"):
+        queue.streams.wait("w1", 0.1)
+    with pytest.raises(redis.ResponseError, match="NOGROUP"):
+        queue.lease.beat("w1", {}, [])
+    queue.streams.create_groups()
+    queue.streams.create_groups()
+
+    assert ids(queue.claim().claims) == [job.id]
+
+
+def test_a_stream_deleted_under_a_blocked_wait_wakes_it_with_an_error(own_queue: Queue) -> None:
+    errors: list[str] = []
+
+    def wait() -> None:
+        with pytest.raises(redis.ResponseError) as caught:
+            own_queue.streams.wait("w1", 3.0)
+        errors.append(str(caught.value))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    eventually(lambda: blocked(own_queue) == 1)
+    own_queue.client.delete(*own_queue.keys.streams())
+    thread.join(LONG_S)
+
+    assert "NOGROUP" in errors[0]
+
+
+def test_every_script_runs_on_a_server_that_has_forgotten_them_all(own_queue: Queue) -> None:
+    client = own_queue.client
+    job = draft()
+
+    client.script_flush()
+    own_queue.put(job)
+    client.script_flush()
+    claims = own_queue.claim("w1").claims
+    client.script_flush()
+    own_queue.lease.beat("w1", {}, names(claims))
+    client.script_flush()
+    assert own_queue.lease.reclaim() == 0
+    client.script_flush()
+    assert own_queue.lease.release("w1") == 1
+    again = own_queue.claim("w2").claims
+    client.script_flush()
+
+    assert own_queue.settle(again) == ["answered"]
+    assert own_queue.replies() == [(job.id, b"reply")]
+
+
+def test_at_full_memory_jobs_are_refused_and_those_accepted_are_still_answered(own_queue: Queue) -> None:
+    for client in ("caller", ""):
+        own_queue.put(draft(client=client), draft(client=client))
+    own_queue.lease.beat("w1", {}, [])
+    claims = own_queue.claim("w1").claims
+    own_queue.client.config_set("maxmemory", 1)
+
+    with pytest.raises(QueueFull), translated("here"):
+        own_queue.streams.enqueue([Group(Priority.NORMAL, [draft()])])
+    assert own_queue.settle(claims[:3]) == ["answered"] * 3
+    assert own_queue.settle(claims[3:], bury="max_attempts") == ["answered"]
+
+    assert [job_id for job_id, _ in own_queue.replies()] == ids(claims[:2])
+    for claim in claims[2:]:
+        assert own_queue.client.get(own_queue.keys.result(claim.address.job_id)) == b"reply"
+    assert len(own_queue.dead_letters()) == 1
+    assert own_queue.depth() == 0
+
+
+def test_of_two_sleeping_workers_one_wakes_for_each_job(own_queue: Queue) -> None:
+    connection = Connection(f"unix://{own_queue.client.get_connection_kwargs()['path']}", name="sleepers")
+    woken: dict[str, list[Claim]] = {}
+
+    def sleep(consumer: str) -> None:
+        woken[consumer] = Streams(connection.blocking(LONG_S), own_queue.keys).wait(consumer, LONG_S)
+
+    sleepers = [threading.Thread(target=sleep, args=[consumer]) for consumer in ("w1", "w2")]
+    for thread in sleepers:
+        thread.start()
+    eventually(lambda: blocked(own_queue) == 2)
+
+    first = own_queue.put(draft(), priority=Priority.BATCH)
+    eventually(lambda: len(woken) == 1)
+    assert blocked(own_queue) == 1
+    second = own_queue.put(draft(), priority=Priority.REALTIME)
+    for thread in sleepers:
+        thread.join(LONG_S)
+
+    connection.close()
+    assert [ids(claims) for claims in woken.values()] == [[job.id] for job in first + second]
+
+
+def test_after_a_service_was_used_every_key_expires_but_streams_specification_and_dead_letters(queue: Queue) -> None:
+    for priority in PRIORITIES:
+        queue.put(draft(), draft(client=""), priority=priority)
+    queue.lease.beat("w1", {"state": "ready"}, [])
+    claims = queue.claim("w1").claims
+    queue.settle(claims[:-2])
+    queue.settle(claims[-2:-1], bury="max_attempts")
+    queue.lease.reclaim()
+    queue.lease.release("w1", started=names(claims[-1:]), gone=True)
+    queue.settle(queue.claim("w2").claims)
+    queue.lease.beat("w2", {}, [])
+    queue.put(draft())
+
+    keys = [key.decode() for key in queue.client.scan_iter(f"*{{{queue.keys.service}}}*", count=1000)]
+
+    kept = {*queue.keys.streams(), queue.keys.spec(), queue.keys.dead()}
+    assert {key for key in keys if queue.client.pttl(key) == -1} == kept
+    assert len(keys) > len(kept) + 10

@@ -1,0 +1,345 @@
+"""What is encoded is decoded again; what nobody encoded is Malformed, and never another error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from millstream.broker.codec import (
+    FIELDS,
+    MAX_BODY,
+    MAX_MS,
+    MAX_ROWS,
+    MAX_TOKENS,
+    decode_entry,
+    decode_inputs,
+    decode_reply,
+    encode_entry,
+    encode_inputs,
+    encode_reply,
+    salvage,
+)
+from millstream.broker.errors import (
+    DeadlineExceeded,
+    InputTooLong,
+    Malformed,
+    MillstreamError,
+    ModelFailed,
+    QueueFull,
+    to_wire,
+)
+from millstream.broker.job import Job, Json, Reply
+
+ids = st.text("0123456789abcdef", min_size=32, max_size=32)
+names = st.from_regex(r"[A-Za-z0-9_.-]{0,64}", fullmatch=True)
+times = st.integers(0, MAX_MS)
+jobs = st.builds(
+    Job,
+    id=ids,
+    at=times,
+    op=names,
+    rows=st.integers(0, MAX_ROWS),
+    tokens=st.integers(0, MAX_TOKENS),
+    deadline=times,
+    queue_by=times,
+    client=names,
+    tenant=names,
+    trace=st.from_regex(r"[\x20-\x7e]{0,128}", fullmatch=True),
+    body=st.binary(max_size=200),
+)
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+scalars = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False)
+json_values = st.recursive(
+    scalars | texts, lambda inner: st.lists(inner) | st.dictionaries(texts, inner), max_leaves=10
+)
+errors = st.builds(ModelFailed, texts, hint=texts) | st.builds(
+    DeadlineExceeded, texts, phase=st.sampled_from(["queue", "total"]), retry_after=st.floats(0, 1e6) | st.none()
+)
+vectors = arrays.arrays(
+    np.float32,
+    arrays.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=8),
+    elements=st.floats(width=32, allow_nan=False),
+)
+replies = st.builds(
+    Reply,
+    vectors=st.none() | vectors,
+    values=st.none() | st.lists(json_values, max_size=5),
+    errors=st.dictionaries(st.integers(0, 100), errors, max_size=3),
+    error=st.none() | errors,
+    tokens=st.integers(0, 2**40),
+    truncated=st.lists(st.integers(0, 100), max_size=5).map(tuple),
+    timings=st.dictionaries(texts, st.integers(0, 10**6).map(float), max_size=3),
+)
+
+
+def flat(job: Job) -> list[bytes]:
+    """An encoded entry as the server gives it back."""
+    return [part if isinstance(part, bytes) else str(part).encode() for part in encode_entry(job)]
+
+
+JOB = Job("0123456789abcdef" * 2, 5, "embed", 2, 9, 0, 0, "client", "tenant", "trace", b"{}")
+
+
+@given(jobs)
+def test_an_entry_comes_back_as_it_was(job: Job) -> None:
+    assert decode_entry(flat(job)) == job
+
+
+@given(st.lists(json_values, min_size=1), st.dictionaries(texts, json_values, max_size=3))
+def test_inputs_and_options_come_back_as_they_were(inputs: list[Json], options: dict[str, Json]) -> None:
+    assert decode_inputs(encode_inputs(inputs, options), len(inputs)) == (inputs, options)
+
+
+def test_a_body_shows_a_text_as_it_is() -> None:
+    assert encode_inputs(["水车"], {}).decode() == '{"inputs":["水车"]}'
+
+
+@pytest.mark.parametrize("unsendable", ["\ud800", float("nan"), object()])
+def test_what_json_cannot_carry_is_refused_before_it_is_sent(unsendable: Json) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        encode_inputs([unsendable], {})
+
+
+@given(replies)
+def test_a_reply_comes_back_as_it_was(reply: Reply) -> None:
+    again = decode_reply(encode_reply(reply))
+
+    assert (again.vectors is None) == (reply.vectors is None)
+    if reply.vectors is not None and again.vectors is not None:
+        np.testing.assert_array_equal(again.vectors, reply.vectors)
+        assert again.vectors.dtype == np.float32
+        assert not again.vectors.flags.writeable
+    assert (again.values, again.tokens, again.truncated) == (reply.values, reply.tokens, reply.truncated)
+    assert again.timings == reply.timings
+    assert {row: told(error) for row, error in again.errors.items()} == {
+        row: told(error) for row, error in reply.errors.items()
+    }
+    assert told(again.error) == told(reply.error)
+
+
+def told(error: MillstreamError | None) -> object:
+    return error and (type(error), to_wire(error))
+
+
+def test_a_newline_in_a_value_does_not_end_the_head() -> None:
+    vectors = np.frombuffer(b"\n\n\n\n" * 4, dtype="<f4").reshape(2, 2)
+
+    again = decode_reply(encode_reply(Reply(vectors=vectors, error=QueueFull("two\nlines"))))
+
+    assert again.vectors is not None
+    assert again.vectors.tobytes() == b"\n\n\n\n" * 4
+    assert str(again.error) == "two\nlines"
+
+
+# -- entries that nobody of ours wrote -----------------------------------------------------------------------------
+
+BAD_NUMBERS = [b"", b"-1", b"1.0", b"1e3", b" 1", b"1 ", b"nan", b"inf", b"0x10", b"1_0", b"9" * 400, b"\xd9\xa1"]
+BAD_VALUES = {
+    "v": [b"", b"0", b"2", b"1 ", b"x" * 5000],
+    "id": [b"", b"0" * 31, b"0" * 33, b"g" * 32, b"A" * 32, b"0" * 32 + b"\n", b"\xff" * 32, b"../" + b"0" * 29],
+    "at": [*BAD_NUMBERS, str(MAX_MS + 1).encode()],
+    "rows": [*BAD_NUMBERS, str(MAX_ROWS + 1).encode()],
+    "tokens": [*BAD_NUMBERS, str(MAX_TOKENS + 1).encode()],
+    "deadline": [*BAD_NUMBERS, str(MAX_MS + 1).encode()],
+    "queue_by": [*BAD_NUMBERS, str(MAX_MS + 1).encode()],
+    "op": [b"a b", b"\xff", b"x" * 65, b"a\n", b"{x}"],
+    "client": [b"a:b", b"\xff\xfe", b"x" * 65, b"a\n", b"*"],
+    "tenant": [b"a b", b"\xff", b"x" * 65, b"a\n"],
+    "trace": [b"\x00", b"\x7f", b"\xc3\xa9", b"x" * 129, b"a\n"],
+    "body": [b"x" * (MAX_BODY + 1)],
+}
+BAD = [
+    pytest.param(name, value, id=f"{name}={value[:12]!r}") for name, values in BAD_VALUES.items() for value in values
+]
+
+
+def test_every_field_has_its_bad_values() -> None:
+    assert set(BAD_VALUES) == set(FIELDS)
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_a_bad_field_makes_the_entry_malformed(name: str, value: bytes) -> None:
+    fields = flat(JOB)
+    fields[2 * FIELDS.index(name) + 1] = value
+
+    with pytest.raises(Malformed):
+        decode_entry(fields)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda fields: [],
+        lambda fields: fields[2:],
+        lambda fields: fields[:-1],
+        lambda fields: [*fields, b"more", b"x"],
+        lambda fields: [*fields, b"more"],
+        lambda fields: fields[2:4] + fields[:2] + fields[4:],
+        lambda fields: [b"\xff", *fields[1:]],
+    ],
+)
+def test_missing_more_or_reordered_fields_make_the_entry_malformed(
+    changed: Callable[[list[bytes]], list[bytes]],
+) -> None:
+    with pytest.raises(Malformed):
+        decode_entry(changed(flat(JOB)))
+
+
+@given(st.lists(st.binary(max_size=40), max_size=40))
+def test_no_fields_raise_anything_but_malformed(fields: list[bytes]) -> None:
+    assume(fields[0::2] != [name.encode() for name in FIELDS])
+
+    with pytest.raises(Malformed):
+        decode_entry(fields)
+    assert salvage(fields) == ("", "")
+
+
+@given(st.sampled_from(range(len(FIELDS))), st.binary(max_size=200))
+def test_no_value_raises_anything_but_malformed(field: int, value: bytes) -> None:
+    fields = flat(JOB)
+    fields[2 * field + 1] = value
+
+    try:
+        decode_entry(fields)
+    except Malformed:
+        return
+
+
+# -- bodies --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xff",
+        b'{"inputs":["\xff"]}',
+        b"[]",
+        b"null",
+        b'{"inputs":"ab"}',
+        b'{"inputs":{"0":"a","1":"b"}}',
+        b'{"inputs":["a","b"],"options":[]}',
+        b'{"inputs":["a","b"],"options":null}',
+        b'{"options":{}}',
+        b'{"inputs":["a"]}',
+        b'{"inputs":["a","b","c"]}',
+        b'{"inputs":["a","b"]',
+        b'{"inputs":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"inputs":[' + b"9" * 5000 + b',"b"]}',
+    ],
+    ids=lambda body: repr(body[:30]),
+)
+def test_a_body_that_is_not_two_inputs_is_malformed(body: bytes) -> None:
+    with pytest.raises(Malformed):
+        decode_inputs(body, 2)
+
+
+def test_a_body_without_inputs_is_malformed_whatever_the_entry_says() -> None:
+    with pytest.raises(Malformed):
+        decode_inputs(b'{"inputs":[]}', 0)
+
+
+@pytest.mark.parametrize("text", [b'"\\ud800"', b'["\\uDFFF"]', b'{"\\ud800":1}', b'"\xed\xa0\x80"'])
+def test_a_lone_surrogate_in_a_body_is_malformed(text: bytes) -> None:
+    with pytest.raises(Malformed):
+        decode_inputs(b'{"inputs":[' + text + b"]}", 1)
+
+
+def test_a_whole_surrogate_pair_is_one_character() -> None:
+    assert decode_inputs(b'{"inputs":["\\ud83d\\ude00"]}', 1) == (["\U0001f600"], {})
+
+
+# -- replies that nobody of ours wrote -----------------------------------------------------------------------------
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_raise_anything_but_malformed(blob: bytes) -> None:
+    try:
+        decode_reply(blob)
+    except Malformed:
+        return
+
+
+HEADS = ["v", "error", "errors", "values", "truncated", "timings", "tokens", "shape"]
+wild = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3) | st.sampled_from(["code"]), inner),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from(HEADS), wild), st.binary(max_size=16))
+def test_no_head_raises_anything_but_malformed_and_what_is_decoded_is_sound(head: dict[str, Json], data: bytes) -> None:
+    try:
+        reply = decode_reply(json.dumps(head).encode() + b"\n" + data)
+    except Malformed:
+        return
+
+    assert reply.values is None or isinstance(reply.values, list)
+    assert all(isinstance(row, int) and row >= 0 for row in [*reply.truncated, *reply.errors])
+    assert all(isinstance(name, str) and isinstance(ms, int | float) for name, ms in reply.timings.items())
+    assert reply.error is None or isinstance(reply.error, MillstreamError)
+    assert reply.vectors is None or reply.vectors.ndim == 2
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"",
+        b"[]",
+        b'{"tokens":1e999}',
+        b'{"tokens":NaN}',
+        b'{"shape":[1,3]}',
+        b'{"shape":[-1,-1]}',
+        b'{"shape":[99999999999999999999999,2]}',
+        b'{"shape":[2]}',
+        b'{"shape":"2"}',
+        b'{"error":5}',
+        b'{"error":{"code":"queue_full","retry_after":1' + b"0" * 400 + b"}}",
+        b'{"errors":{"x":{}}}',
+        b'{"errors":{"-1":{}}}',
+        b'{"errors":[]}',
+        b'{"values":{"0":1}}',
+        b'{"truncated":["a"]}',
+        b'{"truncated":[-1]}',
+        b'{"truncated":5}',
+        b'{"timings":{"queue":"soon"}}',
+        b'{"timings":[]}',
+        b"[" * 100_000,
+    ],
+    ids=lambda head: repr(head[:30]),
+)
+def test_a_reply_nobody_of_ours_wrote_is_malformed(head: bytes) -> None:
+    with pytest.raises(Malformed):
+        decode_reply(head + b"\n" + b"\0" * 8)
+
+
+# -- what is left of a malformed entry -----------------------------------------------------------------------------
+
+
+def test_a_malformed_entry_can_still_be_answered_where_id_and_client_are_sound() -> None:
+    fields = flat(JOB)
+    fields[2 * FIELDS.index("rows") + 1] = b"many"
+
+    assert salvage(fields) == (JOB.id, "client")
+    assert salvage([b"id", JOB.id.encode()]) == (JOB.id, "")
+
+
+@pytest.mark.parametrize(("name", "value"), [("id", b"../etc"), ("client", b"a:b"), ("client", b"\xff")])
+def test_an_id_or_client_that_is_not_sound_names_no_key(name: str, value: bytes) -> None:
+    fields = flat(JOB)
+    fields[2 * FIELDS.index(name) + 1] = value
+
+    assert salvage(fields) == ("", "")
+
+
+def test_input_too_long_stays_what_it_is_through_a_reply() -> None:
+    again = decode_reply(encode_reply(Reply(errors={1: InputTooLong("9 tokens")})))
+
+    assert isinstance(again.errors[1], InputTooLong)

@@ -1,0 +1,79 @@
+"""Every error survives the wire as itself."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from millstream.broker import errors
+from millstream.broker.errors import (
+    DeadlineExceeded,
+    MillstreamError,
+    PartialFailure,
+    UnknownService,
+    did_you_mean,
+    from_wire,
+    to_wire,
+)
+
+CLASSES = [
+    cls
+    for _, cls in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(cls, MillstreamError) and cls is not PartialFailure
+]
+
+
+def test_every_class_has_a_code_of_its_own() -> None:
+    codes = [*(cls.code for cls in CLASSES), PartialFailure.code]
+
+    assert len(set(codes)) == len(codes)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_an_error_comes_back_as_itself(cls: type[MillstreamError]) -> None:
+    again = from_wire(to_wire(cls("what", hint="do this", retry_after=1.5)))
+
+    assert type(again) is cls
+    assert (again.message, again.hint, again.retry_after) == ("what", "do this", 1.5)
+    assert str(again) == "what (do this)"
+
+
+def test_what_a_class_adds_comes_back_too() -> None:
+    late = from_wire(to_wire(DeadlineExceeded("late", phase="queue")))
+    unknown = from_wire(to_wire(UnknownService("which", did_you_mean="embed")))
+
+    assert isinstance(late, DeadlineExceeded)
+    assert late.phase == "queue"
+    assert isinstance(unknown, UnknownService)
+    assert unknown.did_you_mean == "embed"
+
+
+def test_without_hint_and_retry_after_there_are_none() -> None:
+    again = from_wire(to_wire(MillstreamError("what")))
+
+    assert (again.hint, again.retry_after, str(again)) == ("", None, "what")
+
+
+def test_a_code_of_a_newer_version_becomes_the_base_class_with_its_message() -> None:
+    again = from_wire({"code": "from_the_future", "message": "what", "hint": "upgrade", "flux": 1})
+
+    assert type(again) is MillstreamError
+    assert str(again) == "what (upgrade)"
+
+
+@pytest.mark.parametrize("wire", [{}, {"code": 5}, {"code": None, "message": None, "retry_after": "soon"}])
+def test_a_wire_form_that_is_not_ours_is_an_error_all_the_same(wire: dict[str, object]) -> None:
+    again = from_wire(wire)
+
+    assert type(again) is MillstreamError
+    assert again.retry_after is None
+
+
+def test_a_partial_failure_that_someone_sent_does_not_break_its_reader() -> None:
+    assert isinstance(from_wire({"code": PartialFailure.code, "message": "some rows"}), MillstreamError)
+
+
+def test_the_nearest_name_is_offered_and_none_where_none_is_near() -> None:
+    assert did_you_mean("embd", ["rerank", "embed"]) == "embed"
+    assert did_you_mean("embd", ["chat"]) == ""

@@ -1,0 +1,291 @@
+"""A call keeps to its window, puts answers where their rows were, and ends with one outcome a row."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millstream.broker.codec import decode_inputs, encode_reply
+from millstream.broker.errors import (
+    BrokerUnavailable,
+    DeadlineExceeded,
+    InvalidRequest,
+    MillstreamError,
+    ModelFailed,
+    NoWorkers,
+    PartialFailure,
+    QueueFull,
+)
+from millstream.broker.job import Draft, Json, Priority, Reply
+from millstream.client.channel import Cancellation, Channel, Submission
+from millstream.client.handle import Handle, Terms
+from millstream.client.result import Embeddings
+from millstream.client.split import split
+
+
+class FakeChannel:
+    """Keeps what was submitted until the test answers it."""
+
+    client_id = "caller"
+
+    def __init__(self) -> None:
+        self.waiting: list[Draft] = []
+        self.submissions: list[Submission] = []
+        self.forgotten: list[str] = []
+        self.most = 0
+        self.closed = False
+
+    def submit(self, submissions: Sequence[Submission]) -> None:
+        if self.closed:
+            raise BrokerUnavailable("this client is closed")
+        self.submissions += submissions
+        self.waiting += [draft for submission in submissions for draft in submission.group.drafts]
+        self.most = max(self.most, len(self.waiting))
+
+    def forget(self, service: str, job_ids: Sequence[str]) -> None:
+        self.forgotten += job_ids
+
+    def cancel(self, cancellation: Cancellation) -> None:
+        raise NotImplementedError
+
+    def take(self, at: int = 0) -> tuple[Draft, list[Json]]:
+        """One of the jobs under way, and its rows."""
+        draft = self.waiting.pop(at)
+        inputs, _ = decode_inputs(draft.body, draft.rows)
+        return draft, inputs
+
+
+def terms(
+    *, window: int = 4, timeout: float | None = None, total_timeout: float | None = None, wait: bool = True
+) -> Terms:
+    return Terms("echo", "echo", Priority.NORMAL, {}, timeout, total_timeout, None, wait, window)
+
+
+def call(
+    channel: FakeChannel,
+    inputs: Sequence[Json],
+    given_terms: Terms | None = None,
+    *,
+    rows_a_job: int = 2,
+    refused: Mapping[int, MillstreamError] | None = None,
+    why_late: Callable[[str], MillstreamError] = lambda service: NoWorkers("nobody"),
+) -> Handle:
+    refused = refused or {}
+    sizes = {row: len(str(text)) for row, text in enumerate(inputs) if row not in refused}
+    parts = split(sizes, rows_a_job, 10_000)
+    return Handle(cast(Channel, channel), given_terms or terms(), inputs, parts, refused, why_late)
+
+
+def echo_all(channel: FakeChannel, handle: Handle, chance: random.Random) -> None:
+    while channel.waiting:
+        draft, inputs = channel.take(chance.randrange(len(channel.waiting)))
+        handle.answered(draft.id, encode_reply(Reply(values=inputs)))
+
+
+texts = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), max_size=40)
+
+
+@given(texts, st.integers(1, 6), st.integers(1, 5), st.randoms(use_true_random=False))
+def test_order_is_restored_and_the_window_kept_whatever_order_answers_come_in(
+    rows: list[str], window: int, rows_a_job: int, chance: random.Random
+) -> None:
+    channel = FakeChannel()
+    handle = call(channel, rows, terms(window=window), rows_a_job=rows_a_job)
+
+    echo_all(channel, handle, chance)
+
+    assert handle.result(0) == rows
+    assert channel.most <= window
+    assert sum(submission.group.drafts[0].rows for submission in channel.submissions) == len(rows)
+
+
+def test_vectors_are_stacked_in_the_order_of_the_texts_and_what_they_cost_is_added_up() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["1", "22", "3", "44", "5"])
+
+    while channel.waiting:
+        draft, inputs = channel.take(-1)
+        vectors = np.array([[float(str(text)), 0.5] for text in inputs], dtype=np.float32)
+        reply = Reply(vectors=vectors, tokens=3, truncated=(0,), timings={"queue": float(draft.rows)})
+        handle.answered(draft.id, encode_reply(reply))
+
+    result = handle.result(0)
+    assert isinstance(result, Embeddings)
+    assert result[:, 0].tolist() == [1, 22, 3, 44, 5]
+    assert result.usage == {"tokens": 9}
+    assert len(result.truncated) == 3
+    assert result.timings["queue"] == 2.0
+
+
+def test_a_call_of_one_job_has_the_jobs_id() -> None:
+    channel = FakeChannel()
+
+    handle = call(channel, ["a"])
+
+    assert [draft.id for draft in channel.waiting] == [handle.id]
+
+
+def test_failures_are_told_by_row_beside_the_results_of_the_others() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b", "c", "d", 5], refused={4: InvalidRequest("no string")})
+
+    first, _ = channel.take()
+    handle.answered(first.id, encode_reply(Reply(values=["A"], errors={1: ModelFailed("NaN")})))
+    second, _ = channel.take()
+    handle.answered(second.id, encode_reply(Reply(error=DeadlineExceeded("late", phase="queue"))))
+
+    with pytest.raises(PartialFailure) as caught:
+        handle.result(0)
+    assert {row: type(error) for row, error in caught.value.errors.items()} == {
+        1: ModelFailed,
+        2: DeadlineExceeded,
+        3: DeadlineExceeded,
+        4: InvalidRequest,
+    }
+    assert caught.value.results == ["A", None, None, None, None]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"",
+        b"not a reply\n",
+        encode_reply(Reply(values=["only one"])),
+        encode_reply(Reply()),
+        encode_reply(Reply(values=["a", "b"], truncated=(7,))),
+        encode_reply(Reply(values=["a", "b", "c"])),
+    ],
+    ids=["nothing", "no JSON", "a row short", "no rows", "a row that is not there", "a row too many"],
+)
+def test_a_reply_that_does_not_fit_its_job_fails_or_is_read_but_breaks_nothing(reply: bytes) -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b"])
+
+    handle.answered(channel.take()[0].id, reply)
+
+    try:
+        assert handle.result(0) == ["a", "b"]
+    except (ModelFailed, PartialFailure):
+        return
+
+
+def test_vectors_of_different_lengths_are_the_models_failure() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b", "c"])
+
+    for dim in (2, 3):
+        draft, inputs = channel.take()
+        handle.answered(draft.id, encode_reply(Reply(vectors=np.ones((len(inputs), dim), dtype=np.float32))))
+
+    with pytest.raises(ModelFailed):
+        handle.result(0)
+
+
+def test_an_answer_that_comes_twice_counts_once() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b", "c"])
+    draft, inputs = channel.take()
+
+    handle.answered(draft.id, encode_reply(Reply(values=inputs)))
+    handle.answered(draft.id, encode_reply(Reply(values=["other", "other"])))
+
+    assert not handle.done()
+    echo_all(channel, handle, random.Random(1))
+    assert handle.result(0) == ["a", "b", "c"]
+
+
+def test_without_patience_what_the_window_holds_is_one_submission_accepted_whole_or_not() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b", "c", "d", "e"], terms(wait=False))
+
+    (submission,) = channel.submissions
+    assert (len(submission.group.drafts), submission.until) == (3, 0.0)
+    handle.refused([draft.id for draft in submission.group.drafts], QueueFull("full", retry_after=0.1))
+
+    with pytest.raises(QueueFull) as caught:
+        handle.result(0)
+    assert caught.value.retry_after == 0.1
+
+
+def test_a_refusal_ends_what_was_not_sent_yet() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b", "c"], terms(window=1), rows_a_job=1)
+
+    handle.refused([channel.take()[0].id], BrokerUnavailable("away"))
+
+    assert channel.waiting == []
+    with pytest.raises(BrokerUnavailable):
+        handle.result(0)
+
+
+def test_a_call_on_a_closed_channel_fails() -> None:
+    channel = FakeChannel()
+    channel.closed = True
+
+    handle = call(channel, ["a"])
+
+    with pytest.raises(BrokerUnavailable):
+        handle.result(0)
+
+
+def test_a_channel_closed_between_two_jobs_fails_the_rest() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b"], terms(window=1), rows_a_job=1)
+    draft, inputs = channel.take()
+    channel.closed = True
+
+    handle.answered(draft.id, encode_reply(Reply(values=inputs)))
+
+    with pytest.raises(PartialFailure):
+        handle.result(0)
+
+
+def test_at_the_end_of_its_time_a_call_asks_why_and_waits_no_more() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b"], terms(window=1, timeout=1e-9), rows_a_job=1)
+
+    with pytest.raises(NoWorkers):
+        handle.result()
+
+    assert channel.forgotten == [channel.waiting[0].id]
+
+
+def test_one_wait_may_be_shorter_than_the_call() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a"], terms(timeout=60))
+
+    with pytest.raises(DeadlineExceeded):
+        handle.result(0.001)
+    assert not handle.done()
+    echo_all(channel, handle, random.Random(1))
+
+    assert handle.done()
+    assert handle.result() == ["a"]
+
+
+def test_without_a_timeout_each_job_has_the_services_total_from_when_it_is_sent() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b"], terms(window=1, total_timeout=60), rows_a_job=1)
+    first = channel.waiting[0]
+
+    echo_all(channel, handle, random.Random(1))
+
+    first_end, second_end = (submission.until for submission in channel.submissions)
+    assert first_end is not None
+    assert second_end is not None
+    assert first.deadline == first_end < second_end
+
+
+def test_with_a_timeout_every_job_ends_with_the_call() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b"], terms(window=1, timeout=60, total_timeout=1), rows_a_job=1)
+
+    echo_all(channel, handle, random.Random(1))
+
+    assert len({submission.until for submission in channel.submissions}) == 1

@@ -1,0 +1,174 @@
+"""Each claimed entry becomes rows to run or an answer, and none makes trouble for another."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+
+import pytest
+from contracts.held import NOW, claim_of
+
+from millstream.broker.errors import (
+    DeadlineExceeded,
+    InputTooLong,
+    InvalidRequest,
+    MillstreamError,
+    ModelFailed,
+    WorkerLost,
+)
+from millstream.broker.job import Address, Claim, Json, Priority
+from millstream.worker.intake import Intake
+from millstream.worker.models.base import Prepared
+from millstream.worker.models.echo import EchoModel
+from millstream.worker.settler import Finished
+
+
+class Recording(EchoModel):
+    """Echo, but for inputs named "raise"; remembers what it was asked to prepare."""
+
+    def __init__(self) -> None:
+        super().__init__(max_length=10)
+        self.calls: list[tuple[list[Json], dict[str, Json]]] = []
+
+    def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
+        self.calls.append((list(inputs), dict(options)))
+        if "raise" in inputs:
+            raise RuntimeError("the tokenizer")
+        prepared = super().prepare(inputs, options)
+        return prepared[:-1] if "short" in inputs else prepared
+
+
+@pytest.fixture
+def model() -> Recording:
+    return Recording()
+
+
+@pytest.fixture
+def intake(model: Recording) -> Intake:
+    return Intake(model, max_attempts=3)
+
+
+def only(intake: Intake, claim: Claim, now: int = NOW) -> Finished:
+    """The answer of an entry that does not run."""
+    held, finished = intake.admit([claim], now)
+    assert held == []
+    assert finished[0].address == claim.address
+    return finished[0]
+
+
+def test_a_good_job_is_held_with_its_rows(intake: Intake) -> None:
+    (held,), finished = intake.admit([claim_of(["a b", "c"])], NOW)
+
+    assert [row.tokens for row in held.prepared if isinstance(row, Prepared)] == [2, 1]
+    assert finished == []
+
+
+def test_rows_of_many_jobs_are_prepared_in_one_call_per_options(intake: Intake, model: Recording) -> None:
+    claims = [claim_of(["a"]), claim_of(["b", "c"], options={"truncate": "end"}), claim_of(["d"])]
+
+    held, _ = intake.admit(claims, NOW)
+
+    assert model.calls == [(["a", "d"], {}), (["b", "c"], {"truncate": "end"})]
+    assert {each.claim.address.job_id: len(each.prepared) for each in held} == {
+        claim.address.job_id: claim.job.rows for claim in claims if claim.job
+    }
+
+
+def test_a_malformed_entry_is_buried_with_its_reason_and_its_caller_is_told(intake: Intake) -> None:
+    finished = only(intake, Claim(Address(Priority.NORMAL, "1-1", "0" * 32, "caller"), None, 0.0, "id is not hex"))
+
+    assert finished.bury == "malformed: id is not hex"
+    assert isinstance(finished.reply.error, InvalidRequest)
+
+
+@pytest.mark.parametrize("body", [b"", b"\xff", b"[]", b'{"inputs":["a","b"]}', b'{"inputs":["\\ud800"]}'])
+def test_a_malformed_body_is_buried_too(intake: Intake, body: bytes) -> None:
+    assert only(intake, claim_of(body=body)).bury.startswith("malformed: ")
+
+
+@pytest.mark.parametrize(("times", "phase"), [({"deadline": NOW}, "total"), ({"queue_by": NOW}, "queue")])
+def test_a_job_past_its_time_is_answered_and_not_prepared(
+    intake: Intake, model: Recording, times: dict[str, int], phase: str
+) -> None:
+    claim = claim_of(at=NOW - 250, **times)  # type: ignore[arg-type]
+
+    finished = only(intake, claim)
+
+    assert isinstance(finished.reply.error, DeadlineExceeded)
+    assert (finished.reply.error.phase, finished.bury) == (phase, "")
+    assert "250 ms" in str(finished.reply.error)
+    assert model.calls == []
+    assert intake.admit([claim], NOW - 1)[0]
+
+
+def test_a_job_whose_worker_died_too_often_is_buried_before_it_kills_another(intake: Intake, model: Recording) -> None:
+    assert intake.admit([claim_of(attempts=2.5)], NOW)[0]
+    model.calls.clear()
+
+    finished = only(intake, claim_of(attempts=3.0))
+
+    assert isinstance(finished.reply.error, WorkerLost)
+    assert finished.bury == "max_attempts"
+    assert model.calls == []
+
+
+def test_a_job_for_another_operation_is_refused(intake: Intake) -> None:
+    finished = only(intake, claim_of(op="rerank"))
+
+    assert isinstance(finished.reply.error, InvalidRequest)
+    assert "'rerank'" in str(finished.reply.error)
+
+
+def test_a_row_the_model_refuses_fails_alone(intake: Intake) -> None:
+    (held,), finished = intake.admit([claim_of(["a", 5, "w " * 10, "b"])], NOW)
+
+    assert [type(row) for row in held.prepared] == [Prepared, InvalidRequest, InputTooLong, Prepared]
+    assert (held.left, finished) == (2, [])
+
+
+def test_a_job_of_refused_rows_only_is_answered_at_once(intake: Intake) -> None:
+    reply = only(intake, claim_of([1, 2])).reply
+
+    assert reply.error is None
+    assert sorted(reply.errors) == [0, 1]
+
+
+@pytest.mark.parametrize("guilty", ["raise", "short"])
+def test_a_row_that_makes_prepare_fail_fails_alone(intake: Intake, guilty: str) -> None:
+    rows: list[Json] = ["a", "b", "c", guilty, "d", "e", "f"]
+
+    held, finished = intake.admit([claim_of(rows), claim_of(["g"])], NOW)
+
+    assert finished == []
+    assert [[isinstance(row, Prepared) for row in each.prepared] for each in held] == [
+        [True, True, True, False, True, True, True],
+        [True],
+    ]
+    assert isinstance(held[0].prepared[3], ModelFailed)
+
+
+def test_every_entry_is_held_or_answered_once(intake: Intake) -> None:
+    claims = [
+        claim_of(),
+        claim_of(op="rerank"),
+        claim_of(deadline=1),
+        claim_of(attempts=9),
+        claim_of(body=b"{"),
+        claim_of(["raise"]),
+        claim_of(["a", "raise"], options={"x": [1, {"y": None}]}),
+    ]
+
+    held, finished = intake.admit(claims, NOW)
+
+    entries = [each.claim.address for each in held] + [each.address for each in finished]
+    assert sorted(address.entry for address in entries) == sorted(claim.address.entry for claim in claims)
+    assert len(held) == 2
+
+
+def test_no_depth_of_options_is_read_that_cannot_be_handled(intake: Intake) -> None:
+    for depth in range(sys.getrecursionlimit() - 300, sys.getrecursionlimit()):
+        body = b'{"inputs":["a"],"options":{"x":' + b"[" * depth + b"]" * depth + b"}}"
+
+        held, finished = intake.admit([claim_of(body=body)], NOW)
+
+        assert len(held) + len(finished) == 1

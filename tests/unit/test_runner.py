@@ -1,0 +1,243 @@
+"""The main loop: one outcome a row, no forward for nothing, and no forward too late."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from contracts.held import NOW, claim_of, held_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millstream.broker.errors import DeadlineExceeded, InvalidRequest, MillstreamError, ModelFailed
+from millstream.broker.job import Json, Vectors
+from millstream.worker.batcher import Budget
+from millstream.worker.clock import ServerClock
+from millstream.worker.counters import Counters
+from millstream.worker.models.base import Prepared
+from millstream.worker.models.echo import EchoModel
+from millstream.worker.progress import Progress
+from millstream.worker.runner import Runner, run_rows
+from millstream.worker.settler import Finished
+from millstream.worker.window import Held, Window
+
+
+class Fragile(EchoModel):
+    """Echo, but a forward that holds one of `poison` fails in the way `how`; counts its forwards."""
+
+    def __init__(self, poison: set[str] | None = None, how: str = "raise") -> None:
+        super().__init__()
+        self.poison = poison or set()
+        self.how = how
+        self.batches: list[list[str]] = []
+
+    def forward(self, rows: Sequence[Prepared]) -> list[Json]:
+        self.batches.append([str(row.features) for row in rows])
+        if self.poison & set(self.batches[-1]):
+            if self.how == "raise":
+                raise RuntimeError("CUDA error")
+            return super().forward(rows)[1:]
+        return super().forward(rows)
+
+
+class Dense:
+    """Answers vectors; those of the rows named "nan" and "inf" are what they say."""
+
+    op = "embed"
+    fingerprint = "dense"
+
+    def prepare(self, inputs: object, options: object) -> list[Prepared | MillstreamError]:
+        raise NotImplementedError
+
+    def samples(self, tokens: int) -> Sequence[Json]:
+        raise NotImplementedError
+
+    def forward(self, rows: Sequence[Prepared]) -> Vectors:
+        values = [float(str(row.features)) for row in rows]
+        return np.array([[value, 1.0] for value in values], dtype=np.float32)
+
+
+def prepared(*features: str) -> list[Prepared]:
+    return [Prepared(1, each) for each in features]
+
+
+@pytest.mark.parametrize("how", ["raise", "count"])
+@given(st.integers(1, 64), st.data())
+def test_a_failing_forward_is_halved_until_the_guilty_rows_stand_alone(
+    how: str, size: int, data: st.DataObject
+) -> None:
+    rows = [str(n) for n in range(size)]
+    poison = set(data.draw(st.lists(st.sampled_from(rows), max_size=3)))
+    model = Fragile(poison, how)
+
+    outcomes = run_rows(model, prepared(*rows))
+
+    assert [isinstance(outcome, ModelFailed) for outcome in outcomes] == [row in poison for row in rows]
+    assert [outcome for outcome in outcomes if isinstance(outcome, str)] == [row for row in rows if row not in poison]
+    assert len(model.batches) <= 1 + 2 * len(poison) * math.ceil(math.log2(size)) if size > 1 else 1
+
+
+def test_the_models_own_error_reaches_the_caller() -> None:
+    class Refusing(EchoModel):
+        def forward(self, rows: Sequence[Prepared]) -> list[Json]:
+            raise InvalidRequest("no such language")
+
+    (outcome,) = run_rows(Refusing(), prepared("a"))
+
+    assert isinstance(outcome, InvalidRequest)
+
+
+@pytest.mark.parametrize("answer", [None, 5, [], ["a", "b", "c"]])
+def test_an_answer_that_is_not_one_result_a_row_is_the_models_failure(answer: object) -> None:
+    class Strange(EchoModel):
+        def forward(self, rows: Sequence[Prepared]) -> list[Json]:
+            return answer  # type: ignore[return-value]
+
+    assert all(isinstance(outcome, ModelFailed) for outcome in run_rows(Strange(), prepared("a", "b")))
+
+
+def test_a_row_of_nan_or_infinity_fails_alone() -> None:
+    outcomes = run_rows(Dense(), prepared("1", "nan", "2", "inf"))
+
+    assert [isinstance(outcome, ModelFailed) for outcome in outcomes] == [False, True, False, True]
+
+
+# -- the loop ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """A runner over a window that is closed: `run` runs what was put and returns."""
+
+    model: Fragile = field(default_factory=Fragile)
+    window: Window = field(default_factory=lambda: Window(Budget(rows=8, tokens=1_000)))
+    clock: ServerClock = field(default_factory=ServerClock)
+    counters: Counters = field(default_factory=Counters)
+    finished: dict[str, Finished] = field(default_factory=dict)
+    progress: Progress = field(default_factory=Progress.create)
+
+    def __post_init__(self) -> None:
+        self.clock.heard(NOW)
+
+    def finish(self, finished: Finished) -> None:
+        assert finished.address.job_id not in self.finished, "answered twice"
+        self.finished[finished.address.job_id] = finished
+
+    def run(self, *jobs: Held) -> None:
+        self.window.hold(jobs)
+        self.window.close()
+        Runner(self.model, self.window, self.clock, self.progress, self.counters, self.finish).run()
+
+    def error_of(self, held: Held) -> MillstreamError | None:
+        return self.finished[held.claim.address.job_id].reply.error
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    opened = Bench()
+    yield opened
+    opened.progress.close()
+
+
+def test_every_job_is_answered_once_with_its_own_rows(bench: Bench) -> None:
+    jobs = [held_of([3] * size) for size in (1, 5, 12, 2)]
+
+    bench.run(*jobs)
+
+    assert {job.claim.address.job_id: len(job.prepared) for job in jobs} == {
+        job_id: len(finished.reply.values or []) for job_id, finished in bench.finished.items()
+    }
+    assert bench.finished[jobs[1].claim.address.job_id].reply.values == [f"row {n}" for n in range(5)]
+
+
+@pytest.mark.parametrize("times", [{"deadline": NOW - 1}, {"queue_by": NOW - 1}])
+def test_no_forward_starts_for_a_job_past_its_time(bench: Bench, times: dict[str, int]) -> None:
+    late = held_of([3, 3], claim_of(["x", "x"], **times))  # type: ignore[arg-type]
+    good = held_of([3])
+
+    bench.run(late, good)
+
+    assert sum(len(batch) for batch in bench.model.batches) == 1
+    error = bench.error_of(late)
+    assert isinstance(error, DeadlineExceeded)
+    assert error.phase == ("total" if "deadline" in times else "queue")
+    assert bench.error_of(good) is None
+
+
+def test_with_every_job_late_the_model_is_left_alone(bench: Bench) -> None:
+    bench.run(*[held_of([3], claim_of(deadline=1)) for _ in range(20)])
+
+    assert (bench.model.batches, len(bench.finished)) == ([], 20)
+
+
+def test_queue_time_ends_with_a_jobs_first_forward(bench: Bench) -> None:
+    job = held_of([3] * 20, claim_of(["x"] * 20, queue_by=NOW + 60_000))
+    forward = bench.model.forward
+
+    def slow_forward(rows: Sequence[Prepared]) -> list[Json]:
+        bench.clock.heard(NOW + 120_000)
+        return forward(rows)
+
+    bench.model.forward = slow_forward  # type: ignore[method-assign]
+    bench.run(job)
+
+    assert bench.error_of(job) is None
+    assert len(bench.model.batches) > 1
+
+
+def test_a_deadline_ends_a_job_between_two_of_its_forwards(bench: Bench) -> None:
+    job = held_of([3] * 20, claim_of(["x"] * 20, deadline=NOW + 60_000))
+    forward = bench.model.forward
+
+    def slow_forward(rows: Sequence[Prepared]) -> list[Json]:
+        bench.clock.heard(NOW + 120_000)
+        return forward(rows)
+
+    bench.model.forward = slow_forward  # type: ignore[method-assign]
+    bench.run(job)
+
+    assert isinstance(bench.error_of(job), DeadlineExceeded)
+    assert len(bench.model.batches) == 1
+
+
+def test_a_poisoned_row_spares_its_neighbours_in_the_batch(bench: Bench) -> None:
+    bench.model.poison = {"row 1"}
+    good, bad = held_of([3]), held_of([3, 3])
+
+    bench.run(good, bad)
+
+    assert bench.finished[good.claim.address.job_id].reply.errors == {}
+    assert list(bench.finished[bad.claim.address.job_id].reply.errors) == [1]
+    assert bench.finished[bad.claim.address.job_id].reply.values == ["row 0"]
+
+
+def test_what_runs_is_on_the_page_during_the_forward_and_not_after(bench: Bench) -> None:
+    job = held_of([3])
+    seen: list[list[str]] = []
+    forward = bench.model.forward
+
+    def watched(rows: Sequence[Prepared]) -> list[Json]:
+        seen.append(bench.progress.running())
+        return forward(rows)
+
+    bench.model.forward = watched  # type: ignore[method-assign]
+    bench.run(job)
+
+    assert seen == [[job.name]]
+    assert bench.progress.running() == []
+
+
+def test_what_it_did_is_counted_and_told(bench: Bench) -> None:
+    job = held_of([10, 4], claim_of(["x", "x"], at=NOW - 500))
+
+    bench.run(job)
+
+    count = bench.counters
+    assert (count.forwards, count.rows, count.tokens, count.padded, count.errors) == (1, 2, 14, 20, 0)
+    assert bench.window.seconds_per_token > 0
+    timings = bench.finished[job.claim.address.job_id].reply.timings
+    assert timings["queue"] >= 500
+    assert timings["inference"] >= 0

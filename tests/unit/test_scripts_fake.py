@@ -1,0 +1,47 @@
+"""The scripts keep their contracts on fakeredis: in seconds, without a server."""
+
+from __future__ import annotations
+
+import uuid
+
+import fakeredis
+import pytest
+from contracts.claim import ClaimContract
+from contracts.enqueue import EnqueueContract
+from contracts.lease import BeatContract, ReclaimContract, ReleaseContract
+from contracts.queue import Queue
+from contracts.settle import SettleContract
+
+from millstream.broker.keys import ServiceKeys
+
+
+@pytest.fixture
+def queue() -> Queue:
+    client = fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2)
+    opened = Queue(client, ServiceKeys(f"test-{uuid.uuid4().hex[:12]}"))
+    opened.open()
+    return opened
+
+
+class TestEnqueue(EnqueueContract):
+    pass
+
+
+class TestClaim(ClaimContract):
+    pass
+
+
+class TestSettle(SettleContract):
+    pass
+
+
+class TestBeat(BeatContract):
+    pass
+
+
+class TestRelease(ReleaseContract):
+    pass
+
+
+class TestReclaim(ReclaimContract):
+    pass

@@ -1,0 +1,132 @@
+"""Answers are written, many a call, each by itself; what cannot be sent is its own job's error."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import fakeredis
+import pytest
+import redis
+from contracts.queue import Queue, draft, ids, names
+
+from millstream.broker.codec import decode_reply
+from millstream.broker.errors import ModelFailed
+from millstream.broker.job import Claim, Json, Reply
+from millstream.broker.keys import ServiceKeys
+from millstream.broker.streams import MAX_JOBS_PER_CALL, Settled, Settlement, Streams
+from millstream.worker.batcher import Budget
+from millstream.worker.counters import Counters
+from millstream.worker.life import Life
+from millstream.worker.settler import Finished, Settler
+from millstream.worker.window import Window
+
+
+class Watched:
+    """Streams that remember the size of each call, and fail where told to."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self.calls: list[int] = []
+        self.faults: list[Exception] = []
+
+    def settle(self, settlements: list[Settlement]) -> list[Settled]:
+        self.calls.append(len(settlements))
+        outcomes = self._streams.settle(settlements)
+        if self.faults:
+            raise self.faults.pop()
+        return outcomes
+
+
+class Bench:
+    """A settler whose thread is the test's: `settle` returns when all was written."""
+
+    def __init__(self) -> None:
+        client = fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2)
+        self.queue = Queue(client, ServiceKeys("echo"))
+        self.queue.open()
+        self.streams = Watched(self.queue.streams)
+        self.window = Window(Budget(rows=8, tokens=100))
+        self.counters = Counters()
+        self.life = Life()
+        self.settler = Settler(cast(Streams, self.streams), self.window, self.counters, self.life)
+
+    def hold(self, count: int) -> list[Claim]:
+        claims: list[Claim] = []
+        while len(claims) < count:
+            claims += self.queue.hold("w1", *[draft() for _ in range(min(100, count - len(claims)))])
+        self.window.keep(names(claims))
+        return claims
+
+    def settle(self, *finished: Finished) -> None:
+        for each in finished:
+            self.settler.put(each)
+        self.settler.finish()
+        self.settler.run()
+        self.life.check()
+
+    def replies(self) -> dict[str, Reply]:
+        return {job_id: decode_reply(reply) for job_id, reply in self.queue.replies()}
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_every_answer_is_written_in_few_calls_and_its_entry_forgotten(bench: Bench) -> None:
+    claims = bench.hold(2 * MAX_JOBS_PER_CALL + 1)
+
+    bench.settle(*[Finished(claim.address, Reply(values=[claim.address.job_id])) for claim in claims])
+
+    assert {job_id: reply.values for job_id, reply in bench.replies().items()} == {
+        job_id: [job_id] for job_id in ids(claims)
+    }
+    assert bench.streams.calls == [MAX_JOBS_PER_CALL, MAX_JOBS_PER_CALL, 1]
+    assert (bench.window.names(), bench.counters.jobs) == ([], len(claims))
+
+
+def test_large_answers_go_in_calls_of_their_own(bench: Bench) -> None:
+    claims = bench.hold(3)
+
+    bench.settle(*[Finished(claim.address, Reply(values=["x" * 2_000_000])) for claim in claims])
+
+    assert bench.streams.calls == [1, 1, 1]
+
+
+@pytest.mark.parametrize("value", [object(), "\ud800", {1j: 2}], ids=["object", "surrogate", "key"])
+def test_an_answer_that_cannot_be_sent_is_its_own_jobs_error(bench: Bench, value: Json) -> None:
+    bad, good = bench.hold(2)
+
+    bench.settle(Finished(bad.address, Reply(values=[value])), Finished(good.address, Reply(values=["fine"])))
+
+    assert isinstance(bench.replies()[bad.address.job_id].error, ModelFailed)
+    assert bench.replies()[good.address.job_id].values == ["fine"]
+
+
+def test_a_call_whose_answer_was_lost_is_sent_again_and_answers_once(bench: Bench) -> None:
+    claims = bench.hold(2)
+    bench.streams.faults = [redis.ConnectionError("cut")]
+
+    bench.settle(*[Finished(claim.address, Reply(values=["a"])) for claim in claims])
+
+    assert bench.streams.calls == [2, 2]
+    assert len(bench.queue.replies()) == 2
+    assert bench.window.names() == []
+
+
+def test_a_late_twin_is_counted_as_such(bench: Bench) -> None:
+    (claim,) = bench.hold(1)
+    bench.queue.settle([claim])
+
+    bench.settle(Finished(claim.address, Reply(values=["a"])))
+
+    assert (bench.counters.late, bench.counters.jobs, bench.window.names()) == (1, 0, [])
+
+
+def test_a_buried_answer_leaves_its_job_among_the_dead_letters(bench: Bench) -> None:
+    (claim,) = bench.hold(1)
+
+    bench.settle(Finished(claim.address, Reply(error=ModelFailed("no")), bury="max_attempts"))
+
+    assert [letter[b"reason"] for letter in bench.queue.dead_letters()] == [b"max_attempts"]
+    assert isinstance(bench.replies()[claim.address.job_id].error, ModelFailed)

@@ -1,0 +1,257 @@
+"""What a worker holds: no row is lost between the threads that meet here."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from contracts.held import claim_of, held_of
+
+from millstream.broker.errors import ModelFailed
+from millstream.broker.job import Priority
+from millstream.worker.batcher import Budget
+from millstream.worker.window import HOLD_BATCHES, Window
+
+LONG_S = 20.0
+
+
+@pytest.fixture
+def window() -> Window:
+    return Window(Budget(rows=4, tokens=100))
+
+
+def in_thread(action: Callable[[], object]) -> Callable[[], object]:
+    """Start `action` beside the test; the answer waits for what it returned."""
+    results: list[object] = []
+    thread = threading.Thread(target=lambda: results.append(action()), daemon=True)
+    thread.start()
+
+    def result() -> object:
+        thread.join(LONG_S)
+        assert results, "it did not return in time"
+        return results[0]
+
+    return result
+
+
+def test_rows_come_back_as_the_jobs_they_came_from(window: Window) -> None:
+    jobs = [held_of([3, 3]), held_of([3]), held_of([3, 3])]
+    window.hold(jobs)
+
+    done = []
+    while window.waiting:
+        rows = window.take()
+        done += window.complete(rows, [f"{row.owner} {row.index}" for row in rows])
+
+    assert sorted(each.name for each in done) == sorted(each.name for each in jobs)
+    for job in jobs:
+        assert job.reply().values == [f"{job.name} {row}" for row in range(len(job.prepared))]
+
+
+def test_a_job_whose_rows_run_in_two_batches_is_complete_with_the_last(window: Window) -> None:
+    window.hold([held := held_of([3] * 6)])
+
+    first, second = window.take(), window.take()
+
+    assert window.complete(second, ["x"] * len(second)) == []
+    assert window.complete(first, ["x"] * len(first)) == [held]
+
+
+def test_the_more_urgent_priority_is_taken_first_and_then_the_older(window: Window) -> None:
+    urgency = [(Priority.BATCH, 1), (Priority.NORMAL, 2), (Priority.NORMAL, 1), (Priority.REALTIME, 9)]
+    jobs = [held_of([100], claim_of(priority=priority, at=at)) for priority, at in urgency]
+    window.hold(jobs)
+
+    taken = [window.take()[0].owner for _ in jobs]
+
+    assert taken == [jobs[3].name, jobs[2].name, jobs[1].name, jobs[0].name]
+
+
+def test_a_row_that_has_its_error_already_is_not_run(window: Window) -> None:
+    window.hold([held := held_of([3, ModelFailed("bad row"), 5])])
+
+    rows = window.take()
+    window.complete(rows, [np.full(2, row.index, dtype=np.float32) for row in rows])
+
+    reply = held.reply()
+    assert sorted(row.index for row in rows) == [0, 2]
+    assert list(reply.errors) == [1]
+    assert reply.vectors is not None
+    assert reply.vectors.tolist() == [[0, 0], [2, 2]]
+    assert reply.tokens == 8
+
+
+def test_results_that_are_json_stay_in_row_order_beside_errors(window: Window) -> None:
+    window.hold([held := held_of([3, 4, 5])])
+
+    rows = window.take()
+    window.complete(rows, [ModelFailed("one") if row.index == 1 else f"answer {row.index}" for row in rows])
+
+    assert held.reply().values == ["answer 0", "answer 2"]
+    assert held.reply().vectors is None
+
+
+def test_a_job_that_ended_is_neither_taken_nor_completed(window: Window) -> None:
+    gone, stays = held_of([3] * 6), held_of([3])
+    window.hold([gone, stays])
+    running = window.take()
+
+    assert window.end([gone.name]) == [gone]
+    assert window.end([gone.name]) == []
+
+    done = window.complete(running, ["x"] * len(running))
+    while window.waiting:
+        rows = window.take()
+        assert {row.owner for row in rows} == {stays.name}
+        done += window.complete(rows, ["x"] * len(rows))
+    assert done == [stays]
+
+
+def test_a_batch_and_its_outcomes_must_agree_in_number(window: Window) -> None:
+    window.hold([held_of([3, 3])])
+
+    with pytest.raises(ValueError, match="zip"):
+        window.complete(window.take(), ["one"])
+
+
+def test_held_entries_are_named_until_they_are_forgotten(window: Window) -> None:
+    held = held_of()
+    window.keep(["1:1-1", held.name])
+    window.hold([held])
+    rows = window.take()
+    window.complete(rows, ["x"])
+    assert sorted(window.names()) == sorted(["1:1-1", held.name])
+
+    window.forget([held.name, "3:unknown"])
+
+    assert window.names() == ["1:1-1"]
+
+
+def test_a_window_has_room_for_some_batches_and_then_none(window: Window) -> None:
+    window.seconds_per_token = 1e-6
+    most = HOLD_BATCHES * window.budget.rows
+    room = window.room(live_workers=3)
+    assert room is not None
+    assert (room.rows, room.tokens, room.live_workers, room.empty_handed) == (most, 1_000_000, 3, True)
+
+    window.hold([held_of([2] * (most - 1))])
+    room = window.room(1)
+    assert room is not None
+    assert (room.jobs, room.rows, room.empty_handed) == (1, 1, False)
+    window.hold([held_of([2])])
+
+    assert window.room(1) is None
+    window.take()
+    assert window.room(1) is not None
+
+
+def test_a_window_holds_about_a_second_of_work_and_at_least_a_batch(window: Window) -> None:
+    window.seconds_per_token = 1 / 250
+    room = window.room(1)
+    assert room is not None
+    assert room.tokens == 250
+
+    window.seconds_per_token = 1.0
+    room = window.room(1)
+    assert room is not None
+    assert room.tokens == window.budget.tokens
+    window.hold([held_of([100])])
+    assert window.room(1) is None
+
+
+def test_a_worker_is_empty_handed_only_when_every_entry_is_settled(window: Window) -> None:
+    held = held_of()
+    window.keep([held.name])
+    window.hold([held])
+    window.complete(window.take(), ["x"])
+    room = window.room(1)
+    assert room is not None
+    assert not room.empty_handed
+
+    window.forget([held.name])
+
+    room = window.room(1)
+    assert room is not None
+    assert room.empty_handed
+
+
+def test_it_is_idle_until_rows_come_and_again_when_they_are_back(window: Window) -> None:
+    assert window.idle
+    window.hold([held_of()])
+    assert not window.idle
+    rows = window.take()
+    assert not window.idle
+    assert not window.waiting
+
+    window.complete(rows, ["x"])
+
+    assert window.idle
+
+
+def test_time_in_hand_counts_only_while_rows_are(window: Window) -> None:
+    assert window.in_hand_s() == 0.0
+    window.hold([held_of()])
+    rows = window.take()
+    assert window.in_hand_s() > 0.0
+
+    window.complete(rows, ["x"])
+
+    after = window.in_hand_s()
+    assert window.in_hand_s() == after > 0.0
+
+
+def test_taking_waits_for_a_job(window: Window) -> None:
+    taken = in_thread(window.take)
+
+    window.hold([held_of()])
+
+    assert len(taken()) == 1  # type: ignore[arg-type]
+
+
+def test_taking_ends_empty_when_the_window_is_closed_and_nothing_is_left(window: Window) -> None:
+    window.hold([held_of()])
+    window.close()
+
+    assert len(window.take()) == 1
+    assert window.take() == []
+
+
+def test_closing_wakes_whoever_takes_or_waits_for_a_take(window: Window) -> None:
+    taken = in_thread(window.take)
+    window.close()
+    assert taken() == []
+
+    window.hold([held_of()])
+    assert in_thread(lambda: window.wait_for_take(LONG_S))() is None
+
+
+def test_a_take_wakes_the_claimer(window: Window) -> None:
+    window.hold([held_of([100]), held_of([100])])
+    woken = in_thread(lambda: window.wait_for_take(LONG_S))
+
+    # Until it sleeps the waiter has not noted the number of takes: take while it has not returned.
+    window.take()
+    window.take()
+
+    assert woken() is None
+
+
+def test_waiting_for_a_take_ends_after_its_time(window: Window) -> None:
+    window.hold([held_of()])
+
+    window.wait_for_take(0.001)
+
+    assert window.waiting
+
+
+def test_waiting_until_empty_ends_with_the_last_entry_or_its_time(window: Window) -> None:
+    window.keep(["1:1-1", "1:2-2"])
+    assert window.wait_until_empty(0.001) is False
+
+    empty = in_thread(lambda: window.wait_until_empty(LONG_S))
+    window.forget(["1:1-1"])
+    window.forget(["1:2-2"])
+
+    assert empty() is True
