@@ -54,7 +54,7 @@ class ServiceKeys:
         return self._key(f"result:{job_id}")
 
     def seen(self, job_id: str) -> str:
-        """STRING: the entry id of an accepted job, for idempotency; ttl: the job's life, then 20 s after settle."""
+        """STRING: the entry id of an accepted job; ttl the job's life, then 20 s, or result_ttl where detached."""
         return self._key(f"seen:{job_id}")
 
     def dead(self) -> str:

@@ -28,7 +28,8 @@ def entry_name(address: Address) -> str:
 class Beat:
     """What a beat learned. `now`: server clock, ms; `lost`: held entries another worker has taken over.
 
-    `cancelled`: held entries whose callers no longer want them, each named once.
+    `cancelled`: held entries whose callers no longer want them, each named once. `revision`: of the service, raised by
+    each push of its specification.
     """
 
     now: int
@@ -36,6 +37,7 @@ class Beat:
     reclaim_due: bool
     lost: list[str]
     cancelled: list[str] = field(default_factory=list)
+    revision: int = 0
 
 
 class Lease:
@@ -49,12 +51,14 @@ class Lease:
     def beat(self, consumer: str, status: Mapping[str, str | int], held: Collection[str]) -> Beat:
         """Say that `consumer` lives, extend what it holds, publish `status`. Once a second a process."""
         keys = [*self._keys.streams(), self._keys.workers(), self._keys.worker(consumer)]
-        keys += (self._keys.reclaim(), self._keys.cancelled())
+        keys += (self._keys.reclaim(), self._keys.cancelled(), self._keys.spec())
         args: list[scripts.Argument] = [GROUP, consumer, self._lease_ms, len(status)]
         for name, value in status.items():
             args += (name, value)
-        now, live, due, lost, cancelled = scripts.run(self._client, "beat", keys, [*args, *held])
-        return Beat(now, live, bool(due), [each.decode() for each in lost], [each.decode() for each in cancelled])
+        now, live, due, lost, cancelled, revision = scripts.run(self._client, "beat", keys, [*args, *held])
+        return Beat(
+            now, live, bool(due), [each.decode() for each in lost], [each.decode() for each in cancelled], revision
+        )
 
     def release(
         self,

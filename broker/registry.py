@@ -9,6 +9,8 @@ from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection, translated
 from millstream.broker.errors import ConfigError, UnknownService, did_you_mean
 from millstream.broker.keys import DEFAULT_PREFIX, ServiceKeys, services_key
+from millstream.broker.lease import Lease
+from millstream.broker.spec import discard
 from millstream.broker.streams import Streams
 
 SPEC_VERSION = 1
@@ -31,10 +33,29 @@ class Registry:
         """
         specs = list(specs)
         with translated(self._connection.safe_url):
+            # All are compared before any is written: a push is refused as a whole.
             changed = [spec for spec in specs if self._differs(spec, replace)]
             for spec in changed:
                 self._write(spec)
+            if replace:
+                self._forget_fingerprints(specs)
         return [spec.name for spec in changed]
+
+    def claim_fingerprint(self, service: str, fingerprint: str) -> None:
+        """Say which weights a worker is about to run. Raises ConfigError where the service's others run different ones.
+
+        The first worker of a service decides: vectors of two models in one answer would be worthless.
+        """
+        spec = self.keys(service).spec()
+        with translated(self._connection.safe_url):
+            self._connection.client.hsetnx(spec, "fingerprint", fingerprint)
+            standing = _text(self._connection.client.hget(spec, "fingerprint") or fingerprint)
+        if standing != fingerprint:
+            raise ConfigError(
+                f"service {service!r} runs weights {standing}, this worker has {fingerprint}",
+                hint="use the same weights, revision and dtype on every host; to change them for all, stop the workers "
+                "and run `millstream config push --replace`",
+            )
 
     def read(self, service: str) -> ServiceSpec:
         """The specification of `service`. Raises UnknownService, with the nearest name there is."""
@@ -64,7 +85,7 @@ class Registry:
         stored = self._connection.client.hget(self.keys(spec.name).spec(), "spec")
         if stored is None:
             return True
-        ours, theirs = json.loads(spec.to_json()), _record(stored)
+        ours, theirs = _shared(_record(spec.to_json())), _shared(_record(stored))
         if ours == theirs:
             return False
         if not replace:
@@ -83,7 +104,22 @@ class Registry:
             keys.spec(),
             mapping={"version": SPEC_VERSION, "spec": record, "max_queue_size": spec.runtime.max_queue_size},
         )
+        self._connection.client.hincrby(keys.spec(), "revision", 1)
         self._connection.client.sadd(services_key(self._prefix), spec.name)
+
+    def _forget_fingerprints(self, specs: Iterable[ServiceSpec]) -> None:
+        """Where no worker runs, the next one may bring other weights."""
+        for spec in specs:
+            keys = self.keys(spec.name)
+            if not Lease(self._connection.client, keys).live_workers():
+                self._connection.client.hdel(keys.spec(), "fingerprint")
+
+
+def _shared(record: object) -> object:
+    """A record without what each host decides for itself: its devices, and how many processes it runs."""
+    for path in (("model", "device"), ("model", "devices"), ("runtime", "worker_count")):
+        discard(record, path)
+    return record
 
 
 def _difference(theirs: object, ours: object, path: str = "") -> str:

@@ -170,6 +170,8 @@ class ModelSpec(Settings):
     type: ModelType
     model_name: str = ""
     device: Annotated[str | None, AfterValidator(_automatic)] = None
+    # In turn, a process each; instead of `device`.
+    devices: tuple[str, ...] = ()
     revision: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "float32"
     max_length: Count | None = None

@@ -69,6 +69,14 @@ class Settlement:
     bury: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A detached job, looked up. Without a `reply` a `known` one is under way; an unknown one expired or never was."""
+
+    reply: bytes | None
+    known: bool
+
+
 Settled = Literal["answered", "late", "unwritable"]
 _SETTLED: dict[int, Settled] = {1: "answered", 0: "late", -1: "unwritable"}
 
@@ -154,6 +162,15 @@ class Streams:
             keys += (self._keys.seen(job_id), key)
             args += (job_id, kind, ttl, _CANCELLED)
         return [_CANCEL_OUTCOMES[outcome] for outcome in scripts.run(self._client, "cancel", keys, args)]
+
+    def look_up(self, job_ids: Sequence[str]) -> list[Found]:
+        """What is known of detached jobs: each one's encoded reply, or how far it is."""
+        pipe = self._client.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipe.get(self._keys.result(job_id))
+            pipe.exists(self._keys.seen(job_id))
+        answers = pipe.execute()
+        return [Found(reply=reply, known=bool(known)) for reply, known in zip(answers[::2], answers[1::2], strict=True)]
 
     def _destination(self, address: Address) -> tuple[str, str, int]:
         # Built from ids that were checked: a key taken from the entry would make the worker write anywhere.

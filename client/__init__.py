@@ -1,8 +1,41 @@
-"""Calling services through the queue. Needs no torch."""
+"""Calling services through the queue. Needs no torch.
+
+`client.embed(texts)` and its siblings use one `Client()` for the whole process, made at the first call.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
 
 from millstream.broker.errors import MillstreamError, PartialFailure
+from millstream.client.aio import AsyncClient, AsyncHandle
 from millstream.client.client import Client
+from millstream.client.detached import Detached
 from millstream.client.handle import Handle
 from millstream.client.result import Embeddings
 
-__all__ = ["Client", "Embeddings", "Handle", "MillstreamError", "PartialFailure"]
+__all__ = [
+    "AsyncClient",
+    "AsyncHandle",
+    "Client",
+    "Detached",
+    "Embeddings",
+    "Handle",
+    "MillstreamError",
+    "PartialFailure",
+    "default",
+    "embed",
+]
+
+
+@functools.cache
+def default() -> Client:
+    """The process's own Client, found as `Client()` finds its server."""
+    return Client()
+
+
+def embed(texts: str | Sequence[str], **options: Any) -> Embeddings:
+    """`default().embed(texts, ...)`: see Client.embed."""
+    return default().embed(texts, **options)

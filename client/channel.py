@@ -69,13 +69,17 @@ class Channel:
     """Shared by all clients of a process that talk to one server; thread-safe. Threads start with the first call."""
 
     def __init__(self, connection: Connection, registry: Registry) -> None:
-        self.client_id = secrets.token_hex(8)
         self._connection = connection
         self._registry = registry
+        self._closed = False
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """In a forked child: an identity, locks and threads of its own; its parent's calls are not its calls."""
+        self.client_id = secrets.token_hex(8)
         self._lock = threading.Lock()
         self._readers: dict[str, _Reader] = {}
         self._sender: _Sender | None = None
-        self._closed = False
 
     def submit(self, submissions: Sequence[Submission]) -> None:
         """Send these, answers and refusals to their sinks. Returns at once. Raises BrokerUnavailable once closed."""

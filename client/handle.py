@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from millstream.broker.codec import decode_reply, encode_inputs
-from millstream.broker.errors import Cancelled, DeadlineExceeded, Malformed, MillstreamError, ModelFailed
+from millstream.broker.errors import (
+    BrokerUnavailable,
+    Cancelled,
+    DeadlineExceeded,
+    Malformed,
+    MillstreamError,
+    ModelFailed,
+)
 from millstream.broker.job import Draft, Json, Priority, Reply
 from millstream.broker.streams import CancelOutcome, Group
 from millstream.client.channel import Cancellation, Channel, Submission
@@ -73,6 +82,7 @@ class Handle:
         self._sent: dict[str, _Sent] = {}
         self._patient = terms.wait
         self._rows = Rows(len(inputs), refused)
+        self._pid = os.getpid()
         self._began = time.monotonic()
         self._ended = self._began
         self._end = None if terms.timeout is None else self._began + terms.timeout
@@ -97,6 +107,11 @@ class Handle:
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for at most `timeout` seconds until every row has its outcome; whether they have."""
         until = None if timeout is None else time.monotonic() + timeout
+        if os.getpid() != self._pid:
+            # Before the lock: a thread of the parent may have held it when this process was forked.
+            raise BrokerUnavailable(
+                "this call was made before a fork, in the parent process", hint="make it again here"
+            )
         with self._changed:
             while self._rows.left:
                 now = time.monotonic()
@@ -151,11 +166,16 @@ class Handle:
         with self._changed:
             return self._expires_at()
 
-    def listen(self, listener: Callable[[], None]) -> None:
-        """Call `listener` from one of the channel's threads whenever rows get their outcome, and once now."""
+    @contextmanager
+    def listening(self, listener: Callable[[], None]) -> Iterator[None]:
+        """Meanwhile `listener` is called, from any thread, whenever rows get their outcome. It must be quick."""
         with self._changed:
             self._listeners.append(listener)
-        listener()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._listeners.remove(listener)
 
     # -- the channel's side ------------------------------------------------------------------------------------
 

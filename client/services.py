@@ -12,7 +12,7 @@ from millstream.broker.errors import BrokerUnavailable, InvalidRequest, UnknownS
 from millstream.broker.lease import Lease
 from millstream.broker.registry import Registry
 
-FRESH_S = 2.0
+FRESH_S = 1.0
 _OPS = {"embedding": "embed", "echo": "echo"}
 
 
@@ -42,6 +42,7 @@ class Services:
         self._registry = registry
         self._lock = threading.Lock()
         self._known: dict[str, _Known] = {}
+        self._only: dict[str, tuple[str, float]] = {}
 
     def read(self, service: str) -> tuple[ServiceSpec, int]:
         """The specification of `service`, and how many of its workers live; both at most FRESH_S old.
@@ -49,14 +50,31 @@ class Services:
         Raises UnknownService, BrokerUnavailable.
         """
         known = self._known.get(service)
-        if known is None or time.monotonic() - known.read_at > FRESH_S:
+        if known is None or not self.fresh(service):
             known = self._refresh(service, known)
         return known.spec, known.live_workers
 
+    def fresh(self, service: str) -> bool:
+        """Whether `read` would answer without asking the server."""
+        known = self._known.get(service)
+        return known is not None and time.monotonic() - known.read_at <= FRESH_S
+
+    def after_fork(self) -> None:
+        """In a forked child: the lock may have been held in the parent."""
+        self._lock = threading.Lock()
+
+    def remembered(self, model_type: str) -> str | None:
+        """What `only` answered a moment ago."""
+        name, asked_at = self._only.get(model_type, (None, 0.0))
+        return name if time.monotonic() - asked_at <= FRESH_S else None
+
     def only(self, model_type: str) -> str:
         """The one service of `model_type`. Raises UnknownService where there is none, or more than one to list."""
+        if name := self.remembered(model_type):
+            return name
         names = [name for name in self._registry.names() if self.read(name)[0].model.type == model_type]
         if len(names) == 1:
+            self._only[model_type] = (names[0], time.monotonic())
             return names[0]
         if names:
             raise UnknownService(f"{len(names)} {model_type} services", hint=f"say service=, one of {', '.join(names)}")

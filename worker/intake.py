@@ -36,7 +36,7 @@ class Intake:
 
     def __init__(self, model: Model, max_attempts: int) -> None:
         self._model = model
-        self._max_attempts = max_attempts
+        self.max_attempts = max_attempts
 
     def admit(self, claims: Sequence[Claim], now: int) -> tuple[list[Held], list[Finished]]:
         """The jobs to run and the answers to settle, at `now`, server ms."""
@@ -56,7 +56,7 @@ class Intake:
         job = claim.job
         if job is None:
             return _malformed(claim, claim.malformed)
-        if claim.attempts >= self._max_attempts:
+        if claim.attempts >= self.max_attempts:
             lost = WorkerLost(f"its worker died {claim.attempts:g} times while it ran", hint="see the dead letters")
             return Finished(claim.address, Reply(error=lost), bury="max_attempts")
         if phase := job.missed(now):

@@ -14,7 +14,7 @@ class Patience:
     """Learns the rate of arrivals while others are in hand, and from it how long to wait."""
 
     def __init__(self, batch_timeout_s: float) -> None:
-        self._batch_timeout_s = batch_timeout_s
+        self.batch_timeout_s = batch_timeout_s
         self._arrivals = 0.0
         self._busy_s = 0.0
 
@@ -26,7 +26,7 @@ class Patience:
 
     def wait_s(self, since_first_s: float) -> float:
         """How much longer to wait for one more job, `since_first_s` after the first one; 0 means run now."""
-        left = self._batch_timeout_s - since_first_s
+        left = self.batch_timeout_s - since_first_s
         if left <= 0 or self._arrivals < MIN_ARRIVALS:
             return 0.0
         gap = self._busy_s / self._arrivals

@@ -17,8 +17,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from millstream.broker.config import ServiceSpec
-from millstream.broker.connection import Connection, retrying
+from millstream.broker.config import Runtime, ServiceSpec
+from millstream.broker.connection import Connection, is_transient, retrying
 from millstream.broker.errors import Cancelled, ConfigError, MillstreamError, ModelUnavailable, UnknownService
 from millstream.broker.job import Reply
 from millstream.broker.lease import Beat, Lease
@@ -58,6 +58,7 @@ class Orders:
     threads: int
     progress_fd: int
     result_ttl_ms: int = 3_600_000
+    past: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -74,17 +75,23 @@ class Worker:
         self._counters = Counters()
         self._life = Life()
         self._started = int(time.time() * 1000)
+        self._revision = 0
 
     def drain(self) -> None:
         """Claim no more; settle what is held; end. Safe in a signal handler."""
+        if self._progress.state is State.STARTING:
+            # Nothing is held yet, and a model can take minutes to load.
+            os._exit(0)
         self._life.drain()
 
     def run(self) -> None:
         """Until drained. Raises ModelUnavailable, UnknownService, ConfigError at the start, ThreadFailed later."""
         spec = retrying(lambda: self._registry.read(self._orders.service), stop=self._life.stopped)
         model = models.load(spec, self._orders.device, self._orders.threads)
-        window = Window(_budget(spec), spec.runtime.queue_timeout)
+        runtime = spec.runtime
+        window = Window(Budget(runtime.batch_size, _batch_tokens(runtime)), runtime.queue_timeout)
         warm_up(model, window)
+        retrying(lambda: self._registry.claim_fingerprint(spec.name, model.fingerprint), stop=self._life.stopped)
         self._work(spec, model, window)
 
     def _work(self, spec: ServiceSpec, model: models.Model, window: Window) -> None:
@@ -92,15 +99,16 @@ class Worker:
         clock = ServerClock()
         streams = Streams(self._connection.client, keys, result_ttl_ms=self._orders.result_ttl_ms)
         settler = Settler(streams, window, self._counters, self._life)
+        intake, patience = Intake(model, spec.runtime.max_attempts), Patience(spec.runtime.batch_timeout)
         claimer = Claimer(
             consumer,
             streams,
             Streams(self._connection.blocking(SLEEP_S), keys),
             Lease(self._connection.client, keys),
-            Intake(model, spec.runtime.max_attempts),
+            intake,
             window,
             clock,
-            Patience(spec.runtime.batch_timeout),
+            patience,
             settler.put,
             self._life,
         )
@@ -112,6 +120,12 @@ class Worker:
             window.forget(beat.lost)
             for held in window.end(beat.cancelled):
                 settler.put(Finished(held.claim.address, Reply(error=Cancelled("cancelled by its caller"))))
+            if beat.revision != self._revision:
+                runtime = self._registry.read(spec.name).runtime
+                window.limit(runtime.batch_size, _batch_tokens(runtime), runtime.queue_timeout)
+                patience.batch_timeout_s = runtime.batch_timeout
+                intake.max_attempts = runtime.max_attempts
+                self._revision = beat.revision
 
         heart = Heart(
             consumer,
@@ -136,7 +150,24 @@ class Worker:
         settler.join()
         self._life.check()
         heart.stop()
-        Lease(self._connection.client, keys).release(consumer, keep=(), gone=True)
+        heart.join()
+        self._leave(Lease(self._connection.client, keys))
+        count = self._counters
+        log.info("drained after %d jobs: %d rows in %d forwards", count.jobs, count.rows, count.forwards)
+
+    def fail(self, error: Exception, status: int) -> int:
+        """Say why, to the terminal and to the supervisor, and give the exit status."""
+        log.error("%s", error)
+        self._progress.last_words(str(error))
+        return status
+
+    def _leave(self, lease: Lease) -> None:
+        try:
+            lease.release(self._orders.consumer, gone=True)
+        except Exception as error:
+            # Nothing is held any more; the supervisor, or a reclaim pass, forgets the name.
+            if not is_transient(error):
+                raise
 
     def _status(self, spec: ServiceSpec, model: models.Model) -> Mapping[str, str | int]:
         return {
@@ -148,13 +179,15 @@ class Worker:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": self._started,
+            "running": len(running := self._progress.running()),
+            "running_ms": round((time.monotonic() - self._progress.stamp()) * 1000) if running else 0,
+            "past": self._orders.past,
             **self._counters.fields(),
         }
 
 
-def _budget(spec: ServiceSpec) -> Budget:
-    tokens = spec.runtime.max_batch_tokens
-    return Budget(rows=spec.runtime.batch_size, tokens=2_048 if tokens == "auto" else tokens)
+def _batch_tokens(runtime: Runtime) -> int:
+    return 2_048 if runtime.max_batch_tokens == "auto" else runtime.max_batch_tokens
 
 
 def _drain_at_eof(worker: Worker) -> None:
@@ -177,11 +210,9 @@ def main() -> int:
     try:
         worker.run()
     except (ModelUnavailable, UnknownService, ConfigError) as error:
-        log.error("%s", error)
-        return EXIT_PERMANENT
-    except (MillstreamError, ThreadFailed) as error:
-        log.error("%s", error)
-        return 1
+        return worker.fail(error, EXIT_PERMANENT)
+    except (MillstreamError, ThreadFailed, OSError) as error:
+        return worker.fail(error, 1)
     return 0
 
 

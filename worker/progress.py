@@ -17,7 +17,8 @@ SIZE = 64 * 1024
 _STATE, _CURRENT, _STAMP = 0, 1, slice(8, 16)
 """Where the header keeps the state, which of the two slots holds the list, and the stamp."""
 _HEADER_SIZE = 64
-_SLOT = (SIZE - _HEADER_SIZE) // 2
+_WORDS_SIZE = 1024
+_SLOT = (SIZE - _HEADER_SIZE - _WORDS_SIZE) // 2
 _LENGTH = struct.Struct("<I")
 _SECONDS = struct.Struct("<d")
 
@@ -56,6 +57,17 @@ class Progress:
 
     def enter(self, state: State) -> None:
         self._map[_STATE] = state
+
+    def last_words(self, reason: str) -> None:
+        """Why this process is about to end."""
+        text = reason.encode()[: _WORDS_SIZE - 1]
+        self._map[SIZE - _WORDS_SIZE : SIZE - _WORDS_SIZE + len(text) + 1] = text + b"\0"
+
+    @property
+    def reason(self) -> str:
+        """The process's last words, empty where it had none to say."""
+        words, _, _ = self._map[SIZE - _WORDS_SIZE :].partition(b"\0")
+        return words.decode(errors="replace")
 
     @property
     def state(self) -> State:

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 POLL_S = 0.05
 DRAIN_S = 30.0
 STEADY_S = 30.0
+LEAST_STALL_S = 30.0
+CRASH_LOOP = 5
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
 _LIBRARIES = ("torch", "sentence_transformers")
 RUNNABLE = ("embedding", "echo")
@@ -42,6 +44,17 @@ class Plan:
     spec: ServiceSpec
     count: int
     device: str | None = None
+
+    @property
+    def stall_s(self) -> float:
+        """How long a forward may take before its process counts as stuck."""
+        runtime = self.spec.runtime
+        return runtime.stall_timeout or max(LEAST_STALL_S, 10 * (runtime.inference_timeout or 0.0))
+
+    def device_of(self, index: int) -> str | None:
+        """Where the process number `index` of this plan runs: its devices in turn."""
+        devices = (self.device,) if self.device else self.spec.model.devices or (self.spec.model.device,)
+        return devices[index % len(devices)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +84,14 @@ class Child:
 class Slot:
     """One place for a child: its plan, the child in it, and when the next may start after a death.
 
-    `ready` is what the last look found: other threads read it, and must not touch a child that may just be buried.
+    `past` says how its last child ended. `ready` is what the last look found: other threads read it, and must not touch
+    a child that may just be buried.
     """
 
     plan: Plan
+    device: str | None
     child: Child | None = None
+    past: str = ""
     ready: bool = False
     failures: int = 0
     start_at: float = 0.0
@@ -115,7 +131,7 @@ class Supervisor:
         self._result_ttl_ms = round(result_ttl_s * 1000)
         self._drain_s = drain_s
         self._connection = Connection(url, name="millstream-supervisor")
-        self._slots = [Slot(plan) for plan in plans for _ in range(plan.count)]
+        self._slots = [Slot(plan, plan.device_of(index)) for plan in plans for index in range(plan.count)]
         self._deaths: list[Death] = []
         self._stop = threading.Event()
         self.restarts = 0
@@ -136,12 +152,14 @@ class Supervisor:
     def step(self) -> None:
         """One look at every child: start what is missing, bury what died."""
         for slot in self._slots:
+            if slot.child:
+                _end_stuck(slot.child, slot.plan.stall_s)
             if slot.child and slot.child.process.poll() is not None:
                 self._died(slot, slot.child)
             elif slot.child and slot.failures and time.monotonic() - slot.child.born > STEADY_S:
                 slot.failures = 0
             if not slot.child and not slot.refused and time.monotonic() >= slot.start_at:
-                slot.child = self._start(slot.plan)
+                slot.child = self._start(slot)
             slot.ready = slot.child is not None and slot.child.ready
         self._give_back()
         if all(slot.refused for slot in self._slots):
@@ -189,17 +207,19 @@ class Supervisor:
         self._give_back()
         self._connection.close()
 
-    def _start(self, plan: Plan) -> Child:
+    def _start(self, slot: Slot) -> Child:
+        plan = slot.plan
         progress = Progress.create()
         consumer = f"{socket.gethostname()[:32]}-{os.getpid()}-{secrets.token_hex(4)}"
         orders = Orders(
             service=plan.spec.name,
             prefix=self._prefix,
             consumer=consumer,
-            device=plan.device or plan.spec.model.device,
+            device=slot.device,
             threads=max(1, len(os.sched_getaffinity(0)) // len(self._slots)),
             progress_fd=progress.fd,
             result_ttl_ms=self._result_ttl_ms,
+            past=slot.past,
         )
         # A session of its own: Ctrl-C in the terminal reaches the supervisor alone, which drains its children.
         process = subprocess.Popen(
@@ -214,6 +234,7 @@ class Supervisor:
     def _died(self, slot: Slot, child: Child) -> None:
         code = child.process.returncode
         lived = time.monotonic() - child.born
+        slot.past = _ended(child)
         self._bury(slot, child)
         if code == EXIT_PERMANENT:
             slot.refused = True
@@ -221,10 +242,18 @@ class Supervisor:
         if code == 0 and self._stop.is_set():
             return
         slot.failures = 0 if lived > STEADY_S else slot.failures + 1
-        backoff = min(_LONGEST_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** (slot.failures - 1)) if slot.failures else 0.0
+        backoff = _backoff(slot.failures)
         slot.start_at = time.monotonic() + backoff
         self.restarts += 1
-        log.warning("worker %s %s; the next starts in %g s", child.consumer, _ended(code), backoff)
+        log.warning("worker %s %s; the next starts in %g s", child.consumer, slot.past, backoff)
+        if slot.failures == CRASH_LOOP:
+            log.error(
+                "service %s: %d workers in a row died young, the last one %s; trying on, every %g s",
+                slot.plan.spec.name,
+                CRASH_LOOP,
+                slot.past,
+                _LONGEST_BACKOFF_S,
+            )
 
     def _bury(self, slot: Slot, child: Child) -> None:
         self._deaths.append(Death(slot.plan.spec.name, child.consumer, child.progress.running()))
@@ -248,5 +277,24 @@ class Supervisor:
                 log.warning("worker %s: %d jobs it held are given back to the queue", death.consumer, returned)
 
 
-def _ended(code: int) -> str:
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+def _backoff(failures: int) -> float:
+    """Seconds until the next start: none after a steady life, doubling with each early death, long in a crash loop."""
+    if failures >= CRASH_LOOP:
+        return _LONGEST_BACKOFF_S
+    return _FIRST_BACKOFF_S * 2 ** (failures - 1) if failures else 0.0
+
+
+def _end_stuck(child: Child, stall_s: float) -> None:
+    """Kill a child whose forward has not ended for `stall_s`: whatever it waits for, its jobs can run elsewhere."""
+    stuck_s = time.monotonic() - child.progress.stamp()
+    if child.ready and child.progress.running() and stuck_s > stall_s:
+        child.progress.last_words(f"no progress for {stuck_s:.1f} s, the stall_timeout is {stall_s:g} s")
+        child.process.kill()
+        child.process.wait()
+
+
+def _ended(child: Child) -> str:
+    """How a child ended, and why where it could say."""
+    code = child.process.returncode
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+    return f"{how} ({child.progress.reason})" if child.progress.reason else how

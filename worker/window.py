@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,8 +84,7 @@ class Window:
 
     def __init__(self, budget: Budget, queue_timeout_s: float | None = None) -> None:
         self.budget = budget
-        self._hold_s = HOLD_S if queue_timeout_s is None else min(HOLD_S, queue_timeout_s / 2)
-        self._least_batches = LEAST_BATCHES if queue_timeout_s is None else 1
+        self.limit(budget.rows, budget.tokens, queue_timeout_s)
         self.seconds_per_token = 0.0
         self._pool: Pool[Prepared] = Pool()
         self._held: dict[str, Held] = {}
@@ -96,6 +95,12 @@ class Window:
         self._changed = threading.Condition()
         self._in_hand_since: float | None = None
         self._in_hand_s = 0.0
+
+    def limit(self, rows: int, tokens: int, queue_timeout_s: float | None) -> None:
+        """Take over changed limits, from the next micro-batch on."""
+        self.budget = replace(self.budget, rows=rows, tokens=tokens)
+        self._hold_s = HOLD_S if queue_timeout_s is None else min(HOLD_S, queue_timeout_s / 2)
+        self._least_batches = LEAST_BATCHES if queue_timeout_s is None else 1
 
     # -- the claimer's side ------------------------------------------------------------------------------------
 

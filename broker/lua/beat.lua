@@ -1,9 +1,10 @@
 -- A worker process says it lives, keeps the lease on what it holds, and learns what it no longer holds.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET workers   KEYS[5] HASH this worker   KEYS[6] STRING reclaim
--- KEYS[7] ZSET cancelled
+-- KEYS[7] ZSET cancelled   KEYS[8] HASH the service
 -- ARGV[1] group  ARGV[2] consumer  ARGV[3] lease ms
 -- ARGV[4] n, then n field, value pairs for the hash; then entries held, as 'stream:entry id'
--- Returns {now_ms, live workers, 1 if a reclaim pass is due, {lost entries}, {entries cancelled since the last beat}}
+-- Returns {now_ms, live workers, 1 if a reclaim pass is due, {lost entries}, {entries cancelled since the last beat},
+--   revision of the service, which each push of its specification raises}
 
 local GROUP, CONSUMER, LEASE = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local DAY_MS, RECLAIM_EVERY_MS = 86400000, 1000
@@ -45,4 +46,5 @@ for _, entry in ipairs(redis.call('ZRANGE', KEYS[7], 0, -1)) do
     redis.call('ZREM', KEYS[7], entry)
   end
 end
-return {now, redis.call('ZCOUNT', KEYS[4], now - LEASE, '+inf'), due, lost, cancelled}
+return {now, redis.call('ZCOUNT', KEYS[4], now - LEASE, '+inf'), due, lost, cancelled,
+  tonumber(redis.call('HGET', KEYS[8], 'revision') or 0)}

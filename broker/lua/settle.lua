@@ -44,7 +44,8 @@ while arg <= #ARGV do
     if not answered then reason = 'reply_unwritable' end
     if reason ~= '' then bury(stream, id, reason) end
     redis.call('XDEL', stream, id)
-    redis.call('PEXPIRE', KEYS[key + 1], SEEN_AFTER_SETTLE_MS)
+    -- A detached job stays known as long as its result: its idempotency key must not run it again.
+    redis.call('PEXPIRE', KEYS[key + 1], kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS)
     outcomes[#outcomes + 1] = answered and 1 or -1
   end
   arg, key = arg + 7, key + 2

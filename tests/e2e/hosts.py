@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,6 +56,14 @@ class Host:
     def log(self) -> str:
         """What supervisor and workers said so far."""
         return self._log.read_text(errors="replace")
+
+    def rows_run(self) -> int:
+        """Rows that its workers ran in all, by what each says when it has drained."""
+        return sum(int(rows) for rows in re.findall(r": drained after \d+ jobs: (\d+) rows", self.log))
+
+    def deaths(self) -> int:
+        """How often a worker died instead of draining."""
+        return len(re.findall(r"worker \S+ (?:was killed by|exited with status)", self.log))
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)

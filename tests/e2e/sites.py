@@ -79,12 +79,12 @@ class Site:
         self.watch = Watch(connection, self.keys)
         self._home = home
         self._ends = ends
-        self._hosts = 0
+        self.hosts: list[Host] = []
 
     def start_host(self, count: int, *, cores: Collection[int] | None = None) -> Host:
         """One more host, whose workers are not ready yet. `cores` keeps it from slowing down others."""
-        self._hosts += 1
-        host = Host(self.url, self.spec.name, count, self._home / f"host-{self._hosts}", cores)
+        host = Host(self.url, self.spec.name, count, self._home / f"host-{len(self.hosts) + 1}", cores)
+        self.hosts.append(host)
         self._ends.callback(host.clean_up)
         return host
 

@@ -36,7 +36,8 @@ class Mill:
         self.site = site
         self.watch = site.watch
         self._cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
-        self.hosts = [self.start_host(), self.start_host()]
+        for _ in range(2):
+            self.start_host()
         site.await_workers(2)
 
     def start_host(self) -> Host:
@@ -44,7 +45,7 @@ class Mill:
         return self.site.start_host(1, cores=[next(self._cores)])
 
     def host_of(self, pid: int) -> Host:
-        return next(host for host in self.hosts if pid in host.children)
+        return next(host for host in self.site.hosts if pid in host.children)
 
     def taken_over(self, held: list[Entry], dead: Mapping[str, int]) -> float:
         """Seconds until everything in `held` is settled, or owned by a worker that lives and is not one of `dead`."""
@@ -83,9 +84,24 @@ def load(mill: Mill, reference: Reference) -> Iterator[None]:
         except AssertionError:
             c = mill.site.connection.client
             for k in mill.site.keys.streams():
-                print("DBG", k, c.xinfo_groups(k), c.xinfo_consumers(k, "workers"), c.xpending_range(k, "workers", "-", "+", 100), c.xrange(k))
+                print(
+                    "DBG",
+                    k,
+                    c.xinfo_groups(k),
+                    c.xinfo_consumers(k, "workers"),
+                    c.xpending_range(k, "workers", "-", "+", 100),
+                    c.xrange(k),
+                )
             print("DBG", mill.watch.workers(), c.zrange(mill.site.keys.workers(), 0, -1, withscores=True), c.time())
-            print("DBG ours", [(j, j in ledger.replies) for e in c.xrange(mill.site.keys.streams()[1]) for j in [e[1][b"id"].decode()]], [j in ledger.sent for e in c.xrange(mill.site.keys.streams()[1]) for j in [e[1][b"id"].decode()]])
+            print(
+                "DBG ours",
+                [
+                    (j, j in ledger.replies)
+                    for e in c.xrange(mill.site.keys.streams()[1])
+                    for j in [e[1][b"id"].decode()]
+                ],
+                [j in ledger.sent for e in c.xrange(mill.site.keys.streams()[1]) for j in [e[1][b"id"].decode()]],
+            )
             raise
 
     assert [tally["wrong"] for tally in tallies] == [[]] * CALLER_PROCESSES
@@ -146,7 +162,7 @@ def test_what_a_lost_host_held_is_in_live_hands_within_8_seconds(mill: Mill, ref
         held = freeze_with_work(mill.watch, victim)
         host.lose()
         seconds = mill.taken_over(held, victim)
-        mill.hosts.append(mill.start_host())
+        mill.start_host()
         say(f"lost 1 of 2 hosts with {len(held)} jobs in hand: in live hands after {seconds:.2f} s")
         assert seconds < LOST_HOST_S
         mill.whole()

@@ -10,7 +10,7 @@ from typing import cast
 from support import eventually
 
 from millstream.broker.connection import Connection, retrying
-from millstream.broker.keys import GROUP, RETURNED, ServiceKeys
+from millstream.broker.keys import GROUP, ServiceKeys
 from millstream.broker.lease import LEASE_S
 
 Entry = tuple[str, bytes]
@@ -45,24 +45,18 @@ class Watch:
 
     def held(self, consumer: str | None = None) -> list[Entry]:
         """The pending entries of `consumer`, or of all."""
-        return [(stream, each["message_id"]) for stream, each in self._pending(consumer)]
+        return [entry for entry, _ in retrying(lambda: self._pending(consumer))]
 
     def attempts(self) -> float:
         """The most attempts that any pending job has behind it."""
-        return max(((each["times_delivered"] - 1) / 2 for _, each in self._pending(None)), default=0.0)
+        return max(((deliveries - 1) / 2 for _, deliveries in retrying(lambda: self._pending(None))), default=0.0)
 
-    def returned(self) -> list[Entry]:
-        """Entries given back that no worker has taken yet."""
-        return self.held(RETURNED)
-
-    def _pending(self, consumer: str | None) -> list[tuple[str, dict[str, int]]]:
-        return [
-            (stream, each)
-            for stream in self._keys.streams()
-            for each in retrying(
-                lambda stream=stream: self._client.xpending_range(stream, GROUP, "-", "+", 100_000, consumer)
-            )
-        ]
+    def _pending(self, consumer: str | None) -> list[tuple[Entry, int]]:
+        found = []
+        for stream in self._keys.streams():
+            for each in self._client.xpending_range(stream, GROUP, "-", "+", 100_000, consumer):
+                found.append(((stream, cast(bytes, each["message_id"])), cast(int, each["times_delivered"])))
+        return found
 
     def unsettled(self, entries: Collection[Entry], owners: Collection[str]) -> list[Entry]:
         """Those of `entries` that are neither settled nor held by one of `owners`."""
@@ -78,11 +72,11 @@ class Watch:
 
     def depth(self) -> int:
         """Jobs in the streams: waiting or held."""
-        return sum(int(retrying(lambda stream=stream: self._client.xlen(stream))) for stream in self._keys.streams())
+        return retrying(lambda: sum(self._client.xlen(stream) for stream in self._keys.streams()))
 
     def dead_letters(self) -> list[Mapping[bytes, bytes]]:
         letters = retrying(lambda: self._client.xrange(self._keys.dead()))
-        return [fields for _, fields in letters]
+        return [fields for _, fields in cast(list[tuple[bytes, Mapping[bytes, bytes]]], letters)]
 
 
 def freeze_with_work(watch: Watch, victims: Mapping[str, int], *, within_s: float = 10.0) -> list[Entry]:

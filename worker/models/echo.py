@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 
@@ -11,13 +12,19 @@ from millstream.worker.models.base import Prepared
 
 
 class EchoModel:
-    """Answers each row with itself; a token is a word. `model_name: "sleep:0.05"` makes each forward take 0.05 s."""
+    """Answers each row with itself; a token is a word.
+
+    Its `model_name` can make it misbehave. `sleep:0.05`: each forward takes 0.05 s. `crash:WORD` and `raise:WORD`: a
+    forward over a row that contains WORD ends the process, or raises.
+    """
 
     op = "echo"
 
     def __init__(self, model_name: str = "", max_length: int | None = None) -> None:
-        kind, _, seconds = model_name.partition(":")
-        self._sleep_s = float(seconds) if kind == "sleep" else 0.0
+        kind, _, value = model_name.partition(":")
+        self._sleep_s = float(value) if kind == "sleep" else 0.0
+        self._crash_at = value if kind == "crash" else ""
+        self._raise_at = value if kind == "raise" else ""
         self._max_length = max_length
         self.fingerprint = f"echo:{model_name}"
 
@@ -35,7 +42,12 @@ class EchoModel:
     def forward(self, rows: Sequence[Prepared]) -> list[Json]:
         if self._sleep_s:
             time.sleep(self._sleep_s)
-        return [str(row.features) for row in rows]
+        texts: list[Json] = [str(row.features) for row in rows]
+        if self._crash_at and any(self._crash_at in str(text) for text in texts):
+            os._exit(1)
+        if self._raise_at and any(self._raise_at in str(text) for text in texts):
+            raise RuntimeError(f"a row contains {self._raise_at!r}")
+        return texts
 
     def samples(self, tokens: int) -> Sequence[Json]:
         return ["word " * (tokens - 1) + "word"]

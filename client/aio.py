@@ -1,0 +1,244 @@
+"""The async client: awaits the same calls over the same channel. Cancelling an awaiting task cancels its jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Sequence
+from contextlib import ExitStack, suppress
+from types import TracebackType
+from typing import Any, cast
+
+from millstream.broker.errors import DeadlineExceeded, MillstreamError
+from millstream.broker.job import Json
+from millstream.client.calls import Ask, Calls, PriorityName, Truncate, vectors_of
+from millstream.client.detached import Detached
+from millstream.client.handle import Handle
+from millstream.client.mapping import CHUNKS, Results
+from millstream.client.result import Embeddings
+from millstream.client.rows import RowOutcome
+
+
+class AsyncHandle:
+    """A submitted call, awaitable: `await handle` is `await handle.result()`."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+        self.id = handle.id
+
+    @property
+    def rows_done(self) -> int:
+        """Rows that have their outcome, for a progress bar."""
+        return self._handle.rows_done
+
+    def __await__(self) -> Generator[Any, None, Embeddings | list[Json]]:
+        return self.result().__await__()
+
+    async def result(self, timeout: float | None = None) -> Embeddings | list[Json]:
+        """As Handle.result. Cancelling the awaiting task cancels the call."""
+        await self._settled(timeout)
+        return self._handle.result(0)
+
+    async def outcomes(self, timeout: float | None = None) -> list[RowOutcome]:
+        """As Handle.outcomes."""
+        await self._settled(timeout)
+        return self._handle.outcomes(0)
+
+    async def cancel(self) -> bool:
+        """As Handle.cancel."""
+        return await asyncio.to_thread(self._handle.cancel)
+
+    def cancel_soon(self) -> None:
+        """As Handle.cancel_soon."""
+        self._handle.cancel_soon()
+
+    async def _settled(self, timeout: float | None) -> None:
+        until = None if timeout is None else time.monotonic() + timeout
+        try:
+            if await _first_ready([self._handle], until) is None:
+                raise DeadlineExceeded(f"no result within {timeout} s of waiting", phase="total")
+        except asyncio.CancelledError:
+            self._handle.cancel_soon()
+            raise
+
+
+async def _first_ready(handles: Sequence[Handle], until: float | None = None) -> int | None:
+    """The place of a call that is complete, waiting for one; None where `until` (monotonic seconds) comes first."""
+    loop, changed = asyncio.get_running_loop(), asyncio.Event()
+    with ExitStack() as listening:
+        for handle in handles:
+            listening.enter_context(handle.listening(lambda: _tell(loop, changed)))
+        while True:
+            changed.clear()
+            for place, handle in enumerate(handles):
+                if handle.ready:
+                    return place
+            if until is not None and time.monotonic() >= until:
+                return None
+            await _change(changed, handles, until)
+
+
+async def _change(changed: asyncio.Event, handles: Sequence[Handle], until: float | None) -> None:
+    """Sleep until rows got their outcome, `until` comes, or a job's time is over; its error is then asked for."""
+    moments = [moment for handle in handles if (moment := handle.expires_at) is not None]
+    moments += [] if until is None else [until]
+    loop = asyncio.get_running_loop()
+    timer = loop.call_later(max(0.0, min(moments) - time.monotonic()), changed.set) if moments else None
+    try:
+        await changed.wait()
+    finally:
+        if timer:
+            timer.cancel()
+    for handle in handles:
+        if (expires_at := handle.expires_at) is not None and time.monotonic() >= expires_at:
+            await asyncio.to_thread(handle.wait, 0)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, changed: asyncio.Event) -> None:
+    # The loop may be closed by the time an abandoned call is answered.
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(changed.set)
+
+
+class AsyncClient:
+    """Client for asyncio, with the same arguments and errors. Thousands of calls may be awaited at once.
+
+    Safe to use from several event loops; threads of its own talk to the server, so no call blocks the loop.
+    """
+
+    def __init__(self, url: str | None = None, *, prefix: str | None = None) -> None:
+        self._calls = Calls(url, prefix)
+
+    async def embed(
+        self,
+        texts: str | Sequence[str],
+        *,
+        service: str | None = None,
+        priority: PriorityName = "normal",
+        timeout: float | None = None,
+        wait: bool = True,
+        truncate: Truncate | None = None,
+        tenant: str = "",
+    ) -> Embeddings:
+        """As Client.embed."""
+        single = isinstance(texts, str)
+        options: dict[str, Json] = {} if truncate is None else {"truncate": truncate}
+        name = service or await self._only("embedding")
+        rows = cast(Sequence[Json], [texts] if single else texts)
+        handle = await self._start(name, rows, Ask(priority, timeout, wait, tenant, options))
+        return vectors_of(await AsyncHandle(handle).result(), single)
+
+    async def submit(
+        self,
+        service: str,
+        inputs: Sequence[Json],
+        *,
+        priority: PriorityName = "normal",
+        timeout: float | None = None,
+        wait: bool = True,
+        tenant: str = "",
+        **options: Json,
+    ) -> AsyncHandle:
+        """As Client.submit."""
+        return AsyncHandle(await self._start(service, inputs, Ask(priority, timeout, wait, tenant, options)))
+
+    async def map(
+        self,
+        service: str,
+        inputs: Iterable[Json] | AsyncIterable[Json],
+        *,
+        window: int = 2_048,
+        ordered: bool = True,
+        priority: PriorityName = "batch",
+        tenant: str = "",
+        results: Results = "values",
+        **options: Json,
+    ) -> AsyncIterator[Any]:
+        """As Client.map, for async iterables too."""
+        ask = Ask(priority, None, True, tenant, options)
+        under_way: list[tuple[int, Handle]] = []
+        first = 0
+        try:
+            async for rows in _chunks(inputs, max(1, window // CHUNKS)):
+                under_way.append((first, await self._start(service, rows, ask)))
+                first += len(rows)
+                if len(under_way) == CHUNKS:
+                    async for pair in _collected(under_way, ordered, results):
+                        yield pair if not ordered else pair[1]
+            while under_way:
+                async for pair in _collected(under_way, ordered, results):
+                    yield pair if not ordered else pair[1]
+        finally:
+            for _, handle in under_way:
+                handle.cancel_soon()
+
+    async def submit_detached(
+        self,
+        service: str,
+        inputs: Sequence[Json],
+        *,
+        priority: PriorityName = "batch",
+        timeout: float | None = None,
+        tenant: str = "",
+        idempotency_key: str | None = None,
+        **options: Json,
+    ) -> Detached:
+        """As Client.submit_detached; ask the result's methods in a thread, for instance with asyncio.to_thread."""
+        ask = Ask(priority, timeout, True, tenant, options)
+        return await asyncio.to_thread(Detached.submit, self._calls, service, inputs, ask, idempotency_key)
+
+    async def close(self) -> None:
+        """As Client.close."""
+        await asyncio.to_thread(self._calls.channel.close)
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _start(self, service: str, inputs: Sequence[Json], ask: Ask) -> Handle:
+        if not self._calls.services.fresh(service):
+            await asyncio.to_thread(self._calls.services.read, service)
+        return self._calls.start(service, inputs, ask)
+
+    async def _only(self, model_type: str) -> str:
+        if name := self._calls.services.remembered(model_type):
+            return name
+        return await asyncio.to_thread(self._calls.services.only, model_type)
+
+
+async def _chunks(inputs: Iterable[Json] | AsyncIterable[Json], size: int) -> AsyncIterator[list[Json]]:
+    chunk: list[Json] = []
+    async for row in _each(inputs):
+        chunk.append(row)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+async def _each(inputs: Iterable[Json] | AsyncIterable[Json]) -> AsyncIterator[Json]:
+    if isinstance(inputs, AsyncIterable):
+        async for row in inputs:
+            yield row
+    else:
+        for row in inputs:
+            yield row
+
+
+async def _collected(
+    under_way: list[tuple[int, Handle]], ordered: bool, results: Results
+) -> AsyncIterator[tuple[int, RowOutcome]]:
+    """The rows of one call: the oldest, or, where order does not matter, the first that is complete."""
+    handles = [handle for _, handle in under_way]
+    place = await _first_ready(handles[:1] if ordered else handles) or 0
+    first, handle = under_way[place]
+    for row, outcome in enumerate(handle.outcomes(), start=first):
+        if results == "values" and isinstance(outcome, MillstreamError):
+            raise outcome
+        yield row, outcome
+    del under_way[place]

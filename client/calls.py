@@ -1,0 +1,176 @@
+"""From a call's arguments to jobs under way: what the blocking and the async client share."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+
+from millstream.broker.config import DEFAULT_PATH, Config, ServiceSpec, load
+from millstream.broker.connection import Connection, find_url
+from millstream.broker.errors import DeadlineExceeded, InputTooLong, InvalidRequest, MillstreamError, NoWorkers
+from millstream.broker.job import Json, Priority
+from millstream.broker.keys import DEFAULT_PREFIX
+from millstream.broker.registry import Registry
+from millstream.broker.streams import MAX_JOBS_PER_CALL
+from millstream.client.channel import Channel
+from millstream.client.handle import Handle, Terms
+from millstream.client.result import Embeddings
+from millstream.client.services import Services, op_of
+from millstream.client.split import Part, split
+
+JOBS_PER_WORKER = 8
+MAX_ROW_BYTES = 512 * 1024
+UNKNOWN_TOKENS = 2_048
+
+Truncate = Literal["none", "start", "end"]
+PriorityName = Literal["realtime", "normal", "batch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a caller may say about a call. `timeout` in seconds, for all of it; `options` go to the model."""
+
+    priority: PriorityName = "normal"
+    timeout: float | None = None
+    wait: bool = True
+    tenant: str = ""
+    options: Mapping[str, Json] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raises InvalidRequest."""
+        if self.priority not in get_args(PriorityName):
+            raise InvalidRequest(f"no priority {self.priority!r}", hint=f"one of {', '.join(Priority)}")
+        if self.timeout is not None and not (isinstance(self.timeout, int | float) and self.timeout > 0):
+            raise InvalidRequest(f"timeout={self.timeout!r} is not a number of seconds above 0")
+        truncate = self.options.get("truncate", "none")
+        if truncate not in get_args(Truncate):
+            raise InvalidRequest(f"truncate={truncate!r}", hint=f"one of {', '.join(get_args(Truncate))}")
+
+
+class Calls:
+    """One process's calls to one server. Survives os.fork: the child gets an identity and threads of its own."""
+
+    def __init__(self, url: str | None, prefix: str | None) -> None:
+        found_url, found_prefix = _find(url, os.environ)
+        self.connection = Connection(found_url, name="millstream-client")
+        self.registry = Registry(self.connection, prefix or found_prefix)
+        self.channel = Channel(self.connection, self.registry)
+        self.services = Services(self.connection, self.registry)
+        _living.add(self)
+
+    def start(self, service: str, inputs: Sequence[Json], ask: Ask) -> Handle:
+        """Send `inputs`, one a row, and return at once. Raises InvalidRequest, UnknownService, BrokerUnavailable."""
+        ask.check()
+        spec, live_workers = self.services.read(service)
+        parts, refused = cut(spec, inputs)
+        runtime = spec.runtime
+        terms = Terms(
+            service=service,
+            op=op_of(spec),
+            priority=Priority(ask.priority),
+            options=ask.options,
+            timeout=ask.timeout,
+            total_timeout=runtime.total_timeout,
+            # Batch jobs are in no hurry to start.
+            queue_timeout=None if ask.priority == "batch" else runtime.queue_timeout,
+            wait=ask.wait,
+            window=_window(spec, live_workers),
+            tenant=ask.tenant,
+        )
+        return Handle(self.channel, terms, inputs, parts, refused, self._why_late)
+
+    def after_fork(self) -> None:
+        self.channel.after_fork()
+        self.services.after_fork()
+
+    def _why_late(self, service: str) -> MillstreamError:
+        """The error of a call whose time is over: is the server gone, every worker dead, or all of them busy?"""
+        try:
+            live = self.services.live_workers(service)
+        except MillstreamError as error:
+            return error
+        if not live:
+            return NoWorkers(
+                f"no worker of service {service!r} is alive; the job was accepted and waited in vain",
+                hint="start one with `millstream up` or `millstream worker run`",
+            )
+        return DeadlineExceeded(
+            f"no answer from service {service!r} in time, with {live} workers alive",
+            hint="see `millstream queue ls`; raise the timeout or add workers",
+        )
+
+
+def cut(spec: ServiceSpec, inputs: Sequence[object]) -> tuple[list[Part], dict[int, MillstreamError]]:
+    """The jobs a call becomes, and the rows that never travel. A bad row costs its neighbours nothing."""
+    sizes, refused = row_sizes(inputs)
+    tokens = spec.runtime.max_batch_tokens
+    return split(sizes, spec.runtime.batch_size, tokens if isinstance(tokens, int) else UNKNOWN_TOKENS), refused
+
+
+def row_sizes(inputs: Sequence[object]) -> tuple[dict[int, int], dict[int, MillstreamError]]:
+    """Each good row's size in UTF-8 bytes, each bad row's error. Raises InvalidRequest where `inputs` is no list."""
+    if isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence | np.ndarray):
+        raise InvalidRequest(f"a list of strings is needed, not {type(inputs).__name__}")
+    sizes: dict[int, int] = {}
+    refused: dict[int, MillstreamError] = {}
+    for row, text in enumerate(inputs):
+        size = _size(text)
+        if isinstance(size, int):
+            sizes[row] = size
+        else:
+            refused[row] = size
+    return sizes, refused
+
+
+def vectors_of(result: Embeddings | list[Json], single: bool) -> Embeddings:
+    """A call's result as `embed` returns it: float32 [rows, dim], [0, 0] for no rows, [dim] for a single text."""
+    if not isinstance(result, Embeddings):
+        return Embeddings.of(np.zeros((0, 0), dtype=np.float32), 0, (), {})
+    return Embeddings.of(result[0], result.usage["tokens"], result.truncated, result.timings) if single else result
+
+
+def _size(text: object) -> int | MillstreamError:
+    """The text's size in UTF-8 bytes, or why it cannot travel."""
+    if not isinstance(text, str):
+        return InvalidRequest(f"not a string but {type(text).__name__}", hint="convert it first")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        return InvalidRequest(f"not valid Unicode: {error.reason} at character {error.start}")
+    if size > MAX_ROW_BYTES:
+        return InputTooLong(f"{size} bytes, at most {MAX_ROW_BYTES} travel in one row", hint="shorten it")
+    return size
+
+
+def _window(spec: ServiceSpec, live_workers: int) -> int:
+    """Jobs one call keeps under way: enough to keep every worker busy, never most of the queue."""
+    jobs = JOBS_PER_WORKER * max(1, live_workers)
+    return max(1, min(jobs, spec.runtime.max_queue_size // 4, MAX_JOBS_PER_CALL))
+
+
+def _find(url: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
+    """Where the queue is, and its key prefix. ./config.yaml is read only where nothing more explicit says it:
+
+    a caller's own project may have a file of that name.
+    """
+    config: Config | None = None
+    if url is None and not environ.get("MILLSTREAM_REDIS_URL") and DEFAULT_PATH.is_file():
+        config = load(DEFAULT_PATH, environ)
+    prefix = config.redis.key_prefix if config else environ.get("MILLSTREAM_REDIS__KEY_PREFIX") or DEFAULT_PREFIX
+    return find_url(url, config, environ), prefix
+
+
+_living: weakref.WeakSet[Calls] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for calls in list(_living):
+        calls.after_fork()
+
+
+os.register_at_fork(after_in_child=_forked)

@@ -1,0 +1,195 @@
+"""Calls that outlive their caller: submitted, left, and asked for later by id from any process."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from millstream.broker.codec import decode_reply, encode_inputs
+from millstream.broker.connection import retrying, translated
+from millstream.broker.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Malformed,
+    MillstreamError,
+    ModelFailed,
+    QueueFull,
+    ResultExpired,
+    UnknownService,
+)
+from millstream.broker.job import Draft, Json, Priority, Reply
+from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Group, Streams
+from millstream.client.result import Embeddings
+from millstream.client.rows import RowOutcome, Rows
+from millstream.client.services import op_of
+from millstream.client.split import MAX_PART_BYTES, Part
+
+if TYPE_CHECKING:
+    from millstream.client.calls import Ask, Calls
+
+_ID = re.compile(
+    r"(?P<service>[A-Za-z0-9][A-Za-z0-9_.-]{0,63}):(?P<rows>[1-9]\d{0,8})x(?P<per_job>[1-9]\d{0,3}):(?P<call>[0-9a-f]{32})"
+)
+_FIRST_LOOK_S, _LAST_LOOK_S = 0.005, 0.5
+_LOOK_UP = 1_000
+_ROOM_S = 60.0
+
+
+class Detached:
+    """A detached call. Its `id` is all that another process needs: `service:rows x rows a job:call`."""
+
+    def __init__(self, calls: Calls, service: str, rows: int, per_job: int, call: str) -> None:
+        self.id = f"{service}:{rows}x{per_job}:{call}"
+        self._calls = calls
+        self._service = service
+        self._parts = {
+            _job_id(call, first): Part(tuple(range(first, min(first + per_job, rows))), 0)
+            for first in range(0, rows, per_job)
+        }
+        self._rows = Rows(rows, {})
+        self._missing = dict(self._parts)
+        self._began = time.monotonic()
+
+    @classmethod
+    def find(cls, calls: Calls, job_id: str) -> Detached:
+        """The call named by `job_id`; whether it is still there only its methods say. Raises InvalidRequest."""
+        match = _ID.fullmatch(job_id)
+        if match is None:
+            raise InvalidRequest(f"{job_id[:200]!r} is no id of a detached call", hint="such as embed:8x8:9f86d0...")
+        return cls(calls, match["service"], int(match["rows"]), int(match["per_job"]), match["call"])
+
+    @classmethod
+    def submit(
+        cls, calls: Calls, service: str, inputs: Sequence[Json], ask: Ask, idempotency_key: str | None
+    ) -> Detached:
+        """Client.submit_detached."""
+        from millstream.client.calls import row_sizes
+
+        ask.check()
+        spec, _ = calls.services.read(service)
+        sizes, refused = row_sizes(inputs)
+        if refused:
+            row, error = next(iter(refused.items()))
+            raise InvalidRequest(f"row {row}: {error.message}", hint=error.hint)
+        if not sizes:
+            raise InvalidRequest("no rows", hint="a detached call needs at least one")
+        per_job = max(1, min(spec.runtime.batch_size, MAX_PART_BYTES // max(sizes.values(), default=1) or 1))
+        key = f"{service}\0{ask.tenant}\0{idempotency_key}"
+        call = secrets.token_hex(16) if idempotency_key is None else hashlib.sha256(key.encode()).hexdigest()[:32]
+        detached = cls(calls, service, len(inputs), per_job, call)
+        deadline = None if ask.timeout is None else time.monotonic() + ask.timeout
+        drafts = [
+            Draft(
+                id=job_id,
+                op=op_of(spec),
+                rows=len(part.rows),
+                tokens=0,
+                body=encode_inputs([inputs[row] for row in part.rows], ask.options),
+                deadline=deadline,
+                tenant=ask.tenant,
+            )
+            for job_id, part in detached._parts.items()
+        ]
+        detached._enqueue(Priority(ask.priority), drafts)
+        return detached
+
+    def done(self) -> bool:
+        """Whether `result` would return or raise at once. Raises ResultExpired, BrokerUnavailable."""
+        self._look()
+        return not self._missing
+
+    def result(self, timeout: float | None = None) -> Embeddings | list[Json]:
+        """The results in the order of the inputs, waiting for at most `timeout` seconds.
+
+        Raises as Handle.result, and ResultExpired where the answer's lifetime is over or there never was such a call.
+        """
+        self._wait(timeout)
+        return self._rows.value((time.monotonic() - self._began) * 1000)
+
+    def outcomes(self, timeout: float | None = None) -> list[RowOutcome]:
+        """Each row's result or error, as values."""
+        self._wait(timeout)
+        return self._rows.outcomes()
+
+    def cancel(self) -> bool:
+        """Stop what is not answered; True where none of it had been taken by a worker. Raises BrokerUnavailable."""
+        job_ids = list(self._missing)
+        with translated(self._calls.connection.safe_url):
+            outcomes = [
+                outcome
+                for at in range(0, len(job_ids), MAX_JOBS_PER_CALL)
+                for outcome in self._streams().cancel(job_ids[at : at + MAX_JOBS_PER_CALL], client="")
+            ]
+        return all(outcome == "waiting" for outcome in outcomes)
+
+    def _wait(self, timeout: float | None) -> None:
+        until = None if timeout is None else time.monotonic() + timeout
+        pause = _FIRST_LOOK_S
+        while not self.done():
+            if until is not None and time.monotonic() >= until:
+                raise DeadlineExceeded(f"no result within {timeout} s of waiting", phase="total")
+            time.sleep(pause)
+            pause = min(_LAST_LOOK_S, pause * 1.5)
+
+    def _look(self) -> None:
+        """Collect the answers that have come."""
+        job_ids = list(self._missing)[:_LOOK_UP]
+        with translated(self._calls.connection.safe_url):
+            found = self._streams().look_up(job_ids)
+        for job_id, each in zip(job_ids, found, strict=True):
+            if each.reply is not None:
+                self._rows.place(self._missing.pop(job_id), _decoded(each.reply))
+            elif not each.known:
+                raise ResultExpired(
+                    f"no call {self.id!r}: its result has expired, or it was never submitted here",
+                    hint="results are kept for redis.result_ttl",
+                )
+
+    def _enqueue(self, priority: Priority, drafts: Sequence[Draft]) -> None:
+        """Every job, a script call at a time; sent again through cuts, which changes nothing."""
+        until = time.monotonic() + _ROOM_S
+        for batch in _script_calls(drafts):
+            with translated(self._calls.connection.safe_url):
+                while refusal := self._refused(Group(priority, batch), until):
+                    if time.monotonic() > until or not refusal.retryable:
+                        raise refusal
+                    time.sleep(refusal.retry_after or _FIRST_LOOK_S)
+
+    def _refused(self, group: Group, until: float) -> MillstreamError | None:
+        admission = retrying(lambda: self._streams().enqueue([group]), until=until)[0]
+        if not admission.refused:
+            return None
+        if admission.refused == "queue_full":
+            message = f"service {self._service!r} holds its max_queue_size of jobs"
+            return QueueFull(message, retry_after=admission.retry_after)
+        return UnknownService(f"service {self._service!r} is not registered", hint="run `millstream config push`")
+
+    def _streams(self) -> Streams:
+        return Streams(self._calls.connection.client, self._calls.registry.keys(self._service))
+
+
+def _job_id(call: str, first: int) -> str:
+    return call if first == 0 else hashlib.sha256(f"{call}/{first}".encode()).hexdigest()[:32]
+
+
+def _script_calls(drafts: Sequence[Draft]) -> Iterator[list[Draft]]:
+    batch: list[Draft] = []
+    size = 0
+    for draft in drafts:
+        if batch and (len(batch) == MAX_JOBS_PER_CALL or size + len(draft.body) > MAX_BYTES_PER_CALL):
+            yield batch
+            batch, size = [], 0
+        batch.append(draft)
+        size += len(draft.body)
+    yield batch
+
+
+def _decoded(reply: bytes) -> Reply | MillstreamError:
+    try:
+        return decode_reply(reply)
+    except Malformed as error:
+        return ModelFailed(f"its reply cannot be read: {error}", hint="client and worker of different versions?")

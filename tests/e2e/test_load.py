@@ -1,0 +1,90 @@
+"""Two hundred callers of one text each are batched; a caller that is alone does not wait for company."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+from e2e.conftest import Say, Supervised
+from e2e.reference import TEXTS, Reference
+from e2e.sites import MODEL, Site, echo, minilm, site_of
+from sentence_transformers import SentenceTransformer
+
+from millstream.client import Client
+from millstream.worker.models.source import locate
+
+pytestmark = pytest.mark.timeout(240)
+
+PROCESSES, THREADS, LOAD_S = 8, 25, 15.0
+CALLS = 100
+WORKERS = 2
+
+
+@pytest.fixture(scope="module")
+def site(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with site_of(url, minilm(batch_size=64), tmp_path_factory.mktemp("load")) as site:
+        site.start_host(WORKERS)
+        site.await_workers(WORKERS)
+        yield site
+
+
+def totals(site: Site) -> dict[str, int]:
+    """The workers' own counters, summed."""
+    return {name: sum(site.watch.counted(name).values()) for name in ("rows", "forwards")}
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def test_single_texts_of_200_callers_are_answered_in_batches(site: Site, reference: Reference, say: Say) -> None:
+    callers = [site.start_caller(THREADS, reference.file, single=True) for _ in range(PROCESSES)]
+    for caller in callers:
+        caller.await_first_call()
+    before = totals(site)
+
+    began = time.monotonic()
+    threading.Event().wait(LOAD_S)
+    after, seconds = totals(site), time.monotonic() - began
+    tallies = [caller.stop() for caller in callers]
+
+    rows, forwards = (after[name] - before[name] for name in ("rows", "forwards"))
+    say(f"{PROCESSES * THREADS} callers: {rows / seconds:.0f} texts/s, {rows / forwards:.1f} rows a forward")
+    assert [tally["wrong"] for tally in tallies] == [[]] * PROCESSES
+    assert all(tally["answered"] == tally["calls"] > 0 for tally in tallies)
+    assert rows / forwards > 8
+    assert site.watch.held() == []
+
+
+def test_a_lone_caller_waits_at_most_5_ms_longer_than_for_the_model_itself(site: Site, say: Say) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
+    model = SentenceTransformer(str(locate(MODEL)), device="cpu")
+    queued: list[float] = []
+    direct: list[float] = []
+
+    with Client(site.url) as client:
+        for text in [TEXTS[at % len(TEXTS)] for at in range(CALLS)]:
+            queued.append(seconds_of(partial(client.embed, text, service=site.spec.name)))
+            direct.append(seconds_of(partial(model.encode, [text])))
+
+    p50, of_model = statistics.median(queued), statistics.median(direct)
+    say(f"alone: p50 {p50 * 1000:.1f} ms through the queue, {of_model * 1000:.1f} ms by the model itself")
+    assert p50 - of_model < 0.005
+
+
+def test_a_lone_caller_does_not_wait_for_company(supervised: Supervised, say: Say) -> None:
+    site = supervised(echo("", batch_timeout=1.0), 1)
+
+    with Client(site.url) as client:
+        seconds = [seconds_of(lambda: client.submit(site.spec.name, ["alone"]).result()) for _ in range(50)]
+
+    p50 = statistics.median(seconds)
+    say(f"alone with batch_timeout 1 s: p50 {p50 * 1000:.1f} ms, worst {max(seconds) * 1000:.1f} ms")
+    assert p50 < 0.3
