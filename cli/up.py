@@ -73,7 +73,7 @@ def _run(config: Config, interrupts: Interrupts, url: str, server: EmbeddedServe
         supervisor = Supervisor(url, prefix, plans, result_ttl_s=config.redis.result_ttl)
         with status_line(connection.safe_url) as status:
             supervise(supervisor, interrupts, status, Inspector(connection, prefix), server)
-    click.echo("drained: every job that was claimed is answered, the others wait in the queue")
+    click.echo("drained: what no worker had claimed waits in the queue")
 
 
 def _data_dir(flag: Path | None, config: Config) -> Path | None:

@@ -46,7 +46,7 @@ def run(services: tuple[str, ...], url: str | None, prefix: str | None, device: 
         plans = [Plan(spec, count or spec.runtime.worker_count, device) for spec in specs]
         supervisor = Supervisor(target.url, target.prefix, plans, result_ttl_s=target.result_ttl_s)
         supervise(supervisor, interrupts, Lines())
-    click.echo("drained: every job that was claimed is answered")
+    click.echo("drained: what no worker had claimed waits in the queue")
 
 
 def _chosen(registry: Registry, services: Sequence[str], where: str) -> list[ServiceSpec]:

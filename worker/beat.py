@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from millstream.broker.connection import is_transient
 from millstream.broker.lease import Beat, Lease
-from millstream.worker.life import Life
+from millstream.worker.shared import Shared
 
 log = logging.getLogger(__name__)
 
@@ -16,24 +16,22 @@ EVERY_S = 1.0
 
 
 class Heart(threading.Thread):
-    """Beats until `stop`. `status` and `held` are asked at each beat; `heard` gets the server's answer."""
+    """Beats until `stop`. `status` is asked at each beat; `heard` gets the server's answer."""
 
     def __init__(
         self,
-        consumer: str,
+        shared: Shared,
         lease: Lease,
         status: Callable[[], Mapping[str, str | int]],
-        held: Callable[[], list[str]],
         heard: Callable[[Beat], None],
-        life: Life,
     ) -> None:
         super().__init__(name="beat", daemon=True)
-        self._consumer = consumer
+        self._consumer = shared.consumer
         self._lease = lease
         self._status = status
-        self._held = held
+        self._held = shared.window.names
         self._heard = heard
-        self._life = life
+        self._life = shared.life
         self._stopped = threading.Event()
 
     def stop(self) -> None:

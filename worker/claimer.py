@@ -6,18 +6,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from millstream.broker.connection import is_transient
 from millstream.broker.job import Claim
 from millstream.broker.lease import Lease, entry_name
 from millstream.broker.streams import Claimed, Streams
-from millstream.worker.clock import ServerClock
 from millstream.worker.intake import Intake
-from millstream.worker.life import Life
 from millstream.worker.patience import Patience
 from millstream.worker.settler import Finished
-from millstream.worker.window import Window
+from millstream.worker.shared import Shared
 
 log = logging.getLogger(__name__)
 
@@ -29,33 +27,35 @@ LEAST_WAIT_S = 0.002
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """The claimer's way to its service: `sleeping` has a connection of its own, on which it waits for jobs."""
+
+    streams: Streams
+    sleeping: Streams
+    lease: Lease
+
+
 class Claimer(threading.Thread):
     """Claims until the process drains, then closes the window. `live_workers` is what the last beat heard."""
 
     def __init__(
         self,
-        consumer: str,
-        streams: Streams,
-        waiting: Streams,
-        lease: Lease,
+        shared: Shared,
+        queue: Queue,
         intake: Intake,
-        window: Window,
-        clock: ServerClock,
         patience: Patience,
         finish: Callable[[Finished], None],
-        life: Life,
     ) -> None:
         super().__init__(name="claimer", daemon=True)
-        self._consumer = consumer
-        self._streams = streams
-        self._waiting = waiting
-        self._lease = lease
+        self._consumer = shared.consumer
+        self._window = shared.window
+        self._clock = shared.clock
+        self._life = shared.life
+        self._queue = queue
         self._intake = intake
-        self._window = window
-        self._clock = clock
         self._patience = patience
         self._finish = finish
-        self._life = life
         self._in_hand_s = 0.0
         self._suspects = False
         self._pause_s = 0.0
@@ -74,7 +74,7 @@ class Claimer(threading.Thread):
         except Exception as error:
             if "NOGROUP" in str(error):
                 # FLUSHALL or a lost stream: start over from the first entry, skipping nothing.
-                self._streams.create_groups()
+                self._queue.streams.create_groups()
             elif is_transient(error):
                 self._away(error)
             else:
@@ -89,8 +89,8 @@ class Claimer(threading.Thread):
     def _recover(self) -> None:
         """After a fault: give back what a cut-off reply may have left on our name without our knowing."""
         if self._pause_s:
-            self._streams.create_groups()
-            lost = self._lease.release(self._consumer, keep=self._window.names())
+            self._queue.streams.create_groups()
+            lost = self._queue.lease.release(self._consumer, keep=self._window.names())
             log.warning("the server is back; %d claimed jobs whose delivery was cut off are given back", lost)
             self._pause_s = 0.0
 
@@ -100,7 +100,7 @@ class Claimer(threading.Thread):
             # Full; or a suspect waits to run alone, and this worker makes itself free for it.
             self._window.wait_for_take(SLEEP_S) if limit is None else self._window.wait_until_empty(SLEEP_S)
             return
-        claimed = self._streams.claim(self._consumer, limit)
+        claimed = self._queue.streams.claim(self._consumer, limit)
         self._suspects = claimed.suspects > 0
         if claimed.claims:
             self._hold(self._with_company(claimed.claims, claimed.now), claimed.now)
@@ -113,7 +113,7 @@ class Claimer(threading.Thread):
 
     def _sleep(self) -> None:
         """Nothing waits anywhere: sleep in Redis until a job comes, then take what came with it."""
-        woken = self._waiting.wait(self._consumer, SLEEP_S)
+        woken = self._queue.sleeping.wait(self._consumer, SLEEP_S)
         if woken:
             rest = self._rest()
             self._hold(self._with_company(woken + rest.claims, rest.now), rest.now)
@@ -123,7 +123,7 @@ class Claimer(threading.Thread):
         limit = self._window.room(self.live_workers)
         if limit is None:
             return Claimed(self._clock.now())
-        return self._streams.claim(self._consumer, replace(limit, empty_handed=False))
+        return self._queue.streams.claim(self._consumer, replace(limit, empty_handed=False))
 
     def _with_company(self, gathered: list[Claim], now: int) -> list[Claim]:
         """Where the model is idle, wait for more while more is likely; at most batch_timeout from the first job."""

@@ -10,13 +10,12 @@ import numpy as np
 from millstream.broker.errors import MillstreamError, ModelFailed
 from millstream.broker.job import Reply
 from millstream.worker.batcher import padded
-from millstream.worker.clock import ServerClock
-from millstream.worker.counters import Counters
 from millstream.worker.intake import expired
 from millstream.worker.models.base import Model, Prepared
 from millstream.worker.progress import Progress
 from millstream.worker.settler import Finished
-from millstream.worker.window import Held, Outcome, Rows, Window
+from millstream.worker.shared import Shared
+from millstream.worker.window import Held, Outcome, Rows
 
 EWMA_WEIGHT = 0.2
 
@@ -24,20 +23,12 @@ EWMA_WEIGHT = 0.2
 class Runner:
     """Runs the window's rows until it is closed and empty."""
 
-    def __init__(
-        self,
-        model: Model,
-        window: Window,
-        clock: ServerClock,
-        progress: Progress,
-        counters: Counters,
-        finish: Callable[[Finished], None],
-    ) -> None:
+    def __init__(self, shared: Shared, model: Model, progress: Progress, finish: Callable[[Finished], None]) -> None:
+        self._window = shared.window
+        self._clock = shared.clock
+        self._counters = shared.counters
         self._model = model
-        self._window = window
-        self._clock = clock
         self._progress = progress
-        self._counters = counters
         self._finish = finish
 
     def run(self) -> None:

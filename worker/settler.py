@@ -13,9 +13,7 @@ from millstream.broker.errors import ModelFailed
 from millstream.broker.job import Address, Reply
 from millstream.broker.lease import entry_name
 from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Settlement, Streams
-from millstream.worker.counters import Counters
-from millstream.worker.life import Life
-from millstream.worker.window import Window
+from millstream.worker.shared import Shared
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +30,12 @@ class Finished:
 class Settler(threading.Thread):
     """Writes what is `put`, until `finish`; nothing put is dropped while the process lives."""
 
-    def __init__(self, streams: Streams, window: Window, counters: Counters, life: Life) -> None:
+    def __init__(self, shared: Shared, streams: Streams) -> None:
         super().__init__(name="settler", daemon=True)
         self._streams = streams
-        self._window = window
-        self._counters = counters
-        self._life = life
+        self._window = shared.window
+        self._counters = shared.counters
+        self._life = shared.life
         self._queue: queue.SimpleQueue[Finished | None] = queue.SimpleQueue()
 
     def put(self, finished: Finished) -> None:

@@ -21,7 +21,7 @@ from millstream.broker.errors import ModelUnavailable
 from millstream.broker.keys import ServiceKeys
 from millstream.broker.lease import Lease
 from millstream.worker.models.source import locate
-from millstream.worker.process import EXIT_PERMANENT, URL_VARIABLE, Orders
+from millstream.worker.orders import EXIT_PERMANENT, URL_VARIABLE, Orders
 from millstream.worker.progress import Progress, State
 
 log = logging.getLogger(__name__)

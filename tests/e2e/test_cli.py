@@ -22,6 +22,9 @@ from millstream.broker.inspector import Inspector
 from millstream.broker.registry import Registry
 from millstream.client import Client
 
+DRAINED_S = 25.0
+"""Less than a supervisor waits before it kills: a worker that did not drain by itself fails the test."""
+
 TEXT = "水车转动\u3000万物不息"
 
 
@@ -183,7 +186,7 @@ def test_a_waiting_text_is_shown_as_it_lies_and_embedded_once_up_runs(
             array = shell.run("embed", "--service", name, "--format", "npy", stdin=b"one\nno \xff text\nthree\n")
             workers = up.children()
             up.interrupt()
-            code = up.process.wait(60)
+            code = up.process.wait(DRAINED_S)
 
             assert f'\nbody {{"inputs":["{TEXT}"]}}\n' in peeked
             assert f"# redis-cli -u {shell.url} XRANGE 'ms:{{{name}}}:q:normal' - + COUNT 10\n" in peeked
@@ -211,7 +214,7 @@ def test_up_starts_a_server_says_how_to_look_and_leaves_no_process(alone: Shell,
         found = alone.run("queue", "ls", "--json")
         children = up.children()
         up.interrupt()
-        code = up.process.wait(60)
+        code = up.process.wait(DRAINED_S)
 
         (service,) = json.loads(listed.out)
         assert (service["name"], len(service["workers"])) == (name, 2)
@@ -235,7 +238,7 @@ def test_up_starts_its_server_again_with_its_data_where_it_crashed(alone: Shell,
             answer = client.submit(name, ["still", "turning"], timeout=60).result()
         up.children()
         up.interrupt()
-        code = up.process.wait(60)
+        code = up.process.wait(DRAINED_S)
 
         assert answer == ["still", "turning"]
         assert (code, up.left()) == (0, [])
@@ -251,7 +254,7 @@ def test_a_worker_needs_only_the_url_and_drains_on_sigterm(shell: Shell, connect
         eventually(lambda: Inspector(connection).services([spec.name])[0].in_flight > 0)
         workers = run.children()
         run.process.send_signal(signal.SIGTERM)
-        code = run.process.wait(60)
+        code = run.process.wait(DRAINED_S)
 
         assert handle.result(timeout=10) == ["a", "b"]
         assert (code, len(workers), run.left()) == (0, 2, [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -101,8 +102,9 @@ def test_an_empty_pool_gives_an_empty_batch() -> None:
     assert padded([]) == 0
 
 
-def test_rows_of_one_length_fill_the_budget() -> None:
-    batches = drained(pool_of([row(32) for _ in range(256)]), Budget(rows=64, tokens=2_048))
+@pytest.mark.parametrize("budget", [Budget(rows=64, tokens=1_000_000), Budget(rows=1_000, tokens=2_048)])
+def test_rows_of_one_length_fill_the_budget_exactly(budget: Budget) -> None:
+    batches = drained(pool_of([row(32) for _ in range(256)]), budget)
 
     assert [len(batch) for batch in batches] == [64] * 4
 

@@ -22,6 +22,7 @@ from millstream.worker.models.echo import EchoModel
 from millstream.worker.progress import Progress
 from millstream.worker.runner import Runner, run_rows
 from millstream.worker.settler import Finished
+from millstream.worker.shared import Shared
 from millstream.worker.window import Held, Window
 
 
@@ -129,7 +130,7 @@ class Bench:
     def run(self, *jobs: Held) -> None:
         self.window.hold(jobs)
         self.window.close()
-        Runner(self.model, self.window, self.clock, self.progress, self.counters, self.finish).run()
+        Runner(Shared("w1", self.window, self.clock, self.counters), self.model, self.progress, self.finish).run()
 
     def error_of(self, held: Held) -> MillstreamError | None:
         return self.finished[held.claim.address.job_id].reply.error

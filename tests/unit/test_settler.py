@@ -18,6 +18,7 @@ from millstream.worker.batcher import Budget
 from millstream.worker.counters import Counters
 from millstream.worker.life import Life
 from millstream.worker.settler import Finished, Settler
+from millstream.worker.shared import Shared
 from millstream.worker.window import Window
 
 
@@ -48,7 +49,9 @@ class Bench:
         self.window = Window(Budget(rows=8, tokens=100))
         self.counters = Counters()
         self.life = Life()
-        self.settler = Settler(cast(Streams, self.streams), self.window, self.counters, self.life)
+        self.settler = Settler(
+            Shared("w1", self.window, counters=self.counters, life=self.life), cast(Streams, self.streams)
+        )
 
     def hold(self, count: int) -> list[Claim]:
         claims: list[Claim] = []

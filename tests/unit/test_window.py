@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import pytest
 from contracts.held import claim_of, held_of
+from support import eventually
 
 from millstream.broker.errors import ModelFailed
 from millstream.broker.job import Priority
 from millstream.worker.batcher import Budget
-from millstream.worker.window import HOLD_BATCHES, Window
+from millstream.worker.window import HOLD_BATCHES, Rows, Window
 
 LONG_S = 20.0
 
@@ -22,11 +24,13 @@ def window() -> Window:
     return Window(Budget(rows=4, tokens=100))
 
 
-def in_thread(action: Callable[[], object]) -> Callable[[], object]:
-    """Start `action` beside the test; the answer waits for what it returned."""
+def asleep(window: Window, action: Callable[[], object]) -> Callable[[], object]:
+    """Start `action` beside the test and let it fall asleep in the window; the answer waits for what it returned."""
     results: list[object] = []
     thread = threading.Thread(target=lambda: results.append(action()), daemon=True)
     thread.start()
+    # Nothing public says that a thread sleeps; without knowing it these tests would pass with no notification at all.
+    eventually(lambda: getattr(window._changed, "_waiters"))  # noqa: B009
 
     def result() -> object:
         thread.join(LONG_S)
@@ -147,18 +151,37 @@ def test_a_window_has_room_for_some_batches_and_then_none(window: Window) -> Non
     assert window.room(1) is not None
 
 
-def test_a_window_holds_about_a_second_of_work_and_at_least_a_batch(window: Window) -> None:
-    window.seconds_per_token = 1 / 250
+def tokens_of(window: Window) -> int:
     room = window.room(1)
     assert room is not None
-    assert room.tokens == 250
+    return room.tokens
+
+
+def test_a_window_holds_about_a_second_of_work_and_at_least_a_few_batches(window: Window) -> None:
+    window.seconds_per_token = 1 / 500
+    assert tokens_of(window) == 500
 
     window.seconds_per_token = 1.0
-    room = window.room(1)
-    assert room is not None
-    assert room.tokens == window.budget.tokens
-    window.hold([held_of([100])])
+    assert tokens_of(window) == LEAST_BATCHES * window.budget.tokens
+    window.hold([held_of([100]) for _ in range(LEAST_BATCHES)])
     assert window.room(1) is None
+
+
+def test_a_queue_timeout_bounds_what_a_window_holds() -> None:
+    window = Window(Budget(rows=4, tokens=100), queue_timeout_s=0.5)
+
+    window.seconds_per_token = 1 / 2_000
+    assert tokens_of(window) == 500
+    window.seconds_per_token = 1.0
+    assert tokens_of(window) == 100
+
+
+def test_changed_limits_bind_from_the_next_micro_batch_on(window: Window) -> None:
+    window.hold([held_of([5]) for _ in range(8)])
+
+    window.limit(2, 100, None)
+
+    assert len(window.take()) == 2
 
 
 def test_a_worker_is_empty_handed_only_when_every_entry_is_settled(window: Window) -> None:
@@ -203,11 +226,11 @@ def test_time_in_hand_counts_only_while_rows_are(window: Window) -> None:
 
 
 def test_taking_waits_for_a_job(window: Window) -> None:
-    taken = in_thread(window.take)
+    taken = asleep(window, window.take)
 
-    window.hold([held_of()])
+    window.hold([held := held_of()])
 
-    assert len(taken()) == 1  # type: ignore[arg-type]
+    assert [row.owner for row in cast(Rows, taken())] == [held.name]
 
 
 def test_taking_ends_empty_when_the_window_is_closed_and_nothing_is_left(window: Window) -> None:
@@ -218,22 +241,20 @@ def test_taking_ends_empty_when_the_window_is_closed_and_nothing_is_left(window:
     assert window.take() == []
 
 
-def test_closing_wakes_whoever_takes_or_waits_for_a_take(window: Window) -> None:
-    taken = in_thread(window.take)
+def test_closing_wakes_whoever_takes(window: Window) -> None:
+    taken = asleep(window, window.take)
+
     window.close()
+
     assert taken() == []
 
-    window.hold([held_of()])
-    assert in_thread(lambda: window.wait_for_take(LONG_S))() is None
 
-
-def test_a_take_wakes_the_claimer(window: Window) -> None:
+@pytest.mark.parametrize("change", [Window.close, Window.take])
+def test_a_take_or_the_end_wakes_the_claimer(window: Window, change: Callable[[Window], object]) -> None:
     window.hold([held_of([100]), held_of([100])])
-    woken = in_thread(lambda: window.wait_for_take(LONG_S))
+    woken = asleep(window, lambda: window.wait_for_take(LONG_S))
 
-    # Until it sleeps the waiter has not noted the number of takes: take while it has not returned.
-    window.take()
-    window.take()
+    change(window)
 
     assert woken() is None
 
@@ -250,7 +271,7 @@ def test_waiting_until_empty_ends_with_the_last_entry_or_its_time(window: Window
     window.keep(["1:1-1", "1:2-2"])
     assert window.wait_until_empty(0.001) is False
 
-    empty = in_thread(lambda: window.wait_until_empty(LONG_S))
+    empty = asleep(window, lambda: window.wait_until_empty(LONG_S))
     window.forget(["1:1-1"])
     window.forget(["1:2-2"])
 

@@ -1,0 +1,124 @@
+"""The threads of one worker process at work, and what they tell each other."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping
+
+from millstream.broker.config import Runtime, ServiceSpec
+from millstream.broker.connection import Connection, is_transient, retrying
+from millstream.broker.errors import Cancelled
+from millstream.broker.job import Reply
+from millstream.broker.lease import Beat, Lease
+from millstream.broker.registry import Registry
+from millstream.broker.streams import Streams
+from millstream.worker.beat import Heart
+from millstream.worker.claimer import SLEEP_S, Claimer, Queue
+from millstream.worker.intake import Intake
+from millstream.worker.models.base import Model
+from millstream.worker.orders import Orders
+from millstream.worker.patience import Patience
+from millstream.worker.progress import Progress, State
+from millstream.worker.runner import Runner
+from millstream.worker.settler import Finished, Settler
+from millstream.worker.shared import Shared
+
+log = logging.getLogger(__name__)
+
+UNKNOWN_TOKENS = 2_048
+
+
+class Crew:
+    """Claimer, settler and beat around the runner, for one service and one loaded model."""
+
+    def __init__(self, shared: Shared, orders: Orders, connection: Connection, spec: ServiceSpec, model: Model) -> None:
+        self._shared = shared
+        self._orders = orders
+        self._spec = spec
+        self._model = model
+        self._registry = Registry(connection, orders.prefix)
+        keys = self._registry.keys(spec.name)
+        self._lease = Lease(connection.client, keys)
+        self._streams = Streams(connection.client, keys, result_ttl_ms=orders.result_ttl_ms)
+        self._intake = Intake(model, spec.runtime.max_attempts)
+        self._patience = Patience(spec.runtime.batch_timeout)
+        self._settler = Settler(shared, self._streams)
+        queue = Queue(self._streams, Streams(connection.blocking(SLEEP_S), keys), self._lease)
+        self._claimer = Claimer(shared, queue, self._intake, self._patience, self._settler.put)
+        self._heart = Heart(shared, self._lease, self._status, self._heard)
+        self._revision = 0
+        self._started = int(time.time() * 1000)
+        self._progress = Progress(orders.progress_fd)
+
+    def work(self) -> None:
+        """Run until the process drains. Raises ThreadFailed."""
+        shared = self._shared
+        retrying(self._streams.create_groups, stop=shared.life.stopped)
+        self._progress.enter(State.READY)
+        # Beat before the first claim: a consumer without a beat would count as lost.
+        self._heart.beat()
+        for thread in (self._heart, self._settler, self._claimer):
+            thread.start()
+        log.info("ready: %s on %s", self._model.fingerprint, self._orders.device or "auto")
+        Runner(shared, self._model, self._progress, self._settler.put).run()
+        shared.life.check()
+        self._progress.enter(State.DRAINING)
+        self._settler.finish()
+        self._settler.join()
+        shared.life.check()
+        self._heart.stop()
+        self._heart.join()
+        self._leave()
+        count = shared.counters
+        log.info("drained after %d jobs: %d rows in %d forwards", count.jobs, count.rows, count.forwards)
+
+    def _heard(self, beat: Beat) -> None:
+        """What the server said to a beat."""
+        window = self._shared.window
+        self._shared.clock.heard(beat.now)
+        self._claimer.live_workers = beat.live_workers
+        window.end(beat.lost)
+        window.forget(beat.lost)
+        for held in window.end(beat.cancelled):
+            self._settler.put(Finished(held.claim.address, Reply(error=Cancelled("cancelled by its caller"))))
+        if beat.revision != self._revision:
+            self._limit(self._registry.read(self._spec.name).runtime)
+            self._revision = beat.revision
+
+    def _limit(self, runtime: Runtime) -> None:
+        """Take over limits that were pushed while we run."""
+        self._shared.window.limit(runtime.batch_size, batch_tokens(runtime), runtime.queue_timeout)
+        self._patience.batch_timeout_s = runtime.batch_timeout
+        self._intake.max_attempts = runtime.max_attempts
+
+    def _leave(self) -> None:
+        try:
+            self._lease.release(self._orders.consumer, gone=True)
+        except Exception as error:
+            # Nothing is held any more; the supervisor, or a reclaim pass, forgets the name.
+            if not is_transient(error):
+                raise
+
+    def _status(self) -> Mapping[str, str | int]:
+        running = self._progress.running()
+        return {
+            "state": "draining" if self._shared.life.draining else "ready",
+            "service": self._spec.name,
+            "model": self._spec.model.model_name,
+            "fingerprint": self._model.fingerprint,
+            "device": self._orders.device or "auto",
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": self._started,
+            "running": len(running),
+            "running_ms": round((time.monotonic() - self._progress.stamp()) * 1000) if running else 0,
+            "past": self._orders.past,
+            **self._shared.counters.fields(),
+        }
+
+
+def batch_tokens(runtime: Runtime) -> int:
+    return UNKNOWN_TOKENS if runtime.max_batch_tokens == "auto" else runtime.max_batch_tokens

@@ -1,0 +1,21 @@
+"""What the threads of one worker process share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from millstream.worker.clock import ServerClock
+from millstream.worker.counters import Counters
+from millstream.worker.life import Life
+from millstream.worker.window import Window
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """One process's name in the queue, what it holds, the server's clock, its counts and its end."""
+
+    consumer: str
+    window: Window
+    clock: ServerClock = field(default_factory=ServerClock)
+    counters: Counters = field(default_factory=Counters)
+    life: Life = field(default_factory=Life)
