@@ -47,10 +47,19 @@ def check(document: Document) -> ConfigFile:
     """The document as models, defaults filled in; what is wrong goes to `document.problems` and is left out."""
     file = _validate(document)
     reported = {problem.path for problem in document.problems}
-    for path, reason in [*_unnamed_models(file), *_unknown_models(file, document), *_long_timeouts(file, document)]:
+    for path, reason in list(_problems(file, document)):
         if path not in reported:
             document.report(path, reason)
     return file
+
+
+def _problems(file: ConfigFile, document: Document) -> Found:
+    yield from _unnamed_models(file)
+    yield from _unknown_models(file, document)
+    yield from _long_timeouts(file, document)
+    for name, model in file.models.items():
+        if model.device and model.devices:
+            yield ("models", name, "devices"), "device is set too; keep one of them"
 
 
 def _validate(document: Document) -> ConfigFile:

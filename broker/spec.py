@@ -51,6 +51,8 @@ TYPE_DEFAULTS: Mapping[str, Mapping[str, object]] = {
 }
 """Types without a row take the defaults of Runtime."""
 
+LEAST_STALL_S = 30.0
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 
@@ -162,6 +164,11 @@ class Runtime(Settings):
     cache_ttl: Limit = None
     truncate: Literal["none", "start", "end"] = "none"
     priorities: Section[dict[PriorityName, Section[PriorityLimits]]] = {}
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds a forward may take before its process counts as stuck."""
+        return self.stall_timeout or max(LEAST_STALL_S, 10 * (self.inference_timeout or 0.0))
 
 
 class ModelSpec(Settings):

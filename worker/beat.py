@@ -24,6 +24,7 @@ class Heart(threading.Thread):
         lease: Lease,
         status: Callable[[], Mapping[str, str | int]],
         heard: Callable[[Beat], None],
+        stuck: Callable[[], bool],
     ) -> None:
         super().__init__(name="beat", daemon=True)
         self._consumer = shared.consumer
@@ -31,6 +32,7 @@ class Heart(threading.Thread):
         self._status = status
         self._held = shared.window.names
         self._heard = heard
+        self._stuck = stuck
         self._life = shared.life
         self._stopped = threading.Event()
 
@@ -43,7 +45,12 @@ class Heart(threading.Thread):
                 self.beat()
 
     def beat(self) -> None:
-        """One beat, and a reclaim pass where one is due. A server that is away is tried again at the next beat."""
+        """One beat, and a reclaim pass where one is due. A server that is away is tried again at the next beat.
+
+        A process whose runner is stuck stops beating: its jobs are not its own for longer than its lease.
+        """
+        if self._stuck():
+            return
         try:
             beat = self._lease.beat(self._consumer, self._status(), self._held())
             self._heard(beat)

@@ -48,7 +48,7 @@ class Crew:
         self._settler = Settler(shared, self._streams)
         queue = Queue(self._streams, Streams(connection.blocking(SLEEP_S), keys), self._lease)
         self._claimer = Claimer(shared, queue, self._intake, self._patience, self._settler.put)
-        self._heart = Heart(shared, self._lease, self._status, self._heard)
+        self._heart = Heart(shared, self._lease, self._status, self._heard, self._stuck)
         self._revision = 0
         self._started = int(time.time() * 1000)
         self._progress = Progress(orders.progress_fd)
@@ -87,6 +87,10 @@ class Crew:
         if beat.revision != self._revision:
             self._limit(self._registry.read(self._spec.name).runtime)
             self._revision = beat.revision
+
+    def _stuck(self) -> bool:
+        stuck_s = time.monotonic() - self._progress.stamp()
+        return bool(self._progress.running()) and stuck_s > self._spec.runtime.stall_s
 
     def _limit(self, runtime: Runtime) -> None:
         """Take over limits that were pushed while we run."""

@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 POLL_S = 0.05
 DRAIN_S = 30.0
 STEADY_S = 30.0
-LEAST_STALL_S = 30.0
 CRASH_LOOP = 5
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
 _LIBRARIES = ("torch", "sentence_transformers")
@@ -44,12 +43,6 @@ class Plan:
     spec: ServiceSpec
     count: int
     device: str | None = None
-
-    @property
-    def stall_s(self) -> float:
-        """How long a forward may take before its process counts as stuck."""
-        runtime = self.spec.runtime
-        return runtime.stall_timeout or max(LEAST_STALL_S, 10 * (runtime.inference_timeout or 0.0))
 
     def device_of(self, index: int) -> str | None:
         """Where the process number `index` of this plan runs: its devices in turn."""
@@ -153,7 +146,7 @@ class Supervisor:
         """One look at every child: start what is missing, bury what died."""
         for slot in self._slots:
             if slot.child:
-                _end_stuck(slot.child, slot.plan.stall_s)
+                _end_stuck(slot.child, slot.plan.spec.runtime.stall_s)
             if slot.child and slot.child.process.poll() is not None:
                 self._died(slot, slot.child)
             elif slot.child and slot.failures and time.monotonic() - slot.child.born > STEADY_S:

@@ -393,7 +393,7 @@ def test_what_is_set_but_not_enforced_yet_is_one_line_a_key_with_its_places(load
     [
         ("max_batch_tokens: auto", ["max_batch_tokens: auto"]),
         ("max_batch_tokens: 99, rate_limit: null, enable_cache: false, cache_ttl: none, priorities: {}", []),
-        ("stall_timeout: 5m, memory_limit: 2GB, cache_ttl: 1h", ["cache_ttl", "memory_limit", "stall_timeout"]),
+        ("stall_timeout: 5m, memory_limit: 2GB, cache_ttl: 1h", ["cache_ttl", "memory_limit"]),
         ("priorities: {batch: {share: 1}}", ["priorities"]),
         ("preset: throughput, batch_size: 3, truncate: end, max_attempts: 1", []),
     ],
@@ -483,3 +483,10 @@ def test_importing_config_loads_neither_numpy_nor_redis_nor_torch() -> None:
     answer = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
 
     assert answer.stdout.strip() == "[]"
+
+
+def test_a_device_and_devices_contradict_each_other(load_text: Load) -> None:
+    text = 'models: {m: {type: echo, device: cpu, devices: ["cuda:0", "cuda:1"]}}\nservices: {s: {model: m}}\n'
+
+    with pytest.raises(ConfigError, match=r"models\.m\.devices: device is set too; keep one of them"):
+        load_text(text)

@@ -14,7 +14,7 @@ from support import eventually
 from millstream.broker.errors import ModelFailed
 from millstream.broker.job import Priority
 from millstream.worker.batcher import Budget
-from millstream.worker.window import HOLD_BATCHES, Rows, Window
+from millstream.worker.window import HOLD_BATCHES, LEAST_BATCHES, Rows, Window
 
 LONG_S = 20.0
 
