@@ -43,7 +43,13 @@ def load(path: Path | str | None = None, environ: Mapping[str, str] = os.environ
     if document.problems:
         raise ConfigError("\n".join(map(str, sorted(document.problems))))
     services = {
-        name: ServiceSpec(name=name, model=file.models[entry.model], model_ref=entry.model, runtime=entry.runtime)
+        name: ServiceSpec(
+            name=name,
+            model=file.models[entry.model],
+            model_ref=entry.model,
+            runtime=entry.runtime,
+            result_ttl=file.redis.result_ttl,
+        )
         for name, entry in file.services.items()
     }
     return Config(models=file.models, services=services, redis=file.redis, places=document.places)
@@ -54,7 +60,7 @@ _NOT_ENFORCED: Mapping[str, frozenset[str]] = {
     "services": frozenset(
         {"rate_limit", "inference_timeout", "enable_cache", "priorities", "memory_limit", "cache_ttl"}
     ),
-    "redis": frozenset({"durability"}),
+    "redis": frozenset(),
 }
 _TYPES_WITHOUT_WORKER = frozenset({"reranker", "llm", "custom"})
 

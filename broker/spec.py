@@ -52,6 +52,7 @@ TYPE_DEFAULTS: Mapping[str, Mapping[str, object]] = {
 """Types without a row take the defaults of Runtime."""
 
 LEAST_STALL_S = 30.0
+RESULT_TTL_S = 3_600.0
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
@@ -193,18 +194,22 @@ class RedisSettings(Settings):
 
     url: str | None = None
     key_prefix: Annotated[str, AfterValidator(_key_prefix)] = "ms"
-    result_ttl: Annotated[Duration, Field(gt=0)] = 3_600.0
+    result_ttl: Annotated[Duration, Field(gt=0)] = RESULT_TTL_S
     durability: Literal["everysec", "always"] = "everysec"
     data_dir: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
 
 
 class ServiceSpec(Settings):
-    """One service, fully resolved: every default is filled in. `model_ref` is the model's name in config.yaml."""
+    """One service, fully resolved: every default is filled in. `model_ref` is the model's name in config.yaml.
+
+    `result_ttl` is how long the result of a detached job is kept, seconds.
+    """
 
     name: ServiceName
     model: ModelSpec
     model_ref: str
     runtime: Runtime
+    result_ttl: float = RESULT_TTL_S
 
     def to_json(self) -> str:
         """The record the registry keeps, without `model.handler`. Equal specs give equal text."""

@@ -6,7 +6,6 @@ import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -14,6 +13,7 @@ import click
 
 if TYPE_CHECKING:
     from millstream.broker.connection import Connection
+    from millstream.broker.target import Target
 
 url = click.option(
     "--url",
@@ -25,24 +25,12 @@ prefix = click.option(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Which server, which keys on it, and how long the results of detached jobs are kept there."""
-
-    url: str
-    prefix: str
-    result_ttl_s: float
-
-
 def find(url: str | None, prefix: str | None) -> Target:
     """The target as `Client` finds it. Raises ConfigError, and BrokerUnavailable where nothing names a server."""
     # The Redis client takes as long to import as all the rest: not for --help.
-    from millstream.broker.config import DEFAULT_PATH, RedisSettings, load
-    from millstream.broker.connection import find_url
+    from millstream.broker.target import find_target
 
-    config = load(DEFAULT_PATH) if (url is None or prefix is None) and DEFAULT_PATH.is_file() else None
-    settings = config.redis if config else RedisSettings()
-    return Target(find_url(url, config, os.environ), prefix or settings.key_prefix, settings.result_ttl)
+    return find_target(url, prefix, os.environ)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def up(path: Path, data_dir: Path | None, port: int | None, url: str | None, rep
     preflight(list(config.services.values()))
     own = data_dir is not None or port is not None
     external = None if own else url or os.environ.get(URL_VARIABLE) or config.redis.url
-    with Interrupts() as interrupts, _server(external, _data_dir(data_dir, config), port) as (found, server):
+    with Interrupts() as interrupts, _server(config, external, data_dir, port) as (found, server):
         _run(config, interrupts, found, server, replace)
 
 
@@ -70,7 +70,7 @@ def _run(config: Config, interrupts: Interrupts, url: str, server: EmbeddedServe
         _introduce(connection, server, registry.keys(specs[0].name).streams()[1])
         registry.push(specs, replace=replace)
         plans = [Plan(spec, spec.runtime.worker_count) for spec in specs]
-        supervisor = Supervisor(url, prefix, plans, result_ttl_s=config.redis.result_ttl)
+        supervisor = Supervisor(url, prefix, plans)
         with status_line(connection.safe_url) as status:
             supervise(supervisor, interrupts, status, Inspector(connection, prefix), server)
     click.echo("drained: what no worker had claimed waits in the queue")
@@ -83,7 +83,7 @@ def _data_dir(flag: Path | None, config: Config) -> Path | None:
 
 @contextmanager
 def _server(
-    external: str | None, data_dir: Path | None, port: int | None
+    config: Config, external: str | None, data_dir: Path | None, port: int | None
 ) -> Iterator[tuple[str, EmbeddedServer | None]]:
     """The URL to use, and the server of our own where there is no `external` one."""
     if external:
@@ -91,7 +91,8 @@ def _server(
         return
     from millstream.broker.embedded import EmbeddedServer
 
-    with EmbeddedServer.start(data_dir, tcp_port=port) as server:
+    folder = _data_dir(data_dir, config)
+    with EmbeddedServer.start(folder, tcp_port=port, appendfsync=config.redis.durability) as server:
         yield server.url, server
 
 

@@ -44,7 +44,7 @@ def run(services: tuple[str, ...], url: str | None, prefix: str | None, device: 
             specs = _chosen(Registry(connection, target.prefix), services, connection.safe_url)
         preflight(specs)
         plans = [Plan(spec, count or spec.runtime.worker_count, device) for spec in specs]
-        supervisor = Supervisor(target.url, target.prefix, plans, result_ttl_s=target.result_ttl_s)
+        supervisor = Supervisor(target.url, target.prefix, plans)
         supervise(supervisor, interrupts, Lines())
     click.echo("drained: what no worker had claimed waits in the queue")
 

@@ -10,13 +10,13 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from millstream.broker.config import DEFAULT_PATH, Config, ServiceSpec, load
-from millstream.broker.connection import Connection, find_url
+from millstream.broker.config import ServiceSpec
+from millstream.broker.connection import Connection
 from millstream.broker.errors import DeadlineExceeded, InputTooLong, InvalidRequest, MillstreamError, NoWorkers
 from millstream.broker.job import Json, Priority
-from millstream.broker.keys import DEFAULT_PREFIX
 from millstream.broker.registry import Registry
 from millstream.broker.streams import MAX_JOBS_PER_CALL
+from millstream.broker.target import find_target
 from millstream.client.channel import Channel
 from millstream.client.handle import Handle, Terms
 from millstream.client.result import Embeddings
@@ -56,9 +56,9 @@ class Calls:
     """One process's calls to one server. Survives os.fork: the child gets an identity and threads of its own."""
 
     def __init__(self, url: str | None, prefix: str | None) -> None:
-        found_url, found_prefix = _find(url, os.environ)
-        self.connection = Connection(found_url, name="millstream-client")
-        self.registry = Registry(self.connection, prefix or found_prefix)
+        target = find_target(url, prefix, os.environ)
+        self.connection = Connection(target.url, name="millstream-client")
+        self.registry = Registry(self.connection, target.prefix)
         self.channel = Channel(self.connection, self.registry)
         self.services = Services(self.connection, self.registry)
         _living.add(self)
@@ -151,18 +151,6 @@ def _window(spec: ServiceSpec, live_workers: int) -> int:
     """Jobs one call keeps under way: enough to keep every worker busy, never most of the queue."""
     jobs = JOBS_PER_WORKER * max(1, live_workers)
     return max(1, min(jobs, spec.runtime.max_queue_size // 4, MAX_JOBS_PER_CALL))
-
-
-def _find(url: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
-    """Where the queue is, and its key prefix. ./config.yaml is read only where nothing more explicit says it:
-
-    a caller's own project may have a file of that name.
-    """
-    config: Config | None = None
-    if url is None and not environ.get("MILLSTREAM_REDIS_URL") and DEFAULT_PATH.is_file():
-        config = load(DEFAULT_PATH, environ)
-    prefix = config.redis.key_prefix if config else environ.get("MILLSTREAM_REDIS__KEY_PREFIX") or DEFAULT_PREFIX
-    return find_url(url, config, environ), prefix
 
 
 _living: weakref.WeakSet[Calls] = weakref.WeakSet()

@@ -42,7 +42,7 @@ class Crew:
         self._registry = Registry(connection, orders.prefix)
         keys = self._registry.keys(spec.name)
         self._lease = Lease(connection.client, keys)
-        self._streams = Streams(connection.client, keys, result_ttl_ms=orders.result_ttl_ms)
+        self._streams = Streams(connection.client, keys, result_ttl_ms=round(spec.result_ttl * 1000))
         self._intake = Intake(model, spec.runtime.max_attempts)
         self._patience = Patience(spec.runtime.batch_timeout)
         self._settler = Settler(shared, self._streams)

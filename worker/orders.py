@@ -22,7 +22,6 @@ class Orders:
     device: str | None
     threads: int
     progress_fd: int
-    result_ttl_ms: int = 3_600_000
     past: str = ""
 
     def to_json(self) -> str:

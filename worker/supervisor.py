@@ -116,12 +116,9 @@ def _check_libraries(spec: ServiceSpec) -> None:
 class Supervisor:
     """Keeps the planned processes alive until `drain`. Not thread-safe but for `stop` and the read-only properties."""
 
-    def __init__(
-        self, url: str, prefix: str, plans: Sequence[Plan], *, result_ttl_s: float = 3600.0, drain_s: float = DRAIN_S
-    ) -> None:
+    def __init__(self, url: str, prefix: str, plans: Sequence[Plan], *, drain_s: float = DRAIN_S) -> None:
         self._url = url
         self._prefix = prefix
-        self._result_ttl_ms = round(result_ttl_s * 1000)
         self._drain_s = drain_s
         self._connection = Connection(url, name="millstream-supervisor")
         self._slots = [Slot(plan, plan.device_of(index)) for plan in plans for index in range(plan.count)]
@@ -211,7 +208,6 @@ class Supervisor:
             device=slot.device,
             threads=max(1, len(os.sched_getaffinity(0)) // len(self._slots)),
             progress_fd=progress.fd,
-            result_ttl_ms=self._result_ttl_ms,
             past=slot.past,
         )
         # A session of its own: Ctrl-C in the terminal reaches the supervisor alone, which drains its children.

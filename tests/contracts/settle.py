@@ -61,6 +61,7 @@ class SettleContract:
         result = queue.keys.result(claim.address.job_id)
         assert queue.client.get(result) == b"reply"
         assert 0 < queue.client.pttl(result) <= 60_000
+        assert SEEN_AFTER_SETTLE_MS < queue.client.pttl(queue.keys.seen(claim.address.job_id)) <= 60_000
 
     def test_replies_and_what_makes_a_job_known_live_for_a_while_only(self, queue: Queue) -> None:
         (claim,) = queue.hold("w1", draft())

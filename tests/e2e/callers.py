@@ -54,7 +54,7 @@ class Callers:
 
 def main() -> None:
     service, threads, file, *single = sys.argv[1:]
-    callers = Callers(service, Reference.load(Path(file)), (1,) if single else (1, 1, 1, 4, 16))
+    callers = Callers(service, Reference.load(Path(file)), (1,) if single else (1, 1, 1, 4, 8))
     running = [threading.Thread(target=callers.call, args=(time.time_ns() + each,)) for each in range(int(threads))]
     callers.call_once()
     sys.stdout.write("calling\n")

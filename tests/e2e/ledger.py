@@ -66,6 +66,9 @@ class Ledger:
         """Jobs with at least one reply."""
         return len(self.replies)
 
+    def has_answered(self, jobs: int) -> bool:
+        return self.answered >= jobs
+
     def close(self) -> None:
         """Read what is there, then read no more."""
         with self._changed:

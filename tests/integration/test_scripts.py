@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from contracts.cancel import CancelContract
 from contracts.claim import ClaimContract
 from contracts.enqueue import EnqueueContract
 from contracts.lease import BeatContract, ReclaimContract, ReleaseContract
@@ -65,4 +66,8 @@ class TestRelease(ReleaseContract):
 
 
 class TestReclaim(ReclaimContract):
+    pass
+
+
+class TestCancel(CancelContract):
     pass

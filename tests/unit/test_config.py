@@ -406,13 +406,12 @@ def test_only_a_value_that_asks_for_something_is_called_unenforced(
     assert [line.partition(" is ")[0] for line in lines] == keys
 
 
-def test_unenforced_values_of_models_redis_and_variables_name_their_place(load_text: Load) -> None:
-    text = "models: {m: {type: echo, warmup: false}}\nredis: {durability: always}"
+def test_unenforced_values_of_models_and_variables_name_their_place(load_text: Load) -> None:
+    text = "models: {m: {type: echo, warmup: false}}"
 
     lines = unenforced(load_text(text, {"MILLSTREAM_MODELS__M__PRIORITY": "1"}))
 
     assert lines == [
-        "durability is accepted, but not enforced yet (config.yaml:2)",
         "priority is accepted, but not enforced yet (MILLSTREAM_MODELS__M__PRIORITY m)",
         "warmup is accepted, but not enforced yet (config.yaml:1 m)",
     ]

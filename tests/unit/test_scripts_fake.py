@@ -6,6 +6,7 @@ import uuid
 
 import fakeredis
 import pytest
+from contracts.cancel import CancelContract
 from contracts.claim import ClaimContract
 from contracts.enqueue import EnqueueContract
 from contracts.lease import BeatContract, ReclaimContract, ReleaseContract
@@ -44,4 +45,8 @@ class TestRelease(ReleaseContract):
 
 
 class TestReclaim(ReclaimContract):
+    pass
+
+
+class TestCancel(CancelContract):
     pass

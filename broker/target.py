@@ -1,0 +1,52 @@
+"""Which server, and which keys on it: what a client or a command uses when its caller says little."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from millstream.broker.config import DEFAULT_PATH, Config, load
+from millstream.broker.connection import find_url
+from millstream.broker.faults import URL_VARIABLE
+from millstream.broker.keys import DEFAULT_PREFIX
+
+PREFIX_VARIABLE = "MILLSTREAM_REDIS__KEY_PREFIX"
+_SECTIONS = {"models", "services", "redis"}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server's URL and the start of every key on it."""
+
+    url: str
+    prefix: str
+
+
+def find_target(url: str | None, prefix: str | None, environ: Mapping[str, str]) -> Target:
+    """What is given, else the environment's, else ./config.yaml's, else the server of a local `millstream up`.
+
+    Raises ConfigError where ./config.yaml is wrong, BrokerUnavailable where nothing names a server. A file of that name
+    that is somebody else's is passed over as long as it is not needed.
+    """
+    named = bool(url or environ.get(URL_VARIABLE))
+    config = _config(environ, needed=not named) if not (named and prefix) else None
+    configured = config.redis.key_prefix if config else environ.get(PREFIX_VARIABLE) or DEFAULT_PREFIX
+    return Target(find_url(url, config, environ), prefix or configured)
+
+
+def _config(environ: Mapping[str, str], *, needed: bool) -> Config | None:
+    if not DEFAULT_PATH.is_file() or not (needed or _is_ours(DEFAULT_PATH)):
+        return None
+    return load(DEFAULT_PATH, environ)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether every top-level key is one of ours: other programs have a config.yaml too."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(tree, dict) and bool(tree) and set(tree) <= _SECTIONS

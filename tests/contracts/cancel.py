@@ -1,0 +1,73 @@
+"""What `cancel` promises, on any server."""
+
+from __future__ import annotations
+
+from contracts.queue import CALLER, Queue, draft, ids, names
+
+from millstream.broker.codec import decode_reply
+from millstream.broker.errors import Cancelled
+from millstream.broker.job import PRIORITIES
+
+
+class CancelContract:
+    """A subclass gives the fixture `queue`."""
+
+    def test_a_job_that_waits_is_gone_and_answered(self, queue: Queue) -> None:
+        for priority in PRIORITIES:
+            unwanted, wanted = queue.put(draft(), draft(), priority=priority)
+
+            assert queue.streams.cancel([unwanted.id], CALLER) == ["waiting"]
+
+            assert ids(queue.claim().claims) == [wanted.id]
+            job_id, reply = queue.replies()[-1]
+            assert job_id == unwanted.id
+            assert isinstance(decode_reply(reply).error, Cancelled)
+            assert queue.client.pttl(queue.keys.reply(CALLER)) > 0
+
+    def test_a_detached_jobs_cancellation_is_its_result(self, queue: Queue) -> None:
+        (job,) = queue.put(draft(client=""))
+
+        assert queue.streams.cancel([job.id], "") == ["waiting"]
+
+        reply = queue.client.get(queue.keys.result(job.id))
+        assert isinstance(reply, bytes)
+        assert isinstance(decode_reply(reply).error, Cancelled)
+        assert queue.client.pttl(queue.keys.result(job.id)) > 0
+
+    def test_a_job_that_was_given_back_waits_too(self, queue: Queue) -> None:
+        claims = queue.hold("dead", draft())
+        queue.lease.release("dead", gone=True)
+
+        assert queue.streams.cancel(ids(claims), CALLER) == ["waiting"]
+
+        assert (queue.claim().claims, queue.depth()) == ([], 0)
+
+    def test_the_worker_that_holds_a_job_is_told_once_and_no_other(self, queue: Queue) -> None:
+        unwanted, wanted = claims = queue.hold("w1", draft(), draft())
+
+        assert queue.streams.cancel(ids([unwanted]), CALLER) == ["running"]
+
+        assert queue.lease.beat("w2", {}, []).cancelled == []
+        assert queue.lease.beat("w1", {}, names(claims)).cancelled == names([unwanted])
+        assert queue.lease.beat("w1", {}, names(claims)).cancelled == []
+        assert queue.settle([unwanted, wanted]) == ["answered", "answered"]
+
+    def test_what_was_settled_or_never_was_is_gone(self, queue: Queue) -> None:
+        claims = queue.hold("w1", draft())
+        queue.settle(claims)
+
+        assert queue.streams.cancel([*ids(claims), draft().id], CALLER) == ["gone", "gone"]
+
+        assert [reply for _, reply in queue.replies()] == [b"reply"]
+
+    def test_cancelling_again_answers_once(self, queue: Queue) -> None:
+        (job,) = queue.put(draft())
+
+        assert queue.streams.cancel([job.id, job.id], CALLER) == ["waiting", "gone"]
+
+        assert len(queue.replies()) == 1
+
+    def test_marks_do_not_stay_for_ever(self, queue: Queue) -> None:
+        queue.streams.cancel(ids(queue.hold("w1", draft())), CALLER)
+
+        assert queue.client.pttl(queue.keys.cancelled()) > 0
