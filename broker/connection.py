@@ -73,6 +73,14 @@ class Connection:
         for client in list(self._clients):
             client.close()
 
+    def after_fork(self) -> None:
+        """In a forked child: clients of its own; the parent's sockets are left alone."""
+        # To close an inherited client would wait for the lock of its pool, which a thread of the parent may have held.
+        for client in self._clients:
+            client.auto_close_connection_pool = False
+        self._clients = []
+        self.client = self._open(_TIMEOUT_S)
+
     def __repr__(self) -> str:
         return f"Connection({self.safe_url!r})"
 

@@ -24,7 +24,11 @@ _START = "0-0"
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
-    """What a live worker process said at its last beat; the counts are since its start."""
+    """What a live worker process said at its last beat; the counts are since it was ready, `age_ms` before that beat.
+
+    `running` jobs are in the forward under way, for `running_ms`. `past` says how the process in its place ended before,
+    empty where it is the first.
+    """
 
     consumer: str
     state: str
@@ -33,6 +37,10 @@ class WorkerView:
     device: str
     fingerprint: str
     beat_age_ms: int
+    age_ms: int
+    running: int
+    running_ms: int
+    past: str
     jobs: int
     rows: int
     forwards: int
@@ -41,6 +49,21 @@ class WorkerView:
     errors: int
     late: int
     busy_ms: int
+
+    @property
+    def rows_per_s(self) -> float | None:
+        """Rows a second over its life; None before it has one."""
+        return self.rows * 1000 / self.age_ms if self.age_ms else None
+
+    @property
+    def busy(self) -> float | None:
+        """The share of its life, 0 to 1, in which a forward ran; None before it has one."""
+        return min(1.0, self.busy_ms / self.age_ms) if self.age_ms else None
+
+    @property
+    def padding(self) -> float | None:
+        """As ServiceView.padding."""
+        return self.padded / self.tokens if self.tokens else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +258,10 @@ def _worker(consumer: bytes, fields: Fields, now: int) -> WorkerView:
         device=_text(fields.get(b"device", b"")),
         fingerprint=_text(fields.get(b"fingerprint", b"")),
         beat_age_ms=max(0, now - (_count(fields, b"beat") or now)),
+        age_ms=_count(fields, b"age_ms"),
+        running=_count(fields, b"running"),
+        running_ms=_count(fields, b"running_ms"),
+        past=_text(fields.get(b"past", b"")),
         jobs=_count(fields, b"jobs"),
         rows=_count(fields, b"rows"),
         forwards=_count(fields, b"forwards"),

@@ -26,18 +26,20 @@ def entry_name(address: Address) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """What a beat learned. `now`: server clock, ms; `lost`: held entries another worker has taken over.
+    """What a beat learned. `now`: server clock, ms. `revision`: of the service, raised by each push of its settings.
 
-    `cancelled`: held entries whose callers no longer want them, each named once. `revision`: of the service, raised by
-    each push of its specification.
+    `lost`: held entries another worker has taken over. `strangers`: entries delivered to this worker that it does not
+    hold: under way to it, or delivered to a connection that was cut. `cancelled`: held entries no longer wanted, each
+    named once.
     """
 
     now: int
     live_workers: int
     reclaim_due: bool
-    lost: list[str]
-    cancelled: list[str] = field(default_factory=list)
     revision: int = 0
+    lost: list[str] = field(default_factory=list)
+    strangers: list[str] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
 
 
 class Lease:
@@ -55,10 +57,9 @@ class Lease:
         args: list[scripts.Argument] = [GROUP, consumer, self._lease_ms, len(status)]
         for name, value in status.items():
             args += (name, value)
-        now, live, due, lost, cancelled, revision = scripts.run(self._client, "beat", keys, [*args, *held])
-        return Beat(
-            now, live, bool(due), [each.decode() for each in lost], [each.decode() for each in cancelled], revision
-        )
+        now, live, due, revision, *entries = scripts.run(self._client, "beat", keys, [*args, *held])
+        lost, strangers, cancelled = ([each.decode() for each in names] for names in entries)
+        return Beat(now, live, bool(due), revision, lost, strangers, cancelled)
 
     def release(
         self,
@@ -66,11 +67,16 @@ class Lease:
         *,
         started: Collection[str] = (),
         keep: Collection[str] = (),
+        only: Collection[str] | None = None,
         gone: bool = False,
     ) -> int:
-        """Give back all that `consumer` holds but `keep`; `started` ones with one attempt more. Returns how many."""
+        """Give back what `consumer` holds: all but `keep`, or `only` these; `started` ones with one attempt more.
+
+        Returns how many.
+        """
+        named = ("but", *keep) if only is None else ("only", *only)
         keys = [*self._keys.streams(), self._keys.workers(), self._keys.worker(consumer)]
-        args: list[scripts.Argument] = [GROUP, consumer, RETURNED, int(gone), len(started), *started, *keep]
+        args: list[scripts.Argument] = [GROUP, consumer, RETURNED, int(gone), len(started), *started, *named]
         return int(scripts.run(self._client, "release", keys, args))
 
     def reclaim(self) -> int:

@@ -36,7 +36,9 @@ class Replies:
             return []
         entries = streams[0][1]
         self._last = entries[-1][0]
-        return [(fields[b"id"].decode(), fields[b"reply"]) for _, fields in entries]
+        # Entries that are no replies were not written by a worker: passed over, and trimmed with the rest.
+        replies = [(fields.get(b"id"), fields.get(b"reply")) for _, fields in entries]
+        return [(job_id.decode(errors="replace"), reply) for job_id, reply in replies if job_id and reply is not None]
 
 
 def _after(entry_id: bytes) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from millstream.cli import options
-from millstream.cli.table import aligned
+from millstream.cli.table import age, aligned, number
 
 if TYPE_CHECKING:
     from millstream.broker.inspector import Entry, ServiceView
@@ -103,23 +103,9 @@ def _row(view: ServiceView) -> tuple[str, ...]:
         *(str(count) for count in view.waiting.values()),
         str(view.in_flight),
         str(view.returned),
-        _age(view.oldest_ms),
+        age(view.oldest_ms),
         str(len(view.workers)),
-        _mean(view.rows_per_forward, 1),
-        _mean(view.padding, 2),
+        number(view.rows_per_forward, 1),
+        number(view.padding, 2),
         str(view.dead_letters),
     )
-
-
-def _age(ms: int | None) -> str:
-    if ms is None:
-        return "-"
-    if ms < 10_000:
-        return f"{ms / 1000:.1f}s"
-    minutes, seconds = divmod(ms // 1000, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
-
-
-def _mean(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

@@ -12,3 +12,19 @@ def aligned(rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def age(ms: int | None) -> str:
+    """A time span, with the precision that its length deserves; a dash for none."""
+    if ms is None:
+        return "-"
+    if ms < 10_000:
+        return f"{ms / 1000:.1f}s"
+    minutes, seconds = divmod(ms // 1000, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+def number(value: float | None, digits: int) -> str:
+    """`value` with so many digits after the point; a dash for none."""
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -14,7 +14,7 @@ from millstream.broker.job import Json
 from millstream.client.calls import Ask, Calls, PriorityName, Truncate, vectors_of
 from millstream.client.detached import Detached
 from millstream.client.handle import Handle
-from millstream.client.mapping import CHUNKS, Results
+from millstream.client.mapping import Results, check_map, chunking
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome
 
@@ -155,14 +155,16 @@ class AsyncClient:
         **options: Json,
     ) -> AsyncIterator[Any]:
         """As Client.map, for async iterables too."""
+        check_map(window, results)
         ask = Ask(priority, None, True, tenant, options)
+        count, size = chunking(window)
         under_way: list[tuple[int, Handle]] = []
         first = 0
         try:
-            async for rows in _chunks(inputs, max(1, window // CHUNKS)):
+            async for rows in _chunks(inputs, size):
                 under_way.append((first, await self._start(service, rows, ask)))
                 first += len(rows)
-                if len(under_way) == CHUNKS:
+                if len(under_way) == count:
                     async for pair in _collected(under_way, ordered, results):
                         yield pair if not ordered else pair[1]
             while under_way:
@@ -187,6 +189,10 @@ class AsyncClient:
         ask = Ask(priority, timeout, True, tenant, options)
         return await asyncio.to_thread(Detached.submit, self._calls, service, inputs, ask, idempotency_key)
 
+    def job(self, job_id: str) -> Detached:
+        """As Client.job; the same holds for its methods."""
+        return Detached.find(self._calls, job_id)
+
     async def close(self) -> None:
         """As Client.close."""
         await asyncio.to_thread(self._calls.channel.close)
@@ -200,9 +206,12 @@ class AsyncClient:
         await self.close()
 
     async def _start(self, service: str, inputs: Sequence[Json], ask: Ask) -> Handle:
-        if not self._calls.services.fresh(service):
-            await asyncio.to_thread(self._calls.services.read, service)
-        return self._calls.start(service, inputs, ask)
+        ask.check()
+        services = self._calls.services
+        read = services.known(service)
+        if read is None:
+            read = await asyncio.to_thread(services.read, service)
+        return self._calls.begin(*read, inputs, ask)
 
     async def _only(self, model_type: str) -> str:
         if name := self._calls.services.remembered(model_type):

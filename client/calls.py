@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from millstream.broker.codec import encode_inputs
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection
 from millstream.broker.errors import DeadlineExceeded, InputTooLong, InvalidRequest, MillstreamError, NoWorkers
@@ -26,6 +28,8 @@ from millstream.client.split import Part, split
 JOBS_PER_WORKER = 8
 MAX_ROW_BYTES = 512 * 1024
 UNKNOWN_TOKENS = 2_048
+_TENANT = re.compile(r"[A-Za-z0-9_.-]{0,64}")
+_TENANT = re.compile(r"[A-Za-z0-9_.-]{0,64}")
 
 Truncate = Literal["none", "start", "end"]
 PriorityName = Literal["realtime", "normal", "batch"]
@@ -47,9 +51,21 @@ class Ask:
             raise InvalidRequest(f"no priority {self.priority!r}", hint=f"one of {', '.join(Priority)}")
         if self.timeout is not None and not (isinstance(self.timeout, int | float) and self.timeout > 0):
             raise InvalidRequest(f"timeout={self.timeout!r} is not a number of seconds above 0")
+        if not (isinstance(self.tenant, str) and _TENANT.fullmatch(self.tenant)):
+            raise InvalidRequest(f"tenant={self.tenant!r}", hint="at most 64 of A-Z a-z 0-9 _ . -")
+        if self.options:
+            self._check_options()
+
+    def _check_options(self) -> None:
+        if not _TENANT.fullmatch(self.tenant):
+            raise InvalidRequest(f"tenant={self.tenant[:80]!r}", hint="up to 64 of A-Z a-z 0-9 _ . -")
         truncate = self.options.get("truncate", "none")
         if truncate not in get_args(Truncate):
             raise InvalidRequest(f"truncate={truncate!r}", hint=f"one of {', '.join(get_args(Truncate))}")
+        try:
+            encode_inputs([], self.options)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidRequest(f"options that JSON cannot carry: {error}") from error
 
 
 class Calls:
@@ -62,15 +78,20 @@ class Calls:
         self.channel = Channel(self.connection, self.registry)
         self.services = Services(self.connection, self.registry)
         _living.add(self)
+        # Not at exit: threads that wait then end with the process, and say nothing.
+        weakref.finalize(self, self.channel.close).atexit = False
 
     def start(self, service: str, inputs: Sequence[Json], ask: Ask) -> Handle:
         """Send `inputs`, one a row, and return at once. Raises InvalidRequest, UnknownService, BrokerUnavailable."""
         ask.check()
-        spec, live_workers = self.services.read(service)
+        return self.begin(*self.services.read(service), inputs, ask)
+
+    def begin(self, spec: ServiceSpec, live_workers: int, inputs: Sequence[Json], ask: Ask) -> Handle:
+        """The same for a checked `ask` and a service that was read: waits for nothing."""
         parts, refused = cut(spec, inputs)
         runtime = spec.runtime
         terms = Terms(
-            service=service,
+            service=spec.name,
             op=op_of(spec),
             priority=Priority(ask.priority),
             options=ask.options,
@@ -85,6 +106,7 @@ class Calls:
         return Handle(self.channel, terms, inputs, parts, refused, self._why_late)
 
     def after_fork(self) -> None:
+        self.connection.after_fork()
         self.channel.after_fork()
         self.services.after_fork()
 

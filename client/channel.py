@@ -63,6 +63,7 @@ class Cancellation:
     service: str
     job_ids: Sequence[str]
     told: Callable[[Sequence[CancelOutcome] | MillstreamError], None]
+    size: int = 0
 
 
 class Channel:
@@ -95,7 +96,8 @@ class Channel:
 
     def forget(self, service: str, job_ids: Sequence[str]) -> None:
         """Nobody waits for these jobs any more; late answers are dropped."""
-        self._reader(service).forget(job_ids)
+        if reader := self._readers.get(service):
+            reader.forget(job_ids)
 
     @property
     def stray_replies(self) -> int:
@@ -116,8 +118,7 @@ class Channel:
 
     def _sending(self) -> _Sender:
         with self._lock:
-            if self._closed:
-                raise BrokerUnavailable("this client is closed", hint="make a new one")
+            self._check_open()
             if self._sender is None:
                 self._sender = _Sender(self._connection, self._registry, self.client_id, self.forget)
                 self._sender.start()
@@ -125,6 +126,7 @@ class Channel:
 
     def _reader(self, service: str) -> _Reader:
         with self._lock:
+            self._check_open()
             reader = self._readers.get(service)
             if reader is None:
                 client = self._connection.blocking(READ_S)
@@ -132,6 +134,10 @@ class Channel:
                 reader = self._readers[service] = _Reader(service, replies)
                 reader.start()
             return reader
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BrokerUnavailable("this client is closed", hint="make a new one")
 
 
 class _Sender(threading.Thread):
@@ -166,11 +172,20 @@ class _Sender(threading.Thread):
             self._changed.notify()
 
     def run(self) -> None:
-        while batch := self._gather():
-            if isinstance(batch, Cancellation):
-                self._cancel(batch)
-            else:
-                self._enqueue(batch)
+        while self._step():
+            pass
+        for order in self._ready:
+            if isinstance(order, Cancellation):
+                order.told(BrokerUnavailable("this client was closed", hint="its jobs go on"))
+
+    def _step(self) -> bool:
+        # A call of its own: what it held must not stay alive while the next step waits.
+        batch = self._gather()
+        if cancellations := [each for each in batch if isinstance(each, Cancellation)]:
+            self._cancel(cancellations)
+        elif submissions := [each for each in batch if isinstance(each, Submission)]:
+            self._enqueue(submissions)
+        return bool(batch)
 
     def _streams(self, service: str) -> Streams:
         return Streams(self._connection.client, self._registry.keys(service))
@@ -185,35 +200,49 @@ class _Sender(threading.Thread):
             for submission, admission in zip(batch, admissions, strict=True):
                 self._admitted(submission, admission)
 
-    def _cancel(self, cancellation: Cancellation) -> None:
-        unwanted = set(cancellation.job_ids)
-        with self._changed:
-            # What is to be sent again later must not be.
-            self._later = [each for each in self._later if unwanted.isdisjoint(each[2].job_ids)]
-            heapq.heapify(self._later)
-        told: Sequence[CancelOutcome] | MillstreamError
+    def _cancel(self, batch: Sequence[Cancellation]) -> None:
+        job_ids = [job_id for each in batch for job_id in each.job_ids]
+        unsent = self._withdraw(job_ids)
         try:
             with translated(self._connection.safe_url):
-                told = self._streams(cancellation.service).cancel(cancellation.job_ids, self._client_id)
-        except Exception as error:  # noqa: BLE001 - the caller hears of it; the sender serves the next
-            told = _ours(error, "cancel")
-        cancellation.told(told)
+                found = self._streams(batch[0].service).cancel(job_ids, self._client_id)
+        except Exception as error:  # noqa: BLE001 - every caller hears of it; the sender serves the next
+            for cancellation in batch:
+                cancellation.told(_ours(error, "cancel"))
+            return
+        outcomes = dict(zip(job_ids, found, strict=True))
+        # What the server never had was waiting here.
+        outcomes |= {job_id: "waiting" for job_id in unsent if outcomes[job_id] == "gone"}
+        for cancellation in batch:
+            cancellation.told([outcomes[job_id] for job_id in cancellation.job_ids])
 
-    def _gather(self) -> list[Submission] | Cancellation | None:
-        """What is ready for one script call: submissions of one service, or a cancellation; None when closed."""
+    def _withdraw(self, job_ids: Sequence[str]) -> set[str]:
+        """Do not send these jobs any more; those that were still to be sent, or to be sent again."""
+        unwanted = set(job_ids)
+
+        def wanted(order: Submission | Cancellation) -> bool:
+            return isinstance(order, Cancellation) or unwanted.isdisjoint(order.job_ids)
+
+        with self._changed:
+            waiting = [*self._ready, *(submission for *_, submission in self._later)]
+            self._ready = deque(filter(wanted, self._ready))
+            self._later = [each for each in self._later if wanted(each[2])]
+            heapq.heapify(self._later)
+        return unwanted & {job_id for order in waiting if not wanted(order) for job_id in order.job_ids}
+
+    def _gather(self) -> list[Submission | Cancellation]:
+        """What is ready for one script call: submissions of one service, or cancellations; nothing when closed."""
         with self._changed:
             while not self._closed and not self._due():
                 next_s = self._later[0][0] - time.monotonic() if self._later else None
                 self._changed.wait(None if next_s is None else max(0.0, next_s))
             if self._closed:
-                return None
+                return []
             first = self._ready.popleft()
-            if isinstance(first, Cancellation):
-                return first
             batch = [first]
-            jobs, size = len(first.group.drafts), first.size
-            while self._ready and isinstance(after := self._ready[0], Submission) and after.service == first.service:
-                jobs, size = jobs + len(after.group.drafts), size + after.size
+            jobs, size = len(first.job_ids), first.size
+            while self._ready and _alike(after := self._ready[0], first):
+                jobs, size = jobs + len(after.job_ids), size + after.size
                 if jobs > MAX_JOBS_PER_CALL or size > MAX_BYTES_PER_CALL:
                     break
                 batch.append(after)
@@ -257,6 +286,10 @@ class _Sender(threading.Thread):
         submission.sink.refused(submission.job_ids, error)
 
 
+def _alike(one: Submission | Cancellation, other: Submission | Cancellation) -> bool:
+    return type(one) is type(other) and one.service == other.service
+
+
 def _ours(error: Exception, doing: str) -> MillstreamError:
     if isinstance(error, MillstreamError):
         return error
@@ -298,19 +331,23 @@ class _Reader(threading.Thread):
 
     def run(self) -> None:
         while self._wanted():
-            try:
-                answers = self._replies.read(READ_S)
-            except Exception as error:  # noqa: BLE001 - whatever happened, callers wait for what comes next
-                self._away(error)
-                continue
-            for job_id, reply in answers:
-                with self._changed:
-                    sink, _ = self._waiting.pop(job_id, (None, None))
-                if sink:
-                    sink.answered(job_id, reply)
-                else:
-                    self.strays += 1
-            self._sweep()
+            self._step()
+
+    def _step(self) -> None:
+        # A call of its own: what it held must not stay alive while nobody waits.
+        try:
+            answers = self._replies.read(READ_S)
+        except Exception as error:  # noqa: BLE001 - whatever happened, callers wait for what comes next
+            self._away(error)
+            return
+        for job_id, reply in answers:
+            with self._changed:
+                sink, _ = self._waiting.pop(job_id, (None, None))
+            if sink:
+                sink.answered(job_id, reply)
+            else:
+                self.strays += 1
+        self._sweep()
 
     def _wanted(self) -> bool:
         with self._changed:
@@ -329,7 +366,8 @@ class _Reader(threading.Thread):
                 del self._waiting[job_id]
 
     def _away(self, error: Exception) -> None:
-        if not is_transient(error):
+        # A closed socket ends a read in many ways.
+        if not self._closed and not is_transient(error):
             log.error("reading replies failed, trying again: %s", error)
         with self._changed:
             self._changed.wait_for(lambda: self._closed, _AWAY_PAUSE_S)

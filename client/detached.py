@@ -37,6 +37,8 @@ _ID = re.compile(
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.005, 0.5
 _LOOK_UP = 1_000
 _ROOM_S = 60.0
+MAX_JOBS = 100_000
+"""Of one detached call."""
 
 
 class Detached:
@@ -50,8 +52,7 @@ class Detached:
             _job_id(call, first): Part(tuple(range(first, min(first + per_job, rows))), 0)
             for first in range(0, rows, per_job)
         }
-        self._rows = Rows(rows, {})
-        self._missing = dict(self._parts)
+        self._replies: dict[str, Reply | MillstreamError] = {}
         self._began = time.monotonic()
 
     @classmethod
@@ -60,7 +61,9 @@ class Detached:
         match = _ID.fullmatch(job_id)
         if match is None:
             raise InvalidRequest(f"{job_id[:200]!r} is no id of a detached call", hint="such as embed:8x8:9f86d0...")
-        return cls(calls, match["service"], int(match["rows"]), int(match["per_job"]), match["call"])
+        rows, per_job = int(match["rows"]), int(match["per_job"])
+        _check_jobs(rows, per_job)
+        return cls(calls, match["service"], rows, per_job, match["call"])
 
     @classmethod
     def submit(
@@ -77,8 +80,10 @@ class Detached:
             raise InvalidRequest(f"row {row}: {error.message}", hint=error.hint)
         if not sizes:
             raise InvalidRequest("no rows", hint="a detached call needs at least one")
-        per_job = max(1, min(spec.runtime.batch_size, MAX_PART_BYTES // max(sizes.values(), default=1) or 1))
-        key = f"{service}\0{ask.tenant}\0{idempotency_key}"
+        per_job = max(1, min(spec.runtime.batch_size, MAX_PART_BYTES // max(1, *sizes.values())))
+        _check_jobs(len(inputs), per_job)
+        # With the shape of the call: jobs of another one would answer other rows.
+        key = f"{service}\0{ask.tenant}\0{len(inputs)}x{per_job}\0{idempotency_key}"
         call = secrets.token_hex(16) if idempotency_key is None else hashlib.sha256(key.encode()).hexdigest()[:32]
         detached = cls(calls, service, len(inputs), per_job, call)
         deadline = None if ask.timeout is None else time.monotonic() + ask.timeout
@@ -100,7 +105,7 @@ class Detached:
     def done(self) -> bool:
         """Whether `result` would return or raise at once. Raises ResultExpired, BrokerUnavailable."""
         self._look()
-        return not self._missing
+        return not self._missing()
 
     def result(self, timeout: float | None = None) -> Embeddings | list[Json]:
         """The results in the order of the inputs, waiting for at most `timeout` seconds.
@@ -108,16 +113,16 @@ class Detached:
         Raises as Handle.result, and ResultExpired where the answer's lifetime is over or there never was such a call.
         """
         self._wait(timeout)
-        return self._rows.value((time.monotonic() - self._began) * 1000)
+        return self._collected().value((time.monotonic() - self._began) * 1000)
 
     def outcomes(self, timeout: float | None = None) -> list[RowOutcome]:
         """Each row's result or error, as values."""
         self._wait(timeout)
-        return self._rows.outcomes()
+        return self._collected().outcomes()
 
     def cancel(self) -> bool:
-        """Stop what is not answered; True where none of it had been taken by a worker. Raises BrokerUnavailable."""
-        job_ids = list(self._missing)
+        """Stop what is not answered; True where no worker had taken any of it. Raises BrokerUnavailable."""
+        job_ids = list(self._parts)
         with translated(self._calls.connection.safe_url):
             outcomes = [
                 outcome
@@ -137,21 +142,31 @@ class Detached:
 
     def _look(self) -> None:
         """Collect the answers that have come."""
-        job_ids = list(self._missing)[:_LOOK_UP]
+        job_ids = self._missing()[:_LOOK_UP]
         with translated(self._calls.connection.safe_url):
             found = self._streams().look_up(job_ids)
         for job_id, each in zip(job_ids, found, strict=True):
             if each.reply is not None:
-                self._rows.place(self._missing.pop(job_id), _decoded(each.reply))
+                self._replies[job_id] = _decoded(each.reply)
             elif not each.known:
                 raise ResultExpired(
                     f"no call {self.id!r}: its result has expired, or it was never submitted here",
                     hint="results are kept for redis.result_ttl",
                 )
 
+    def _missing(self) -> list[str]:
+        return [job_id for job_id in self._parts if job_id not in self._replies]
+
+    def _collected(self) -> Rows:
+        # Made anew each time: threads, and a forked child, may ask at once.
+        rows = Rows(sum(len(part.rows) for part in self._parts.values()), {})
+        for job_id, part in self._parts.items():
+            rows.place(part, self._replies[job_id])
+        return rows
+
     def _enqueue(self, priority: Priority, drafts: Sequence[Draft]) -> None:
         """Every job, a script call at a time; sent again through cuts, which changes nothing."""
-        until = time.monotonic() + _ROOM_S
+        until = min([time.monotonic() + _ROOM_S, *(draft.deadline for draft in drafts[:1] if draft.deadline)])
         for batch in _script_calls(drafts):
             with translated(self._calls.connection.safe_url):
                 while refusal := self._refused(Group(priority, batch), until):
@@ -170,6 +185,12 @@ class Detached:
 
     def _streams(self) -> Streams:
         return Streams(self._calls.connection.client, self._calls.registry.keys(self._service))
+
+
+def _check_jobs(rows: int, per_job: int) -> None:
+    """An id may come from anybody: it must not make a process run out of memory. Raises InvalidRequest."""
+    if rows > per_job * MAX_JOBS:
+        raise InvalidRequest(f"{rows} rows are more than {MAX_JOBS} jobs of {per_job}", hint="make several calls")
 
 
 def _job_id(call: str, first: int) -> str:

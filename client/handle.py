@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
@@ -82,6 +82,7 @@ class Handle:
         self._sent: dict[str, _Sent] = {}
         self._patient = terms.wait
         self._rows = Rows(len(inputs), refused)
+        self._sendable = self._rows.left
         self._pid = os.getpid()
         self._began = time.monotonic()
         self._ended = self._began
@@ -91,12 +92,14 @@ class Handle:
     @property
     def ready(self) -> bool:
         """Whether every row has its outcome. Asks nobody: a call whose time is over is not ready until waited for."""
+        self._check_process()
         with self._changed:
             return not self._rows.left
 
     @property
     def rows_done(self) -> int:
         """Rows that have their outcome, for a progress bar."""
+        self._check_process()
         with self._changed:
             return len(self._rows) - self._rows.left
 
@@ -107,11 +110,7 @@ class Handle:
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for at most `timeout` seconds until every row has its outcome; whether they have."""
         until = None if timeout is None else time.monotonic() + timeout
-        if os.getpid() != self._pid:
-            # Before the lock: a thread of the parent may have held it when this process was forked.
-            raise BrokerUnavailable(
-                "this call was made before a fork, in the parent process", hint="make it again here"
-            )
+        self._check_process()
         with self._changed:
             while self._rows.left:
                 now = time.monotonic()
@@ -142,40 +141,47 @@ class Handle:
     def cancel(self) -> bool:
         """Stop the call; `result` then raises Cancelled. True where none of its jobs had been taken by a worker.
 
-        A job that runs ends at its worker's next beat, within about a second. Raises BrokerUnavailable, or
-        DeadlineExceeded where the server's word takes too long.
+        A job that runs ends at its worker's next beat, within about a second. False too where the call was over. Raises
+        BrokerUnavailable, or DeadlineExceeded where the server's word takes too long.
         """
+        self._check_process()
         told: SimpleQueue[Sequence[CancelOutcome] | MillstreamError] = SimpleQueue()
-        if not self._drop(told.put):
-            return True
+        with self._changed:
+            untouched = 0 < self._rows.left == self._sendable
+            asked = self._drop(told.put)
+        if not asked:
+            return untouched
         try:
             outcomes = told.get(timeout=CANCEL_S)
         except Empty:
             raise DeadlineExceeded(f"no word on the cancellation within {CANCEL_S:g} s") from None
         if isinstance(outcomes, MillstreamError):
             raise outcomes
-        return all(outcome == "waiting" for outcome in outcomes)
+        return untouched and all(outcome == "waiting" for outcome in outcomes)
 
     def cancel_soon(self) -> None:
-        """The same without waiting for the server's word."""
-        self._drop(lambda outcomes: None)
+        """The same without waiting for the server's word. Does nothing where there is nothing to cancel any more."""
+        # An inherited call is its parent's; a closed client has no calls.
+        if os.getpid() == self._pid:
+            with suppress(BrokerUnavailable):
+                self._drop(lambda outcomes: None)
 
     @property
     def expires_at(self) -> float | None:
         """When the next job's time is over, monotonic seconds; None where there is no limit, or nothing under way."""
+        self._check_process()
         with self._changed:
             return self._expires_at()
 
     @contextmanager
     def listening(self, listener: Callable[[], None]) -> Iterator[None]:
         """Meanwhile `listener` is called, from any thread, whenever rows get their outcome. It must be quick."""
-        with self._changed:
-            self._listeners.append(listener)
+        # Without the lock: a forked child may end this, too.
+        self._listeners.append(listener)
         try:
             yield
         finally:
-            with self._changed:
-                self._listeners.remove(listener)
+            self._listeners.remove(listener)
 
     # -- the channel's side ------------------------------------------------------------------------------------
 
@@ -200,17 +206,18 @@ class Handle:
 
     def _pump(self) -> None:
         """Send what the window has room for."""
+        # The channel's turn too is under the lock: a cancellation must not overtake what it cancels.
         with self._changed:
             drafts = []
             while self._unsent and len(self._sent) < self._terms.window:
                 drafts.append(self._draft(self._unsent.popleft()))
             submissions = self._submissions(drafts)
             self._patient = True
-        try:
-            if submissions:
-                self._channel.submit(submissions)
-        except MillstreamError as error:
-            self.refused([draft.id for draft in drafts], error)
+            try:
+                if submissions:
+                    self._channel.submit(submissions)
+            except MillstreamError as error:
+                self.refused([draft.id for draft in drafts], error)
 
     def _submissions(self, drafts: Sequence[Draft]) -> list[Submission]:
         """One a job, each waiting out refusals by itself; without patience one for all, accepted whole or not."""
@@ -244,7 +251,7 @@ class Handle:
             self._rows.place(part, outcome)
         self._ended = time.monotonic()
         self._changed.notify_all()
-        for listener in self._listeners:
+        for listener in list(self._listeners):
             listener()
 
     def _take_unsent(self) -> list[Part]:
@@ -259,15 +266,24 @@ class Handle:
     def _give_up(self, overdue: Sequence[str]) -> None:
         parts = [self._sent.pop(job).part for job in overdue] + self._take_unsent()
         self._channel.forget(self._terms.service, overdue)
+        # What the interruption of this thread, too, leaves as the rows' outcome.
+        error: MillstreamError = DeadlineExceeded("no answer in time")
         # Asking the server why takes a round trip: not under the lock, the channel's threads may want it.
         self._changed.release()
         try:
             error = self._why_late(self._terms.service)
         finally:
             self._changed.acquire()
-        self._place(parts, error)
+            self._place(parts, error)
 
     # ----------------------------------------------------------------------------------------------------------
+
+    def _check_process(self) -> None:
+        """Before any lock is taken: a thread of the parent may have held it when this process was forked."""
+        if os.getpid() != self._pid:
+            raise BrokerUnavailable(
+                "this call was made before a fork, in the parent process", hint="make it again here"
+            )
 
     def _wait_or_raise(self, timeout: float | None) -> None:
         if not self.wait(timeout):
@@ -280,12 +296,12 @@ class Handle:
             parts = [each.part for each in sent.values()] + self._take_unsent()
             if parts:
                 self._place(parts, Cancelled("cancelled by its caller"))
-        if sent:
-            self._channel.cancel(Cancellation(self._terms.service, list(sent), told))
-        return bool(sent)
+            if sent:
+                self._channel.cancel(Cancellation(self._terms.service, list(sent), told))
+            return bool(sent)
 
 
 def _soonest(now: float, *moments: float | None) -> float | None:
     """Seconds from `now` to the first of `moments`; None where there is none."""
     given = [moment for moment in moments if moment is not None]
-    return max(0.0, min(given) - now) if given else None
+    return min(max(0.0, min(given) - now), threading.TIMEOUT_MAX) if given else None

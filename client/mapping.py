@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from millstream.broker.errors import MillstreamError
+from millstream.broker.errors import InvalidRequest, MillstreamError
 from millstream.broker.job import Json
 from millstream.client.handle import Handle
 from millstream.client.rows import RowOutcome
@@ -26,16 +26,33 @@ def map_rows(
     start: Start, inputs: Iterable[Json], window: int, ordered: bool, results: Results
 ) -> Iterator[RowOutcome] | Iterator[tuple[int, RowOutcome]]:
     """Client.map, over `start`, which sends a list of rows."""
-    chunk = max(1, window // CHUNKS)
-    pairs = _in_order(start, inputs, chunk) if ordered else _as_completed(start, inputs, chunk)
-    checked = (_checked(pair, results) for pair in pairs)
-    return (outcome for _, outcome in checked) if ordered else checked
+    check_map(window, results)
+    count, chunk = chunking(window)
+    pairs = (_in_order if ordered else _as_completed)(start, chunks(inputs, chunk), count)
+    return _yielded(pairs, ordered, results)
 
 
-def _checked(pair: tuple[int, RowOutcome], results: Results) -> tuple[int, RowOutcome]:
-    if results == "values" and isinstance(pair[1], MillstreamError):
-        raise pair[1]
-    return pair
+def check_map(window: int, results: Results) -> None:
+    """Raises InvalidRequest."""
+    if window < 1:
+        raise InvalidRequest(f"window={window!r} is not a number of rows above 0")
+    if results not in get_args(Results):
+        raise InvalidRequest(f"results={results!r}", hint=f"one of {', '.join(get_args(Results))}")
+
+
+def chunking(window: int) -> tuple[int, int]:
+    """How many calls at once, and the rows of each."""
+    count = min(CHUNKS, window)
+    return count, window // count
+
+
+def _yielded(pairs: Generator[tuple[int, RowOutcome], None, None], ordered: bool, results: Results) -> Iterator[Any]:
+    # Closed here: the traceback of a raised error would keep it, and the calls under way, alive.
+    with closing(pairs):
+        for row, outcome in pairs:
+            if results == "values" and isinstance(outcome, MillstreamError):
+                raise outcome
+            yield outcome if ordered else (row, outcome)
 
 
 def chunks(inputs: Iterable[Json], size: int) -> Iterator[tuple[int, list[Json]]]:
@@ -46,13 +63,14 @@ def chunks(inputs: Iterable[Json], size: int) -> Iterator[tuple[int, list[Json]]
         first += len(rows)
 
 
-def _in_order(start: Start, inputs: Iterable[Json], chunk: int) -> Iterator[tuple[int, RowOutcome]]:
-    source = chunks(inputs, chunk)
+def _in_order(
+    start: Start, source: Iterator[tuple[int, list[Json]]], count: int
+) -> Generator[tuple[int, RowOutcome], None, None]:
     under_way: deque[tuple[int, Handle]] = deque()
     try:
         for first, rows in source:
             under_way.append((first, start(rows)))
-            if len(under_way) == CHUNKS:
+            if len(under_way) == count:
                 yield from _collect(*under_way[0])
                 under_way.popleft()
         while under_way:
@@ -63,35 +81,37 @@ def _in_order(start: Start, inputs: Iterable[Json], chunk: int) -> Iterator[tupl
             handle.cancel_soon()
 
 
-def _as_completed(start: Start, inputs: Iterable[Json], chunk: int) -> Iterator[tuple[int, RowOutcome]]:
-    source = chunks(inputs, chunk)
-    changed = threading.Event()
+def _as_completed(
+    start: Start, source: Iterator[tuple[int, list[Json]]], count: int
+) -> Generator[tuple[int, RowOutcome], None, None]:
     under_way: dict[int, Handle] = {}
     try:
-        with ExitStack() as listening:
-            while True:
-                for first, rows in islice(source, CHUNKS - len(under_way)):
-                    under_way[first] = start(rows)
-                    listening.enter_context(under_way[first].listening(changed.set))
-                if not under_way:
-                    return
-                first = _first_ready(under_way, changed)
-                yield from _collect(first, under_way[first])
-                del under_way[first]
+        while True:
+            for first, rows in islice(source, count - len(under_way)):
+                under_way[first] = start(rows)
+            if not under_way:
+                return
+            first = _first_ready(under_way)
+            yield from _collect(first, under_way[first])
+            del under_way[first]
     finally:
         for handle in under_way.values():
             handle.cancel_soon()
 
 
-def _first_ready(under_way: dict[int, Handle], changed: threading.Event) -> int:
+def _first_ready(under_way: dict[int, Handle]) -> int:
     """The first call that is complete, waiting for one."""
-    while True:
-        changed.clear()
-        # Nobody calls us when a call's time is over: that is noticed by waiting for it.
-        for first, handle in under_way.items():
-            if handle.wait(0):
-                return first
-        changed.wait(LOOK_S)
+    changed = threading.Event()
+    with ExitStack() as listening:
+        for handle in under_way.values():
+            listening.enter_context(handle.listening(changed.set))
+        while True:
+            changed.clear()
+            # Nobody calls us when a call's time is over: that is noticed by waiting for it.
+            for first, handle in under_way.items():
+                if handle.wait(0):
+                    return first
+            changed.wait(LOOK_S)
 
 
 def _collect(first: int, handle: Handle) -> Iterator[tuple[int, RowOutcome]]:

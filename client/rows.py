@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import cast
 
 import numpy as np
@@ -14,8 +15,6 @@ from millstream.client.split import Part
 
 RowOutcome = Vectors | Json | MillstreamError
 """A vector [dim], a JSON value, or the row's error."""
-
-_MISSING = ModelFailed("the worker's reply has no result for this row")
 
 
 class Rows:
@@ -38,9 +37,10 @@ class Rows:
         self.left -= len(part.rows)
         if isinstance(outcome, MillstreamError):
             outcome = Reply(error=outcome)
-        good = iter(outcome.vectors if outcome.vectors is not None else outcome.values or [])
+        results = outcome.vectors if outcome.vectors is not None else outcome.values or []
+        good: Iterator[RowOutcome] = chain(results, iter(_missing, None))
         for at, row in enumerate(part.rows):
-            self._rows[row] = outcome.error or outcome.errors.get(at) or next(good, _MISSING)
+            self._rows[row] = outcome.error or outcome.errors.get(at) or next(good)
         self._tokens += outcome.tokens
         self._truncated += [part.rows[at] for at in outcome.truncated if at < len(part.rows)]
         for name, ms in outcome.timings.items():
@@ -61,6 +61,11 @@ class Rows:
             raise ModelFailed("its workers answered vectors of different lengths", hint="do all run the same model?")
         timings = {**self._timings, "total": total_ms}
         return Embeddings.of(np.stack(vectors), self._tokens, tuple(sorted(self._truncated)), timings)
+
+
+def _missing() -> MillstreamError:
+    # A new one each time: an error that is raised keeps what its callers held alive.
+    return ModelFailed("the worker's reply has no result for this row")
 
 
 def _failure(errors: Mapping[int, MillstreamError], rows: Sequence[RowOutcome]) -> MillstreamError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection, translated
@@ -18,9 +18,13 @@ _OPS = {"embedding": "embed", "echo": "echo"}
 
 @dataclass(frozen=True, slots=True)
 class _Known:
+    """One service, as the server described it at `read_at`, monotonic seconds."""
+
     spec: ServiceSpec
     live_workers: int
     read_at: float
+    away: BrokerUnavailable | None = None
+    """Why the server could not be asked, where this is what it said before."""
 
 
 def op_of(spec: ServiceSpec) -> str:
@@ -40,7 +44,7 @@ class Services:
     def __init__(self, connection: Connection, registry: Registry) -> None:
         self._connection = connection
         self._registry = registry
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._known: dict[str, _Known] = {}
         self._only: dict[str, tuple[str, float]] = {}
 
@@ -49,19 +53,19 @@ class Services:
 
         Raises UnknownService, BrokerUnavailable.
         """
-        known = self._known.get(service)
-        if known is None or not self.fresh(service):
-            known = self._refresh(service, known)
-        return known.spec, known.live_workers
+        if known := self.known(service):
+            return known
+        read = self._read_since(service, time.monotonic() - FRESH_S)
+        return read.spec, read.live_workers
 
-    def fresh(self, service: str) -> bool:
-        """Whether `read` would answer without asking the server."""
+    def known(self, service: str) -> tuple[ServiceSpec, int] | None:
+        """What `read` would answer without asking the server."""
         known = self._known.get(service)
-        return known is not None and time.monotonic() - known.read_at <= FRESH_S
+        return (known.spec, known.live_workers) if known and time.monotonic() - known.read_at <= FRESH_S else None
 
     def after_fork(self) -> None:
         """In a forked child: the lock may have been held in the parent."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def remembered(self, model_type: str) -> str | None:
         """What `only` answered a moment ago."""
@@ -70,11 +74,29 @@ class Services:
 
     def only(self, model_type: str) -> str:
         """The one service of `model_type`. Raises UnknownService where there is none, or more than one to list."""
-        if name := self.remembered(model_type):
+        # Under the lock: of a thousand threads that ask at once, one asks the server.
+        with self._lock:
+            if name := self.remembered(model_type):
+                return name
+            try:
+                name = self._find_only(model_type)
+            except BrokerUnavailable:
+                if model_type not in self._only:
+                    raise
+                name, _ = self._only[model_type]
+            self._only[model_type] = (name, time.monotonic())
             return name
+
+    def live_workers(self, service: str) -> int:
+        """Workers with a beat younger than a lease, asked now. Raises UnknownService, BrokerUnavailable."""
+        known = self._read_since(service, time.monotonic())
+        if known.away:
+            raise known.away
+        return known.live_workers
+
+    def _find_only(self, model_type: str) -> str:
         names = [name for name in self._registry.names() if self.read(name)[0].model.type == model_type]
         if len(names) == 1:
-            self._only[model_type] = (names[0], time.monotonic())
             return names[0]
         if names:
             raise UnknownService(f"{len(names)} {model_type} services", hint=f"say service=, one of {', '.join(names)}")
@@ -83,21 +105,21 @@ class Services:
             hint="run `millstream up` or `millstream config push`",
         )
 
-    def live_workers(self, service: str) -> int:
-        """Workers of `service` with a beat younger than a lease, asked now. Raises BrokerUnavailable."""
-        with translated(self._connection.safe_url):
-            return Lease(self._connection.client, self._registry.keys(service)).live_workers()
-
-    def _refresh(self, service: str, stale: _Known | None) -> _Known:
+    def _read_since(self, service: str, since: float) -> _Known:
+        """What the server said after `since`. Threads that ask at the same time share its answer."""
         with self._lock:
             known = self._known.get(service)
-            if known is not None and known is not stale:
-                return known
-            try:
-                known = _Known(self._registry.read(service), self.live_workers(service), time.monotonic())
-            except BrokerUnavailable:
-                if stale is None:
-                    raise
-                known = _Known(stale.spec, stale.live_workers, time.monotonic())
-            self._known[service] = known
+            if known is None or known.read_at < since:
+                known = self._known[service] = self._ask(service, known)
             return known
+
+    def _ask(self, service: str, before: _Known | None) -> _Known:
+        try:
+            spec = self._registry.read(service)
+            with translated(self._connection.safe_url):
+                live = Lease(self._connection.client, self._registry.keys(service)).live_workers()
+        except BrokerUnavailable as error:
+            if before is None:
+                raise
+            return replace(before, read_at=time.monotonic(), away=error)
+        return _Known(spec, live, time.monotonic())

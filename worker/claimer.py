@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from millstream.broker.connection import is_transient
 from millstream.broker.job import Claim
 from millstream.broker.lease import Lease, entry_name
-from millstream.broker.streams import Claimed, Streams
+from millstream.broker.streams import Claimed, Limit, Streams
 from millstream.worker.intake import Intake
 from millstream.worker.patience import Patience
 from millstream.worker.settler import Finished
@@ -59,6 +59,7 @@ class Claimer(threading.Thread):
         self._in_hand_s = 0.0
         self._suspects = False
         self._pause_s = 0.0
+        self._gathered: list[str] = []
         self.live_workers = 1
 
     def run(self) -> None:
@@ -72,6 +73,8 @@ class Claimer(threading.Thread):
             self._recover()
             self._fill()
         except Exception as error:
+            self._window.forget(self._gathered)
+            self._gathered.clear()
             if "NOGROUP" in str(error):
                 # FLUSHALL or a lost stream: start over from the first entry, skipping nothing.
                 self._queue.streams.create_groups()
@@ -100,7 +103,7 @@ class Claimer(threading.Thread):
             # Full; or a suspect waits to run alone, and this worker makes itself free for it.
             self._window.wait_for_take(SLEEP_S) if limit is None else self._window.wait_until_empty(SLEEP_S)
             return
-        claimed = self._queue.streams.claim(self._consumer, limit)
+        claimed = self._claim(limit)
         self._suspects = claimed.suspects > 0
         if claimed.claims:
             self._hold(self._with_company(claimed.claims, claimed.now), claimed.now)
@@ -114,6 +117,7 @@ class Claimer(threading.Thread):
     def _sleep(self) -> None:
         """Nothing waits anywhere: sleep in Redis until a job comes, then take what came with it."""
         woken = self._queue.sleeping.wait(self._consumer, SLEEP_S)
+        self._gather(woken)
         if woken:
             rest = self._rest()
             self._hold(self._with_company(woken + rest.claims, rest.now), rest.now)
@@ -123,16 +127,27 @@ class Claimer(threading.Thread):
         limit = self._window.room(self.live_workers)
         if limit is None:
             return Claimed(self._clock.now())
-        return self._queue.streams.claim(self._consumer, replace(limit, empty_handed=False))
+        return self._claim(limit)
+
+    def _claim(self, limit: Limit) -> Claimed:
+        claimed = self._queue.streams.claim(self._consumer, limit)
+        self._gather(claimed.claims)
+        return claimed
+
+    def _gather(self, claims: Sequence[Claim]) -> None:
+        """Hold these entries in name until their rows are in the window, so that no beat takes them for strangers."""
+        names = [entry_name(claim.address) for claim in claims]
+        self._window.keep(names)
+        self._gathered += names
 
     def _with_company(self, gathered: list[Claim], now: int) -> list[Claim]:
         """Where the model is idle, wait for more while more is likely; at most batch_timeout from the first job."""
         self._clock.heard(now)
         self._observe(len(gathered))
-        first = time.monotonic()
+        first = last = time.monotonic()
         while self._window.idle and sum(_rows(claim) for claim in gathered) < self._window.budget.rows:
             since = time.monotonic()
-            wait_s = self._patience.wait_s(since - first)
+            wait_s = self._patience.wait_s(since - first, since - last)
             if not wait_s or self._life.draining:
                 break
             # Not a blocking read: an idle server ends one up to 100 ms late (its timer runs 10 times a second).
@@ -140,6 +155,9 @@ class Claimer(threading.Thread):
             more = self._rest().claims
             self._patience.observe(len(more), time.monotonic() - since)
             gathered += more
+            last = time.monotonic() if more else last
+        if last == first and time.monotonic() - first > LEAST_WAIT_S:
+            self._patience.waited_in_vain()
         return gathered
 
     def _observe(self, arrived: int) -> None:
@@ -150,11 +168,11 @@ class Claimer(threading.Thread):
         self._in_hand_s = in_hand_s
 
     def _hold(self, claims: list[Claim], now: int) -> None:
-        self._window.keep([entry_name(claim.address) for claim in claims])
         held, finished = self._intake.admit(claims, now)
         for each in finished:
             self._finish(each)
         self._window.hold(held)
+        self._gathered.clear()
 
 
 def _rows(claim: Claim) -> int:

@@ -50,7 +50,8 @@ class Crew:
         self._claimer = Claimer(shared, queue, self._intake, self._patience, self._settler.put)
         self._heart = Heart(shared, self._lease, self._status, self._heard, self._stuck)
         self._revision = 0
-        self._started = int(time.time() * 1000)
+        self._strangers: set[str] = set()
+        self._began = time.monotonic()
         self._progress = Progress(orders.progress_fd)
 
     def work(self) -> None:
@@ -84,9 +85,20 @@ class Crew:
         window.forget(beat.lost)
         for held in window.end(beat.cancelled):
             self._settler.put(Finished(held.claim.address, Reply(error=Cancelled("cancelled by its caller"))))
+        self._return_strangers(beat.strangers)
         if beat.revision != self._revision:
             self._limit(self._registry.read(self._spec.name).runtime)
             self._revision = beat.revision
+
+    def _return_strangers(self, strangers: list[str]) -> None:
+        """Give back what is ours in name alone: a server delivers to a connection for a while after it was cut.
+
+        Only from the second beat on: a claim's answer may just be on its way.
+        """
+        again = self._strangers.intersection(strangers)
+        self._strangers = set(strangers)
+        if again and (returned := self._lease.release(self._orders.consumer, only=again)):
+            log.warning("%d jobs delivered to a connection that was cut are given back", returned)
 
     def _stuck(self) -> bool:
         stuck_s = time.monotonic() - self._progress.stamp()
@@ -116,7 +128,7 @@ class Crew:
             "device": self._orders.device or "auto",
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "started": self._started,
+            "age_ms": round((time.monotonic() - self._began) * 1000),
             "running": len(running),
             "running_ms": round((time.monotonic() - self._progress.stamp()) * 1000) if running else 0,
             "past": self._orders.past,

@@ -24,11 +24,16 @@ class Patience:
         self._arrivals = self._arrivals * keep + arrivals
         self._busy_s = self._busy_s * keep + busy_s
 
-    def wait_s(self, since_first_s: float) -> float:
-        """How much longer to wait for one more job, `since_first_s` after the first one; 0 means run now."""
+    def wait_s(self, since_first_s: float, since_last_s: float = 0.0) -> float:
+        """How much longer to wait for one more job, so long after the first one and the last one; 0 means run now."""
         left = self.batch_timeout_s - since_first_s
         if left <= 0 or self._arrivals < MIN_ARRIVALS:
             return 0.0
         gap = self._busy_s / self._arrivals
         # Worth it only if one more is likely in the time left; and not longer than twice what is usual.
-        return min(left, 2 * gap) if gap <= left else 0.0
+        return max(0.0, min(left, 2 * gap - since_last_s)) if gap <= left else 0.0
+
+    def waited_in_vain(self) -> None:
+        """Nobody came to a job that was waited with: the crowd may be gone, trust what it taught a quarter as much."""
+        self._arrivals /= 4
+        self._busy_s /= 4

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from millstream.broker.errors import MillstreamError
+from millstream.broker.errors import MillstreamError, ModelFailed
 from millstream.broker.job import PRIORITIES, Claim, Job, Json, Reply
 from millstream.broker.lease import entry_name
 from millstream.broker.streams import MAX_JOBS_PER_CALL, Limit
@@ -69,6 +69,8 @@ class Held:
         good = [out for out in self.outcomes if not isinstance(out, MillstreamError)]
         prepared = [row for row in self.prepared if isinstance(row, Prepared)]
         vectors = [out for out in good if isinstance(out, np.ndarray)]
+        if len({out.shape for out in vectors}) > 1 or len(vectors) not in (0, len(good)):
+            return Reply(error=ModelFailed("the model gave this job results of different shapes"))
         return Reply(
             vectors=np.stack(vectors) if vectors else None,
             values=None if vectors else [out for out in good if not isinstance(out, np.ndarray)],

@@ -3,8 +3,8 @@
 -- KEYS[7] ZSET cancelled   KEYS[8] HASH the service
 -- ARGV[1] group  ARGV[2] consumer  ARGV[3] lease ms
 -- ARGV[4] n, then n field, value pairs for the hash; then entries held, as 'stream:entry id'
--- Returns {now_ms, live workers, 1 if a reclaim pass is due, {lost entries}, {entries cancelled since the last beat},
---   revision of the service, which each push of its specification raises}
+-- Returns {now_ms, live workers, 1 if a reclaim pass is due, revision of the service (each push raises it),
+--   {lost: held, but another worker's}, {strangers: this worker's, but not held}, {cancelled since the last beat}}
 
 local GROUP, CONSUMER, LEASE = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local DAY_MS, RECLAIM_EVERY_MS = 86400000, 1000
@@ -36,9 +36,14 @@ end
 local last = string.match(redis.call('GET', KEYS[6]) or '', '^%d+')
 local due = (not last or now - last >= RECLAIM_EVERY_MS or tonumber(last) > now) and 1 or 0
 
-local lost, cancelled = {}, {}
+local lost, strangers, cancelled = {}, {}, {}
+local held = {}
 for i = 5 + 2 * pairs_given, #ARGV do
+  held[ARGV[i]] = true
   if not mine[ARGV[i]] then lost[#lost + 1] = ARGV[i] end
+end
+for entry in pairs(mine) do
+  if not held[entry] and #strangers < 1000 then strangers[#strangers + 1] = entry end
 end
 for _, entry in ipairs(redis.call('ZRANGE', KEYS[7], 0, -1)) do
   if mine[entry] then
@@ -46,5 +51,5 @@ for _, entry in ipairs(redis.call('ZRANGE', KEYS[7], 0, -1)) do
     redis.call('ZREM', KEYS[7], entry)
   end
 end
-return {now, redis.call('ZCOUNT', KEYS[4], now - LEASE, '+inf'), due, lost, cancelled,
-  tonumber(redis.call('HGET', KEYS[8], 'revision') or 0)}
+local revision = tonumber(redis.call('HGET', KEYS[8], 'revision') or 0)
+return {now, redis.call('ZCOUNT', KEYS[4], now - LEASE, '+inf'), due, revision, lost, strangers, cancelled}

