@@ -91,6 +91,7 @@ async def while_connected(request: Request, call: Coroutine[Any, Any, T]) -> T:
             raise HTTPException(HUNG_UP)
         return answer.result()
     finally:
+        answer.cancel()
         gone.cancel()
 
 

@@ -24,7 +24,7 @@ from millstream.broker.embedded import EmbeddedServer
 
 pytestmark = pytest.mark.timeout(300)
 
-CALLER_PROCESSES, CALLER_THREADS, LEDGER_THREADS = 2, 4, 4
+CALLER_PROCESSES, CALLER_THREADS, LEDGER_THREADS = 2, 2, 4
 
 FLOWING = 50
 """So many answers say that all is well again."""
@@ -159,6 +159,21 @@ def test_what_a_lost_host_held_is_in_live_hands_within_8_seconds(mill: Mill, ref
         say(f"lost 1 of 2 hosts with {len(held)} jobs in hand: in live hands after {seconds:.2f} s")
         assert seconds < LOST_HOST_S
         mill.whole()
+
+
+def test_a_worker_frozen_past_its_lease_answers_nothing_twice(mill: Mill, reference: Reference, say: Say) -> None:
+    with load(mill, reference) as ledger:
+        mill.whole()
+        frozen = mill.workers_of(random.choice(mill.hosts))
+        held = freeze_with_work(mill.watch, frozen)
+        seconds = mill.taken_over(held, frozen)
+        (pid,) = frozen.values()
+        os.kill(pid, signal.SIGCONT)
+        mill.whole()
+        eventually(partial(ledger.has_answered, ledger.answered + FLOWING), within_s=30.0)
+        (late,) = [late for consumer, late in mill.watch.counted("late").items() if consumer in frozen]
+        say(f"froze 1 of 2 workers with {len(held)} jobs: in live hands after {seconds:.2f} s, {late} late twins")
+        assert late > 0
 
 
 def kill(victims: Mapping[str, int]) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from bystander import Bystander
+from workers import spec, working
 
 from millstream.broker.connection import Connection
 from millstream.broker.embedded import EmbeddedServer
 from millstream.broker.engine import bundled
+from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.client import Client
 
 _KEPT = re.compile(r"q:(realtime|normal|batch)|service|dead")
 """The keys of a service that may live without a ttl."""
@@ -52,3 +56,35 @@ def service(connection: Connection) -> Iterator[str]:
     if keys:
         connection.client.unlink(*keys)
     assert {key for key in immortal if not _KEPT.fullmatch(key)} == set(), "keys that would stay for ever"
+
+
+@pytest.fixture
+def client(server: EmbeddedServer) -> Iterator[Client]:
+    with Client(server.url) as opened:
+        yield opened
+
+
+@pytest.fixture
+def bystander(connection: Connection, service: str) -> Iterator[Callable[..., Bystander]]:
+    """Registers the test's service, with the limits it is given, and nobody else to serve it."""
+    yield lambda **runtime: Bystander(
+        connection,
+        ServiceSpec(name=service, model=ModelSpec(type="echo"), model_ref="m", runtime=Runtime.model_validate(runtime)),
+    )
+    connection.client.srem("ms:services", service)
+
+
+@pytest.fixture(scope="module")
+def echo(server: EmbeddedServer) -> Iterator[str]:
+    """A service that echoes, with one live worker."""
+    name = f"test-echo-{uuid.uuid4().hex[:8]}"
+    with working(server.url, spec(name, batch_size=512, max_batch_tokens=100_000, max_queue_size=1_000)):
+        yield name
+    remove(server.url, name)
+
+
+def remove(url: str, service: str) -> None:
+    connection = Connection(url, name="tests")
+    connection.client.unlink(*connection.client.scan_iter(f"ms:{{{service}}}:*", count=1000))
+    connection.client.srem("ms:services", service)
+    connection.close()

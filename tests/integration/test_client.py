@@ -6,16 +6,15 @@ import os
 import signal
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from bystander import Bystander
 from contracts.queue import Queue
 from support import eventually
 from workers import LONG_S, spec, working
 
-from millstream.broker.codec import decode_inputs, encode_reply
 from millstream.broker.connection import Connection
 from millstream.broker.embedded import EmbeddedServer
 from millstream.broker.errors import (
@@ -29,73 +28,9 @@ from millstream.broker.errors import (
     QueueFull,
     UnknownService,
 )
-from millstream.broker.job import Claim, Json, Reply
+from millstream.broker.job import Json
 from millstream.broker.keys import ServiceKeys
-from millstream.broker.registry import Registry
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
-from millstream.broker.streams import Settlement
 from millstream.client import Client
-
-
-@pytest.fixture(scope="module")
-def echo(server: EmbeddedServer) -> Iterator[str]:
-    """A service that echoes, with one live worker."""
-    name = f"test-echo-{uuid.uuid4().hex[:8]}"
-    with working(server.url, spec(name, batch_size=512, max_batch_tokens=100_000, max_queue_size=1_000)):
-        yield name
-    connection = Connection(server.url, name="tests")
-    connection.client.unlink(*connection.client.scan_iter(f"ms:{{{name}}}:*", count=1000))
-    connection.client.srem("ms:services", name)
-    connection.close()
-
-
-@pytest.fixture
-def client(server: EmbeddedServer) -> Iterator[Client]:
-    with Client(server.url) as opened:
-        yield opened
-
-
-class Bystander:
-    """A service whose only worker is the test: it claims and answers when it wants."""
-
-    def __init__(self, connection: Connection, registered: ServiceSpec) -> None:
-        Registry(connection).push([registered])
-        self.name = registered.name
-        self.queue = Queue(connection.client, ServiceKeys(registered.name))
-
-    def live(self) -> None:
-        """Beat: from now on the service has a worker."""
-        self.queue.lease.beat("bystander", {}, [])
-
-    def claim(self, count: int) -> list[Claim]:
-        """Exactly `count` jobs, as soon as they are there."""
-        claims: list[Claim] = []
-
-        def claimed() -> bool:
-            claims.extend(self.queue.claim("bystander", rows=100_000, tokens=10**9).claims)
-            return len(claims) >= count
-
-        eventually(claimed)
-        assert len(claims) == count
-        return claims
-
-    def answer(self, *claims: Claim) -> None:
-        """Echo."""
-        settlements = []
-        for claim in claims:
-            assert claim.job is not None
-            inputs, _ = decode_inputs(claim.job.body, claim.job.rows)
-            settlements.append(Settlement(claim.address, encode_reply(Reply(values=inputs))))
-        assert self.queue.streams.settle(settlements) == ["answered"] * len(claims)
-
-
-@pytest.fixture
-def bystander(connection: Connection, service: str) -> Iterator[Callable[..., Bystander]]:
-    yield lambda **runtime: Bystander(
-        connection,
-        ServiceSpec(name=service, model=ModelSpec(type="echo"), model_ref="m", runtime=Runtime.model_validate(runtime)),
-    )
-    connection.client.srem("ms:services", service)
 
 
 def failing(call: Callable[[], object]) -> MillstreamError:

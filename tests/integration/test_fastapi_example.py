@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, MutableMapping
 from contextlib import asynccontextmanager
@@ -194,9 +195,11 @@ def test_texts_that_failed_for_several_reasons_are_worth_a_retry(failing: type[F
 
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(queue: Queue) -> None:
     queue.put_raw({b"body": b"[]"})
+    began = time.monotonic()
 
     answer = ask("one too many")
 
+    assert time.monotonic() - began < example.TIMEOUT_S / 2
     assert answer.status_code == 429
     assert int(answer.headers["Retry-After"]) >= 1
     assert queue.depth() == 1

@@ -36,11 +36,12 @@ def keys() -> Iterator[tuple[str, str]]:
         if name == "stream":
             yield from ((ServiceKeys("embed").stream(priority), _type(method)) for priority in PRIORITIES)
         else:
-            yield str(method(ServiceKeys("embed"), *(f"<{each}>" for each in wanted))), _type(method)
+            yield method(ServiceKeys("embed"), *(f"<{each}>" for each in wanted)), _type(method)
 
 
 def _type(method: Callable[..., str]) -> str:
-    return re.findall(r"[A-Z]+", method.__doc__ or "")[0]
+    """The first word of the docstring."""
+    return (method.__doc__ or "").split(" ")[0].strip(":")
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)

@@ -1,0 +1,48 @@
+"""A service whose only worker is the test itself."""
+
+from __future__ import annotations
+
+from contracts.queue import Queue
+from support import eventually
+
+from millstream.broker.codec import decode_inputs, encode_reply
+from millstream.broker.connection import Connection
+from millstream.broker.job import Claim, Reply
+from millstream.broker.keys import ServiceKeys
+from millstream.broker.registry import Registry
+from millstream.broker.spec import ServiceSpec
+from millstream.broker.streams import Settlement
+
+
+class Bystander:
+    """Claims and answers when the test wants it."""
+
+    def __init__(self, connection: Connection, registered: ServiceSpec) -> None:
+        Registry(connection).push([registered])
+        self.name = registered.name
+        self.queue = Queue(connection.client, ServiceKeys(registered.name))
+
+    def live(self) -> None:
+        """Beat: from now on the service has a worker."""
+        self.queue.lease.beat("bystander", {}, [])
+
+    def claim(self, count: int) -> list[Claim]:
+        """Exactly `count` jobs, as soon as they are there."""
+        claims: list[Claim] = []
+
+        def claimed() -> bool:
+            claims.extend(self.queue.claim("bystander", rows=100_000, tokens=10**9).claims)
+            return len(claims) >= count
+
+        eventually(claimed)
+        assert len(claims) == count
+        return claims
+
+    def answer(self, *claims: Claim) -> None:
+        """Echo."""
+        settlements = []
+        for claim in claims:
+            assert claim.job is not None
+            inputs, _ = decode_inputs(claim.job.body, claim.job.rows)
+            settlements.append(Settlement(claim.address, encode_reply(Reply(values=inputs))))
+        assert self.queue.streams.settle(settlements) == ["answered"] * len(claims)

@@ -1,0 +1,257 @@
+"""The fake clients check, split, order and raise as the real ones do, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import AsyncIterator, Callable
+
+import numpy as np
+import pytest
+
+from millstream.broker.errors import (
+    BrokerUnavailable,
+    InputTooLong,
+    InvalidRequest,
+    MillstreamError,
+    PartialFailure,
+    QueueFull,
+    ResultExpired,
+    UnknownService,
+)
+from millstream.broker.job import Json
+from millstream.client import AsyncClient, Client, Embeddings
+from millstream.client.testing import SERVICE, AsyncFakeClient, FakeClient
+
+
+@pytest.fixture
+def fake() -> FakeClient:
+    return FakeClient(dim=8)
+
+
+def upper(text: str) -> Json:
+    return text.upper()
+
+
+def public(cls: type) -> dict[str, object]:
+    """Its public methods' signatures, and the names of its public properties."""
+    members = {name: getattr(cls, name) for name in dir(cls) if not name.startswith("_") or name == "__enter__"}
+    return {name: inspect.signature(each) if callable(each) else type(each) for name, each in members.items()}
+
+
+@pytest.mark.parametrize(("false", "true"), [(FakeClient, Client), (AsyncFakeClient, AsyncClient)])
+def test_a_fake_has_every_method_of_the_client_it_stands_for_with_the_same_signature(false: type, true: type) -> None:
+    assert {name: each for name, each in public(false).items() if name not in ("calls", "fail")} == public(true)
+    assert issubclass(false, true)
+
+
+def test_a_text_gets_the_same_unit_vector_each_time_and_others_another(fake: FakeClient) -> None:
+    first, second, again = fake.embed(["a", "b", "a"])
+
+    assert np.array_equal(first, again)
+    assert not np.allclose(first, second)
+    assert np.linalg.norm(first) == pytest.approx(1.0, abs=1e-6)
+    assert np.array_equal(FakeClient(dim=8).embed("a"), first)
+
+
+def test_vectors_do_not_change_from_one_version_to_the_next() -> None:
+    expected = [0.6188, -0.4682, -0.1669, -0.6083]
+
+    assert FakeClient(dim=4).embed("a mill").tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_results_have_the_shape_and_the_extras_of_the_real_ones(fake: FakeClient) -> None:
+    vectors = fake.embed(["one word", "two more words"])
+
+    assert isinstance(vectors, Embeddings)
+    assert vectors.shape == (2, 8)
+    assert vectors.dtype == np.float32
+    assert vectors.usage["tokens"] == 9
+    assert fake.embed("single").shape == (8,)
+    assert fake.embed([]).shape == (0, 0)
+    assert FakeClient().embed("a").shape == (384,)
+
+
+def test_a_caller_gives_its_own_answers() -> None:
+    fake = FakeClient(answers=upper)
+
+    assert fake.submit("shout", ["a", "b"]).result() == ["A", "B"]
+    assert list(fake.map("shout", "abcdefgh", window=4)) == list("ABCDEFGH")
+
+
+def test_a_long_call_is_answered_in_its_order() -> None:
+    rows: list[Json] = [f"row {n} " + "x" * (n % 97) for n in range(20_000)]
+
+    assert FakeClient(answers=upper).submit("shout", rows).result() == [str(row).upper() for row in rows]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda fake: fake.embed(["a"], priority="soon"),
+        lambda fake: fake.embed(["a"], timeout=0),
+        lambda fake: fake.embed(["a"], tenant="not a name"),
+        lambda fake: fake.embed(["a"], truncate="middle"),
+        lambda fake: fake.submit("embed", "text"),
+        lambda fake: fake.submit("embed", ["a"], option=object()),
+        lambda fake: fake.submit("embed", ["a"], option=float("nan")),
+        lambda fake: list(fake.map("embed", ["a"], window=0)),
+        lambda fake: list(fake.map("embed", ["a"], results="errors")),
+        lambda fake: fake.submit_detached("embed", []),
+        lambda fake: fake.submit_detached("embed", ["a", 5]),
+        lambda fake: fake.job("9f86d081"),
+        lambda fake: fake.job("embed:999999999x1:" + "0" * 32),
+    ],
+)
+def test_arguments_are_checked_as_the_client_checks_them(
+    fake: FakeClient, call: Callable[[FakeClient], object]
+) -> None:
+    with pytest.raises(InvalidRequest):
+        call(fake)
+    assert fake.calls == []
+
+
+def test_what_cannot_be_a_service_is_unknown(fake: FakeClient) -> None:
+    with pytest.raises(UnknownService):
+        fake.submit("no service!", ["a"])
+
+
+def test_texts_can_be_told_to_fail() -> None:
+    fake = FakeClient(dim=4, errors={"long": InputTooLong("600 tokens")})
+
+    with pytest.raises(PartialFailure) as caught:
+        fake.embed(["a", "long", "b"])
+    assert {row: type(error) for row, error in caught.value.errors.items()} == {1: InputTooLong}
+    assert np.array_equal(np.asarray(caught.value.results[2]), fake.embed("b"))
+    with pytest.raises(InputTooLong):
+        fake.embed("long")
+
+
+def test_answers_may_raise_a_rows_error() -> None:
+    def picky(text: str) -> Json:
+        if text == "bad":
+            raise InvalidRequest("no")
+        return text
+
+    outcomes = list(FakeClient(answers=picky).map("s", ["good", "bad"], results="outcomes"))
+
+    assert outcomes[0] == "good"
+    assert isinstance(outcomes[1], InvalidRequest)
+
+
+def test_the_next_calls_can_be_told_to_fail(fake: FakeClient) -> None:
+    full = QueueFull("full", retry_after=1.5)
+    fake.fail(full, times=4)
+
+    with pytest.raises(QueueFull) as caught:
+        fake.embed("a")
+    assert caught.value.retry_after == 1.5
+    handle = fake.submit("embed", ["a"] * 1_000)
+    with pytest.raises(QueueFull):
+        handle.result()
+    with pytest.raises(QueueFull):
+        list(fake.map("embed", ["a"]))
+    with pytest.raises(QueueFull):
+        fake.submit_detached("embed", ["a"])
+    assert fake.embed("a").shape == (8,)
+
+
+def test_calls_are_kept(fake: FakeClient) -> None:
+    fake.embed(["a"], priority="realtime", truncate="end")
+    fake.submit("other", ["b", "c"], timeout=3, tenant="t")
+    fake.submit_detached("embed", ["d"], idempotency_key="k")
+
+    first, second, third = fake.calls
+    assert (first.service, first.inputs, first.ask.priority) == (SERVICE, ["a"], "realtime")
+    assert first.ask.options == {"truncate": "end"}
+    assert (second.service, second.inputs, second.ask.timeout, second.ask.tenant) == ("other", ["b", "c"], 3, "t")
+    assert (third.detached, third.idempotency_key) == (True, "k")
+
+
+def test_handles_are_the_real_ones(fake: FakeClient) -> None:
+    handle = fake.submit("embed", ["a", "b"])
+
+    assert (handle.ready, handle.done(), handle.wait(0), handle.rows_done) == (True, True, True, 2)
+    assert not handle.cancel()
+    assert len(handle.id) == 32
+    assert len(handle.outcomes()) == 2
+
+
+def test_detached_calls_are_found_by_their_id(fake: FakeClient) -> None:
+    detached = fake.submit_detached("embed", ["a", "b"], idempotency_key="k")
+
+    assert fake.submit_detached("embed", ["a", "b"], idempotency_key="k").id == detached.id
+    found = fake.job(detached.id)
+    assert found.done()
+    assert np.array_equal(np.asarray(found.result()), fake.embed(["a", "b"]))
+    assert not found.cancel()
+    with pytest.raises(ResultExpired):
+        fake.job(f"embed:1x1:{'0' * 32}").done()
+
+
+def test_empty_texts_can_be_left_too(fake: FakeClient) -> None:
+    assert len(fake.submit_detached("embed", ["", ""]).outcomes()) == 2
+
+
+def test_a_closed_fake_is_closed(fake: FakeClient) -> None:
+    with fake:
+        fake.embed("a")
+
+    with pytest.raises(BrokerUnavailable):
+        fake.embed("a")
+
+
+def test_threads_may_share_a_fake() -> None:
+    fake = FakeClient(answers=upper)
+    rows: list[Json] = [f"row {n}" for n in range(500)]
+    wrong: list[object] = []
+
+    def call() -> None:
+        if (answer := fake.submit("s", rows).result(30)) != [str(row).upper() for row in rows]:
+            wrong.append(answer)
+
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+
+    assert wrong == []
+    assert len(fake.calls) == 8
+
+
+def test_the_fake_for_asyncio_does_all_that_too() -> None:
+    async def rows() -> AsyncIterator[Json]:
+        for text in "abcde":
+            yield text
+
+    async def use() -> None:
+        async with AsyncFakeClient(answers=upper) as fake:
+            assert await (await fake.submit("s", ["a"])) == ["A"]
+            assert [row async for row in fake.map("s", rows(), window=2)] == list("ABCDE")
+            detached = await fake.submit_detached("s", ["a"])
+            assert fake.job(detached.id).result() == ["A"]
+            fake.fail(QueueFull("full"))
+            with pytest.raises(QueueFull):
+                await fake.embed("a")
+            with pytest.raises(InvalidRequest):
+                await fake.submit("s", ["a"], timeout=-1)
+            assert [call.service for call in fake.calls] == ["s"] * 7 + [SERVICE]
+        assert (await AsyncFakeClient(dim=4).embed(["a", "b"])).shape == (2, 4)
+
+    asyncio.run(use())
+
+
+def test_any_function_that_wants_a_client_takes_a_fake(fake: FakeClient) -> None:
+    def nearest(client: Client, query: str, texts: list[str]) -> str:
+        return texts[int(np.argmax(client.embed(texts) @ client.embed(query)))]
+
+    assert nearest(fake, "a", ["c", "a", "b"]) == "a"
+
+
+def test_every_error_is_a_millstream_error(fake: FakeClient) -> None:
+    fake.fail(QueueFull("full"))
+
+    with pytest.raises(MillstreamError):
+        fake.embed("a")
