@@ -26,8 +26,8 @@ _START = "0-0"
 class WorkerView:
     """What a live worker process said at its last beat; the counts are since it was ready, `age_ms` before that beat.
 
-    `running` jobs are in the forward under way, for `running_ms`. `past` says how the process in its place ended before,
-    empty where it is the first.
+    `running` jobs are in the forward under way, for `running_ms`. `past` says how the process before it in its place
+    ended; empty where there was none.
     """
 
     consumer: str

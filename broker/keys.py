@@ -57,6 +57,10 @@ class ServiceKeys:
         """STRING: the entry id of an accepted job; ttl the job's life, then 20 s, or result_ttl where detached."""
         return self._key(f"seen:{job_id}")
 
+    def bucket(self, tenant: str = "") -> str:
+        """HASH: token bucket of the service, or of one tenant of it; ttl until it is full again."""
+        return self._key(f"bucket:{tenant}" if tenant else "bucket")
+
     def dead(self) -> str:
         """STREAM of dead letters, capped; no ttl."""
         return self._key("dead")

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 
+from redis import WatchError
+from redis.typing import EncodableT, FieldT
+
+from millstream.broker.admission import limit_fields
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection, translated
 from millstream.broker.errors import ConfigError, UnknownService, did_you_mean
@@ -37,8 +42,8 @@ class Registry:
             changed = [spec for spec in specs if self._differs(spec, replace)]
             for spec in changed:
                 self._write(spec)
-            if replace:
-                self._forget_fingerprints(specs)
+            for spec in specs if replace else ():
+                self._forget_fingerprint(self.keys(spec.name))
         return [spec.name for spec in changed]
 
     def claim_fingerprint(self, service: str, fingerprint: str) -> None:
@@ -48,7 +53,9 @@ class Registry:
         """
         spec = self.keys(service).spec()
         with translated(self._connection.safe_url):
-            self._connection.client.hsetnx(spec, "fingerprint", fingerprint)
+            # Looked up first: at maxmemory a worker can read, and start, but not write.
+            if self._connection.client.hget(spec, "fingerprint") is None:
+                self._connection.client.hsetnx(spec, "fingerprint", fingerprint)
             standing = _text(self._connection.client.hget(spec, "fingerprint") or fingerprint)
         if standing != fingerprint:
             raise ConfigError(
@@ -98,21 +105,22 @@ class Registry:
 
     def _write(self, spec: ServiceSpec) -> None:
         keys = self.keys(spec.name)
-        record = spec.to_json()
+        fields: dict[FieldT, EncodableT] = {"version": SPEC_VERSION, "spec": spec.to_json()}
+        fields.update(limit_fields(spec.runtime))
         Streams(self._connection.client, keys).create_groups()
-        self._connection.client.hset(
-            keys.spec(),
-            mapping={"version": SPEC_VERSION, "spec": record, "max_queue_size": spec.runtime.max_queue_size},
-        )
+        self._connection.client.hset(keys.spec(), mapping=fields)
         self._connection.client.hincrby(keys.spec(), "revision", 1)
         self._connection.client.sadd(services_key(self._prefix), spec.name)
 
-    def _forget_fingerprints(self, specs: Iterable[ServiceSpec]) -> None:
+    def _forget_fingerprint(self, keys: ServiceKeys) -> None:
         """Where no worker runs, the next one may bring other weights."""
-        for spec in specs:
-            keys = self.keys(spec.name)
+        with self._connection.client.pipeline() as pipe, suppress(WatchError):
+            # A worker whose first beat comes in between keeps its weights.
+            pipe.watch(keys.workers())  # type: ignore[no-untyped-call]
             if not Lease(self._connection.client, keys).live_workers():
-                self._connection.client.hdel(keys.spec(), "fingerprint")
+                pipe.multi()
+                pipe.hdel(keys.spec(), "fingerprint")
+                pipe.execute()
 
 
 def _shared(record: object) -> object:

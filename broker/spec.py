@@ -5,13 +5,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from millstream.broker.errors import ConfigError
-from millstream.broker.units import seconds, size
+from millstream.broker.units import DURATION_PATTERN, SIZE_PATTERN, seconds, size
 
 ModelType = Literal["embedding", "reranker", "llm", "custom", "echo"]
 Preset = Literal["latency", "balanced", "throughput"]
@@ -54,7 +65,7 @@ TYPE_DEFAULTS: Mapping[str, Mapping[str, object]] = {
 LEAST_STALL_S = 30.0
 RESULT_TTL_S = 3_600.0
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+SERVICE_NAME = "[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 _PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 
 
@@ -95,7 +106,7 @@ def _automatic(value: str) -> str | None:
 
 
 def _service_name(name: str) -> str:
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(SERVICE_NAME, name):
         raise ValueError("a service name has 1 to 64 of A-Z a-z 0-9 _ . - and starts with a letter or digit")
     return name
 
@@ -106,16 +117,37 @@ def _key_prefix(prefix: str) -> str:
     return prefix
 
 
-Count = Annotated[int, BeforeValidator(_count), Field(ge=1)]
-Rate = Annotated[float, BeforeValidator(_count), Field(gt=0, allow_inf_nan=False)]
-Duration = Annotated[float, BeforeValidator(seconds)]
-Limit = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_optional_seconds)]
-"""A duration above zero; None is no limit."""
-Size = Annotated[int, BeforeValidator(size), Field(gt=0)]
+# Compared by identity: typing hashes what stands in Annotated.
+@dataclass(frozen=True, slots=True, eq=False)
+class Also:
+    """For the JSON Schema of config.yaml: what a validator takes besides the JSON of its own type."""
+
+    accepted: Sequence[JsonSchemaValue]
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        own = handler(core)
+        return {"anyOf": [*(own["anyOf"] if set(own) == {"anyOf"} else [own]), *self.accepted]}
+
+
+_RATE: JsonSchemaValue = {"type": "number", "exclusiveMinimum": 0}
+_NO_LIMIT: JsonSchemaValue = {"enum": ["none", "null"]}
+_DURATION: JsonSchemaValue = {"type": "string", "pattern": DURATION_PATTERN}
+_SIZE: JsonSchemaValue = {"type": "string", "pattern": SIZE_PATTERN}
+
+Count = Annotated[Annotated[int, Field(ge=1)], BeforeValidator(_count)]
+Rate = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)], BeforeValidator(_count)]
+Duration = Annotated[Annotated[float, Field(ge=0)], BeforeValidator(seconds), Also([_DURATION])]
+Span = Annotated[Annotated[float, Field(gt=0)], BeforeValidator(seconds), Also([_DURATION])]
+"""A duration above zero."""
+Limit = Annotated[
+    Annotated[float, Field(gt=0)] | None, BeforeValidator(_optional_seconds), Also([_DURATION, _NO_LIMIT])
+]
+"""A Span; None is no limit."""
+Size = Annotated[Annotated[int, Field(gt=0)], BeforeValidator(size), Also([_SIZE])]
 ServiceName = Annotated[str, AfterValidator(_service_name)]
 
 T = TypeVar("T")
-Section = Annotated[T, BeforeValidator(_empty_section)]
+Section = Annotated[T, BeforeValidator(_empty_section), Also([{"type": "null"}])]
 """A mapping whose keys may all be commented out."""
 
 
@@ -133,6 +165,12 @@ class RateLimit(Settings):
     tokens: Rate | None = None
     burst: Rate | None = None
     per: Literal["tenant"] | None = None
+
+    @property
+    def burst_s(self) -> float:
+        """The burst in seconds of the limit: `burst` counts in the first unit that is limited, the others in step."""
+        first = self.requests or self.rows or self.tokens
+        return self.burst / first if self.burst and first else 1.0
 
 
 class PriorityLimits(Settings):
@@ -155,7 +193,7 @@ class Runtime(Settings):
     queue_timeout: Limit = None
     inference_timeout: Limit = None
     total_timeout: Limit = 60.0
-    rate_limit: Annotated[RateLimit | None, BeforeValidator(_rates)] = None
+    rate_limit: Annotated[RateLimit | None, BeforeValidator(_rates), Also([_RATE, _NO_LIMIT])] = None
     enable_cache: bool = False
     preset: Preset | None = None
     max_batch_tokens: Annotated[int | Literal["auto"], BeforeValidator(_tokens)] = 2_048
@@ -194,7 +232,7 @@ class RedisSettings(Settings):
 
     url: str | None = None
     key_prefix: Annotated[str, AfterValidator(_key_prefix)] = "ms"
-    result_ttl: Annotated[Duration, Field(gt=0)] = RESULT_TTL_S
+    result_ttl: Span = RESULT_TTL_S
     durability: Literal["everysec", "always"] = "everysec"
     data_dir: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
 

@@ -25,17 +25,24 @@ LONGEST_MS = 100 * 366 * 86_400_000
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Jobs of one call: accepted together or refused together."""
+    """Jobs of one call and tenant: accepted together or refused together.
+
+    `calls` is what the rate limit on requests is charged: 1, or 0 for the later parts of a call.
+    """
 
     priority: Priority
     drafts: Sequence[Draft]
+    calls: int = 1
+
+
+Refusal = Literal["unknown_service", "queue_full", "rate_limited", "over_burst"]
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What became of a group. `refused` is empty, "unknown_service" or "queue_full"; `retry_after` in seconds."""
+    """What became of a group. `refused` is empty where it was accepted; `retry_after` in seconds."""
 
-    refused: str = ""
+    refused: Refusal | Literal[""] = ""
     retry_after: float = 0.0
 
 
@@ -100,19 +107,27 @@ class Streams:
             try:
                 self._client.xgroup_create(stream, GROUP, id="0", mkstream=True)
             except redis.exceptions.ResponseError as error:
-                if "BUSYGROUP" not in str(error):
+                # At maxmemory the server refuses before it looks: a worker may start where the group is there.
+                if "BUSYGROUP" not in str(error) and not self._has_group(stream):
                     raise
+
+    def _has_group(self, stream: str) -> bool:
+        try:
+            return bool(self._client.xinfo_groups(stream))
+        except redis.exceptions.ResponseError:
+            return False
 
     def enqueue(self, groups: Sequence[Group]) -> list[Admission]:
         """Accept each group or refuse it whole; sending the same jobs again changes nothing.
 
         At most MAX_JOBS_PER_CALL jobs and about MAX_BYTES_PER_CALL in one call.
         """
-        keys = [self._keys.spec(), *self._streams]
+        keys = [self._keys.spec(), *self._streams, self._keys.bucket()]
         args: list[scripts.Argument] = [len(groups)]
         now = time.monotonic()
         for group in groups:
-            args += (STREAM_INDEX[group.priority], len(group.drafts))
+            keys.append(self._keys.bucket(group.drafts[0].tenant))
+            args += (STREAM_INDEX[group.priority], len(group.drafts), group.calls)
             for draft in group.drafts:
                 keys.append(self._keys.seen(draft.id))
                 args += _draft_args(draft, now)
@@ -203,7 +218,7 @@ def _draft_args(draft: Draft, now: float) -> tuple[scripts.Argument, ...]:
 def _admission(outcome: list[int | bytes]) -> Admission:
     if outcome[0] != 0:
         return Admission()
-    return Admission(cast(bytes, outcome[1]).decode(), cast(int, outcome[2]) / 1000)
+    return Admission(cast(Refusal, cast(bytes, outcome[1]).decode()), cast(int, outcome[2]) / 1000)
 
 
 def _claim(priority: Priority, entry: bytes, flat: Sequence[bytes], attempts: float) -> Claim:

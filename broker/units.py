@@ -9,7 +9,12 @@ from decimal import Decimal
 _TEN_YEARS = Decimal(10 * 365 * 86_400)
 _SECONDS = {"ms": Decimal("0.001"), "s": Decimal(1), "m": Decimal(60), "h": Decimal(3_600), "d": Decimal(86_400)}
 _BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_NUMBER = r"([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?"
 _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]{1,3})?\s*([a-z]*)", re.IGNORECASE)
+
+DURATION_PATTERN = rf"^\s*{_NUMBER}\s*({'|'.join(_SECONDS)})?\s*$"
+SIZE_PATTERN = rf"^\s*{_NUMBER}\s*([kKmMgG]?[bB]|[kKmMgG][iI][bB])?\s*$"
+"""What `seconds` and `size` take as text, as far as a pattern can say."""
 
 
 def seconds(value: object) -> float:

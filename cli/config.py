@@ -1,14 +1,16 @@
-"""`millstream config`: check a configuration, or publish it."""
+"""`millstream config`: check a configuration, show what it comes to, or publish it."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import click
 
 from millstream.broker.config import DEFAULT_PATH, Config, ServiceSpec, load, unenforced
+from millstream.broker.config_yaml import KeyPath
 from millstream.cli.table import aligned
 
 config_path = click.argument("path", type=click.Path(path_type=Path), default=DEFAULT_PATH)
@@ -24,7 +26,7 @@ def load_and_warn(path: Path | None) -> Config:
 
 @click.group()
 def config() -> None:
-    """Check a configuration, or publish it for workers and clients."""
+    """Check or show a configuration, or publish it for workers and clients."""
 
 
 @config.command()
@@ -59,6 +61,65 @@ def push(path: Path, url: str | None, replace: bool) -> None:
         click.echo(f"{name}: published")
     if not changed:
         click.echo("nothing to change")
+
+
+@config.command()
+@config_path
+@click.option("--origin", is_flag=True, help="With each value, where it came from.")
+def show(path: Path, origin: bool) -> None:
+    """Show what PATH, by default ./config.yaml, comes to with every default, preset and variable.
+
+    It is a configuration itself; a password is left out.
+    """
+    from millstream.broker.config_origin import resolved
+
+    values = [(each.path, _shown(each.path, each.value), each.origin) for each in resolved(load_and_warn(path))]
+    width = min(_WIDEST, max((len(line) for line, _ in _lines(values)), default=0))
+    for line, source in _lines(values):
+        click.echo(f"{line:{width}}  # {source}" if origin and source else line)
+
+
+@config.command()
+def schema() -> None:
+    """Print the JSON Schema of config.yaml, for editors.
+
+    With it in a file, the line `# yaml-language-server: $schema=PATH` on top of config.yaml makes an editor complete,
+    explain and check it.
+    """
+    from millstream.broker import config_schema
+
+    click.echo(json.dumps(config_schema.schema(), indent=2))
+
+
+_WIDEST = 60
+"""Where the origins stand at most: one long value does not push all of them away."""
+
+
+def _lines(values: Sequence[tuple[KeyPath, str, str]]) -> Iterator[tuple[str, str]]:
+    """The YAML of all values, a line each with its origin; a line without one opens a mapping."""
+    above: KeyPath = ()
+    for path, text, origin in values:
+        known = next(at for at, key in enumerate(path) if above[at : at + 1] != (key,))
+        for depth in range(known, len(path) - 1):
+            yield f"{'  ' * depth}{_yaml(path[depth])}:", ""
+        yield f"{'  ' * (len(path) - 1)}{_yaml(path[-1])}: {text}", origin
+        above = path
+
+
+def _shown(path: KeyPath, value: object) -> str:
+    if path == ("redis", "url") and value:
+        from millstream.broker.connection import redacted
+
+        return _yaml(redacted(str(value)))
+    return _yaml(value)
+
+
+def _yaml(value: object) -> str:
+    """`value` on one line."""
+    import yaml
+
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9).removesuffix("...\n").strip()
+    return json.dumps(value, ensure_ascii=False) if "\n" in text else text
 
 
 def table(services: Iterable[ServiceSpec]) -> str:

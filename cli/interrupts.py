@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Protocol
@@ -17,6 +18,23 @@ class Stoppable(Protocol):
 
     @property
     def pids(self) -> list[int]: ...
+
+
+def interrupt_at_eof(patience_s: float) -> None:
+    """Interrupt this process when its standard input ends, and again `patience_s` later.
+
+    For a pipe: whoever held its other end is gone, and nobody waits for a long drain.
+    """
+
+    def wait() -> None:
+        with suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(patience_s)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="end of file", daemon=True).start()
 
 
 class Interrupts:

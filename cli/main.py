@@ -27,11 +27,13 @@ class Lazy(NamedTuple):
 
 
 COMMANDS = {
-    "config": Lazy("millstream.cli.config:config", "Check a configuration, or publish it for workers and clients."),
+    "config": Lazy(
+        "millstream.cli.config:config", "Check or show a configuration, or publish it for workers and clients."
+    ),
     "embed": Lazy("millstream.cli.embed:embed", "Embed texts through the queue."),
     "queue": Lazy("millstream.cli.queue:queue", "Look into the queues: waiting and running jobs, dead letters."),
     "up": Lazy("millstream.cli.up:up", "Start a server where none is configured, and workers for each service."),
-    "worker": Lazy("millstream.cli.worker:worker", "Run workers for the services of a server."),
+    "worker": Lazy("millstream.cli.worker:worker", "Run workers for the services of a server, or list those that run."),
 }
 
 
@@ -112,3 +114,7 @@ _EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:>3}  {', '.join(names)}" for
 @click.version_option(package_name="millstream", prog_name="millstream", message="%(prog)s %(version)s")
 def main() -> None:
     """A durable, model-aware job queue for local inference."""
+
+
+if __name__ == "__main__":
+    main(prog_name="millstream")

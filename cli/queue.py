@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from millstream.cli import options
-from millstream.cli.table import age, aligned, number
+from millstream.cli.table import age, aligned, harmless, number
 
 if TYPE_CHECKING:
     from millstream.broker.inspector import Entry, ServiceView
@@ -28,7 +28,6 @@ _HEADING = (
     "PADDING",
     "DEAD",
 )
-_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 
 
 @click.group()
@@ -87,8 +86,8 @@ def peek(service: str, url: str | None, prefix: str | None, priority: str | None
 def _print(entries: Sequence[Entry]) -> None:
     for entry in entries:
         lines = [entry.id, *(f"{name} {value}" for name, value in entry.fields.items())]
-        # As bytes: what lies there is UTF-8, whatever this terminal's locale says. Control characters could act on it.
-        click.echo("\n".join(line.translate(_CONTROL) for line in lines).encode())
+        # As bytes: what lies there is UTF-8, whatever this terminal's locale says.
+        click.echo("\n".join(map(harmless, lines)).encode())
 
 
 def as_record(view: ServiceView) -> dict[str, object]:

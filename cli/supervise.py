@@ -9,7 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Mapping
 
 from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import MillstreamError
+from millstream.broker.errors import MillstreamError, ModelUnavailable
 from millstream.broker.inspector import Inspector, ServiceView
 from millstream.cli.interrupts import Interrupts
 from millstream.cli.status import Status
@@ -29,19 +29,24 @@ def supervise(
     status: Status,
     inspector: Inspector | None = None,
     server: EmbeddedServer | None = None,
+    *,
+    whole: bool = False,
 ) -> None:
     """Run `supervisor` until it is interrupted and drained; `server` is started again where it crashes meanwhile.
 
-    Raises what Supervisor.run raises, and KeyboardInterrupt where a second interrupt cut the drain short.
+    Raises what Supervisor.run raises; ModelUnavailable where `whole` is asked for and one service's workers cannot
+    start; KeyboardInterrupt where a second interrupt cut the drain short.
     """
     logging.basicConfig(level=logging.WARNING, format="millstream: %(message)s")
-    monitor = Monitor(supervisor, interrupts, status, inspector, server)
+    monitor = Monitor(supervisor, interrupts, status, inspector, server, whole=whole)
     monitor.start()
     try:
         interrupts.attach(supervisor)
         supervisor.run()
     finally:
         monitor.end()
+    if monitor.refusals:
+        raise ModelUnavailable("; ".join(f"service {name}: a worker {how}" for name, how in monitor.refusals.items()))
     if interrupts.kills:
         raise KeyboardInterrupt
 
@@ -56,6 +61,8 @@ class Monitor(threading.Thread):
         status: Status,
         inspector: Inspector | None,
         server: EmbeddedServer | None,
+        *,
+        whole: bool,
     ) -> None:
         super().__init__(name="monitor", daemon=True)
         self._supervisor = supervisor
@@ -63,6 +70,8 @@ class Monitor(threading.Thread):
         self._status = status
         self._inspector = inspector
         self._server = server
+        self._whole = whole
+        self.refusals: Mapping[str, str] = {}
         self._ended = threading.Event()
         self._was_ready = False
         self._figures: Mapping[str, str] = {}
@@ -78,6 +87,9 @@ class Monitor(threading.Thread):
         look_at = time.monotonic() + LOOK_S
         while not self._ended.wait(TICK_S):
             self._status.show(self._line())
+            if self._whole and (refusals := self._supervisor.refusals()):
+                self.refusals = refusals
+                self._supervisor.stop()
             if time.monotonic() >= look_at:
                 self._look()
                 look_at = time.monotonic() + LOOK_S

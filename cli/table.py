@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+
+
+def harmless(text: str) -> str:
+    """`text` with its control characters escaped: they could act on the terminal."""
+    return text.translate(_CONTROL)
+
 
 def aligned(rows: Iterable[Sequence[str]]) -> str:
     """`rows`, the heading first, as lines of equal columns."""

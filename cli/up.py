@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from millstream.cli.interrupts import Interrupts
 
 URL_VARIABLE = "MILLSTREAM_REDIS_URL"
+EOF_DRAIN_S = 2.0
+"""How long workers may go on with what they hold once the program that started them is gone."""
 
 
 @click.command()
@@ -37,7 +40,8 @@ URL_VARIABLE = "MILLSTREAM_REDIS_URL"
     "--url", metavar="URL", help="Use this Redis server; by default MILLSTREAM_REDIS_URL, or else redis.url of PATH."
 )
 @click.option("--replace", is_flag=True, help="Change services that are registered with other values.")
-def up(path: Path, data_dir: Path | None, port: int | None, url: str | None, replace: bool) -> None:
+@click.option("--until-eof", is_flag=True, hidden=True, help="End soon after standard input does; see client/local.py.")
+def up(path: Path, data_dir: Path | None, port: int | None, url: str | None, replace: bool, until_eof: bool) -> None:
     """Start a server where none is configured, and workers for each service of PATH, by default ./config.yaml.
 
     Ctrl-C drains: workers finish what they hold, then everything ends. Ctrl-C again kills.
@@ -47,17 +51,30 @@ def up(path: Path, data_dir: Path | None, port: int | None, url: str | None, rep
     config = load_and_warn(path)
     if not config.services:
         raise ConfigError(f"{path}: nothing to run", hint="add a service under services:")
-    from millstream.cli.interrupts import Interrupts
+    from millstream.cli.interrupts import Interrupts, interrupt_at_eof
     from millstream.worker.supervisor import preflight
 
     preflight(list(config.services.values()))
     own = data_dir is not None or port is not None
     external = None if own else url or os.environ.get(URL_VARIABLE) or config.redis.url
-    with Interrupts() as interrupts, _server(config, external, data_dir, port) as (found, server):
-        _run(config, interrupts, found, server, replace)
+    with Interrupts() as interrupts:
+        if until_eof:
+            interrupt_at_eof(EOF_DRAIN_S)
+        with _server(config, external, data_dir, port) as (found, server):
+            _run(config, interrupts, Stack(found, server, replace, whole=until_eof))
 
 
-def _run(config: Config, interrupts: Interrupts, url: str, server: EmbeddedServer | None, replace: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """What `up` runs on, and how: `server` is its own, if any; `whole`: it ends where a service cannot start."""
+
+    url: str
+    server: EmbeddedServer | None
+    replace: bool
+    whole: bool
+
+
+def _run(config: Config, interrupts: Interrupts, stack: Stack) -> None:
     from millstream.broker.inspector import Inspector
     from millstream.broker.registry import Registry
     from millstream.cli.status import status_line
@@ -65,14 +82,15 @@ def _run(config: Config, interrupts: Interrupts, url: str, server: EmbeddedServe
     from millstream.worker.supervisor import Plan, Supervisor
 
     prefix, specs = config.redis.key_prefix, list(config.services.values())
-    with options.connected(url) as connection:
+    with options.connected(stack.url) as connection:
         registry = Registry(connection, prefix)
-        _introduce(connection, server, registry.keys(specs[0].name).streams()[1])
-        registry.push(specs, replace=replace)
+        _introduce(connection, stack.server, registry.keys(specs[0].name).streams()[1])
+        registry.push(specs, replace=stack.replace)
         plans = [Plan(spec, spec.runtime.worker_count) for spec in specs]
-        supervisor = Supervisor(url, prefix, plans)
+        supervisor = Supervisor(stack.url, prefix, plans)
         with status_line(connection.safe_url) as status:
-            supervise(supervisor, interrupts, status, Inspector(connection, prefix), server)
+            inspector = Inspector(connection, prefix)
+            supervise(supervisor, interrupts, status, inspector, stack.server, whole=stack.whole)
     click.echo("drained: what no worker had claimed waits in the queue")
 
 

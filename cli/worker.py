@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from millstream.cli import options
+from millstream.cli.table import age, aligned, harmless, number
 
 if TYPE_CHECKING:
     from millstream.broker.config import ServiceSpec
+    from millstream.broker.inspector import WorkerView
     from millstream.broker.registry import Registry
+
+_HEADING = (
+    "SERVICE",
+    "CONSUMER",
+    "HOST",
+    "PID",
+    "DEVICE",
+    "STATE",
+    "RUNNING",
+    "JOBS",
+    "TEXTS/S",
+    "BUSY",
+    "PADDING",
+    "AGE",
+    "PAST",
+)
 
 
 @click.group()
 def worker() -> None:
-    """Run workers for the services of a server."""
+    """Run workers for the services of a server, or list those that run."""
 
 
 @worker.command()
@@ -47,6 +67,59 @@ def run(services: tuple[str, ...], url: str | None, prefix: str | None, device: 
         supervisor = Supervisor(target.url, target.prefix, plans)
         supervise(supervisor, interrupts, Lines())
     click.echo("drained: what no worker had claimed waits in the queue")
+
+
+@worker.command("ls")
+@options.url
+@options.prefix
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with all of each worker's figures.")
+def list_workers(url: str | None, prefix: str | None, as_json: bool) -> None:
+    """List the live workers of all services, as each said at its last beat.
+
+    RUNNING is the jobs in the forward under way, and for how long. TEXTS/S and BUSY are over the worker's life. PAST is
+    how the worker before it in its place ended.
+    """
+    target = options.find(url, prefix)
+    from millstream.broker.inspector import Inspector
+
+    with options.connected(target.url) as connection:
+        views = Inspector(connection, target.prefix).services()
+        where = connection.safe_url
+    found = [(view.name, each) for view in views for each in sorted(view.workers, key=_place)]
+    if as_json:
+        click.echo(json.dumps([_record(name, each) for name, each in found], ensure_ascii=False, indent=2))
+    elif found:
+        click.echo(aligned([_HEADING, *(_row(name, each) for name, each in found)]))
+    else:
+        click.echo(f"no worker is alive on {where}")
+
+
+def _place(each: WorkerView) -> tuple[str, int, str]:
+    return each.host, each.pid, each.consumer
+
+
+def _record(service: str, each: WorkerView) -> dict[str, object]:
+    figures = {"rows_per_s": each.rows_per_s, "busy": each.busy, "padding": each.padding}
+    return {"service": service} | asdict(each) | figures
+
+
+def _row(service: str, each: WorkerView) -> tuple[str, ...]:
+    return (
+        service,
+        each.consumer,
+        each.host or "-",
+        str(each.pid or "-"),
+        each.device or "-",
+        each.state,
+        f"{each.running} for {age(each.running_ms)}" if each.running else "-",
+        str(each.jobs),
+        number(each.rows_per_s, 1),
+        "-" if each.busy is None else f"{each.busy:.0%}",
+        number(each.padding, 2),
+        age(each.age_ms or None),
+        # It may quote an exception, of several lines.
+        harmless(" ".join(each.past.split())) or "-",
+    )
 
 
 def _chosen(registry: Registry, services: Sequence[str], where: str) -> list[ServiceSpec]:

@@ -6,14 +6,16 @@ import asyncio
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Sequence
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from millstream.broker.errors import DeadlineExceeded, MillstreamError
 from millstream.broker.job import Json
 from millstream.client.calls import Ask, Calls, PriorityName, Truncate, vectors_of
 from millstream.client.detached import Detached
 from millstream.client.handle import Handle
+from millstream.client.local import START_S, Local
 from millstream.client.mapping import Results, check_map, chunking
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome
@@ -106,8 +108,25 @@ class AsyncClient:
     Safe to use from several event loops; threads of its own talk to the server, so no call blocks the loop.
     """
 
+    _local: Local | None = None
+
     def __init__(self, url: str | None = None, *, prefix: str | None = None) -> None:
         self._calls = Calls(url, prefix)
+
+    @classmethod
+    async def local(
+        cls,
+        config: Path | str = "config.yaml",
+        *,
+        data_dir: Path | str | None = None,
+        replace: bool = False,
+        timeout: float | None = START_S,
+    ) -> Self:
+        """As Client.local: `async with await AsyncClient.local("config.yaml") as client`."""
+        stack = await asyncio.to_thread(Local.start, config, data_dir=data_dir, replace=replace, timeout=timeout)
+        client = cls(stack.url, prefix=stack.prefix)
+        client._local = stack
+        return client
 
     async def embed(
         self,
@@ -187,7 +206,7 @@ class AsyncClient:
     ) -> Detached:
         """As Client.submit_detached; ask the result's methods in a thread, for instance with asyncio.to_thread."""
         ask = Ask(priority, timeout, True, tenant, options)
-        return await asyncio.to_thread(Detached.submit, self._calls, service, inputs, ask, idempotency_key)
+        return await asyncio.to_thread(self._calls.leave, service, inputs, ask, idempotency_key)
 
     def job(self, job_id: str) -> Detached:
         """As Client.job; the same holds for its methods."""
@@ -196,8 +215,10 @@ class AsyncClient:
     async def close(self) -> None:
         """As Client.close."""
         await asyncio.to_thread(self._calls.channel.close)
+        if self._local:
+            await asyncio.to_thread(self._local.stop)
 
-    async def __aenter__(self) -> AsyncClient:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(

@@ -11,15 +11,16 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from millstream.broker.codec import encode_inputs
+from millstream.broker.codec import MAX_ROWS, encode_inputs
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection
 from millstream.broker.errors import DeadlineExceeded, InputTooLong, InvalidRequest, MillstreamError, NoWorkers
 from millstream.broker.job import Json, Priority
 from millstream.broker.registry import Registry
-from millstream.broker.streams import MAX_JOBS_PER_CALL
+from millstream.broker.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.broker.target import find_target
 from millstream.client.channel import Channel
+from millstream.client.detached import Detached
 from millstream.client.handle import Handle, Terms
 from millstream.client.result import Embeddings
 from millstream.client.services import Services, op_of
@@ -105,6 +106,14 @@ class Calls:
         )
         return Handle(self.channel, terms, inputs, parts, refused, self._why_late)
 
+    def leave(self, service: str, inputs: Sequence[Json], ask: Ask, idempotency_key: str | None) -> Detached:
+        """Client.submit_detached."""
+        return Detached.submit(self, service, inputs, ask, idempotency_key)
+
+    def streams(self, service: str) -> Streams:
+        """The job streams of `service`, for calls that go past the channel."""
+        return Streams(self.connection.client, self.registry.keys(service))
+
     def after_fork(self) -> None:
         self.connection.after_fork()
         self.channel.after_fork()
@@ -131,7 +140,9 @@ def cut(spec: ServiceSpec, inputs: Sequence[object]) -> tuple[list[Part], dict[i
     """The jobs a call becomes, and the rows that never travel. A bad row costs its neighbours nothing."""
     sizes, refused = row_sizes(inputs)
     tokens = spec.runtime.max_batch_tokens
-    return split(sizes, spec.runtime.batch_size, tokens if isinstance(tokens, int) else UNKNOWN_TOKENS), refused
+    return split(
+        sizes, min(spec.runtime.batch_size, MAX_ROWS), tokens if isinstance(tokens, int) else UNKNOWN_TOKENS
+    ), refused
 
 
 def row_sizes(inputs: Sequence[object]) -> tuple[dict[int, int], dict[int, MillstreamError]]:

@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from millstream.broker.admission import refusal
 from millstream.broker.connection import Connection, is_transient, translated
-from millstream.broker.errors import BrokerUnavailable, MillstreamError, QueueFull, UnknownService
+from millstream.broker.errors import BrokerUnavailable, MillstreamError
 from millstream.broker.registry import Registry
 from millstream.broker.replies import Replies
 from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Admission, CancelOutcome, Group, Streams
@@ -255,16 +256,11 @@ class _Sender(threading.Thread):
         return bool(self._ready)
 
     def _admitted(self, submission: Submission, admission: Admission) -> None:
-        if admission.refused == "queue_full":
-            full = QueueFull(
-                f"service {submission.service!r} holds its max_queue_size of jobs", retry_after=admission.retry_after
-            )
-            self._again(submission, full, admission.retry_after)
-        elif admission.refused:
-            gone = UnknownService(
-                f"service {submission.service!r} is no longer registered", hint="run `millstream config push`"
-            )
-            self._refuse(submission, gone)
+        error = refusal(submission.service, admission)
+        if error and error.retryable:
+            self._again(submission, error, admission.retry_after)
+        elif error:
+            self._refuse(submission, error)
 
     def _failed(self, batch: Sequence[Submission], error: Exception) -> None:
         ours = _ours(error, "enqueue")

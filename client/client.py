@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import Self, cast
 
 from millstream.broker.job import Json
 from millstream.client.calls import Ask, Calls, PriorityName, Truncate, vectors_of
 from millstream.client.detached import Detached
 from millstream.client.handle import Handle
+from millstream.client.local import START_S, Local
 from millstream.client.mapping import Results, map_rows
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome
@@ -22,8 +24,36 @@ class Client:
     Raises ConfigError or BrokerUnavailable where none of them says where the queue is; connects on the first call.
     """
 
+    _local: Local | None = None
+
     def __init__(self, url: str | None = None, *, prefix: str | None = None) -> None:
         self._calls = Calls(url, prefix)
+
+    @classmethod
+    def local(
+        cls,
+        config: Path | str = "config.yaml",
+        *,
+        data_dir: Path | str | None = None,
+        replace: bool = False,
+        timeout: float | None = START_S,
+    ) -> Self:
+        """A client with a server and workers of its own: `millstream up CONFIG` in a child process.
+
+        Returns when the workers of every service are ready, for which they have `timeout` seconds. `close`, the end of
+        a `with` block and the end of this process, even by kill -9, end them all within seconds; what they held stays
+        in the queue. `data_dir` is where the server keeps the queue, by default where `millstream up` keeps it; give it
+        a temporary folder for a queue that leaves nothing behind. Where a server runs on it already, or a URL is
+        configured, that one is used and left running, with workers of this client's own. `replace` changes services
+        that are registered with other settings.
+
+        Raises what `millstream up` would say: ConfigError, ModelUnavailable, BrokerUnavailable; NoWorkers after
+        `timeout`, with the last messages.
+        """
+        stack = Local.start(config, data_dir=data_dir, replace=replace, timeout=timeout)
+        client = cls(stack.url, prefix=stack.prefix)
+        client._local = stack
+        return client
 
     def embed(
         self,
@@ -108,7 +138,7 @@ class Client:
         is the first one. Raises QueueFull, InvalidRequest, UnknownService, BrokerUnavailable.
         """
         ask = Ask(priority, timeout, True, tenant, options)
-        return Detached.submit(self._calls, service, inputs, ask, idempotency_key)
+        return self._calls.leave(service, inputs, ask, idempotency_key)
 
     def job(self, job_id: str) -> Detached:
         """A detached call by its id, from any process. Raises InvalidRequest where it is no such id."""
@@ -122,8 +152,10 @@ class Client:
     def close(self) -> None:
         """End the client's threads and connections. Calls under way in other threads get BrokerUnavailable."""
         self._calls.channel.close()
+        if self._local:
+            self._local.stop()
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

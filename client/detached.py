@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from millstream.broker.codec import decode_reply, encode_inputs
+from millstream.broker.admission import refusal
+from millstream.broker.codec import MAX_ROWS, decode_reply, encode_inputs
 from millstream.broker.connection import retrying, translated
 from millstream.broker.errors import (
     DeadlineExceeded,
@@ -17,9 +18,7 @@ from millstream.broker.errors import (
     Malformed,
     MillstreamError,
     ModelFailed,
-    QueueFull,
     ResultExpired,
-    UnknownService,
 )
 from millstream.broker.job import Draft, Json, Priority, Reply
 from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Group, Streams
@@ -80,7 +79,7 @@ class Detached:
             raise InvalidRequest(f"row {row}: {error.message}", hint=error.hint)
         if not sizes:
             raise InvalidRequest("no rows", hint="a detached call needs at least one")
-        per_job = max(1, min(spec.runtime.batch_size, MAX_PART_BYTES // max(1, *sizes.values())))
+        per_job = max(1, min(spec.runtime.batch_size, MAX_ROWS, MAX_PART_BYTES // max(1, *sizes.values())))
         _check_jobs(len(inputs), per_job)
         # With the shape of the call: jobs of another one would answer other rows.
         key = f"{service}\0{ask.tenant}\0{len(inputs)}x{per_job}\0{idempotency_key}"
@@ -167,24 +166,19 @@ class Detached:
     def _enqueue(self, priority: Priority, drafts: Sequence[Draft]) -> None:
         """Every job, a script call at a time; sent again through cuts, which changes nothing."""
         until = min([time.monotonic() + _ROOM_S, *(draft.deadline for draft in drafts[:1] if draft.deadline)])
-        for batch in _script_calls(drafts):
+        for first, batch in enumerate(_script_calls(drafts)):
+            group = Group(priority, batch, calls=int(first == 0))
             with translated(self._calls.connection.safe_url):
-                while refusal := self._refused(Group(priority, batch), until):
-                    if time.monotonic() > until or not refusal.retryable:
-                        raise refusal
-                    time.sleep(refusal.retry_after or _FIRST_LOOK_S)
+                while error := self._refused(group, until):
+                    if time.monotonic() > until or not error.retryable:
+                        raise error
+                    time.sleep(error.retry_after or _FIRST_LOOK_S)
 
     def _refused(self, group: Group, until: float) -> MillstreamError | None:
-        admission = retrying(lambda: self._streams().enqueue([group]), until=until)[0]
-        if not admission.refused:
-            return None
-        if admission.refused == "queue_full":
-            message = f"service {self._service!r} holds its max_queue_size of jobs"
-            return QueueFull(message, retry_after=admission.retry_after)
-        return UnknownService(f"service {self._service!r} is not registered", hint="run `millstream config push`")
+        return refusal(self._service, retrying(lambda: self._streams().enqueue([group]), until=until)[0])
 
     def _streams(self) -> Streams:
-        return Streams(self._calls.connection.client, self._calls.registry.keys(self._service))
+        return self._calls.streams(self._service)
 
 
 def _check_jobs(rows: int, per_job: int) -> None:

@@ -71,7 +71,7 @@ class Handle:
         refused: Mapping[int, MillstreamError],
         why_late: Callable[[str], MillstreamError],
     ) -> None:
-        self.id = secrets.token_hex(16)
+        self.id = self._first_id = secrets.token_hex(16)
         self._channel = channel
         self._terms = terms
         self._inputs = inputs
@@ -224,14 +224,18 @@ class Handle:
         service, priority = self._terms.service, self._terms.priority
         if drafts and not self._patient:
             return [Submission(service, Group(priority, drafts), self, until=0.0)]
-        return [Submission(service, Group(priority, [draft]), self, until=draft.deadline) for draft in drafts]
+        # The call is charged with its first job, which has the call's id.
+        groups = [Group(priority, [draft], calls=int(draft.id == self.id)) for draft in drafts]
+        return [
+            Submission(service, group, self, until=draft.deadline) for group, draft in zip(groups, drafts, strict=True)
+        ]
 
     def _draft(self, part: Part) -> Draft:
         terms, now = self._terms, time.monotonic()
         own_end = None if terms.total_timeout is None else now + terms.total_timeout
         end = self._end if self._end is not None else own_end
         draft = Draft(
-            id=secrets.token_hex(16) if self._sent or self._unsent else self.id,
+            id=self._first_id or secrets.token_hex(16),
             op=terms.op,
             rows=len(part.rows),
             tokens=part.tokens,
@@ -241,6 +245,7 @@ class Handle:
             queue_by=None if terms.queue_timeout is None else now + terms.queue_timeout,
             tenant=terms.tenant,
         )
+        self._first_id = ""
         self._sent[draft.id] = _Sent(part, end)
         return draft
 
@@ -265,7 +270,9 @@ class Handle:
 
     def _give_up(self, overdue: Sequence[str]) -> None:
         parts = [self._sent.pop(job).part for job in overdue] + self._take_unsent()
-        self._channel.forget(self._terms.service, overdue)
+        with suppress(BrokerUnavailable):
+            # Nobody waits: off the queue, where dead work would keep others out.
+            self._channel.cancel(Cancellation(self._terms.service, list(overdue), lambda outcomes: None))
         # What the interruption of this thread, too, leaves as the rows' outcome.
         error: MillstreamError = DeadlineExceeded("no answer in time")
         # Asking the server why takes a round trip: not under the lock, the channel's threads may want it.

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from millstream.broker.config import Runtime, ServiceSpec
 from millstream.broker.connection import Connection, is_transient, retrying
-from millstream.broker.errors import Cancelled
+from millstream.broker.errors import Cancelled, ConfigError, UnknownService
 from millstream.broker.job import Reply
 from millstream.broker.lease import Beat, Lease
 from millstream.broker.registry import Registry
@@ -48,11 +48,12 @@ class Crew:
         self._settler = Settler(shared, self._streams)
         queue = Queue(self._streams, Streams(connection.blocking(SLEEP_S), keys), self._lease)
         self._claimer = Claimer(shared, queue, self._intake, self._patience, self._settler.put)
-        self._heart = Heart(shared, self._lease, self._status, self._heard, self._stuck)
+        self._heart = Heart(shared, self._lease, self._status, self._heard, lambda: self._progress.stuck)
         self._revision = 0
         self._strangers: set[str] = set()
         self._began = time.monotonic()
         self._progress = Progress(orders.progress_fd)
+        self._progress.stall_s = spec.runtime.stall_s
 
     def work(self) -> None:
         """Run until the process drains. Raises ThreadFailed."""
@@ -87,7 +88,7 @@ class Crew:
             self._settler.put(Finished(held.claim.address, Reply(error=Cancelled("cancelled by its caller"))))
         self._return_strangers(beat.strangers)
         if beat.revision != self._revision:
-            self._limit(self._registry.read(self._spec.name).runtime)
+            self._renew()
             self._revision = beat.revision
 
     def _return_strangers(self, strangers: list[str]) -> None:
@@ -100,15 +101,21 @@ class Crew:
         if again and (returned := self._lease.release(self._orders.consumer, only=again)):
             log.warning("%d jobs delivered to a connection that was cut are given back", returned)
 
-    def _stuck(self) -> bool:
-        stuck_s = time.monotonic() - self._progress.stamp()
-        return bool(self._progress.running()) and stuck_s > self._spec.runtime.stall_s
+    def _renew(self) -> None:
+        """Take over what was pushed since the last beat. Raises ConfigError where others brought other weights."""
+        try:
+            self._limit(self._registry.read(self._spec.name).runtime)
+        except (UnknownService, ConfigError) as error:
+            log.warning("the limits stay as they were: %s", error)
+            return
+        # Again, now that this worker beats: a push forgets the weights of a service without live workers.
+        self._registry.claim_fingerprint(self._spec.name, self._model.fingerprint)
 
     def _limit(self, runtime: Runtime) -> None:
-        """Take over limits that were pushed while we run."""
         self._shared.window.limit(runtime.batch_size, batch_tokens(runtime), runtime.queue_timeout)
         self._patience.batch_timeout_s = runtime.batch_timeout
         self._intake.max_attempts = runtime.max_attempts
+        self._progress.stall_s = runtime.stall_s
 
     def _leave(self) -> None:
         try:
@@ -119,7 +126,7 @@ class Crew:
                 raise
 
     def _status(self) -> Mapping[str, str | int]:
-        running = self._progress.running()
+        running = len(self._progress.running())
         return {
             "state": "draining" if self._shared.life.draining else "ready",
             "service": self._spec.name,
@@ -129,8 +136,8 @@ class Crew:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "age_ms": round((time.monotonic() - self._began) * 1000),
-            "running": len(running),
-            "running_ms": round((time.monotonic() - self._progress.stamp()) * 1000) if running else 0,
+            "running": running,
+            "running_ms": round(self._progress.running_s() * 1000),
             "past": self._orders.past,
             **self._shared.counters.fields(),
         }

@@ -86,7 +86,7 @@ class Intake:
             rows = self._model.prepare(inputs, options)
             if len(rows) != len(inputs):
                 raise ModelFailed(f"prepare gave {len(rows)} rows for {len(inputs)} inputs")
-        except Exception as error:  # noqa: BLE001 - whatever one input makes the tokenizer raise, its neighbours must live
+        except BaseException as error:  # noqa: BLE001 - a tokenizer's panic is no Exception, and its neighbours must live
             if len(inputs) == 1:
                 return [ModelFailed(f"cannot be prepared: {type(error).__name__}: {error}"[:500])]
             half = len(inputs) // 2

@@ -37,7 +37,8 @@ class Life:
         """Around a thread's whole work: an unknown error ends the process instead of leaving it half alive."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:
+            # Not Exception: what a library's Rust code panics with is none.
             self._failure = f"{threading.current_thread().name} failed: {type(error).__name__}: {error}"
             log.debug("thread failed", exc_info=True)
             self.stopped.set()

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 from millstream.broker.connection import Connection, retrying
 from millstream.broker.errors import ConfigError, MillstreamError, ModelUnavailable, UnknownService
@@ -26,6 +27,8 @@ from millstream.worker.warmup import warm_up
 from millstream.worker.window import Window
 
 log = logging.getLogger(__name__)
+
+ORPHAN_LOOK_S = 1.0
 
 
 class Worker:
@@ -50,9 +53,19 @@ class Worker:
             self._work()
         except (ModelUnavailable, UnknownService, ConfigError) as error:
             return self._failed(error, EXIT_PERMANENT)
-        except (MillstreamError, ThreadFailed, OSError) as error:
+        except (MillstreamError, ThreadFailed) as error:
             return self._failed(error, 1)
+        except Exception as error:
+            log.debug("unknown error", exc_info=True)
+            return self._failed(f"{type(error).__name__}: {error}", 1)
         return 0
+
+    def orphaned(self) -> None:
+        """Drain, and end where a forward is stuck: the supervisor that would end this process is gone."""
+        self.drain()
+        while not self._progress.stuck:
+            time.sleep(ORPHAN_LOOK_S)
+        os._exit(1)
 
     def _work(self) -> None:
         orders, stopped = self._orders, self._life.stopped
@@ -65,9 +78,8 @@ class Worker:
         retrying(lambda: registry.claim_fingerprint(spec.name, model.fingerprint), stop=stopped)
         Crew(Shared(orders.consumer, window, life=self._life), orders, self._connection, spec, model).work()
 
-    def _failed(self, error: Exception, status: int) -> int:
-        """Say why, to the terminal and to the supervisor."""
-        log.error("%s", error)
+    def _failed(self, error: object, status: int) -> int:
+        """Tell the supervisor why: it says what it makes of it."""
         self._progress.last_words(str(error))
         return status
 
@@ -77,12 +89,13 @@ def _drain_at_eof(worker: Worker) -> None:
     # Not sys.stdin: the interpreter's exit would wait for its lock.
     while os.read(0, 4096):
         pass
-    worker.drain()
+    worker.orphaned()
 
 
 def main() -> int:
     orders = Orders.from_json(sys.argv[1])
-    logging.basicConfig(level=logging.INFO, format=f"worker {orders.consumer}: %(message)s", stream=sys.stderr)
+    level = logging.DEBUG if os.environ.get("MILLSTREAM_DEBUG") else logging.INFO
+    logging.basicConfig(level=level, format=f"worker {orders.consumer}: %(message)s", stream=sys.stderr)
     for noisy in ("httpx", "sentence_transformers", "transformers", "torch"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     worker = Worker(orders, os.environ[URL_VARIABLE])

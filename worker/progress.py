@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from enum import IntEnum
 
 SIZE = 64 * 1024
-_STATE, _CURRENT, _STAMP = 0, 1, slice(8, 16)
-"""Where the header keeps the state, which of the two slots holds the list, and the stamp."""
+_STATE, _CURRENT, _STAMP, _STALL = 0, 1, slice(8, 16), slice(16, 24)
+"""Where the header keeps the state, which of the two slots holds the list, the stamp, and the stall timeout."""
 _HEADER_SIZE = 64
 _WORDS_SIZE = 1024
 _SLOT = (SIZE - _HEADER_SIZE - _WORDS_SIZE) // 2
@@ -55,6 +55,10 @@ class Progress:
     def stop(self) -> None:
         self._write(())
 
+    def lap(self) -> None:
+        """One forward of those that were started has ended, and another begins: nothing is stuck."""
+        self._map[_STAMP] = _SECONDS.pack(time.monotonic())
+
     def enter(self, state: State) -> None:
         self._map[_STATE] = state
 
@@ -84,6 +88,25 @@ class Progress:
         text = self._map[start + _LENGTH.size : start + _LENGTH.size + length].decode()
         return text.split() if text else []
 
+    def running_s(self) -> float:
+        """Seconds since the forward under way began; 0.0 where none is. Read by a supervisor while the child writes."""
+        # In this order: the stamp of an idle process is old, and a start writes a new one before its list is seen.
+        return time.monotonic() - self.stamp() if self.running() else 0.0
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds a forward may take, by the limits that bind the child now."""
+        return float(_SECONDS.unpack(self._map[_STALL])[0])
+
+    @stall_s.setter
+    def stall_s(self, seconds: float) -> None:
+        self._map[_STALL] = _SECONDS.pack(seconds)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the forward under way takes longer than it may."""
+        return self.running_s() > self.stall_s
+
     def _write(self, entries: Iterable[str]) -> None:
         # Into the slot not in use, then one byte says so: a reader never sees half a list. Slices are copied whole,
         # where pack_into would first write zeros.
@@ -92,5 +115,5 @@ class Progress:
         start = _HEADER_SIZE + other * _SLOT
         self._map[start : start + _LENGTH.size] = _LENGTH.pack(len(text))
         self._map[start + _LENGTH.size : start + _LENGTH.size + len(text)] = text
-        self._map[_STAMP] = _SECONDS.pack(time.monotonic())
+        self.lap()
         self._map[_CURRENT] = other

@@ -52,7 +52,7 @@ class Runner:
         for held in jobs.values():
             held.started_at = held.started_at or now
         self._progress.start(jobs)
-        outcomes = run_rows(self._model, [row.payload for row in batch])
+        outcomes = run_rows(self._model, [row.payload for row in batch], self._progress.lap)
         self._progress.stop()
         self._account(batch, outcomes, jobs, time.monotonic() - start)
         return outcomes
@@ -80,8 +80,11 @@ def _missed(held: Held, now: int) -> str:
     return "" if phase == "queue" and held.started_at else phase
 
 
-def run_rows(model: Model, rows: Sequence[Prepared]) -> list[Outcome]:
-    """One outcome a row. Where a forward fails its rows are halved until the guilty one stands alone."""
+def run_rows(model: Model, rows: Sequence[Prepared], lap: Callable[[], None] = lambda: None) -> list[Outcome]:
+    """One outcome a row. Where a forward fails its rows are halved until the guilty one stands alone.
+
+    `lap` is called between two forwards: each has the whole stall timeout.
+    """
     try:
         results = model.forward(rows)
         if len(results) != len(rows):
@@ -90,7 +93,11 @@ def run_rows(model: Model, rows: Sequence[Prepared]) -> list[Outcome]:
         if len(rows) == 1:
             return [_failure(error)]
         half = len(rows) // 2
-        return run_rows(model, rows[:half]) + run_rows(model, rows[half:])
+        outcomes = []
+        for part in (rows[:half], rows[half:]):
+            lap()
+            outcomes += run_rows(model, part, lap)
+        return outcomes
     return [_checked(result) for result in results]
 
 

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from millstream.broker.config import ServiceSpec
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 DRAIN_S = 30.0
+KILLED_S = 5.0
+"""How long to wait for a killed child: one that waits inside a driver is not gone at once."""
+
 STEADY_S = 30.0
 CRASH_LOOP = 5
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
@@ -66,11 +70,20 @@ class Child:
     consumer: str
     process: subprocess.Popen[bytes]
     progress: Progress
-    born: float
+    ready_since: float | None = None
+
+    @property
+    def lives(self) -> bool:
+        return self.process.poll() is None
 
     @property
     def ready(self) -> bool:
-        return self.process.poll() is None and self.progress.state == State.READY
+        return self.lives and self.progress.state == State.READY
+
+    @property
+    def steady(self) -> bool:
+        """Whether it worked for a while. To load a model, however long that takes, is no work yet."""
+        return self.ready_since is not None and time.monotonic() - self.ready_since > STEADY_S
 
 
 @dataclass(slots=True, eq=False)
@@ -123,6 +136,7 @@ class Supervisor:
         self._connection = Connection(url, name="millstream-supervisor")
         self._slots = [Slot(plan, plan.device_of(index)) for plan in plans for index in range(plan.count)]
         self._deaths: list[Death] = []
+        self._said: set[tuple[str, str]] = set()
         self._stop = threading.Event()
         self.restarts = 0
 
@@ -140,20 +154,24 @@ class Supervisor:
         self._stop.set()
 
     def step(self) -> None:
-        """One look at every child: start what is missing, bury what died."""
+        """One look at every child: start what is missing, end what is stuck, bury what died."""
         for slot in self._slots:
-            if slot.child:
-                _end_stuck(slot.child, slot.plan.spec.runtime.stall_s)
-            if slot.child and slot.child.process.poll() is not None:
-                self._died(slot, slot.child)
-            elif slot.child and slot.failures and time.monotonic() - slot.child.born > STEADY_S:
-                slot.failures = 0
-            if not slot.child and not slot.refused and time.monotonic() >= slot.start_at:
-                slot.child = self._start(slot)
-            slot.ready = slot.child is not None and slot.child.ready
+            self._look(slot)
         self._give_back()
         if all(slot.refused for slot in self._slots):
             raise ModelUnavailable("no worker process could start", hint="see the errors above")
+
+    def _look(self, slot: Slot) -> None:
+        if slot.child:
+            _end_stuck(slot.child)
+            _note_ready(slot.child)
+        if slot.child and not slot.child.lives:
+            self._died(slot, slot.child)
+        elif slot.child and slot.child.steady:
+            slot.failures = 0
+        if not slot.child and not slot.refused and time.monotonic() >= slot.start_at:
+            self._fill(slot)
+        slot.ready = slot.child is not None and slot.child.ready
 
     @property
     def ready(self) -> int:
@@ -171,6 +189,11 @@ class Supervisor:
             counts[slot.plan.spec.name] = (ready + slot.ready, planned + 1)
         return counts
 
+    def refusals(self) -> dict[str, str]:
+        """Service -> how its last worker ended, of the services for which none is started again."""
+        going = {slot.plan.spec.name for slot in self._slots if not slot.refused}
+        return {slot.plan.spec.name: slot.past for slot in self._slots if slot.plan.spec.name not in going}
+
     @property
     def pids(self) -> list[int]:
         """Of the children not yet waited for: until then the system gives a pid to nobody else."""
@@ -181,21 +204,30 @@ class Supervisor:
         """Let every child settle what it holds, for at most `drain_s`; kill what is left and give back its jobs."""
         children = [slot.child for slot in self._slots if slot.child]
         for child in children:
-            if child.process.poll() is None:
-                child.process.send_signal(signal.SIGTERM)
+            child.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + self._drain_s
-        for child in children:
-            try:
-                child.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                log.warning("worker %s did not drain in %g s: killed", child.consumer, self._drain_s)
-                child.process.kill()
-                child.process.wait()
+        while (left := [child for child in children if child.lives]) and time.monotonic() < deadline:
+            for child in left:
+                _end_stuck(child)
+            time.sleep(POLL_S)
+        for child in left:
+            log.warning("worker %s did not drain in %g s: killed", child.consumer, self._drain_s)
+            _kill(child)
         for slot in self._slots:
             if slot.child:
                 self._bury(slot, slot.child)
         self._give_back()
+        if self._deaths:
+            log.warning("the server is away: what %d workers held stays theirs for a lease", len(self._deaths))
         self._connection.close()
+
+    def _fill(self, slot: Slot) -> None:
+        try:
+            slot.child = self._start(slot)
+        except OSError as error:
+            slot.failures += 1
+            slot.past = f"could not be started ({error})"
+            self._back_off(slot, f"service {slot.plan.spec.name}: a worker")
 
     def _start(self, slot: Slot) -> Child:
         plan = slot.plan
@@ -206,35 +238,47 @@ class Supervisor:
             prefix=self._prefix,
             consumer=consumer,
             device=slot.device,
-            threads=max(1, len(os.sched_getaffinity(0)) // len(self._slots)),
+            threads=max(1, _cores() // len(self._slots)),
             progress_fd=progress.fd,
             past=slot.past,
         )
-        # A session of its own: Ctrl-C in the terminal reaches the supervisor alone, which drains its children.
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "millstream.worker.process", orders.to_json()],
-            stdin=subprocess.PIPE,
-            pass_fds=[progress.fd],
-            env={**os.environ, URL_VARIABLE: self._url},
-            start_new_session=True,
-        )
-        return Child(consumer, process, progress, time.monotonic())
+        try:
+            # A session of its own: Ctrl-C in the terminal reaches the supervisor alone, which drains its children.
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "millstream.worker.process", orders.to_json()],
+                stdin=subprocess.PIPE,
+                pass_fds=[progress.fd],
+                env={**os.environ, URL_VARIABLE: self._url},
+                start_new_session=True,
+            )
+        except OSError:
+            progress.close()
+            raise
+        return Child(consumer, process, progress)
 
     def _died(self, slot: Slot, child: Child) -> None:
-        code = child.process.returncode
-        lived = time.monotonic() - child.born
         slot.past = _ended(child)
+        reason = child.progress.reason or slot.past
         self._bury(slot, child)
-        if code == EXIT_PERMANENT:
-            slot.refused = True
+        if child.process.returncode == EXIT_PERMANENT:
+            self._refuse(slot, reason)
             return
-        if code == 0 and self._stop.is_set():
-            return
-        slot.failures = 0 if lived > STEADY_S else slot.failures + 1
+        self.restarts += 1
+        slot.failures = 0 if child.steady else slot.failures + 1
+        self._back_off(slot, f"worker {child.consumer}")
+
+    def _refuse(self, slot: Slot, reason: str) -> None:
+        """Start no more here: it would fail again. What all workers of a service fail by is said once."""
+        slot.refused = True
+        said = (slot.plan.spec.name, reason)
+        if said not in self._said:
+            self._said.add(said)
+            log.error("service %s: %s", *said)
+
+    def _back_off(self, slot: Slot, who: str) -> None:
         backoff = _backoff(slot.failures)
         slot.start_at = time.monotonic() + backoff
-        self.restarts += 1
-        log.warning("worker %s %s; the next starts in %g s", child.consumer, slot.past, backoff)
+        log.warning("%s %s; the next starts in %g s", who, slot.past, backoff)
         if slot.failures == CRASH_LOOP:
             log.error(
                 "service %s: %d workers in a row died young, the last one %s; trying on, every %g s",
@@ -257,10 +301,11 @@ class Supervisor:
             lease = Lease(self._connection.client, ServiceKeys(death.service, self._prefix))
             try:
                 returned = lease.release(death.consumer, started=death.started, gone=True)
-            except Exception as error:
-                if not is_transient(error):
-                    raise
-                return
+            except Exception as error:  # noqa: BLE001 - one service's broken keys must not end the workers of all others
+                if is_transient(error):
+                    return
+                log.error("what worker %s held waits for the end of its lease: %s", death.consumer, error)
+                returned = 0
             self._deaths.remove(death)
             if returned:
                 log.warning("worker %s: %d jobs it held are given back to the queue", death.consumer, returned)
@@ -273,17 +318,38 @@ def _backoff(failures: int) -> float:
     return _FIRST_BACKOFF_S * 2 ** (failures - 1) if failures else 0.0
 
 
-def _end_stuck(child: Child, stall_s: float) -> None:
-    """Kill a child whose forward has not ended for `stall_s`: whatever it waits for, its jobs can run elsewhere."""
-    stuck_s = time.monotonic() - child.progress.stamp()
-    if child.ready and child.progress.running() and stuck_s > stall_s:
+def _end_stuck(child: Child) -> None:
+    """Kill a child whose forward does not end: whatever it waits for, its jobs can run elsewhere."""
+    stuck_s, stall_s = child.progress.running_s(), child.progress.stall_s
+    if stuck_s > stall_s and child.ready and not child.progress.reason:
         child.progress.last_words(f"no progress for {stuck_s:.1f} s, the stall_timeout is {stall_s:g} s")
+        # Not waited for: a process that waits inside a driver would keep its supervisor from all others.
         child.process.kill()
-        child.process.wait()
+
+
+def _note_ready(child: Child) -> None:
+    if child.ready_since is None and child.ready:
+        child.ready_since = time.monotonic()
+
+
+def _kill(child: Child) -> None:
+    child.process.kill()
+    with suppress(subprocess.TimeoutExpired):
+        child.process.wait(KILLED_S)
 
 
 def _ended(child: Child) -> str:
     """How a child ended, and why where it could say."""
     code = child.process.returncode
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+    how = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with status {code}" if code else "drained"
     return f"{how} ({child.progress.reason})" if child.progress.reason else how
+
+
+def _signal_name(number: int) -> str:
+    # Real-time signals have no name.
+    return signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
+
+
+def _cores() -> int:
+    """The cores this process may use; where the system does not say, those there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

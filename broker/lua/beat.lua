@@ -12,6 +12,8 @@ local DAY_MS, RECLAIM_EVERY_MS = 86400000, 1000
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
+-- A write that is allowed at maxmemory, and then so is what follows it: a full server is not to lose its workers.
+redis.call('ZREM', KEYS[4], CONSUMER)
 redis.call('ZADD', KEYS[4], now, CONSUMER)
 redis.call('PEXPIRE', KEYS[4], DAY_MS)
 local pairs_given = tonumber(ARGV[4])

@@ -1,21 +1,26 @@
 -- Accept jobs, in groups: a group enters whole or not at all, once, however often its caller sends it.
--- KEYS[1] HASH the service   KEYS[2..4] STREAM realtime, normal, batch   KEYS[5..] STRING seen, one a job
--- ARGV[1] groups, each as: priority 1..3, jobs, then per job
+-- KEYS[1] HASH the service   KEYS[2..4] STREAM realtime, normal, batch   KEYS[5] HASH the service's token bucket
+-- KEYS[6..] per group: HASH its tenant's token bucket, then STRING seen, one a job
+-- ARGV[1] groups, each as: priority 1..3, jobs, calls to charge for, then per job
 --         id op rows tokens deadline_in queue_in client tenant trace body   (times in ms from now, '' for none)
 -- Returns per group {1} accepted; {2} accepted before; {0, reason, retry_after_ms} refused
--- Refusals: unknown_service, queue_full
+-- Refusals: unknown_service, queue_full, rate_limited, over_burst (its cost is more than the limit ever lets through)
 
 local ACCEPTED, ACCEPTED_BEFORE, REFUSED = 1, 2, 0
 local SEEN_AFTER_DEADLINE_MS = 60000
 local SEEN_WITHOUT_DEADLINE_MS = 7 * 86400000
 local RETRY_AFTER_MS = 100
 
--- The server's clock: callers' clocks differ, deadlines must not.
+-- The server's clock: callers' clocks differ, and neither deadlines nor rates must.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local seconds = time[1] + time[2] / 1000000
 
-local spec = redis.call('HMGET', KEYS[1], 'version', 'max_queue_size')
-local known, limit = spec[1], tonumber(spec[2])
+local spec = redis.call('HMGET', KEYS[1], 'version', 'max_queue_size',
+  'rate_requests', 'rate_rows', 'rate_tokens', 'rate_burst_s', 'rate_per')
+local known, limit, burst_s, per_tenant = spec[1], tonumber(spec[2]), tonumber(spec[6]) or 1, spec[7] == 'tenant'
+local rates = {requests = tonumber(spec[3]), rows = tonumber(spec[4]), tokens = tonumber(spec[5])}
+local limited = next(rates) ~= nil
 local depth = redis.call('XLEN', KEYS[2]) + redis.call('XLEN', KEYS[3]) + redis.call('XLEN', KEYS[4])
 
 local function from_now(remaining)
@@ -33,22 +38,67 @@ local function accept(stream, seen, at)
   redis.call('SET', seen, entry, 'PX', string.format('%.0f', life))
 end
 
-local outcomes = {}
-local arg, seen = 2, 5
-for group = 1, tonumber(ARGV[1]) do
-  local stream, jobs = KEYS[1 + ARGV[arg]], tonumber(ARGV[arg + 1])
-  arg = arg + 2
-  if not known then
-    outcomes[group] = {REFUSED, 'unknown_service', 0}
-  elseif redis.call('EXISTS', KEYS[seen]) == 1 then
-    outcomes[group] = {ACCEPTED_BEFORE}
-  elseif limit and depth + jobs > limit then
-    outcomes[group] = {REFUSED, 'queue_full', RETRY_AFTER_MS}
-  else
-    for job = 0, jobs - 1 do accept(stream, KEYS[seen + job], arg + 10 * job) end
-    depth = depth + jobs
-    outcomes[group] = {ACCEPTED}
+-- A token bucket for each rate: `burst_s` seconds' worth at most, refilled as time passes.
+local function levels_of(bucket)
+  local stored = redis.call('HMGET', bucket, 'at', 'requests', 'rows', 'tokens')
+  -- A clock that stepped back refills nothing.
+  local passed = math.max(0, seconds - (tonumber(stored[1]) or seconds))
+  local before = {requests = tonumber(stored[2]), rows = tonumber(stored[3]), tokens = tonumber(stored[4])}
+  local levels = {}
+  for name, rate in pairs(rates) do
+    levels[name] = math.min(rate * burst_s, (before[name] or rate * burst_s) + passed * rate)
   end
-  arg, seen = arg + 10 * jobs, seen + jobs
+  return levels
+end
+
+-- Takes `cost` from the bucket and returns nothing, or leaves it and returns why not.
+local function charge(bucket, cost)
+  local levels, wait_s = levels_of(bucket), 0
+  for name, rate in pairs(rates) do
+    if cost[name] > rate * burst_s then return 'over_burst', 0 end
+    wait_s = math.max(wait_s, (cost[name] - levels[name]) / rate)
+  end
+  if wait_s > 0 then return 'rate_limited', math.ceil(wait_s * 1000) end
+  redis.call('HSET', bucket, 'at', string.format('%.6f', seconds))
+  for name in pairs(rates) do
+    redis.call('HSET', bucket, name, string.format('%.6f', levels[name] - cost[name]))
+  end
+  redis.call('PEXPIRE', bucket, math.ceil(burst_s * 1000) + 1000)
+end
+
+local function cost_of(arg, calls, jobs)
+  local cost = {requests = calls, rows = 0, tokens = 0}
+  for job = 0, jobs - 1 do
+    cost.rows = cost.rows + ARGV[arg + 10 * job + 2]
+    cost.tokens = cost.tokens + ARGV[arg + 10 * job + 3]
+  end
+  return cost
+end
+
+local function refusal(bucket, arg, calls, jobs)
+  if not known then return 'unknown_service', 0 end
+  if limit and depth + jobs > limit then return 'queue_full', RETRY_AFTER_MS end
+  if limited then return charge(per_tenant and bucket or KEYS[5], cost_of(arg, calls, jobs)) end
+end
+
+local outcomes = {}
+local arg, key = 2, 6
+for group = 1, tonumber(ARGV[1]) do
+  local stream, jobs, calls = KEYS[1 + ARGV[arg]], tonumber(ARGV[arg + 1]), tonumber(ARGV[arg + 2])
+  local bucket, seen = KEYS[key], key + 1
+  arg = arg + 3
+  if redis.call('EXISTS', KEYS[seen]) == 1 then
+    outcomes[group] = {ACCEPTED_BEFORE}
+  else
+    local reason, retry_after = refusal(bucket, arg, calls, jobs)
+    if reason then
+      outcomes[group] = {REFUSED, reason, retry_after}
+    else
+      for job = 0, jobs - 1 do accept(stream, KEYS[seen + job], arg + 10 * job) end
+      depth = depth + jobs
+      outcomes[group] = {ACCEPTED}
+    end
+  end
+  arg, key = arg + 10 * jobs, seen + jobs
 end
 return outcomes

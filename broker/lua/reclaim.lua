@@ -17,6 +17,8 @@ if now >= last and now - last < EVERY_MS then return {'early', 0} end
 -- Nobody passed for a while: the server was away, frozen or its clock stepped. Live workers first get a lease to renew.
 if now < last or now - last > LEASE / 2 then hold_until = now + LEASE end
 if hold_until > now + LEASE then hold_until = now + LEASE end
+-- A write that is allowed at maxmemory, and then so is what follows it.
+redis.call('DEL', KEYS[5])
 redis.call('SET', KEYS[5], string.format('%.0f:%.0f', now, hold_until), 'PX', HOUR_MS)
 if now < hold_until then return {'holding', 0} end
 

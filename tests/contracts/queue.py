@@ -27,9 +27,10 @@ def draft(
     client: str = CALLER,
     deadline: float | None = None,
     queue_by: float | None = None,
+    tenant: str = "",
 ) -> Draft:
     body = encode_inputs(["a b c"] * rows, {})
-    return Draft(secrets.token_hex(16), "echo", rows, tokens, body, client, deadline, queue_by)
+    return Draft(secrets.token_hex(16), "echo", rows, tokens, body, client, deadline, queue_by, tenant)
 
 
 @dataclass(frozen=True)

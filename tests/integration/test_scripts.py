@@ -12,6 +12,7 @@ from contracts.claim import ClaimContract
 from contracts.enqueue import EnqueueContract
 from contracts.lease import BeatContract, ReclaimContract, ReleaseContract
 from contracts.queue import Queue
+from contracts.rate import RateContract
 from contracts.settle import SettleContract
 
 from millstream.broker.connection import Connection
@@ -46,6 +47,10 @@ def queue(connection: Connection, service: str) -> Queue:
 
 
 class TestEnqueue(EnqueueContract):
+    pass
+
+
+class TestRate(RateContract):
     pass
 
 

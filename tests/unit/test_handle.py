@@ -38,6 +38,7 @@ class FakeChannel:
         self.waiting: list[Draft] = []
         self.submissions: list[Submission] = []
         self.forgotten: list[str] = []
+        self.cancelled: list[str] = []
         self.most = 0
         self.closed = False
 
@@ -52,7 +53,7 @@ class FakeChannel:
         self.forgotten += job_ids
 
     def cancel(self, cancellation: Cancellation) -> None:
-        raise NotImplementedError
+        self.cancelled += cancellation.job_ids
 
     def take(self, at: int = 0) -> tuple[Draft, list[Json]]:
         """One of the jobs under way, and its rows."""
@@ -253,7 +254,7 @@ def test_at_the_end_of_its_time_a_call_asks_why_and_waits_no_more() -> None:
     with pytest.raises(NoWorkers):
         handle.result()
 
-    assert channel.forgotten == [channel.waiting[0].id]
+    assert channel.cancelled == [channel.waiting[0].id]
 
 
 def test_one_wait_may_be_shorter_than_the_call() -> None:

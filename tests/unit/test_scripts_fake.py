@@ -11,6 +11,7 @@ from contracts.claim import ClaimContract
 from contracts.enqueue import EnqueueContract
 from contracts.lease import BeatContract, ReclaimContract, ReleaseContract
 from contracts.queue import Queue
+from contracts.rate import RateContract
 from contracts.settle import SettleContract
 
 from millstream.broker.keys import ServiceKeys
@@ -25,6 +26,10 @@ def queue() -> Queue:
 
 
 class TestEnqueue(EnqueueContract):
+    pass
+
+
+class TestRate(RateContract):
     pass
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError
 from millstream.broker.job import Json
@@ -15,7 +16,8 @@ class EchoModel:
     """Answers each row with itself; a token is a word.
 
     Its `model_name` can make it misbehave. `sleep:0.05`: each forward takes 0.05 s. `crash:WORD` and `raise:WORD`: a
-    forward over a row that contains WORD ends the process, or raises.
+    forward over a row that contains WORD ends the process, or raises. `hang:`, `spin:` and `hold:`: such a forward
+    never ends; it sleeps, loops in Python, or waits in C without letting another thread run.
     """
 
     op = "echo"
@@ -23,8 +25,8 @@ class EchoModel:
     def __init__(self, model_name: str = "", max_length: int | None = None) -> None:
         kind, _, value = model_name.partition(":")
         self._sleep_s = float(value) if kind == "sleep" else 0.0
-        self._crash_at = value if kind == "crash" else ""
-        self._raise_at = value if kind == "raise" else ""
+        self._misbehaves = _MISBEHAVIOUR.get(kind) if value else None
+        self._trigger = value
         self._max_length = max_length
         self.fingerprint = f"echo:{model_name}"
 
@@ -43,11 +45,39 @@ class EchoModel:
         if self._sleep_s:
             time.sleep(self._sleep_s)
         texts: list[Json] = [str(row.features) for row in rows]
-        if self._crash_at and any(self._crash_at in str(text) for text in texts):
-            os._exit(1)
-        if self._raise_at and any(self._raise_at in str(text) for text in texts):
-            raise RuntimeError(f"a row contains {self._raise_at!r}")
+        if self._misbehaves and any(self._trigger in str(text) for text in texts):
+            self._misbehaves()
         return texts
 
     def samples(self, tokens: int) -> Sequence[Json]:
         return ["word " * (tokens - 1) + "word"]
+
+
+def _raise() -> None:
+    raise RuntimeError("a row contains the word to raise at")
+
+
+def _sleep() -> None:
+    while True:
+        time.sleep(3600)
+
+
+def _loop() -> None:
+    while True:
+        pass
+
+
+def _wait_with_the_lock() -> None:
+    # PyDLL, unlike CDLL, keeps the interpreter's lock through the call.
+    libc = ctypes.PyDLL(None)
+    while True:
+        libc.pause()
+
+
+_MISBEHAVIOUR: Mapping[str, Callable[[], object]] = {
+    "crash": lambda: os._exit(1),
+    "raise": _raise,
+    "hang": _sleep,
+    "spin": _loop,
+    "hold": _wait_with_the_lock,
+}

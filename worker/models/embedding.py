@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 import transformers
 from sentence_transformers import SentenceTransformer
+from transformers.utils.hub import cached_file
 
 from millstream.broker.config import ModelSpec
 from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError, ModelUnavailable
@@ -41,9 +44,13 @@ class EmbeddingModel:
         self._truncate = truncate
         self._prompt = self._model.prompts.get(self._model.default_prompt_name or "") or ""
         self._device = self._model.device
-        weights = weights_digest(source)[:16] if isinstance(source, Path) else f"{source}@{spec.revision or 'main'}"
+        self.fingerprint = self._fingerprint(source, spec.revision)
+
+    def _fingerprint(self, source: Path | str, revision: str | None) -> str:
+        folder = source if isinstance(source, Path) else _snapshot(source, revision)
+        weights = weights_digest(folder)[:16] if folder else str(source)
         dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
-        self.fingerprint = f"{weights} {dtype} {self._model.get_embedding_dimension()}"
+        return f"{weights}{f'@{revision}' if revision else ''} {dtype} {self._model.get_embedding_dimension()}"
 
     def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
         truncate = options.get("truncate", self._truncate)
@@ -84,6 +91,19 @@ class EmbeddingModel:
 
     def samples(self, tokens: int) -> Sequence[Json]:
         return ["a " * min(tokens, self._limit - self._tokenizer.num_special_tokens_to_add())]
+
+
+def _snapshot(name: str, revision: str | None) -> Path | None:
+    """The folder in the hub's cache that `name` was loaded from; None where there is none to be found."""
+    repository = name if "/" in name else f"sentence-transformers/{name}"
+    cache = os.environ.get("SENTENCE_TRANSFORMERS_HOME")
+    for candidate in dict.fromkeys((repository, name)):
+        for file in ("modules.json", "config.json"):
+            with suppress(OSError):
+                found = cached_file(candidate, file, revision=revision, cache_dir=cache, local_files_only=True)
+                if found:
+                    return Path(found).parent
+    return None
 
 
 def _load(source: Path | str, spec: ModelSpec, device: str | None) -> SentenceTransformer:

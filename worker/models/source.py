@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from millstream.broker.errors import ModelUnavailable
@@ -71,14 +70,14 @@ def _cached(model_name: str) -> bool:
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 over the safetensors files of `folder`, by relative name and content."""
-    digest = hashlib.sha256()
-    for file in _weights(folder):
-        digest.update(str(file.relative_to(folder)).encode() + b"\0")
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
+    """SHA-256 of the safetensors file in `folder`, as sha256sum prints it; of several, over their names and digests."""
+    digests = {file.relative_to(folder).as_posix(): _digest(file) for file in sorted(folder.rglob("*.safetensors"))}
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    listing = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+    return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def _weights(folder: Path) -> Iterator[Path]:
-    yield from sorted(folder.rglob("*.safetensors"))
+def _digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

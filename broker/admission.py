@@ -1,0 +1,38 @@
+"""What limits admission: a specification's limits as the service's fields, and a refusal as the error a caller gets."""
+
+from __future__ import annotations
+
+from millstream.broker.errors import InvalidRequest, MillstreamError, QueueFull, RateLimited, UnknownService
+from millstream.broker.spec import RateLimit, Runtime
+from millstream.broker.streams import Admission
+
+
+def limit_fields(runtime: Runtime) -> dict[str, str | int | float]:
+    """The fields of a service's hash that the enqueue script reads; "" where there is no limit."""
+    rate = runtime.rate_limit or RateLimit()
+    return {
+        "max_queue_size": runtime.max_queue_size,
+        "rate_requests": rate.requests or "",
+        "rate_rows": rate.rows or "",
+        "rate_tokens": rate.tokens or "",
+        "rate_burst_s": rate.burst_s,
+        "rate_per": rate.per or "",
+    }
+
+
+def refusal(service: str, admission: Admission) -> MillstreamError | None:
+    """The error of a group that was refused."""
+    match admission.refused:
+        case "":
+            return None
+        case "queue_full":
+            message = f"service {service!r} holds its max_queue_size of jobs"
+            return QueueFull(message, hint="wait, or add workers", retry_after=admission.retry_after)
+        case "rate_limited":
+            message = f"the rate limit of service {service!r} is used up"
+            return RateLimited(message, hint="wait", retry_after=admission.retry_after)
+        case "over_burst":
+            message = f"this call costs more than the rate limit of service {service!r} ever lets through at once"
+            return InvalidRequest(message, hint="split it, or raise rate_limit.burst")
+        case "unknown_service":
+            return UnknownService(f"service {service!r} is not registered", hint="run `millstream config push`")

@@ -1,0 +1,236 @@
+"""Clients for a caller's tests: no server, no model, no threads.
+
+    client = FakeClient()
+    vectors = client.embed(["a stream", "a mill"])
+    client.fail(QueueFull("full", retry_after=1.0))
+
+What they check, split, order and raise is the real clients' own code; only the queue behind it is pretended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from millstream.broker.codec import decode_inputs, encode_reply
+from millstream.broker.config import ServiceSpec
+from millstream.broker.connection import Connection
+from millstream.broker.errors import BrokerUnavailable, MillstreamError, UnknownService
+from millstream.broker.job import Draft, Json, Reply, Vectors
+from millstream.broker.registry import Registry
+from millstream.broker.spec import ModelSpec, Runtime
+from millstream.broker.streams import Admission, CancelOutcome, Found, Group, Streams
+from millstream.client.aio import AsyncClient
+from millstream.client.calls import Ask, Calls
+from millstream.client.channel import Cancellation, Channel, Submission
+from millstream.client.client import Client
+from millstream.client.detached import Detached
+from millstream.client.handle import Handle
+from millstream.client.rows import RowOutcome
+from millstream.client.services import Services
+
+Answers = Callable[[str], RowOutcome]
+"""The outcome of one text: a vector [dim], a JSON value, or an error, returned or raised."""
+
+SERVICE = "embed"
+"""The service of a call that names none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call that was made; of a map, one for each piece of its input."""
+
+    service: str
+    inputs: list[Json]
+    ask: Ask
+    detached: bool = False
+    idempotency_key: str | None = None
+
+
+def fake_vector(text: str, dim: int) -> Vectors:
+    """A unit vector, float32 [dim], that depends on nothing but the text: the same on every machine."""
+    digest = hashlib.shake_256(text.encode()).digest(4 * dim)
+    vector = np.frombuffer(digest, dtype="<u4").astype(np.float64) / 2**31 - 1.0
+    return cast(Vectors, (vector / np.linalg.norm(vector)).astype(np.float32))
+
+
+class FakeClient(Client):
+    """A Client that answers at once, any service, and keeps what it was asked in `calls`.
+
+    Each text gets a unit vector made from its hash, or what `answers` gives for it; texts in `errors` get their error.
+    """
+
+    def __init__(
+        self, dim: int = 384, answers: Answers | None = None, errors: Mapping[str, MillstreamError] | None = None
+    ) -> None:
+        self._fake = _FakeCalls(dim, answers, errors)
+        self._calls = self._fake
+
+    @property
+    def calls(self) -> list[Call]:
+        """Every call that passed the checks of its arguments, in order."""
+        return self._fake.made
+
+    def fail(self, error: MillstreamError, *, times: int = 1) -> None:
+        """The next `times` calls end with `error`: `embed` raises it, of a submitted call the handle's `result`."""
+        self._fake.faults.extend([error] * times)
+
+
+class AsyncFakeClient(AsyncClient):
+    """FakeClient for asyncio."""
+
+    def __init__(
+        self, dim: int = 384, answers: Answers | None = None, errors: Mapping[str, MillstreamError] | None = None
+    ) -> None:
+        self._fake = _FakeCalls(dim, answers, errors)
+        self._calls = self._fake
+
+    @property
+    def calls(self) -> list[Call]:
+        """As FakeClient.calls."""
+        return self._fake.made
+
+    def fail(self, error: MillstreamError, *, times: int = 1) -> None:
+        """As FakeClient.fail."""
+        self._fake.faults.extend([error] * times)
+
+
+class _FakeCalls(Calls):
+    def __init__(self, dim: int, answers: Answers | None, errors: Mapping[str, MillstreamError] | None) -> None:
+        self.made: list[Call] = []
+        self.faults: deque[MillstreamError] = deque()
+        model = _FakeModel(dim, answers, errors or {})
+        # It is named by error messages, and never connects.
+        self.connection = Connection("redis://fake")
+        self.registry = Registry(self.connection)
+        self.channel = cast(Channel, _FakeChannel(model, self.faults))
+        self.services = cast(Services, _FakeServices())
+        self._left = cast(Streams, _FakeStreams(model))
+
+    def begin(self, spec: ServiceSpec, live_workers: int, inputs: Sequence[Json], ask: Ask) -> Handle:
+        handle = super().begin(spec, live_workers, inputs, ask)
+        self.made.append(Call(spec.name, list(inputs), ask))
+        return handle
+
+    def leave(self, service: str, inputs: Sequence[Json], ask: Ask, idempotency_key: str | None) -> Detached:
+        detached = super().leave(service, inputs, ask, idempotency_key)
+        self.made.append(Call(service, list(inputs), ask, True, idempotency_key))
+        if self.faults:
+            raise self.faults.popleft()
+        return detached
+
+    def streams(self, service: str) -> Streams:
+        return self._left
+
+
+class _FakeModel:
+    def __init__(self, dim: int, answers: Answers | None, errors: Mapping[str, MillstreamError]) -> None:
+        self._answers = answers or (lambda text: fake_vector(text, dim))
+        self._errors = errors
+
+    def reply(self, draft: Draft) -> bytes:
+        """The answer to one job, as a worker would send it."""
+        inputs, _ = decode_inputs(draft.body, draft.rows)
+        outcomes = [self._outcome(str(text)) for text in inputs]
+        errors = {row: each for row, each in enumerate(outcomes) if isinstance(each, MillstreamError)}
+        good = [each for each in outcomes if not isinstance(each, MillstreamError)]
+        tokens = sum(len(str(text).split()) + 2 for row, text in enumerate(inputs) if row not in errors)
+        if good and all(isinstance(each, np.ndarray) for each in good):
+            return encode_reply(Reply(vectors=np.stack(cast(list[Vectors], good)), errors=errors, tokens=tokens))
+        return encode_reply(Reply(values=cast(list[Json], good), errors=errors, tokens=tokens))
+
+    def _outcome(self, text: str) -> RowOutcome:
+        try:
+            return self._errors[text] if text in self._errors else self._answers(text)
+        except MillstreamError as error:
+            return error
+
+
+class _FakeChannel:
+    client_id = "fake"
+    stray_replies = 0
+
+    def __init__(self, model: _FakeModel, faults: deque[MillstreamError]) -> None:
+        self._model = model
+        self._faults = faults
+        self._closed = False
+        self._turn = threading.local()
+
+    def submit(self, submissions: Sequence[Submission]) -> None:
+        if self._closed:
+            raise BrokerUnavailable("this client is closed", hint="make a new one")
+        if queue := getattr(self._turn, "queue", None):
+            # An answer makes its call send the next jobs: a long one would nest too deep.
+            queue.extend(submissions)
+            return
+        self._turn.queue = deque(submissions)
+        try:
+            self._answer(self._turn.queue, self._faults.popleft() if self._faults else None)
+        finally:
+            self._turn.queue = None
+
+    def _answer(self, queue: deque[Submission], fault: MillstreamError | None) -> None:
+        while queue:
+            submission = queue[0]
+            if fault:
+                submission.sink.refused(submission.job_ids, fault)
+            for draft in submission.group.drafts if not fault else ():
+                submission.sink.answered(draft.id, self._model.reply(draft))
+            queue.popleft()
+
+    def cancel(self, cancellation: Cancellation) -> None:
+        cancellation.told(["gone"] * len(cancellation.job_ids))
+
+    def forget(self, service: str, job_ids: Sequence[str]) -> None: ...
+
+    def close(self) -> None:
+        self._closed = True
+
+
+class _FakeServices:
+    """Every name is a service, with a live worker."""
+
+    def known(self, service: str) -> tuple[ServiceSpec, int]:
+        model = ModelSpec(type="embedding", model_name="fake")
+        try:
+            return ServiceSpec(name=service, model=model, model_ref="fake", runtime=Runtime()), 1
+        except ValueError:
+            raise UnknownService(f"no service {service!r}", hint="it is no name of a service") from None
+
+    read = known
+
+    def only(self, model_type: str) -> str:
+        return SERVICE
+
+    remembered = only
+
+    def live_workers(self, service: str) -> int:
+        return 1
+
+
+class _FakeStreams:
+    """Where detached jobs are answered, each once."""
+
+    def __init__(self, model: _FakeModel) -> None:
+        self._model = model
+        self._lock = threading.Lock()
+        self._replies: dict[str, bytes] = {}
+
+    def enqueue(self, groups: Sequence[Group]) -> list[Admission]:
+        with self._lock:
+            for draft in (draft for group in groups for draft in group.drafts):
+                if draft.id not in self._replies:
+                    self._replies[draft.id] = self._model.reply(draft)
+        return [Admission() for _ in groups]
+
+    def look_up(self, job_ids: Sequence[str]) -> list[Found]:
+        return [Found(self._replies.get(job_id), job_id in self._replies) for job_id in job_ids]
+
+    def cancel(self, job_ids: Sequence[str], client: str) -> list[CancelOutcome]:
+        return ["gone"] * len(job_ids)

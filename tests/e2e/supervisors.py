@@ -1,0 +1,86 @@
+"""A supervisor in the test's own process, for what it says and counts; its workers are processes as always."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+from e2e.sites import Site
+from support import eventually
+
+from millstream.broker.errors import ModelUnavailable
+from millstream.broker.keys import DEFAULT_PREFIX
+from millstream.worker.orders import URL_VARIABLE, Orders
+from millstream.worker.progress import Progress
+from millstream.worker.supervisor import Plan, Supervisor
+
+START_S = 90.0
+
+
+class Supervision(threading.Thread):
+    """A supervisor that runs in a thread; `refused` is what it raised."""
+
+    def __init__(self, url: str, plans: Sequence[Plan], drain_s: float) -> None:
+        super().__init__(name="supervision")
+        self.supervisor = Supervisor(url, DEFAULT_PREFIX, plans, drain_s=drain_s)
+        self.refused: ModelUnavailable | None = None
+
+    def run(self) -> None:
+        try:
+            self.supervisor.run()
+        except ModelUnavailable as error:
+            self.refused = error
+
+    @property
+    def pids(self) -> list[int]:
+        return self.supervisor.pids
+
+    def ready(self, workers: int) -> None:
+        eventually(lambda: self.supervisor.ready == workers, within_s=START_S)
+
+    def end(self) -> None:
+        """Drain, and wait for it."""
+        self.supervisor.stop()
+        self.join()
+
+
+@contextmanager
+def supervising(url: str, *plans: Plan, drain_s: float = 20.0) -> Iterator[Supervision]:
+    supervision = Supervision(url, plans, drain_s)
+    supervision.start()
+    try:
+        yield supervision
+    finally:
+        supervision.end()
+
+
+def said(caplog: pytest.LogCaptureFixture, text: str, level: int = logging.WARNING) -> Callable[[], list[str]]:
+    """Asks for the supervisor's messages of `level` that hold `text`."""
+
+    def messages() -> list[str]:
+        found = [record for record in caplog.records if record.name == "millstream.worker.supervisor"]
+        return [record.message for record in found if record.levelno == level and text in record.message]
+
+    return messages
+
+
+def lone_worker(site: Site) -> tuple[int, str]:
+    """Run a worker of the site's service that is expected to end by itself: its exit status and its last words."""
+    progress = Progress.create()
+    orders = Orders(site.spec.name, DEFAULT_PREFIX, "lone", None, 1, progress.fd)
+    command = [sys.executable, "-P", "-m", "millstream.worker.process", orders.to_json()]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, pass_fds=[progress.fd], env={URL_VARIABLE: site.url}
+    ) as process:
+        try:
+            status = process.wait(START_S)
+        finally:
+            process.kill()
+    reason = progress.reason
+    progress.close()
+    return status, reason

@@ -1,0 +1,287 @@
+"""A server and workers of a program's own: they come with one call, and go however the program ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+import pytest
+from e2e.cli_support import command_line, environment
+from support import eventually
+
+from millstream.broker.connection import Connection
+from millstream.broker.embedded import EmbeddedServer
+from millstream.broker.errors import BrokerUnavailable, ConfigError, ModelUnavailable, NoWorkers
+from millstream.broker.inspector import Inspector, ServiceView
+from millstream.broker.keys import ServiceKeys
+from millstream.client import AsyncClient, Client
+
+GONE_S = 5.0
+"""The longest that anything may outlive its program."""
+
+STARTED_S = 60.0
+ECHO = "models: {m: {type: echo}}\nservices: {mill: {model: m, runtime: {worker_count: 2}}}\n"
+SLOW = ECHO.replace("type: echo", "type: echo, model_name: 'sleep:60'")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: its config.yaml has one service, `mill`. No server is known here but its own."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("MILLSTREAM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    (tmp_path / "config.yaml").write_text(ECHO)
+    return tmp_path
+
+
+class Program:
+    """A user's own program, with all the processes that it ever started, whoever is their parent now."""
+
+    def __init__(self, home: Path, text: str) -> None:
+        # No folder with the `millstream` command is on its PATH.
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", text],
+            cwd=home,
+            env={**environment(home), "PATH": os.defpath},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._started: dict[int, bytes] = {}
+
+    def says(self, line: str) -> None:
+        """Wait for its next line, and note what runs then."""
+        assert self.process.stdout
+        said = self.process.stdout.readline()
+        assert said == f"{line}\n", f"{said!r} {self.process.stderr and self.process.stderr.read()}"
+        self._started = {pid: command_line(pid) for pid in descendants(self.process.pid)}
+
+    @property
+    def workers(self) -> list[int]:
+        return [pid for pid, line in self._started.items() if b"millstream.worker.process" in line]
+
+    @property
+    def servers(self) -> list[int]:
+        return [pid for pid, line in self._started.items() if b"--unixsocket" in line]
+
+    def left(self) -> list[bytes]:
+        return [line for pid, line in self._started.items() if line and command_line(pid) == line]
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.kill()
+        self.process.communicate()
+        for pid, line in self._started.items():
+            if line and command_line(pid) == line:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def descendants(pid: int) -> Iterator[int]:
+    with suppress(OSError):
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            yield int(child)
+            yield from descendants(int(child))
+
+
+def kept(home: Path) -> ServiceView:
+    """What is on the disk of the default data dir."""
+    with EmbeddedServer.start(home / "millstream") as server:
+        connection = Connection(server.url, name="tests")
+        try:
+            return Inspector(connection).services(["mill"])[0]
+        finally:
+            connection.close()
+
+
+BUSY = """
+import time
+from millstream.client import Client
+client = Client.local("config.yaml")
+handles = [client.submit("mill", ["long"]) for _ in range(6)]
+while client._calls.services.live_workers("mill") < 2:
+    pass
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_program_killed_with_9_leaves_no_process_and_keeps_its_jobs(home: Path) -> None:
+    (home / "config.yaml").write_text(SLOW)
+
+    with Program(home, BUSY) as program:
+        program.says("up")
+        assert (len(program.servers), len(program.workers)) == (1, 2)
+        inspected = Connection(f"unix://{socket_of(program)}", name="tests")
+        eventually(lambda: Inspector(inspected).services(["mill"])[0].in_flight > 0)
+        inspected.close()
+        program.process.kill()
+        eventually(lambda: not program.left(), within_s=GONE_S)
+
+    view = kept(home)
+    assert (view.depth, view.in_flight) == (6, 0)
+
+
+def socket_of(program: Program) -> str:
+    (server,) = program.servers
+    words = command_line(server).decode().split("\0")
+    return words[words.index("--unixsocket") + 1]
+
+
+FORKED = """
+import os, time
+from millstream.client import Client
+client = Client.local()
+if not os.fork():
+    client.close()
+    print("forked", flush=True)
+    time.sleep(600)
+print(client.submit("mill", ["alive"]).result(timeout=30), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_forked_child_ends_nothing_and_keeps_nothing_alive(home: Path) -> None:
+    with Program(home, FORKED) as program:
+        program.says("forked")
+        program.says("['alive']")
+        program.process.kill()
+        (child,) = [line for line in program.left() if b"-c" in line]
+
+        eventually(lambda: program.left() == [child], within_s=GONE_S)
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"),
+    [("", 0), ("raise SystemExit(7)", 7), ("import no_such_module", 1)],
+    ids=["end", "exit", "error"],
+)
+def test_a_program_that_ends_without_closing_leaves_no_process(home: Path, ending: str, status: int) -> None:
+    text = f"from millstream.client import Client\nclient = Client.local()\nprint('up', flush=True)\ninput()\n{ending}"
+
+    with Program(home, text.replace("input()", "import time; time.sleep(0.5)")) as program:
+        program.says("up")
+        assert (len(program.servers), len(program.workers)) == (1, 2)
+        assert program.process.wait(GONE_S) == status
+
+        assert program.left() == []
+
+
+def test_an_error_while_a_module_is_imported_leaves_no_process(home: Path) -> None:
+    module = "from millstream.client import Client\nclient = Client.local()\nprint('up', flush=True)\nclient.nonsense\n"
+    (home / "app.py").write_text(module)
+
+    with Program(home, "import time, app") as program:
+        program.says("up")
+        assert program.process.wait(GONE_S) == 1
+
+        assert program.left() == []
+
+
+def test_a_closed_client_has_ended_what_it_started(home: Path) -> None:
+    with Client.local(data_dir=home / "data") as client:
+        answer = client.submit("mill", ["a", "b"]).result(timeout=30)
+        started = list(descendants(os.getpid()))
+
+    assert answer == ["a", "b"]
+    assert len(started) == 4
+    assert [pid for pid in started if command_line(pid)] == []
+
+
+def test_the_async_client_has_one_too(home: Path) -> None:
+    async def program() -> object:
+        async with await AsyncClient.local(data_dir=home / "data") as client:
+            return await client.submit("mill", ["a"])
+
+    async def submitted() -> object:
+        return await program()
+
+    assert asyncio.run(submitted()) is not None
+    assert list(descendants(os.getpid())) == []
+
+
+def test_what_up_would_refuse_is_raised_within_seconds(home: Path) -> None:
+    (home / "config.yaml").write_text(ECHO.replace("type: echo", "type: embedding, model_name: ./no-such-folder"))
+    began = time.monotonic()
+
+    with pytest.raises(ModelUnavailable, match="no-such-folder"):
+        Client.local()
+
+    assert time.monotonic() - began < GONE_S
+    assert not (home / "millstream").exists()
+
+
+def test_a_mistake_in_the_file_is_a_config_error_with_its_line(home: Path) -> None:
+    (home / "config.yaml").write_text(ECHO.replace("worker_count", "worker_cout"))
+
+    with pytest.raises(ConfigError, match=r"config.yaml:2: .*did you mean worker_count"):
+        Client.local()
+
+
+def test_other_settings_on_the_server_are_a_config_error_unless_replaced(home: Path) -> None:
+    Client.local().close()
+    (home / "config.yaml").write_text(ECHO.replace("worker_count", "batch_size: 7, worker_count"))
+
+    with pytest.raises(ConfigError, match=r"runtime\.batch_size is 32, here 7"):
+        Client.local()
+    with Client.local(replace=True) as client:
+        assert client.submit("mill", ["a"]).result(timeout=30) == ["a"]
+
+
+def test_a_service_whose_workers_cannot_start_is_an_error_even_beside_one_that_runs(home: Path) -> None:
+    (home / "config.yaml").write_text(ECHO.replace("services: {", "services: {wheel: {model: m}, "))
+    Client.local().close()
+    spoil(home, "wheel")
+
+    with pytest.raises(ModelUnavailable, match="wheel.* runs weights spoilt"):
+        Client.local(timeout=STARTED_S)
+
+
+def spoil(home: Path, service: str) -> None:
+    """Its workers would run other weights than some that are said to run already."""
+    with EmbeddedServer.start(home / "millstream") as server:
+        connection = Connection(server.url, name="tests")
+        connection.client.hset(ServiceKeys(service).spec(), "fingerprint", "spoilt")
+        connection.close()
+
+
+def test_workers_that_take_too_long_are_ended(home: Path) -> None:
+    with pytest.raises(NoWorkers, match="not ready in time"):
+        Client.local(timeout=0.01)
+
+    assert list(descendants(os.getpid())) == []
+
+
+def test_a_server_that_is_away_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILLSTREAM_REDIS_URL", "redis://127.0.0.1:1")
+
+    with pytest.raises(BrokerUnavailable, match=r"redis://127\.0\.0\.1:1"):
+        Client.local()
+
+
+def test_a_second_client_shares_the_server_and_both_may_close_first(home: Path) -> None:
+    first, second, third = Client.local(), Client.local(), Client.local()
+
+    assert list(second.submit("mill", ["a"]).result(timeout=30)) == ["a"]
+    second.close()
+    assert list(first.submit("mill", ["b"]).result(timeout=30)) == ["b"]
+    first.close()
+    # The server was the first one's: the third one's own `up` starts it again, with its data.
+    assert list(third.submit("mill", ["c"]).result(timeout=30)) == ["c"]
+    third.close()
+
+    assert list(descendants(os.getpid())) == []
