@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from millstream.broker.errors import InvalidRequest, MillstreamError, QueueFull, RateLimited, UnknownService
+from millstream.broker.errors import (
+    InvalidRequest,
+    MillstreamError,
+    QueueFull,
+    RateLimited,
+    ServicePaused,
+    UnknownService,
+)
 from millstream.broker.spec import RateLimit, Runtime
 from millstream.broker.streams import Admission
 
@@ -12,6 +19,7 @@ def limit_fields(runtime: Runtime) -> dict[str, str | int | float]:
     rate = runtime.rate_limit or RateLimit()
     return {
         "max_queue_size": runtime.max_queue_size,
+        **{f"max_queue_{name}": limits.max_queue_size or "" for name, limits in runtime.priorities.items()},
         "rate_requests": rate.requests or "",
         "rate_rows": rate.rows or "",
         "rate_tokens": rate.tokens or "",
@@ -20,11 +28,19 @@ def limit_fields(runtime: Runtime) -> dict[str, str | int | float]:
     }
 
 
+def resume_hint(service: str) -> str:
+    """What to do about a paused service."""
+    return f"it goes on after `millstream queue resume {service}`"
+
+
 def refusal(service: str, admission: Admission) -> MillstreamError | None:
     """The error of a group that was refused."""
     match admission.refused:
         case "":
             return None
+        case "paused":
+            message = f"service {service!r} is paused and takes no new jobs"
+            return ServicePaused(message, hint=resume_hint(service), retry_after=admission.retry_after)
         case "queue_full":
             message = f"service {service!r} holds its max_queue_size of jobs"
             return QueueFull(message, hint="wait, or add workers", retry_after=admission.retry_after)

@@ -119,6 +119,14 @@ class RateLimited(MillstreamError):
     exit_code = 8
 
 
+class ServicePaused(MillstreamError):
+    """The service is paused and takes no new jobs meanwhile; nothing was accepted."""
+
+    code = "service_paused"
+    retryable = True
+    exit_code = 8
+
+
 class ModelFailed(MillstreamError):
     """The model raised, or answered something unusable, on this input alone."""
 

@@ -87,12 +87,14 @@ class Claim:
     """An entry this worker holds. `job` is None where the entry is malformed; `malformed` then says how.
 
     `attempts` counts starts that did not end: 0.5 for each host lost while it held the job (nobody can say what ran).
+    `by_share`: it was taken before more urgent ones, and runs before them.
     """
 
     address: Address
     job: Job | None
     attempts: float = 0.0
     malformed: str = ""
+    by_share: bool = False
 
 
 @dataclass(frozen=True, slots=True)

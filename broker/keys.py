@@ -77,6 +77,10 @@ class ServiceKeys:
         """ZSET: claimed entries their callers no longer want -> when, server ms; ttl an hour after the last."""
         return self._key("cancelled")
 
+    def paused(self) -> str:
+        """STRING: the service is paused; "refusing" where it takes no new jobs either; ttl only where one was given."""
+        return self._key("paused")
+
     def reclaim(self) -> str:
         """STRING: when reclaim last passed, and until when it holds off; ttl an hour."""
         return self._key("reclaim")

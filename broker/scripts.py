@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import redis
 
-Name = Literal["enqueue", "claim", "settle", "beat", "cancel", "release", "reclaim"]
+Name = Literal["enqueue", "claim", "settle", "beat", "cancel", "release", "reclaim", "purge"]
 Argument = str | bytes | int
 
 

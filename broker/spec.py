@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -64,6 +64,7 @@ TYPE_DEFAULTS: Mapping[str, Mapping[str, object]] = {
 
 LEAST_STALL_S = 30.0
 RESULT_TTL_S = 3_600.0
+WEIGHTS: Mapping[PriorityName, float] = {"realtime": 7.0, "normal": 2.0, "batch": 1.0}
 
 SERVICE_NAME = "[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 _PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
@@ -174,7 +175,10 @@ class RateLimit(Settings):
 
 
 class PriorityLimits(Settings):
-    """What differs for one priority of a service; None takes the service's value."""
+    """What differs for one priority of a service; None takes the service's value.
+
+    `share` is its weight beside the other priorities' when they all wait. `max_queue_size` counts its own jobs.
+    """
 
     share: Rate | None = None
     queue_timeout: Limit = None
@@ -203,6 +207,23 @@ class Runtime(Settings):
     cache_ttl: Limit = None
     truncate: Literal["none", "start", "end"] = "none"
     priorities: Section[dict[PriorityName, Section[PriorityLimits]]] = {}
+
+    def limits(self, priority: PriorityName) -> PriorityLimits:
+        """The limits of one priority: its own where given, else the service's. Batch jobs are in no hurry to start."""
+        own = self.priorities.get(priority, PriorityLimits())
+        inherited = {
+            "queue_timeout": None if priority == "batch" else self.queue_timeout,
+            "total_timeout": self.total_timeout,
+            "batch_timeout": self.batch_timeout,
+        }
+        return PriorityLimits.model_validate(inherited | own.model_dump(exclude_none=True))
+
+    @property
+    def shares(self) -> dict[PriorityName, float]:
+        """The part of 1 that each priority is sure of while more urgent ones saturate the workers."""
+        names: tuple[PriorityName, ...] = get_args(PriorityName)
+        weights = {name: self.priorities.get(name, PriorityLimits()).share or WEIGHTS[name] for name in names}
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
     @property
     def stall_s(self) -> float:

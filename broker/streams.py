@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
 import redis
@@ -35,7 +35,7 @@ class Group:
     calls: int = 1
 
 
-Refusal = Literal["unknown_service", "queue_full", "rate_limited", "over_burst"]
+Refusal = Literal["unknown_service", "paused", "queue_full", "rate_limited", "over_burst"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +48,31 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """How much one claim may take. `empty_handed`: the worker holds nothing, so one job may exceed rows and tokens."""
+    """How much one claim may take. `empty_handed`: the worker holds nothing, so one job may exceed rows and tokens.
+
+    `saved` are the rows that normal and batch jobs may take before more urgent ones.
+    """
 
     jobs: int
     rows: int
     tokens: int
     live_workers: int = 1
     empty_handed: bool = False
+    realtime_only: bool = False
+    saved: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """One claim's yield. `now` is the server's clock, ms; `waiting` jobs are left; `suspects` wait to run alone."""
+    """One claim's yield. `now`: server clock, ms. `waiting` jobs are left, by stream; `suspects` wait to run alone.
+
+    `paused`: nothing is given to anybody for the time being.
+    """
 
     now: int
-    waiting: int = 0
+    waiting: tuple[int, ...] = (0, 0, 0)
     suspects: int = 0
+    paused: bool = False
     claims: list[Claim] = field(default_factory=list)
 
 
@@ -122,7 +131,7 @@ class Streams:
 
         At most MAX_JOBS_PER_CALL jobs and about MAX_BYTES_PER_CALL in one call.
         """
-        keys = [self._keys.spec(), *self._streams, self._keys.bucket()]
+        keys = [self._keys.spec(), *self._streams, self._keys.bucket(), self._keys.paused()]
         args: list[scripts.Argument] = [len(groups)]
         now = time.monotonic()
         for group in groups:
@@ -136,13 +145,14 @@ class Streams:
     def claim(self, consumer: str, limit: Limit) -> Claimed:
         """Take what waits, within `limit`, at once. A malformed entry comes as a claim that says so."""
         args: list[scripts.Argument] = [GROUP, consumer, RETURNED, limit.jobs, limit.rows, limit.tokens]
-        args += (max(1, limit.live_workers), int(limit.empty_handed))
-        now, waiting, suspects, *taken = scripts.run(self._client, "claim", self._streams, args)
+        args += (max(1, limit.live_workers), int(limit.empty_handed), 1 if limit.realtime_only else 3, *limit.saved)
+        keys = [*self._streams, self._keys.paused()]
+        now, waiting, suspects, paused, *taken = scripts.run(self._client, "claim", keys, args)
         claims = [
-            _claim(PRIORITIES[stream - 1], entry, fields, (deliveries - 1) / 2)
-            for stream, entry, deliveries, fields in taken
+            replace(_claim(PRIORITIES[stream - 1], entry, fields, (deliveries - 1) / 2), by_share=bool(by_share))
+            for stream, entry, deliveries, fields, by_share in taken
         ]
-        return Claimed(now, waiting, suspects, claims)
+        return Claimed(now, tuple(waiting), suspects, bool(paused), claims)
 
     def wait(self, consumer: str, wait_s: float) -> list[Claim]:
         """Sleep until a new job comes and take it; empty after `wait_s`. One sleeping worker wakes for each job."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -172,8 +172,8 @@ class AsyncClient:
         tenant: str = "",
         results: Results = "values",
         **options: Json,
-    ) -> AsyncIterator[Any]:
-        """As Client.map, for async iterables too."""
+    ) -> AsyncGenerator[Any, None]:
+        """As Client.map, for async iterables too. To cancel the rest at once, `aclose` it (as contextlib.aclosing)."""
         check_map(window, results)
         ask = Ask(priority, None, True, tenant, options)
         count, size = chunking(window)

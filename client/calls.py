@@ -90,16 +90,15 @@ class Calls:
     def begin(self, spec: ServiceSpec, live_workers: int, inputs: Sequence[Json], ask: Ask) -> Handle:
         """The same for a checked `ask` and a service that was read: waits for nothing."""
         parts, refused = cut(spec, inputs)
-        runtime = spec.runtime
+        limits = spec.runtime.limits(ask.priority)
         terms = Terms(
             service=spec.name,
             op=op_of(spec),
             priority=Priority(ask.priority),
             options=ask.options,
             timeout=ask.timeout,
-            total_timeout=runtime.total_timeout,
-            # Batch jobs are in no hurry to start.
-            queue_timeout=None if ask.priority == "batch" else runtime.queue_timeout,
+            total_timeout=limits.total_timeout,
+            queue_timeout=limits.queue_timeout,
             wait=ask.wait,
             window=_window(spec, live_workers),
             tenant=ask.tenant,

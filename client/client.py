@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self, cast
+from typing import Any, Self, cast
 
 from millstream.broker.job import Json
 from millstream.client.calls import Ask, Calls, PriorityName, Truncate, vectors_of
@@ -14,7 +14,6 @@ from millstream.client.handle import Handle
 from millstream.client.local import START_S, Local
 from millstream.client.mapping import Results, map_rows
 from millstream.client.result import Embeddings
-from millstream.client.rows import RowOutcome
 
 
 class Client:
@@ -112,11 +111,12 @@ class Client:
         tenant: str = "",
         results: Results = "values",
         **options: Json,
-    ) -> Iterator[RowOutcome] | Iterator[tuple[int, RowOutcome]]:
+    ) -> Generator[Any, None, None]:
         """The result of each input, for an iterable of any length, with at most about `window` rows under way.
 
         In the inputs' order, or with `ordered=False` as (index, result) pairs as they come. A row that fails raises its
-        error; with `results="outcomes"` the error is yielded in its place. Ending the iteration cancels the rest.
+        error; with `results="outcomes"` the error is yielded in its place. Ending the iteration, by an error or by the
+        generator's `close`, cancels the rest.
         """
         ask = Ask(priority, None, True, tenant, options)
         return map_rows(lambda rows: self._calls.start(service, rows, ask), inputs, window, ordered, results)

@@ -24,7 +24,7 @@ CHUNKS = 4
 
 def map_rows(
     start: Start, inputs: Iterable[Json], window: int, ordered: bool, results: Results
-) -> Iterator[RowOutcome] | Iterator[tuple[int, RowOutcome]]:
+) -> Generator[Any, None, None]:
     """Client.map, over `start`, which sends a list of rows."""
     check_map(window, results)
     count, chunk = chunking(window)
@@ -46,7 +46,9 @@ def chunking(window: int) -> tuple[int, int]:
     return count, window // count
 
 
-def _yielded(pairs: Generator[tuple[int, RowOutcome], None, None], ordered: bool, results: Results) -> Iterator[Any]:
+def _yielded(
+    pairs: Generator[tuple[int, RowOutcome], None, None], ordered: bool, results: Results
+) -> Generator[Any, None, None]:
     # Closed here: the traceback of a raised error would keep it, and the calls under way, alive.
     with closing(pairs):
         for row, outcome in pairs:

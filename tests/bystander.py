@@ -38,6 +38,17 @@ class Bystander:
         assert len(claims) == count
         return claims
 
+    def claim_one(self) -> Claim:
+        """The oldest job that waits, alone."""
+        claims: list[Claim] = []
+
+        def claimed() -> bool:
+            claims.extend(self.queue.claim("bystander", jobs=1).claims)
+            return bool(claims)
+
+        eventually(claimed)
+        return claims[0]
+
     def answer(self, *claims: Claim) -> None:
         """Echo."""
         settlements = []

@@ -36,3 +36,11 @@ def working(url: str, *specs: ServiceSpec) -> Iterator[Supervisor]:
     finally:
         supervisor.stop()
         thread.join(LONG_S)
+
+
+def remove(url: str, service: str) -> None:
+    """Leave nothing of `service` on the server."""
+    connection = Connection(url, name="tests")
+    connection.client.unlink(*connection.client.scan_iter(f"ms:{{{service}}}:*", count=1000))
+    connection.client.srem("ms:services", service)
+    connection.close()

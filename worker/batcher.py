@@ -59,6 +59,10 @@ class Pool(Generic[T]):
         self.tokens -= sum(row.tokens for row in dropped)
         return dropped
 
+    def urgent(self, urgency: int) -> int:
+        """How many rows wait whose urgency starts with this number."""
+        return sum(1 for row in self._rows if row.urgency[0] == urgency)
+
     def take(self, budget: Budget) -> list[Row[T]]:
         """The next micro-batch: the most urgent row and those neighbours in length that are worth padding together.
 

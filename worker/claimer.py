@@ -6,23 +6,30 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from millstream.broker.connection import is_transient
-from millstream.broker.job import Claim
+from millstream.broker.job import Claim, Priority
 from millstream.broker.lease import Lease, entry_name
 from millstream.broker.streams import Claimed, Limit, Streams
 from millstream.worker.intake import Intake
 from millstream.worker.patience import Patience
 from millstream.worker.settler import Finished
 from millstream.worker.shared import Shared
+from millstream.worker.shares import Shares
 
 log = logging.getLogger(__name__)
 
 SLEEP_S = 1.0
 """How long one wait in Redis lasts: also how late jobs that were given back are seen by an idle worker."""
 
+LOOK_S = 0.02
+"""How often a busy worker looks for jobs that came after its last claim."""
+
 LEAST_WAIT_S = 0.002
+
+PAUSED_S = 0.25
+"""How often the worker of a paused service looks whether it goes on."""
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 
@@ -36,15 +43,27 @@ class Queue:
     lease: Lease
 
 
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """When to wait for company, how long at most by priority (seconds), and who comes before whom."""
+
+    patience: Patience
+    batch_timeouts: dict[Priority, float]
+    shares: Shares
+
+
 class Claimer(threading.Thread):
-    """Claims until the process drains, then closes the window. `live_workers` is what the last beat heard."""
+    """Claims until the process drains, then closes the window. `live_workers` is what the last beat heard.
+
+    `paused`: the last claim was given nothing because the service is paused.
+    """
 
     def __init__(
         self,
         shared: Shared,
         queue: Queue,
         intake: Intake,
-        patience: Patience,
+        policy: Policy,
         finish: Callable[[Finished], None],
     ) -> None:
         super().__init__(name="claimer", daemon=True)
@@ -54,13 +73,16 @@ class Claimer(threading.Thread):
         self._life = shared.life
         self._queue = queue
         self._intake = intake
-        self._patience = patience
+        self._patience = policy.patience
+        self._batch_timeouts = policy.batch_timeouts
+        self._shares = policy.shares
         self._finish = finish
         self._in_hand_s = 0.0
         self._suspects = False
         self._pause_s = 0.0
         self._gathered: list[str] = []
         self.live_workers = 1
+        self.paused = False
 
     def run(self) -> None:
         with self._life.guard():
@@ -72,6 +94,8 @@ class Claimer(threading.Thread):
         try:
             self._recover()
             self._fill()
+            if self.paused:
+                self._life.pause(PAUSED_S)
         except Exception as error:
             self._window.forget(self._gathered)
             self._gathered.clear()
@@ -101,26 +125,36 @@ class Claimer(threading.Thread):
         limit = self._window.room(self.live_workers)
         if limit is None or (self._suspects and not limit.empty_handed):
             # Full; or a suspect waits to run alone, and this worker makes itself free for it.
-            self._window.wait_for_take(SLEEP_S) if limit is None else self._window.wait_until_empty(SLEEP_S)
+            self._overtake() if limit is None else self._window.wait_until_empty(SLEEP_S)
             return
         claimed = self._claim(limit)
         self._suspects = claimed.suspects > 0
         if claimed.claims:
             self._hold(self._with_company(claimed.claims, claimed.now), claimed.now)
         elif self._window.waiting:
-            self._window.wait_for_take(SLEEP_S)
+            self._window.wait_for_take(LOOK_S)
         elif self._suspects:
             self._window.wait_until_empty(SLEEP_S)
-        else:
+        elif not self.paused:
             self._sleep()
 
     def _sleep(self) -> None:
         """Nothing waits anywhere: sleep in Redis until a job comes, then take what came with it."""
         woken = self._queue.sleeping.wait(self._consumer, SLEEP_S)
         self._gather(woken)
-        if woken:
-            rest = self._rest()
+        if not woken:
+            return
+        rest = self._rest()
+        if rest.paused:
+            self._hand_back()
+        else:
             self._hold(self._with_company(woken + rest.claims, rest.now), rest.now)
+
+    def _hand_back(self) -> None:
+        """The service was paused while these were on their way here: they wait again, and nothing is counted."""
+        self._queue.lease.release(self._consumer, only=self._gathered)
+        self._window.forget(self._gathered)
+        self._gathered.clear()
 
     def _rest(self) -> Claimed:
         """Claim on top of what was gathered and is not in the window yet."""
@@ -130,9 +164,22 @@ class Claimer(threading.Thread):
         return self._claim(limit)
 
     def _claim(self, limit: Limit) -> Claimed:
-        claimed = self._queue.streams.claim(self._consumer, limit)
+        claimed = self._queue.streams.claim(self._consumer, replace(limit, saved=self._shares.saved()))
+        self.paused = claimed.paused
+        self._shares.served(claimed.claims, claimed.waiting)
         self._gather(claimed.claims)
         return claimed
+
+    def _overtake(self) -> None:
+        """The window is full: realtime jobs may still come, one micro-batch, ahead of what waits there."""
+        if self._window.wait_for_take(LOOK_S):
+            return
+        budget = self._window.budget
+        room = budget.rows - self._window.waiting_realtime
+        if room > 0:
+            limit = Limit(jobs=room, rows=room, tokens=budget.tokens, realtime_only=True)
+            claimed = self._claim(limit)
+            self._hold(claimed.claims, claimed.now)
 
     def _gather(self, claims: Sequence[Claim]) -> None:
         """Hold these entries in name until their rows are in the window, so that no beat takes them for strangers."""
@@ -144,6 +191,8 @@ class Claimer(threading.Thread):
         """Where the model is idle, wait for more while more is likely; at most batch_timeout from the first job."""
         self._clock.heard(now)
         self._observe(len(gathered))
+        # The least patient of them decides for all.
+        self._patience.batch_timeout_s = min(self._batch_timeouts[claim.address.priority] for claim in gathered)
         first = last = time.monotonic()
         while self._window.idle and sum(_rows(claim) for claim in gathered) < self._window.budget.rows:
             since = time.monotonic()

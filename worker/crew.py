@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from millstream.broker.config import Runtime, ServiceSpec
 from millstream.broker.connection import Connection, is_transient, retrying
 from millstream.broker.errors import Cancelled, ConfigError, UnknownService
-from millstream.broker.job import Reply
+from millstream.broker.job import PRIORITIES, Reply
 from millstream.broker.lease import Beat, Lease
 from millstream.broker.registry import Registry
 from millstream.broker.streams import Streams
 from millstream.worker.beat import Heart
-from millstream.worker.claimer import SLEEP_S, Claimer, Queue
+from millstream.worker.claimer import SLEEP_S, Claimer, Policy, Queue
 from millstream.worker.intake import Intake
 from millstream.worker.models.base import Model
 from millstream.worker.orders import Orders
@@ -25,6 +25,7 @@ from millstream.worker.progress import Progress, State
 from millstream.worker.runner import Runner
 from millstream.worker.settler import Finished, Settler
 from millstream.worker.shared import Shared
+from millstream.worker.shares import Shares
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +45,16 @@ class Crew:
         self._lease = Lease(connection.client, keys)
         self._streams = Streams(connection.client, keys, result_ttl_ms=round(spec.result_ttl * 1000))
         self._intake = Intake(model, spec.runtime.max_attempts)
-        self._patience = Patience(spec.runtime.batch_timeout)
+        self._policy = Policy(Patience(0.0), {}, Shares({}, 0))
         self._settler = Settler(shared, self._streams)
         queue = Queue(self._streams, Streams(connection.blocking(SLEEP_S), keys), self._lease)
-        self._claimer = Claimer(shared, queue, self._intake, self._patience, self._settler.put)
+        self._claimer = Claimer(shared, queue, self._intake, self._policy, self._settler.put)
         self._heart = Heart(shared, self._lease, self._status, self._heard, lambda: self._progress.stuck)
         self._revision = 0
         self._strangers: set[str] = set()
         self._began = time.monotonic()
         self._progress = Progress(orders.progress_fd)
-        self._progress.stall_s = spec.runtime.stall_s
+        self._limit(spec.runtime)
 
     def work(self) -> None:
         """Run until the process drains. Raises ThreadFailed."""
@@ -113,7 +114,9 @@ class Crew:
 
     def _limit(self, runtime: Runtime) -> None:
         self._shared.window.limit(runtime.batch_size, batch_tokens(runtime), runtime.queue_timeout)
-        self._patience.batch_timeout_s = runtime.batch_timeout
+        timeouts = {each: runtime.limits(each.value).batch_timeout or 0.0 for each in PRIORITIES}
+        self._policy.batch_timeouts.update(timeouts)
+        self._policy.shares.change({each: runtime.shares[each.value] for each in PRIORITIES}, 2 * runtime.batch_size)
         self._intake.max_attempts = runtime.max_attempts
         self._progress.stall_s = runtime.stall_s
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millstream.broker.errors import MillstreamError, ModelFailed
-from millstream.broker.job import PRIORITIES, Claim, Job, Json, Reply
+from millstream.broker.job import PRIORITIES, Claim, Job, Json, Priority, Reply
 from millstream.broker.lease import entry_name
 from millstream.broker.streams import MAX_JOBS_PER_CALL, Limit
 from millstream.worker.batcher import Budget, Pool, Row
@@ -56,7 +56,7 @@ class Held:
         return entry_name(self.claim.address)
 
     def rows(self) -> Rows:
-        urgency = (PRIORITIES.index(self.claim.address.priority), self.job.at)
+        urgency = (0 if self.claim.by_share else PRIORITIES.index(self.claim.address.priority), self.job.at)
         return [
             Row(row.tokens, urgency, self.name, index, row)
             for index, row in enumerate(self.prepared)
@@ -140,11 +140,13 @@ class Window:
         predicted = round(self._hold_s / self.seconds_per_token) if self.seconds_per_token else 0
         return max(self._least_batches * self.budget.tokens, predicted)
 
-    def wait_for_take(self, timeout: float) -> None:
-        """Sleep until the runner takes its next micro-batch, the pool is empty, or `timeout` seconds passed."""
+    def wait_for_take(self, timeout: float) -> bool:
+        """Sleep until the runner takes its next micro-batch or the pool is empty; False after `timeout` seconds."""
         with self._changed:
             takes = self._takes
-            self._changed.wait_for(lambda: self._takes != takes or not len(self._pool) or self._closed, timeout)
+            return bool(
+                self._changed.wait_for(lambda: self._takes != takes or not len(self._pool) or self._closed, timeout)
+            )
 
     def wait_until_empty(self, timeout: float) -> bool:
         """Sleep until every held entry is settled; False after `timeout` seconds."""
@@ -162,6 +164,12 @@ class Window:
         """Whether prepared rows wait for the runner."""
         with self._changed:
             return bool(len(self._pool))
+
+    @property
+    def waiting_realtime(self) -> int:
+        """Prepared realtime rows that wait for the runner."""
+        with self._changed:
+            return self._pool.urgent(PRIORITIES.index(Priority.REALTIME))
 
     def in_hand_s(self) -> float:
         """Seconds, in all, during which at least one row waited here or ran."""

@@ -1,15 +1,19 @@
 -- Take jobs for one worker: what others gave back first, then new ones, most urgent stream first, within a budget.
--- KEYS[1..3] STREAM realtime, normal, batch
+-- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] STRING paused: while it exists nothing is taken
 -- ARGV[1] group  ARGV[2] consumer  ARGV[3] consumer of returned jobs
 -- ARGV[4] jobs, ARGV[5] rows, ARGV[6] tokens at most   ARGV[7] live workers
 -- ARGV[8] 1: this worker holds nothing, so an over-large or a suspect job may go to it, alone
--- Returns {now_ms, waiting, suspects, {stream, entry id, deliveries, fields}, ...}
+-- ARGV[9] the last stream to take from: 1 for realtime only, 3 for all
+-- ARGV[10], ARGV[11] rows that normal and batch may take before their betters: their share, saved up
+-- Returns {now_ms, {waiting in each stream}, suspects, 1 if paused,
+--   {stream, entry id, deliveries, fields, 1 if by share}, ...}
 --   waiting: new jobs left in the streams; suspects: returned jobs left that wait for a worker that holds nothing
 -- Raises NOGROUP only. What an entry holds is never trusted: without usable numbers it counts as one row.
 
 local GROUP, CONSUMER, RETURNED = ARGV[1], ARGV[2], ARGV[3]
 local MAX_JOBS, MAX_ROWS, MAX_TOKENS = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local LIVE, EMPTY_HANDED = tonumber(ARGV[7]), ARGV[8] == '1'
+local LIVE, EMPTY_HANDED, LAST_STREAM = tonumber(ARGV[7]), ARGV[8] == '1', tonumber(ARGV[9])
+local SAVED_ROWS = {0, tonumber(ARGV[10]), tonumber(ARGV[11])}
 -- Deliveries count 1 + 2 x attempts + hosts lost; from one attempt on a job runs alone (see lease.py).
 local SUSPECT = 3
 
@@ -33,8 +37,8 @@ local function fits(r, t)
   return #taken < MAX_JOBS and rows + r <= MAX_ROWS and tokens + t <= MAX_TOKENS
 end
 
-local function take(stream, id, deliveries, fields, r, t)
-  taken[#taken + 1] = {stream, id, deliveries, fields}
+local function take(stream, id, deliveries, fields, r, t, by_share)
+  taken[#taken + 1] = {stream, id, deliveries, fields, by_share and 1 or 0}
   rows, tokens = rows + r, tokens + t
   full = #taken >= MAX_JOBS or rows >= MAX_ROWS or tokens >= MAX_TOKENS
 end
@@ -76,37 +80,45 @@ local function last_delivered(key)
   end
 end
 
-local function take_new(stream, last, share)
-  local key, count, first = KEYS[stream], 0, #taken
+local last, waiting, share = {}, {}, 0
+
+-- At most `saved` rows where given; else what fits.
+local function take_new(stream, saved)
+  local key, count, left = KEYS[stream], 0, saved or 0
+  local most = math.min(share, MAX_JOBS - #taken)
+  if most < 1 or waiting[stream] < 1 then return end
   -- COUNT of XREADGROUP knows no rows or tokens: look first, then read exactly what fits.
-  for _, entry in ipairs(redis.call('XRANGE', key, '(' .. last, '+', 'COUNT', math.min(share, MAX_JOBS - first))) do
+  for _, entry in ipairs(redis.call('XRANGE', key, '(' .. last[stream], '+', 'COUNT', most)) do
     local r, t = cost(entry[2])
+    if saved and left < r then break end
     if full or not fits(r, t) then full = true break end
-    take(stream, entry[1], 1, entry[2], r, t)
-    count = count + 1
+    take(stream, entry[1], 1, entry[2], r, t, saved)
+    count, left, last[stream] = count + 1, left - r, entry[1]
   end
   if count > 0 then
     redis.call('XREADGROUP', 'GROUP', GROUP, CONSUMER, 'COUNT', count, 'STREAMS', key, '>')
   end
-  return count
+  share, waiting[stream] = share - count, waiting[stream] - count
 end
 
-local last, waiting = {}, 0
 for stream = 1, 3 do
   local pending
   if redis.call('EXISTS', KEYS[stream]) == 1 then last[stream], pending = last_delivered(KEYS[stream]) end
   if not last[stream] then return redis.error_reply('NOGROUP no group ' .. GROUP .. ' on ' .. KEYS[stream]) end
-  waiting = waiting + math.max(0, redis.call('XLEN', KEYS[stream]) - pending)
+  waiting[stream] = math.max(0, redis.call('XLEN', KEYS[stream]) - pending)
 end
-for stream = 1, 3 do take_returned(stream) end
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+if redis.call('EXISTS', KEYS[4]) == 1 then return {now, waiting, 0, 1} end
+
 -- One worker must not hoard what its idle neighbours could run at once.
-local share = math.max(1, math.ceil(waiting / LIVE))
-for stream = 1, 3 do
-  if not full and share > 0 then
-    local count = take_new(stream, last[stream], share)
-    share, waiting = share - count, waiting - count
-  end
+share = math.max(1, math.ceil((waiting[1] + waiting[2] + waiting[3]) / LIVE))
+for stream = 1, LAST_STREAM do take_returned(stream) end
+for stream = LAST_STREAM, 2, -1 do
+  if not full then take_new(stream, SAVED_ROWS[stream]) end
+end
+for stream = 1, LAST_STREAM do
+  if not full then take_new(stream) end
 end
 
-local time = redis.call('TIME')
-return {time[1] * 1000 + math.floor(time[2] / 1000), waiting, suspects, unpack(taken)}
+return {now, waiting, suspects, 0, unpack(taken)}

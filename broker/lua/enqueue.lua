@@ -1,15 +1,17 @@
 -- Accept jobs, in groups: a group enters whole or not at all, once, however often its caller sends it.
 -- KEYS[1] HASH the service   KEYS[2..4] STREAM realtime, normal, batch   KEYS[5] HASH the service's token bucket
--- KEYS[6..] per group: HASH its tenant's token bucket, then STRING seen, one a job
+-- KEYS[6] STRING paused: 'refusing' turns new jobs away
+-- KEYS[7..] per group: HASH its tenant's token bucket, then STRING seen, one a job
 -- ARGV[1] groups, each as: priority 1..3, jobs, calls to charge for, then per job
 --         id op rows tokens deadline_in queue_in client tenant trace body   (times in ms from now, '' for none)
 -- Returns per group {1} accepted; {2} accepted before; {0, reason, retry_after_ms} refused
--- Refusals: unknown_service, queue_full, rate_limited, over_burst (its cost is more than the limit ever lets through)
+-- Refusals: unknown_service, paused, queue_full, rate_limited,
+--   over_burst (its cost is more than the limit ever lets through)
 
 local ACCEPTED, ACCEPTED_BEFORE, REFUSED = 1, 2, 0
 local SEEN_AFTER_DEADLINE_MS = 60000
 local SEEN_WITHOUT_DEADLINE_MS = 7 * 86400000
-local RETRY_AFTER_MS = 100
+local RETRY_AFTER_MS, RETRY_PAUSED_AFTER_MS = 100, 500
 
 -- The server's clock: callers' clocks differ, and neither deadlines nor rates must.
 local time = redis.call('TIME')
@@ -17,11 +19,14 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local seconds = time[1] + time[2] / 1000000
 
 local spec = redis.call('HMGET', KEYS[1], 'version', 'max_queue_size',
-  'rate_requests', 'rate_rows', 'rate_tokens', 'rate_burst_s', 'rate_per')
+  'rate_requests', 'rate_rows', 'rate_tokens', 'rate_burst_s', 'rate_per',
+  'max_queue_realtime', 'max_queue_normal', 'max_queue_batch')
 local known, limit, burst_s, per_tenant = spec[1], tonumber(spec[2]), tonumber(spec[6]) or 1, spec[7] == 'tenant'
 local rates = {requests = tonumber(spec[3]), rows = tonumber(spec[4]), tokens = tonumber(spec[5])}
 local limited = next(rates) ~= nil
-local depth = redis.call('XLEN', KEYS[2]) + redis.call('XLEN', KEYS[3]) + redis.call('XLEN', KEYS[4])
+local depths = {redis.call('XLEN', KEYS[2]), redis.call('XLEN', KEYS[3]), redis.call('XLEN', KEYS[4])}
+local depth_limits = {tonumber(spec[8]), tonumber(spec[9]), tonumber(spec[10])}
+local refusing = redis.call('GET', KEYS[6]) == 'refusing'
 
 local function from_now(remaining)
   return remaining == '' and '0' or string.format('%.0f', now + remaining)
@@ -75,27 +80,33 @@ local function cost_of(arg, calls, jobs)
   return cost
 end
 
-local function refusal(bucket, arg, calls, jobs)
+local function is_full(priority, jobs)
+  local depth = depths[1] + depths[2] + depths[3]
+  return limit and depth + jobs > limit or depth_limits[priority] and depths[priority] + jobs > depth_limits[priority]
+end
+
+local function refusal(priority, bucket, arg, calls, jobs)
   if not known then return 'unknown_service', 0 end
-  if limit and depth + jobs > limit then return 'queue_full', RETRY_AFTER_MS end
+  if refusing then return 'paused', RETRY_PAUSED_AFTER_MS end
+  if is_full(priority, jobs) then return 'queue_full', RETRY_AFTER_MS end
   if limited then return charge(per_tenant and bucket or KEYS[5], cost_of(arg, calls, jobs)) end
 end
 
 local outcomes = {}
-local arg, key = 2, 6
+local arg, key = 2, 7
 for group = 1, tonumber(ARGV[1]) do
-  local stream, jobs, calls = KEYS[1 + ARGV[arg]], tonumber(ARGV[arg + 1]), tonumber(ARGV[arg + 2])
+  local priority, jobs, calls = tonumber(ARGV[arg]), tonumber(ARGV[arg + 1]), tonumber(ARGV[arg + 2])
   local bucket, seen = KEYS[key], key + 1
   arg = arg + 3
   if redis.call('EXISTS', KEYS[seen]) == 1 then
     outcomes[group] = {ACCEPTED_BEFORE}
   else
-    local reason, retry_after = refusal(bucket, arg, calls, jobs)
+    local reason, retry_after = refusal(priority, bucket, arg, calls, jobs)
     if reason then
       outcomes[group] = {REFUSED, reason, retry_after}
     else
-      for job = 0, jobs - 1 do accept(stream, KEYS[seen + job], arg + 10 * job) end
-      depth = depth + jobs
+      for job = 0, jobs - 1 do accept(KEYS[1 + priority], KEYS[seen + job], arg + 10 * job) end
+      depths[priority] = depths[priority] + jobs
       outcomes[group] = {ACCEPTED}
     end
   end

@@ -41,7 +41,40 @@ class ClaimContract:
 
         assert ids(claimed.claims) == [job.id for priority in PRIORITIES for job in put[priority]]
         assert [claim.address.priority for claim in claimed.claims] == [p for p in PRIORITIES for _ in "12"]
-        assert claimed.waiting == 0
+        assert sum(claimed.waiting) == 0
+
+    def test_what_a_lower_stream_has_saved_comes_before_its_betters(self, queue: Queue) -> None:
+        for priority in PRIORITIES:
+            queue.put(*[draft() for _ in range(5)], priority=priority)
+
+        claims = queue.streams.claim("w1", Limit(jobs=4, rows=4, tokens=1_000, saved=(2, 1))).claims
+
+        taken = [(claim.address.priority, claim.by_share) for claim in claims]
+        assert taken == [
+            (Priority.BATCH, True),
+            (Priority.NORMAL, True),
+            (Priority.NORMAL, True),
+            (Priority.REALTIME, False),
+        ]
+        rest = [claim.job.id for claim in queue.claim("w2").claims if claim.job]
+        assert len(rest) == 11
+        assert not set(rest) & {claim.job.id for claim in claims if claim.job}
+
+    def test_savings_too_small_for_the_next_job_are_kept(self, queue: Queue) -> None:
+        queue.put(draft(rows=3), priority=Priority.BATCH)
+        queue.put(draft(), draft())
+
+        claims = queue.streams.claim("w1", Limit(jobs=2, rows=8, tokens=1_000, saved=(0, 2))).claims
+
+        assert [claim.address.priority for claim in claims] == [Priority.NORMAL, Priority.NORMAL]
+
+    def test_a_full_worker_takes_realtime_jobs_only(self, queue: Queue) -> None:
+        queue.put(draft(), priority=Priority.NORMAL)
+        queue.put(draft(), priority=Priority.REALTIME)
+
+        claims = queue.streams.claim("w1", Limit(jobs=8, rows=8, tokens=1_000, realtime_only=True)).claims
+
+        assert [claim.address.priority for claim in claims] == [Priority.REALTIME]
 
     def test_nothing_is_given_twice(self, queue: Queue) -> None:
         queue.put(*[draft() for _ in range(5)])
@@ -58,7 +91,7 @@ class ClaimContract:
         claimed = queue.streams.claim("w1", limit)
 
         assert ids(claimed.claims) == [job.id for job in put[:2]]
-        assert claimed.waiting == 3
+        assert sum(claimed.waiting) == 3
 
     def test_what_does_not_fit_is_not_overtaken(self, queue: Queue) -> None:
         small, large, after = queue.put(draft(rows=2), draft(rows=4), draft(rows=2))

@@ -110,3 +110,9 @@ class EnqueueContract:
 
         assert 0 < queue.client.pttl(queue.keys.seen(endless.id)) <= 7 * 86_400_000
         assert 10_000 < queue.client.pttl(queue.keys.seen(urgent.id)) <= 70_000
+
+    def test_a_priority_can_have_a_limit_of_its_own(self, queue: Queue) -> None:
+        queue.client.hset(queue.keys.spec(), "max_queue_batch", 1)
+        groups = [Group(priority, [draft()]) for priority in (Priority.BATCH, Priority.BATCH, Priority.NORMAL)]
+
+        assert queue.streams.enqueue(groups) == [ACCEPTED, FULL, ACCEPTED]

@@ -6,8 +6,9 @@ import logging
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 from e2e.sites import Site
@@ -84,3 +85,13 @@ def lone_worker(site: Site) -> tuple[int, str]:
     reason = progress.reason
     progress.close()
     return status, reason
+
+
+def beaten(site: Site, times: int) -> None:
+    """Wait until every worker of the site has beaten so often."""
+    for _ in range(times):
+        eventually(partial(_beaten_since, site, site.watch.counted("beat")))
+
+
+def _beaten_since(site: Site, before: Mapping[str, int]) -> bool:
+    return all(beat > before.get(name, 0) for name, beat in site.watch.counted("beat").items())

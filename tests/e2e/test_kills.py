@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from functools import partial
 
 import pytest
-from e2e.conftest import Say
+from e2e.conftest import Say, Supervised
 from e2e.hosts import Host
 from e2e.ledger import Ledger, Load
 from e2e.reference import TEXTS, Reference
-from e2e.sites import Site, minilm, site_of
+from e2e.sites import Site, echo, minilm, site_of
 from e2e.watch import Entry, freeze_with_work
 from support import eventually
 
@@ -161,19 +161,21 @@ def test_what_a_lost_host_held_is_in_live_hands_within_8_seconds(mill: Mill, ref
         mill.whole()
 
 
-def test_a_worker_frozen_past_its_lease_answers_nothing_twice(mill: Mill, reference: Reference, say: Say) -> None:
-    with load(mill, reference) as ledger:
-        mill.whole()
-        frozen = mill.workers_of(random.choice(mill.hosts))
-        held = freeze_with_work(mill.watch, frozen)
-        seconds = mill.taken_over(held, frozen)
-        (pid,) = frozen.values()
+def test_a_worker_frozen_past_its_lease_answers_nothing_twice(supervised: Supervised) -> None:
+    site = supervised(echo("sleep:1"), 2)
+
+    with site.ledger() as ledger:
+        jobs = ledger.send([[text] for text in TEXTS])
+        eventually(lambda: all(0.2 < site.watch.held_s(consumer) < 0.6 for consumer in site.watch.live()))
+        pid = next(iter(site.watch.live().values()))
+        os.kill(pid, signal.SIGSTOP)
+        ledger.wait_for(jobs, within_s=30.0)
         os.kill(pid, signal.SIGCONT)
-        mill.whole()
-        eventually(partial(ledger.has_answered, ledger.answered + FLOWING), within_s=30.0)
-        (late,) = [late for consumer, late in mill.watch.counted("late").items() if consumer in frozen]
-        say(f"froze 1 of 2 workers with {len(held)} jobs: in live hands after {seconds:.2f} s, {late} late twins")
-        assert late > 0
+        site.await_workers(2)
+        ledger.wait_for(ledger.send([[text] for text in TEXTS]), within_s=30.0)
+
+    assert ledger.answered_more_than_once() == []
+    assert site.watch.depth() == 0
 
 
 def kill(victims: Mapping[str, int]) -> None:

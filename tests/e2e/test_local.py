@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -18,7 +18,7 @@ from e2e.cli_support import command_line, environment
 from support import eventually
 
 from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
+from millstream.broker.embedded import EmbeddedServer, running
 from millstream.broker.errors import BrokerUnavailable, ConfigError, ModelUnavailable, NoWorkers
 from millstream.broker.inspector import Inspector, ServiceView
 from millstream.broker.keys import ServiceKeys
@@ -29,7 +29,7 @@ GONE_S = 5.0
 
 STARTED_S = 60.0
 ECHO = "models: {m: {type: echo}}\nservices: {mill: {model: m, runtime: {worker_count: 2}}}\n"
-SLOW = ECHO.replace("type: echo", "type: echo, model_name: 'sleep:60'")
+HANGING = ECHO.replace("type: echo", "type: echo, model_name: 'hang:long'")
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ class Program:
             [sys.executable, "-c", text],
             cwd=home,
             env={**environment(home), "PATH": os.defpath},
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -66,13 +66,19 @@ class Program:
         assert said == f"{line}\n", f"{said!r} {self.process.stderr and self.process.stderr.read()}"
         self._started = {pid: command_line(pid) for pid in descendants(self.process.pid)}
 
+    def go_on(self) -> None:
+        """Answer its `input()`."""
+        assert self.process.stdin
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
     @property
     def workers(self) -> list[int]:
         return [pid for pid, line in self._started.items() if b"millstream.worker.process" in line]
 
     @property
     def servers(self) -> list[int]:
-        return [pid for pid, line in self._started.items() if b"--unixsocket" in line]
+        return [pid for pid, line in self._started.items() if b"redis.sock" in line]
 
     def left(self) -> list[bytes]:
         return [line for pid, line in self._started.items() if line and command_line(pid) == line]
@@ -84,28 +90,28 @@ class Program:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.process.kill()
-        self.process.communicate()
         for pid, line in self._started.items():
             if line and command_line(pid) == line:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+        self.process.communicate()
 
 
 def descendants(pid: int) -> Iterator[int]:
     with suppress(OSError):
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            yield int(child)
-            yield from descendants(int(child))
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            for child in (thread / "children").read_text().split():
+                yield int(child)
+                yield from descendants(int(child))
 
 
-def kept(home: Path) -> ServiceView:
-    """What is on the disk of the default data dir."""
-    with EmbeddedServer.start(home / "millstream") as server:
-        connection = Connection(server.url, name="tests")
-        try:
-            return Inspector(connection).services(["mill"])[0]
-        finally:
-            connection.close()
+def view(url: str | None) -> ServiceView:
+    """The service as it stands."""
+    connection = Connection(url or "", name="tests")
+    try:
+        return Inspector(connection).services(["mill"])[0]
+    finally:
+        connection.close()
 
 
 BUSY = """
@@ -121,26 +127,25 @@ time.sleep(600)
 
 
 def test_a_program_killed_with_9_leaves_no_process_and_keeps_its_jobs(home: Path) -> None:
-    (home / "config.yaml").write_text(SLOW)
+    (home / "config.yaml").write_text(HANGING)
 
     with Program(home, BUSY) as program:
         program.says("up")
         assert (len(program.servers), len(program.workers)) == (1, 2)
-        inspected = Connection(f"unix://{socket_of(program)}", name="tests")
-        eventually(lambda: Inspector(inspected).services(["mill"])[0].in_flight > 0)
-        inspected.close()
+        eventually(lambda: view(running(home / "millstream")).in_flight > 0)
         program.process.kill()
         eventually(lambda: not program.left(), within_s=GONE_S)
 
-    view = kept(home)
-    assert (view.depth, view.in_flight) == (6, 0)
+    with EmbeddedServer.start(home / "millstream") as server:
+        assert (view(server.url).depth, view(server.url).in_flight) == (6, 0)
 
 
-def socket_of(program: Program) -> str:
-    (server,) = program.servers
-    words = command_line(server).decode().split("\0")
-    return words[words.index("--unixsocket") + 1]
-
+UP = """
+from millstream.client import Client
+client = Client.local()
+print("up", flush=True)
+input()
+"""
 
 FORKED = """
 import os, time
@@ -171,22 +176,21 @@ def test_a_forked_child_ends_nothing_and_keeps_nothing_alive(home: Path) -> None
     ids=["end", "exit", "error"],
 )
 def test_a_program_that_ends_without_closing_leaves_no_process(home: Path, ending: str, status: int) -> None:
-    text = f"from millstream.client import Client\nclient = Client.local()\nprint('up', flush=True)\ninput()\n{ending}"
-
-    with Program(home, text.replace("input()", "import time; time.sleep(0.5)")) as program:
+    with Program(home, f"{UP}{ending}") as program:
         program.says("up")
         assert (len(program.servers), len(program.workers)) == (1, 2)
+        program.go_on()
         assert program.process.wait(GONE_S) == status
 
         assert program.left() == []
 
 
 def test_an_error_while_a_module_is_imported_leaves_no_process(home: Path) -> None:
-    module = "from millstream.client import Client\nclient = Client.local()\nprint('up', flush=True)\nclient.nonsense\n"
-    (home / "app.py").write_text(module)
+    (home / "app.py").write_text(f"{UP}client.nonsense\n")
 
-    with Program(home, "import time, app") as program:
+    with Program(home, "import app") as program:
         program.says("up")
+        program.go_on()
         assert program.process.wait(GONE_S) == 1
 
         assert program.left() == []
@@ -205,12 +209,10 @@ def test_a_closed_client_has_ended_what_it_started(home: Path) -> None:
 def test_the_async_client_has_one_too(home: Path) -> None:
     async def program() -> object:
         async with await AsyncClient.local(data_dir=home / "data") as client:
-            return await client.submit("mill", ["a"])
+            handle = await client.submit("mill", ["a"])
+            return await handle
 
-    async def submitted() -> object:
-        return await program()
-
-    assert asyncio.run(submitted()) is not None
+    assert asyncio.run(program()) == ["a"]
     assert list(descendants(os.getpid())) == []
 
 
@@ -247,7 +249,7 @@ def test_a_service_whose_workers_cannot_start_is_an_error_even_beside_one_that_r
     Client.local().close()
     spoil(home, "wheel")
 
-    with pytest.raises(ModelUnavailable, match="wheel.* runs weights spoilt"):
+    with pytest.raises(ModelUnavailable, match=r"wheel.* runs weights spoilt"):
         Client.local(timeout=STARTED_S)
 
 
@@ -273,15 +275,18 @@ def test_a_server_that_is_away_is_named(home: Path, monkeypatch: pytest.MonkeyPa
         Client.local()
 
 
-def test_a_second_client_shares_the_server_and_both_may_close_first(home: Path) -> None:
-    first, second, third = Client.local(), Client.local(), Client.local()
+def test_clients_on_one_data_dir_share_the_server_and_any_of_them_may_close_first(home: Path) -> None:
+    with ExitStack() as ends:
+        first, second, third = (ends.enter_context(Client.local()) for _ in range(3))
+        assert len(view(running()).workers) == 6
+        assert third.submit("mill", ["a"]).result(timeout=30) == ["a"]
 
-    assert list(second.submit("mill", ["a"]).result(timeout=30)) == ["a"]
-    second.close()
-    assert list(first.submit("mill", ["b"]).result(timeout=30)) == ["b"]
-    first.close()
-    # The server was the first one's: the third one's own `up` starts it again, with its data.
-    assert list(third.submit("mill", ["c"]).result(timeout=30)) == ["c"]
-    third.close()
+        second.close()
+        assert len(view(running()).workers) == 4
+        assert first.submit("mill", ["b"]).result(timeout=30) == ["b"]
+
+        # The server was the first one's: the third one's own `up` starts it again, with its data.
+        first.close()
+        assert third.submit("mill", ["c"]).result(timeout=30) == ["c"]
 
     assert list(descendants(os.getpid())) == []

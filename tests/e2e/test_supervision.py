@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from e2e.sites import Site, echo, site_of
-from e2e.supervisors import said, supervising
+from e2e.supervisors import beaten, said, supervising
 from e2e.watch import freeze_with_work
 from support import eventually
 
@@ -86,17 +86,17 @@ def test_a_stuck_worker_and_its_successor_say_what_happens(opened: Open) -> None
     assert host.deaths() == 1
 
 
-def test_a_slow_forward_within_the_stall_timeout_is_left_alone(opened: Open) -> None:
-    site = opened(echo("sleep:1.5", stall_timeout=3))
+def test_forwards_within_the_stall_timeout_are_left_alone(opened: Open) -> None:
+    site = opened(echo("sleep:0.4", batch_size=4, stall_timeout=2))
     host = site.start_host(1)
     site.await_workers(1)
+    workers = site.watch.live()
 
-    # Idle for longer than the stall timeout between them, and busy for longer than it in all.
-    for _ in range(2):
-        workers = site.watch.live()
-        with site.ledger() as ledger:
-            ledger.wait_for(ledger.send([["a"]] * 100))
-        beaten(site, 4)
+    # Busy for longer than the stall timeout in all, then idle for longer, then busy again.
+    with site.ledger() as ledger:
+        ledger.wait_for(ledger.send([["a"]] * 32))
+        beaten(site, 3)
+        ledger.wait_for(ledger.send([["a"]]))
 
     assert site.watch.live() == workers
     assert host.deaths() == 0
@@ -201,7 +201,7 @@ def test_a_supervisor_without_any_worker_that_can_start_ends(
 def test_a_worker_that_is_told_to_end_drains_and_is_replaced(opened: Open, caplog: pytest.LogCaptureFixture) -> None:
     site = opened(echo("sleep:0.02", batch_size=8))
 
-    with supervising(site.url, Plan(site.spec, 2)) as supervision, site.ledger() as ledger:
+    with supervising(site.url, Plan(site.spec, 2)), site.ledger() as ledger:
         site.await_workers(2)
         before = site.watch.live()
         victim, pid = next(iter(before.items()))
@@ -326,13 +326,6 @@ def test_devices_are_taken_in_turn_and_cores_are_shared(opened: Open) -> None:
 def field(site: Site, name: str) -> list[int]:
     """One number of each worker that beats."""
     return list(site.watch.counted(name).values()) or [0]
-
-
-def beaten(site: Site, times: int) -> None:
-    """Wait until every worker has beaten so often."""
-    for _ in range(times):
-        before = site.watch.counted("beat")
-        eventually(lambda: all(beat > before.get(name, 0) for name, beat in site.watch.counted("beat").items()))  # noqa: B023
 
 
 def away(server: EmbeddedServer, how: str) -> None:

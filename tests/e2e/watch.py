@@ -51,6 +51,15 @@ class Watch:
         """The most attempts that any pending job has behind it."""
         return max(((deliveries - 1) / 2 for _, deliveries in retrying(lambda: self._pending(None))), default=0.0)
 
+    def held_s(self, consumer: str) -> float:
+        """Seconds since `consumer` took what it holds; 0 where it holds nothing."""
+        pending = [
+            cast(int, each["time_since_delivered"])
+            for stream in self._keys.streams()
+            for each in self._client.xpending_range(stream, GROUP, "-", "+", 1, consumer)
+        ]
+        return max(pending, default=0) / 1000
+
     def _pending(self, consumer: str | None) -> list[tuple[Entry, int]]:
         found = []
         for stream in self._keys.streams():

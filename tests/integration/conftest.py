@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from bystander import Bystander
-from workers import spec, working
+from workers import remove, spec, working
 
 from millstream.broker.connection import Connection
 from millstream.broker.embedded import EmbeddedServer
@@ -81,10 +81,3 @@ def echo(server: EmbeddedServer) -> Iterator[str]:
     with working(server.url, spec(name, batch_size=512, max_batch_tokens=100_000, max_queue_size=1_000)):
         yield name
     remove(server.url, name)
-
-
-def remove(url: str, service: str) -> None:
-    connection = Connection(url, name="tests")
-    connection.client.unlink(*connection.client.scan_iter(f"ms:{{{service}}}:*", count=1000))
-    connection.client.srem("ms:services", service)
-    connection.close()

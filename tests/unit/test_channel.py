@@ -1,0 +1,226 @@
+"""The sender keeps the order of what it is told, retries what was refused, and lets a cancellation overtake nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import cast
+
+import pytest
+from support import eventually
+
+from millstream.broker.connection import Connection
+from millstream.broker.errors import BrokerUnavailable, MillstreamError, QueueFull, UnknownService
+from millstream.broker.job import Draft, Priority
+from millstream.broker.registry import Registry
+from millstream.broker.streams import Admission, CancelOutcome, Group, Streams
+from millstream.client.channel import Cancellation, Submission, _Sender
+
+Told = Sequence[CancelOutcome] | MillstreamError
+
+
+class FakeStreams:
+    """A server that accepts while it has room, and keeps what it was sent."""
+
+    def __init__(self) -> None:
+        self.room = 1_000
+        self.accepted: list[str] = []
+        self.cancelled: list[str] = []
+        self.script_calls: list[int] = []
+        self.away = False
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def enqueue(self, groups: Sequence[Group]) -> list[Admission]:
+        self.gate.wait(10)
+        self.script_calls.append(len(groups))
+        if self.away:
+            raise BrokerUnavailable("away")
+        return [self._admit([draft.id for draft in group.drafts]) for group in groups]
+
+    def _admit(self, ids: list[str]) -> Admission:
+        if len(ids) > self.room:
+            return Admission("queue_full", 0.01)
+        self.room -= len(ids)
+        self.accepted += ids
+        return Admission()
+
+    def cancel(self, job_ids: Sequence[str], client: str) -> list[CancelOutcome]:
+        self.script_calls.append(len(job_ids))
+        if self.away:
+            raise BrokerUnavailable("away")
+        self.cancelled += job_ids
+        return ["waiting" if job_id in self.accepted else "gone" for job_id in job_ids]
+
+
+class Sink:
+    def __init__(self) -> None:
+        self.errors: dict[str, MillstreamError] = {}
+
+    def answered(self, job_id: str, reply: bytes) -> None:
+        raise NotImplementedError
+
+    def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
+        self.errors |= dict.fromkeys(job_ids, error)
+
+
+class Sender(_Sender):
+    def __init__(self, streams: FakeStreams) -> None:
+        connection = Connection("redis://nowhere")
+        super().__init__(connection, Registry(connection), "caller", lambda service, job_ids: None)
+        self._fake = streams
+
+    def _streams(self, service: str) -> Streams:
+        return cast(Streams, self._fake)
+
+
+@pytest.fixture
+def streams() -> FakeStreams:
+    return FakeStreams()
+
+
+@pytest.fixture
+def sender(streams: FakeStreams) -> Sender:
+    """Not started: a test puts what it wants first."""
+    return Sender(streams)
+
+
+def submission(*ids: str, sink: Sink | None = None, service: str = "s", until: float | None = None) -> Submission:
+    drafts = [Draft(each, "echo", 1, 1, b"{}") for each in ids]
+    return Submission(service, Group(Priority.NORMAL, drafts), sink or Sink(), until)
+
+
+def cancellation(told: list[Told], *ids: str) -> Cancellation:
+    return Cancellation("s", ids, told.append)
+
+
+def test_submissions_of_one_service_travel_together_in_order(sender: Sender, streams: FakeStreams) -> None:
+    sender.put([submission(f"{n}") for n in range(300)])
+    sender.start()
+
+    eventually(lambda: len(streams.accepted) == 300)
+    sender.close()
+
+    assert streams.accepted == [f"{n}" for n in range(300)]
+    assert streams.script_calls == [128, 128, 44]
+
+
+def test_a_cancellation_follows_what_was_submitted_before_it(sender: Sender, streams: FakeStreams) -> None:
+    told: list[Told] = []
+    streams.gate.clear()
+    sender.start()
+    sender.put([submission("first")])
+    eventually(lambda: not sender._ready)
+    sender.put([submission("second"), cancellation(told, "first")])
+    streams.gate.set()
+
+    eventually(lambda: told)
+    sender.close()
+
+    assert told == [["waiting"]]
+    assert streams.accepted == ["first", "second"]
+
+
+def test_what_is_cancelled_before_it_was_sent_is_never_sent_and_counts_as_waiting(
+    sender: Sender, streams: FakeStreams
+) -> None:
+    told: list[Told] = []
+    streams.room = 0
+    sender.start()
+    sender.put([submission("crowded"), submission("patient")])
+    eventually(lambda: streams.script_calls)
+    sender.put([cancellation(told, "crowded")])
+    eventually(lambda: told)
+    streams.room = 10
+
+    eventually(lambda: streams.accepted)
+    sender.close()
+
+    assert told == [["waiting"]]
+    assert streams.accepted == ["patient"]
+
+
+def test_a_cancellation_also_stops_what_became_due_behind_it(sender: Sender, streams: FakeStreams) -> None:
+    told: list[Told] = []
+    sender.put([cancellation(told, "late"), submission("late"), submission("other")])
+    sender.start()
+
+    eventually(lambda: streams.accepted)
+    sender.close()
+
+    assert told == [["waiting"]]
+    assert streams.accepted == ["other"]
+
+
+def test_cancellations_travel_together_and_each_hears_of_its_own_jobs(sender: Sender, streams: FakeStreams) -> None:
+    told: list[list[Told]] = [[] for _ in range(200)]
+    streams.accepted = [f"{n}" for n in range(0, 200, 2)]
+    sender.put([cancellation(told[n], f"{n}") for n in range(200)])
+    sender.start()
+
+    eventually(lambda: all(told))
+    sender.close()
+
+    assert [each[0] for each in told] == [["waiting" if n % 2 == 0 else "gone"] for n in range(200)]
+    assert streams.script_calls == [128, 72]
+
+
+def test_a_cancellation_that_cannot_be_asked_says_so_to_everyone(sender: Sender, streams: FakeStreams) -> None:
+    told: list[Told] = []
+    streams.away = True
+    sender.put([cancellation(told, "a"), cancellation(told, "b")])
+    sender.start()
+
+    eventually(lambda: len(told) == 2)
+    sender.close()
+
+    assert [type(each) for each in told] == [BrokerUnavailable] * 2
+
+
+def test_a_cancellation_that_a_closing_sender_has_left_is_told(sender: Sender) -> None:
+    told: list[Told] = []
+    sender.put([cancellation(told, "a")])
+    sender.close()
+    sender.start()
+
+    eventually(lambda: told)
+
+    assert isinstance(told[0], BrokerUnavailable)
+
+
+def test_a_refusal_is_waited_out_where_there_is_time(sender: Sender, streams: FakeStreams) -> None:
+    sink = Sink()
+    streams.room = 0
+    sender.put([submission("hasty", sink=sink, until=0.0), submission("patient", sink=sink)])
+    sender.start()
+    eventually(lambda: sink.errors)
+    streams.room = 1
+
+    eventually(lambda: streams.accepted == ["patient"])
+    sender.close()
+
+    assert isinstance(sink.errors.pop("hasty"), QueueFull)
+    assert sink.errors == {}
+
+
+def test_what_is_sent_while_the_server_is_away_arrives_when_it_is_back(sender: Sender, streams: FakeStreams) -> None:
+    streams.away = True
+    sender.put([submission("a")])
+    sender.start()
+    eventually(lambda: streams.script_calls)
+    streams.away = False
+
+    eventually(lambda: streams.accepted == ["a"])
+    sender.close()
+
+
+def test_a_service_that_is_gone_refuses(sender: Sender, streams: FakeStreams, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = Sink()
+    monkeypatch.setattr(streams, "_admit", lambda ids: Admission("unknown_service"))
+    sender.put([submission("a", sink=sink)])
+    sender.start()
+
+    eventually(lambda: sink.errors)
+    sender.close()
+
+    assert isinstance(sink.errors["a"], UnknownService)

@@ -1,0 +1,45 @@
+"""Weights are known by what they hold."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from millstream.worker.models.source import weights_digest
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    (tmp_path / "2_Dense").mkdir()
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    (tmp_path / "2_Dense" / "model.safetensors").write_bytes(b"two")
+    (tmp_path / "config.json").write_bytes(b"{}")
+    return tmp_path
+
+
+def test_one_file_has_its_own_digest_whatever_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(b"one")
+    (tmp_path / "config.json").write_bytes(b"{}")
+
+    assert weights_digest(tmp_path) == hashlib.sha256(b"one").hexdigest()
+
+
+def test_of_several_files_names_and_contents_count(shards: Path) -> None:
+    before = weights_digest(shards)
+
+    (shards / "2_Dense" / "model.safetensors").rename(shards / "2_Dense" / "other.safetensors")
+    renamed = weights_digest(shards)
+    (shards / "2_Dense" / "other.safetensors").write_bytes(b"three")
+    rewritten = weights_digest(shards)
+
+    assert len({before, renamed, rewritten}) == 3
+
+
+def test_what_is_no_weights_file_does_not_count(shards: Path) -> None:
+    before = weights_digest(shards)
+
+    (shards / "config.json").write_bytes(b"{ }")
+
+    assert weights_digest(shards) == before
