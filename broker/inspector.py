@@ -14,6 +14,7 @@ from millstream.broker.connection import Connection, translated
 from millstream.broker.job import PRIORITIES, Priority
 from millstream.broker.keys import DEFAULT_PREFIX, GROUP, RETURNED, ServiceKeys
 from millstream.broker.lease import LEASE_S
+from millstream.broker.pause import Pause, queue_pause, read_pause
 from millstream.broker.registry import Registry
 
 Fields = Mapping[bytes, bytes]
@@ -72,6 +73,7 @@ class ServiceView:
 
     Every unsettled job counts once: `waiting` for its first claim, `held` by a live or lost worker (by consumer), or
     `returned` from a dead one and waiting again. `oldest_ms` is the age of the oldest of them, by the server's clock.
+    While it is `paused` its workers claim nothing.
     """
 
     name: str
@@ -81,6 +83,7 @@ class ServiceView:
     oldest_ms: int | None
     workers: Sequence[WorkerView]
     dead_letters: int
+    paused: Pause | None
 
     @property
     def in_flight(self) -> int:
@@ -164,6 +167,7 @@ class Inspector:
                 pipe.xrange(stream, count=1)
             pipe.xlen(keys.dead())
             pipe.zrange(keys.workers(), 0, -1, withscores=True)
+            queue_pause(pipe, keys)
         answers = iter(_answers(pipe))
         now = _ms(next(answers))
         return now, [_Queue.read(answers, now) for _ in services]
@@ -198,6 +202,7 @@ class _Queue:
     oldest_at: int | None
     live: Sequence[bytes]
     dead_letters: int
+    paused: Pause | None
 
     @classmethod
     def read(cls, answers: Iterator[object], now: int) -> _Queue:
@@ -210,9 +215,11 @@ class _Queue:
             waiting[priority] = max(0, cast(int, length) - claimed.total())
             pending += claimed
             oldest += _accepted_at(cast(Entries, first))
-        dead_letters, beats = islice(answers, 2)
+        dead_letters, beats, pause, left_ms = islice(answers, 4)
         live = [name for name, beat in cast(list[tuple[bytes, float]], beats) if now - beat <= LEASE_S * 1000]
-        return cls(waiting, pending, min(oldest, default=None), live, cast(int, dead_letters))
+        return cls(
+            waiting, pending, min(oldest, default=None), live, cast(int, dead_letters), read_pause(pause, left_ms)
+        )
 
     def view(self, service: str, workers: Mapping[tuple[str, str], WorkerView], now: int) -> ServiceView:
         return ServiceView(
@@ -223,6 +230,7 @@ class _Queue:
             oldest_ms=None if self.oldest_at is None else max(0, now - self.oldest_at),
             workers=[workers[service, _text(consumer)] for consumer in self.live],
             dead_letters=self.dead_letters,
+            paused=self.paused,
         )
 
 

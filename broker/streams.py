@@ -22,6 +22,8 @@ REPLY_TTL_MS = 300_000
 LONGEST_MS = 100 * 366 * 86_400_000
 """A longer time, or an infinite one, is sent as this: no server can keep a key for longer than it can count."""
 
+Entries = list[tuple[bytes, dict[bytes, bytes]]]
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -99,6 +101,7 @@ _SETTLED: dict[int, Settled] = {1: "answered", 0: "late", -1: "unwritable"}
 CancelOutcome = Literal["waiting", "running", "gone"]
 _CANCEL_OUTCOMES: dict[int, CancelOutcome] = {2: "waiting", 1: "running", 0: "gone"}
 _CANCELLED = encode_reply(Reply(error=Cancelled("cancelled by its caller before it ran")))
+_PURGED = encode_reply(Reply(error=Cancelled("purged from the queue before it ran", hint="an operator did it")))
 
 
 class Streams:
@@ -160,7 +163,7 @@ class Streams:
         reply = self._client.xreadgroup(GROUP, consumer, dict.fromkeys(self._streams, ">"), count=1, block=block_ms)
         return [
             _claim(PRIORITIES[self._streams.index(stream.decode())], entry, _flat(fields), 0.0)
-            for stream, entries in cast(list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]], reply or [])
+            for stream, entries in cast(list[tuple[bytes, Entries]], reply or [])
             for entry, fields in entries
         ]
 
@@ -187,6 +190,26 @@ class Streams:
             keys += (self._keys.seen(job_id), key)
             args += (job_id, kind, ttl, _CANCELLED)
         return [_CANCEL_OUTCOMES[outcome] for outcome in scripts.run(self._client, "cancel", keys, args)]
+
+    def purge(self) -> int:
+        """Take every job off the queue that waits now, each answered as Cancelled; how many. Running ones go on."""
+        # Up to the newest entries there are: jobs that keep coming must not make it endless.
+        ends = [cast(Entries, self._client.xrevrange(stream, count=1)) for stream in self._streams]
+        return sum([self._purge(each, end[0][0]) for each, end in zip(PRIORITIES, ends, strict=True) if end])
+
+    def _purge(self, priority: Priority, last: bytes) -> int:
+        stream, purged, after = self._keys.stream(priority), 0, "-"
+        while page := cast(Entries, self._client.xrange(stream, after, last, count=MAX_JOBS_PER_CALL)):
+            keys = [*self._streams]
+            args: list[scripts.Argument] = [GROUP, RETURNED]
+            for entry, fields in page:
+                address = _claim(priority, entry, _flat(fields), 0.0).address
+                kind, key, ttl = self._destination(address)
+                keys += (key, self._keys.seen(address.job_id))
+                args += (STREAM_INDEX[priority], address.entry, address.job_id, kind, ttl, _PURGED)
+            purged += sum(scripts.run(self._client, "purge", keys, args))
+            after = f"({page[-1][0].decode()}"
+        return purged
 
     def look_up(self, job_ids: Sequence[str]) -> list[Found]:
         """What is known of detached jobs: each one's encoded reply, or how far it is."""

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from millstream.broker.admission import resume_hint
 from millstream.broker.codec import MAX_ROWS, encode_inputs
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection
@@ -124,10 +125,16 @@ class Calls:
             live = self.services.live_workers(service)
         except MillstreamError as error:
             return error
+        paused = self.services.paused(service)
         if not live:
+            start = "start one with `millstream up` or `millstream worker run`"
             return NoWorkers(
                 f"no worker of service {service!r} is alive; the job was accepted and waited in vain",
-                hint="start one with `millstream up` or `millstream worker run`",
+                hint=f"{start}; paused, too: {resume_hint(service)}" if paused else start,
+            )
+        if paused:
+            return DeadlineExceeded(
+                f"no answer from service {service!r} in time: it is paused", hint=resume_hint(service)
             )
         return DeadlineExceeded(
             f"no answer from service {service!r} in time, with {live} workers alive",

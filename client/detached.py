@@ -40,11 +40,16 @@ MAX_JOBS = 100_000
 """Of one detached call."""
 
 
+def id_of(service: str, rows: int, per_job: int, call: str) -> str:
+    """The id of a detached call: `service:rows x rows a job:call`. `call` is the id of its first job."""
+    return f"{service}:{rows}x{per_job}:{call}"
+
+
 class Detached:
-    """A detached call. Its `id` is all that another process needs: `service:rows x rows a job:call`."""
+    """A detached call. Its `id` is all that another process needs."""
 
     def __init__(self, calls: Calls, service: str, rows: int, per_job: int, call: str) -> None:
-        self.id = f"{service}:{rows}x{per_job}:{call}"
+        self.id = id_of(service, rows, per_job, call)
         self._calls = calls
         self._service = service
         self._parts = {

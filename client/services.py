@@ -10,6 +10,7 @@ from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection, translated
 from millstream.broker.errors import BrokerUnavailable, InvalidRequest, UnknownService
 from millstream.broker.lease import Lease
+from millstream.broker.pause import find_pause
 from millstream.broker.registry import Registry
 
 FRESH_S = 1.0
@@ -22,6 +23,7 @@ class _Known:
 
     spec: ServiceSpec
     live_workers: int
+    paused: bool
     read_at: float
     away: BrokerUnavailable | None = None
     """Why the server could not be asked, where this is what it said before."""
@@ -94,6 +96,11 @@ class Services:
             raise known.away
         return known.live_workers
 
+    def paused(self, service: str) -> bool:
+        """Whether the service was paused when the server was last asked."""
+        known = self._known.get(service)
+        return known is not None and known.paused
+
     def _find_only(self, model_type: str) -> str:
         names = [name for name in self._registry.names() if self.read(name)[0].model.type == model_type]
         if len(names) == 1:
@@ -117,9 +124,11 @@ class Services:
         try:
             spec = self._registry.read(service)
             with translated(self._connection.safe_url):
-                live = Lease(self._connection.client, self._registry.keys(service)).live_workers()
+                keys = self._registry.keys(service)
+                live = Lease(self._connection.client, keys).live_workers()
+                paused = find_pause(self._connection.client, keys) is not None
         except BrokerUnavailable as error:
             if before is None:
                 raise
             return replace(before, read_at=time.monotonic(), away=error)
-        return _Known(spec, live, time.monotonic())
+        return _Known(spec, live, paused, time.monotonic())

@@ -275,19 +275,20 @@ def millstream_up(data_dir: Path) -> Iterator[str]:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("MILLSTREAM_")}
     up: subprocess.Popen[bytes] | None = None
     try:
-        # In a session of its own: Ctrl-C reaches this script alone, which then ends everything in order.
+        # In a session of its own: Ctrl-C reaches this script alone, which then ends everything in order. The pipe ends
+        # with this script, also where it is killed, and with it all that runs.
         up = subprocess.Popen(
-            [str(COMMAND), "up", str(CONFIG), "--data-dir", str(data_dir)],
+            [str(COMMAND), "up", str(CONFIG), "--data-dir", str(data_dir), "--until-eof"],
             env=environ,
             start_new_session=True,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
         )
         yield wait_for(lambda: running(data_dir), up)
     finally:
         if up is not None:
             up.send_signal(signal.SIGTERM)
-            up.wait()
+            up.communicate()
 
 
 def wait_for(condition: Callable[[], T | None], up: subprocess.Popen[bytes] | None = None) -> T:

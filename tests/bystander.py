@@ -51,9 +51,10 @@ class Bystander:
 
     def answer(self, *claims: Claim) -> None:
         """Echo."""
-        settlements = []
         for claim in claims:
             assert claim.job is not None
             inputs, _ = decode_inputs(claim.job.body, claim.job.rows)
-            settlements.append(Settlement(claim.address, encode_reply(Reply(values=inputs))))
-        assert self.queue.streams.settle(settlements) == ["answered"] * len(claims)
+            self.settle(claim, Reply(values=inputs))
+
+    def settle(self, claim: Claim, reply: Reply) -> None:
+        assert self.queue.streams.settle([Settlement(claim.address, encode_reply(reply))]) == ["answered"]

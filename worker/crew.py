@@ -128,10 +128,15 @@ class Crew:
             if not is_transient(error):
                 raise
 
+    def _state(self) -> str:
+        if self._shared.life.draining:
+            return "draining"
+        return "paused" if self._claimer.paused else "ready"
+
     def _status(self) -> Mapping[str, str | int]:
         running = len(self._progress.running())
         return {
-            "state": "draining" if self._shared.life.draining else "ready",
+            "state": self._state(),
             "service": self._spec.name,
             "model": self._spec.model.model_name,
             "fingerprint": self._model.fingerprint,

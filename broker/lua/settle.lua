@@ -3,17 +3,33 @@
 -- KEYS[5..] per job: STREAM or STRING where the reply goes, STRING seen
 -- ARGV[1] group  ARGV[2] dead letters kept; then per job:
 --   stream 1..3, entry id, job id, 'stream' | 'string' | 'none', reply ttl ms, reply, reason to bury it ('' for none)
+-- A dead letter is the entry's fields after: reason, entry, buried (ms), priority, attempts and consumer where known
 -- Returns per job: 1 answered; 0 settled before; -1 the reply could not be written, a dead letter holds the job
 
 local GROUP, DEAD_KEPT = ARGV[1], ARGV[2]
 local SEEN_AFTER_SETTLE_MS = 20000
 local MAX_FIELDS = 64
+local PRIORITIES = {'realtime', 'normal', 'batch'}
+local OURS = {reason = true, entry = true, buried = true, priority = true, attempts = true, consumer = true}
 
-local function bury(stream, id, reason)
-  local entry = redis.call('XRANGE', stream, id, id)[1]
-  local copy = {'reason', reason, 'entry', id}
-  if entry then
-    for i = 1, math.min(#entry[2], MAX_FIELDS) do copy[#copy + 1] = entry[2][i] end
+-- Who holds the entry, and what it has been through; gone with XACK. Deliveries count as lease.py says.
+local function history(stream, id)
+  local pending = redis.pcall('XPENDING', stream, GROUP, id, id, 1)[1]
+  if not pending then return {} end
+  return {'attempts', string.format('%g', (pending[4] - 1) / 2), 'consumer', pending[2]}
+end
+
+local function bury(priority, id, reason, past)
+  local entry = redis.call('XRANGE', KEYS[priority], id, id)[1]
+  local time = redis.call('TIME')
+  local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
+  local copy = {'reason', reason, 'entry', id, 'buried', now, 'priority', PRIORITIES[priority]}
+  for _, field in ipairs(past) do copy[#copy + 1] = field end
+  local fields = entry and entry[2] or {}
+  for i = 1, math.min(#fields, MAX_FIELDS) - 1, 2 do
+    -- What an entry calls itself must not pass for what we say of it.
+    copy[#copy + 1] = OURS[fields[i]] and 'entry.' .. fields[i] or fields[i]
+    copy[#copy + 1] = fields[i + 1]
   end
   -- pcall: whatever became of the dead letters, the jobs after this one are to be settled.
   redis.pcall('XADD', KEYS[4], 'MAXLEN', '~', DEAD_KEPT, '*', unpack(copy))
@@ -35,15 +51,17 @@ end
 local outcomes = {}
 local arg, key = 3, 5
 while arg <= #ARGV do
-  local stream, id, job = KEYS[tonumber(ARGV[arg])], ARGV[arg + 1], ARGV[arg + 2]
+  local priority, id, job = tonumber(ARGV[arg]), ARGV[arg + 1], ARGV[arg + 2]
   local kind, ttl, reply, reason = ARGV[arg + 3], ARGV[arg + 4], ARGV[arg + 5], ARGV[arg + 6]
+  local stream = KEYS[priority]
+  local past = reason ~= '' and history(stream, id) or {}
   -- XACK first: it is allowed at maxmemory, and what follows it in the script then is too.
   if redis.call('XACK', stream, GROUP, id) == 0 then
     outcomes[#outcomes + 1] = 0
   else
     local answered = answer(kind, KEYS[key], job, ttl, reply)
     if not answered then reason = 'reply_unwritable' end
-    if reason ~= '' then bury(stream, id, reason) end
+    if reason ~= '' then bury(priority, id, reason, past) end
     redis.call('XDEL', stream, id)
     -- A detached job stays known as long as its result: its idempotency key must not run it again.
     redis.call('PEXPIRE', KEYS[key + 1], kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS)

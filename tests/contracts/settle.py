@@ -87,8 +87,11 @@ class SettleContract:
 
         assert queue.settle([claim], b"an error", "max_attempts") == ["answered"]
 
-        extra = {b"reason": b"max_attempts", b"entry": claim.address.entry.encode()}
-        assert queue.dead_letters() == [extra | fields]
+        ours = {b"reason": b"max_attempts", b"entry": claim.address.entry.encode(), b"priority": b"normal"}
+        ours |= {b"attempts": b"0", b"consumer": b"w1"}
+        (letter,) = queue.dead_letters()
+        assert letter.pop(b"buried").isdigit()
+        assert letter == ours | fields
         assert queue.replies() == [(claim.address.job_id, b"an error")]
 
     def test_an_entry_of_many_fields_is_buried_in_part(self, queue: Queue) -> None:

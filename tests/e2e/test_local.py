@@ -140,6 +140,16 @@ def test_a_program_killed_with_9_leaves_no_process_and_keeps_its_jobs(home: Path
         assert (view(server.url).depth, view(server.url).in_flight) == (6, 0)
 
 
+def test_a_program_started_again_right_after_it_was_killed_works(home: Path) -> None:
+    with Program(home, UP) as program:
+        program.says("up")
+        program.process.kill()
+
+        # Its server is just being stopped.
+        with Client.local() as client:
+            assert client.submit("mill", ["again"]).result(timeout=30) == ["again"]
+
+
 UP = """
 from millstream.client import Client
 client = Client.local()

@@ -17,7 +17,7 @@ from millstream.broker.engine import bundled
 from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.client import Client
 
-_KEPT = re.compile(r"q:(realtime|normal|batch)|service|dead")
+_KEPT = re.compile(r"q:(realtime|normal|batch)|service|dead|paused")
 """The keys of a service that may live without a ttl."""
 
 

@@ -74,14 +74,11 @@ def is_interrupted(url: str, service: str) -> None:
     """The main thread leaves a wait by an exception, as Ctrl-C ends it."""
     client = Client(url)
     handle = client.submit(service, ["a"])
-    threading.Timer(0.2, interrupt).start()
+    main = threading.get_ident()
+    threading.Timer(0.2, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
     with suppress(KeyboardInterrupt):
         handle.result()
     ending()
-
-
-def interrupt() -> None:
-    signal.raise_signal(signal.SIGINT)
 
 
 WAYS: dict[str, Callable[[str, str], None]] = {

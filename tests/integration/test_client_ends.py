@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from bystander import Bystander
 from support import eventually
@@ -19,6 +20,8 @@ from workers import LONG_S
 from millstream import client as module
 from millstream.broker.connection import Connection
 from millstream.broker.embedded import EmbeddedServer
+from millstream.broker.job import Reply
+from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.client import Client
 
 LEAVING = Path(__file__).with_name("leaving.py")
@@ -86,14 +89,25 @@ def test_an_answered_call_is_kept_alive_by_nobody(client: Client, echo: str) -> 
     eventually(lambda: gone() is None)
 
 
-def test_the_module_has_a_client_of_its_own(
-    server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, connection: Connection
+def test_the_module_embeds_with_a_client_of_its_own(
+    server: EmbeddedServer, connection: Connection, service: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MILLSTREAM_REDIS_URL", server.url)
     module.default.cache_clear()
+    bystander = Bystander(connection, embedding(service))
+    vectors = np.eye(2, 3, dtype=np.float32)
+    worker = threading.Thread(target=lambda: bystander.settle(bystander.claim_one(), Reply(vectors=vectors)))
+    worker.start()
 
-    with pytest.raises(module.MillstreamError, match="embedding"):
-        module.embed(["a"])
+    answer = module.embed(["a", "b"], service=service)
+
+    worker.join(LONG_S)
+    assert np.array_equal(answer, vectors)
     assert module.default() is module.default()
     module.default().close()
     module.default.cache_clear()
+    connection.client.srem("ms:services", service)
+
+
+def embedding(name: str) -> ServiceSpec:
+    return ServiceSpec(name=name, model=ModelSpec(type="embedding", model_name="m"), model_ref="m", runtime=Runtime())

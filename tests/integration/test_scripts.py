@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from contracts.cancel import CancelContract
 from contracts.claim import ClaimContract
+from contracts.dead import DeadLettersContract
 from contracts.enqueue import EnqueueContract
 from contracts.lease import BeatContract, ReclaimContract, ReleaseContract
+from contracts.pause import PauseContract, PurgeContract
 from contracts.queue import Queue
 from contracts.rate import RateContract
 from contracts.settle import SettleContract
@@ -75,4 +77,16 @@ class TestReclaim(ReclaimContract):
 
 
 class TestCancel(CancelContract):
+    pass
+
+
+class TestPause(PauseContract):
+    pass
+
+
+class TestPurge(PurgeContract):
+    pass
+
+
+class TestDeadLetters(DeadLettersContract):
     pass

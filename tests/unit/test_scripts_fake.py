@@ -8,8 +8,10 @@ import fakeredis
 import pytest
 from contracts.cancel import CancelContract
 from contracts.claim import ClaimContract
+from contracts.dead import DeadLettersContract
 from contracts.enqueue import EnqueueContract
 from contracts.lease import BeatContract, ReclaimContract, ReleaseContract
+from contracts.pause import PauseContract, PurgeContract
 from contracts.queue import Queue
 from contracts.rate import RateContract
 from contracts.settle import SettleContract
@@ -54,4 +56,16 @@ class TestReclaim(ReclaimContract):
 
 
 class TestCancel(CancelContract):
+    pass
+
+
+class TestPause(PauseContract):
+    pass
+
+
+class TestPurge(PurgeContract):
+    pass
+
+
+class TestDeadLetters(DeadLettersContract):
     pass

@@ -1,0 +1,36 @@
+"""Processes that fork with a client in hand: parent and child each go on with their own calls."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from bystander import Bystander
+from workers import LONG_S
+
+from millstream.broker.embedded import EmbeddedServer
+
+FORKING = Path(__file__).with_name("forking.py")
+
+
+@pytest.mark.parametrize("way", ["prefork", "inherited", "closing", "under_load", "with_multiprocessing"])
+def test_a_process_may_fork_with_a_client_in_hand(
+    server: EmbeddedServer, echo: str, bystander: Callable[..., Bystander], way: str
+) -> None:
+    idle = bystander(total_timeout=None)
+
+    # From Python 3.12 on every fork of a process with threads warns; here it is what is tested.
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore:This process:DeprecationWarning", FORKING, way, server.url, echo, idle.name],
+        env={**os.environ, "MILLSTREAM_REDIS_URL": server.url},
+        capture_output=True,
+        text=True,
+        timeout=LONG_S + 30,
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
