@@ -184,7 +184,9 @@ class PriorityLimits(Settings):
     queue_timeout: Limit = None
     total_timeout: Limit = None
     max_queue_size: Count | None = None
-    batch_timeout: Limit = None
+    batch_timeout: Annotated[
+        Annotated[float, Field(ge=0)] | None, BeforeValidator(_optional_seconds), Also([_DURATION, _NO_LIMIT])
+    ] = None
 
 
 class Runtime(Settings):

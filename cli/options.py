@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -11,8 +12,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import click
 
+from millstream.broker.errors import InvalidRequest
+from millstream.broker.units import seconds
+
 if TYPE_CHECKING:
     from millstream.broker.connection import Connection
+    from millstream.broker.keys import ServiceKeys
     from millstream.broker.target import Target
 
 url = click.option(
@@ -23,6 +28,22 @@ url = click.option(
 prefix = click.option(
     "--prefix", metavar="PREFIX", help="Start of every key; by default redis.key_prefix of ./config.yaml, or else ms."
 )
+
+service = click.argument("service")
+yes = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+def duration(_ctx: click.Context, _param: click.Parameter, value: str | None) -> float | None:
+    """The seconds of an option such as 500ms, 10s, 5m or 2h; for `callback=`."""
+    if value is None:
+        return None
+    try:
+        given = seconds(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    if not given:
+        raise click.BadParameter("must be above 0")
+    return given
 
 
 def find(url: str | None, prefix: str | None) -> Target:
@@ -43,6 +64,32 @@ def connected(url: str) -> Iterator[Connection]:
         yield connection
     finally:
         connection.close()
+
+
+@contextmanager
+def opened(service: str, url: str | None, prefix: str | None) -> Iterator[tuple[Connection, ServiceKeys]]:
+    """A connection, for one command, to the server of a registered service, and the service's keys.
+
+    Raises UnknownService, ConfigError, BrokerUnavailable; inside, the library's errors come as ours.
+    """
+    target = find(url, prefix)
+    from millstream.broker.connection import translated
+    from millstream.broker.registry import Registry
+
+    with connected(target.url) as connection, translated(connection.safe_url):
+        registry = Registry(connection, target.prefix)
+        # Its error knows the services there are.
+        registry.read(service)
+        yield connection, registry.keys(service)
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask on the terminal, unless the answer is given. Raises InvalidRequest where there is nobody to ask."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise InvalidRequest(question, hint="there is no terminal to answer on: say --yes")
+    click.confirm(question, abort=True)
 
 
 def redis_cli(url: str, *words: str) -> str:

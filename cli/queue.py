@@ -1,4 +1,4 @@
-"""`millstream queue`: what waits, what runs, and who works, read without touching anything."""
+"""`millstream queue`: what waits, what runs, and who works. What changes anything is in operate.py."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from millstream.cli import options
+from millstream.cli import operate, options
 from millstream.cli.table import age, aligned, harmless, number
 
 if TYPE_CHECKING:
     from millstream.broker.inspector import Entry, ServiceView
+    from millstream.broker.pause import Pause
 
 _HEADING = (
     "SERVICE",
@@ -27,12 +28,17 @@ _HEADING = (
     "ROWS/FORWARD",
     "PADDING",
     "DEAD",
+    "PAUSED",
 )
 
 
 @click.group()
 def queue() -> None:
-    """Look into the queues: waiting and running jobs, dead letters."""
+    """Look into the queues, pause them, empty them."""
+
+
+for command in (operate.pause, operate.resume, operate.purge, operate.drain):
+    queue.add_command(command)
 
 
 @queue.command("ls")
@@ -42,7 +48,8 @@ def queue() -> None:
 def list_services(url: str | None, prefix: str | None, as_json: bool) -> None:
     """List the services: jobs that wait by priority, jobs in flight, workers, batches, dead letters.
 
-    RETURNED jobs were given back by workers that died, and run next. OLDEST is the age of the oldest job.
+    RETURNED jobs were given back by workers that died, and run next. OLDEST is the age of the oldest job. PAUSED says
+    for how long, where it was given a time.
     """
     target = options.find(url, prefix)
     from millstream.broker.inspector import Inspector
@@ -107,4 +114,12 @@ def _row(view: ServiceView) -> tuple[str, ...]:
         number(view.rows_per_forward, 1),
         number(view.padding, 2),
         str(view.dead_letters),
+        _paused(view.paused),
     )
+
+
+def _paused(pause: Pause | None) -> str:
+    if pause is None:
+        return "-"
+    lasts = "yes" if pause.left_ms is None else age(pause.left_ms)
+    return f"{lasts}, refusing" if pause.refusing else lasts

@@ -32,6 +32,11 @@ def age(ms: int | None) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
 
 
+def counted(count: int, noun: str) -> str:
+    """Such as "1 job" or "3 jobs"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def number(value: float | None, digits: int) -> str:
     """`value` with so many digits after the point; a dash for none."""
     return "-" if value is None else f"{value:.{digits}f}"

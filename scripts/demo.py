@@ -287,7 +287,6 @@ def millstream_up(data_dir: Path) -> Iterator[str]:
         yield wait_for(lambda: running(data_dir), up)
     finally:
         if up is not None:
-            up.send_signal(signal.SIGTERM)
             up.communicate()
 
 

@@ -7,7 +7,7 @@ which length. Measured on a long-tailed mix, batches of 64 in arrival order comp
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -28,7 +28,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row(Generic[T]):
-    """One row that waits. A smaller `urgency` runs earlier: (priority, arrival). `owner` is its job."""
+    """One row that waits. A smaller `urgency` runs earlier: (rank, arrival). `owner` is its job."""
 
     tokens: int
     urgency: tuple[int, int]
@@ -38,64 +38,46 @@ class Row(Generic[T]):
 
 
 class Pool(Generic[T]):
-    """Rows that wait for their forward, ordered by length."""
+    """Rows that wait for their forward: those of each rank ordered by length."""
 
     def __init__(self) -> None:
-        self._rows: list[Row[T]] = []
+        self._ranks: dict[int, list[Row[T]]] = {}
         self.tokens = 0
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return sum(len(rows) for rows in self._ranks.values())
 
     def add(self, rows: Iterable[Row[T]]) -> None:
         for row in rows:
-            insort(self._rows, row, key=_length)
+            insort(self._ranks.setdefault(row.urgency[0], []), row, key=_length)
             self.tokens += row.tokens
 
     def drop(self, owners: Collection[str]) -> list[Row[T]]:
         """Take out all rows of `owners`."""
-        dropped = [row for row in self._rows if row.owner in owners]
-        self._rows = [row for row in self._rows if row.owner not in owners]
+        dropped = [row for rows in self._ranks.values() for row in rows if row.owner in owners]
+        for rows in self._ranks.values() if dropped else ():
+            rows[:] = [row for row in rows if row.owner not in owners]
         self.tokens -= sum(row.tokens for row in dropped)
         return dropped
 
-    def urgent(self, urgency: int) -> int:
-        """How many rows wait whose urgency starts with this number."""
-        return sum(1 for row in self._rows if row.urgency[0] == urgency)
+    def waiting(self, rank: int) -> int:
+        """How many rows of `rank` wait."""
+        return len(self._ranks.get(rank, ()))
 
     def take(self, budget: Budget) -> list[Row[T]]:
         """The next micro-batch: the most urgent row and those neighbours in length that are worth padding together.
 
-        Never empty unless the pool is; never over the budget but for one row that is over it by itself.
+        All of one rank: where time grows with tokens, the company of bulk would cost a single text its urgency. Never
+        empty unless the pool is; never over the budget but for one row that is over it by itself.
         """
-        if not self._rows:
+        rows = next((self._ranks[rank] for rank in sorted(self._ranks) if self._ranks[rank]), [])
+        if not rows:
             return []
-        low, high = self._neighbours(_most_urgent(self._rows), budget)
-        batch = self._rows[low : high + 1]
-        del self._rows[low : high + 1]
+        low, high = _neighbours(rows, _most_urgent(rows), budget)
+        batch = rows[low : high + 1]
+        del rows[low : high + 1]
         self.tokens -= sum(row.tokens for row in batch)
         return batch
-
-    def _neighbours(self, at: int, budget: Budget) -> tuple[int, int]:
-        """Grow [low, high] around `at` while that raises the share of real tokens in what the forward costs."""
-        rows = self._rows
-        low = high = at
-        real = rows[at].tokens
-        share = real / (budget.overhead + real)
-        while high - low + 1 < budget.rows:
-            size = high - low + 2
-            grown = []
-            if low > 0:
-                grown.append((low - 1, high, real + rows[low - 1].tokens, size * rows[high].tokens))
-            if high + 1 < len(rows):
-                grown.append((low, high + 1, real + rows[high + 1].tokens, size * rows[high + 1].tokens))
-            fitting = [
-                (r / (budget.overhead + padded), lo, hi, r) for lo, hi, r, padded in grown if padded <= budget.tokens
-            ]
-            if not fitting or max(fitting)[0] < share:
-                break
-            share, low, high, real = max(fitting)
-        return low, high
 
 
 def padded(rows: Collection[Row[T]]) -> int:
@@ -103,9 +85,30 @@ def padded(rows: Collection[Row[T]]) -> int:
     return max((row.tokens for row in rows), default=0) * len(rows)
 
 
+def _neighbours(rows: Sequence[Row[T]], at: int, budget: Budget) -> tuple[int, int]:
+    """Grow [low, high] around `at` while that raises the share of real tokens in what the forward costs."""
+    low = high = at
+    real = rows[at].tokens
+    share = real / (budget.overhead + real)
+    while high - low + 1 < budget.rows:
+        size = high - low + 2
+        grown = []
+        if low > 0:
+            grown.append((low - 1, high, real + rows[low - 1].tokens, size * rows[high].tokens))
+        if high + 1 < len(rows):
+            grown.append((low, high + 1, real + rows[high + 1].tokens, size * rows[high + 1].tokens))
+        fitting = [
+            (r / (budget.overhead + padded), lo, hi, r) for lo, hi, r, padded in grown if padded <= budget.tokens
+        ]
+        if not fitting or max(fitting)[0] < share:
+            break
+        share, low, high, real = max(fitting)
+    return low, high
+
+
 def _length(row: Row[T]) -> int:
     return row.tokens
 
 
-def _most_urgent(rows: list[Row[T]]) -> int:
+def _most_urgent(rows: Sequence[Row[T]]) -> int:
     return min(range(len(rows)), key=lambda at: rows[at].urgency)

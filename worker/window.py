@@ -34,6 +34,9 @@ LEAST_BATCHES = 3
 
 HOLD_BATCHES = 8
 
+BY_SHARE = -1
+"""The rank of rows that spend their class's share, before that of the first priority."""
+
 
 @dataclass(slots=True, eq=False)
 class Held:
@@ -56,7 +59,7 @@ class Held:
         return entry_name(self.claim.address)
 
     def rows(self) -> Rows:
-        urgency = (0 if self.claim.by_share else PRIORITIES.index(self.claim.address.priority), self.job.at)
+        urgency = (BY_SHARE if self.claim.by_share else PRIORITIES.index(self.claim.address.priority), self.job.at)
         return [
             Row(row.tokens, urgency, self.name, index, row)
             for index, row in enumerate(self.prepared)
@@ -169,7 +172,7 @@ class Window:
     def waiting_realtime(self) -> int:
         """Prepared realtime rows that wait for the runner."""
         with self._changed:
-            return self._pool.urgent(PRIORITIES.index(Priority.REALTIME))
+            return self._pool.waiting(PRIORITIES.index(Priority.REALTIME))
 
     def in_hand_s(self) -> float:
         """Seconds, in all, during which at least one row waited here or ran."""

@@ -80,7 +80,9 @@ def test_without_a_server_a_command_says_how_to_get_one(alone: Shell, words: lis
     assert "millstream up" in alone.run(*words).line(5)
 
 
-@pytest.mark.parametrize("words", [["embed", "hello"], ["queue", "ls"], ["worker", "run"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [["embed", "hello"], ["queue", "ls"], ["worker", "run"], ["worker", "ls"]], ids=" ".join
+)
 def test_a_server_that_is_away_is_named(alone: Shell, words: list[str]) -> None:
     assert "redis://127.0.0.1:1" in alone.run(*words, "--url", "redis://127.0.0.1:1").line(5)
 
@@ -190,7 +192,7 @@ def test_a_waiting_text_is_shown_as_it_lies_and_embedded_once_up_runs(
 
             assert f'\nbody {{"inputs":["{TEXT}"]}}\n' in peeked
             assert f"# redis-cli -u {shell.url} XRANGE 'ms:{{{name}}}:q:normal' - + COUNT 10\n" in peeked
-            assert re.search(rf"^{name} +0 +1 +0 +0 +0 +\d+\.\ds +0 +- +- +0$", listed, re.MULTILINE)
+            assert re.search(rf"^{name} +0 +1 +0 +0 +0 +\d+\.\ds +0 +- +- +0 +-$", listed, re.MULTILINE)
             vectors = [json.loads(line) for line in embedded.out.splitlines()]
             assert [vector["index"] for vector in vectors] == [0, 1]
             np.testing.assert_allclose(vectors[0]["embedding"], np.asarray(answer)[0], atol=1e-5)
@@ -281,3 +283,76 @@ def test_a_second_ctrl_c_kills_at_once_and_its_jobs_go_back_to_the_queue(
         seen = inspect.services([name])[0]
         assert (code, up.left()) == (130, [])
         assert (seen.in_flight, seen.returned > 0) == (0, True)
+
+
+def test_worker_ls_shows_what_runs_and_how_the_worker_before_ended(
+    shell: Shell, connection: Connection, name: str
+) -> None:
+    configure(
+        shell, name, 'type: echo, model_name: "hang:stone"', "worker_count: 1, stall_timeout: 3s, max_attempts: 1"
+    )
+    inspect = Inspector(connection)
+
+    with shell.background("up") as up, Client(shell.url, prefix="ms") as client:
+        up.says(f"ready: {name} 1/1")
+        client.submit(name, ["a mill", "stone"])
+        eventually(lambda: any(worker.running for worker in inspect.services([name])[0].workers))
+        stuck = shell.run("worker", "ls").out.decode()
+        eventually(lambda: any(worker.past for worker in inspect.services([name])[0].workers), within_s=30.0)
+        listed = shell.run("worker", "ls").out.decode()
+        found = json.loads(shell.run("worker", "ls", "--json").out)
+
+        line = rf"^{name} +\S+ +\S+ +\d+ +auto +ready +"
+        assert re.search(rf"{line}1 for \d\.\ds +0 +0\.0 +0% +- +\d\.\ds +-$", stuck, re.MULTILINE)
+        past = r"was killed by SIGKILL \(no progress for \d\.\d s, the stall_timeout is 3 s\)"
+        assert re.search(rf"{line}- +0 +.* {past}$", listed, re.MULTILINE)
+        (record,) = [each for each in found if each["service"] == name]
+        assert record["pid"] in up.children()
+        assert (record["running"], record["padding"]) == (0, None)
+        assert re.fullmatch(past, record["past"])
+
+
+def test_without_a_live_worker_worker_ls_says_so(shell: Shell) -> None:
+    assert shell.run("worker", "ls", "--prefix", "nobodys").out == f"no worker is alive on {shell.url}\n".encode()
+
+
+def test_workers_of_two_environments_on_one_server_are_apart(tmp_path: Path, url: str, name: str) -> None:
+    blue, green = environments = [Shell(tmp_path / colour, url) for colour in ("blue", "green")]
+    for shell in environments:
+        shell.home.mkdir()
+        configure(shell, name, ECHO)
+        with (shell.home / "config.yaml").open("a") as file:
+            file.write(f"redis: {{key_prefix: {shell.home.name}}}\n")
+
+    with blue.background("up") as first, green.background("up") as second:
+        first.says(f"ready: {name} 1/1")
+        second.says(f"ready: {name} 1/1")
+        (theirs,) = json.loads(green.run("worker", "ls", "--json").out)
+        (worker,) = first.children()
+        os.kill(worker, signal.SIGKILL)
+        eventually(lambda: "the next starts" in first.err)
+        answer = blue.run("worker", "ls", "--prefix", "green", "--json")
+        first.interrupt()
+        code = first.process.wait(DRAINED_S)
+
+        (still,) = json.loads(answer.out)
+        assert (still["consumer"], still["past"]) == (theirs["consumer"], "")
+        assert (code, blue.run("worker", "ls").out.startswith(b"no worker is alive")) == (0, True)
+        assert json.loads(green.run("queue", "ls", "--json").out)[0]["workers"][0]["pid"] == theirs["pid"]
+
+
+def test_push_of_other_settings_names_the_first_differences_and_changes_nothing(
+    shell: Shell, connection: Connection, name: str
+) -> None:
+    configure(shell, name, ECHO, "batch_size: 8, truncate: end, max_attempts: 2, max_queue_size: 9")
+    assert shell.run("config", "push").code == 0
+    configure(shell, name, ECHO, "batch_size: 64, truncate: end, max_attempts: 5, max_queue_size: 9")
+
+    refused = shell.run("config", "push")
+
+    line = refused.line(3)
+    assert f"'{name}'" in line
+    assert "runtime.batch_size is 8, here 64, runtime.max_attempts is 2, here 5 (push with --replace" in line
+    assert Registry(connection).read(name).runtime.batch_size == 8
+    assert shell.run("config", "push", "--replace").out == f"{name}: published\n".encode()
+    assert Registry(connection).read(name).runtime.batch_size == 64

@@ -150,6 +150,16 @@ def test_a_program_started_again_right_after_it_was_killed_works(home: Path) -> 
             assert client.submit("mill", ["again"]).result(timeout=30) == ["again"]
 
 
+def test_where_the_server_it_found_ended_meanwhile_it_starts_one(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = home / "python"
+    python.write_text(f'#!/bin/sh\n[ -e tried ] || {{ touch tried; exit 5; }}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+
+    with Client.local() as client:
+        assert client.submit("mill", ["a"]).result(timeout=30) == ["a"]
+
+
 UP = """
 from millstream.client import Client
 client = Client.local()

@@ -29,6 +29,10 @@ STATUS: dict[str, str | int] = {
     "padded": 110,
     "errors": 1,
     "busy_ms": 70,
+    "age_ms": 7_000,
+    "running": 2,
+    "running_ms": 1_500,
+    "past": "was killed by SIGKILL",
 }
 
 View = Callable[[], ServiceView]
@@ -111,8 +115,19 @@ def test_a_live_worker_shows_what_it_said_at_its_last_beat(queue: Queue, view: V
 
     assert (worker.consumer, worker.state, worker.host, worker.pid, worker.device) == ("w1", "ready", "mill", 42, "cpu")
     assert (worker.jobs, worker.rows, worker.forwards, worker.tokens, worker.padded) == (3, 12, 3, 100, 110)
-    assert (worker.errors, worker.busy_ms) == (1, 70)
+    assert (worker.errors, worker.busy_ms, worker.age_ms) == (1, 70, 7_000)
+    assert (worker.running, worker.running_ms, worker.past) == (2, 1_500, "was killed by SIGKILL")
     assert worker.beat_age_ms < 5_000
+
+
+def test_a_workers_rates_are_over_its_life(queue: Queue, view: View) -> None:
+    queue.lease.beat("w1", {**STATUS, "busy_ms": 700}, [])
+    queue.lease.beat("w2", {"state": "ready"}, [])
+
+    old, new = sorted(view().workers, key=lambda worker: worker.consumer)
+
+    assert (round(old.rows_per_s or 0.0, 3), old.busy, old.padding) == (1.714, 0.1, 1.1)
+    assert (new.rows_per_s, new.busy, new.padding) == (None, None, None)
 
 
 def test_mean_batch_and_padding_are_over_all_live_workers(queue: Queue, view: View) -> None:

@@ -141,3 +141,10 @@ def test_a_long_tailed_mix_pads_little_in_batches_worth_a_forward() -> None:
     real = sum(each.tokens for batch in batches for each in batch)
     assert sum(padded(batch) for batch in batches) / real <= 1.15
     assert statistics.mean(len(batch) for batch in batches) >= 16
+
+
+@given(rows, budgets)
+def test_a_batch_is_of_one_rank_so_that_bulk_costs_a_single_text_nothing(waiting: Rows, budget: Budget) -> None:
+    batches = drained(pool_of(waiting), budget)
+
+    assert all(len({each.urgency[0] for each in batch}) == 1 for batch in batches)

@@ -14,6 +14,7 @@ from typing import get_args
 
 import pytest
 import yaml
+from configs import SMALL, USERS_FILE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,35 +24,6 @@ from millstream.broker.job import Priority
 from millstream.broker.keys import DEFAULT_PREFIX
 from millstream.broker.spec import PriorityName, RedisSettings
 from millstream.broker.units import seconds, size
-
-USERS_FILE = """\
-models:
-  embedding_v1: {type: embedding, model_name: "all-MiniLM-L6-v2", device: "cpu"}
-  reranker_v1:  {type: reranker,  model_name: "ms-marco-MiniLM-L6-v2"}
-  llm_v1:       {type: llm,       model_name: "SmolLM2-135M"}
-services:
-  embedding_service:
-    model: embedding_v1
-    runtime: {batch_size: 64, batch_timeout: 0.01, max_queue_size: 500, worker_count: 4, queue_timeout: 0.05, \
-inference_timeout: 0.3, total_timeout: 0.5, rate_limit: 100, enable_cache: true}
-  reranker_service:
-    model: reranker_v1
-    runtime: {batch_size: 16, batch_timeout: 0.02, max_queue_size: 200, worker_count: 2, queue_timeout: 0.1, \
-inference_timeout: 0.5, total_timeout: 0.8, rate_limit: 50, enable_cache: false}
-  llm_service:
-    model: llm_v1
-    runtime: {batch_size: 4, batch_timeout: 0.05, max_queue_size: 50, worker_count: 1, queue_timeout: 0.2, \
-inference_timeout: 2.0, total_timeout: 3.0, rate_limit: 10, enable_cache: false}
-"""
-
-SMALL = """\
-models:
-  m: {type: %s, model_name: some/model}
-services:
-  embed:
-    model: m
-    runtime: {%s}
-"""
 
 Load = Callable[..., Config]
 

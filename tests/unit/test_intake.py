@@ -23,8 +23,12 @@ from millstream.worker.models.echo import EchoModel
 from millstream.worker.settler import Finished
 
 
+class Panic(BaseException):
+    """As a library's Rust code raises where it panics: no Exception."""
+
+
 class Recording(EchoModel):
-    """Echo, but for inputs named "raise"; remembers what it was asked to prepare."""
+    """Echo, but for inputs named "raise" and "panic"; remembers what it was asked to prepare."""
 
     def __init__(self) -> None:
         super().__init__(max_length=10)
@@ -34,6 +38,8 @@ class Recording(EchoModel):
         self.calls.append((list(inputs), dict(options)))
         if "raise" in inputs:
             raise RuntimeError("the tokenizer")
+        if "panic" in inputs:
+            raise Panic("the tokenizer")
         prepared = super().prepare(inputs, options)
         return prepared[:-1] if "short" in inputs else prepared
 

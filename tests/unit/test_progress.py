@@ -118,5 +118,53 @@ def test_a_list_too_long_for_the_page_is_cut_and_breaks_nothing(progress: Progre
     assert progress.running() == ["1:1-1"]
 
 
+def test_a_forward_that_begins_after_idleness_has_not_run_for_long(
+    progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A supervisor may look between a child's two writes: the list of what runs, and the stamp of its begin."""
+    progress.stall_s = 10.0
+    progress.stop()
+    long_after = time.monotonic() + 3600
+    monkeypatch.setattr(time, "monotonic", lambda: long_after)
+    stamp = progress.stamp
+
+    def begin_meanwhile() -> float:
+        before = stamp()
+        progress.start(["1:1-1"])
+        return before
+
+    monkeypatch.setattr(progress, "stamp", begin_meanwhile)
+
+    assert progress.running_s() == 0.0
+    assert not progress.stuck
+
+
+def test_a_forward_is_stuck_once_it_takes_longer_than_it_may(
+    progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress.stall_s = 10.0
+    progress.start(["1:1-1"])
+    began = progress.stamp()
+
+    stuck = []
+    for seconds in (9.0, 11.0):
+        monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: began + seconds)
+        stuck.append(progress.stuck)
+    progress.lap()
+    stuck.append(progress.stuck)
+
+    assert stuck == [False, True, False]
+
+
+@pytest.mark.parametrize("reason", ["", "CUDA error: the device is gone", "ü" * 5_000])
+def test_last_words_are_kept_as_far_as_they_fit(progress: Progress, reason: str) -> None:
+    progress.start(["1:1-1"])
+    progress.last_words(reason)
+
+    assert reason.startswith(progress.reason.rstrip("\N{REPLACEMENT CHARACTER}"))
+    assert bool(progress.reason) == bool(reason)
+    assert progress.running() == ["1:1-1"]
+
+
 def test_the_page_has_no_name_to_be_left_behind(progress: Progress) -> None:
     assert os.fstat(progress.fd).st_nlink == 0

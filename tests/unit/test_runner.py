@@ -81,6 +81,16 @@ def test_a_failing_forward_is_halved_until_the_guilty_rows_stand_alone(
     assert len(model.batches) <= 1 + 2 * len(poison) * math.ceil(math.log2(size)) if size > 1 else 1
 
 
+def test_each_forward_of_a_halved_batch_has_a_stall_timeout_of_its_own() -> None:
+    model = Fragile({"b"})
+    laps: list[int] = []
+
+    run_rows(model, prepared("a", "b", "c", "d"), lambda: laps.append(len(model.batches)))
+
+    # Before each forward but the first.
+    assert laps == list(range(1, len(model.batches)))
+
+
 def test_the_models_own_error_reaches_the_caller() -> None:
     class Refusing(EchoModel):
         def forward(self, rows: Sequence[Prepared]) -> list[Json]:

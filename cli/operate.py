@@ -1,0 +1,106 @@
+"""`millstream queue pause`, `resume`, `purge` and `drain`: what an operator does to a service's queue."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from millstream.cli import options
+from millstream.cli.table import counted
+
+_LOOK_S = 0.2
+
+
+@click.command()
+@options.service
+@options.url
+@options.prefix
+@click.option(
+    "--for", "for_s", metavar="TIME", callback=options.duration, help="Go on by itself after TIME, such as 10m."
+)
+@click.option("--new", "refusing", is_flag=True, help="Refuse new jobs, too.")
+def pause(service: str, url: str | None, prefix: str | None, for_s: float | None, refusing: bool) -> None:
+    """Pause SERVICE: within a second its workers claim no more; what they hold they finish.
+
+    New jobs are accepted and wait, and their time limits run.
+    """
+    from millstream.broker import pause as pauses
+
+    with options.opened(service, url, prefix) as (connection, keys):
+        pauses.pause(connection.client, keys, for_s=for_s, refusing=refusing)
+    until = f"for {for_s:g} s" if for_s else f"until `millstream queue resume {service}`"
+    click.echo(f"{service}: paused {until}{', refusing new jobs' if refusing else ''}")
+
+
+@click.command()
+@options.service
+@options.url
+@options.prefix
+def resume(service: str, url: str | None, prefix: str | None) -> None:
+    """Let the workers of SERVICE claim again."""
+    from millstream.broker import pause as pauses
+
+    with options.opened(service, url, prefix) as (connection, keys):
+        was_paused = pauses.resume(connection.client, keys)
+    click.echo(f"{service}: {'resumed' if was_paused else 'was not paused'}")
+
+
+@click.command()
+@options.service
+@options.url
+@options.prefix
+@options.yes
+def purge(service: str, url: str | None, prefix: str | None, yes: bool) -> None:
+    """Remove every job that waits for SERVICE; its callers are told that it was cancelled.
+
+    Jobs that workers hold go on. New ones are accepted meanwhile: pause with --new to keep them out.
+    """
+    from millstream.broker.inspector import Inspector
+    from millstream.broker.registry import Registry
+    from millstream.broker.streams import Streams
+
+    with options.opened(service, url, prefix) as (connection, keys):
+        (view,) = Inspector(connection, keys.prefix).services([service])
+        options.confirm(f"Remove {counted(view.depth, 'waiting job')} of {service}?", yes)
+        ttl_ms = round(Registry(connection, keys.prefix).read(service).result_ttl * 1000)
+        purged = Streams(connection.client, keys, result_ttl_ms=ttl_ms).purge()
+    click.echo(f"{service}: {counted(purged, 'job')} purged")
+
+
+@click.command()
+@options.service
+@options.url
+@options.prefix
+@click.option(
+    "--timeout",
+    "timeout_s",
+    metavar="TIME",
+    callback=options.duration,
+    default="60s",
+    show_default=True,
+    help="How long to wait at most.",
+)
+def drain(service: str, url: str | None, prefix: str | None, timeout_s: float) -> None:
+    """Pause SERVICE, and wait until no worker holds a job of it. It stays paused."""
+    from millstream.broker.errors import DeadlineExceeded
+    from millstream.broker.inspector import Inspector
+    from millstream.broker.lease import Lease
+    from millstream.broker.pause import find_pause
+    from millstream.broker.pause import pause as begin
+
+    deadline = time.monotonic() + timeout_s
+    with options.opened(service, url, prefix) as (connection, keys):
+        before = find_pause(connection.client, keys)
+        # Anew also where it is paused: that pause may end by itself.
+        begin(connection.client, keys, refusing=before is not None and before.refusing)
+        while held := Inspector(connection, keys.prefix).services([service])[0].in_flight:
+            if time.monotonic() >= deadline:
+                raise DeadlineExceeded(
+                    f"{counted(held, 'job')} of {service!r} still in flight after {timeout_s:g} s; it stays paused",
+                    hint="wait longer with --timeout, or see `millstream worker ls`",
+                )
+            # Nobody else may be left to give back what a lost host held.
+            Lease(connection.client, keys).reclaim()
+            time.sleep(_LOOK_S)
+    click.echo(f"{service}: drained and paused until `millstream queue resume {service}`")
