@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -76,7 +77,7 @@ def lone_worker(site: Site) -> tuple[int, str]:
     orders = Orders(site.spec.name, DEFAULT_PREFIX, "lone", None, 1, progress.fd)
     command = [sys.executable, "-P", "-m", "millstream.worker.process", orders.to_json()]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, pass_fds=[progress.fd], env={URL_VARIABLE: site.url}
+        command, stdin=subprocess.PIPE, pass_fds=[progress.fd], env={**os.environ, URL_VARIABLE: site.url}
     ) as process:
         try:
             status = process.wait(START_S)

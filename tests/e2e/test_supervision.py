@@ -220,7 +220,7 @@ def test_a_worker_that_is_told_to_end_drains_and_is_replaced(opened: Open, caplo
 
 
 def test_what_a_worker_held_that_died_while_the_server_was_away_is_given_back_afterwards(
-    opened: Open, server: EmbeddedServer
+    opened: Open, server: EmbeddedServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     site = opened(echo("sleep:0.05", batch_size=4))
 
@@ -235,6 +235,7 @@ def test_what_a_worker_held_that_died_while_the_server_was_away_is_given_back_af
         server.restart()
         ledger.wait_for(ids)
 
+    assert len(said(caplog, "given back")()) == 1
     assert ledger.answered_more_than_once() == []
     assert site.watch.depth() == 0
 

@@ -21,7 +21,7 @@ from millstream.broker.job import Json
 from millstream.client import Client
 
 CHILDREN, THREADS, CALLS = 4, 4, 200
-CHILD_S = 45.0
+CHILD_S = 6.0
 AT_ONCE_S = 1.0
 
 

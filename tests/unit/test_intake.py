@@ -139,7 +139,7 @@ def test_a_job_of_refused_rows_only_is_answered_at_once(intake: Intake) -> None:
     assert sorted(reply.errors) == [0, 1]
 
 
-@pytest.mark.parametrize("guilty", ["raise", "short"])
+@pytest.mark.parametrize("guilty", ["raise", "panic", "short"])
 def test_a_row_that_makes_prepare_fail_fails_alone(intake: Intake, guilty: str) -> None:
     rows: list[Json] = ["a", "b", "c", guilty, "d", "e", "f"]
 

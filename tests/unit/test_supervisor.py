@@ -17,9 +17,8 @@ def plan(device: str | None = None, **model: object) -> Plan:
     ("planned", "devices"),
     [
         (plan(), [None, None, None]),
-        (plan(device="cpu", devices=["cuda:0", "cuda:1"]), ["cpu", "cpu", "cpu"]),
         (plan(devices=["cuda:0", "cuda:1"]), ["cuda:0", "cuda:1", "cuda:0"]),
-        (plan(**{"device": "mps"}), ["mps", "mps", "mps"]),
+        (plan("cpu", devices=["cuda:0", "cuda:1"]), ["cpu", "cpu", "cpu"]),
     ],
 )
 def test_processes_take_the_models_devices_in_turn_unless_one_is_asked_for(
