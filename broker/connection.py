@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# Else imported at the first connection: a process forked meanwhile would wait for that import for ever.
+import encodings.idna  # noqa: F401
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

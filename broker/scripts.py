@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from functools import cache
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import redis
 
@@ -14,21 +13,22 @@ Name = Literal["enqueue", "claim", "settle", "beat", "cancel", "release", "recla
 Argument = str | bytes | int
 
 
-@cache
+# Read now, not at the first call: reading imports modules, and a process forked while another thread imports one
+# would wait for that import for ever.
+_FOLDER = resources.files("millstream.broker").joinpath("lua")
+_SOURCES: dict[Name, bytes] = {name: _FOLDER.joinpath(f"{name}.lua").read_bytes() for name in get_args(Name)}
+_DIGESTS = {name: hashlib.sha1(source, usedforsecurity=False).hexdigest() for name, source in _SOURCES.items()}
+
+
 def source(name: Name) -> bytes:
-    return resources.files("millstream.broker").joinpath("lua", f"{name}.lua").read_bytes()
-
-
-@cache
-def _digest(name: Name) -> str:
-    return hashlib.sha1(source(name), usedforsecurity=False).hexdigest()
+    return _SOURCES[name]
 
 
 def run(client: redis.Redis, name: Name, keys: Sequence[str], args: Sequence[Argument]) -> Any:
     """The script's reply as redis-py gives it. Content-addressed, so old and new versions can run side by side."""
     try:
-        return client.evalsha(_digest(name), len(keys), *keys, *args)
+        return client.evalsha(_DIGESTS[name], len(keys), *keys, *args)
     except redis.exceptions.NoScriptError:
         # After SCRIPT FLUSH, a restart or a failover the cache is cold.
         client.script_load(source(name).decode())
-        return client.evalsha(_digest(name), len(keys), *keys, *args)
+        return client.evalsha(_DIGESTS[name], len(keys), *keys, *args)

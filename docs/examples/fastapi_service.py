@@ -25,6 +25,7 @@ from millstream.broker.errors import (
     PartialFailure,
     QueueFull,
     RateLimited,
+    ServicePaused,
 )
 from millstream.client import AsyncClient
 
@@ -39,6 +40,7 @@ STATUS: dict[type[MillstreamError], int] = {
     QueueFull: REFUSED,
     RateLimited: REFUSED,
     NoWorkers: UNAVAILABLE,
+    ServicePaused: UNAVAILABLE,
     BrokerUnavailable: UNAVAILABLE,
     DeadlineExceeded: TOO_LATE,
 }

@@ -23,11 +23,15 @@ Say = Callable[[str], None]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
-    """The wheel's server, with a TCP port; fresh for each file, which may kill it."""
+    """The wheel's server, with a TCP port; fresh for each file, which may kill it.
+
+    It syncs each write: with everysec a kill -9 now and then loses writes that were acknowledged.
+    """
     binary = bundled()
     if binary is None:
         pytest.fail('no embedded server: pip install "millstream[embedded]"')
-    with EmbeddedServer.start(tmp_path_factory.mktemp("server"), binary=binary, tcp_port=0) as running:
+    data_dir = tmp_path_factory.mktemp("server")
+    with EmbeddedServer.start(data_dir, binary=binary, tcp_port=0, appendfsync="always") as running:
         yield running
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
@@ -290,3 +291,40 @@ def test_with_a_timeout_every_job_ends_with_the_call() -> None:
     echo_all(channel, handle, random.Random(1))
 
     assert len({submission.until for submission in channel.submissions}) == 1
+
+
+def test_a_call_whose_end_was_interrupted_is_over_all_the_same() -> None:
+    def interrupted(service: str) -> MillstreamError:
+        raise KeyboardInterrupt
+
+    handle = call(FakeChannel(), ["a", "b"], terms(window=1, timeout=1e-9), rows_a_job=1, why_late=interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        handle.result()
+    with pytest.raises(DeadlineExceeded):
+        handle.result()
+
+
+def test_an_endless_wait_is_one() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a"], terms(timeout=float("inf")))
+    draft, inputs = channel.take()
+    answering = threading.Timer(0.02, lambda: handle.answered(draft.id, encode_reply(Reply(values=inputs))))
+    answering.start()
+
+    assert handle.result(timeout=float("inf")) == ["a"]
+    answering.join()
+
+
+def test_an_error_made_for_a_missing_row_is_made_anew() -> None:
+    """One that is raised again and again would keep alive whatever its callers held."""
+    errors = []
+    for _ in range(2):
+        channel = FakeChannel()
+        handle = call(channel, ["a"])
+        handle.answered(channel.take()[0].id, encode_reply(Reply(values=[])))
+        with pytest.raises(ModelFailed) as caught:
+            handle.result(0)
+        errors.append(caught.value)
+
+    assert errors[0] is not errors[1]
