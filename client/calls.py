@@ -31,7 +31,6 @@ JOBS_PER_WORKER = 8
 MAX_ROW_BYTES = 512 * 1024
 UNKNOWN_TOKENS = 2_048
 _TENANT = re.compile(r"[A-Za-z0-9_.-]{0,64}")
-_TENANT = re.compile(r"[A-Za-z0-9_.-]{0,64}")
 
 Truncate = Literal["none", "start", "end"]
 PriorityName = Literal["realtime", "normal", "batch"]
@@ -59,8 +58,6 @@ class Ask:
             self._check_options()
 
     def _check_options(self) -> None:
-        if not _TENANT.fullmatch(self.tenant):
-            raise InvalidRequest(f"tenant={self.tenant[:80]!r}", hint="up to 64 of A-Z a-z 0-9 _ . -")
         truncate = self.options.get("truncate", "none")
         if truncate not in get_args(Truncate):
             raise InvalidRequest(f"truncate={truncate!r}", hint=f"one of {', '.join(get_args(Truncate))}")
