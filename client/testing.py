@@ -213,6 +213,9 @@ class _FakeServices:
     def live_workers(self, service: str) -> int:
         return 1
 
+    def paused(self, service: str) -> bool:
+        return False
+
 
 class _FakeStreams:
     """Where detached jobs are answered, each once."""

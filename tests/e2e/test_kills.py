@@ -133,7 +133,7 @@ def test_jobs_outlive_all_workers_killed_at_once(mill: Mill, reference: Referenc
 
 def test_jobs_outlive_a_killed_server(mill: Mill, reference: Reference, server: EmbeddedServer, say: Say) -> None:
     with load(mill, reference) as ledger:
-        for _ in range(10):
+        for _ in range(6):
             mill.whole()
             enough = ledger.answered + FLOWING
             eventually(partial(ledger.has_answered, enough), within_s=30.0)
@@ -145,6 +145,26 @@ def test_jobs_outlive_a_killed_server(mill: Mill, reference: Reference, server: 
             assert held
             mill.taken_over(held, {})
             say(f"killed the server with {len(held)} jobs in hand: back after {time.monotonic() - killed_at:.2f} s")
+
+
+def test_a_job_sent_again_because_the_server_crashed_runs_once(supervised: Supervised, server: EmbeddedServer) -> None:
+    site = supervised(echo("sleep:0.01"), 2)
+
+    with site.ledger() as ledger:
+        calls = Load(ledger, TEXTS, 8)
+        calls.start()
+        try:
+            # About every third kill cuts off the answer to an enqueue: fewer kills would often prove nothing.
+            for _ in range(25):
+                eventually(partial(ledger.has_answered, ledger.answered + FLOWING), within_s=30.0)
+                os.kill(server.pid, signal.SIGKILL)
+                server.restart()
+        finally:
+            calls.stop()
+        eventually(lambda: site.watch.depth() == 0)
+
+    assert ledger.replies.keys() == ledger.sent.keys()
+    assert ledger.answered_more_than_once() == []
 
 
 def test_what_a_lost_host_held_is_in_live_hands_within_8_seconds(mill: Mill, reference: Reference, say: Say) -> None:

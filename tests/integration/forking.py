@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from multiprocessing.context import BaseContext
 
 from millstream import client as module
@@ -174,6 +175,47 @@ def under_load(url: str, service: str, idle: str) -> None:
     ended_well(forked(lambda: ended_well(forked(lambda: make_calls(client, service, "grandchild", 2)))))
 
 
+def with_locks_held(url: str, service: str, idle: str) -> None:
+    """What a thread of the parent held at the fork stays held in the child, for ever."""
+    client = Client(url)
+    make_calls(client, service, "before", 1)
+    handle = client.submit(idle, ["a"])
+    calls = client._calls
+    pool = calls.connection.client.connection_pool
+    locks: list[AbstractContextManager[object]] = [
+        calls.channel._lock,
+        calls.services._lock,
+        pool._lock,
+        pool._fork_lock,
+        handle._changed,
+    ]
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            held.set()
+            over.wait()
+
+    holding = threading.Thread(target=hold)
+    holding.start()
+    held.wait()
+
+    def child() -> None:
+        make_calls(client, service, "child", 5)
+        assert calls.services.live_workers(service) == 1
+        assert is_its_parents(handle.wait)
+        handle.cancel_soon()
+        client.close()
+
+    pid = forked(child)
+    ended_well(pid)
+    over.set()
+    holding.join()
+    make_calls(client, service, "after", 5)
+
+
 def with_multiprocessing(url: str, service: str, idle: str) -> None:
     """The module's own client, through the contexts that fork and that start afresh."""
     make_calls(module.default(), service, "before", 2)
@@ -204,7 +246,8 @@ def importing_nothing(url: str, service: str, idle: str) -> None:
 
 
 WAYS: dict[str, Callable[[str, str, str], None]] = {
-    each.__name__: each for each in (prefork, inherited, closing, under_load, with_multiprocessing, importing_nothing)
+    each.__name__: each
+    for each in (prefork, inherited, closing, under_load, with_locks_held, with_multiprocessing, importing_nothing)
 }
 
 

@@ -32,7 +32,9 @@ def forking(way: str, url: str, echo: str, idle: str) -> None:
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("way", ["prefork", "inherited", "closing", "under_load", "with_multiprocessing"])
+@pytest.mark.parametrize(
+    "way", ["prefork", "inherited", "closing", "under_load", "with_locks_held", "with_multiprocessing"]
+)
 def test_a_process_may_fork_with_a_client_in_hand(
     server: EmbeddedServer, echo: str, bystander: Callable[..., Bystander], way: str
 ) -> None:

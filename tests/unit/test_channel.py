@@ -24,6 +24,7 @@ class FakeStreams:
 
     def __init__(self) -> None:
         self.room = 1_000
+        self.retry_after = 0.01
         self.accepted: list[str] = []
         self.cancelled: list[str] = []
         self.script_calls: list[int] = []
@@ -40,7 +41,7 @@ class FakeStreams:
 
     def _admit(self, ids: list[str]) -> Admission:
         if len(ids) > self.room:
-            return Admission("queue_full", 0.01)
+            return Admission("queue_full", self.retry_after)
         self.room -= len(ids)
         self.accepted += ids
         return Admission()
@@ -125,15 +126,15 @@ def test_what_is_cancelled_before_it_was_sent_is_never_sent_and_counts_as_waitin
     sender: Sender, streams: FakeStreams
 ) -> None:
     told: list[Told] = []
-    streams.room = 0
+    streams.room, streams.retry_after = 0, 0.2
     sender.start()
     sender.put([submission("crowded"), submission("patient")])
-    eventually(lambda: streams.script_calls)
+    eventually(lambda: len(sender._later) == 2)
     sender.put([cancellation(told, "crowded")])
     eventually(lambda: told)
     streams.room = 10
 
-    eventually(lambda: streams.accepted)
+    eventually(lambda: streams.accepted and not sender._later and not sender._ready)
     sender.close()
 
     assert told == [["waiting"]]

@@ -305,6 +305,47 @@ def test_a_call_whose_end_was_interrupted_is_over_all_the_same() -> None:
         handle.result()
 
 
+class SlowChannel(FakeChannel):
+    """Lets nobody through until its gate opens, and keeps the order in which it was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.told: list[str] = []
+
+    def submit(self, submissions: Sequence[Submission]) -> None:
+        self.entered.set()
+        self.gate.wait(10)
+        super().submit(submissions)
+        self.told += [f"submit {job_id}" for submission in submissions for job_id in submission.job_ids]
+
+    def cancel(self, cancellation: Cancellation) -> None:
+        self.told += [f"cancel {job_id}" for job_id in cancellation.job_ids]
+
+
+def test_a_cancellation_does_not_overtake_what_another_thread_is_sending() -> None:
+    channel = SlowChannel()
+    handle = call(channel, ["a", "b"], terms(window=1), rows_a_job=1)
+    draft, inputs = channel.take()
+    channel.gate.clear()
+    channel.entered.clear()
+    sending = threading.Thread(target=lambda: handle.answered(draft.id, encode_reply(Reply(values=inputs))))
+    cancelling = threading.Thread(target=handle.cancel_soon)
+
+    sending.start()
+    assert channel.entered.wait(10)
+    cancelling.start()
+    cancelling.join(0.05)
+    channel.gate.set()
+    sending.join(10)
+    cancelling.join(10)
+
+    second = channel.submissions[-1].job_ids[0]
+    assert channel.told[-2:] == [f"submit {second}", f"cancel {second}"]
+
+
 def test_an_endless_wait_is_one() -> None:
     channel = FakeChannel()
     handle = call(channel, ["a"], terms(timeout=float("inf")))
