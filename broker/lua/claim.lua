@@ -1,4 +1,4 @@
--- Take jobs for one worker: what others gave back first, then new ones, most urgent stream first, within a budget.
+-- Take jobs for one worker: all that others gave back first, then new ones, most urgent stream first, within a budget.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] STRING paused: while it exists nothing is taken
 -- ARGV[1] group  ARGV[2] consumer  ARGV[3] consumer of returned jobs
 -- ARGV[4] jobs, ARGV[5] rows, ARGV[6] tokens at most   ARGV[7] live workers
@@ -43,7 +43,7 @@ local function take(stream, id, deliveries, fields, r, t, by_share)
   full = #taken >= MAX_JOBS or rows >= MAX_ROWS or tokens >= MAX_TOKENS
 end
 
-local suspects = 0
+local suspects, took_suspect = 0, false
 
 local function take_returned(stream)
   local key = KEYS[stream]
@@ -52,21 +52,16 @@ local function take_returned(stream)
     local alone = deliveries >= SUSPECT
     if alone and (#taken > 0 or not EMPTY_HANDED) then
       suspects = suspects + 1
-    elseif not full then
+    elseif #taken < MAX_JOBS and not took_suspect then
       local entry = redis.call('XRANGE', key, id, id)[1]
       if not entry then
         redis.call('XACK', key, GROUP, id)
       else
-        local r, t = cost(entry[2])
-        if fits(r, t) then
-          redis.call('XCLAIM', key, GROUP, CONSUMER, 0, id, 'JUSTID')
-          take(stream, id, deliveries, entry[2], r, t)
-          full = full or alone
-        else
-          -- Not overtaken: small jobs that keep coming would pass it for ever.
-          full = true
-          if #taken == 0 then suspects = suspects + 1 end
-        end
+        -- Beyond rows and tokens: they waited once already, and what a dead worker held is bounded.
+        redis.call('XCLAIM', key, GROUP, CONSUMER, 0, id, 'JUSTID')
+        take(stream, id, deliveries, entry[2], cost(entry[2]))
+        took_suspect = alone
+        full = full or alone
       end
     end
   end

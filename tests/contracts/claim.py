@@ -124,12 +124,22 @@ class ClaimContract:
         assert queue.held_by(RETURNED) == []
         assert sorted(queue.held_by("w1")) == sorted(names(claimed.claims))
 
-    def test_jobs_that_were_given_back_keep_to_the_budget_too(self, queue: Queue) -> None:
-        lost = queue.hold("dead", draft(rows=3), draft(rows=3), draft(rows=3))
+    def test_jobs_that_were_given_back_wait_for_no_budget(self, queue: Queue) -> None:
+        lost = queue.hold("dead", draft(rows=3), draft(rows=50), draft(rows=3))
+        queue.lease.release("dead", gone=True)
+        queue.put(draft())
+
+        claimed = queue.claim("busy", rows=4, empty_handed=False)
+
+        assert ids(claimed.claims) == ids(lost)
+        assert claimed.suspects == 0
+
+    def test_a_claim_takes_so_many_of_them_at_most(self, queue: Queue) -> None:
+        lost = queue.hold("dead", draft(), draft(), draft())
         queue.lease.release("dead", gone=True)
 
-        assert ids(queue.claim("w1", rows=7).claims) == ids(lost[:2])
-        assert ids(queue.claim("w2", rows=7).claims) == ids(lost[2:])
+        assert ids(queue.claim("w1", jobs=2).claims) == ids(lost[:2])
+        assert ids(queue.claim("w2", jobs=2).claims) == ids(lost[2:])
 
     def test_a_suspect_runs_alone_on_a_worker_that_holds_nothing(self, queue: Queue) -> None:
         suspects = queue.hold("dead", draft(), draft())
@@ -151,17 +161,6 @@ class ClaimContract:
         claimed = queue.claim()
 
         assert (ids(claimed.claims), claimed.suspects) == (ids([innocent]), 1)
-
-    def test_a_returned_job_that_is_too_large_for_a_busy_worker_is_waited_for(self, queue: Queue) -> None:
-        lost = queue.hold("dead", draft(rows=50))
-        queue.lease.release("dead", gone=True)
-        queue.put(draft())
-
-        busy = queue.claim("w1", rows=10, empty_handed=False)
-        free = queue.claim("w1", rows=10)
-
-        assert (busy.claims, busy.suspects) == ([], 1)
-        assert (ids(free.claims), free.suspects) == (ids(lost), 0)
 
     def test_an_entry_deleted_after_it_was_given_back_is_forgotten(self, queue: Queue) -> None:
         gone, kept = queue.hold("dead", draft(), draft())
