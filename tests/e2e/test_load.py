@@ -23,7 +23,8 @@ from millstream.worker.models.source import locate
 pytestmark = pytest.mark.timeout(240)
 
 PROCESSES, THREADS, LOAD_S = 8, 25, 15.0
-ROUNDS, CALLS = 3, 60
+ROUNDS, CALLS = 6, 60
+LIMIT_S = 0.005
 WORKERS = 2
 
 
@@ -68,13 +69,16 @@ def test_single_texts_of_200_callers_are_answered_in_batches(site: Site, referen
 def test_a_lone_caller_waits_at_most_5_ms_longer_than_for_the_model_itself(site: Site, say: Say) -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // WORKERS))
     model = SentenceTransformer(str(locate(MODEL)), device="cpu")
-    with Client(site.url) as client:
-        rounds = [medians(client, site.spec.name, model) for _ in range(ROUNDS)]
+    added: list[float] = []
 
-    for queued, direct in rounds:
-        say(f"alone: p50 {queued * 1000:.1f} ms through the queue, {direct * 1000:.1f} ms by the model itself")
-    # The machine may be busy with other things: the quietest round shows what the queue adds.
-    assert min(queued - direct for queued, direct in rounds) < 0.005
+    with Client(site.url) as client:
+        # A machine busy with other things only adds to it: one quiet round shows what the queue itself adds.
+        while len(added) < ROUNDS and min(added, default=LIMIT_S) >= LIMIT_S:
+            queued, direct = medians(client, site.spec.name, model)
+            say(f"alone: p50 {queued * 1000:.1f} ms through the queue, {direct * 1000:.1f} ms by the model itself")
+            added.append(queued - direct)
+
+    assert min(added) < LIMIT_S
 
 
 def medians(client: Client, service: str, model: SentenceTransformer) -> tuple[float, float]:
