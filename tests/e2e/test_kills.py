@@ -22,7 +22,7 @@ from support import eventually
 
 from millstream.broker.embedded import EmbeddedServer
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
 
 CALLER_PROCESSES, CALLER_THREADS, LEDGER_THREADS = 2, 2, 4
 

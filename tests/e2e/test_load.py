@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformer
 from millstream.client import Client
 from millstream.worker.models.source import locate
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(240)]
 
 PROCESSES, THREADS, LOAD_S = 8, 25, 15.0
 ROUNDS, CALLS = 6, 60
