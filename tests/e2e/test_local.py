@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -41,6 +41,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     (tmp_path / "config.yaml").write_text(ECHO)
     return tmp_path
+
+
+Started = Callable[[], list[int]]
+
+
+@pytest.fixture
+def started() -> Started:
+    """Asks for the processes that came since the test began; other tests' servers may run beside it."""
+    before = set(descendants(os.getpid()))
+    return lambda: [pid for pid in descendants(os.getpid()) if pid not in before]
 
 
 class Program:
@@ -216,24 +226,24 @@ def test_an_error_while_a_module_is_imported_leaves_no_process(home: Path) -> No
         assert program.left() == []
 
 
-def test_a_closed_client_has_ended_what_it_started(home: Path) -> None:
+def test_a_closed_client_has_ended_what_it_started(home: Path, started: Started) -> None:
     with Client.local(data_dir=home / "data") as client:
         answer = client.submit("mill", ["a", "b"]).result(timeout=30)
-        started = list(descendants(os.getpid()))
+        pids = started()
 
     assert answer == ["a", "b"]
-    assert len(started) == 4
-    assert [pid for pid in started if command_line(pid)] == []
+    assert len(pids) == 4
+    assert [pid for pid in pids if command_line(pid)] == []
 
 
-def test_the_async_client_has_one_too(home: Path) -> None:
+def test_the_async_client_has_one_too(home: Path, started: Started) -> None:
     async def program() -> object:
         async with await AsyncClient.local(data_dir=home / "data") as client:
             handle = await client.submit("mill", ["a"])
             return await handle
 
     assert asyncio.run(program()) == ["a"]
-    assert list(descendants(os.getpid())) == []
+    assert started() == []
 
 
 def test_what_up_would_refuse_is_raised_within_seconds(home: Path) -> None:
@@ -281,11 +291,11 @@ def spoil(home: Path, service: str) -> None:
         connection.close()
 
 
-def test_workers_that_take_too_long_are_ended(home: Path) -> None:
+def test_workers_that_take_too_long_are_ended(home: Path, started: Started) -> None:
     with pytest.raises(NoWorkers, match="not ready in time"):
         Client.local(timeout=0.01)
 
-    assert list(descendants(os.getpid())) == []
+    assert started() == []
 
 
 def test_a_server_that_is_away_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +305,7 @@ def test_a_server_that_is_away_is_named(home: Path, monkeypatch: pytest.MonkeyPa
         Client.local()
 
 
-def test_clients_on_one_data_dir_share_the_server_and_any_of_them_may_close_first(home: Path) -> None:
+def test_clients_on_one_data_dir_share_the_server_and_any_of_them_may_close_first(home: Path, started: Started) -> None:
     with ExitStack() as ends:
         first, second, third = (ends.enter_context(Client.local()) for _ in range(3))
         assert len(view(running()).workers) == 6
@@ -309,4 +319,4 @@ def test_clients_on_one_data_dir_share_the_server_and_any_of_them_may_close_firs
         first.close()
         assert third.submit("mill", ["c"]).result(timeout=30) == ["c"]
 
-    assert list(descendants(os.getpid())) == []
+    assert started() == []
