@@ -72,6 +72,8 @@ def leaves_the_loop(url: str, service: str) -> None:
 
 def is_interrupted(url: str, service: str) -> None:
     """The main thread leaves a wait by an exception, as Ctrl-C ends it."""
+    # A shell that starts the tests in the background has it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     client = Client(url)
     handle = client.submit(service, ["a"])
     main = threading.get_ident()
