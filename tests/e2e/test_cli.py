@@ -305,7 +305,7 @@ def test_worker_ls_shows_what_runs_and_how_the_worker_before_ended(
         line = rf"^{name} +\S+ +\S+ +\d+ +auto +ready +"
         assert re.search(rf"{line}1 for \d\.\ds +0 +0\.0 +0% +- +\d\.\ds +-$", stuck, re.MULTILINE)
         past = r"was killed by SIGKILL \(no progress for \d\.\d s, the stall_timeout is 3 s\)"
-        assert re.search(rf"{line}- +0 +.* {past}$", listed, re.MULTILINE)
+        assert re.search(rf"{line}- +\d+ +.* {past}$", listed, re.MULTILINE)
         (record,) = [each for each in found if each["service"] == name]
         assert record["pid"] in up.children()
         assert (record["running"], record["padding"]) == (0, None)
