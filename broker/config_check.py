@@ -198,7 +198,7 @@ def _long_timeouts(file: ConfigFile, document: Document) -> Found:
         yield from _contradictions(path, service, document)
         for priority, limits in entry.runtime.priorities.items():
             own = limits.model_dump(exclude_none=True)
-            if "queue_timeout" in own or "total_timeout" in own:
+            if own.keys() & {name for pair in _AT_MOST for name in pair}:
                 yield from _contradictions((*path, "priorities", priority), service | own, document)
 
 

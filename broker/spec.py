@@ -182,6 +182,7 @@ class PriorityLimits(Settings):
 
     share: Rate | None = None
     queue_timeout: Limit = None
+    inference_timeout: Limit = None
     total_timeout: Limit = None
     max_queue_size: Count | None = None
     batch_timeout: Annotated[
@@ -215,6 +216,7 @@ class Runtime(Settings):
         own = self.priorities.get(priority, PriorityLimits())
         inherited = {
             "queue_timeout": None if priority == "batch" else self.queue_timeout,
+            "inference_timeout": self.inference_timeout,
             "total_timeout": self.total_timeout,
             "batch_timeout": self.batch_timeout,
         }
@@ -230,7 +232,8 @@ class Runtime(Settings):
     @property
     def stall_s(self) -> float:
         """Seconds a forward may take before its process counts as stuck."""
-        return self.stall_timeout or max(LEAST_STALL_S, 10 * (self.inference_timeout or 0.0))
+        limits = [self.inference_timeout, *(each.inference_timeout for each in self.priorities.values())]
+        return self.stall_timeout or max(LEAST_STALL_S, *(10 * (limit or 0.0) for limit in limits))
 
 
 class ModelSpec(Settings):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from millstream.broker.config import Runtime, ServiceSpec
 from millstream.broker.connection import Connection, is_transient, retrying
 from millstream.broker.errors import Cancelled, ConfigError, UnknownService
-from millstream.broker.job import PRIORITIES, Reply
+from millstream.broker.job import PRIORITIES, Priority, Reply
 from millstream.broker.lease import Beat, Lease
 from millstream.broker.registry import Registry
 from millstream.broker.streams import Streams
@@ -26,6 +26,7 @@ from millstream.worker.runner import Runner
 from millstream.worker.settler import Finished, Settler
 from millstream.worker.shared import Shared
 from millstream.worker.shares import Shares
+from millstream.worker.timekeeper import Timekeeper
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,8 @@ class Crew:
         self._settler = Settler(shared, self._streams)
         queue = Queue(self._streams, Streams(connection.blocking(SLEEP_S), keys), self._lease)
         self._claimer = Claimer(shared, queue, self._intake, self._policy, self._settler.put)
+        self._inference_timeouts: dict[Priority, float | None] = {}
+        self._timekeeper = Timekeeper(shared, self._inference_timeouts, self._settler.put)
         self._heart = Heart(shared, self._lease, self._status, self._heard, lambda: self._progress.stuck)
         self._revision = 0
         self._strangers: set[str] = set()
@@ -63,12 +66,14 @@ class Crew:
         self._progress.enter(State.READY)
         # Beat before the first claim: a consumer without a beat would count as lost.
         self._heart.beat()
-        for thread in (self._heart, self._settler, self._claimer):
+        for thread in (self._heart, self._settler, self._timekeeper, self._claimer):
             thread.start()
         log.info("ready: %s on %s", self._model.fingerprint, self._orders.device or "auto")
         Runner(shared, self._model, self._progress, self._settler.put).run()
         shared.life.check()
         self._progress.enter(State.DRAINING)
+        self._timekeeper.stop()
+        self._timekeeper.join()
         self._settler.finish()
         self._settler.join()
         shared.life.check()
@@ -113,9 +118,11 @@ class Crew:
         self._registry.claim_fingerprint(self._spec.name, self._model.fingerprint)
 
     def _limit(self, runtime: Runtime) -> None:
-        self._shared.window.limit(runtime.batch_size, batch_tokens(runtime), runtime.queue_timeout)
-        timeouts = {each: runtime.limits(each.value).batch_timeout or 0.0 for each in PRIORITIES}
-        self._policy.batch_timeouts.update(timeouts)
+        limits = {each: runtime.limits(each.value) for each in PRIORITIES}
+        self._policy.batch_timeouts.update({each: limits[each].batch_timeout or 0.0 for each in PRIORITIES})
+        self._inference_timeouts.update({each: limits[each].inference_timeout for each in PRIORITIES})
+        shortest = min((each for each in self._inference_timeouts.values() if each), default=None)
+        self._shared.window.limit(runtime.batch_size, batch_tokens(runtime), runtime.queue_timeout, shortest)
         self._policy.shares.change({each: runtime.shares[each.value] for each in PRIORITIES}, 2 * runtime.batch_size)
         self._intake.max_attempts = runtime.max_attempts
         self._progress.stall_s = runtime.stall_s

@@ -51,6 +51,7 @@ class Runner:
         jobs = {row.owner: held for row in batch if (held := self._window.job_of(row))}
         for held in jobs.values():
             held.started_at = held.started_at or now
+            held.running_since = start
         self._progress.start(jobs)
         outcomes = run_rows(self._model, [row.payload for row in batch], self._progress.lap)
         self._progress.stop()
@@ -70,6 +71,7 @@ class Runner:
         before = self._window.seconds_per_token or rate
         self._window.seconds_per_token = before + EWMA_WEIGHT * (rate - before)
         for held in jobs.values():
+            held.running_since = None
             held.timings["queue"] = float(max(0, held.started_at - held.job.at))
             held.timings["inference"] = held.timings.get("inference", 0.0) + seconds * 1000
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -48,6 +48,7 @@ class Held:
     outcomes: list[Outcome | None] = field(init=False)
     left: int = field(init=False)
     started_at: int = 0
+    running_since: float | None = None
     timings: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,6 +58,11 @@ class Held:
     @property
     def name(self) -> str:
         return entry_name(self.claim.address)
+
+    def in_model_s(self, now: float) -> float:
+        """Seconds the forwards over this job's rows took, the one under way included. `now`: monotonic seconds."""
+        since = self.running_since
+        return self.timings.get("inference", 0.0) / 1000 + (now - since if since is not None else 0.0)
 
     def rows(self) -> Rows:
         urgency = (BY_SHARE if self.claim.by_share else PRIORITIES.index(self.claim.address.priority), self.job.at)
@@ -101,9 +107,12 @@ class Window:
         self._in_hand_since: float | None = None
         self._in_hand_s = 0.0
 
-    def limit(self, rows: int, tokens: int, queue_timeout_s: float | None) -> None:
+    def limit(
+        self, rows: int, tokens: int, queue_timeout_s: float | None, inference_timeout_s: float | None = None
+    ) -> None:
         """Take over changed limits, from the next micro-batch on."""
         self.budget = replace(self.budget, rows=rows, tokens=tokens)
+        self._inference_s = inference_timeout_s
         self._hold_s = HOLD_S if queue_timeout_s is None else min(HOLD_S, queue_timeout_s / 2)
         self._least_batches = LEAST_BATCHES if queue_timeout_s is None else 1
 
@@ -192,11 +201,22 @@ class Window:
         """The next micro-batch, waiting for one; empty when the window is closed and nothing is left."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._pool) or self._closed)
-            batch = self._pool.take(self.budget)
+            batch = self._pool.take(self._one_forward())
             self._running = len(batch)
             self._takes += 1
             self._changed.notify_all()
             return batch
+
+    def _one_forward(self) -> Budget:
+        """The budget, cut so that a forward is predicted to take at most half the inference timeout.
+
+        But not below the tokens that a forward's fixed cost is worth: finer cuts would only make each job slower.
+        """
+        budget = self.budget
+        if self._inference_s is None or not self.seconds_per_token:
+            return budget
+        fitting = self._inference_s / 2 / self.seconds_per_token - budget.overhead
+        return replace(budget, tokens=min(budget.tokens, round(max(budget.overhead, fitting))))
 
     def job_of(self, row: Row[Prepared]) -> Held | None:
         """The job of a row taken; None where it was dropped or ended meanwhile."""
@@ -227,6 +247,15 @@ class Window:
             self._note_in_hand()
             self._changed.notify_all()
             return ended
+
+    def overdue(self, limits: Mapping[Priority, float | None], now: float) -> list[str]:
+        """The jobs that have been in the model for longer than their priority's limit. `now`: monotonic seconds."""
+        with self._changed:
+            return [
+                held.name
+                for held in self._held.values()
+                if (limit := limits.get(held.claim.address.priority)) is not None and held.in_model_s(now) > limit
+            ]
 
     def _note_in_hand(self) -> None:
         in_hand = bool(self._running or len(self._pool))

@@ -351,8 +351,6 @@ def test_what_is_set_but_not_enforced_yet_is_one_line_a_key_with_its_places(load
 
     assert lines == [
         "enable_cache is accepted, but not enforced yet (config.yaml:8 embedding_service)",
-        "inference_timeout is accepted, but not enforced yet (config.yaml:8 embedding_service, "
-        "config.yaml:11 reranker_service, config.yaml:14 llm_service)",
         "models of type llm have no worker yet (config.yaml:4 llm_v1)",
         "models of type reranker have no worker yet (config.yaml:3 reranker_v1)",
     ]

@@ -276,3 +276,21 @@ def test_waiting_until_empty_ends_with_the_last_entry_or_its_time(window: Window
     window.forget(["1:2-2"])
 
     assert empty() is True
+
+
+def test_a_forward_is_predicted_to_take_at_most_half_the_inference_timeout() -> None:
+    window = Window(Budget(rows=64, tokens=2_048, overhead=10.0))
+    window.seconds_per_token = 0.001
+    window.limit(64, 2_048, None, inference_timeout_s=0.1)
+    window.hold([held_of([10] * 20)])
+
+    assert len(window.take()) == (50 - 10) // 10
+
+
+def test_no_forward_is_cut_finer_than_its_fixed_cost_is_worth() -> None:
+    window = Window(Budget(rows=64, tokens=2_048, overhead=100.0))
+    window.seconds_per_token = 0.001
+    window.limit(64, 2_048, None, inference_timeout_s=0.1)
+    window.hold([held_of([10] * 20)])
+
+    assert len(window.take()) == 10
