@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from millstream.broker.config import ServiceSpec
@@ -21,18 +20,15 @@ from millstream.broker.connection import Connection, is_transient
 from millstream.broker.errors import ModelUnavailable
 from millstream.broker.keys import ServiceKeys
 from millstream.broker.lease import Lease
+from millstream.worker.child import Child
 from millstream.worker.models.source import locate
 from millstream.worker.orders import EXIT_PERMANENT, URL_VARIABLE, Orders
-from millstream.worker.progress import Progress, State
+from millstream.worker.progress import Progress
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 DRAIN_S = 30.0
-KILLED_S = 5.0
-"""How long to wait for a killed child: one that waits inside a driver is not gone at once."""
-
-STEADY_S = 30.0
 CRASH_LOOP = 5
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
 _LIBRARIES = ("torch", "sentence_transformers")
@@ -61,29 +57,6 @@ class Death:
     service: str
     consumer: str
     started: Sequence[str]
-
-
-@dataclass(slots=True, eq=False)
-class Child:
-    """One running worker process."""
-
-    consumer: str
-    process: subprocess.Popen[bytes]
-    progress: Progress
-    ready_since: float | None = None
-
-    @property
-    def lives(self) -> bool:
-        return self.process.poll() is None
-
-    @property
-    def ready(self) -> bool:
-        return self.lives and self.progress.state == State.READY
-
-    @property
-    def steady(self) -> bool:
-        """Whether it worked for a while. To load a model, however long that takes, is no work yet."""
-        return self.ready_since is not None and time.monotonic() - self.ready_since > STEADY_S
 
 
 @dataclass(slots=True, eq=False)
@@ -163,8 +136,8 @@ class Supervisor:
 
     def _look(self, slot: Slot) -> None:
         if slot.child:
-            _end_stuck(slot.child)
-            _note_ready(slot.child)
+            slot.child.end_stuck()
+            slot.child.note_ready()
         if slot.child and not slot.child.lives:
             self._died(slot, slot.child)
         elif slot.child and slot.child.steady:
@@ -208,11 +181,11 @@ class Supervisor:
         deadline = time.monotonic() + self._drain_s
         while (left := [child for child in children if child.lives]) and time.monotonic() < deadline:
             for child in left:
-                _end_stuck(child)
+                child.end_stuck()
             time.sleep(POLL_S)
         for child in left:
             log.warning("worker %s did not drain in %g s: killed", child.consumer, self._drain_s)
-            _kill(child)
+            child.kill()
         for slot in self._slots:
             if slot.child:
                 self._bury(slot, slot.child)
@@ -257,7 +230,7 @@ class Supervisor:
         return Child(consumer, process, progress)
 
     def _died(self, slot: Slot, child: Child) -> None:
-        slot.past = _ended(child)
+        slot.past = child.ended
         reason = child.progress.reason or slot.past
         self._bury(slot, child)
         if child.process.returncode == EXIT_PERMANENT:
@@ -290,9 +263,7 @@ class Supervisor:
 
     def _bury(self, slot: Slot, child: Child) -> None:
         self._deaths.append(Death(slot.plan.spec.name, child.consumer, child.progress.running()))
-        if child.process.stdin:
-            child.process.stdin.close()
-        child.progress.close()
+        child.close()
         slot.child, slot.ready = None, False
 
     def _give_back(self) -> None:
@@ -316,38 +287,6 @@ def _backoff(failures: int) -> float:
     if failures >= CRASH_LOOP:
         return _LONGEST_BACKOFF_S
     return _FIRST_BACKOFF_S * 2 ** (failures - 1) if failures else 0.0
-
-
-def _end_stuck(child: Child) -> None:
-    """Kill a child whose forward does not end: whatever it waits for, its jobs can run elsewhere."""
-    stuck_s, stall_s = child.progress.running_s(), child.progress.stall_s
-    if stuck_s > stall_s and child.ready and not child.progress.reason:
-        child.progress.last_words(f"no progress for {stuck_s:.1f} s, the stall_timeout is {stall_s:g} s")
-        # Not waited for: a process that waits inside a driver would keep its supervisor from all others.
-        child.process.kill()
-
-
-def _note_ready(child: Child) -> None:
-    if child.ready_since is None and child.ready:
-        child.ready_since = time.monotonic()
-
-
-def _kill(child: Child) -> None:
-    child.process.kill()
-    with suppress(subprocess.TimeoutExpired):
-        child.process.wait(KILLED_S)
-
-
-def _ended(child: Child) -> str:
-    """How a child ended, and why where it could say."""
-    code = child.process.returncode
-    how = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with status {code}" if code else "drained"
-    return f"{how} ({child.progress.reason})" if child.progress.reason else how
-
-
-def _signal_name(number: int) -> str:
-    # Real-time signals have no name.
-    return signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
 
 
 def _cores() -> int:

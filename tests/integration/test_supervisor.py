@@ -20,6 +20,7 @@ from millstream.broker.config import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.connection import Connection
 from millstream.broker.embedded import EmbeddedServer
 from millstream.broker.keys import DEFAULT_PREFIX, ServiceKeys
+from millstream.worker import child
 from millstream.worker import supervisor as module
 from millstream.worker.supervisor import Plan, Supervisor
 
@@ -85,7 +86,7 @@ def test_a_hundred_deaths_leave_no_descriptor_and_no_zombie(server: EmbeddedServ
 def test_what_never_was_ready_dies_young_however_long_it_lived(
     server: EmbeddedServer, service: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "STEADY_S", 0.0)
+    monkeypatch.setattr(child, "STEADY_S", 0.0)
 
     with supervisor_of(server.url, service) as supervisor:
         restarted(supervisor, 8)

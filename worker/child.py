@@ -1,0 +1,79 @@
+"""One running worker process, as its supervisor sees it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+from millstream.worker.progress import Progress, State
+
+STEADY_S = 30.0
+KILLED_S = 5.0
+"""How long to wait for a killed child: one that waits inside a driver is not gone at once."""
+
+
+@dataclass(slots=True, eq=False)
+class Child:
+    """A process and the page it shares with its supervisor."""
+
+    consumer: str
+    process: subprocess.Popen[bytes]
+    progress: Progress
+    ready_since: float | None = None
+
+    @property
+    def lives(self) -> bool:
+        return self.process.poll() is None
+
+    @property
+    def ready(self) -> bool:
+        return self.lives and self.progress.state == State.READY
+
+    @property
+    def steady(self) -> bool:
+        """Whether it worked for a while. To load a model, however long that takes, is no work yet."""
+        return self.ready_since is not None and time.monotonic() - self.ready_since > STEADY_S
+
+    @property
+    def ended(self) -> str:
+        """How it ended, and why where it could say. Only once it did."""
+        how = _how(self.process.returncode)
+        return f"{how} ({self.progress.reason})" if self.progress.reason else how
+
+    def note_ready(self) -> None:
+        if self.ready_since is None and self.ready:
+            self.ready_since = time.monotonic()
+
+    def end_stuck(self) -> None:
+        """Kill it where its forward does not end: whatever it waits for, its jobs can run elsewhere."""
+        stuck_s, stall_s = self.progress.running_s(), self.progress.stall_s
+        if stuck_s > stall_s and self.ready and not self.progress.reason:
+            self.progress.last_words(f"no progress for {stuck_s:.1f} s, the stall_timeout is {stall_s:g} s")
+            # Not waited for: a process that waits inside a driver would keep its supervisor from all others.
+            self.process.kill()
+
+    def kill(self) -> None:
+        """Kill it, and wait for its end for at most KILLED_S seconds."""
+        self.process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(KILLED_S)
+
+    def close(self) -> None:
+        """Let go of its pipe and its page. Where it lives, it takes that for the end of its supervisor."""
+        if self.process.stdin:
+            self.process.stdin.close()
+        self.progress.close()
+
+
+def _how(status: int) -> str:
+    if status < 0:
+        return f"was killed by {_signal_name(-status)}"
+    return f"exited with status {status}" if status else "drained"
+
+
+def _signal_name(number: int) -> str:
+    # Real-time signals have no name.
+    return signal.Signals(number).name if number in list(signal.Signals) else f"signal {number}"
