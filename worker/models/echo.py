@@ -17,16 +17,17 @@ class EchoModel:
 
     Its `model_name` can make it misbehave. `sleep:0.05`: each forward takes 0.05 s. `crash:WORD` and `raise:WORD`: a
     forward over a row that contains WORD ends the process, or raises. `hang:`, `spin:` and `hold:`: such a forward
-    never ends; it sleeps, loops in Python, or waits in C without letting another thread run.
+    never ends; it sleeps, loops in Python, or waits in C without letting another thread run. A comma joins several.
     """
 
     op = "echo"
 
     def __init__(self, model_name: str = "", max_length: int | None = None) -> None:
-        kind, _, value = model_name.partition(":")
-        self._sleep_s = float(value) if kind == "sleep" else 0.0
-        self._misbehaves = _MISBEHAVIOUR.get(kind) if value else None
-        self._trigger = value
+        orders = dict(each.split(":", 1) for each in model_name.split(",") if ":" in each)
+        self._sleep_s = float(orders.pop("sleep", 0.0))
+        self._misbehaves = [
+            (word, _MISBEHAVIOUR[kind]) for kind, word in orders.items() if word and kind in _MISBEHAVIOUR
+        ]
         self._max_length = max_length
         self.fingerprint = f"echo:{model_name}"
 
@@ -45,8 +46,9 @@ class EchoModel:
         if self._sleep_s:
             time.sleep(self._sleep_s)
         texts: list[Json] = [str(row.features) for row in rows]
-        if self._misbehaves and any(self._trigger in str(text) for text in texts):
-            self._misbehaves()
+        for word, misbehave in self._misbehaves:
+            if any(word in str(text) for text in texts):
+                misbehave()
         return texts
 
     def samples(self, tokens: int) -> Sequence[Json]:
