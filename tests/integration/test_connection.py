@@ -32,9 +32,9 @@ from millstream.broker.errors import BrokerUnavailable, ConfigError, MillstreamE
 
 
 @pytest.fixture
-def own_server(tmp_path: Path, wheel_binary: Path) -> Iterator[EmbeddedServer]:
+def own_server(tmp_path: Path, server_binary: Path) -> Iterator[EmbeddedServer]:
     """A server that a test may harm."""
-    with EmbeddedServer.start(tmp_path / "data", binary=wheel_binary, tcp_port=0) as running:
+    with EmbeddedServer.start(tmp_path / "data", binary=server_binary, tcp_port=0) as running:
         yield running
 
 
@@ -340,7 +340,7 @@ def test_retrying_does_not_repeat_what_cannot_succeed() -> None:
 
 
 def test_the_server_is_known_by_engine_and_version(connection: Connection, server: EmbeddedServer) -> None:
-    assert check(connection) == ServerInfo("valkey", server.version)
+    assert check(connection) == ServerInfo(server.engine, server.version)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,6 @@
-"""The scripts keep their contracts on real servers."""
+"""The scripts keep their contracts on a real server."""
 
 from __future__ import annotations
-
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from contracts.cancel import CancelContract
@@ -18,27 +14,7 @@ from contracts.rate import RateContract
 from contracts.settle import SettleContract
 
 from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
 from millstream.broker.keys import ServiceKeys
-
-
-@pytest.fixture(scope="module")
-def redis7_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
-    found = shutil.which("redis-server")
-    if found is None:
-        pytest.fail("no redis-server: apt install redis-server")
-    with EmbeddedServer.start(tmp_path_factory.mktemp("redis7"), binary=Path(found)) as running:
-        assert running.engine == "redis"
-        yield running
-
-
-@pytest.fixture(params=["server", pytest.param("redis7_server", marks=pytest.mark.redis7)])
-def connection(request: pytest.FixtureRequest) -> Iterator[Connection]:
-    """Valkey and Debian's Redis in turn."""
-    server: EmbeddedServer = request.getfixturevalue(request.param)
-    opened = Connection(server.url, name="tests")
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

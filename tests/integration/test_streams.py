@@ -29,9 +29,9 @@ def queue(connection: Connection, service: str) -> Queue:
 
 
 @pytest.fixture
-def own_queue(tmp_path: Path, wheel_binary: Path) -> Iterator[Queue]:
+def own_queue(tmp_path: Path, server_binary: Path) -> Iterator[Queue]:
     """On a server that a test may harm."""
-    with EmbeddedServer.start(tmp_path / "data", binary=wheel_binary) as server:
+    with EmbeddedServer.start(tmp_path / "data", binary=server_binary) as server:
         connection = Connection(server.url, name="tests")
         opened = Queue(connection.client, ServiceKeys("embed"))
         opened.open()
@@ -60,15 +60,20 @@ def test_a_deleted_stream_is_reported_to_claims_waits_and_beats_and_the_new_grou
     assert ids(queue.claim().claims) == [job.id]
 
 
-def test_a_stream_deleted_under_a_blocked_wait_wakes_it_with_an_error(own_queue: Queue) -> None:
+def test_a_stream_deleted_under_a_blocked_wait_is_reported_as_a_missing_group(own_queue: Queue) -> None:
     errors: list[str] = []
 
-    def wait() -> None:
+    def wait_and_claim() -> None:
+        # Redis 6.2 sleeps on, 7.0 wakes the wait with an error of its own: then the next claim says it.
+        own_queue.streams.wait("w1", 1.0)
+        own_queue.claim()
+
+    def work() -> None:
         with pytest.raises(redis.ResponseError) as caught:
-            own_queue.streams.wait("w1", 3.0)
+            wait_and_claim()
         errors.append(str(caught.value))
 
-    thread = threading.Thread(target=wait)
+    thread = threading.Thread(target=work)
     thread.start()
     eventually(lambda: blocked(own_queue) == 1)
     own_queue.client.delete(*own_queue.keys.streams())
