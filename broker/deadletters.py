@@ -21,7 +21,7 @@ _PAGE = 100
 _ID = re.compile("[0-9]{1,16}-[0-9]{1,16}")
 _WHOLE = re.compile("[0-9]{1,16}")
 _ATTEMPTS = re.compile(r"[0-9]{1,9}(\.5)?")
-_OURS = (b"reason", b"entry", b"buried", b"priority", b"attempts", b"consumer")
+_OURS = (b"reason", b"entry", b"buried", b"priority", b"attempts", b"consumer", b"history")
 """What settle writes before the fields of the entry."""
 
 
@@ -30,7 +30,8 @@ class Letter:
     """A buried job: its `fields` as they lay in the stream of its `priority` under `entry`, and why it ended here.
 
     `buried_at` is in ms of the server's clock. `consumer` is the worker that held it then. Both are None where the
-    letter does not say, as `attempts` is: the starts that did not end.
+    letter does not say, as `attempts` is: the starts that did not end. `history` has a line for each of them and for
+    each host lost: server ms, the worker, how it ended.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Letter:
     priority: Priority
     attempts: float | None
     consumer: str | None
+    history: Sequence[str]
     fields: Mapping[bytes, bytes]
 
 
@@ -112,7 +114,7 @@ def _draft(keys: ServiceKeys, letter: Letter) -> Draft:
 
 def _letter(letter_id: bytes, fields: Mapping[bytes, bytes]) -> Letter:
     # Settle wrote these, but anybody else could have, too.
-    reason, entry, buried, priority, attempts, consumer = (
+    reason, entry, buried, priority, attempts, consumer, history = (
         fields.get(name, b"").decode(errors="backslashreplace") for name in _OURS
     )
     return Letter(
@@ -123,6 +125,7 @@ def _letter(letter_id: bytes, fields: Mapping[bytes, bytes]) -> Letter:
         priority=Priority(priority) if priority in set(Priority) else Priority.NORMAL,
         attempts=float(attempts) if _ATTEMPTS.fullmatch(attempts) else None,
         consumer=consumer or None,
+        history=history.splitlines(),
         fields={name: value for name, value in fields.items() if name not in _OURS},
     )
 

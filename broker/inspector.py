@@ -73,7 +73,8 @@ class ServiceView:
 
     Every unsettled job counts once: `waiting` for its first claim, `held` by a live or lost worker (by consumer), or
     `returned` from a dead one and waiting again. `oldest_ms` is the age of the oldest of them, by the server's clock.
-    While it is `paused` its workers claim nothing.
+    While it is `paused` its workers claim nothing. `refused` counts, by reason, how often jobs were turned away, the
+    repeated tries of waiting callers included; it starts anew after a day without any.
     """
 
     name: str
@@ -84,6 +85,7 @@ class ServiceView:
     workers: Sequence[WorkerView]
     dead_letters: int
     paused: Pause | None
+    refused: Mapping[str, int]
 
     @property
     def in_flight(self) -> int:
@@ -167,6 +169,7 @@ class Inspector:
                 pipe.xrange(stream, count=1)
             pipe.xlen(keys.dead())
             pipe.zrange(keys.workers(), 0, -1, withscores=True)
+            pipe.hgetall(keys.refused())
             queue_pause(pipe, keys)
         answers = iter(_answers(pipe))
         now = _ms(next(answers))
@@ -202,6 +205,7 @@ class _Queue:
     oldest_at: int | None
     live: Sequence[bytes]
     dead_letters: int
+    refused: Mapping[str, int]
     paused: Pause | None
 
     @classmethod
@@ -215,11 +219,11 @@ class _Queue:
             waiting[priority] = max(0, cast(int, length) - claimed.total())
             pending += claimed
             oldest += _accepted_at(cast(Entries, first))
-        dead_letters, beats, pause, left_ms = islice(answers, 4)
+        dead_letters, beats, refusals, pause, left_ms = islice(answers, 5)
+        refused = {_text(reason): _count(cast(Fields, refusals), reason) for reason in cast(Fields, refusals)}
         live = [name for name, beat in cast(list[tuple[bytes, float]], beats) if now - beat <= LEASE_S * 1000]
-        return cls(
-            waiting, pending, min(oldest, default=None), live, cast(int, dead_letters), read_pause(pause, left_ms)
-        )
+        depth = cast(int, dead_letters)
+        return cls(waiting, pending, min(oldest, default=None), live, depth, refused, read_pause(pause, left_ms))
 
     def view(self, service: str, workers: Mapping[tuple[str, str], WorkerView], now: int) -> ServiceView:
         return ServiceView(
@@ -231,6 +235,7 @@ class _Queue:
             workers=[workers[service, _text(consumer)] for consumer in self.live],
             dead_letters=self.dead_letters,
             paused=self.paused,
+            refused=self.refused,
         )
 
 

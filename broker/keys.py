@@ -77,6 +77,14 @@ class ServiceKeys:
         """ZSET: claimed entries their callers no longer want -> when, server ms; ttl an hour after the last."""
         return self._key("cancelled")
 
+    def trail(self) -> str:
+        """HASH: 'stream:entry id' -> a line for each run of it that did not end; ttl a day after the last."""
+        return self._key("trail")
+
+    def refused(self) -> str:
+        """HASH: reason -> how many groups of jobs were turned away for it; ttl a day after the last."""
+        return self._key("refused")
+
     def paused(self) -> str:
         """STRING: the service is paused; "refusing" where it takes no new jobs either; ttl only where one was given."""
         return self._key("paused")

@@ -69,19 +69,21 @@ class Lease:
         keep: Collection[str] = (),
         only: Collection[str] | None = None,
         gone: bool = False,
+        how: str = "ended",
     ) -> int:
         """Give back what `consumer` holds: all but `keep`, or `only` these; `started` ones with one attempt more.
 
-        Returns how many.
+        `how` says how the consumer ended, in a line: dead letters tell it of each start. Returns how many.
         """
         named = ("but", *keep) if only is None else ("only", *only)
-        keys = [*self._keys.streams(), self._keys.workers(), self._keys.worker(consumer)]
-        args: list[scripts.Argument] = [GROUP, consumer, RETURNED, int(gone), len(started), *started, *named]
+        keys = [*self._keys.streams(), self._keys.workers(), self._keys.worker(consumer), self._keys.trail()]
+        args: list[scripts.Argument] = [GROUP, consumer, RETURNED, int(gone), _line(how)]
+        args += (len(started), *started, *named)
         return int(scripts.run(self._client, "release", keys, args))
 
     def reclaim(self) -> int:
         """Give back what workers of lost hosts held; any process may call it at any time. Returns how many."""
-        keys = [*self._keys.streams(), self._keys.workers(), self._keys.reclaim()]
+        keys = [*self._keys.streams(), self._keys.workers(), self._keys.reclaim(), self._keys.trail()]
         _, returned = scripts.run(self._client, "reclaim", keys, [GROUP, RETURNED, self._lease_ms])
         return int(returned)
 
@@ -90,3 +92,7 @@ class Lease:
         seconds, micros = self._client.time()
         oldest = seconds * 1000 + micros // 1000 - self._lease_ms
         return int(self._client.zcount(self._keys.workers(), oldest, "+inf"))
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:500]

@@ -19,6 +19,9 @@ MAX_JOBS_PER_CALL = 128
 MAX_BYTES_PER_CALL = 1024 * 1024
 DEAD_LETTERS_KEPT = 10_000
 REPLY_TTL_MS = 300_000
+UNREAD_BYTES = 128 * 1024 * 1024
+"""A client that leaves more unread in its reply stream is dead or frozen: answers beyond it become dead letters."""
+
 LONGEST_MS = 100 * 366 * 86_400_000
 """A longer time, or an infinite one, is sent as this: no server can keep a key for longer than it can count."""
 
@@ -107,11 +110,19 @@ _PURGED = encode_reply(Reply(error=Cancelled("purged from the queue before it ra
 class Streams:
     """The three job streams of one service, over one client."""
 
-    def __init__(self, client: redis.Redis, keys: ServiceKeys, *, result_ttl_ms: int = 3_600_000) -> None:
+    def __init__(
+        self,
+        client: redis.Redis,
+        keys: ServiceKeys,
+        *,
+        result_ttl_ms: int = 3_600_000,
+        unread_bytes: int = UNREAD_BYTES,
+    ) -> None:
         self._client = client
         self._keys = keys
         self._streams = keys.streams()
         self._result_ttl_ms = result_ttl_ms
+        self._unread_bytes = unread_bytes
 
     def create_groups(self) -> None:
         """Make streams and group where they are missing, from the first entry on: a queued job is never skipped."""
@@ -134,7 +145,7 @@ class Streams:
 
         At most MAX_JOBS_PER_CALL jobs and about MAX_BYTES_PER_CALL in one call.
         """
-        keys = [self._keys.spec(), *self._streams, self._keys.bucket(), self._keys.paused()]
+        keys = [self._keys.spec(), *self._streams, self._keys.bucket(), self._keys.paused(), self._keys.refused()]
         args: list[scripts.Argument] = [len(groups)]
         now = time.monotonic()
         for group in groups:
@@ -175,8 +186,8 @@ class Streams:
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         """Write each job's reply and retire its entry, in one step and once: a late twin is dropped."""
-        keys = [*self._streams, self._keys.dead()]
-        args: list[scripts.Argument] = [GROUP, DEAD_LETTERS_KEPT]
+        keys = [*self._streams, self._keys.dead(), self._keys.trail()]
+        args: list[scripts.Argument] = [GROUP, DEAD_LETTERS_KEPT, self._unread_bytes]
         for settlement in settlements:
             address = settlement.address
             kind, key, ttl = self._destination(address)

@@ -63,8 +63,10 @@ def show(service: str, letter_id: str, url: str | None, prefix: str | None) -> N
     with options.opened(service, url, prefix) as (connection, keys):
         letter = _letters(connection, keys).find(letter_id)
     record = as_record(letter)
-    fields = {name: value for name, value in record.items() if name != "fields" and value is not None}
-    lines = [f"{name} {value}" for name, value in {**fields, **_texts(letter)}.items()]
+    known = {name: value for name, value in record.items() if name not in ("fields", "history") and value is not None}
+    lines = [f"{name} {value}" for name, value in known.items()]
+    lines += [f"history {_ended(line)}" for line in letter.history]
+    lines += [f"{name} {value}" for name, value in _texts(letter).items()]
     _print("\n".join(map(harmless, lines)))
 
 
@@ -138,8 +140,19 @@ def as_record(letter: Letter) -> dict[str, object]:
         "priority": letter.priority.value,
         "attempts": letter.attempts,
         "consumer": letter.consumer,
+        "history": list(letter.history),
         "fields": _texts(letter),
     }
+
+
+def _ended(line: str) -> str:
+    """One start that did not end, with its time as people read it."""
+    at, _, rest = line.partition(" ")
+    return f"{_time(int(at))} {rest}" if at.isdecimal() and len(at) <= 14 else line
+
+
+def _time(ms: int) -> str:
+    return f"{datetime.fromtimestamp(ms // 1000, UTC):%FT%TZ}"
 
 
 def _letters(connection: Connection, keys: ServiceKeys) -> DeadLetters:
@@ -166,7 +179,7 @@ def _texts(letter: Letter) -> dict[str, str]:
 
 def _row(letter: Letter) -> tuple[str, ...]:
     texts = _texts(letter)
-    buried = "-" if letter.buried_at is None else f"{datetime.fromtimestamp(letter.buried_at // 1000, UTC):%FT%TZ}"
+    buried = "-" if letter.buried_at is None else _time(letter.buried_at)
     reason = letter.reason if len(letter.reason) <= _REASON_SHOWN else f"{letter.reason[:_REASON_SHOWN]}..."
     cells = (reason, letter.priority.value, texts.get("op", "-"), texts.get("rows", "-"))
     attempts = "-" if letter.attempts is None else f"{letter.attempts:g}"

@@ -27,6 +27,7 @@ _HEADING = (
     "WORKERS",
     "ROWS/FORWARD",
     "PADDING",
+    "REFUSED",
     "DEAD",
     "PAUSED",
 )
@@ -48,8 +49,9 @@ for command in (operate.pause, operate.resume, operate.purge, operate.drain):
 def list_services(url: str | None, prefix: str | None, as_json: bool) -> None:
     """List the services: jobs that wait by priority, jobs in flight, workers, batches, dead letters.
 
-    RETURNED jobs were given back by workers that died, and run next. OLDEST is the age of the oldest job. PAUSED says
-    for how long, where it was given a time.
+    RETURNED jobs were given back by workers that died, and run next. OLDEST is the age of the oldest job. REFUSED is
+    how often jobs were turned away, since the last day without any; --json has the reasons. PAUSED says for how long,
+    where it was given a time.
     """
     target = options.find(url, prefix)
     from millstream.broker.inspector import Inspector
@@ -113,6 +115,7 @@ def _row(view: ServiceView) -> tuple[str, ...]:
         str(len(view.workers)),
         number(view.rows_per_forward, 1),
         number(view.padding, 2),
+        str(sum(view.refused.values())),
         str(view.dead_letters),
         _paused(view.paused),
     )

@@ -1,7 +1,7 @@
 -- Accept jobs, in groups: a group enters whole or not at all, once, however often its caller sends it.
 -- KEYS[1] HASH the service   KEYS[2..4] STREAM realtime, normal, batch   KEYS[5] HASH the service's token bucket
--- KEYS[6] STRING paused: 'refusing' turns new jobs away
--- KEYS[7..] per group: HASH its tenant's token bucket, then STRING seen, one a job
+-- KEYS[6] STRING paused: 'refusing' turns new jobs away   KEYS[7] HASH refused: reason -> how many groups were
+-- KEYS[8..] per group: HASH its tenant's token bucket, then STRING seen, one a job
 -- ARGV[1] groups, each as: priority 1..3, jobs, calls to charge for, then per job
 --         id op rows tokens deadline_in queue_in client tenant trace body   (times in ms from now, '' for none)
 -- Returns per group {1} accepted; {2} accepted before; {0, reason, retry_after_ms} refused
@@ -11,6 +11,7 @@
 local ACCEPTED, ACCEPTED_BEFORE, REFUSED = 1, 2, 0
 local SEEN_AFTER_DEADLINE_MS = 60000
 local SEEN_WITHOUT_DEADLINE_MS = 7 * 86400000
+local REFUSED_KEPT_MS = 86400000
 local RETRY_AFTER_MS, RETRY_PAUSED_AFTER_MS = 100, 500
 
 -- The server's clock: callers' clocks differ, and neither deadlines nor rates must.
@@ -92,8 +93,15 @@ local function refusal(priority, bucket, arg, calls, jobs)
   if limited then return charge(per_tenant and bucket or KEYS[5], cost_of(arg, calls, jobs)) end
 end
 
+-- pcall: a server whose memory is full has other worries than this count.
+local function count_refusal(reason)
+  if reason == 'unknown_service' then return end
+  redis.pcall('HINCRBY', KEYS[7], reason, 1)
+  redis.pcall('PEXPIRE', KEYS[7], REFUSED_KEPT_MS)
+end
+
 local outcomes = {}
-local arg, key = 2, 7
+local arg, key = 2, 8
 for group = 1, tonumber(ARGV[1]) do
   local priority, jobs, calls = tonumber(ARGV[arg]), tonumber(ARGV[arg + 1]), tonumber(ARGV[arg + 2])
   local bucket, seen = KEYS[key], key + 1
@@ -104,6 +112,7 @@ for group = 1, tonumber(ARGV[1]) do
     local reason, retry_after = refusal(priority, bucket, arg, calls, jobs)
     if reason then
       outcomes[group] = {REFUSED, reason, retry_after}
+      count_refusal(reason)
     else
       for job = 0, jobs - 1 do accept(KEYS[1 + priority], KEYS[seen + job], arg + 10 * job) end
       depths[priority] = depths[priority] + jobs

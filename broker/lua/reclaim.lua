@@ -1,5 +1,6 @@
 -- Give back what workers held whose host is gone: no beat and no renewed entry for a whole lease.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET workers   KEYS[5] STRING reclaim: 'last pass:hold off until'
+-- KEYS[6] HASH trail: how the runs of an entry ended
 -- ARGV[1] group  ARGV[2] consumer of returned jobs  ARGV[3] lease ms
 -- Returns {state, entries given back}; state 'early', 'holding' or 'done'
 
@@ -7,6 +8,7 @@ local GROUP, RETURNED, LEASE = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local EVERY_MS, HOUR_MS, PER_PASS = 900, 3600000, 1000
 -- Nobody can say what a lost host was running: half an attempt for all it held.
 local HALF_ATTEMPT = 1
+local TRAIL_KEPT_MS, TRAIL_BYTES = 86400000, 4096
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -29,11 +31,20 @@ end
 
 local returned, gone = 0, {}
 
-local function give_back(key, consumer)
+local function note(name, consumer)
+  local line = string.format('%.0f %s was lost with its host', now, consumer)
+  local before = redis.call('HGET', KEYS[6], name)
+  local lines = before and before .. '\n' .. line or line
+  redis.pcall('HSET', KEYS[6], name, string.sub(lines, -TRAIL_BYTES))
+  redis.call('PEXPIRE', KEYS[6], TRAIL_KEPT_MS)
+end
+
+local function give_back(stream, key, consumer)
   local pending = redis.call('XPENDING', key, GROUP, 'IDLE', LEASE, '-', '+', PER_PASS, consumer)
   for _, entry in ipairs(pending) do
     local deliveries = entry[4] + HALF_ATTEMPT
     redis.call('XCLAIM', key, GROUP, RETURNED, 0, entry[1], 'RETRYCOUNT', deliveries, 'JUSTID')
+    note(stream .. ':' .. entry[1], consumer)
   end
   returned = returned + #pending
 end
@@ -47,7 +58,7 @@ for stream = 1, 3 do
       local name = consumer['name']
       if name ~= RETURNED and not lives(name) then
         if consumer['pending'] > 0 then
-          give_back(key, name)
+          give_back(stream, key, name)
           gone[name] = false
         else
           redis.call('XGROUP', 'DELCONSUMER', key, GROUP, name)

@@ -1,19 +1,31 @@
 -- Give back what a consumer holds, for any live worker to claim: its supervisor saw it die, or it lost track itself.
--- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET workers   KEYS[5] HASH the worker
+-- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET workers   KEYS[5] HASH the worker   KEYS[6] HASH trail
 -- ARGV[1] group  ARGV[2] consumer  ARGV[3] consumer of returned jobs
 -- ARGV[4] 1: the consumer is gone for good, forget it
--- ARGV[5] n, then n entries ('stream:entry id') whose run was cut off: one attempt each
+-- ARGV[5] how the consumer ended, for the trail of those it ran
+-- ARGV[6] n, then n entries ('stream:entry id') whose run was cut off: one attempt each
 -- then 'but' and the entries to keep, or 'only' and the entries to give back
 -- Returns the number of entries given back
 
-local GROUP, CONSUMER, RETURNED, GONE = ARGV[1], ARGV[2], ARGV[3], ARGV[4] == '1'
+local GROUP, CONSUMER, RETURNED, GONE, HOW = ARGV[1], ARGV[2], ARGV[3], ARGV[4] == '1', ARGV[5]
 local ATTEMPT = 2
+local TRAIL_KEPT_MS, TRAIL_BYTES = 86400000, 4096
 
 local started, named = {}, {}
-local n = tonumber(ARGV[5])
-for i = 6, 5 + n do started[ARGV[i]] = true end
-local only = ARGV[6 + n] == 'only'
-for i = 7 + n, #ARGV do named[ARGV[i]] = true end
+local n = tonumber(ARGV[6])
+for i = 7, 6 + n do started[ARGV[i]] = true end
+local only = ARGV[7 + n] == 'only'
+for i = 8 + n, #ARGV do named[ARGV[i]] = true end
+
+-- A line for each run that did not end: when, who, how. pcall: at maxmemory the job is given back all the same.
+local function note(name)
+  local time = redis.call('TIME')
+  local line = string.format('%.0f %s %s', time[1] * 1000 + math.floor(time[2] / 1000), CONSUMER, HOW)
+  local before = redis.call('HGET', KEYS[6], name)
+  local lines = before and before .. '\n' .. line or line
+  redis.pcall('HSET', KEYS[6], name, string.sub(lines, -TRAIL_BYTES))
+  redis.call('PEXPIRE', KEYS[6], TRAIL_KEPT_MS)
+end
 
 local released = 0
 for stream = 1, 3 do
@@ -24,6 +36,7 @@ for stream = 1, 3 do
       if (named[name] or false) == only then
         local deliveries = pending[4] + (started[name] and ATTEMPT or 0)
         redis.call('XCLAIM', key, GROUP, RETURNED, 0, pending[1], 'RETRYCOUNT', deliveries, 'JUSTID')
+        if started[name] then note(name) end
         released = released + 1
       end
     end

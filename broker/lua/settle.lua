@@ -1,22 +1,35 @@
 -- Answer jobs and retire their entries, each once: the first caller wins, a late twin changes nothing.
--- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] STREAM dead letters
--- KEYS[5..] per job: STREAM or STRING where the reply goes, STRING seen
--- ARGV[1] group  ARGV[2] dead letters kept; then per job:
+-- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] STREAM dead letters   KEYS[5] HASH trail
+-- KEYS[6..] per job: STREAM or STRING where the reply goes, STRING seen
+-- ARGV[1] group  ARGV[2] dead letters kept  ARGV[3] unread bytes a reply stream may hold; then per job:
 --   stream 1..3, entry id, job id, 'stream' | 'string' | 'none', reply ttl ms, reply, reason to bury it ('' for none)
--- A dead letter is the entry's fields after: reason, entry, buried (ms), priority, attempts and consumer where known
+-- A dead letter is the entry's fields after: reason, entry, buried (ms), priority, attempts and consumer where known,
+--   history where a run did not end: a line each, as release and reclaim wrote it
 -- Returns per job: 1 answered; 0 settled before; -1 the reply could not be written, a dead letter holds the job
+-- A reply stream that is full of unread ones takes no more: whoever should read it is dead or frozen
 
-local GROUP, DEAD_KEPT = ARGV[1], ARGV[2]
+local GROUP, DEAD_KEPT, UNREAD_BYTES = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local SEEN_AFTER_SETTLE_MS = 20000
 local MAX_FIELDS = 64
+local FEW_UNREAD = 16
 local PRIORITIES = {'realtime', 'normal', 'batch'}
-local OURS = {reason = true, entry = true, buried = true, priority = true, attempts = true, consumer = true}
+local OURS = {reason = true, entry = true, buried = true, priority = true, attempts = true, consumer = true,
+  history = true}
 
 -- Who holds the entry, and what it has been through; gone with XACK. Deliveries count as lease.py says.
 local function history(stream, id)
   local pending = redis.pcall('XPENDING', stream, GROUP, id, id, 1)[1]
   if not pending then return {} end
   return {'attempts', string.format('%g', (pending[4] - 1) / 2), 'consumer', pending[2]}
+end
+
+local trailed = redis.call('EXISTS', KEYS[5]) == 1
+
+local function end_trail(past, name)
+  local trail = redis.call('HGET', KEYS[5], name)
+  if not trail then return end
+  past[#past + 1], past[#past + 2] = 'history', trail
+  redis.call('HDEL', KEYS[5], name)
 end
 
 local function bury(priority, id, reason, past)
@@ -35,13 +48,25 @@ local function bury(priority, id, reason, past)
   redis.pcall('XADD', KEYS[4], 'MAXLEN', '~', DEAD_KEPT, '*', unpack(copy))
 end
 
-local expiring = {}
+local expiring, sizes = {}, {}
+
+-- Asked once a call, and only where much is unread: the streams of clients that read are short.
+local function is_full(key)
+  if sizes[key] == nil then
+    local size = redis.pcall('MEMORY', 'USAGE', key, 'SAMPLES', '16')
+    sizes[key] = type(size) == 'number' and size or 0
+  end
+  return sizes[key] >= UNREAD_BYTES
+end
 
 local function answer(kind, key, job, ttl, reply)
   if kind == 'none' then return true end
   if kind == 'string' then
     return not redis.pcall('SET', key, reply, 'PX', ttl).err
   end
+  -- pcall: whatever else may lie under its key.
+  local length = redis.pcall('XLEN', key)
+  if type(length) == 'number' and length > FEW_UNREAD and is_full(key) then return false end
   local written = redis.pcall('XADD', key, '*', 'id', job, 'reply', reply)
   if type(written) == 'table' and written.err then return false end
   expiring[key] = ttl
@@ -49,7 +74,7 @@ local function answer(kind, key, job, ttl, reply)
 end
 
 local outcomes = {}
-local arg, key = 3, 5
+local arg, key = 4, 6
 while arg <= #ARGV do
   local priority, id, job = tonumber(ARGV[arg]), ARGV[arg + 1], ARGV[arg + 2]
   local kind, ttl, reply, reason = ARGV[arg + 3], ARGV[arg + 4], ARGV[arg + 5], ARGV[arg + 6]
@@ -61,6 +86,7 @@ while arg <= #ARGV do
   else
     local answered = answer(kind, KEYS[key], job, ttl, reply)
     if not answered then reason = 'reply_unwritable' end
+    if trailed then end_trail(past, priority .. ':' .. id) end
     if reason ~= '' then bury(priority, id, reason, past) end
     redis.call('XDEL', stream, id)
     -- A detached job stays known as long as its result: its idempotency key must not run it again.

@@ -40,6 +40,53 @@ class DeadLettersContract:
         assert letter.buried_at is not None
         assert abs(queue.now() - letter.buried_at) < 60_000
 
+    def test_a_letter_tells_how_each_of_its_starts_ended(self, queue: Queue) -> None:
+        running = queue.hold("first", draft())
+        queue.lease.release("first", started=names(running), gone=True, how="was killed by\nSIGSEGV")
+        (claim,) = queue.claim("second").claims
+        queue.lease.release("second", started=names([claim]), gone=True, how="exited with status 1")
+        (claim,) = queue.claim("third").claims
+
+        queue.settle([claim], bury="max_attempts")
+
+        (letter,) = letters(queue).page()
+        told = [line.split(" ", 2) for line in letter.history]
+        assert [words[1:] for words in told] == [
+            ["first", "was killed by SIGSEGV"],
+            ["second", "exited with status 1"],
+        ]
+        assert all(abs(queue.now() - int(words[0])) < 60_000 for words in told)
+
+    def test_a_letter_tells_of_each_host_that_was_lost_with_it(self, queue: Queue) -> None:
+        queue.passed(1_000)
+        held = queue.hold("far", draft())
+        queue.age("far", held)
+        queue.silence("far")
+        assert queue.reclaim() == ("done", 1)
+
+        queue.settle(queue.claim("near").claims, bury="malformed")
+
+        (letter,) = letters(queue).page()
+        assert [line.split(" ", 1)[1] for line in letter.history] == ["far was lost with its host"]
+
+    def test_neighbours_that_did_not_run_have_no_history(self, queue: Queue) -> None:
+        running, waiting = queue.hold("first", draft(), draft())
+        queue.lease.release("first", started=names([running]), gone=True)
+        queue.settle(queue.claim("second", empty_handed=False).claims, bury="malformed")
+
+        (letter,) = letters(queue).page()
+        assert (letter.entry, letter.history) == (waiting.address.entry, [])
+
+    @pytest.mark.parametrize("bury", ["", "max_attempts"])
+    def test_what_was_noted_of_a_job_goes_with_it(self, queue: Queue, bury: str) -> None:
+        running = queue.hold("first", draft())
+        queue.lease.release("first", started=names(running), gone=True)
+        assert 0 < queue.client.ttl(queue.keys.trail()) <= 86_400
+
+        queue.settle(queue.claim("second").claims, bury=bury)
+
+        assert not queue.client.exists(queue.keys.trail())
+
     def test_the_newest_come_first_a_page_at_a_time(self, queue: Queue) -> None:
         made = buried(queue, *[draft() for _ in range(5)])
         dead = letters(queue)

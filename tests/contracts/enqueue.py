@@ -116,3 +116,22 @@ class EnqueueContract:
         groups = [Group(priority, [draft()]) for priority in (Priority.BATCH, Priority.BATCH, Priority.NORMAL)]
 
         assert queue.streams.enqueue(groups) == [ACCEPTED, FULL, ACCEPTED]
+
+    def test_refusals_are_counted_by_their_reason(self, queue: Queue) -> None:
+        queue.client.hset(queue.keys.spec(), mapping={"max_queue_size": 1})
+        queue.put(draft())
+
+        for _ in range(2):
+            queue.streams.enqueue([Group(Priority.NORMAL, [draft(), draft()]), Group(Priority.BATCH, [draft()])])
+        queue.client.set(queue.keys.paused(), "refusing")
+        queue.streams.enqueue([Group(Priority.NORMAL, [draft()])])
+
+        assert queue.client.hgetall(queue.keys.refused()) == {b"queue_full": b"4", b"paused": b"1"}
+        assert 0 < queue.client.ttl(queue.keys.refused()) <= 86_400
+
+    def test_a_service_nobody_registered_gets_no_keys_by_being_asked_for(self, queue: Queue) -> None:
+        queue.client.delete(queue.keys.spec())
+
+        queue.streams.enqueue([Group(Priority.NORMAL, [draft()])])
+
+        assert not queue.client.exists(queue.keys.refused())

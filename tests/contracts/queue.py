@@ -141,7 +141,7 @@ class Queue:
 
     def reclaim(self) -> tuple[str, int]:
         """One pass, with its state: early, holding or done."""
-        keys = [*self.keys.streams(), self.keys.workers(), self.keys.reclaim()]
+        keys = [*self.keys.streams(), self.keys.workers(), self.keys.reclaim(), self.keys.trail()]
         state, returned = scripts.run(self.client, "reclaim", keys, [GROUP, RETURNED, LEASE_MS])
         return state.decode(), returned
 

@@ -192,7 +192,7 @@ def test_a_waiting_text_is_shown_as_it_lies_and_embedded_once_up_runs(
 
             assert f'\nbody {{"inputs":["{TEXT}"]}}\n' in peeked
             assert f"# redis-cli -u {shell.url} XRANGE 'ms:{{{name}}}:q:normal' - + COUNT 10\n" in peeked
-            assert re.search(rf"^{name} +0 +1 +0 +0 +0 +\d+\.\ds +0 +- +- +0 +-$", listed, re.MULTILINE)
+            assert re.search(rf"^{name} +0 +1 +0 +0 +0 +\d+\.\ds +0 +- +- +0 +0 +-$", listed, re.MULTILINE)
             vectors = [json.loads(line) for line in embedded.out.splitlines()]
             assert [vector["index"] for vector in vectors] == [0, 1]
             np.testing.assert_allclose(vectors[0]["embedding"], np.asarray(answer)[0], atol=1e-5)

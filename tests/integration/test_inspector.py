@@ -15,6 +15,7 @@ from millstream.broker.errors import BrokerUnavailable
 from millstream.broker.inspector import Inspector, ServiceView
 from millstream.broker.job import Draft, Priority
 from millstream.broker.keys import ServiceKeys, services_key
+from millstream.broker.streams import Group
 
 STATUS: dict[str, str | int] = {
     "state": "ready",
@@ -253,3 +254,13 @@ def test_a_server_that_is_away_is_our_error(tmp_path_factory: pytest.TempPathFac
         Inspector(away).services(["any"])
     with pytest.raises(BrokerUnavailable):
         Inspector(away).peek("any", Priority.NORMAL)
+
+
+def test_jobs_turned_away_are_counted_by_reason(queue: Queue, view: View) -> None:
+    queue.client.hset(queue.keys.spec(), mapping={"max_queue_size": 1})
+    queue.put(draft())
+    assert view().refused == {}
+
+    queue.streams.enqueue([Group(Priority.NORMAL, [draft()])])
+
+    assert view().refused == {"queue_full": 1}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import redis
-from contracts.queue import Queue, draft, ids, names
+from contracts.queue import CALLER, Queue, draft, ids, names
 from support import eventually
 
 from millstream.broker.connection import Connection, translated
@@ -16,7 +16,7 @@ from millstream.broker.embedded import EmbeddedServer
 from millstream.broker.errors import QueueFull
 from millstream.broker.job import PRIORITIES, Claim, Priority
 from millstream.broker.keys import ServiceKeys
-from millstream.broker.streams import Group, Streams
+from millstream.broker.streams import Group, Settlement, Streams
 
 LONG_S = 30.0
 
@@ -163,3 +163,29 @@ def test_after_a_service_was_used_every_key_expires_but_streams_specification_an
     kept = {*queue.keys.streams(), queue.keys.spec(), queue.keys.dead()}
     assert {key for key in keys if queue.client.pttl(key) == -1} == kept
     assert len(keys) > len(kept) + 10
+
+
+def test_a_reply_stream_nobody_reads_is_bounded_in_bytes_and_the_answers_are_buried(queue: Queue) -> None:
+    bounded = Streams(queue.client, queue.keys, unread_bytes=1_000_000)
+    queue.put(*[draft() for _ in range(60)])
+    claims = queue.claim().claims
+
+    settled = [bounded.settle([Settlement(claim.address, b"x" * 100_000)])[0] for claim in claims]
+
+    # Up to 16 are written without asking how long they are.
+    assert settled == ["answered"] * 17 + ["unwritable"] * 43
+    assert len(queue.dead_letters()) == 43
+    assert {letter[b"reason"] for letter in queue.dead_letters()} == {b"reply_unwritable"}
+    assert queue.depth() == 0
+
+
+def test_a_client_that_reads_is_answered_again(queue: Queue) -> None:
+    bounded = Streams(queue.client, queue.keys, unread_bytes=1_000_000)
+    queue.put(*[draft() for _ in range(30)])
+    claims = queue.claim().claims
+    for claim in claims[:20]:
+        bounded.settle([Settlement(claim.address, b"x" * 100_000)])
+
+    queue.client.xtrim(queue.keys.reply(CALLER), maxlen=0)
+
+    assert bounded.settle([Settlement(claims[20].address, b"reply")]) == ["answered"]
