@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from redis import exceptions as theirs
+from redis.sentinel import MasterNotFoundError
 
 from millstream.broker.errors import BrokerUnavailable, MillstreamError, QueueFull
+from millstream.broker.roles import advice
 
 T = TypeVar("T")
 
@@ -28,7 +30,8 @@ class _Fault:
     """One way a server fails us, known by the error's class, or by its words where a script's error wraps them."""
 
     says: str
-    hint: str
+    hint: str | Callable[[str], str]
+    """Also as a function of the error's message."""
     transient: bool
     classes: tuple[type[Exception], ...] = ()
     words: tuple[str, ...] = ()
@@ -41,7 +44,7 @@ class _Fault:
 _FAULTS = (
     _Fault(
         "refuses this user",
-        "check the user and password in the URL, and the user's ACL",
+        advice,
         transient=False,
         classes=(
             theirs.AuthenticationError,
@@ -50,6 +53,13 @@ _FAULTS = (
             theirs.NoPermissionError,
         ),
         words=("NOAUTH", "NOPERM", "WRONGPASS"),
+    ),
+    _Fault(
+        "has forgotten the scripts, and this user may not load them",
+        "a worker loads them: start one",
+        transient=True,
+        classes=(theirs.NoScriptError,),
+        words=("NOSCRIPT",),
     ),
     _Fault(
         "is loading its data",
@@ -74,11 +84,36 @@ _FAULTS = (
         words=("BUSY Redis", "BUSY Valkey"),
     ),
     _Fault(
+        "is moving keys between the nodes of its cluster",
+        "wait until the move is over",
+        transient=True,
+        classes=(theirs.TryAgainError,),
+        words=("TRYAGAIN", "UNBLOCKED", "redirected again and again"),
+    ),
+    _Fault(
+        "is one node of a cluster",
+        "say redis+cluster:// in the URL",
+        transient=False,
+        classes=(theirs.AskError,),  # MOVED is one, too
+    ),
+    _Fault(
+        "is no cluster",
+        "say redis:// in the URL, or set cluster-enabled",
+        transient=False,
+        words=("cluster support disabled",),
+    ),
+    _Fault(
         "is a cluster that is not whole",
         "see CLUSTER INFO",
         transient=True,
-        classes=(theirs.ClusterDownError, theirs.TryAgainError),
-        words=("CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN"),
+        classes=(theirs.ClusterError,),
+        words=("CLUSTERDOWN", "MASTERDOWN"),
+    ),
+    _Fault(
+        "has no master at the moment",
+        "wait for the Sentinels to choose one; see SENTINEL MASTERS, and the master's name in the URL",
+        transient=True,
+        classes=(MasterNotFoundError,),
     ),
     _Fault(
         "accepts no more connections", "raise its maxclients", transient=True, words=("max number of clients reached",)
@@ -116,7 +151,7 @@ def translated(where: str) -> Iterator[None]:
     """Raise the library's errors as ours; `where` is the connection's `safe_url`.
 
     BrokerUnavailable where the server cannot or will not work, QueueFull where it is out of memory. Errors that answer
-    the command itself (NOGROUP, NOSCRIPT, WRONGTYPE) pass through.
+    the command itself (NOGROUP, WRONGTYPE) pass through.
     """
     try:
         yield
@@ -134,7 +169,8 @@ def _translation(error: theirs.RedisError, where: str) -> MillstreamError | None
     fault = _fault(error)
     if fault is None:
         return None
-    return BrokerUnavailable(f"Redis at {where} {fault.says}: {error}", hint=fault.hint)
+    hint = fault.hint if isinstance(fault.hint, str) else fault.hint(str(error))
+    return BrokerUnavailable(f"Redis at {where} {fault.says}: {error}", hint=hint)
 
 
 def retrying(action: Callable[[], T], *, until: float | None = None, stop: threading.Event | None = None) -> T:

@@ -142,10 +142,9 @@ class Inspector:
         """
         chosen = [self._registry.keys(name) for name in (self._registry.names() if names is None else names)]
         with translated(self._connection.safe_url):
-            now, queues = self._queues(chosen)
-            live = [(keys, consumer) for keys, queue in zip(chosen, queues, strict=True) for consumer in queue.live]
-            workers = self._workers(live, now)
-        return [queue.view(keys.service, workers, now) for keys, queue in zip(chosen, queues, strict=True)]
+            queues = self._queues(chosen)
+            workers = self._workers(list(zip(chosen, queues, strict=True)))
+        return [queue.view(keys.service, workers) for keys, queue in zip(chosen, queues, strict=True)]
 
     def peek(self, service: str, priority: Priority, count: int = 10) -> Peek:
         """The oldest waiting entries of a stream, those given back by dead workers first. Raises BrokerUnavailable."""
@@ -159,31 +158,32 @@ class Inspector:
             found = [entry for entries in cast(list[Entries], pipe.execute()) for entry in entries]
         return Peek(stream, after, [_entry(entry_id, fields or {}) for entry_id, fields in found[:count]])
 
-    def _queues(self, services: Sequence[ServiceKeys]) -> tuple[int, list[_Queue]]:
+    def _queues(self, services: Sequence[ServiceKeys]) -> list[_Queue]:
         pipe = self._connection.client.pipeline(transaction=False)
-        pipe.time()
         for keys in services:
             for stream in keys.streams():
                 pipe.xlen(stream)
                 pipe.xpending(stream, GROUP)
                 pipe.xrange(stream, count=1)
+            # Each service's own: in a Cluster its times are those of the node that has its keys.
+            pipe.time()
             pipe.xlen(keys.dead())
             pipe.zrange(keys.workers(), 0, -1, withscores=True)
             pipe.hgetall(keys.refused())
             queue_pause(pipe, keys)
         answers = iter(_answers(pipe))
-        now = _ms(next(answers))
-        return now, [_Queue.read(answers, now) for _ in services]
+        return [_Queue.read(answers) for _ in services]
 
-    def _workers(self, live: Sequence[tuple[ServiceKeys, bytes]], now: int) -> Mapping[tuple[str, str], WorkerView]:
+    def _workers(self, queues: Sequence[tuple[ServiceKeys, _Queue]]) -> Mapping[tuple[str, str], WorkerView]:
+        live = [(keys, consumer, queue.now) for keys, queue in queues for consumer in queue.live]
         if not live:
             return {}
         pipe = self._connection.client.pipeline(transaction=False)
-        for keys, consumer in live:
+        for keys, consumer, _ in live:
             pipe.hgetall(keys.worker(_text(consumer)))
         hashes = cast(list[Fields], pipe.execute())
-        views = (_worker(consumer, fields, now) for (_, consumer), fields in zip(live, hashes, strict=True))
-        return {(keys.service, view.consumer): view for (keys, _), view in zip(live, views, strict=True)}
+        views = (_worker(consumer, fields, now) for (_, consumer, now), fields in zip(live, hashes, strict=True))
+        return {(keys.service, view.consumer): view for (keys, *_), view in zip(live, views, strict=True)}
 
     def _positions(self, stream: str, count: int) -> tuple[str, list[bytes]]:
         """The last id delivered to the group, and the oldest entries that were given back to it."""
@@ -198,8 +198,9 @@ class Inspector:
 
 @dataclass(frozen=True, slots=True)
 class _Queue:
-    """The answers about one service."""
+    """The answers about one service, at `now`, server ms."""
 
+    now: int
     waiting: Mapping[Priority, int]
     pending: Counter[str]
     oldest_at: int | None
@@ -209,7 +210,7 @@ class _Queue:
     paused: Pause | None
 
     @classmethod
-    def read(cls, answers: Iterator[object], now: int) -> _Queue:
+    def read(cls, answers: Iterator[object]) -> _Queue:
         waiting: dict[Priority, int] = {}
         pending: Counter[str] = Counter()
         oldest: list[int] = []
@@ -219,19 +220,20 @@ class _Queue:
             waiting[priority] = max(0, cast(int, length) - claimed.total())
             pending += claimed
             oldest += _accepted_at(cast(Entries, first))
-        dead_letters, beats, refusals, pause, left_ms = islice(answers, 5)
+        time, dead_letters, beats, refusals, pause, left_ms = islice(answers, 6)
+        now = _ms(time)
         refused = {_text(reason): _count(cast(Fields, refusals), reason) for reason in cast(Fields, refusals)}
         live = [name for name, beat in cast(list[tuple[bytes, float]], beats) if now - beat <= LEASE_S * 1000]
         depth = cast(int, dead_letters)
-        return cls(waiting, pending, min(oldest, default=None), live, depth, refused, read_pause(pause, left_ms))
+        return cls(now, waiting, pending, min(oldest, default=None), live, depth, refused, read_pause(pause, left_ms))
 
-    def view(self, service: str, workers: Mapping[tuple[str, str], WorkerView], now: int) -> ServiceView:
+    def view(self, service: str, workers: Mapping[tuple[str, str], WorkerView]) -> ServiceView:
         return ServiceView(
             name=service,
             waiting=self.waiting,
             held={consumer: count for consumer, count in self.pending.items() if consumer != RETURNED},
             returned=self.pending[RETURNED],
-            oldest_ms=None if self.oldest_at is None else max(0, now - self.oldest_at),
+            oldest_ms=None if self.oldest_at is None else max(0, self.now - self.oldest_at),
             workers=[workers[service, _text(consumer)] for consumer in self.live],
             dead_letters=self.dead_letters,
             paused=self.paused,

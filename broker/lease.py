@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import redis
 
 from millstream.broker import scripts
+from millstream.broker.cluster import owner
 from millstream.broker.job import Address
 from millstream.broker.keys import GROUP, RETURNED, STREAM_INDEX, ServiceKeys
 
@@ -89,7 +90,7 @@ class Lease:
 
     def live_workers(self) -> int:
         """Workers whose last beat is younger than a lease, by the server's clock."""
-        seconds, micros = self._client.time()
+        seconds, micros = owner(self._client, self._keys.workers()).time()
         oldest = seconds * 1000 + micros // 1000 - self._lease_ms
         return int(self._client.zcount(self._keys.workers(), oldest, "+inf"))
 

@@ -10,6 +10,7 @@ from redis import WatchError
 from redis.typing import EncodableT, FieldT
 
 from millstream.broker.admission import limit_fields
+from millstream.broker.cluster import owner
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection, translated
 from millstream.broker.errors import ConfigError, UnknownService, did_you_mean
@@ -114,7 +115,7 @@ class Registry:
 
     def _forget_fingerprint(self, keys: ServiceKeys) -> None:
         """Where no worker runs, the next one may bring other weights."""
-        with self._connection.client.pipeline() as pipe, suppress(WatchError):
+        with owner(self._connection.client, keys.spec()).pipeline() as pipe, suppress(WatchError):
             # A worker whose first beat comes in between keeps its weights.
             pipe.watch(keys.workers())  # type: ignore[no-untyped-call]
             if not Lease(self._connection.client, keys).live_workers():

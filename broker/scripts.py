@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import redis
 
+from millstream.broker.cluster import load
+
 Name = Literal["enqueue", "claim", "settle", "beat", "cancel", "release", "reclaim", "purge"]
 Argument = str | bytes | int
+T = TypeVar("T")
 
 
 # Read now, not at the first call: reading imports modules, and a process forked while another thread imports one
@@ -26,9 +29,37 @@ def source(name: Name) -> bytes:
 
 def run(client: redis.Redis, name: Name, keys: Sequence[str], args: Sequence[Argument]) -> Any:
     """The script's reply as redis-py gives it. Content-addressed, so old and new versions can run side by side."""
+    return _cached(client, name, lambda: client.evalsha(_DIGESTS[name], len(keys), *keys, *args))
+
+
+def run_copied(
+    client: redis.Redis, name: Name, keys: Sequence[str], args: Sequence[Argument], within_ms: int
+) -> tuple[Any, int]:
+    """The script's reply, and how many replicas said within `within_ms` that they have what it wrote.
+
+    Those of the connection's last write: a script that writes nothing is told of what was written before it.
+    """
+    return _cached(client, name, lambda: _run_and_wait(client, _DIGESTS[name], [len(keys), *keys, *args], within_ms))
+
+
+def _run_and_wait(client: redis.Redis, digest: str, words: Sequence[Argument], within_ms: int) -> tuple[Any, int]:
+    # One pipeline, one connection: WAIT speaks of the writes of its own.
+    pipe = client.pipeline(transaction=False)
+    pipe.execute_command("EVALSHA", digest, *words)  # type: ignore[no-untyped-call]
+    pipe.execute_command("WAIT", 1, within_ms)  # type: ignore[no-untyped-call]
+    # Not raised by the pipeline: its error would quote the job.
+    answers = pipe.execute(raise_on_error=False)
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    reply, replicas = answers
+    return reply, int(replicas)
+
+
+def _cached(client: redis.Redis, name: Name, call: Callable[[], T]) -> T:
     try:
-        return client.evalsha(_DIGESTS[name], len(keys), *keys, *args)
+        return call()
     except redis.exceptions.NoScriptError:
         # After SCRIPT FLUSH, a restart or a failover the cache is cold.
-        client.script_load(source(name).decode())
-        return client.evalsha(_DIGESTS[name], len(keys), *keys, *args)
+        load(client, source(name))
+        return call()

@@ -93,10 +93,17 @@ def confirm(question: str, yes: bool) -> None:
 
 
 def redis_cli(url: str, *words: str) -> str:
-    """The shell line that runs `words` in redis-cli on the server of `url`; a password is left out."""
-    from millstream.broker.connection import redacted
+    """The shell line that runs `words` in redis-cli on the server of `url`; a password is left out.
 
-    parts = urlsplit(url)
+    Of a master under Sentinel the line says MASTER, since which server that is may change.
+    """
+    from millstream.broker.topology import read_url, redacted
+
+    place, parts = read_url(url), urlsplit(url)
+    if place.kind == "cluster":
+        return shlex.join(["redis-cli", "-c", "-u", redacted(place.node_url(place.addresses[0])), *words])
+    if place.kind == "sentinel":
+        return shlex.join(["redis-cli", "-u", redacted(place.node_url(("MASTER", 6379))), *words])
     if parts.scheme != "unix":
         return shlex.join(["redis-cli", "-u", redacted(url), *words])
     database = parse_qs(parts.query).get("db", [])
