@@ -37,6 +37,16 @@ class Child:
         """Whether it worked for a while. To load a model, however long that takes, is no work yet."""
         return self.ready_since is not None and time.monotonic() - self.ready_since > STEADY_S
 
+    def failures(self, before: int) -> int:
+        """Early deaths in a row with this one, after `before` of them.
+
+        Where it had done any work its device is sound, and a job may be what it died of: the row starts again. Poison
+        jobs must not slow a service down, which a device that answers nothing does.
+        """
+        if self.steady:
+            return 0
+        return 1 if self.progress.worked else before + 1
+
     @property
     def ended(self) -> str:
         """How it ended, and why where it could say. Only once it did."""

@@ -14,8 +14,9 @@ from collections.abc import Iterable
 from enum import IntEnum
 
 SIZE = 64 * 1024
-_STATE, _CURRENT, _STAMP, _STALL = 0, 1, slice(8, 16), slice(16, 24)
-"""Where the header keeps the state, which of the two slots holds the list, the stamp, and the stall timeout."""
+_STATE, _CURRENT, _WORKED, _STAMP, _STALL = 0, 1, 2, slice(8, 16), slice(16, 24)
+"""Where the header keeps the state, which of the two slots holds the list, whether a forward ended, the stamp, and the
+stall timeout."""
 _HEADER_SIZE = 64
 _WORDS_SIZE = 1024
 _SLOT = (SIZE - _HEADER_SIZE - _WORDS_SIZE) // 2
@@ -54,6 +55,7 @@ class Progress:
 
     def stop(self) -> None:
         self._write(())
+        self._map[_WORKED] = 1
 
     def lap(self) -> None:
         """One forward of those that were started has ended, and another begins: nothing is stuck."""
@@ -76,6 +78,11 @@ class Progress:
     @property
     def state(self) -> State:
         return State(self._map[_STATE])
+
+    @property
+    def worked(self) -> bool:
+        """Whether a forward ended so far."""
+        return bool(self._map[_WORKED])
 
     def stamp(self) -> float:
         """time.monotonic() of the last start or stop; one clock for all processes of a host."""

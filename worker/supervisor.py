@@ -230,14 +230,14 @@ class Supervisor:
         return Child(consumer, process, progress)
 
     def _died(self, slot: Slot, child: Child) -> None:
-        slot.past = child.ended
+        slot.past, failures = child.ended, child.failures(slot.failures)
         reason = child.progress.reason or slot.past
         self._bury(slot, child)
         if child.process.returncode == EXIT_PERMANENT:
             self._refuse(slot, reason)
             return
         self.restarts += 1
-        slot.failures = 0 if child.steady else slot.failures + 1
+        slot.failures = failures
         self._back_off(slot, f"worker {child.consumer}")
 
     def _refuse(self, slot: Slot, reason: str) -> None:

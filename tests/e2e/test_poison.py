@@ -2,40 +2,132 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 from e2e.conftest import Supervised
-from e2e.sites import echo
+from e2e.ledger import Ledger, Load
+from e2e.sites import Site, echo, site_of
+from e2e.supervisors import said, supervising
+from support import eventually
 
 from millstream.broker.errors import ModelFailed, WorkerLost
+from millstream.broker.pause import pause, resume
+from millstream.worker import supervisor as module
+from millstream.worker.supervisor import Plan
 
-NEIGHBOURS = [[f"neighbour {number}"] for number in range(63)]
-MAX_ATTEMPTS = 3
+WORKERS, WINDOW, MAX_ATTEMPTS = 4, 16, 3
+ENDS = {"exit": "crash:exit", "segfault": "segfault:segv", "memory": "memory:oom"}
+"""How a forward can end its process, by an echo model's habit and the word it does it at."""
 
 
-@pytest.mark.parametrize("at", [0, 63], ids=["first", "last"])
-def test_a_poison_job_is_buried_after_three_deaths_and_its_neighbours_are_answered(
-    supervised: Supervised, at: int
-) -> None:
-    site = supervised(echo("crash:poison", batch_size=64, max_attempts=MAX_ATTEMPTS), 2)
-    jobs = [*NEIGHBOURS[:at], ["poison"], *NEIGHBOURS[at:]]
+@pytest.fixture(scope="module")
+def site(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    spec = echo(",".join(ENDS.values()), batch_size=WINDOW, max_attempts=MAX_ATTEMPTS)
+    with site_of(url, spec, tmp_path_factory.mktemp("poison")) as site:
+        site.start_host(WORKERS)
+        yield site
 
+
+@pytest.fixture(scope="module")
+def ledger(site: Site) -> Iterator[Ledger]:
     with site.ledger() as ledger:
-        ids = ledger.send(jobs)
-        ledger.wait_for(ids)
-        site.await_workers(2)
+        yield ledger
+
+
+def windows() -> list[list[str]]:
+    """A full window for each worker."""
+    return [[f"neighbour-{number}"] for number in range(WORKERS * WINDOW)]
+
+
+def send_at_once(site: Site, ledger: Ledger, jobs: list[list[str]]) -> list[str]:
+    """Have `jobs` wait before any worker sees the first: whoever claims first finds its window full."""
+    pause(site.connection.client, site.keys)
+    ids = ledger.send(jobs)
+    resume(site.connection.client, site.keys)
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("end", "at"),
+    [
+        *[("exit", at) for at in range(WINDOW)],
+        *[(end, at) for end in ("segfault", "memory") for at in (0, WINDOW // 2, WINDOW - 1)],
+    ],
+)
+def test_wherever_a_poison_job_lies_it_alone_is_buried_after_three_deaths(
+    site: Site, ledger: Ledger, end: str, at: int
+) -> None:
+    site.await_workers(WORKERS)
+    (host,) = site.hosts
+    deaths, buried = host.deaths(), len(site.watch.dead_letters())
+    poison = ENDS[end].partition(":")[2]
+    jobs = windows()
+    jobs[at] = [poison]
+    # Others call on: an idle worker would see what is given back only when its sleep of a second ends.
+    company = Load(ledger, ["company"], 1)
+
+    # Who has answered something and then dies is replaced at once: it died of a job.
+    ledger.wait_for(ledger.send(windows()))
+    ids = send_at_once(site, ledger, jobs)
+    company.start()
+    ledger.wait_for(ids)
+    company.stop()
 
     replies = [reply for job in ids for reply in ledger.replies[job]]
-    assert [reply.values for reply in replies] == [None if job == ["poison"] else job for job in jobs]
+    assert [reply.values for reply in replies] == [None if job == [poison] else job for job in jobs]
     assert isinstance(replies[at].error, WorkerLost)
-    assert [letter[b"id"].decode() for letter in site.watch.dead_letters()] == [ids[at]]
-    assert sum(host.deaths() for host in site.hosts) == MAX_ATTEMPTS
+    assert [letter[b"id"].decode() for letter in site.watch.dead_letters()[buried:]] == [ids[at]]
+    assert host.deaths() - deaths == MAX_ATTEMPTS
     assert site.watch.depth() == 0
+
+
+# -- what the supervisor makes of it -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(url: str, tmp_path: Path) -> Iterator[Site]:
+    """A service for one worker."""
+    with site_of(url, echo("crash:poison", max_attempts=2), tmp_path / "alone") as site:
+        yield site
+
+
+def test_poison_jobs_among_others_do_not_pass_for_a_crash_loop(alone: Site, caplog: pytest.LogCaptureFixture) -> None:
+    with supervising(alone.url, Plan(alone.spec, 1)) as supervision, alone.ledger() as ledger:
+        for _ in range(3):
+            ledger.wait_for(ledger.send([["neighbour"], ["poison"], ["neighbour"]]))
+            ledger.wait_for(ledger.send([["neighbour"]]))
+
+    assert supervision.supervisor.restarts == 3 * 2
+    assert said(caplog, "died young", logging.ERROR)() == []
+    pauses = {message.rpartition("; the next starts in ")[2] for message in said(caplog, "the next starts in")()}
+    assert pauses <= {"0.5 s", "1 s"}
+
+
+def test_a_worker_that_dies_of_every_job_is_in_a_crash_loop(
+    alone: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_FIRST_BACKOFF_S", 0.1)
+    told = said(caplog, "5 workers in a row died young", logging.ERROR)
+
+    with supervising(alone.url, Plan(alone.spec, 1)) as supervision, alone.ledger() as ledger:
+        ledger.send([["poison"]] * 20)
+        eventually(told, within_s=60.0)
+        assert supervision.supervisor.restarts == 5
+
+    pauses = [message.rpartition("; the next starts in ")[2] for message in said(caplog, "the next starts in")()]
+    assert pauses == ["0.1 s", "0.2 s", "0.4 s", "0.8 s", "30 s"]
+
+
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_job_that_makes_the_model_raise_fails_alone_and_its_worker_goes_on(supervised: Supervised) -> None:
     site = supervised(echo("raise:poison", batch_size=64), 1)
     workers = site.watch.live()
-    jobs = [*NEIGHBOURS[:31], ["poison"], *NEIGHBOURS[31:]]
+    jobs = [["neighbour"]] * 31 + [["poison"]] + [["neighbour"]] * 32
 
     with site.ledger() as ledger:
         ids = ledger.send(jobs)

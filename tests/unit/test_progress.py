@@ -166,5 +166,15 @@ def test_last_words_are_kept_as_far_as_they_fit(progress: Progress, reason: str)
     assert progress.running() == ["1:1-1"]
 
 
+def test_only_a_forward_that_ended_is_work_done(progress: Progress) -> None:
+    before = progress.worked
+    progress.start(["1:1-1"])
+    during = progress.worked
+    progress.stop()
+    progress.start(["1:2-1"])
+
+    assert (before, during, progress.worked) == (False, False, True)
+
+
 def test_the_page_has_no_name_to_be_left_behind(progress: Progress) -> None:
     assert os.fstat(progress.fd).st_nlink == 0

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError
 from millstream.broker.job import Json
 from millstream.worker.models.base import Prepared
+
+SPARE_BYTES, CHUNK_BYTES = 256 * 2**20, 16 * 2**20
+"""How much a `memory:` forward takes in all, and at a time."""
 
 
 class EchoModel:
     """Answers each row with itself; a token is a word.
 
     Its `model_name` can make it misbehave. `sleep:0.05`: each forward takes 0.05 s. `crash:WORD` and `raise:WORD`: a
-    forward over a row that contains WORD ends the process, or raises. `hang:`, `spin:` and `hold:`: such a forward
-    never ends; it sleeps, loops in Python, or waits in C without letting another thread run. A comma joins several.
+    forward over a row that contains WORD ends the process, or raises. `segfault:` and `memory:`: such a forward reads
+    where nothing is, or takes memory until the process is killed. `hang:`, `spin:` and `hold:`: it never ends; it
+    sleeps, loops in Python, or waits in C without letting another thread run. A comma joins several.
     """
 
     op = "echo"
@@ -55,6 +63,24 @@ class EchoModel:
         return ["word " * (tokens - 1) + "word"]
 
 
+def _read_nowhere() -> None:
+    # Where the system writes core dumps: not for this one.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    ctypes.string_at(0)
+
+
+def _exhaust_memory() -> None:
+    """Take memory until there is no more, then end as the system's out-of-memory killer ends a process."""
+    # A limit of its own, just above what is in use: the machine's own memory is not in danger.
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + SPARE_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    hoard = []
+    with suppress(MemoryError):
+        while True:
+            hoard.append(b"x" * CHUNK_BYTES)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _raise() -> None:
     raise RuntimeError("a row contains the word to raise at")
 
@@ -78,6 +104,8 @@ def _wait_with_the_lock() -> None:
 
 _MISBEHAVIOUR: Mapping[str, Callable[[], object]] = {
     "crash": lambda: os._exit(1),
+    "segfault": _read_nowhere,
+    "memory": _exhaust_memory,
     "raise": _raise,
     "hang": _sleep,
     "spin": _loop,
