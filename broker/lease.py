@@ -91,8 +91,9 @@ class Lease:
     def live_workers(self) -> int:
         """Workers whose last beat is younger than a lease, by the server's clock."""
         seconds, micros = owner(self._client, self._keys.workers()).time()
-        oldest = seconds * 1000 + micros // 1000 - self._lease_ms
-        return int(self._client.zcount(self._keys.workers(), oldest, "+inf"))
+        now = seconds * 1000 + micros // 1000
+        # Up to a lease ahead: a beat may fall between the two commands. Beyond that the clock stepped back since.
+        return int(self._client.zcount(self._keys.workers(), now - self._lease_ms, now + self._lease_ms))
 
 
 def _line(text: str) -> str:

@@ -54,4 +54,4 @@ for _, entry in ipairs(redis.call('ZRANGE', KEYS[7], 0, -1)) do
   end
 end
 local revision = tonumber(redis.call('HGET', KEYS[8], 'revision') or 0)
-return {now, redis.call('ZCOUNT', KEYS[4], now - LEASE, '+inf'), due, revision, lost, strangers, cancelled}
+return {now, redis.call('ZCOUNT', KEYS[4], now - LEASE, now), due, revision, lost, strangers, cancelled}

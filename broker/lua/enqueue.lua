@@ -47,8 +47,12 @@ end
 -- A token bucket for each rate: `burst_s` seconds' worth at most, refilled as time passes.
 local function levels_of(bucket)
   local stored = redis.call('HMGET', bucket, 'at', 'requests', 'rows', 'tokens')
-  -- A clock that stepped back refills nothing.
-  local passed = math.max(0, seconds - (tonumber(stored[1]) or seconds))
+  local passed = seconds - (tonumber(stored[1]) or seconds)
+  if passed < 0 then
+    -- A clock that stepped back refills nothing; from now on it counts anew, not when it is back where it was.
+    redis.call('HSET', bucket, 'at', string.format('%.6f', seconds))
+    passed = 0
+  end
   local before = {requests = tonumber(stored[2]), rows = tonumber(stored[3]), tokens = tonumber(stored[4])}
   local levels = {}
   for name, rate in pairs(rates) do

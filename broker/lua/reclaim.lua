@@ -22,11 +22,25 @@ if hold_until > now + LEASE then hold_until = now + LEASE end
 -- A write that is allowed at maxmemory, and then so is what follows it.
 redis.call('DEL', KEYS[5])
 redis.call('SET', KEYS[5], string.format('%.0f:%.0f', now, hold_until), 'PX', HOUR_MS)
+
+-- What was delivered in a future that the clock stepped back from would never grow idle: its idle time starts now.
+local function restamp(key)
+  for _, entry in ipairs(redis.call('XPENDING', key, GROUP, '-', '+', 100000)) do
+    redis.call('XCLAIM', key, GROUP, entry[2], 0, entry[1], 'JUSTID')
+  end
+end
+
+if now < last then
+  for stream = 1, 3 do
+    if redis.call('EXISTS', KEYS[stream]) == 1 then restamp(KEYS[stream]) end
+  end
+end
 if now < hold_until then return {'holding', 0} end
 
+-- A beat in the future was the last one before the clock stepped back.
 local function lives(consumer)
-  local beat = redis.call('ZSCORE', KEYS[4], consumer)
-  return beat and now - beat <= LEASE
+  local beat = tonumber(redis.call('ZSCORE', KEYS[4], consumer))
+  return beat and beat <= now and now - beat <= LEASE
 end
 
 local returned, gone = 0, {}

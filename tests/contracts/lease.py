@@ -212,6 +212,16 @@ class ReclaimContract:
         assert last <= queue.now()
         assert until <= queue.now() + LEASE_MS
 
+    def test_a_beat_from_before_the_clock_stepped_back_keeps_nobody_alive(self, queue: Queue) -> None:
+        claims = queue.hold("lost", draft())
+        queue.age("lost", claims)
+        queue.client.zadd(queue.keys.workers(), {"lost": queue.now() + 3_600_000})
+        queue.passed(1000)
+
+        assert queue.lease.beat("w1", {}, []).live_workers == 1
+        assert queue.lease.live_workers() == 1
+        assert queue.reclaim() == ("done", 1)
+
     def test_a_live_workers_jobs_stay_however_long_they_take(self, queue: Queue) -> None:
         claims = queue.hold("slow", draft())
         queue.age("slow", claims, 20 * LEASE_MS)

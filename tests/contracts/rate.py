@@ -105,6 +105,16 @@ class RateContract:
 
         assert self.send(queue).refused == "rate_limited"
 
+    def test_after_a_clock_stepped_back_the_limit_goes_on_from_there(self, queue: Queue) -> None:
+        self.limit(queue, requests=1)
+        assert self.send(queue) == ACCEPTED
+        self.passes(queue, -3_600)
+        assert self.send(queue).refused == "rate_limited"
+
+        self.passes(queue, 1)
+
+        assert self.send(queue) == ACCEPTED
+
     def test_a_changed_limit_binds_the_next_call(self, queue: Queue) -> None:
         self.limit(queue, requests=1)
         assert [self.send(queue).refused for _ in range(2)] == ["", "rate_limited"]
