@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from millstream.worker.models.base import Prepared
@@ -25,3 +26,20 @@ def test_a_name_of_several_parts_gives_several_habits(monkeypatch: pytest.Monkey
 
 def test_words_that_are_no_habits_change_nothing() -> None:
     assert forward(EchoModel("some/model:v1,raise:"), "some/model raise") == ["some/model raise"]
+
+
+def test_a_forward_can_take_longer_for_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+
+    EchoModel("sleep:0.5+0.125").forward([Prepared(1, "corn")] * 3)
+
+    assert slept == [0.875]
+
+
+def test_it_can_answer_vectors_of_a_given_length() -> None:
+    vectors = EchoModel("vector:3").forward([Prepared(1, "corn")] * 2)
+
+    assert isinstance(vectors, np.ndarray)
+    assert vectors.shape == (2, 3)
+    assert vectors.dtype == np.float32

@@ -35,7 +35,7 @@ class Fragile(EchoModel):
         self.how = how
         self.batches: list[list[str]] = []
 
-    def forward(self, rows: Sequence[Prepared]) -> list[Json]:
+    def forward(self, rows: Sequence[Prepared]) -> Vectors | list[Json]:
         self.batches.append([str(row.features) for row in rows])
         if self.poison & set(self.batches[-1]):
             if self.how == "raise":

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
 from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError
-from millstream.broker.job import Json
+from millstream.broker.job import Json, Vectors
 from millstream.worker.models.base import Prepared
 
 SPARE_BYTES, CHUNK_BYTES = 256 * 2**20, 16 * 2**20
@@ -22,17 +24,20 @@ SPARE_BYTES, CHUNK_BYTES = 256 * 2**20, 16 * 2**20
 class EchoModel:
     """Answers each row with itself; a token is a word.
 
-    Its `model_name` can make it misbehave. `sleep:0.05`: each forward takes 0.05 s. `crash:WORD` and `raise:WORD`: a
-    forward over a row that contains WORD ends the process, or raises. `segfault:` and `memory:`: such a forward reads
-    where nothing is, or takes memory until the process is killed. `hang:`, `spin:` and `hold:`: it never ends; it
-    sleeps, loops in Python, or waits in C without letting another thread run. A comma joins several.
+    Its `model_name` can give it habits. `sleep:0.05`: each forward takes 0.05 s; `sleep:0.05+0.001`: and 0.001 s more
+    for each row. `vector:384`: it answers float32 [384] instead. `crash:WORD` and `raise:WORD`: a forward over a row
+    that contains WORD ends the process, or raises. `segfault:` and `memory:`: such a forward reads where nothing is, or
+    takes memory until the process is killed. `hang:`, `spin:` and `hold:`: it never ends; it sleeps, loops in Python,
+    or waits in C without letting another thread run. A comma joins several.
     """
 
     op = "echo"
 
     def __init__(self, model_name: str = "", max_length: int | None = None) -> None:
         orders = dict(each.split(":", 1) for each in model_name.split(",") if ":" in each)
-        self._sleep_s = float(orders.pop("sleep", 0.0))
+        sleep, _, a_row = orders.pop("sleep", "0").partition("+")
+        self._sleep_s, self._sleep_a_row_s = float(sleep), float(a_row or 0)
+        self._dimension = int(orders.pop("vector", 0))
         self._misbehaves = [
             (word, _MISBEHAVIOUR[kind]) for kind, word in orders.items() if word and kind in _MISBEHAVIOUR
         ]
@@ -50,14 +55,14 @@ class EchoModel:
             return InputTooLong(f"{tokens} tokens, the model reads {self._max_length}", hint="truncate: end")
         return Prepared(tokens, value)
 
-    def forward(self, rows: Sequence[Prepared]) -> list[Json]:
-        if self._sleep_s:
-            time.sleep(self._sleep_s)
+    def forward(self, rows: Sequence[Prepared]) -> Vectors | list[Json]:
+        if seconds := self._sleep_s + self._sleep_a_row_s * len(rows):
+            time.sleep(seconds)
         texts: list[Json] = [str(row.features) for row in rows]
         for word, misbehave in self._misbehaves:
             if any(word in str(text) for text in texts):
                 misbehave()
-        return texts
+        return np.ones((len(rows), self._dimension), np.float32) if self._dimension else texts
 
     def samples(self, tokens: int) -> Sequence[Json]:
         return ["word " * (tokens - 1) + "word"]
