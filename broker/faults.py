@@ -73,7 +73,7 @@ _FAULTS = (
         "point the URL at the primary",
         transient=True,
         classes=(theirs.ReadOnlyError,),
-        words=("READONLY", "previous master"),
+        words=("READONLY", "previous master", "force unblock"),
     ),
     _Fault("cannot write to its disk", "free disk space and see its log", transient=True, words=("MISCONF",)),
     _Fault("has too few replicas to accept writes", "see min-replicas-to-write", transient=True, words=("NOREPLICAS",)),

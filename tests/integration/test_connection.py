@@ -236,6 +236,7 @@ def test_a_replica_is_unavailable_for_writing(own_server: EmbeddedServer) -> Non
     [
         ("ERR Error running script (call to f_1): @user_script:1: -READONLY You can't write", "read-only replica"),
         ("UNBLOCKED the previous master is now a slave", "read-only replica"),
+        ("UNBLOCKED force unblock from blocking operation, instance state changed", "read-only replica"),
         ("MISCONF Valkey is configured to save", "cannot write to its disk"),
         ("NOREPLICAS Not enough good replicas to write.", "too few replicas"),
         ("BUSY Valkey is busy running a script.", "busy"),
