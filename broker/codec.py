@@ -156,21 +156,19 @@ def decode_reply(blob: bytes) -> Reply:
         raise Malformed("reply has no head")
     try:
         return Reply(
-            vectors=_vectors(head.get("shape"), data),
+            vectors=_vectors(head["shape"], data) if "shape" in head else None,
             values=_values(head.get("values")),
-            errors={_row(row): _error(error) for row, error in cast(dict[str, Json], head.get("errors", {})).items()},
+            errors=_errors(head["errors"]) if "errors" in head else {},
             error=_error(head["error"]) if "error" in head else None,
             tokens=int(cast(int, head.get("tokens", 0))),
-            truncated=tuple(_row(row) for row in cast(list[int], head.get("truncated", []))),
+            truncated=tuple(map(_row, cast(list[int], head["truncated"]))) if "truncated" in head else (),
             timings={name: float(ms) for name, ms in cast(dict[str, float], head.get("timings", {})).items()},
         )
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise Malformed(f"reply: {error}") from None
 
 
-def _vectors(shape: Json, data: bytes) -> Vectors | None:
-    if shape is None:
-        return None
+def _vectors(shape: Json, data: bytes) -> Vectors:
     rows, dim = cast(list[int], shape)
     return np.frombuffer(data, dtype="<f4").reshape(rows, dim)
 
@@ -185,6 +183,10 @@ def _row(index: int | str) -> int:
     if int(index) < 0:
         raise ValueError(f"no row {index}")
     return int(index)
+
+
+def _errors(wire: Json) -> dict[int, MillstreamError]:
+    return {_row(row): _error(error) for row, error in cast(dict[str, Json], wire).items()}
 
 
 def _error(wire: Json) -> MillstreamError:

@@ -1,10 +1,14 @@
-"""The nouns of the queue: Priority, Draft, Job, Claim, Reply. Frozen data, no I/O."""
+"""The nouns of the queue: Priority, Draft, Job, Claim, Reply. Frozen data, no I/O.
+
+Named tuples, not frozen dataclasses: several are made for each job, and they are made three times as fast.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +31,7 @@ PRIORITIES = tuple(Priority)
 """Most urgent first."""
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(NamedTuple):
     """A job before the server stamped it. `deadline` and `queue_by` are seconds of this process's monotonic clock.
 
     They are sent as what remains of them, so that hosts need not agree on a clock; None is no limit. `tokens` is the
@@ -47,8 +50,7 @@ class Draft:
     trace: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """One stream entry. Times are ms of the server's clock; 0 means no limit."""
 
     id: str
@@ -72,8 +74,7 @@ class Job:
         return ""
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(NamedTuple):
     """Where an entry lies, and to whom its answer goes. All that settling needs."""
 
     priority: Priority
@@ -82,8 +83,7 @@ class Address:
     client: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """An entry this worker holds. `job` is None where the entry is malformed; `malformed` then says how.
 
     `attempts` counts starts that did not end: 0.5 for each host lost while it held the job (nobody can say what ran).
@@ -97,8 +97,7 @@ class Claim:
     by_share: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """The answer to one job: an outcome for each row, or one `error` for all of them.
 
     `vectors` is float32 [rows without an error, dim], in row order; `values` is the same for services whose results
@@ -107,8 +106,8 @@ class Reply:
 
     vectors: Vectors | None = None
     values: list[Json] | None = None
-    errors: Mapping[int, MillstreamError] = field(default_factory=dict)
+    errors: Mapping[int, MillstreamError] = MappingProxyType({})
     error: MillstreamError | None = None
     tokens: int = 0
     truncated: tuple[int, ...] = ()
-    timings: Mapping[str, float] = field(default_factory=dict)
+    timings: Mapping[str, float] = MappingProxyType({})

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, cast
 
 import redis
 
 from millstream.broker import scripts
 from millstream.broker.codec import decode_entry, encode_reply, salvage
-from millstream.broker.errors import Cancelled, Malformed
+from millstream.broker.errors import BrokerUnavailable, Cancelled, Malformed
 from millstream.broker.job import PRIORITIES, Address, Claim, Draft, Priority, Reply
 from millstream.broker.keys import GROUP, RETURNED, STREAM_INDEX, ServiceKeys
 
@@ -19,6 +19,9 @@ MAX_JOBS_PER_CALL = 128
 MAX_BYTES_PER_CALL = 1024 * 1024
 DEAD_LETTERS_KEPT = 10_000
 REPLY_TTL_MS = 300_000
+REPLICA_MS = 500
+"""How long a replica may take to confirm jobs: one sender waits meanwhile for all of a process."""
+
 UNREAD_BYTES = 128 * 1024 * 1024
 """A client that leaves more unread in its reply stream is dead or frozen: answers beyond it become dead letters."""
 
@@ -28,23 +31,23 @@ LONGEST_MS = 100 * 366 * 86_400_000
 Entries = list[tuple[bytes, dict[bytes, bytes]]]
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """Jobs of one call and tenant: accepted together or refused together.
 
-    `calls` is what the rate limit on requests is charged: 1, or 0 for the later parts of a call.
+    `calls` is what the rate limit on requests is charged: 1, or 0 for the later parts of a call. `replicated`: nothing
+    counts as accepted before a replica has it.
     """
 
     priority: Priority
     drafts: Sequence[Draft]
     calls: int = 1
+    replicated: bool = False
 
 
 Refusal = Literal["unknown_service", "paused", "queue_full", "rate_limited", "over_burst"]
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
+class Admission(NamedTuple):
     """What became of a group. `refused` is empty where it was accepted; `retry_after` in seconds."""
 
     refused: Refusal | Literal[""] = ""
@@ -81,8 +84,7 @@ class Claimed:
     claims: list[Claim] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(NamedTuple):
     """One job's end: its encoded reply, and for a job that cannot succeed the reason to bury it."""
 
     address: Address
@@ -143,7 +145,8 @@ class Streams:
     def enqueue(self, groups: Sequence[Group]) -> list[Admission]:
         """Accept each group or refuse it whole; sending the same jobs again changes nothing.
 
-        At most MAX_JOBS_PER_CALL jobs and about MAX_BYTES_PER_CALL in one call.
+        At most MAX_JOBS_PER_CALL jobs and about MAX_BYTES_PER_CALL in one call. Raises BrokerUnavailable where a group
+        is to be replicated and no replica had it in time: it may run all the same, and is to be sent again.
         """
         keys = [self._keys.spec(), *self._streams, self._keys.bucket(), self._keys.paused(), self._keys.refused()]
         args: list[scripts.Argument] = [len(groups)]
@@ -154,7 +157,19 @@ class Streams:
             for draft in group.drafts:
                 keys.append(self._keys.seen(draft.id))
                 args += _draft_args(draft, now)
+        if any(group.replicated for group in groups):
+            return self._enqueue_replicated(keys, args)
         return [_admission(outcome) for outcome in scripts.run(self._client, "enqueue", keys, args)]
+
+    def _enqueue_replicated(self, keys: Sequence[str], args: Sequence[scripts.Argument]) -> list[Admission]:
+        outcomes, replicas = scripts.run_copied(self._client, "enqueue", keys, args, REPLICA_MS)
+        admissions = [_admission(outcome) for outcome in outcomes]
+        if not replicas and not all(admission.refused for admission in admissions):
+            raise BrokerUnavailable(
+                f"no replica confirmed within {REPLICA_MS} ms that it has the jobs of service {self._keys.service!r}",
+                hint="see INFO replication on the master; redis.durability is replicated",
+            )
+        return admissions
 
     def claim(self, consumer: str, limit: Limit) -> Claimed:
         """Take what waits, within `limit`, at once. A malformed entry comes as a claim that says so."""
@@ -163,7 +178,7 @@ class Streams:
         keys = [*self._streams, self._keys.paused()]
         now, waiting, suspects, paused, *taken = scripts.run(self._client, "claim", keys, args)
         claims = [
-            replace(_claim(PRIORITIES[stream - 1], entry, fields, (deliveries - 1) / 2), by_share=bool(by_share))
+            _claim(PRIORITIES[stream - 1], entry, fields, (deliveries - 1) / 2, by_share=bool(by_share))
             for stream, entry, deliveries, fields, by_share in taken
         ]
         return Claimed(now, tuple(waiting), suspects, bool(paused), claims)
@@ -271,12 +286,14 @@ def _admission(outcome: list[int | bytes]) -> Admission:
     return Admission(cast(Refusal, cast(bytes, outcome[1]).decode()), cast(int, outcome[2]) / 1000)
 
 
-def _claim(priority: Priority, entry: bytes, flat: Sequence[bytes], attempts: float) -> Claim:
+def _claim(
+    priority: Priority, entry: bytes, flat: Sequence[bytes], attempts: float, *, by_share: bool = False
+) -> Claim:
     try:
         job = decode_entry(flat)
     except Malformed as error:
-        return Claim(Address(priority, entry.decode(), *salvage(flat)), None, attempts, str(error))
-    return Claim(Address(priority, entry.decode(), job.id, job.client), job, attempts)
+        return Claim(Address(priority, entry.decode(), *salvage(flat)), None, attempts, str(error), by_share)
+    return Claim(Address(priority, entry.decode(), job.id, job.client), job, attempts, by_share=by_share)
 
 
 def _flat(fields: dict[bytes, bytes]) -> list[bytes]:

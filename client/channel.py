@@ -292,6 +292,9 @@ def _ours(error: Exception, doing: str) -> MillstreamError:
     return BrokerUnavailable(f"{doing} failed: {type(error).__name__}: {error}")
 
 
+_NOBODY: tuple[Sink | None, float | None] = (None, None)
+
+
 class _Reader(threading.Thread):
     """Reads one service's replies while anybody waits for one; sleeps otherwise."""
 
@@ -336,9 +339,9 @@ class _Reader(threading.Thread):
         except Exception as error:  # noqa: BLE001 - whatever happened, callers wait for what comes next
             self._away(error)
             return
-        for job_id, reply in answers:
-            with self._changed:
-                sink, _ = self._waiting.pop(job_id, (None, None))
+        with self._changed:
+            sinks = [self._waiting.pop(job_id, _NOBODY)[0] for job_id, _ in answers]
+        for sink, (job_id, reply) in zip(sinks, answers, strict=True):
             if sink:
                 sink.answered(job_id, reply)
             else:

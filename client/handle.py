@@ -9,8 +9,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import NamedTuple
 
 from millstream.broker.codec import decode_reply, encode_inputs
 from millstream.broker.errors import (
@@ -31,8 +31,7 @@ from millstream.client.split import Part
 CANCEL_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
+class Terms(NamedTuple):
     """How a call is to be run. Times in seconds; None is no limit.
 
     `timeout` bounds the whole call. Without it each job has `total_timeout` from the moment it is sent, so that a call
@@ -49,10 +48,10 @@ class Terms:
     wait: bool
     window: int
     tenant: str = ""
+    replicated: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Sent:
+class _Sent(NamedTuple):
     """A job under way, and when to give it up (monotonic seconds)."""
 
     part: Part
@@ -196,7 +195,8 @@ class Handle:
             sent = self._sent.pop(job_id, None)
             if sent:
                 self._place([sent.part], outcome)
-        self._pump()
+        if self._unsent:
+            self._pump()
 
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
         """Jobs were not accepted, or nobody listens for their answers any more. Called by the channel."""
@@ -211,24 +211,28 @@ class Handle:
             drafts = []
             while self._unsent and len(self._sent) < self._terms.window:
                 drafts.append(self._draft(self._unsent.popleft()))
+            if not drafts:
+                return
             submissions = self._submissions(drafts)
             self._patient = True
             try:
-                if submissions:
-                    self._channel.submit(submissions)
+                self._channel.submit(submissions)
             except MillstreamError as error:
                 self.refused([draft.id for draft in drafts], error)
 
     def _submissions(self, drafts: Sequence[Draft]) -> list[Submission]:
         """One a job, each waiting out refusals by itself; without patience one for all, accepted whole or not."""
-        service, priority = self._terms.service, self._terms.priority
-        if drafts and not self._patient:
-            return [Submission(service, Group(priority, drafts), self, until=0.0)]
+        service = self._terms.service
+        if not self._patient:
+            return [Submission(service, self._group(drafts, calls=1), self, until=0.0)]
         # The call is charged with its first job, which has the call's id.
-        groups = [Group(priority, [draft], calls=int(draft.id == self.id)) for draft in drafts]
+        groups = [self._group([draft], calls=int(draft.id == self.id)) for draft in drafts]
         return [
             Submission(service, group, self, until=draft.deadline) for group, draft in zip(groups, drafts, strict=True)
         ]
+
+    def _group(self, drafts: Sequence[Draft], calls: int) -> Group:
+        return Group(self._terms.priority, drafts, calls, self._terms.replicated)
 
     def _draft(self, part: Part) -> Draft:
         terms, now = self._terms, time.monotonic()

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 SPECIAL_TOKENS = 2
 BYTES_PER_TOKEN = 4
 MAX_PART_BYTES = 512 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """One job's share of a call: which rows it carries, and about how many tokens they have."""
 
     rows: tuple[int, ...]
@@ -29,6 +28,9 @@ def split(sizes: Mapping[int, int], most_rows: int, most_tokens: int) -> list[Pa
     A part has at most `most_rows` rows and about `most_tokens` padded tokens, but at least one row. Long rows come
     first: what is left for the end is short, and workers finish together. Within a part rows keep their order.
     """
+    if len(sizes) == 1:
+        ((row, size),) = sizes.items()
+        return [Part((row,), estimate_tokens(size))]
     order = sorted(sizes, key=lambda row: -sizes[row])
     parts: list[Part] = []
     start = 0

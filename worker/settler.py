@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from millstream.broker.codec import encode_reply
 from millstream.broker.connection import retrying
@@ -18,8 +18,7 @@ from millstream.worker.shared import Shared
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(NamedTuple):
     """A job's answer, on its way out; `bury` is the reason where it goes to the dead letters."""
 
     address: Address
