@@ -93,7 +93,7 @@ def test_each_forward_of_a_halved_batch_has_a_stall_timeout_of_its_own() -> None
 
 def test_the_models_own_error_reaches_the_caller() -> None:
     class Refusing(EchoModel):
-        def forward(self, rows: Sequence[Prepared]) -> list[Json]:
+        def forward(self, rows: Sequence[Prepared]) -> Vectors | list[Json]:
             raise InvalidRequest("no such language")
 
     (outcome,) = run_rows(Refusing(), prepared("a"))
@@ -104,7 +104,7 @@ def test_the_models_own_error_reaches_the_caller() -> None:
 @pytest.mark.parametrize("answer", [None, 5, [], ["a", "b", "c"]])
 def test_an_answer_that_is_not_one_result_a_row_is_the_models_failure(answer: object) -> None:
     class Strange(EchoModel):
-        def forward(self, rows: Sequence[Prepared]) -> list[Json]:
+        def forward(self, rows: Sequence[Prepared]) -> Vectors | list[Json]:
             return answer  # type: ignore[return-value]
 
     assert all(isinstance(outcome, ModelFailed) for outcome in run_rows(Strange(), prepared("a", "b")))
