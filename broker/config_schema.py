@@ -55,6 +55,8 @@ DESCRIPTIONS: Mapping[str, str] = {
     "burst": "Most at once; by default one second's worth.",
     "per": "tenant: each tenant has a limit of its own.",
     "url": "By default MILLSTREAM_REDIS_URL, or else a server that `millstream up` starts.",
+    "password_file": "A file whose first line is the password, which then stands nowhere else.",
+    "insecure": "Use a server on another host without TLS and password.",
     "key_prefix": "Start of every key, to share a server.",
     "result_ttl": "How long the result of a detached job is kept.",
     "durability": "How soon the server that `millstream up` starts syncs a write to disk.",

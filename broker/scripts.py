@@ -57,9 +57,29 @@ def _run_and_wait(client: redis.Redis, digest: str, words: Sequence[Argument], w
 
 
 def _cached(client: redis.Redis, name: Name, call: Callable[[], T]) -> T:
+    """What `call` returns. Raises NoScriptError where the script is not loaded and this user may not load it, and
+    NoPermissionError, which names the script, where it may not run it or what it calls.
+    """
     try:
         return call()
-    except redis.exceptions.NoScriptError:
+    except redis.exceptions.NoScriptError as missing:
         # After SCRIPT FLUSH, a restart or a failover the cache is cold.
-        load(client, source(name))
+        _load_all(client, missing)
         return call()
+    except redis.exceptions.ResponseError as error:
+        if isinstance(error, redis.exceptions.NoPermissionError) or any(words in str(error) for words in _REFUSED):
+            raise redis.exceptions.NoPermissionError(f"{error} (script {name})") from None
+        raise
+
+
+_REFUSED = ("ACL failure in script", "The user executing the script can't")
+"""What a script's error says where its user lacks a right: Valkey, Redis."""
+
+
+def _load_all(client: redis.Redis, missing: redis.exceptions.NoScriptError) -> None:
+    """Load every script: callers may have no right to, and wait for a worker that has."""
+    try:
+        for each in _SOURCES.values():
+            load(client, each)
+    except redis.exceptions.NoPermissionError:
+        raise missing from None

@@ -267,6 +267,8 @@ class ServiceSpec(Settings):
     """One service, fully resolved: every default is filled in. `model_ref` is the model's name in config.yaml.
 
     `result_ttl` is how long the result of a detached job is kept, seconds.
+    password_file: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
+    insecure: bool = False
     """
 
     name: ServiceName

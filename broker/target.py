@@ -37,6 +37,12 @@ def find_target(url: str | None, prefix: str | None, environ: Mapping[str, str])
     return Target(find_url(url, config, environ), prefix or configured)
 
 
+def find_prefix(prefix: str | None, environ: Mapping[str, str]) -> str:
+    """The start of every key, where no server is asked for: as `find_target` finds it. Raises ConfigError."""
+    config = None if prefix else _config(environ, needed=False)
+    return prefix or (config.redis.key_prefix if config else environ.get(PREFIX_VARIABLE) or DEFAULT_PREFIX)
+
+
 def _config(environ: Mapping[str, str], *, needed: bool) -> Config | None:
     if not DEFAULT_PATH.is_file() or not (needed or _is_ours(DEFAULT_PATH)):
         return None

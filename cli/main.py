@@ -27,6 +27,7 @@ class Lazy(NamedTuple):
 
 
 COMMANDS = {
+    "acl": Lazy("millstream.cli.acl:acl", "Print the rules of a Redis user who may do what one role needs."),
     "config": Lazy(
         "millstream.cli.config:config", "Check or show a configuration, or publish it for workers and clients."
     ),

@@ -41,7 +41,8 @@ local function cancel(seen, key, job, kind, ttl, reply)
     redis.call('PEXPIRE', KEYS[4], MARKS_KEPT_MS)
     return 1
   end
-  redis.call('XACK', KEYS[stream], GROUP, entry)
+  -- pcall: callers need no right to XACK, with which they could settle what others hold; claim acknowledges it then.
+  if owner then redis.pcall('XACK', KEYS[stream], GROUP, entry) end
   redis.call('XDEL', KEYS[stream], entry)
   answer(kind, key, job, ttl, reply)
   -- As settle: a detached job stays known as long as its result, and no longer.

@@ -1,0 +1,161 @@
+"""What each kind of user may do on the server: roles, and their rules as Redis takes them. Pure.
+
+From Redis 7.0 on each command is granted on its own keys (a selector each). 6.2 knows no selectors: there a role's
+commands hold for all of its keys.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from millstream.broker.keys import DEFAULT_PREFIX, ServiceKeys, services_key
+
+Role = Literal["viewer", "client", "worker", "admin"]
+
+SELECTORS_SINCE = (7, 0)
+"""Of Redis and Valkey."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Commands, and the keys of a service on which they may be used: to read, or to read and write."""
+
+    commands: str
+    read: str = ""
+    write: str = ""
+
+
+# What it takes to connect, to a single server or a cluster, and to know its clock.
+_CONNECT = (
+    "ping select client|setname client|getname info time wait "
+    "command asking readonly cluster|slots cluster|shards cluster|nodes"
+)
+
+_JOBS = "q:realtime q:normal q:batch"
+
+_LOOK = (
+    Grant("hget hmget hgetall exists type ttl pttl memory|usage", read="*"),
+    Grant("xlen xrange xrevrange xpending xinfo|groups xinfo|consumers xinfo|stream", read=f"{_JOBS} dead"),
+    Grant("get", read="paused reclaim"),
+    Grant("zrange zcount zscore", read="workers cancelled"),
+)
+
+# No script|load: who may load scripts may load one that never ends. Workers load them all, see scripts.py.
+# No xack: it would settle jobs that workers hold. `cancel` does without.
+_CALL = (
+    Grant("evalsha", write=f"service {_JOBS} bucket bucket:* paused refused seen:* cancelled reply:* result:*"),
+    Grant("hget hmget", read="service bucket bucket:*"),
+    Grant("get pttl exists", read="paused seen:* result:*"),
+    Grant("zcount", read="workers"),
+    Grant("xlen xrange xpending", read=_JOBS),
+    Grant("xadd xdel", write=_JOBS),
+    Grant("hset pexpire", write="bucket bucket:*"),
+    Grant("hincrby pexpire", write="refused"),
+    Grant("zadd zremrangebyscore pexpire", write="cancelled"),
+    Grant("set pexpire", write="seen:* result:*"),
+    Grant("xadd xread xtrim pexpire", write="reply:*"),
+)
+
+_WORK = (
+    Grant("script|load"),
+    Grant("evalsha", write=f"service {_JOBS} paused dead trail reply:* seen:* result:*"),
+    Grant("evalsha", write=f"service {_JOBS} workers worker:* cancelled reclaim trail"),
+    Grant("hsetnx", write="service"),
+    Grant("xreadgroup xack xclaim xdel xgroup|create xgroup|delconsumer", write=_JOBS),
+    Grant("zadd zrem pexpire", write="workers cancelled"),
+    Grant("hset hdel hincrby del pexpire", write="worker:* trail"),
+    Grant("get set del pexpire", write="reclaim"),
+    Grant("xadd", write="dead"),
+    Grant("xadd xlen pexpire", write="reply:*"),
+    Grant("set pexpire", write="seen:* result:*"),
+)
+
+_OPERATE = (
+    Grant("script|load watch unwatch multi exec discard"),
+    Grant("evalsha hset hsetnx hdel hincrby set del pexpire get exists watch", write="*"),
+    Grant("xadd xack xdel xtrim xclaim xgroup|create xgroup|delconsumer", write="*"),
+    Grant("zadd zrem zremrangebyscore", write="*"),
+)
+
+_GRANTS: dict[Role, tuple[Grant, ...]] = {
+    "viewer": _LOOK,
+    "client": _CALL,
+    "worker": (*_LOOK, *_WORK),
+    "admin": (*_LOOK, *_CALL, *_WORK, *_OPERATE),
+}
+
+_SERVICES: dict[Role, str] = dict.fromkeys(_GRANTS, "smembers") | {"admin": "smembers sadd srem"}
+"""What a role may do to the set of services."""
+
+ROLES: tuple[Role, ...] = tuple(_GRANTS)
+"""The one with the fewest rights first."""
+
+_SCRIPTS: dict[str, Role] = {
+    "enqueue": "client",
+    "cancel": "client",
+    "claim": "worker",
+    "settle": "worker",
+    "beat": "worker",
+    "release": "worker",
+    "reclaim": "worker",
+    "purge": "admin",
+}
+
+
+def rules(
+    role: Role, version: tuple[int, ...], services: Sequence[str] = (), prefix: str = DEFAULT_PREFIX
+) -> list[str]:
+    """The words of ACL SETUSER, after the user's name, that give `role` its rights and no others; no password.
+
+    `services` are those it may touch, by default all. Passwords that the user has stay as they are.
+    """
+    words = ["on", "resetkeys", "resetchannels", "-@all"]
+    grants = list(_on_keys(role, services or ["*"], prefix))
+    if version[:2] < SELECTORS_SINCE:
+        keys = [key.removeprefix("%R") for _, keys in grants for key in keys]
+        commands = [command for commands, _ in grants for command in commands]
+        return [*words, *dict.fromkeys([*_plus(_CONNECT), *commands]), *dict.fromkeys(keys)]
+    keyless = [command for commands, keys in grants if not keys for command in commands]
+    selectors = [f"({' '.join([*commands, *keys])})" for commands, keys in grants if keys]
+    return [*words, "clearselectors", *_plus(_CONNECT), *keyless, *selectors]
+
+
+def advice(refusal: str) -> str:
+    """Which role has what the server refused, by its message; a script is named in it as `script NAME`."""
+    script = re.search(r"script (\w+)\)", refusal)
+    command = re.search(r"'([a-z|]+)' command", refusal)
+    role = _SCRIPTS.get(script[1]) if script else _least(command[1]) if command else None
+    if role is None:
+        return "check the user and password in the URL, and the user's ACL: `millstream acl` prints what a role needs"
+    return f"use a user of the role {role}: `millstream acl --role {role}` prints its ACL"
+
+
+def _least(command: str) -> Role | None:
+    names = {command, command.partition("|")[0]}
+    for role in ROLES:
+        granted = {word for grant in _GRANTS[role] for word in grant.commands.split()}
+        if names & (granted | {word.partition("|")[0] for word in granted}):
+            return role
+    return "admin" if command in ("sadd", "srem") else None
+
+
+def _on_keys(role: Role, services: Sequence[str], prefix: str) -> Iterator[tuple[list[str], list[str]]]:
+    """The commands and the key patterns of each grant of `role`."""
+    access = "%R~" if role != "admin" else "~"
+    yield _plus(_SERVICES[role]), [f"{access}{services_key(prefix)}"]
+    for grant in _GRANTS[role]:
+        keys = [f"%R~{key}" for key in _patterns(grant.read, services, prefix)]
+        yield _plus(grant.commands), keys + [f"~{key}" for key in _patterns(grant.write, services, prefix)]
+
+
+def _patterns(names: str, services: Sequence[str], prefix: str) -> list[str]:
+    # Neither a prefix nor a service's name may hold a sign that means something in a pattern.
+    starts = [ServiceKeys(service, prefix).spec().removesuffix("service") for service in services]
+    return [f"{start}{name}" for start in starts for name in names.split()]
+
+
+def _plus(commands: str) -> list[str]:
+    return [f"+{command}" for command in commands.split()]

@@ -1,0 +1,91 @@
+"""`millstream acl`: the rules of a Redis user who may do what one role needs, and no more."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import click
+
+from millstream.broker.engine import parse_version
+from millstream.broker.errors import ConfigError
+from millstream.broker.roles import ROLES, SELECTORS_SINCE, Role, rules
+from millstream.cli import options
+
+_USER = re.compile(r"[!-~]{1,64}")
+_PART_OF_A_KEY = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+"""None of these means anything in a pattern of keys."""
+
+
+@click.command()
+@click.option("--role", type=click.Choice(ROLES), required=True, help="What the user is for.")
+@click.option("--service", "services", multiple=True, metavar="NAME", help="Only this service; may be repeated.")
+@click.option("--user", metavar="NAME", help="The user's name; by default millstream-ROLE.")
+@click.option("--password-file", type=click.Path(path_type=Path), help="Set the password to the file's first line.")
+@click.option("--nopass", is_flag=True, help="Let the user in without a password.")
+@click.option("--for-version", metavar="VERSION", help="Of Redis or Valkey, as 6.2; by default the server's own.")
+@click.option("--users-acl", is_flag=True, help="A line of the server's aclfile, instead of a command for redis-cli.")
+@options.url
+@options.prefix
+def acl(
+    role: Role,
+    services: tuple[str, ...],
+    user: str | None,
+    password_file: Path | None,
+    nopass: bool,
+    for_version: str | None,
+    users_acl: bool,
+    url: str | None,
+    prefix: str | None,
+) -> None:
+    """Print the ACL of a user who may do what a role needs, and no more; nothing is changed.
+
+    client: calls services. worker: `millstream worker run`. viewer: looks, and changes nothing. admin: all commands.
+
+    \b
+      millstream acl --role client --password-file secret | redis-cli
+
+    Without a password option the user keeps the passwords it has, and a new one cannot log in.
+    """
+    if nopass and password_file:
+        raise click.UsageError("either --nopass or --password-file")
+    name = user or f"millstream-{role}"
+    if not _USER.fullmatch(name):
+        raise click.BadParameter("at most 64 characters, without spaces", param_hint="--user")
+    version, start = _version(for_version, url, prefix)
+    for word in (*services, start):
+        if not _PART_OF_A_KEY.fullmatch(word):
+            raise click.BadParameter(f"{word!r} cannot be part of a key")
+    words = [*_password(password_file, nopass), *rules(role, version, services, start)]
+    click.echo(" ".join([*(["user"] if users_acl else ["ACL", "SETUSER"]), name, *words]))
+    if version[:2] < SELECTORS_SINCE and role in ("client", "worker"):
+        click.echo("note: before 7.0 a user's commands hold for all of its keys; see docs/operations.md", err=True)
+
+
+def _version(given: str | None, url: str | None, prefix: str | None) -> tuple[tuple[int, ...], str]:
+    """The server's version and the start of its keys."""
+    if given is not None:
+        version = parse_version(given)
+        if version < (6, 2):
+            raise ConfigError(f"no version {given!r}, or one that is too old", hint="say 6.2, 7.0 or newer")
+        from millstream.broker.target import find_prefix
+
+        return version, find_prefix(prefix, os.environ)
+    target = options.find(url, prefix)
+    from millstream.broker.connection import check
+
+    with options.connected(target.url) as connection:
+        return check(connection).version, target.prefix
+
+
+def _password(file: Path | None, nopass: bool) -> list[str]:
+    """A hash, so that no secret is shown."""
+    if nopass:
+        return ["resetpass", "nopass"]
+    if file is None:
+        return []
+    from millstream.broker.access import read_password
+
+    return ["resetpass", f"#{hashlib.sha256(read_password(file).encode()).hexdigest()}"]
