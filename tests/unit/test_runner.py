@@ -188,7 +188,7 @@ def test_queue_time_ends_with_a_jobs_first_forward(bench: Bench) -> None:
     job = held_of([3] * 20, claim_of(["x"] * 20, queue_by=NOW + 60_000))
     forward = bench.model.forward
 
-    def slow_forward(rows: Sequence[Prepared]) -> list[Json]:
+    def slow_forward(rows: Sequence[Prepared]) -> Vectors | list[Json]:
         bench.clock.heard(NOW + 120_000)
         return forward(rows)
 
@@ -203,7 +203,7 @@ def test_a_deadline_ends_a_job_between_two_of_its_forwards(bench: Bench) -> None
     job = held_of([3] * 20, claim_of(["x"] * 20, deadline=NOW + 60_000))
     forward = bench.model.forward
 
-    def slow_forward(rows: Sequence[Prepared]) -> list[Json]:
+    def slow_forward(rows: Sequence[Prepared]) -> Vectors | list[Json]:
         bench.clock.heard(NOW + 120_000)
         return forward(rows)
 
@@ -230,7 +230,7 @@ def test_what_runs_is_on_the_page_during_the_forward_and_not_after(bench: Bench)
     seen: list[list[str]] = []
     forward = bench.model.forward
 
-    def watched(rows: Sequence[Prepared]) -> list[Json]:
+    def watched(rows: Sequence[Prepared]) -> Vectors | list[Json]:
         seen.append(bench.progress.running())
         return forward(rows)
 
