@@ -11,9 +11,11 @@ local SEEN_AFTER_SETTLE_MS = 20000
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
-local function find(entry)
+-- Two streams may use the same entry id, within one ms: only the entry itself says whose job it is.
+local function find(entry, job)
   for stream = 1, 3 do
-    if redis.call('XRANGE', KEYS[stream], entry, entry)[1] then return stream end
+    local found = redis.call('XRANGE', KEYS[stream], entry, entry)[1]
+    if found and found[2][3] == 'id' and found[2][4] == job then return stream end
   end
 end
 
@@ -33,7 +35,7 @@ end
 
 local function cancel(seen, key, job, kind, ttl, reply)
   local entry = redis.call('GET', seen)
-  local stream = entry and find(entry)
+  local stream = entry and find(entry, job)
   if not stream then return 0 end
   local owner = holder(stream, entry)
   if owner and owner ~= RETURNED then

@@ -6,7 +6,7 @@ from contracts.queue import CALLER, Queue, draft, ids, names
 
 from millstream.broker.codec import decode_reply
 from millstream.broker.errors import Cancelled
-from millstream.broker.job import PRIORITIES
+from millstream.broker.job import PRIORITIES, Draft, Priority
 
 
 class CancelContract:
@@ -59,6 +59,29 @@ class CancelContract:
         assert queue.streams.cancel([*ids(claims), draft().id], CALLER) == ["gone", "gone"]
 
         assert [reply for _, reply in queue.replies()] == [b"reply"]
+
+    def test_a_job_of_another_priority_under_the_same_entry_id_is_left_alone(self, queue: Queue) -> None:
+        wanted, unwanted = draft(), draft()
+        (waiting, fields), *_ = self._put_at_once(queue, wanted, unwanted)
+
+        assert queue.streams.cancel([unwanted.id], CALLER) == ["waiting"]
+
+        assert queue.jobs(Priority.BATCH) == []
+        assert queue.jobs(Priority.REALTIME) == [(waiting, fields)]
+        assert ids(queue.claim().claims) == [wanted.id]
+
+    def _put_at_once(self, queue: Queue, urgent: Draft, other: Draft) -> list[tuple[str, dict[bytes, bytes]]]:
+        """One realtime and one batch job, both as entry 1-1: as where they come within one ms."""
+        queue.put(urgent, priority=Priority.REALTIME)
+        queue.put(other, priority=Priority.BATCH)
+        for job, priority in ((urgent, Priority.REALTIME), (other, Priority.BATCH)):
+            ((_, fields),) = queue.jobs(priority)
+            stream = queue.keys.stream(priority)
+            queue.client.delete(stream)
+            queue.client.xadd(stream, {name.decode(): value for name, value in fields.items()}, id="1-1")
+            queue.client.set(queue.keys.seen(job.id), "1-1", px=60_000)
+        queue.streams.create_groups()
+        return queue.jobs(Priority.REALTIME)
 
     def test_cancelling_again_answers_once(self, queue: Queue) -> None:
         (job,) = queue.put(draft())
