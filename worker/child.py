@@ -49,7 +49,7 @@ class Child:
 
     @property
     def ended(self) -> str:
-        """How it ended, and why where it could say. Only once it did."""
+        """How it ended, and why where it could say."""
         how = _how(self.process.returncode)
         return f"{how} ({self.progress.reason})" if self.progress.reason else how
 
@@ -78,7 +78,9 @@ class Child:
         self.progress.close()
 
 
-def _how(status: int) -> str:
+def _how(status: int | None) -> str:
+    if status is None:
+        return "was killed and is not gone yet"
     if status < 0:
         return f"was killed by {_signal_name(-status)}"
     return f"exited with status {status}" if status else "drained"

@@ -57,6 +57,7 @@ class Death:
     service: str
     consumer: str
     started: Sequence[str]
+    how: str
 
 
 @dataclass(slots=True, eq=False)
@@ -262,7 +263,7 @@ class Supervisor:
             )
 
     def _bury(self, slot: Slot, child: Child) -> None:
-        self._deaths.append(Death(slot.plan.spec.name, child.consumer, child.progress.running()))
+        self._deaths.append(Death(slot.plan.spec.name, child.consumer, child.progress.running(), child.ended))
         child.close()
         slot.child, slot.ready = None, False
 
@@ -271,7 +272,7 @@ class Supervisor:
         for death in list(self._deaths):
             lease = Lease(self._connection.client, ServiceKeys(death.service, self._prefix))
             try:
-                returned = lease.release(death.consumer, started=death.started, gone=True)
+                returned = lease.release(death.consumer, started=death.started, gone=True, how=death.how)
             except Exception as error:  # noqa: BLE001 - one service's broken keys must not end the workers of all others
                 if is_transient(error):
                     return

@@ -22,6 +22,9 @@ WORKERS, WINDOW, MAX_ATTEMPTS = 4, 16, 3
 ENDS = {"exit": "crash:exit", "segfault": "segfault:segv", "memory": "memory:oom"}
 """How a forward can end its process, by an echo model's habit and the word it does it at."""
 
+HOW = {"exit": "exited with status 1", "segfault": "was killed by SIGSEGV", "memory": "was killed by SIGKILL"}
+"""What its supervisor sees of it."""
+
 
 @pytest.fixture(scope="module")
 def site(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
@@ -79,7 +82,9 @@ def test_wherever_a_poison_job_lies_it_alone_is_buried_after_three_deaths(
     replies = [reply for job in ids for reply in ledger.replies[job]]
     assert [reply.values for reply in replies] == [None if job == [poison] else job for job in jobs]
     assert isinstance(replies[at].error, WorkerLost)
-    assert [letter[b"id"].decode() for letter in site.watch.dead_letters()[buried:]] == [ids[at]]
+    (letter,) = site.watch.dead_letters()[buried:]
+    assert letter[b"id"].decode() == ids[at]
+    assert [line.split(" ", 2)[2] for line in letter[b"history"].decode().splitlines()] == [HOW[end]] * MAX_ATTEMPTS
     assert host.deaths() - deaths == MAX_ATTEMPTS
     assert site.watch.depth() == 0
 
