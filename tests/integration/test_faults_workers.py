@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 from bystander import Bystander
@@ -24,7 +25,8 @@ LOST = 10
 
 def known(mill: Mill) -> set[str]:
     """Every name that the server holds for a worker."""
-    names: set[bytes] = set(mill.connection.client.zrange(mill.queue.keys.workers(), 0, -1))
+    beats = cast(list[bytes], mill.connection.client.zrange(mill.queue.keys.workers(), 0, -1))
+    names = set(beats)
     for stream in mill.queue.keys.streams():
         names |= {each["name"] for each in mill.connection.client.xinfo_consumers(stream, GROUP)}
     return {name.decode() for name in names}
