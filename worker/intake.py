@@ -74,7 +74,8 @@ class Intake:
         """Prepare all rows that share their options in one call: one tokenizer call a claim, not one a job."""
         groups: dict[str, list[_Request]] = {}
         for request in requests:
-            groups.setdefault(json.dumps(request.options, sort_keys=True), []).append(request)
+            key = json.dumps(request.options, sort_keys=True) if request.options else ""
+            groups.setdefault(key, []).append(request)
         held = []
         for group in groups.values():
             rows = iter(self._rows([each for request in group for each in request.inputs], group[0].options))

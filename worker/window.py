@@ -45,6 +45,7 @@ class Held:
     claim: Claim
     job: Job
     prepared: Sequence[Prepared | MillstreamError]
+    name: str = field(init=False)
     outcomes: list[Outcome | None] = field(init=False)
     left: int = field(init=False)
     started_at: int = 0
@@ -52,12 +53,9 @@ class Held:
     timings: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.name = entry_name(self.claim.address)
         self.outcomes = [row if isinstance(row, MillstreamError) else None for row in self.prepared]
         self.left = sum(1 for row in self.prepared if isinstance(row, Prepared))
-
-    @property
-    def name(self) -> str:
-        return entry_name(self.claim.address)
 
     def in_model_s(self, now: float) -> float:
         """Seconds the forwards over this job's rows took, the one under way included. `now`: monotonic seconds."""
@@ -76,7 +74,7 @@ class Held:
         """The answer, once every row has its outcome."""
         errors = {at: out for at, out in enumerate(self.outcomes) if isinstance(out, MillstreamError)}
         good = [out for out in self.outcomes if not isinstance(out, MillstreamError)]
-        prepared = [row for row in self.prepared if isinstance(row, Prepared)]
+        prepared = [(at, row) for at, row in enumerate(self.prepared) if isinstance(row, Prepared)]
         vectors = [out for out in good if isinstance(out, np.ndarray)]
         if len({out.shape for out in vectors}) > 1 or len(vectors) not in (0, len(good)):
             return Reply(error=ModelFailed("the model gave this job results of different shapes"))
@@ -84,8 +82,8 @@ class Held:
             vectors=np.stack(vectors) if vectors else None,
             values=None if vectors else [out for out in good if not isinstance(out, np.ndarray)],
             errors=errors,
-            tokens=sum(row.tokens for row in prepared),
-            truncated=tuple(at for at, row in enumerate(self.prepared) if isinstance(row, Prepared) and row.truncated),
+            tokens=sum([row.tokens for _, row in prepared]),
+            truncated=tuple([at for at, row in prepared if row.truncated]),
             timings=self.timings,
         )
 
