@@ -70,6 +70,7 @@ _WORK = (
     Grant("get set del pexpire", write="reclaim"),
     Grant("xadd", write="dead"),
     Grant("xadd xlen pexpire", write="reply:*"),
+    Grant("get", read="seen:*"),
     Grant("set pexpire", write="seen:* result:*"),
 )
 

@@ -5,16 +5,19 @@
 --   stream 1..3, entry id, job id, 'stream' | 'string' | 'none', reply ttl ms, reply, reason to bury it ('' for none)
 -- A dead letter is the entry's fields after: reason, entry, buried (ms), priority, attempts and consumer where known,
 --   history where a run did not end: a line each, as release and reclaim wrote it
--- Returns per job: 1 answered; 0 settled before; -1 the reply could not be written, a dead letter holds the job
+--   cut where fields were too long: how many bytes are missing at its end
+-- Returns per job: 1 answered; 0 settled before; -1 its reply could not be written, or it calls itself by another job's
+--   id: a dead letter holds it
 -- A reply stream that is full of unread ones takes no more: whoever should read it is dead or frozen
 
 local GROUP, DEAD_KEPT, UNREAD_BYTES = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local SEEN_AFTER_SETTLE_MS = 20000
 local MAX_FIELDS = 64
+local MAX_BYTES = 1048576
 local FEW_UNREAD = 16
 local PRIORITIES = {'realtime', 'normal', 'batch'}
 local OURS = {reason = true, entry = true, buried = true, priority = true, attempts = true, consumer = true,
-  history = true}
+  history = true, cut = true}
 
 -- Who holds the entry, and what it has been through; gone with XACK. Deliveries count as lease.py says.
 local function history(stream, id)
@@ -39,11 +42,16 @@ local function bury(priority, id, reason, past)
   local copy = {'reason', reason, 'entry', id, 'buried', now, 'priority', PRIORITIES[priority]}
   for _, field in ipairs(past) do copy[#copy + 1] = field end
   local fields = entry and entry[2] or {}
-  for i = 1, math.min(#fields, MAX_FIELDS) - 1, 2 do
+  local kept, over = {}, 0
+  local left = MAX_BYTES
+  for i = 1, math.min(#fields, MAX_FIELDS) do
+    local part = string.sub(fields[i], 1, left)
+    left, over = left - #part, over + #fields[i] - #part
     -- What an entry calls itself must not pass for what we say of it.
-    copy[#copy + 1] = OURS[fields[i]] and 'entry.' .. fields[i] or fields[i]
-    copy[#copy + 1] = fields[i + 1]
+    kept[i] = i % 2 == 1 and OURS[part] and 'entry.' .. part or part
   end
+  if over > 0 then copy[#copy + 1], copy[#copy + 2] = 'cut', string.format('%d', over) end
+  for _, part in ipairs(kept) do copy[#copy + 1] = part end
   -- pcall: whatever became of the dead letters, the jobs after this one are to be settled.
   redis.pcall('XADD', KEYS[4], 'MAXLEN', '~', DEAD_KEPT, '*', unpack(copy))
 end
@@ -73,6 +81,12 @@ local function answer(kind, key, job, ttl, reply)
   return true
 end
 
+-- Only the entry that was accepted under an id answers to it: another one's answer would reach the job's own caller.
+local function is_another(seen, id)
+  local accepted = redis.pcall('GET', seen)
+  return type(accepted) == 'string' and accepted ~= id
+end
+
 local outcomes = {}
 local arg, key = 4, 6
 while arg <= #ARGV do
@@ -84,13 +98,15 @@ while arg <= #ARGV do
   if redis.call('XACK', stream, GROUP, id) == 0 then
     outcomes[#outcomes + 1] = 0
   else
-    local answered = answer(kind, KEYS[key], job, ttl, reply)
-    if not answered then reason = 'reply_unwritable' end
+    local another = is_another(KEYS[key + 1], id)
+    local answered = not another and answer(kind, KEYS[key], job, ttl, reply)
+    if another then reason = 'malformed: its id is another job\'s'
+    elseif not answered then reason = 'reply_unwritable' end
     if trailed then end_trail(past, priority .. ':' .. id) end
     if reason ~= '' then bury(priority, id, reason, past) end
     redis.call('XDEL', stream, id)
     -- A detached job stays known as long as its result: its idempotency key must not run it again.
-    redis.call('PEXPIRE', KEYS[key + 1], kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS)
+    if not another then redis.call('PEXPIRE', KEYS[key + 1], kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS) end
     outcomes[#outcomes + 1] = answered and 1 or -1
   end
   arg, key = arg + 7, key + 2

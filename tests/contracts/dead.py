@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from contracts.queue import Queue, draft, names
 
+from millstream.broker.codec import encode_inputs
 from millstream.broker.deadletters import DeadLetters, Letter
 from millstream.broker.errors import InvalidRequest, QueueFull, ServicePaused
 from millstream.broker.job import Draft, Priority
@@ -180,6 +181,25 @@ class DeadLettersContract:
         assert (letter.reason, letter.consumer) == ("malformed", "w1")
         assert letter.fields[b"entry.reason"] == b"none"
         assert letter.fields[b"body"] == b"\xff"
+
+    def test_a_letter_keeps_a_megabyte_of_its_entry_and_says_how_much_is_cut(self, queue: Queue) -> None:
+        queue.put_raw({b"id": b"i" * 1000, b"body": b"b" * 2**20, b"more": b"m" * 2**20})
+
+        queue.settle(queue.claim("w1").claims, bury="malformed")
+
+        ((_, letter),) = queue.entries(queue.keys.dead())
+        kept = 2**20 - len(b"id") - 1000 - len(b"body")
+        assert (letter[b"id"], len(letter[b"body"]), letter[b""]) == (b"i" * 1000, kept, b"")
+        assert int(letter[b"cut"]) == 2 * 2**20 - kept + len(b"more")
+        with pytest.raises(InvalidRequest, match="malformed"):
+            letters(queue).requeue(letters(queue).page()[0])
+
+    def test_a_letter_of_an_ordinary_job_is_whole(self, queue: Queue) -> None:
+        whole = Draft(draft().id, "echo", 1, 3, encode_inputs(["a" * (2**20 - 1000)], {}))
+
+        (letter,) = buried(queue, whole)
+
+        assert (b"cut" in letter.fields, letter.fields[b"body"]) == (False, whole.body)
 
     def test_a_letter_that_somebody_else_wrote_is_shown_all_the_same(self, queue: Queue) -> None:
         queue.client.xadd(

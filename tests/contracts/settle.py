@@ -37,6 +37,22 @@ class SettleContract:
         assert queue.replies() == [(claims[0].address.job_id, b"first")]
         assert queue.dead_letters() == []
 
+    def test_an_entry_that_calls_itself_by_another_jobs_id_answers_nobody(self, queue: Queue) -> None:
+        queue.put(draft())
+        ((entry, fields),) = queue.jobs()
+        queue.put_raw({**fields, b"body": b'{"inputs":["forged"]}'})
+        true, forged = queue.claim().claims
+        ttl = queue.client.pttl(queue.keys.seen(true.address.job_id))
+
+        assert queue.settle([forged], b"forged") == ["unwritable"]
+
+        assert queue.replies() == []
+        assert [letter[b"reason"] for letter in queue.dead_letters()] == [b"malformed: its id is another job's"]
+        assert abs(queue.client.pttl(queue.keys.seen(true.address.job_id)) - ttl) < SEEN_AFTER_SETTLE_MS
+        assert queue.settle([true], b"true") == ["answered"]
+        assert queue.replies() == [(fields[b"id"].decode(), b"true")]
+        assert (true.address.entry, queue.depth()) == (entry, 0)
+
     def test_a_job_twice_in_one_call_is_answered_once(self, queue: Queue) -> None:
         claims = queue.hold("w1", draft())
 
