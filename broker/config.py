@@ -49,6 +49,7 @@ def load(path: Path | str | None = None, environ: Mapping[str, str] = os.environ
             model_ref=entry.model,
             runtime=entry.runtime,
             result_ttl=file.redis.result_ttl,
+            replicated=file.redis.durability == "replicated",
         )
         for name, entry in file.services.items()
     }

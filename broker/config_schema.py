@@ -59,7 +59,8 @@ DESCRIPTIONS: Mapping[str, str] = {
     "insecure": "Use a server on another host without TLS and password.",
     "key_prefix": "Start of every key, to share a server.",
     "result_ttl": "How long the result of a detached job is kept.",
-    "durability": "How soon the server that `millstream up` starts syncs a write to disk.",
+    "durability": "How soon the server that `millstream up` starts syncs a write to disk; replicated, for a server "
+    "with replicas: jobs are accepted once a replica has them.",
     "data_dir": "Where the server that `millstream up` starts keeps its data.",
 }
 

@@ -46,10 +46,11 @@ class Letter:
 
 
 class DeadLetters:
-    """The dead letters of one service, over one client."""
+    """The dead letters of one service, over one client. `replicated` is as the service's specification says."""
 
-    def __init__(self, client: redis.Redis, keys: ServiceKeys) -> None:
+    def __init__(self, client: redis.Redis, keys: ServiceKeys, *, replicated: bool = False) -> None:
         self._client = client
+        self._replicated = replicated
         self._keys = keys
         self._streams = Streams(client, keys)
 
@@ -81,10 +82,10 @@ class DeadLetters:
     def requeue(self, letter: Letter) -> str:
         """Run it again, as a detached job without a deadline; the new job's id. Repeated, it makes the same one job.
 
-        The letter goes when the job is accepted. Raises InvalidRequest where it is malformed, and as `enqueue` refuses.
+        The letter goes when the job is accepted. Raises InvalidRequest where it is malformed, and as `enqueue` does.
         """
         draft = _draft(self._keys, letter)
-        (admission,) = self._streams.enqueue([Group(letter.priority, [draft])])
+        (admission,) = self._streams.enqueue([Group(letter.priority, [draft], replicated=self._replicated)])
         if error := refusal(self._keys.service, admission):
             raise error
         self.remove([letter.id])

@@ -157,8 +157,10 @@ def _time(ms: int) -> str:
 
 def _letters(connection: Connection, keys: ServiceKeys) -> DeadLetters:
     from millstream.broker.deadletters import DeadLetters
+    from millstream.broker.registry import Registry
 
-    return DeadLetters(connection.client, keys)
+    spec = Registry(connection, keys.prefix).read(keys.service)
+    return DeadLetters(connection.client, keys, replicated=spec.replicated)
 
 
 def _requeued(letters: DeadLetters, service: str, letter: Letter) -> str:

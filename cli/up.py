@@ -107,10 +107,16 @@ def _server(
     if external:
         yield external, None
         return
+    durability = config.redis.durability
+    if durability == "replicated":
+        raise ConfigError(
+            "redis.durability is replicated, and the server that `millstream up` starts has no replicas",
+            hint="set redis.url to a server that has some; or durability: always",
+        )
     from millstream.broker.embedded import EmbeddedServer
 
     folder = _data_dir(data_dir, config)
-    with EmbeddedServer.start(folder, tcp_port=port, appendfsync=config.redis.durability) as server:
+    with EmbeddedServer.start(folder, tcp_port=port, appendfsync=durability) as server:
         yield server.url, server
 
 

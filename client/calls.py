@@ -100,6 +100,7 @@ class Calls:
             wait=ask.wait,
             window=_window(spec, live_workers),
             tenant=ask.tenant,
+            replicated=spec.replicated,
         )
         return Handle(self.channel, terms, inputs, parts, refused, self._why_late)
 

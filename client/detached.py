@@ -103,7 +103,7 @@ class Detached:
             )
             for job_id, part in detached._parts.items()
         ]
-        detached._enqueue(Priority(ask.priority), drafts)
+        detached._enqueue(Priority(ask.priority), drafts, spec.replicated)
         return detached
 
     def done(self) -> bool:
@@ -168,11 +168,11 @@ class Detached:
             rows.place(part, self._replies[job_id])
         return rows
 
-    def _enqueue(self, priority: Priority, drafts: Sequence[Draft]) -> None:
+    def _enqueue(self, priority: Priority, drafts: Sequence[Draft], replicated: bool) -> None:
         """Every job, a script call at a time; sent again through cuts, which changes nothing."""
         until = min([time.monotonic() + _ROOM_S, *(draft.deadline for draft in drafts[:1] if draft.deadline)])
         for first, batch in enumerate(_script_calls(drafts)):
-            group = Group(priority, batch, calls=int(first == 0))
+            group = Group(priority, batch, int(first == 0), replicated)
             with translated(self._calls.connection.safe_url):
                 while error := self._refused(group, until):
                     if time.monotonic() > until or not error.retryable:

@@ -130,7 +130,8 @@ class Topology:
 
     def master(self) -> Node:
         """The master that the Sentinels name."""
-        said = tried(lambda: self.sentinels[0].ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", MASTER_NAME))
+        watcher = next(each for each in self.sentinels if each.alive)
+        said = tried(lambda: watcher.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", MASTER_NAME))
         _, port = cast(Sequence[bytes], said or (b"", b"0"))
         return next(node for node in self.nodes if node.port == int(port))
 
@@ -138,6 +139,13 @@ class Topology:
         """The nodes that live and copy another."""
         masters = self.masters()
         return [node for node in self.nodes if node.alive and node not in masters]
+
+    def fail_over(self) -> Node:
+        """Have the Sentinels move the master without a loss, as an operator plans it; the new one."""
+        old = self.master()
+        self.sentinels[0].ask("SENTINEL", "FAILOVER", MASTER_NAME, "COORDINATED")
+        eventually(lambda: self.master() is not old, within_s=_START_S)
+        return self.master()
 
     def kill_master(self) -> Node:
         """kill -9 the master that the Sentinels name; the process that died."""
@@ -181,8 +189,11 @@ def cluster(folder: Path, *, masters: int = 3, replicas: int = 0) -> Iterator[To
 
 
 @contextmanager
-def sentinel(folder: Path, *, sentinels: int = 3, replicas: int = 1) -> Iterator[Topology]:
-    """A master with `replicas`, and `sentinels` that replace it when it is down for DOWN_AFTER_MS."""
+def sentinel(folder: Path, *, sentinels: int = 3, replicas: int = 2) -> Iterator[Topology]:
+    """A master with `replicas`, and `sentinels` that replace it when it is down for DOWN_AFTER_MS.
+
+    With one replica the next master has none, which is too few for `durability: replicated`.
+    """
     master_port, *ports = free_ports(1 + replicas + sentinels)
     follow = {"replicaof": f"127.0.0.1 {master_port}"}
     with ExitStack() as stack:

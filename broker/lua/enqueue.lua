@@ -11,6 +11,7 @@
 local ACCEPTED, ACCEPTED_BEFORE, REFUSED = 1, 2, 0
 local SEEN_AFTER_DEADLINE_MS = 60000
 local SEEN_WITHOUT_DEADLINE_MS = 7 * 86400000
+local SEEN_AFTER_REPEAT_MS = 20000
 local REFUSED_KEPT_MS = 86400000
 local RETRY_AFTER_MS, RETRY_PAUSED_AFTER_MS = 100, 500
 
@@ -42,6 +43,13 @@ local function accept(stream, seen, at)
     'client', ARGV[at + 6], 'tenant', ARGV[at + 7], 'trace', ARGV[at + 8], 'body', ARGV[at + 9])
   local life = remaining == '' and SEEN_WITHOUT_DEADLINE_MS or remaining + SEEN_AFTER_DEADLINE_MS
   redis.call('SET', seen, entry, 'PX', string.format('%.0f', life))
+end
+
+-- Known for as long as its caller repeats it, also once it is settled. And a write: WAIT counts from the last one of
+-- its connection, and must not answer for a repeat what it would have said before the job came.
+local function repeated(seen)
+  local left = redis.call('PTTL', seen)
+  if left >= 0 then redis.call('PEXPIRE', seen, string.format('%.0f', math.max(left, SEEN_AFTER_REPEAT_MS))) end
 end
 
 -- A token bucket for each rate: `burst_s` seconds' worth at most, refilled as time passes.
@@ -111,6 +119,7 @@ for group = 1, tonumber(ARGV[1]) do
   local bucket, seen = KEYS[key], key + 1
   arg = arg + 3
   if redis.call('EXISTS', KEYS[seen]) == 1 then
+    for job = 0, jobs - 1 do repeated(KEYS[seen + job]) end
     outcomes[group] = {ACCEPTED_BEFORE}
   else
     local reason, retry_after = refusal(priority, bucket, arg, calls, jobs)
