@@ -1,0 +1,219 @@
+"""Faults by a seed against a real millstream, and a ledger outside the product: chaos.py --seconds 60 --seed 7.
+
+Prints what was harmed and whether every invariant held; exit status 0 where all did, 1 where one was violated.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import redis
+from chaos_lib import faults, journal
+from chaos_lib.lanes import Lane, Record, drive
+from chaos_lib.ledger import CANCELLED, OK
+from chaos_lib.report import table
+from chaos_lib.site import CALLERS, WORKERS, Site, opened
+from chaos_lib.verdict import Evidence, Finding, State, judge, lost_by_the_server
+from support import eventually
+
+from millstream.broker.datadir import AppendFsync
+from millstream.broker.errors import Cancelled, MillstreamError
+from millstream.client import Client
+
+RARE = {"server frozen 15 s": 1}
+OFTEN = {"server killed": 6, "server frozen 0.2-2 s": 6, "SCRIPT FLUSH": 6, "CLIENT KILL": 6}
+NETWORK = Lane(faults.NETWORK, 3.0)
+OUTAGES = [Lane(faults.OUTAGES, 0.5), NETWORK]
+EVERYTHING = [
+    Lane(faults.OUTAGES, 3.0, OFTEN | RARE),
+    NETWORK,
+    Lane(faults.WORKERS_KILLED, 6.0),
+    Lane(faults.WORKERS_FROZEN, 1.0),
+    Lane(faults.SUPERVISORS, 8.0),
+    Lane(faults.CLIENTS, 8.0),
+    Lane(faults.POISONS, 6.0),
+    Lane(faults.POISONS, 6.0),
+]
+OUTAGES_SHARE, OUTAGES_LEAST_S = 0.15, 28.0
+CALLS_A_SECOND = 250
+DRAIN_S = 60.0
+FOUND_S = 20.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    seconds: float
+    seed: int
+    calls_a_second: float
+    fsync: AppendFsync
+
+    @property
+    def outages_s(self) -> float:
+        """How long nothing but the server and the network fails."""
+        return min(self.seconds / 2, max(OUTAGES_LEAST_S, OUTAGES_SHARE * self.seconds))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run shows."""
+
+    heading: Mapping[str, str]
+    records: Mapping[str, Record]
+    findings: list[Finding]
+
+    @property
+    def holds(self) -> bool:
+        return all(finding.holds for finding in self.findings)
+
+    def to_json(self) -> str:
+        kinds = {
+            name: {"landed": len(record.landed), "recovery": record.recovery(), "missed": record.missed}
+            for name, record in self.records.items()
+        }
+        found = [asdict(finding) | {"holds": finding.holds} for finding in self.findings]
+        return json.dumps({"run": dict(self.heading), "faults": kinds, "invariants": found}, indent=2)
+
+
+def run(plan: Plan, home: Path) -> Result:
+    """One run from the first process to the verdict."""
+    with opened(home, plan.fsync, CALLERS / plan.calls_a_second) as site:
+        began = time.monotonic()
+        outages = drive(OUTAGES, site, f"{plan.seed}-outages", plan.outages_s)
+        quiet_until = site.now_ms()
+        everything = drive(EVERYTHING, site, f"{plan.seed}-all", plan.seconds - plan.outages_s)
+        lasted_s = time.monotonic() - began
+        records = merged(outages, everything)
+        drained_s = drain(site)
+        evidence = gather(site, plan, quiet_until, records)
+        findings = judge(evidence, site.keys)
+        return Result(heading(site, plan, evidence, (lasted_s, drained_s)), records, findings)
+
+
+def merged(*phases: Mapping[str, Record]) -> dict[str, Record]:
+    records: dict[str, Record] = {}
+    for phase in phases:
+        for name, record in phase.items():
+            into = records.setdefault(name, Record())
+            into.landed += record.landed
+            into.missed += record.missed
+    return records
+
+
+def drain(site: Site) -> float:
+    """Heal, let every caller end, and wait until the site is as it was before; seconds it took."""
+    began = time.monotonic()
+    site.heal()
+    site.finish_calls()
+    # What is not so in time is a violation, and the verdict names it.
+    with suppress(AssertionError):
+        eventually(lambda: is_whole(site), within_s=DRAIN_S)
+    return time.monotonic() - began
+
+
+def is_whole(site: Site) -> bool:
+    live = site.watch.live().keys()
+    return (
+        len(live) == WORKERS
+        and site.watch.depth() == 0
+        and all(site.poison_replies().values())
+        and site.consumers() - {"returned"} == live
+    )
+
+
+def gather(site: Site, plan: Plan, quiet_until: int, records: Mapping[str, Record]) -> Evidence:
+    accounts = [calling.account() for calling in site.over]
+    orphaned = [where for account in accounts if account.killed for where in account.accepted.values() if ":" in where]
+    return Evidence(
+        accounts=accounts,
+        journal=journal.read(site.data_dir, site.keys),
+        poison=site.poison_replies(),
+        found=fetched(site, orphaned),
+        quiet_until=quiet_until,
+        state=state_of(site),
+        workers=WORKERS,
+        synced=plan.fsync == "always",
+        problems=[*site.problems, *(f"{name}: {text}" for name, text in site.complaints().items())],
+        landed={name: len(record.landed) for name, record in records.items()},
+    )
+
+
+def state_of(site: Site) -> State:
+    return State(
+        depth=site.watch.depth(),
+        pending=len(site.watch.held()),
+        dead=[letter[b"id"].decode() for letter in site.watch.dead_letters()],
+        consumers=site.consumers(),
+        live=site.watch.live().keys(),
+        keys=site.immortal_keys(),
+    )
+
+
+def fetched(site: Site, calls: list[str]) -> dict[str, str]:
+    """What any process can still learn of detached calls whose callers were killed."""
+    with Client(site.server.tcp_url) as client:
+        return {call: outcome_of(client, call) for call in calls}
+
+
+def outcome_of(client: Client, call: str) -> str:
+    try:
+        outcomes = client.job(call).outcomes(timeout=FOUND_S)
+    except MillstreamError as error:
+        return f"{type(error).__name__}: {error}"
+    errors = [outcome for outcome in outcomes if isinstance(outcome, MillstreamError)]
+    strange = [error for error in errors if not isinstance(error, Cancelled)]
+    return str(strange[0]) if strange else CANCELLED if errors else OK
+
+
+def heading(site: Site, plan: Plan, evidence: Evidence, took: tuple[float, float]) -> dict[str, str]:
+    lasted_s, drained_s = took
+    lost = len(lost_by_the_server(evidence))
+    return {
+        "seed": str(plan.seed),
+        "versions": f"python {platform.python_version()}, redis-py {redis.__version__}, {site.version()}",
+        "fsync": plan.fsync,
+        "duration": f"{lasted_s:.0f} s of faults ({plan.outages_s:.0f} s of outages alone), {drained_s:.1f} s of drain",
+        "jobs": f"{len(evidence.journal.jobs)} accepted, {sum(evidence.journal.replies.values())} answered",
+        "calls": f"{sum(len(each.sent) for each in evidence.accounts)} of {len(evidence.accounts)} processes",
+        "acknowledged and lost by the server": str(lost),
+        "most attempts of a job": f"{evidence.journal.most_attempts:g}",
+    }
+
+
+@click.command(help=__doc__)
+@click.option("--seconds", default=60.0, help="How long faults fall; the drain comes on top.")
+@click.option("--seed", default=7, help="Which faults, in which order, against whom.")
+@click.option("--jobs", type=int, help=f"About how many calls to make in all; {CALLS_A_SECOND} a second if not given.")
+@click.option("--fsync", type=click.Choice(["always", "everysec"]), default="always")
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write it all there, too.")
+@click.option("--keep", type=click.Path(path_type=Path, file_okay=False), help="Run in this new folder, and keep it.")
+def main(
+    seconds: float, seed: int, jobs: int | None, fsync: AppendFsync, json_file: Path | None, keep: Path | None
+) -> None:
+    # What supervisors and proxies say while all falls apart is no news here.
+    logging.disable(logging.ERROR)
+    # As Ctrl-C does: what was started is ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    plan = Plan(seconds, seed, (jobs / seconds) if jobs else CALLS_A_SECOND, fsync)
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        if keep:
+            keep.mkdir(parents=True)
+        result = run(plan, keep.resolve() if keep else Path(folder))
+    click.echo(table(result.heading, result.records, result.findings))
+    if json_file:
+        json_file.write_text(result.to_json(), encoding="utf-8")
+    sys.exit(0 if result.holds else 1)
+
+
+if __name__ == "__main__":
+    main()

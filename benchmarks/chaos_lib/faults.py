@@ -1,0 +1,311 @@
+"""The faults. Each finds its victim at work, harms it, sees that the harm was done, and waits until it is over.
+
+A fault returns a Landing, or raises Missed where there was nothing to harm or the harm was not seen.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from e2e.hosts import gone
+from e2e.watch import Entry, freeze_with_work
+from support import eventually
+
+from chaos_lib.site import MAX_ATTEMPTS, Site
+from millstream.broker.connection import retrying
+from millstream.broker.lease import LEASE_S
+
+AT_WORK_S = 5.0
+OVER_S = 60.0
+LONG_FREEZE_S = 3 * LEASE_S
+
+
+class Missed(Exception):
+    """The fault did not land."""
+
+
+@dataclass(frozen=True)
+class Landing:
+    """A fault that was seen. `recovery_s` until what it harmed went on; None where nothing says so."""
+
+    recovery_s: float | None = None
+    note: str = ""
+
+
+Fault = Callable[[Site, Random], Landing]
+
+
+# -- workers ---------------------------------------------------------------------------------------------------
+
+
+def kill_worker(site: Site, chance: Random) -> Landing:
+    """kill -9 of a worker that holds jobs, until all of them are answered or in live hands."""
+    with _victim(site, chance) as (consumer, pid):
+        held = _frozen_at_work(site, consumer, pid)
+        os.kill(pid, signal.SIGKILL)
+        killed_at = time.monotonic()
+        eventually(lambda: _taken_over(site, held, consumer), within_s=OVER_S)
+    return Landing(time.monotonic() - killed_at, f"{len(held)} jobs")
+
+
+def freeze_worker(site: Site, chance: Random) -> Landing:
+    """SIGSTOP of a worker that holds jobs, until they are no longer its own; then it wakes, and lives again."""
+    with _victim(site, chance) as (consumer, pid):
+        held = set(_frozen_at_work(site, consumer, pid))
+        began = time.monotonic()
+        try:
+            eventually(lambda: held.isdisjoint(site.watch.held(consumer)), within_s=OVER_S)
+            lost_s = time.monotonic() - began
+            time.sleep(max(0.0, LEASE_S + 0.5 - lost_s))
+            if consumer in site.watch.live():
+                raise Missed("it was not taken for dead")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        eventually(lambda: consumer in site.watch.live() or not _runs(pid), within_s=OVER_S)
+    return Landing(lost_s, f"{len(held)} jobs")
+
+
+@contextmanager
+def _victim(site: Site, chance: Random) -> Iterator[tuple[str, int]]:
+    """A live worker that no other fault has in hand: its consumer and pid."""
+    with site.lock:
+        live = [each for each in site.watch.live().items() if each[1] not in site.taken and _runs(each[1])]
+        if not live:
+            raise Missed("no worker lives")
+        consumer, pid = chance.choice(sorted(live))
+        site.taken.add(pid)
+    try:
+        yield consumer, pid
+    finally:
+        site.taken.discard(pid)
+
+
+def _frozen_at_work(site: Site, consumer: str, pid: int) -> list[Entry]:
+    try:
+        return freeze_with_work(site.watch, {consumer: pid}, within_s=AT_WORK_S)
+    except (AssertionError, ProcessLookupError) as error:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+        raise Missed("it held nothing") from error
+
+
+def _taken_over(site: Site, held: list[Entry], dead: str) -> bool:
+    owners = site.watch.live().keys() - {dead}
+    return not retrying(lambda: site.watch.unsettled(held, owners))
+
+
+def _runs(pid: int) -> bool:
+    return _state(pid) not in ("", "Z")
+
+
+def _state(pid: int) -> str:
+    """As ps shows it: R, S, T, Z; empty where there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+# -- supervisors -----------------------------------------------------------------------------------------------
+
+
+def kill_supervisor(site: Site, chance: Random) -> Landing:
+    """kill -9 of a supervisor whose workers hold jobs. They drain and end by themselves; a new one is started."""
+    with site.lock:
+        host = chance.choice(site.hosts)
+        children = {consumer: pid for consumer, pid in site.watch.live().items() if pid in host.children}
+        if not children:
+            raise Missed("it had no live worker")
+        _when(lambda: any(site.watch.held(consumer) for consumer in children), "its workers held nothing")
+        orphans = host.children
+        host.kill()
+        site.hosts.remove(host)
+        site.start_host()
+    killed_at = time.monotonic()
+    try:
+        gone(orphans, within_s=OVER_S)
+    except AssertionError:
+        site.problems.append(f"workers {orphans} outlived their supervisor for {OVER_S:g} s")
+        raise
+    return Landing(time.monotonic() - killed_at, f"{len(orphans)} workers")
+
+
+# -- the server ------------------------------------------------------------------------------------------------
+
+
+def kill_server(site: Site, chance: Random) -> Landing:
+    """kill -9 of the server while jobs are held; it is started again after a moment, on the same data and port."""
+    _at_work(site)
+    killed_at = time.monotonic()
+    os.kill(site.server.pid, signal.SIGKILL)
+    try:
+        _when(lambda: _refuses(site.server.tcp_url or ""), "it still listened")
+        time.sleep(chance.choice((0.0, 0.5, 2.0)))
+    finally:
+        site.server.restart()
+        site.keep_history()
+    return Landing(_flowing_since(site, killed_at))
+
+
+def freeze_server_briefly(site: Site, chance: Random) -> Landing:
+    return _freeze_server(site, chance.uniform(0.2, 2.0))
+
+
+def freeze_server_for_leases(site: Site, chance: Random) -> Landing:
+    """Far longer than any lease: no worker is dead when it is over."""
+    return _freeze_server(site, LONG_FREEZE_S)
+
+
+def _freeze_server(site: Site, seconds: float) -> Landing:
+    _at_work(site)
+    pid = site.server.pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(seconds)
+        stopped = _state(pid) == "T"
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    if not stopped:
+        raise Missed("it was not stopped")
+    return Landing(_flowing_since(site, time.monotonic()), f"{seconds:.1f} s")
+
+
+def flush_scripts(site: Site, chance: Random) -> Landing:
+    _at_work(site)
+    began = time.monotonic()
+    pipe = site.connection.client.pipeline(transaction=True)
+    pipe.info("memory")
+    pipe.script_flush()
+    pipe.info("memory")
+    before, _, after = pipe.execute()
+    if before["number_of_cached_scripts"] == 0 or after["number_of_cached_scripts"] > 0:
+        raise Missed("no script was cached")
+    return Landing(_flowing_since(site, began), f"{before['number_of_cached_scripts']} scripts")
+
+
+def kill_connections(site: Site, chance: Random) -> Landing:
+    """CLIENT KILL TYPE normal: every connection but the one that asks."""
+    _at_work(site)
+    began = time.monotonic()
+    killed = int(site.connection.client.client_kill_filter(_type="normal", skipme=True))
+    if not killed:
+        raise Missed("nobody was connected")
+    return Landing(_flowing_since(site, began), f"{killed} connections")
+
+
+def _at_work(site: Site) -> None:
+    _when(site.watch.held, "no job was held")
+
+
+def _flowing_since(site: Site, began: float) -> float:
+    """Seconds from `began` until another job ended."""
+    before = site.ended_jobs()
+    eventually(lambda: site.ended_jobs() > before, within_s=OVER_S)
+    return time.monotonic() - began
+
+
+def _refuses(url: str) -> bool:
+    host, _, port = url.rpartition("/")[2].rpartition(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) != 0
+
+
+# -- the network -----------------------------------------------------------------------------------------------
+
+
+def cut_connections(site: Site, chance: Random) -> Landing:
+    """RST to some or all connections of workers or of clients, which come back."""
+    _at_work(site)
+    way = chance.choice((site.workers_way, site.clients_way))
+    before, began = way.opened, time.monotonic()
+    cut = way.cut(chance.choice((0.3, 1.0)), chance)
+    if not cut:
+        raise Missed("nothing was connected")
+    eventually(lambda: way.opened > before, within_s=OVER_S)
+    return Landing(_flowing_since(site, began), f"{cut} connections")
+
+
+def swallow(site: Site, chance: Random) -> Landing:
+    """For a while nothing passes, and nobody is told. Shorter than a lease: beyond it a worker is rightly lost."""
+    way = chance.choice((site.workers_way, site.clients_way))
+    way.blackhole()
+    try:
+        time.sleep(chance.uniform(0.3, LEASE_S - 2.0))
+    finally:
+        withheld, _ = way.clear()
+    if not withheld:
+        raise Missed("nothing was sent meanwhile")
+    return Landing(_flowing_since(site, time.monotonic()), f"{withheld} chunks")
+
+
+def slow_down(site: Site, chance: Random) -> Landing:
+    way = chance.choice((site.workers_way, site.clients_way))
+    way.delay(chance.uniform(0.01, 0.2))
+    try:
+        time.sleep(chance.uniform(0.5, 3.0))
+    finally:
+        _, delayed = way.clear()
+    if not delayed:
+        raise Missed("nothing was sent meanwhile")
+    return Landing(note=f"{delayed} chunks")
+
+
+# -- callers ---------------------------------------------------------------------------------------------------
+
+
+def kill_client(site: Site, chance: Random) -> Landing:
+    """kill -9 of a process amid its calls; another takes its place."""
+    calling = chance.choice(list(site.calling))
+    _when(calling.under_way, "it waited for nothing")
+    calling.kill()
+    site.bury(calling)
+    left = calling.under_way()
+    site.start_callers(calling.kind).begin()
+    if not left:
+        raise Missed("it had no call under way")
+    return Landing(note=f"{left} calls under way")
+
+
+def poison(site: Site, chance: Random) -> Landing:
+    """A job that kills every worker that runs it, until it is among the dead letters and its caller is told."""
+    deaths, began = site.deaths(), time.monotonic()
+    job = site.send_poison()
+    eventually(lambda: site.poison_replies()[job], within_s=OVER_S)
+    if site.deaths() - deaths < 1:
+        raise Missed("no worker died of it")
+    return Landing(time.monotonic() - began, f"{MAX_ATTEMPTS} attempts")
+
+
+def _when(condition: Callable[[], object], otherwise: str) -> None:
+    """Wait for the moment. Raises Missed where it does not come."""
+    try:
+        eventually(condition, within_s=AT_WORK_S)
+    except AssertionError as error:
+        raise Missed(otherwise) from error
+
+
+OUTAGES: Mapping[str, tuple[Fault, float]] = {
+    "server killed": (kill_server, 4.0),
+    "server frozen 0.2-2 s": (freeze_server_briefly, 3.0),
+    "server frozen 15 s": (freeze_server_for_leases, LONG_FREEZE_S + 1),
+    "SCRIPT FLUSH": (flush_scripts, 1.0),
+    "CLIENT KILL": (kill_connections, 1.0),
+}
+NETWORK: Mapping[str, tuple[Fault, float]] = {
+    "connections cut": (cut_connections, 1.0),
+    "connections swallow all": (swallow, 4.0),
+    "connections slow": (slow_down, 3.0),
+}
+WORKERS_KILLED: Mapping[str, tuple[Fault, float]] = {"worker killed": (kill_worker, 3.0)}
+WORKERS_FROZEN: Mapping[str, tuple[Fault, float]] = {"worker frozen > lease": (freeze_worker, 8.0)}
+SUPERVISORS: Mapping[str, tuple[Fault, float]] = {"supervisor killed": (kill_supervisor, 4.0)}
+CLIENTS: Mapping[str, tuple[Fault, float]] = {"client killed": (kill_client, 3.0)}
+POISONS: Mapping[str, tuple[Fault, float]] = {"poison job": (poison, 8.0)}

@@ -1,0 +1,83 @@
+"""What the server itself wrote down: its append-only file holds every effect of every script, with nothing sampled."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hiredis
+
+from millstream.broker.keys import ServiceKeys
+
+_CHUNK = 1024 * 1024
+
+Command = Sequence[bytes]
+
+
+@dataclass
+class Journal:
+    """The life of every job of one service: `jobs` and `replies` count entries by job id, `results` too.
+
+    `deliveries` are those that count more than the first: (server ms, job id, delivery count).
+    """
+
+    jobs: Counter[str] = field(default_factory=Counter)
+    replies: Counter[str] = field(default_factory=Counter)
+    deliveries: list[tuple[int, str, int]] = field(default_factory=list)
+
+    def attempts_before(self, moment: int) -> list[str]:
+        """Jobs that were charged with an attempt, or half of one, before `moment`, server ms."""
+        return sorted({job for at, job, _ in self.deliveries if at < moment})
+
+    @property
+    def most_attempts(self) -> float:
+        return max(((count - 1) / 2 for _, _, count in self.deliveries), default=0.0)
+
+
+def read(data_dir: Path, keys: ServiceKeys) -> Journal:
+    """Replay the append-only file of a server that was never rewriting it."""
+    files = sorted(data_dir.glob("**/*.incr.aof"), key=lambda path: int(path.name.split(".")[-3]))
+    return replay((command for path in files for command in _commands(path)), keys)
+
+
+def replay(commands: Iterable[Command], keys: ServiceKeys) -> Journal:
+    """What the write commands in `commands` say of the jobs of one service."""
+    journal = Journal()
+    streams = {stream.encode() for stream in keys.streams()}
+    reply, result = keys.reply("").encode(), keys.result("").encode()
+    entries: defaultdict[bytes, dict[bytes, str]] = defaultdict(dict)
+    for command in commands:
+        name, key = command[0].upper(), command[1] if len(command) > 1 else b""
+        if name == b"XADD" and key in streams:
+            job = _field(command, b"id")
+            entries[key][command[2]] = job
+            journal.jobs[job] += 1
+        elif name == b"XADD" and key.startswith(reply):
+            journal.replies[_field(command, b"id")] += 1
+        elif name == b"SET" and key.startswith(result):
+            journal.replies[key.removeprefix(result).decode()] += 1
+        elif name == b"XCLAIM" and key in streams and (count := int(_option(command, b"RETRYCOUNT"))) > 1:
+            journal.deliveries.append((int(_option(command, b"TIME")), entries[key].get(command[5], "unknown"), count))
+    return journal
+
+
+def _field(command: Command, name: bytes) -> str:
+    """A field of XADD's entry."""
+    fields = command[3:]
+    return fields[fields.index(name) + 1].decode() if name in fields[::2] else "unknown"
+
+
+def _option(command: Command, name: bytes) -> bytes:
+    return command[command.index(name) + 1] if name in command else b"0"
+
+
+def _commands(path: Path) -> Iterator[Command]:
+    reader = hiredis.Reader()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            reader.feed(chunk)
+            while (command := reader.gets()) is not False:
+                if isinstance(command, list):
+                    yield command

@@ -1,0 +1,90 @@
+"""When which fault happens: lanes that run side by side, each doing its own faults one after the other, by a seed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from statistics import median
+
+from chaos_lib.faults import Fault, Landing, Missed
+from chaos_lib.site import Site
+
+
+@dataclass
+class Record:
+    """What became of one kind of fault. A miss is a reason."""
+
+    landed: list[Landing] = field(default_factory=list)
+    missed: list[str] = field(default_factory=list)
+
+    @property
+    def recoveries(self) -> list[float]:
+        return [landing.recovery_s for landing in self.landed if landing.recovery_s is not None]
+
+    def recovery(self) -> tuple[float, float] | None:
+        """Median and maximum, seconds."""
+        return (median(self.recoveries), max(self.recoveries)) if self.recoveries else None
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Faults that exclude each other. `kinds`: name -> the fault and the seconds it takes; `weights` as often in a bag.
+
+    `gap_s` is the longest rest between two.
+    """
+
+    kinds: Mapping[str, tuple[Fault, float]]
+    gap_s: float
+    weights: Mapping[str, int] = field(default_factory=dict)
+
+    def bag(self, chance: Random) -> list[str]:
+        """Each kind as often as its weight says, in any order."""
+        names = [name for name in self.kinds for _ in range(self.weights.get(name, 1))]
+        return chance.sample(names, len(names))
+
+
+class Driver(threading.Thread):
+    """Runs one lane until `until` (monotonic seconds); it begins nothing that would not be over by then."""
+
+    def __init__(self, lane: Lane, site: Site, chance: Random, until: float, records: Mapping[str, Record]) -> None:
+        super().__init__(name=next(iter(lane.kinds)), daemon=True)
+        self._lane = lane
+        self._site = site
+        self._chance = chance
+        self._until = until
+        self._records = records
+
+    def run(self) -> None:
+        while time.monotonic() < self._until:
+            for name in self._lane.bag(self._chance):
+                self._rest(self._chance.uniform(0, self._lane.gap_s))
+                fault, takes_s = self._lane.kinds[name]
+                if time.monotonic() + takes_s <= self._until:
+                    self._inject(name, fault)
+
+    def _rest(self, seconds: float) -> None:
+        time.sleep(max(0.0, min(seconds, self._until - time.monotonic())))
+
+    def _inject(self, name: str, fault: Fault) -> None:
+        record = self._records[name]
+        try:
+            record.landed.append(fault(self._site, self._chance))
+        except Missed as error:
+            record.missed.append(str(error))
+        except Exception as error:  # noqa: BLE001 - one fault that failed is reported; the others go on
+            record.missed.append(f"{type(error).__name__}: {error}"[:200])
+
+
+def drive(lanes: Sequence[Lane], site: Site, seed: str, seconds: float) -> dict[str, Record]:
+    """Run all lanes side by side for `seconds`; what became of each kind."""
+    records = {name: Record() for lane in lanes for name in lane.kinds}
+    until = time.monotonic() + seconds
+    drivers = [Driver(lane, site, Random(f"{seed}-{at}"), until, records) for at, lane in enumerate(lanes)]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join()
+    return records

@@ -1,0 +1,172 @@
+"""The fault injector's verdict names every way in which a promise can be broken."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from chaos_lib.journal import Journal, replay
+from chaos_lib.ledger import CANCELLED, OK, Account, Book, read
+from chaos_lib.verdict import Evidence, State, judge, lost_by_the_server
+
+from millstream.broker.keys import DEFAULT_PREFIX, ServiceKeys
+
+KEYS = ServiceKeys("embed")
+STREAM, REPLIES = KEYS.streams()[1], KEYS.reply("c1")
+STATE = State(
+    depth=0,
+    pending=0,
+    dead=["bad"],
+    consumers=["w1", "returned"],
+    live=["w1"],
+    keys=[f"{DEFAULT_PREFIX}:services", KEYS.spec(), KEYS.dead(), *KEYS.streams()],
+)
+
+
+def account(*, killed: bool = False) -> Account:
+    """Two calls, one of them cancelled; of a killed process, without its outcomes."""
+    account = Account("client0", killed, {"one", "two"}, {"one": "a", "two": "b"})
+    if not killed:
+        account.answers |= {"one": [OK], "two": [CANCELLED]}
+    return account
+
+
+def evidence() -> Evidence:
+    """A run that went well: two calls, and a poison job."""
+    return Evidence(
+        accounts=[account(), account(killed=True)],
+        journal=Journal(Counter("ab") + Counter(["bad"]), Counter("ab") + Counter(["bad"]), [(900, "bad", 3)]),
+        poison={"bad": 1},
+        found={"embed:1x1:d": OK},
+        quiet_until=500,
+        state=STATE,
+        workers=1,
+        synced=True,
+        problems=[],
+        landed={"worker killed": 1},
+    )
+
+
+def violated(found: Evidence) -> list[str]:
+    return [finding.says for finding in judge(found, KEYS) if not finding.holds]
+
+
+def answered(*outcomes: str) -> Evidence:
+    """The first call had these outcomes."""
+    broken = account()
+    broken.answers["one"] = list(outcomes)
+    return replace(evidence(), accounts=[broken])
+
+
+def written(**changes: object) -> Evidence:
+    """The server wrote down something else."""
+    return replace(evidence(), journal=replace(evidence().journal, **changes))  # type: ignore[arg-type]
+
+
+def left(**changes: object) -> Evidence:
+    """The server holds something else in the end."""
+    return replace(evidence(), state=replace(STATE, **changes))  # type: ignore[arg-type]
+
+
+def test_nothing_is_violated_where_all_went_well() -> None:
+    assert violated(evidence()) == []
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        (answered(), "every call of a living client has its outcome"),
+        (answered("wrong rows"), "every outcome is the call's own, or its cancellation"),
+        (answered(OK, OK), "no client saw a second outcome"),
+        (replace(evidence(), found={"embed:1x1:d": "gone"}), "detached calls of killed clients can be fetched"),
+        (written(jobs=Counter(["a", "b", "bad", "bad"])), "no job entered twice"),
+        (written(replies=Counter(["a", "bad"])), "every job was answered"),
+        (written(replies=Counter(["a", "b", "b", "bad"])), "no job was answered twice"),
+        (written(deliveries=[(400, "a", 2)]), "no outage of server or network cost a job an attempt"),
+        (left(dead=["bad", "a"]), "only poison jobs are among the dead letters"),
+        (left(dead=[]), "every poison job is, and was answered once"),
+        (replace(evidence(), poison={"bad": 0}), "every poison job is, and was answered once"),
+        (left(depth=1), "the queue is empty"),
+        (left(pending=1), "nothing is pending"),
+        (left(consumers=["w1", "w0"]), "no consumer but the living"),
+        (replace(evidence(), workers=2), "all workers live"),
+        (left(keys=[KEYS.seen("a")]), "no key stays for ever"),
+        (replace(evidence(), problems=["an orphan"]), "nothing else went wrong"),
+        (replace(evidence(), landed={"worker killed": 0}), "every kind of fault landed"),
+    ],
+)
+def test_a_broken_promise_is_named(broken: Evidence, says: str) -> None:
+    assert violated(broken) == [says]
+
+
+def test_every_promise_has_its_counterexample() -> None:
+    (cases,) = [mark.args[1] for mark in test_a_broken_promise_is_named.pytestmark]  # type: ignore[attr-defined]
+
+    assert {finding.says for finding in judge(evidence(), KEYS)} - {says for _, says in cases} == {
+        "the server knows every acknowledged job"
+    }
+
+
+def forgotten(*, killed: bool, where: str) -> Evidence:
+    """One call that was acknowledged and is in nobody's history."""
+    lost = Account("raw0", killed, {"one"}, {"one": where})
+    return replace(evidence(), accounts=[lost])
+
+
+def test_an_acknowledged_job_without_an_entry_is_a_violation_only_where_each_write_is_synced() -> None:
+    silent = forgotten(killed=True, where="one")
+
+    assert violated(silent) == ["the server knows every acknowledged job"]
+    assert violated(replace(silent, synced=False)) == []
+    assert lost_by_the_server(silent) == ["one"]
+
+
+def test_a_call_that_a_killed_client_only_began_need_not_be_known() -> None:
+    assert violated(forgotten(killed=True, where="its handle's id")) == []
+
+
+def test_a_second_reply_after_the_server_forgot_the_first_is_told_from_one_that_was_written_twice() -> None:
+    seen_twice = replace(answered(OK, OK), synced=False)
+    call_is_job = replace(seen_twice, journal=replace(seen_twice.journal, replies=Counter(["a", "b", "bad", "one"])))
+    twice_written = replace(
+        seen_twice, journal=replace(seen_twice.journal, replies=Counter(["b", "bad", "a"] + 2 * ["one"]))
+    )
+
+    assert violated(call_is_job) == []
+    assert "no client saw a second outcome" in violated(twice_written)
+
+
+def test_the_journal_counts_entries_replies_and_charged_deliveries() -> None:
+    text = f"""\
+XADD {STREAM} 1-0 v 1 id a body x
+XADD ms:{{other}}:q:normal 1-0 v 1 id b body x
+XCLAIM {STREAM} workers w1 0 1-0 TIME 700 RETRYCOUNT 1 FORCE JUSTID
+XCLAIM {STREAM} workers returned 0 1-0 TIME 800 RETRYCOUNT 3 FORCE JUSTID
+XADD {REPLIES} 2-0 id a reply x
+SET {KEYS.result("c")} x PXAT 900
+SET {KEYS.seen("c")} x PXAT 900"""
+
+    journal = replay([line.encode().split() for line in text.splitlines()], KEYS)
+
+    assert journal == Journal(Counter("a"), Counter("ac"), [(800, "a", 3)])
+    assert (journal.attempts_before(800), journal.attempts_before(801)) == ([], ["a"])
+    assert journal.most_attempts == 1.0
+
+
+def test_a_book_is_read_as_it_was_written_but_for_a_torn_last_line(tmp_path: Path) -> None:
+    path = tmp_path / "client0.jsonl"
+    book = Book(path)
+    book.sent("one", ["row"])
+    book.accepted("one", "a")
+    book.answered("one", OK)
+    book.sent("two", ["row"])
+    book.close()
+    with path.open("a") as file:
+        file.write('["answ')
+
+    account = read(path, killed=True)
+
+    assert (account.name, account.killed, account.sent) == ("client0", True, {"one", "two"})
+    assert (account.accepted, account.answers, account.unanswered) == ({"one": "a"}, {"one": [OK]}, ["two"])
