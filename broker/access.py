@@ -14,7 +14,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from redis import CredentialProvider
 
@@ -77,24 +77,29 @@ _NAMED_BY = f"{PASSWORD_FILE_VARIABLE}, redis.password_file in config.yaml or ?{
 _told: set[Path] = set()
 
 
-def split_password_file(url: str) -> tuple[str, FilePassword | None]:
-    """`url` as the library takes it, and where it names a password file, the user and password besides.
+def without_password_file(url: str) -> str:
+    """`url` for others than us, who do not know the option."""
+    base, _, query = url.partition("?")
+    rest = urlencode(
+        [(name, value) for name, value in parse_qsl(query, keep_blank_values=True) if name != PASSWORD_FILE]
+    )
+    return f"{base}?{rest}" if rest else base
 
-    Raises ConfigError where the file cannot be used, or the URL has a password already.
+
+def split_password_file(url: str) -> tuple[str, FilePassword | None]:
+    """`url` as the library takes it; where it names a password file, without its user, who comes with the password.
+
+    Raises ConfigError where the file cannot be used, or the URL has a password besides.
     """
-    parts = urlsplit(url)
-    options = parse_qsl(parts.query, keep_blank_values=True)
-    files = [value for name, value in options if name == PASSWORD_FILE]
-    if not files:
+    file = _options(url).get(PASSWORD_FILE)
+    if file is None:
         return url, None
     if _has_password(url):
         raise ConfigError("a Redis URL with a password and a password file", hint="leave one of them out")
-    rest = [(name, value) for name, value in options if name not in (PASSWORD_FILE, "username")]
-    user, _, hosts = parts.netloc.rpartition("@")
-    user = unquote(user) or dict(options).get("username", "")
-    bare = urlunsplit((parts.scheme, hosts, parts.path, urlencode(rest), ""))
-    # urlunsplit leaves out the empty host of unix:///path.
-    return bare if hosts or "://" in bare else bare.replace(":", "://", 1), FilePassword(user, Path(files[-1]))
+    scheme, _, rest = without_password_file(url).partition("://")
+    netloc, slash, path = rest.partition("/")
+    user, _, hosts = netloc.rpartition("@")
+    return f"{scheme}://{hosts}{slash}{path}", FilePassword(unquote(user), Path(file))
 
 
 def secured(url: str, config: Config | None, environ: Mapping[str, str]) -> str:
@@ -102,8 +107,12 @@ def secured(url: str, config: Config | None, environ: Mapping[str, str]) -> str:
 
     Raises ConfigError where it leads to another host without TLS, password or the word of whoever is in charge.
     """
+    try:
+        urlsplit(url)
+    except ValueError:
+        return url  # whoever connects to it says what is wrong
     file = environ.get(PASSWORD_FILE_VARIABLE) or (config and config.redis.password_file)
-    if file and not _has_password(url) and PASSWORD_FILE not in dict(parse_qsl(urlsplit(url).query)):
+    if file and not _has_password(url) and PASSWORD_FILE not in _options(url):
         named = f"{PASSWORD_FILE}={quote(os.path.abspath(Path(file).expanduser()))}"
         url = f"{url}{'&' if urlsplit(url).query else '?'}{named}"
     forced = _is_true(environ.get(INSECURE_VARIABLE, "")) or bool(config and config.redis.insecure)
@@ -122,14 +131,17 @@ def open_host(url: str) -> str:
     parts = urlsplit(url)
     if not parts.scheme.startswith("redis") or parts.scheme.startswith("rediss") or _has_password(url):
         return ""
-    if PASSWORD_FILE in dict(parse_qsl(parts.query)):
+    if PASSWORD_FILE in _options(url):
         return ""
     return next((host for host in _hosts(parts.netloc) if not _is_loopback(host)), "")
 
 
+def _options(url: str) -> dict[str, str]:
+    return dict(parse_qsl(url.partition("?")[2]))
+
+
 def _has_password(url: str) -> bool:
-    parts = urlsplit(url)
-    return ":" in parts.netloc.rpartition("@")[0] or bool(dict(parse_qsl(parts.query)).get("password"))
+    return ":" in urlsplit(url).netloc.rpartition("@")[0] or bool(_options(url).get("password"))
 
 
 def _hosts(netloc: str) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import redis
 
+from millstream.broker.access import secured
 from millstream.broker.cluster import masters
 from millstream.broker.datadir import default_data_dir
 from millstream.broker.embedded import running
@@ -109,7 +110,9 @@ def find_url(flag: str | None, config: Config | None, environ: Mapping[str, str]
     Raises BrokerUnavailable where there is none.
     """
     configured = config.redis.url if config else None
-    url = flag or environ.get(URL_VARIABLE) or configured or running(_data_dir(config, environ))
+    if named := flag or environ.get(URL_VARIABLE) or configured:
+        return secured(named, config, environ)
+    url = running(_data_dir(config, environ))
     if not url:
         raise BrokerUnavailable("no Redis server is configured, and no local one is running", hint=START_ONE)
     return url

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 from urllib.parse import SplitResult, parse_qs, urlencode, urlsplit
 
@@ -12,6 +12,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from millstream.broker.access import PASSWORD_FILE, FilePassword, split_password_file
 from millstream.broker.cluster import Address, ClusterClient, Slots
 from millstream.broker.sentinel import master_client, watchers
 
@@ -41,9 +42,9 @@ _KINDS: Mapping[str, Kind] = {
 }
 _USER = {"username", "password"}
 _OPTIONS: Mapping[Kind, set[str]] = {
-    "single": _USER | {"db"},
-    "sentinel": _USER | {"db", "sentinel_username", "sentinel_password"},
-    "cluster": _USER,
+    "single": _USER | {PASSWORD_FILE, "db"},
+    "sentinel": _USER | {PASSWORD_FILE, "db", "sentinel_username", "sentinel_password"},
+    "cluster": _USER | {PASSWORD_FILE},
 }
 _TLS = {
     "ssl_ca_certs",
@@ -116,10 +117,13 @@ def opener(place: Place, name: str, opened: Callable[[redis.Redis], None]) -> Ca
     """A function that makes clients whose commands take at most so many seconds.
 
     `opened` gets every client that has sockets, now or later, to close it. What is learned of the nodes is shared.
+    Raises ConfigError where a password file cannot be used.
     """
+    bare, password = split_password_file(place.url)
+    place = replace(place, url=bare)
 
-    def one(url: str, timeout_s: float) -> redis.Redis:
-        client: redis.Redis = redis.Redis.from_url(url, **_settings(url, name, timeout_s))
+    def one(url: str, timeout_s: float, password: FilePassword | None = password) -> redis.Redis:
+        client: redis.Redis = redis.Redis.from_url(url, **_settings(url, name, timeout_s, password))
         return client
 
     def kept(client: redis.Redis) -> redis.Redis:
@@ -133,14 +137,16 @@ def opener(place: Place, name: str, opened: Callable[[redis.Redis], None]) -> Ca
         for watcher in watching.sentinels:
             opened(watcher)
         url = place.node_url(place.addresses[0])
-        return lambda timeout_s: kept(master_client(watching, place.master, url, _settings(url, name, timeout_s)))
+        return lambda timeout_s: kept(
+            master_client(watching, place.master, url, _settings(url, name, timeout_s, password))
+        )
     slots = Slots(place.addresses, lambda address: one(place.node_url(address), _ASK_TIMEOUT_S))
     return lambda timeout_s: ClusterClient(
         slots, lambda address: kept(one(place.node_url(address), timeout_s)), place.node_url(place.addresses[0])
     )
 
 
-def _settings(url: str, name: str, timeout_s: float) -> dict[str, object]:
+def _settings(url: str, name: str, timeout_s: float, password: FilePassword | None) -> dict[str, object]:
     # RESP2: the scripts' and XREADGROUP's answers keep one shape from Redis 6.2 to Valkey 9.
     # No retries: the library's own re-send writes, and wait ten times longer than a block.
     keepalive = {} if url.startswith("unix:") else {"socket_keepalive": True}
@@ -153,6 +159,7 @@ def _settings(url: str, name: str, timeout_s: float) -> dict[str, object]:
         "health_check_interval": _HEALTH_CHECK_S,
         "max_connections": _MAX_CONNECTIONS,
         "client_name": name,
+        **({"credential_provider": password} if password else {}),
         **keepalive,
         **_NO_SETINFO,
     }

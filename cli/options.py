@@ -97,8 +97,10 @@ def redis_cli(url: str, *words: str) -> str:
 
     Of a master under Sentinel the line says MASTER, since which server that is may change.
     """
+    from millstream.broker.access import without_password_file
     from millstream.broker.topology import read_url, redacted
 
+    url = without_password_file(url)
     place, parts = read_url(url), urlsplit(url)
     if place.kind == "cluster":
         return shlex.join(["redis-cli", "-c", "-u", redacted(place.node_url(place.addresses[0])), *words])

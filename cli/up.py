@@ -51,12 +51,14 @@ def up(path: Path, data_dir: Path | None, port: int | None, url: str | None, rep
     config = load_and_warn(path)
     if not config.services:
         raise ConfigError(f"{path}: nothing to run", hint="add a service under services:")
+    from millstream.broker.access import secured
     from millstream.cli.interrupts import Interrupts, interrupt_at_eof
     from millstream.worker.supervisor import preflight
 
     preflight(list(config.services.values()))
     own = data_dir is not None or port is not None
-    external = None if own else url or os.environ.get(URL_VARIABLE) or config.redis.url
+    named = None if own else url or os.environ.get(URL_VARIABLE) or config.redis.url
+    external = secured(named, config, os.environ) if named else None
     with Interrupts() as interrupts:
         if until_eof:
             interrupt_at_eof(EOF_DRAIN_S)

@@ -5,9 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support import eventually
 
 from millstream.broker.engine import bundled, probe
 
@@ -34,6 +39,33 @@ def binary_of(engine: str) -> Path:
     if found is None:
         pytest.fail(f"no server for {engine}: {HOW_TO_GET[engine]}")
     return found
+
+
+@contextmanager
+def serving(binary: Path, home: Path, *flags: str, flag: str = "--port") -> Iterator[int]:
+    """A bare server with `flags`, which ends with the block; its port on loopback, given by `flag`."""
+    port = free_port()
+    words = ["--dir", str(home), "--bind", "127.0.0.1", "--save", "", *flags, flag, str(port)]
+    with (home / "server.log").open("wb") as out:
+        process = subprocess.Popen([binary, *words], stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+    try:
+        eventually(lambda: process.poll() is not None or _listens(port))
+        assert process.poll() is None, (home / "server.log").read_text()
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probing:
+        probing.bind(("127.0.0.1", 0))
+        return int(probing.getsockname()[1])
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probing:
+        return probing.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _on_path() -> Path | None:

@@ -17,6 +17,8 @@ import yaml
 from click.testing import CliRunner
 
 from millstream.broker.config import DEFAULT_PATH, load
+from millstream.broker.connection import find_url
+from millstream.broker.errors import ConfigError
 from millstream.broker.units import seconds
 from millstream.cli.main import exit_codes, main
 from millstream.worker.supervisor import DRAIN_S
@@ -135,6 +137,16 @@ def test_the_queue_is_healthy_when_it_answers_a_ping() -> None:
 def test_the_queue_is_reached_from_inside_only() -> None:
     assert [name for name in SERVICES if "ports" in SERVICES[name]] == []
     assert [COMPOSE["networks"][name] for name in SERVICES["redis"]["networks"]] == [{"internal": True}]
+
+
+def test_the_queue_has_no_password_only_where_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("172.18.0.2", 0))])
+
+    for service in OURS:
+        environ = {name: str(value) for name, value in SERVICES[service]["environment"].items()}
+        assert find_url(None, None, environ) == environ["MILLSTREAM_REDIS_URL"]
+        with pytest.raises(ConfigError):
+            find_url(None, None, {**environ, "MILLSTREAM_INSECURE": "0"})
 
 
 # -- Dockerfile ----------------------------------------------------------------------------------------------------
