@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -19,6 +19,7 @@ from millstream.client.local import START_S, Local
 from millstream.client.mapping import Results, check_map, chunking
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome
+from millstream.client.wakeups import mailbox
 
 
 class AsyncHandle:
@@ -66,40 +67,35 @@ class AsyncHandle:
 
 async def _first_ready(handles: Sequence[Handle], until: float | None = None) -> int | None:
     """The place of a call that is complete, waiting for one; None where `until` (monotonic seconds) comes first."""
-    loop, changed = asyncio.get_running_loop(), asyncio.Event()
+    changed, post = asyncio.Event(), mailbox().post
     with ExitStack() as listening:
         for handle in handles:
-            listening.enter_context(handle.listening(lambda: _tell(loop, changed)))
+            listening.enter_context(handle.listening(lambda: post(changed.set)))
         while True:
             changed.clear()
             for place, handle in enumerate(handles):
                 if handle.ready:
                     return place
-            if until is not None and time.monotonic() >= until:
+            now = time.monotonic()
+            if until is not None and now >= until:
                 return None
-            await _change(changed, handles, until)
+            ends = [(end, handle) for handle in handles if (end := handle.expires_at) is not None]
+            if overdue := [handle for end, handle in ends if end <= now]:
+                # Their error is asked for, from the server.
+                await asyncio.gather(*(asyncio.to_thread(handle.wait, 0) for handle in overdue))
+            else:
+                moments = [end for end, _ in ends] + ([] if until is None else [until])
+                await _change(changed, min(moments) - now if moments else None)
 
 
-async def _change(changed: asyncio.Event, handles: Sequence[Handle], until: float | None) -> None:
-    """Sleep until rows got their outcome, `until` comes, or a job's time is over; its error is then asked for."""
-    moments = [moment for handle in handles if (moment := handle.expires_at) is not None]
-    moments += [] if until is None else [until]
-    loop = asyncio.get_running_loop()
-    timer = loop.call_later(max(0.0, min(moments) - time.monotonic()), changed.set) if moments else None
+async def _change(changed: asyncio.Event, timeout: float | None) -> None:
+    """Sleep until rows got their outcome, or for `timeout` seconds."""
+    timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, changed.set)
     try:
         await changed.wait()
     finally:
         if timer:
             timer.cancel()
-    for handle in handles:
-        if (expires_at := handle.expires_at) is not None and time.monotonic() >= expires_at:
-            await asyncio.to_thread(handle.wait, 0)
-
-
-def _tell(loop: asyncio.AbstractEventLoop, changed: asyncio.Event) -> None:
-    # The loop may be closed by the time an abandoned call is answered.
-    with suppress(RuntimeError):
-        loop.call_soon_threadsafe(changed.set)
 
 
 class AsyncClient:
