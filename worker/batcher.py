@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from heapq import nsmallest
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -63,6 +64,17 @@ class Pool(Generic[T]):
     def waiting(self, rank: int) -> int:
         """How many rows of `rank` wait."""
         return len(self._ranks.get(rank, ()))
+
+    def move(self, rank: int, to: int, rows: int) -> int:
+        """Give the most urgent rows of `rank`, at most so many, the rank `to`; how many there were."""
+        waiting = self._ranks.get(rank, [])
+        chosen = nsmallest(rows, range(len(waiting)), key=lambda at: waiting[at].urgency)
+        moved = [waiting[at] for at in chosen]
+        for at in sorted(chosen, reverse=True):
+            del waiting[at]
+        self.tokens -= sum(row.tokens for row in moved)
+        self.add(replace(row, urgency=(to, row.urgency[1])) for row in moved)
+        return len(moved)
 
     def take(self, budget: Budget) -> list[Row[T]]:
         """The next micro-batch: the most urgent row and those neighbours in length that are worth padding together.

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from millstream.broker.connection import is_transient
-from millstream.broker.job import Claim, Priority
+from millstream.broker.job import PRIORITIES, Claim, Priority
 from millstream.broker.lease import Lease, entry_name
 from millstream.broker.streams import Claimed, Limit, Streams
 from millstream.worker.intake import Intake
 from millstream.worker.patience import Patience
 from millstream.worker.settler import Finished
 from millstream.worker.shared import Shared
-from millstream.worker.shares import Shares
+from millstream.worker.shares import CLASSES, Shares
 
 log = logging.getLogger(__name__)
 
@@ -164,11 +164,23 @@ class Claimer(threading.Thread):
         return self._claim(limit)
 
     def _claim(self, limit: Limit) -> Claimed:
-        claimed = self._queue.streams.claim(self._consumer, replace(limit, saved=self._shares.saved()))
+        claimed = self._queue.streams.claim(self._consumer, replace(limit, saved=self._spend_shares()))
         self.paused = claimed.paused
-        self._shares.served(claimed.claims, claimed.waiting)
+        in_hand = map(self._window.waiting_of, PRIORITIES)
+        self._shares.served(claimed.claims, [sum(each) for each in zip(claimed.waiting, in_hand, strict=True)])
         self._gather(claimed.claims)
         return claimed
+
+    def _spend_shares(self) -> tuple[int, int]:
+        """Spend each class's share on what is in hand first, which came before; the rows it may still be claimed."""
+        normal, batch = (self._spend_share(*each) for each in zip(CLASSES, self._shares.saved(), strict=True))
+        return normal, batch
+
+    def _spend_share(self, priority: Priority, saved: int) -> int:
+        if not self._window.waiting_of(priority):
+            return saved
+        self._shares.spent(priority, self._window.spend_share(priority, saved))
+        return 0
 
     def _overtake(self) -> None:
         """The window is full: realtime jobs may still come, one micro-batch, ahead of what waits there."""

@@ -31,8 +31,12 @@ class Shares:
         normal, batch = (int(self._saved[each]) for each in CLASSES)
         return normal, batch
 
+    def spent(self, priority: Priority, rows: int) -> None:
+        """So many rows, claimed before, run now ahead of their betters."""
+        self._saved[priority] = max(0.0, self._saved[priority] - rows * (1 - self._shares[priority]))
+
     def served(self, claims: Sequence[Claim], waiting: Sequence[int]) -> None:
-        """Note what a claim took, and how many jobs it left waiting in each stream."""
+        """Note what a claim took, and how much of each priority waits on, in the streams or in hand."""
         rows = dict.fromkeys(PRIORITIES, 0)
         for claim in claims:
             rows[claim.address.priority] += claim.job.rows if claim.job else 1

@@ -178,8 +178,23 @@ class Window:
     @property
     def waiting_realtime(self) -> int:
         """Prepared realtime rows that wait for the runner."""
+        return self.waiting_of(Priority.REALTIME)
+
+    def waiting_of(self, priority: Priority) -> int:
+        """Prepared rows of `priority` that wait for the runner, but for those that spend its share."""
         with self._changed:
-            return self._pool.waiting(PRIORITIES.index(Priority.REALTIME))
+            return self._pool.waiting(PRIORITIES.index(priority))
+
+    def spend_share(self, priority: Priority, rows: int) -> int:
+        """Let rows of `priority` run before more urgent ones, oldest first; how many.
+
+        A whole micro-batch or all that wait, else none: a few rows would cost a forward of their own.
+        """
+        with self._changed:
+            rank = PRIORITIES.index(priority)
+            if rows < min(self.budget.rows, self._pool.waiting(rank)):
+                return 0
+            return self._pool.move(rank, BY_SHARE, rows)
 
     def in_hand_s(self) -> float:
         """Seconds, in all, during which at least one row waited here or ran."""

@@ -87,3 +87,13 @@ def test_a_priority_has_its_own_limits_where_given_and_the_services_otherwise() 
     assert (realtime.queue_timeout, realtime.total_timeout, realtime.batch_timeout) == (0.2, 9, 0.001)
     assert (normal.queue_timeout, normal.batch_timeout) == (1, runtime.batch_timeout)
     assert batch.queue_timeout is None
+
+
+def test_what_was_claimed_before_and_runs_by_its_share_is_spent() -> None:
+    shares = Shares(SHARES, most_rows=128)
+    shares.served(rows(REALTIME, 500), EVERYBODY)
+    assert shares.saved() == (100, 50)
+
+    shares.spent(BATCH, 40)
+
+    assert shares.saved() == (100, 14)

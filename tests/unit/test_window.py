@@ -294,3 +294,24 @@ def test_no_forward_is_cut_finer_than_its_fixed_cost_is_worth() -> None:
     window.hold([held_of([10] * 20)])
 
     assert len(window.take()) == 10
+
+
+def test_rows_that_spend_their_share_are_taken_before_more_urgent_ones_the_oldest_first(window: Window) -> None:
+    bulk = [held_of([3], claim_of(priority=Priority.BATCH, at=at)) for at in (3, 1, 2, 6, 5, 4)]
+    urgent = held_of([3], claim_of(priority=Priority.REALTIME))
+    window.hold([*bulk, urgent])
+
+    assert window.spend_share(Priority.BATCH, 5) == 5
+
+    taken = [{row.owner for row in window.take()} for _ in range(4)]
+    assert taken[0] | taken[1] == {bulk[at].name for at in (1, 2, 0, 5, 4)}
+    assert taken[2:] == [{urgent.name}, {bulk[3].name}]
+
+
+def test_a_share_too_small_for_a_micro_batch_is_saved_on(window: Window) -> None:
+    window.hold([held_of([3] * 6, claim_of(priority=Priority.BATCH))])
+
+    assert window.spend_share(Priority.BATCH, 3) == 0
+    assert window.spend_share(Priority.BATCH, 4) == 4
+    assert window.spend_share(Priority.BATCH, 2) == 2
+    assert window.waiting_of(Priority.BATCH) == 0
