@@ -102,6 +102,18 @@ def split_password_file(url: str) -> tuple[str, FilePassword | None]:
     return f"{scheme}://{hosts}{slash}{path}", FilePassword(unquote(user), Path(file))
 
 
+def check_tls_files(url: str) -> None:
+    """Raises ConfigError where a file of certificates or keys that `url` names cannot be read."""
+    for option, path in _options(url).items():
+        if option in _TLS_FILES and not os.access(path, os.R_OK):
+            raise ConfigError(
+                f"{option} in the Redis URL names {path}, which cannot be read", hint="paths are absolute"
+            )
+
+
+_TLS_FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
+
+
 def secured(url: str, config: Config | None, environ: Mapping[str, str]) -> str:
     """`url` with the password file that the environment or the configuration names.
 

@@ -107,7 +107,7 @@ def server_info(answer: Mapping[str, object]) -> ServerInfo:
 def find_url(flag: str | None, config: Config | None, environ: Mapping[str, str]) -> str:
     """The server to use: the flag's, MILLSTREAM_REDIS_URL's, the configuration's, or the local one that is running.
 
-    Raises BrokerUnavailable where there is none.
+    Raises BrokerUnavailable where there is none, ConfigError where it is another host's and open to everybody.
     """
     configured = config.redis.url if config else None
     if named := flag or environ.get(URL_VARIABLE) or configured:

@@ -124,6 +124,42 @@ _FAULTS = (
         transient=True,
         classes=(theirs.MaxConnectionsError,),
     ),
+    _Fault(
+        "does not prove who it is",
+        "check ssl_ca_certs in the URL, and that the server's certificate names the URL's host",
+        transient=False,
+        words=("CERTIFICATE_VERIFY_FAILED",),
+    ),
+    _Fault(
+        "does not speak TLS",
+        "say redis:// in the URL, or give the port that speaks TLS",
+        transient=False,
+        words=("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"),
+    ),
+    _Fault(
+        "cannot be called with this certificate",
+        "check ssl_certfile and ssl_keyfile in the URL: certificate and key belong together, both in PEM",
+        transient=False,
+        words=("KEY_VALUES_MISMATCH", "PEM lib", "NO_CERTIFICATE_OR_CRL_FOUND"),
+    ),
+    _Fault(
+        "ended the TLS connection",
+        "see its log; it may ask for a certificate, which ssl_certfile and ssl_keyfile in the URL give",
+        transient=True,
+        words=("EOF occurred in violation of protocol", "ALERT_CERTIFICATE_REQUIRED", "alert certificate required"),
+    ),
+    _Fault(
+        "did not take the connection in time",
+        "it is overloaded, frozen or cut off; or it speaks no TLS, and the URL says rediss://",
+        transient=True,
+        words=("Timeout connecting to server",),
+    ),
+    _Fault(
+        "cut the connection",
+        "see its log; one that speaks TLS wants rediss:// in the URL, and may ask for a certificate (ssl_certfile)",
+        transient=True,
+        words=("reset by peer",),
+    ),
     _Fault("did not answer in time", "it is overloaded, frozen or cut off", True, (theirs.TimeoutError,)),
     _Fault("cannot be reached", START_ONE, transient=True, classes=(theirs.ConnectionError,)),
     _Fault(

@@ -12,7 +12,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from millstream.broker.access import PASSWORD_FILE, FilePassword, split_password_file
+from millstream.broker.access import PASSWORD_FILE, FilePassword, check_tls_files, split_password_file
 from millstream.broker.cluster import Address, ClusterClient, Slots
 from millstream.broker.sentinel import master_client, watchers
 
@@ -117,8 +117,9 @@ def opener(place: Place, name: str, opened: Callable[[redis.Redis], None]) -> Ca
     """A function that makes clients whose commands take at most so many seconds.
 
     `opened` gets every client that has sockets, now or later, to close it. What is learned of the nodes is shared.
-    Raises ConfigError where a password file cannot be used.
+    Raises ConfigError where a file that the URL names cannot be used.
     """
+    check_tls_files(place.url)
     bare, password = split_password_file(place.url)
     place = replace(place, url=bare)
 
@@ -133,7 +134,7 @@ def opener(place: Place, name: str, opened: Callable[[redis.Redis], None]) -> Ca
     if place.kind == "single":
         return lambda timeout_s: kept(one(place.url, timeout_s))
     if place.kind == "sentinel":
-        watching = watchers([one(place.sentinel_url(each), _ASK_TIMEOUT_S) for each in place.addresses])
+        watching = watchers([one(place.sentinel_url(each), _ASK_TIMEOUT_S, None) for each in place.addresses])
         for watcher in watching.sentinels:
             opened(watcher)
         url = place.node_url(place.addresses[0])
