@@ -16,6 +16,7 @@ from typing import cast
 
 import redis
 from redis.backoff import NoBackoff
+from redis.crc import key_slot
 from redis.retry import Retry
 from support import eventually
 
@@ -159,20 +160,25 @@ class Topology:
         return next(node for node in self.nodes if node.alive and _owns(node, slot))
 
     def slot(self, service: str) -> int:
-        return int(cast(int, self.nodes[0].ask("CLUSTER", "KEYSLOT", ServiceKeys(service).spec())))
+        return int(key_slot(ServiceKeys(service).spec().encode()))
 
     def move_slot(self, service: str, *, per_step: int = _MIGRATE_KEYS) -> Node:
         """Move the slot of `service` to another master, key by key, as a resharding does; the new owner."""
+        with self.moving(service, per_step=per_step) as target:
+            return target
+
+    @contextmanager
+    def moving(self, service: str, *, per_step: int = _MIGRATE_KEYS) -> Iterator[Node]:
+        """Meanwhile new keys of `service` go to the node it yields; at the end all others follow."""
         slot, source = self.slot(service), self.owner(service)
         target = next(node for node in self.masters() if node is not source)
-        move = (slot, "NODE", _node_id(target))
         target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", _node_id(source))
         source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", _node_id(target))
+        yield target
         while keys := cast(Sequence[bytes], source.ask("CLUSTER", "GETKEYSINSLOT", slot, per_step)):
             source.ask("MIGRATE", "127.0.0.1", target.port, "", 0, 5_000, "KEYS", *keys)
         for node in (target, source, *(each for each in self.masters() if each not in (source, target))):
-            node.ask("CLUSTER", "SETSLOT", *move)
-        return target
+            node.ask("CLUSTER", "SETSLOT", slot, "NODE", _node_id(target))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from e2e import ledger
 from support import eventually
-from topologies import Topology, cluster
+from topologies import Node, Topology, cluster
 from workers import spec, working
 
 from millstream.broker.connection import Connection, check, translated
@@ -129,6 +129,34 @@ def test_calls_go_on_while_the_slot_of_their_service_moves(worked: Topology) -> 
         assert client.submit("two", ["after"]).result(timeout=30) == ["after"]
 
 
+def test_keys_that_went_ahead_of_their_slot_are_written_and_read(servers: Topology, connection: Connection) -> None:
+    key = "ms:{pushed}:ahead"
+    with servers.moving("pushed") as target:
+        connection.client.set(key, "here", ex=60)
+
+        assert target.ask("CLUSTER", "COUNTKEYSINSLOT", servers.slot("pushed")) == 1
+        assert connection.client.get(key) == b"here"
+        pipe = connection.client.pipeline(transaction=False)
+        pipe.get(key)
+        pipe.exists(key)
+        assert pipe.execute() == [b"here", 1]
+    assert connection.client.get(key) == b"here"
+
+
+def test_a_node_that_dies_is_replaced_by_its_replica_and_calls_wait_for_it(tmp_path: Path) -> None:
+    with cluster(tmp_path / "cluster", replicas=1) as servers:
+        doomed, *_, replica = servers.nodes
+        service = next(name for name in map(str, range(1_000)) if servers.owner(name) is doomed)
+        with working(servers.url, spec(service)), Client(servers.url) as client:
+            assert client.submit(service, ["before"]).result(timeout=30) == ["before"]
+            eventually(lambda: _offset(replica, "slave") >= _offset(doomed, "master"))
+
+            doomed.kill()
+
+            assert client.submit(service, ["after"], timeout=60).result() == ["after"]
+            assert servers.owner(service) is replica
+
+
 def test_a_url_of_one_node_is_told_to_name_the_cluster(servers: Topology) -> None:
     lone = Connection(f"redis://127.0.0.1:{servers.nodes[0].port}")
     elsewhere = next(name for name in SERVICES if servers.owner(name) is not servers.nodes[0])
@@ -151,6 +179,11 @@ def test_a_cluster_without_its_nodes_is_away_and_not_an_internal_error(tmp_path:
             with pytest.raises(BrokerUnavailable, match="cannot be reached"), translated(connection.safe_url):
                 connection.client.get("ms:{one}:x")
         connection.close()
+
+
+def _offset(node: Node, role: str) -> int:
+    """How much of its master's writing it has."""
+    return int(node.replication(f"{role}_repl_offset"))
 
 
 def _times_asked_info(stats: dict[str, dict[str, int]]) -> int:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from contracts.queue import Queue, draft
 from support import eventually
 from topologies import MASTER_NAME, Node, Topology, sentinel
 from workers import spec, working
@@ -18,6 +19,7 @@ from millstream.broker.errors import BrokerUnavailable
 from millstream.broker.job import Priority
 from millstream.broker.keys import ServiceKeys
 from millstream.broker.spec import ServiceSpec
+from millstream.broker.streams import Admission, Group, Streams
 from millstream.client import Client
 
 GAP_S = 60.0
@@ -139,6 +141,35 @@ def test_nothing_is_accepted_while_all_replicas_are_stopped_and_all_is_when_they
         job = client.submit_detached("mill", ["again"], timeout=GAP_S, idempotency_key="again")
 
         assert job.result(timeout=30) == ["again"]
+
+
+def test_a_repeat_over_another_connection_waits_for_a_replica_too(steady: Topology) -> None:
+    keys = ServiceKeys("repeated")
+    group = Group(Priority.NORMAL, [draft()], replicated=True)
+    connections = [Connection(steady.url) for _ in range(3)]
+    first, second, third = (Queue(each.client, keys).streams for each in connections)
+    Queue(connections[0].client, keys).open()
+
+    with frozen(steady.replicas()):
+        for streams in (first, second):
+            with pytest.raises(BrokerUnavailable, match="no replica confirmed"):
+                streams.enqueue([group])
+    assert third.enqueue([group]) == [Admission()]
+
+    assert connections[0].client.xlen(keys.stream(Priority.NORMAL)) == 1
+    for each in connections:
+        each.close()
+
+
+def test_jobs_that_are_refused_wait_for_no_replica(steady: Topology) -> None:
+    connection = Connection(steady.url)
+    streams = Streams(connection.client, ServiceKeys("unheard-of"))
+
+    with frozen(steady.replicas()):
+        refused = streams.enqueue([Group(Priority.NORMAL, [draft()], replicated=True)])
+    connection.close()
+
+    assert refused == [Admission("unknown_service")]
 
 
 def test_a_url_is_enough_to_know_that_a_service_is_replicated(steady: Topology) -> None:
