@@ -100,6 +100,13 @@ class ClaimContract:
         assert ids(queue.claim(rows=5).claims) == [large.id]
         assert ids(queue.claim(rows=5).claims) == [after.id]
 
+    def test_what_does_not_fit_is_not_overtaken_by_a_lower_stream_either(self, queue: Queue) -> None:
+        (large,) = queue.put(draft(rows=4), priority=Priority.REALTIME)
+        queue.put(draft(rows=1))
+
+        assert queue.claim(rows=2, empty_handed=False).claims == []
+        assert ids(queue.claim(rows=4).claims) == [large.id]
+
     @pytest.mark.parametrize("large", [draft(rows=50), draft(tokens=500)])
     def test_an_over_large_job_goes_alone_to_a_worker_that_holds_nothing(self, queue: Queue, large: Draft) -> None:
         queue.put(large, draft())

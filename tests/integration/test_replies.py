@@ -113,6 +113,19 @@ def test_a_read_whose_answer_was_lost_on_its_way_is_read_again(
     assert [job_id for job_id, _ in again] == lost
 
 
+def test_replies_under_smaller_ids_are_read_too_as_after_a_servers_clock_stepped_back(
+    queue: Queue, replies: Replies
+) -> None:
+    answer(queue, 1)
+    assert len(replies.read(LONG_S)) == 1
+    assert replies.read(0.01) == []
+    queue.client.delete(queue.keys.reply(CALLER))
+    queue.client.xadd(queue.keys.reply(CALLER), {"id": "late", "reply": "still"}, id="1-1")
+    queue.client.pexpire(queue.keys.reply(CALLER), 60_000)
+
+    assert replies.read(LONG_S) == [("late", b"still")]
+
+
 def test_replies_survive_a_connection_that_is_cut_again_and_again(queue: Queue, replies: Replies) -> None:
     answered: list[str] = []
     read: list[str] = []
