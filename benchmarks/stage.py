@@ -1,0 +1,179 @@
+"""What is measured, set up: a server of its own, worker processes, processes that make load. All ended by pid."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+from driver import Order, Result
+from measure import children
+
+from millstream.broker.connection import Connection
+from millstream.broker.embedded import EmbeddedServer
+from millstream.broker.engine import version_text
+from millstream.broker.inspector import Inspector, WorkerView
+from millstream.broker.keys import ServiceKeys
+from millstream.broker.registry import Registry
+from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+
+HERE = Path(__file__).parent
+START_S = 180.0
+_POLL_S = 0.005
+
+
+def until(condition: Callable[[], object], *, within_s: float = START_S) -> None:
+    """Wait until `condition()` is true. Raises TimeoutError."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {within_s:g} s: {condition}")
+        time.sleep(_POLL_S)
+
+
+def echo(name: str, habits: str = "", **runtime: object) -> ServiceSpec:
+    model = ModelSpec(type="echo", model_name=habits)
+    return ServiceSpec(name=name, model=model, model_ref="m", runtime=Runtime.model_validate(runtime))
+
+
+@dataclass(frozen=True)
+class Driver:
+    """A process that makes load: see driver.py."""
+
+    process: subprocess.Popen[str]
+
+    def begin(self, order: Order) -> None:
+        pipe = self._pipe(self.process.stdin)
+        pipe.write(json.dumps(asdict(order)) + "\n")
+        pipe.flush()
+
+    def end(self) -> Result:
+        line = self._pipe(self.process.stdout).readline()
+        if not line:
+            raise RuntimeError(f"a process that makes load ended: status {self.process.wait()}")
+        return Result(**json.loads(line))
+
+    def run(self, order: Order) -> Result:
+        self.begin(order)
+        return self.end()
+
+    def _pipe(self, pipe: IO[str] | None) -> IO[str]:
+        if pipe is None:
+            raise RuntimeError("no pipe")
+        return pipe
+
+
+@dataclass(frozen=True)
+class Team:
+    """The workers of one `millstream worker run`, with the process that supervises them."""
+
+    process: subprocess.Popen[bytes]
+
+    @property
+    def workers(self) -> list[int]:
+        return children(self.process.pid)
+
+    @property
+    def pids(self) -> list[int]:
+        return [self.process.pid, *self.workers]
+
+    def stop(self) -> None:
+        """Drain, as Ctrl-C does."""
+        _drain(self.process)
+
+
+class Stage:
+    """One server, and what was started against it; everything ends with `ends`."""
+
+    def __init__(self, home: Path, ends: ExitStack) -> None:
+        self._home = home
+        self._ends = ends
+        # As the product starts it: AOF, everysec, on a Unix socket.
+        self.server = ends.enter_context(EmbeddedServer.start(home / "data"))
+        self.url = self.server.url
+        self.connection = Connection(self.url, name="bench")
+        ends.callback(self.connection.close)
+
+    @property
+    def version(self) -> str:
+        return f"{self.server.engine} {version_text(self.server.version)} (AOF everysec, Unix socket)"
+
+    def keys(self, spec: ServiceSpec) -> ServiceKeys:
+        return ServiceKeys(spec.name)
+
+    def register(self, spec: ServiceSpec) -> None:
+        Registry(self.connection).push([spec])
+
+    def workers(self, spec: ServiceSpec, count: int) -> Team:
+        """So many more workers of `spec`; returns when they are ready."""
+        self.register(spec)
+        wanted = len(self.live(spec)) + count
+        command = [sys.executable, "-P", "-m", "millstream.cli.main", "worker", "run", spec.name, "--count", str(count)]
+        with (self._home / "workers.log").open("ab") as log:
+            process = subprocess.Popen(
+                command, cwd=self._home, env=self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        self._ends.callback(_drain, process)
+        until(lambda: process.poll() is not None or len(self.live(spec)) >= wanted)
+        if process.poll() is not None:
+            raise RuntimeError(f"workers of {spec.name} ended: {(self._home / 'workers.log').read_text()[-2_000:]}")
+        return Team(process)
+
+    def live(self, spec: ServiceSpec) -> Sequence[WorkerView]:
+        """The workers, as each said at its last beat."""
+        return [
+            each for each in Inspector(self.connection).services([spec.name])[0].workers if each.state != "starting"
+        ]
+
+    def driver(self, kind: Literal["client", "raw"], service: str = "-") -> Driver:
+        command = [sys.executable, str(HERE / "driver.py"), kind, self.url, service]
+        process = subprocess.Popen(
+            command, env=self._environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._ends.callback(_end, process)
+        return Driver(process)
+
+    def python(self, file: str, *words: str) -> subprocess.Popen[str]:
+        """A process of benchmarks/, such as the raw worker."""
+        process = subprocess.Popen(
+            [sys.executable, str(HERE / file), *words],
+            env=self._environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._ends.callback(_end, process)
+        return process
+
+    def _environment(self) -> dict[str, str]:
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("MILLSTREAM_")}
+        return {**ours, "MILLSTREAM_REDIS_URL": self.url, "HF_HUB_OFFLINE": "1"}
+
+
+def _drain(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(40.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+@contextmanager
+def staged() -> Iterator[Stage]:
+    """A stage in a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, ExitStack() as ends:
+        yield Stage(Path(folder), ends)
