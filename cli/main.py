@@ -28,6 +28,7 @@ class Lazy(NamedTuple):
 
 COMMANDS = {
     "acl": Lazy("millstream.cli.acl:acl", "Print the rules of a Redis user who may do what one role needs."),
+    "bench": Lazy("millstream.cli.bench:bench", "Measure a running service with real calls."),
     "config": Lazy(
         "millstream.cli.config:config", "Check or show a configuration, or publish it for workers and clients."
     ),
