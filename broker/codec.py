@@ -20,6 +20,8 @@ MAX_ROWS = 4096
 MAX_TOKENS = 100_000_000
 MAX_BODY = 8 * 1024 * 1024
 MAX_MS = 2**53
+MAX_DEPTH = 64
+"""Of the lists and objects in a body, one within another: what Python bears differs by version and by thread."""
 
 _NAMES = tuple(name.encode() for name in FIELDS)
 _NUMBER = rb"[0-9]{1,16}"
@@ -105,14 +107,19 @@ def salvage(flat: Sequence[bytes]) -> tuple[str, str]:
 def encode_inputs(inputs: Sequence[Json], options: Mapping[str, Json]) -> bytes:
     """The body of a job: UTF-8 JSON.
 
-    Raises UnicodeEncodeError for a text with a lone surrogate, TypeError or ValueError for what JSON cannot carry.
+    Raises UnicodeEncodeError for a text with a lone surrogate, TypeError or ValueError for what JSON cannot carry, and
+    for options that are nested too deeply.
     """
-    body = {"inputs": inputs, "options": options} if options else {"inputs": inputs}
-    return _body(body).encode()
+    encoded = _body({"inputs": inputs, "options": options} if options else {"inputs": inputs}).encode()
+    if options and _is_deep(encoded):
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    return encoded
 
 
 def decode_inputs(body: bytes, rows: int) -> tuple[list[Json], dict[str, Json]]:
     """The inputs, one a row, and the options of a body. Raises Malformed."""
+    if _is_deep(body):
+        raise Malformed(f"body is nested more than {MAX_DEPTH} deep")
     decoded = _json(body)
     if not isinstance(decoded, dict):
         raise Malformed("body is not a JSON object")
@@ -122,6 +129,19 @@ def decode_inputs(body: bytes, rows: int) -> tuple[list[Json], dict[str, Json]]:
     if len(inputs) != rows or not inputs:
         raise Malformed(f"body has {len(inputs)} inputs, the entry says {rows} rows")
     return inputs, options
+
+
+_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_BRACKETS = bytes.maketrans(b"{}", b"[]")
+_OTHERS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def _is_deep(text: bytes) -> bool:
+    """Whether JSON is nested deeper than MAX_DEPTH; in linear time, and with no stack."""
+    if text.count(b"[") + text.count(b"{") <= MAX_DEPTH:
+        return False
+    brackets = np.frombuffer(_TEXT.sub(b"", text).translate(_BRACKETS, _OTHERS), dtype=np.uint8)
+    return bool(np.cumsum(np.where(brackets == ord("["), 1, -1), dtype=np.int32).max(initial=0) > MAX_DEPTH)
 
 
 def _json(text: bytes) -> Json:

@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as arrays
 from millstream.broker.codec import (
     FIELDS,
     MAX_BODY,
+    MAX_DEPTH,
     MAX_MS,
     MAX_ROWS,
     MAX_TOKENS,
@@ -104,6 +105,54 @@ def test_a_body_shows_a_text_as_it_is() -> None:
 def test_what_json_cannot_carry_is_refused_before_it_is_sent(unsendable: Json) -> None:
     with pytest.raises((ValueError, TypeError)):
         encode_inputs([unsendable], {})
+
+
+def nested(levels: int, opening: bytes = b"[", closing: bytes = b"]") -> bytes:
+    """A body of so many levels in all."""
+    inner = levels - 2
+    return b'{"inputs":[' + opening * inner + b"1" * (closing != b"]") + closing * inner + b"]}"
+
+
+@pytest.mark.parametrize(("opening", "closing"), [(b"[", b"]"), (b'{"a":', b"}")])
+def test_a_body_is_nested_so_deep_and_no_deeper(opening: bytes, closing: bytes) -> None:
+    inputs, _ = decode_inputs(nested(MAX_DEPTH, opening, closing), 1)
+    assert inputs
+
+    for levels in (MAX_DEPTH + 1, 900, 100_000):
+        with pytest.raises(Malformed, match=f"more than {MAX_DEPTH} deep"):
+            decode_inputs(nested(levels, opening, closing), 1)
+
+
+def test_options_that_no_worker_would_take_are_not_sent() -> None:
+    deep: Json = "bottom"
+    for _ in range(MAX_DEPTH):
+        deep = [deep]
+
+    with pytest.raises(ValueError, match="deep"):
+        encode_inputs(["a"], {"option": deep})
+
+
+@pytest.mark.parametrize("text", ["[" * 1000, '"[' * 1000, "\\" * 99 + '"{[', '{"' * 500 + "\\"])
+def test_brackets_in_a_text_are_no_depth(text: str) -> None:
+    assert decode_inputs(encode_inputs([text, text], {}), 2) == ([text, text], {})
+
+
+def test_a_body_may_be_as_wide_as_it_likes() -> None:
+    rows: list[Json] = [[[]], {"a": []}] * 1000
+
+    assert decode_inputs(encode_inputs(rows, {}), 2000) == (rows, {})
+
+
+jsons = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.text(alphabet='[]{}",\\a', max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3),
+    max_leaves=80,
+)
+
+
+@given(st.lists(jsons, min_size=20, max_size=40))
+def test_no_shallow_body_is_taken_for_a_deep_one(inputs: list[Json]) -> None:
+    assert decode_inputs(encode_inputs(inputs, {}), len(inputs)) == (inputs, {})
 
 
 @given(replies)
