@@ -16,15 +16,17 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import click
 import redis
-from chaos_lib import faults, journal
+from chaos_lib import faults
+from chaos_lib.grounds import Shape
 from chaos_lib.lanes import Lane, Record, drive
 from chaos_lib.ledger import CANCELLED, OK
 from chaos_lib.report import table
 from chaos_lib.site import CALLERS, WORKERS, Site, opened
-from chaos_lib.verdict import Evidence, Finding, State, judge, lost_by_the_server
+from chaos_lib.verdict import Evidence, Finding, State, answered_again, judge, lost_by_the_server
 from support import eventually
 
 from millstream.broker.datadir import AppendFsync
@@ -35,18 +37,24 @@ RARE = {"server frozen 15 s": 1}
 OFTEN = {"server killed": 6, "server frozen 0.2-2 s": 6, "SCRIPT FLUSH": 6, "CLIENT KILL": 6}
 NETWORK = Lane(faults.NETWORK, 3.0)
 OUTAGES = [Lane(faults.OUTAGES, 0.5), NETWORK]
-EVERYTHING = [
-    Lane(faults.OUTAGES, 3.0, OFTEN | RARE),
-    NETWORK,
+DEATHS = [
     Lane(faults.WORKERS_KILLED, 6.0),
+    Lane(faults.WORKERS_FROZEN, 1.0),
     Lane(faults.WORKERS_FROZEN, 1.0),
     Lane(faults.SUPERVISORS, 8.0),
     Lane(faults.CLIENTS, 8.0),
-    Lane(faults.POISONS, 6.0),
-    Lane(faults.POISONS, 6.0),
+    Lane(faults.POISONS, 8.0),
 ]
+PHASES: Mapping[Shape, tuple[list[Lane], list[Lane]]] = {
+    "single": (OUTAGES, [Lane(faults.OUTAGES, 3.0, OFTEN | RARE), NETWORK, *DEATHS]),
+    "sentinel": ([Lane(faults.MASTERS, 4.0)], [Lane(faults.MASTERS, 8.0), *DEATHS]),
+    "cluster": ([Lane(faults.SLOTS, 2.0)], [Lane(faults.SLOTS, 4.0), *DEATHS]),
+}
+"""What fails at first, which is no worker's fault, and what fails then."""
+
 OUTAGES_SHARE, OUTAGES_LEAST_S = 0.15, 28.0
 CALLS_A_SECOND = 250
+FORGOTTEN = "whose reply the new master did not know of"
 DRAIN_S = 60.0
 FOUND_S = 20.0
 
@@ -57,6 +65,7 @@ class Plan:
     seed: int
     calls_a_second: float
     fsync: AppendFsync
+    shape: Shape = "single"
 
     @property
     def outages_s(self) -> float:
@@ -87,11 +96,12 @@ class Result:
 
 def run(plan: Plan, home: Path) -> Result:
     """One run from the first process to the verdict."""
-    with opened(home, plan.fsync, CALLERS / plan.calls_a_second) as site:
+    first, then = PHASES[plan.shape]
+    with opened(home, plan.shape, plan.fsync, CALLERS / plan.calls_a_second) as site:
         began = time.monotonic()
-        outages = drive(OUTAGES, site, f"{plan.seed}-outages", plan.outages_s)
+        outages = drive(first, site, f"{plan.seed}-outages", plan.outages_s)
         quiet_until = site.now_ms()
-        everything = drive(EVERYTHING, site, f"{plan.seed}-all", plan.seconds - plan.outages_s)
+        everything = drive(then, site, f"{plan.seed}-all", plan.seconds - plan.outages_s)
         lasted_s = time.monotonic() - began
         records = merged(outages, everything)
         drained_s = drain(site)
@@ -136,13 +146,14 @@ def gather(site: Site, plan: Plan, quiet_until: int, records: Mapping[str, Recor
     orphaned = [where for account in accounts if account.killed for where in account.accepted.values() if ":" in where]
     return Evidence(
         accounts=accounts,
-        journal=journal.read(site.data_dir, site.keys),
+        journal=site.ground.journal(site.keys),
         poison=site.poison_replies(),
         found=fetched(site, orphaned),
         quiet_until=quiet_until,
         state=state_of(site),
         workers=WORKERS,
-        synced=plan.fsync == "always",
+        synced=plan.fsync == "always" and plan.shape != "sentinel",
+        forgets=plan.shape == "sentinel",
         problems=[*site.problems, *(f"{name}: {text}" for name, text in site.complaints().items())],
         landed={name: len(record.landed) for name, record in records.items()},
     )
@@ -161,7 +172,7 @@ def state_of(site: Site) -> State:
 
 def fetched(site: Site, calls: list[str]) -> dict[str, str]:
     """What any process can still learn of detached calls whose callers were killed."""
-    with Client(site.server.tcp_url) as client:
+    with Client(site.ground.url) as client:
         return {call: outcome_of(client, call) for call in calls}
 
 
@@ -180,13 +191,14 @@ def heading(site: Site, plan: Plan, evidence: Evidence, took: tuple[float, float
     lost = len(lost_by_the_server(evidence))
     return {
         "seed": str(plan.seed),
-        "versions": f"python {platform.python_version()}, redis-py {redis.__version__}, {site.version()}",
-        "fsync": plan.fsync,
+        "versions": f"python {platform.python_version()}, redis-py {redis.__version__}, {site.ground.version}",
+        "fsync": plan.fsync if plan.shape == "single" else "everysec",
         "duration": f"{lasted_s:.0f} s of faults ({plan.outages_s:.0f} s of outages alone), {drained_s:.1f} s of drain",
-        "jobs": f"{len(evidence.journal.jobs)} accepted, {sum(evidence.journal.replies.values())} answered",
+        "jobs": f"{site.ended_jobs()} ended",
         "calls": f"{sum(len(each.sent) for each in evidence.accounts)} of {len(evidence.accounts)} processes",
         "acknowledged and lost by the server": str(lost),
-        "most attempts of a job": f"{evidence.journal.most_attempts:g}",
+        "answered again": f"{len(answered_again(evidence))}, {FORGOTTEN}" if evidence.forgets else "none but below",
+        "most attempts of a job": f"{evidence.journal.most_attempts:g}" if evidence.journal else "not known",
     }
 
 
@@ -195,16 +207,28 @@ def heading(site: Site, plan: Plan, evidence: Evidence, took: tuple[float, float
 @click.option("--seed", default=7, help="Which faults, in which order, against whom.")
 @click.option("--jobs", type=int, help=f"About how many calls to make in all; {CALLS_A_SECOND} a second if not given.")
 @click.option("--fsync", type=click.Choice(["always", "everysec"]), default="always")
+@click.option(
+    "--topology",
+    type=click.Choice(get_args(Shape)),
+    default="single",
+    help="One server behind proxies; a replicated master that is killed; a Cluster whose slots move.",
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write it all there, too.")
 @click.option("--keep", type=click.Path(path_type=Path, file_okay=False), help="Run in this new folder, and keep it.")
 def main(
-    seconds: float, seed: int, jobs: int | None, fsync: AppendFsync, json_file: Path | None, keep: Path | None
+    seconds: float,
+    seed: int,
+    jobs: int | None,
+    fsync: AppendFsync,
+    topology: Shape,
+    json_file: Path | None,
+    keep: Path | None,
 ) -> None:
     # What supervisors and proxies say while all falls apart is no news here.
     logging.disable(logging.ERROR)
     # As Ctrl-C does: what was started is ended.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    plan = Plan(seconds, seed, (jobs / seconds) if jobs else CALLS_A_SECOND, fsync)
+    plan = Plan(seconds, seed, (jobs / seconds) if jobs else CALLS_A_SECOND, fsync, topology)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         if keep:
             keep.mkdir(parents=True)

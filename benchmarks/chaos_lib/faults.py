@@ -18,12 +18,17 @@ from random import Random
 from e2e.hosts import gone
 from e2e.watch import Entry, freeze_with_work
 from support import eventually
+from topologies import Topology
 
+from chaos_lib.grounds import Lone, Many
+from chaos_lib.proxy import Proxy
 from chaos_lib.site import MAX_ATTEMPTS, Site
 from millstream.broker.connection import retrying
 from millstream.broker.lease import LEASE_S
 
 AT_WORK_S = 5.0
+IN_STEP_S = 30.0
+"""How long a master that comes back may take to become a replica."""
 OVER_S = 60.0
 LONG_FREEZE_S = 3 * LEASE_S
 
@@ -68,7 +73,8 @@ def freeze_worker(site: Site, chance: Random) -> Landing:
             if consumer in site.watch.live():
                 raise Missed("it was not taken for dead")
         finally:
-            os.kill(pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
         eventually(lambda: consumer in site.watch.live() or not _runs(pid), within_s=OVER_S)
     return Landing(lost_s, f"{len(held)} jobs")
 
@@ -143,14 +149,15 @@ def kill_supervisor(site: Site, chance: Random) -> Landing:
 
 def kill_server(site: Site, chance: Random) -> Landing:
     """kill -9 of the server while jobs are held; it is started again after a moment, on the same data and port."""
+    lone = _lone(site)
     _at_work(site)
     killed_at = time.monotonic()
-    os.kill(site.server.pid, signal.SIGKILL)
+    os.kill(lone.server.pid, signal.SIGKILL)
     try:
-        _when(lambda: _refuses(site.server.tcp_url or ""), "it still listened")
+        _when(lambda: _refuses(lone.url), "it still listened")
         time.sleep(chance.choice((0.0, 0.5, 2.0)))
     finally:
-        site.server.restart()
+        lone.server.restart()
         site.keep_history()
     return Landing(_flowing_since(site, killed_at))
 
@@ -166,7 +173,7 @@ def freeze_server_for_leases(site: Site, chance: Random) -> Landing:
 
 def _freeze_server(site: Site, seconds: float) -> Landing:
     _at_work(site)
-    pid = site.server.pid
+    pid = _lone(site).server.pid
     os.kill(pid, signal.SIGSTOP)
     try:
         time.sleep(seconds)
@@ -201,6 +208,52 @@ def kill_connections(site: Site, chance: Random) -> Landing:
     return Landing(_flowing_since(site, began), f"{killed} connections")
 
 
+def kill_master(site: Site, chance: Random) -> Landing:
+    """kill -9 of the master that the Sentinels name. They make another, and the old one comes back as its replica."""
+    topology = _many(site).topology
+    _when(lambda: _all_copy(topology), "not all replicas were in step", within_s=IN_STEP_S)
+    _at_work(site)
+    began, killed = time.monotonic(), topology.kill_master()
+    try:
+        eventually(lambda: topology.master() is not killed, within_s=OVER_S)
+    finally:
+        killed.start()
+    # Not before: with no replica nothing is accepted.
+    return Landing(_flowing_since(site, began))
+
+
+def _all_copy(topology: Topology) -> bool:
+    """Whether the loss of the master would lose nothing that a replica confirmed: an older copy might replace it."""
+    others = [node for node in topology.nodes if node is not topology.master()]
+    return all(node.replication("master_link_status") == "up" for node in others)
+
+
+def move_slot(site: Site, chance: Random) -> Landing:
+    """The service's slot goes to another master of the Cluster, a few keys at a time, while jobs are held."""
+    _at_work(site)
+    began = time.monotonic()
+    _many(site).topology.move_slot(site.spec.name, per_step=chance.choice((1, 10, 100)))
+    return Landing(_flowing_since(site, began))
+
+
+def _lone(site: Site) -> Lone:
+    if not isinstance(site.ground, Lone):
+        raise Missed("there are several servers")
+    return site.ground
+
+
+def _many(site: Site) -> Many:
+    if not isinstance(site.ground, Many):
+        raise Missed("there is one server")
+    return site.ground
+
+
+def _way(site: Site, chance: Random) -> Proxy:
+    """The workers' or the callers'."""
+    lone = _lone(site)
+    return chance.choice((lone.workers_way, lone.clients_way))
+
+
 def _at_work(site: Site) -> None:
     _when(site.watch.held, "no job was held")
 
@@ -224,7 +277,7 @@ def _refuses(url: str) -> bool:
 def cut_connections(site: Site, chance: Random) -> Landing:
     """RST to some or all connections of workers or of clients, which come back."""
     _at_work(site)
-    way = chance.choice((site.workers_way, site.clients_way))
+    way = _way(site, chance)
     before, began = way.opened, time.monotonic()
     cut = way.cut(chance.choice((0.3, 1.0)), chance)
     if not cut:
@@ -235,7 +288,7 @@ def cut_connections(site: Site, chance: Random) -> Landing:
 
 def swallow(site: Site, chance: Random) -> Landing:
     """For a while nothing passes, and nobody is told. Shorter than a lease: beyond it a worker is rightly lost."""
-    way = chance.choice((site.workers_way, site.clients_way))
+    way = _way(site, chance)
     way.blackhole()
     try:
         time.sleep(chance.uniform(0.3, LEASE_S - 2.0))
@@ -247,7 +300,7 @@ def swallow(site: Site, chance: Random) -> Landing:
 
 
 def slow_down(site: Site, chance: Random) -> Landing:
-    way = chance.choice((site.workers_way, site.clients_way))
+    way = _way(site, chance)
     way.delay(chance.uniform(0.01, 0.2))
     try:
         time.sleep(chance.uniform(0.5, 3.0))
@@ -284,10 +337,10 @@ def poison(site: Site, chance: Random) -> Landing:
     return Landing(time.monotonic() - began, f"{MAX_ATTEMPTS} attempts")
 
 
-def _when(condition: Callable[[], object], otherwise: str) -> None:
+def _when(condition: Callable[[], object], otherwise: str, *, within_s: float = AT_WORK_S) -> None:
     """Wait for the moment. Raises Missed where it does not come."""
     try:
-        eventually(condition, within_s=AT_WORK_S)
+        eventually(condition, within_s=within_s)
     except AssertionError as error:
         raise Missed(otherwise) from error
 
@@ -304,6 +357,8 @@ NETWORK: Mapping[str, tuple[Fault, float]] = {
     "connections swallow all": (swallow, 4.0),
     "connections slow": (slow_down, 3.0),
 }
+MASTERS: Mapping[str, tuple[Fault, float]] = {"master killed": (kill_master, 8.0)}
+SLOTS: Mapping[str, tuple[Fault, float]] = {"slot moved": (move_slot, 2.0)}
 WORKERS_KILLED: Mapping[str, tuple[Fault, float]] = {"worker killed": (kill_worker, 3.0)}
 WORKERS_FROZEN: Mapping[str, tuple[Fault, float]] = {"worker frozen > lease": (freeze_worker, 8.0)}
 SUPERVISORS: Mapping[str, tuple[Fault, float]] = {"supervisor killed": (kill_supervisor, 4.0)}

@@ -22,6 +22,7 @@ from millstream.broker.connection import Connection, retrying
 from millstream.broker.errors import Cancelled
 from millstream.broker.job import PRIORITIES, Draft
 from millstream.broker.keys import ServiceKeys
+from millstream.broker.registry import Registry
 from millstream.broker.streams import Group, Streams
 
 THREADS = 4
@@ -45,6 +46,7 @@ class RawCallers:
     def __init__(self, url: str, service: str, book: Book) -> None:
         self._connection = Connection(url, name="chaos-raw")
         keys = ServiceKeys(service)
+        self._replicated = retrying(lambda: Registry(self._connection).read(service)).replicated
         self._streams = Streams(self._connection.client, keys)
         self._reading = self._connection.blocking(READ_S)
         self._id = secrets.token_hex(8)
@@ -56,7 +58,7 @@ class RawCallers:
 
     def call(self, chance: Random) -> None:
         job = self._drafted(chance)
-        group = Group(chance.choice(PRIORITIES), [self._draft(job)])
+        group = Group(chance.choice(PRIORITIES), [self._draft(job)], replicated=self._replicated)
         (admission,) = retrying(lambda: self._streams.enqueue([group]))
         if admission.refused:
             self._book.answered(job.id, f"refused: {admission.refused}")

@@ -20,13 +20,12 @@ from e2e.sites import echo
 from e2e.watch import Watch
 from support import eventually
 
-from chaos_lib import TESTS, callers, raw_callers
+from chaos_lib import TESTS, callers, grounds, raw_callers
+from chaos_lib.grounds import Ground, Lone, Shape
 from chaos_lib.ledger import Account, read
-from chaos_lib.proxy import Proxy
+from millstream.broker.cluster import masters
 from millstream.broker.connection import Connection, retrying
 from millstream.broker.datadir import AppendFsync
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.engine import bundled, version_text
 from millstream.broker.errors import ConfigError
 from millstream.broker.keys import ServiceKeys
 from millstream.broker.registry import Registry
@@ -84,7 +83,7 @@ def assert_said(process: subprocess.Popen[str]) -> None:
 class Site:
     """All processes of one run. Thread-safe where lanes share it: hosts, clients and the pids in use have a lock."""
 
-    def __init__(self, home: Path, fsync: AppendFsync, pace_s: float, ends: ExitStack) -> None:
+    def __init__(self, home: Path, ground: Ground, pace_s: float, ends: ExitStack) -> None:
         self.home = home
         self.lock = threading.RLock()
         self.spec = echo(
@@ -92,7 +91,7 @@ class Site:
             batch_size=8,
             max_attempts=MAX_ATTEMPTS,
             total_timeout=TOTAL_TIMEOUT_S,
-        )
+        ).model_copy(update={"replicated": ground.replicated})
         self.keys = ServiceKeys(self.spec.name)
         self.hosts: list[Host] = []
         self.calling: list[Calling] = []
@@ -101,20 +100,14 @@ class Site:
         self.problems: list[str] = []
         self._pace_s = pace_s
         self._ends = ends
-        self._serve(fsync)
+        self.ground = ground
+        self._register()
         self._poisoner = ends.enter_context(self._ledger())
         ends.enter_context(self._hosts_kept())
 
-    def _serve(self, fsync: AppendFsync) -> None:
-        self.data_dir = self.home / "data"
-        self.server = EmbeddedServer.start(self.data_dir, binary=bundled(), tcp_port=0, appendfsync=fsync)
-        self._ends.callback(self.server.stop)
-        port = int((self.server.tcp_url or "").rpartition(":")[2])
-        self.workers_way, self.clients_way = Proxy(port), Proxy(port)
-        self._ends.callback(self.workers_way.close)
-        self._ends.callback(self.clients_way.close)
+    def _register(self) -> None:
         # Past the proxies: what looks must not be what is looked at.
-        self.connection = Connection(self.server.tcp_url or "", name="chaos")
+        self.connection = Connection(self.ground.url, name="chaos")
         self._ends.callback(self.connection.close)
         self.watch = Watch(self.connection, self.keys)
         Registry(self.connection).push([self.spec])
@@ -122,8 +115,8 @@ class Site:
 
     @contextmanager
     def _ledger(self) -> Iterator[Ledger]:
-        connection = Connection(self.clients_way.url, name="chaos-poison")
-        ledger = Ledger(connection, self.keys, "echo")
+        connection = Connection(self.ground.clients_url, name="chaos-poison")
+        ledger = Ledger(connection, self.keys, "echo", replicated=self.ground.replicated)
         try:
             yield ledger
         finally:
@@ -132,13 +125,16 @@ class Site:
 
     def keep_history(self) -> None:
         """Never rewrite the append-only file: it is read as the history of all jobs."""
-        retrying(lambda: self.connection.client.config_set("auto-aof-rewrite-percentage", 0))
+        if isinstance(self.ground, Lone):
+            retrying(lambda: self.connection.client.config_set("auto-aof-rewrite-percentage", 0))
 
     # -- hosts -------------------------------------------------------------------------------------------------
 
     def start_host(self) -> Host:
         with self.lock:
-            host = Host(self.workers_way.url, self.spec.name, WORKERS_A_HOST, self.home / f"host-{len(self._homes())}")
+            host = Host(
+                self.ground.workers_url, self.spec.name, WORKERS_A_HOST, self.home / f"host-{len(self._homes())}"
+            )
             self.hosts.append(host)
         self._ends.callback(host.clean_up)
         return host
@@ -182,7 +178,7 @@ class Site:
             book = self.home / f"{name}.jsonl"
             book.touch()
             command = [sys.executable, "-m", PROGRAMS[kind][0].__name__]
-            command += [self.clients_way.url, self.spec.name, str(book), name, str(self._pace_s)]
+            command += [self.ground.clients_url, self.spec.name, str(book), name, str(self._pace_s)]
             with (self.home / f"{name}.stderr").open("wb") as sink:
                 process = subprocess.Popen(
                     command,
@@ -248,7 +244,7 @@ class Site:
 
     def immortal_keys(self) -> list[str]:
         """Keys without a ttl, of whatever service."""
-        keys = [key.decode() for key in self.connection.client.scan_iter(count=1000)]
+        keys = [key.decode() for node in masters(self.connection.client) for key in node.scan_iter(count=1000)]
         return sorted(key for key in keys if self.connection.client.ttl(key) == -1)
 
     def consumers(self) -> set[str]:
@@ -259,19 +255,13 @@ class Site:
             for info in self.connection.client.xinfo_consumers(stream, "workers")
         }
 
-    def version(self) -> str:
-        return f"{self.server.engine} {version_text(self.server.version)}"
-
     # -- healing -----------------------------------------------------------------------------------------------
 
     def heal(self) -> None:
         """Nothing is stopped, down, swallowed or slowed any more."""
-        for way in (self.workers_way, self.clients_way):
-            way.clear()
-        if not self.server.alive():
-            self.server.restart()
-            self.keep_history()
-        for pid in [self.server.pid, *(pid for host in self.hosts for pid in host.children)]:
+        self.ground.heal()
+        self.keep_history()
+        for pid in [pid for host in self.hosts for pid in host.children]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
 
@@ -285,10 +275,10 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 @contextmanager
-def opened(home: Path, fsync: AppendFsync, pace_s: float) -> Iterator[Site]:
+def opened(home: Path, shape: Shape, fsync: AppendFsync, pace_s: float) -> Iterator[Site]:
     """A site at work: all workers live, all callers call. Every process it started is ended afterwards."""
     with ExitStack() as ends:
-        site = Site(home, fsync, pace_s, ends)
+        site = Site(home, grounds.opened(home, shape, fsync, ends), pace_s, ends)
         for _ in range(HOSTS):
             site.start_host()
         site.await_workers()

@@ -50,11 +50,11 @@ class Evidence:
 
     `found` is what became of the detached calls of killed clients, by the id of the call; `quiet_until` is when, server
     ms, the phase ended in which nothing but the server and the network failed. `synced`: the server acknowledged
-    nothing that was not on its disk.
+    nothing that was not on its disk. `forgets`: a new master may not know of a reply that was read already.
     """
 
     accounts: Sequence[Account]
-    journal: Journal
+    journal: Journal | None
     poison: Mapping[str, int]
     found: Mapping[str, str]
     quiet_until: int
@@ -63,6 +63,7 @@ class Evidence:
     synced: bool
     problems: Sequence[str]
     landed: Mapping[str, int]
+    forgets: bool = False
 
 
 def judge(evidence: Evidence, keys: ServiceKeys) -> list[Finding]:
@@ -74,14 +75,27 @@ def lost_by_the_server(evidence: Evidence) -> list[str]:
     """Calls that were acknowledged, and of which the server's own history knows nothing: only without a sync of each
     write. Those of killed clients count where it was the server itself that acknowledged them.
     """
+    journal = evidence.journal
     return [
         call
         for account in evidence.accounts
         for call, where in account.accepted.items()
         if (not account.killed or where == call or ":" in where)
-        and where.rpartition(":")[2] not in evidence.journal.jobs
+        and journal is not None
+        and where.rpartition(":")[2] not in journal.jobs
         and OK not in account.answers[call]
         and CANCELLED not in account.answers[call]
+    ]
+
+
+def answered_again(evidence: Evidence) -> list[str]:
+    """Calls with more than one outcome, but for those whose first reply the server forgot with all that followed."""
+    journal = evidence.journal
+    return [
+        call
+        for account in evidence.accounts
+        for call, outcomes in account.answers.items()
+        if len(outcomes) > 1 and (evidence.synced or journal is None or journal.replies[call] > 1)
     ]
 
 
@@ -98,20 +112,15 @@ def _calls(evidence: Evidence) -> Iterator[Finding]:
         f"{call}: {outcome}" for call, outcome in answers if outcome not in (OK, CANCELLED) and call not in excused
     ]
     yield Finding("every outcome is the call's own, or its cancellation", len(answers), wrong)
-    again = [
-        call
-        for account in evidence.accounts
-        for call, outcomes in account.answers.items()
-        # A reply that the server forgot with all that followed comes a second time, and rightly so.
-        if len(outcomes) > 1 and (evidence.synced or evidence.journal.replies[call] > 1)
-    ]
-    yield Finding("no client saw a second outcome", len(answers), again)
+    yield Finding("no client saw a second outcome", len(answers), [] if evidence.forgets else answered_again(evidence))
     bad = [f"{call}: {outcome}" for call, outcome in evidence.found.items() if outcome not in (OK, CANCELLED)]
     yield Finding("detached calls of killed clients can be fetched", len(evidence.found), bad)
 
 
 def _jobs(evidence: Evidence) -> Iterator[Finding]:
     journal = evidence.journal
+    if journal is None:
+        return
     if evidence.synced:
         lost = lost_by_the_server(evidence)
         yield Finding("the server knows every acknowledged job", sum(len(a.accepted) for a in evidence.accounts), lost)
@@ -129,7 +138,11 @@ def _burials(evidence: Evidence) -> Iterator[Finding]:
     dead = evidence.state.dead
     innocent = [job for job in dead if job not in evidence.poison]
     yield Finding("only poison jobs are among the dead letters", len(dead), innocent)
-    alive = [job for job, replies in evidence.poison.items() if job not in dead or replies != 1]
+    alive = [
+        job
+        for job, replies in evidence.poison.items()
+        if job not in dead or not replies or (replies > 1 and not evidence.forgets)
+    ]
     yield Finding("every poison job is, and was answered once", len(evidence.poison), alive)
 
 

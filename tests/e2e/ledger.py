@@ -22,12 +22,13 @@ READ_S = 1.0
 class Ledger:
     """Sends jobs and counts replies with plain stream commands, so that a reply too many is seen too."""
 
-    def __init__(self, connection: Connection, keys: ServiceKeys, op: str) -> None:
+    def __init__(self, connection: Connection, keys: ServiceKeys, op: str, *, replicated: bool = False) -> None:
         self._streams = Streams(connection.client, keys)
         self._client = connection.blocking(READ_S)
         self._client_id = secrets.token_hex(8)
         self._key = keys.reply(self._client_id)
         self._op = op
+        self._replicated = replicated
         self._last = b"0-0"
         self._changed = threading.Condition()
         self._closed = False
@@ -47,7 +48,9 @@ class Ledger:
         return ids
 
     def _enqueue(self, drafts: Sequence[Draft]) -> None:
-        (admission,) = retrying(lambda: self._streams.enqueue([Group(Priority.NORMAL, drafts)]))
+        (admission,) = retrying(
+            lambda: self._streams.enqueue([Group(Priority.NORMAL, drafts, replicated=self._replicated)])
+        )
         assert not admission.refused, admission.refused
 
     def _draft(self, job: str, texts: Sequence[str]) -> Draft:

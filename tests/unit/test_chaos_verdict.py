@@ -23,6 +23,7 @@ STATE = State(
     live=["w1"],
     keys=[f"{DEFAULT_PREFIX}:services", KEYS.spec(), KEYS.dead(), *KEYS.streams()],
 )
+JOURNAL = Journal(Counter("ab") + Counter(["bad"]), Counter("ab") + Counter(["bad"]), [(900, "bad", 3)])
 
 
 def account(*, killed: bool = False) -> Account:
@@ -37,7 +38,7 @@ def evidence() -> Evidence:
     """A run that went well: two calls, and a poison job."""
     return Evidence(
         accounts=[account(), account(killed=True)],
-        journal=Journal(Counter("ab") + Counter(["bad"]), Counter("ab") + Counter(["bad"]), [(900, "bad", 3)]),
+        journal=JOURNAL,
         poison={"bad": 1},
         found={"embed:1x1:d": OK},
         quiet_until=500,
@@ -62,7 +63,7 @@ def answered(*outcomes: str) -> Evidence:
 
 def written(**changes: object) -> Evidence:
     """The server wrote down something else."""
-    return replace(evidence(), journal=replace(evidence().journal, **changes))  # type: ignore[arg-type]
+    return replace(evidence(), journal=replace(JOURNAL, **changes))  # type: ignore[arg-type]
 
 
 def left(**changes: object) -> Evidence:
@@ -129,13 +130,20 @@ def test_a_call_that_a_killed_client_only_began_need_not_be_known() -> None:
 
 def test_a_second_reply_after_the_server_forgot_the_first_is_told_from_one_that_was_written_twice() -> None:
     seen_twice = replace(answered(OK, OK), synced=False)
-    call_is_job = replace(seen_twice, journal=replace(seen_twice.journal, replies=Counter(["a", "b", "bad", "one"])))
-    twice_written = replace(
-        seen_twice, journal=replace(seen_twice.journal, replies=Counter(["b", "bad", "a"] + 2 * ["one"]))
-    )
+    call_is_job = replace(seen_twice, journal=replace(JOURNAL, replies=Counter(["a", "b", "bad", "one"])))
+    twice_written = replace(seen_twice, journal=replace(JOURNAL, replies=Counter(["b", "bad", "a"] + 2 * ["one"])))
 
     assert violated(call_is_job) == []
     assert "no client saw a second outcome" in violated(twice_written)
+
+
+def test_a_reply_that_a_new_master_forgot_may_come_twice_and_a_job_that_it_forgot_may_not_be_missing() -> None:
+    again = replace(answered(OK, OK), journal=None, poison={"bad": 2})
+    silent = replace(answered(), journal=None, forgets=True)
+
+    assert violated(replace(again, forgets=True)) == []
+    assert violated(again) == ["no client saw a second outcome", "every poison job is, and was answered once"]
+    assert violated(silent) == ["every call of a living client has its outcome"]
 
 
 def test_the_journal_counts_entries_replies_and_charged_deliveries() -> None:
