@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import cycle, islice, takewhile
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 from corpus import SEED, mix, payloads
 from measure import percentile
@@ -71,12 +71,32 @@ class Result:
 
 @dataclass(slots=True)
 class Tally:
-    """What threads or tasks of one run note, each call once. Lists and ints under the interpreter's lock."""
+    """What threads or tasks of one run note, each call once: under the interpreter's lock.
+
+    The run lasts from `begin` to the last `end`: starting and joining a thousand threads takes a while, too.
+    """
 
     latencies: list[float] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     calls: int = 0
+    began: float = 0.0
+    seconds: float = 0.0
+    cpu_began: float = 0.0
+    cpu_s: float = 0.0
+
+    def begin(self) -> None:
+        self.began, self.cpu_began = time.perf_counter(), time.process_time()
+
+    def end(self) -> None:
+        self.seconds, self.cpu_s = time.perf_counter() - self.began, time.process_time() - self.cpu_began
+
+    def __enter__(self) -> Self:
+        self.begin()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
 
 class Subject(Protocol):
@@ -148,10 +168,12 @@ def threads(subject: Subject, order: Order, texts: Sequence[str]) -> Tally:
             subject.call(texts[at % len(texts)])
             tally.latencies.append(time.perf_counter() - began)
             at += order.in_flight
+        tally.end()
 
     lanes = [threading.Thread(target=lane, args=(each,)) for each in range(order.in_flight)]
     for each in lanes:
         each.start()
+    tally.begin()
     gate.wait()
     for each in lanes:
         each.join()
@@ -159,27 +181,25 @@ def threads(subject: Subject, order: Order, texts: Sequence[str]) -> Tally:
 
 
 async def tasks(subject: Subject, order: Order, texts: Sequence[str]) -> Tally:
-    tally = Tally()
-    until = time.perf_counter() + order.seconds
+    with Tally() as tally:
+        until = tally.began + order.seconds
 
-    async def lane(start: int) -> None:
-        at = start
-        while (began := time.perf_counter()) < until:
-            await subject.acall(texts[at % len(texts)])
-            tally.latencies.append(time.perf_counter() - began)
-            at += order.in_flight
+        async def lane(start: int) -> None:
+            at = start
+            while (began := time.perf_counter()) < until:
+                await subject.acall(texts[at % len(texts)])
+                tally.latencies.append(time.perf_counter() - began)
+                at += order.in_flight
 
-    await asyncio.gather(*(lane(each) for each in range(order.in_flight)))
+        await asyncio.gather(*(lane(each) for each in range(order.in_flight)))
     return tally
 
 
 async def arrivals(subject: Subject, order: Order, texts: Sequence[str]) -> Tally:
     """Calls at the times of a Poisson process. A latency counts from when its call was due, not from when it was made:
     a caller that comes late because all is slow has waited, too."""
-    tally, chance, endless = Tally(), random.Random(SEED), cycle(texts)
+    chance, endless = random.Random(SEED), cycle(texts)
     running: set[asyncio.Task[None]] = set()
-    due = time.perf_counter()
-    until = due + order.seconds
 
     async def one(text: str, due: float) -> None:
         try:
@@ -188,30 +208,35 @@ async def arrivals(subject: Subject, order: Order, texts: Sequence[str]) -> Tall
         except MillstreamError as error:
             (tally.refused if error.code == "queue_full" else tally.failed).append(error.code)
 
-    while (due := due + chance.expovariate(order.rate)) < until:
-        await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        task = asyncio.create_task(one(next(endless), due))
-        running.add(task)
-        task.add_done_callback(running.discard)
-    await asyncio.gather(*running)
+    with Tally() as tally:
+        due = tally.began
+        while (due := due + chance.expovariate(order.rate)) < tally.began + order.seconds:
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            task = asyncio.create_task(one(next(endless), due))
+            running.add(task)
+            task.add_done_callback(running.discard)
+        await asyncio.gather(*running)
     return tally
 
 
 def mapped(subject: Subject, order: Order, texts: Sequence[str]) -> Tally:
-    until = time.perf_counter() + order.seconds
-    in_time = takewhile(lambda _: time.perf_counter() < until, cycle(texts))
-    return Tally(calls=subject.map(in_time, order.in_flight))
+    with Tally() as tally:
+        in_time = takewhile(lambda _: time.perf_counter() < tally.began + order.seconds, cycle(texts))
+        tally.calls = subject.map(in_time, order.in_flight)
+    return tally
 
 
 def sent(subject: Subject, order: Order, texts: Sequence[str]) -> Tally:
-    for text in islice(cycle(texts), order.count):
-        subject.send(text)
-    return Tally(calls=order.count)
+    with Tally(calls=order.count) as tally:
+        for text in islice(cycle(texts), order.count):
+            subject.send(text)
+    return tally
 
 
 def whole(subject: Subject, order: Order, texts: Sequence[str]) -> Tally:
-    subject.embed(order.texts)
-    return Tally(calls=len(order.texts))
+    with Tally(calls=len(order.texts)) as tally:
+        subject.embed(order.texts)
+    return tally
 
 
 def looped(run: Callable[[Subject, Order, Sequence[str]], Awaitable[Tally]]) -> Callable[..., Tally]:
@@ -234,14 +259,12 @@ WAYS: dict[How, Callable[[Subject, Order, Sequence[str]], Tally]] = {
 
 def obey(subject: Subject, order: Order) -> Result:
     texts = mix(MIXED) if order.how == "mix" else payloads(DISTINCT, order.length)
-    cpu, began = time.process_time(), time.perf_counter()
     tally = WAYS[order.how](subject, order, texts)
-    seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu
     ms = [1_000 * each for each in tally.latencies]
     return Result(
         calls=tally.calls or len(ms),
-        seconds=seconds,
-        cpu_s=cpu_s,
+        seconds=tally.seconds,
+        cpu_s=tally.cpu_s,
         p50=percentile(ms, 0.5),
         p99=percentile(ms, 0.99),
         p999=percentile(ms, 0.999),
