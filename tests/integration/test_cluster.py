@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from e2e import ledger
+from integration.topologies import check_commands
 from support import eventually
 from topologies import Node, Topology, cluster
 from workers import spec, working
@@ -79,6 +80,10 @@ def test_a_push_is_refused_or_replaces_as_on_one_server(servers: Topology, conne
 
     assert registry.read("pushed").runtime.batch_size == 16
     assert "pushed" in registry.names()
+
+
+def test_the_command_line_works_on_a_cluster(worked: Topology, tmp_path: Path) -> None:
+    check_commands(tmp_path, worked.url, SERVICES[0])
 
 
 def test_every_node_is_asked_what_it_is(servers: Topology, connection: Connection) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from contracts.queue import Queue, draft
+from integration.topologies import check_commands
 from support import eventually
 from topologies import MASTER_NAME, Node, Topology, sentinel
 from workers import spec, working
@@ -166,6 +167,8 @@ def test_jobs_that_are_refused_wait_for_no_replica(steady: Topology) -> None:
     streams = Streams(connection.client, ServiceKeys("unheard-of"))
 
     with frozen(steady.replicas()):
+        # Else there would be nothing of this connection's that a replica has not.
+        connection.client.set(ServiceKeys("unheard-of").reclaim(), "", ex=60)
         refused = streams.enqueue([Group(Priority.NORMAL, [draft()], replicated=True)])
     connection.close()
 
@@ -201,6 +204,11 @@ def test_while_no_master_is_known_the_server_is_away_for_a_time(steady: Topology
 
     assert is_transient(caught.value)
     assert "master's name in the URL" in caught.value.hint
+
+
+def test_the_command_line_works_on_a_master_under_sentinel(steady: Topology, tmp_path: Path) -> None:
+    with working(steady.url, spec("operated")):
+        check_commands(tmp_path, steady.url, "operated")
 
 
 def test_sentinels_that_are_gone_are_passed_over(steady: Topology) -> None:
