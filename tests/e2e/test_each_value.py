@@ -1,0 +1,85 @@
+"""Each limit of a service, changed alone, does what it says. Those that test_limits.py pushes are there; worker_count,
+which binds at a start, is in test_cli.py."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from e2e.conftest import Supervised
+from e2e.sites import Site, echo
+
+from millstream.broker.errors import DeadlineExceeded, RateLimited
+from millstream.client import Client
+
+FORWARD_S = 0.4
+
+
+def slow(supervised: Supervised, **runtime: object) -> Site:
+    """One worker that runs one row at a time, each for FORWARD_S."""
+    base = {"batch_size": 1, "batch_timeout": 0.0, "total_timeout": 20.0}
+    return supervised(echo(f"sleep:{FORWARD_S}", **base | runtime), 1)
+
+
+def phases(site: Site, calls: int) -> list[str]:
+    """How calls end that are made at once: "" for an answer, else the phase whose time was over."""
+    with Client(site.url) as client:
+        handles = [client.submit(site.spec.name, [f"row {number}"]) for number in range(calls)]
+        ends = []
+        for handle in handles:
+            try:
+                handle.result()
+                ends.append("")
+            except DeadlineExceeded as error:
+                ends.append(error.phase)
+        return ends
+
+
+@pytest.mark.parametrize(("queue_timeout", "late"), [(FORWARD_S, "queue"), (None, "")])
+def test_queue_timeout_ends_what_has_not_started(
+    supervised: Supervised, queue_timeout: float | None, late: str
+) -> None:
+    site = slow(supervised, queue_timeout=queue_timeout)
+
+    first, *_, last = phases(site, 4)
+
+    assert (first, last) == ("", late)
+
+
+@pytest.mark.parametrize(("inference_timeout", "end"), [(FORWARD_S / 4, "inference"), (10 * FORWARD_S, "")])
+def test_inference_timeout_ends_what_is_too_long_in_the_model(
+    supervised: Supervised, inference_timeout: float, end: str
+) -> None:
+    site = slow(supervised, inference_timeout=inference_timeout)
+    workers = site.watch.live()
+
+    assert phases(site, 2) == [end, end]
+
+    assert site.watch.live() == workers
+    assert site.watch.dead_letters() == []
+
+
+@pytest.mark.parametrize(("total_timeout", "end"), [(FORWARD_S / 2, "total"), (20.0, "")])
+def test_total_timeout_ends_a_callers_wait(supervised: Supervised, total_timeout: float, end: str) -> None:
+    site = slow(supervised, total_timeout=total_timeout)
+
+    assert phases(site, 1) == [end]
+
+
+@pytest.mark.parametrize(("rate_limit", "admitted"), [(3, 3), (None, 10)])
+def test_rate_limit_turns_calls_away(supervised: Supervised, rate_limit: int | None, admitted: int) -> None:
+    site = supervised(echo("", rate_limit=rate_limit and {"requests": rate_limit, "burst": rate_limit}), 1)
+    passed, again, began = 0, [], time.monotonic()
+
+    with Client(site.url) as client:
+        for _ in range(10):
+            try:
+                client.submit(site.spec.name, ["a"], wait=False).result()
+                passed += 1
+            except RateLimited as error:
+                again.append(error.retry_after)
+
+    assert all(again)
+    # A slow machine's ten calls may take so long that more come in.
+    more = 0 if rate_limit is None else rate_limit * (time.monotonic() - began)
+    assert admitted <= passed <= admitted + more
