@@ -211,6 +211,17 @@ def test_the_command_line_works_on_a_master_under_sentinel(steady: Topology, tmp
         check_commands(tmp_path, steady.url, "operated")
 
 
+def test_a_cluster_url_of_a_server_that_is_none_says_so(steady: Topology) -> None:
+    mistaken = Connection(f"redis+cluster://127.0.0.1:{steady.master().port}")
+
+    with pytest.raises(BrokerUnavailable, match="is no cluster") as caught:
+        check(mistaken)
+    mistaken.close()
+
+    assert not is_transient(caught.value)
+    assert "say redis://" in caught.value.hint
+
+
 def test_sentinels_that_are_gone_are_passed_over(steady: Topology) -> None:
     gone = steady.sentinels[:2]
     for watcher in gone:
