@@ -99,25 +99,15 @@ def run(plan: Plan, home: Path) -> Result:
     first, then = PHASES[plan.shape]
     with opened(home, plan.shape, plan.fsync, CALLERS / plan.calls_a_second) as site:
         began = time.monotonic()
-        outages = drive(first, site, f"{plan.seed}-outages", plan.outages_s)
+        records: dict[str, Record] = {}
+        drive(first, site, f"{plan.seed}-outages", plan.outages_s, records)
         quiet_until = site.now_ms()
-        everything = drive(then, site, f"{plan.seed}-all", plan.seconds - plan.outages_s)
+        drive(then, site, f"{plan.seed}-all", plan.seconds - plan.outages_s, records)
         lasted_s = time.monotonic() - began
-        records = merged(outages, everything)
         drained_s = drain(site)
         evidence = gather(site, plan, quiet_until, records)
         findings = judge(evidence, site.keys)
         return Result(heading(site, plan, evidence, (lasted_s, drained_s)), records, findings)
-
-
-def merged(*phases: Mapping[str, Record]) -> dict[str, Record]:
-    records: dict[str, Record] = {}
-    for phase in phases:
-        for name, record in phase.items():
-            into = records.setdefault(name, Record())
-            into.landed += record.landed
-            into.missed += record.missed
-    return records
 
 
 def drain(site: Site) -> float:

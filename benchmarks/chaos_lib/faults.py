@@ -258,6 +258,12 @@ def _at_work(site: Site) -> None:
     _when(site.watch.held, "no job was held")
 
 
+def _flowing(site: Site) -> None:
+    """Wait until jobs come and go: a server that is frozen for long has ended."""
+    before = site.ended_jobs()
+    _when(lambda: site.ended_jobs() > before, "no job ended", within_s=2 * LONG_FREEZE_S)
+
+
 def _flowing_since(site: Site, began: float) -> float:
     """Seconds from `began` until another job ended."""
     before = site.ended_jobs()
@@ -289,6 +295,7 @@ def cut_connections(site: Site, chance: Random) -> Landing:
 def swallow(site: Site, chance: Random) -> Landing:
     """For a while nothing passes, and nobody is told. Shorter than a lease: beyond it a worker is rightly lost."""
     way = _way(site, chance)
+    _flowing(site)
     way.blackhole()
     try:
         time.sleep(chance.uniform(0.3, LEASE_S - 2.0))
@@ -301,6 +308,7 @@ def swallow(site: Site, chance: Random) -> Landing:
 
 def slow_down(site: Site, chance: Random) -> Landing:
     way = _way(site, chance)
+    _flowing(site)
     way.delay(chance.uniform(0.01, 0.2))
     try:
         time.sleep(chance.uniform(0.5, 3.0))
