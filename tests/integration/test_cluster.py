@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
 from e2e import ledger
@@ -134,6 +135,18 @@ def test_calls_go_on_while_the_slot_of_their_service_moves(worked: Topology) -> 
         assert client.submit("two", ["after"]).result(timeout=30) == ["after"]
 
 
+def test_a_call_waits_while_the_keys_of_its_service_are_on_two_nodes(worked: Topology) -> None:
+    source = worked.owner("three")
+    with Client(worked.url) as client:
+        assert client.submit("three", ["before"]).result(timeout=30) == ["before"]
+        with worked.moving("three"):
+            put_off = _refusals(source)
+            handle = client.submit("three", ["meanwhile"], timeout=60)
+            eventually(lambda: _refusals(source) >= put_off + 5, within_s=30.0)
+
+        assert handle.result() == ["meanwhile"]
+
+
 def test_keys_that_went_ahead_of_their_slot_are_written_and_read(servers: Topology, connection: Connection) -> None:
     key = "ms:{pushed}:ahead"
     with servers.moving("pushed") as target:
@@ -184,6 +197,12 @@ def test_a_cluster_without_its_nodes_is_away_and_not_an_internal_error(tmp_path:
             with pytest.raises(BrokerUnavailable, match="cannot be reached"), translated(connection.safe_url):
                 connection.client.get("ms:{one}:x")
         connection.close()
+
+
+def _refusals(node: Node) -> int:
+    """How often it told somebody to try again."""
+    said = cast(Mapping[str, Mapping[str, int]], node.client.info("errorstats"))
+    return said.get("errorstat_TRYAGAIN", {"count": 0})["count"]
 
 
 def _offset(node: Node, role: str) -> int:
