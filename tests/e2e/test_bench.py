@@ -15,6 +15,7 @@ from e2e.cli_support import Shell
 from e2e.sites import echo
 from workers import LONG_S, working
 
+from millstream.broker.codec import decode_inputs
 from millstream.broker.connection import Connection
 from millstream.broker.job import Priority
 from millstream.broker.keys import ServiceKeys
@@ -75,6 +76,21 @@ def test_a_running_service_is_measured_with_calls_of_its_own(shell: Shell, worki
     assert 0 < found["p50_ms"] <= found["p99_ms"] < 1000 * found["seconds"]
 
 
+def test_its_calls_are_of_so_many_rows_and_let_others_go_first(shell: Shell, url: str) -> None:
+    connection = Connection(url, name="tests")
+    service = Bystander(connection, echo(""))
+    service.live()
+
+    with shell.background("bench", service.name, "--rows", "3", "--length", "7", "--concurrency", "1"):
+        claim = service.claim_one()
+
+    assert claim.address.priority is Priority.BATCH
+    assert claim.job
+    inputs, _ = decode_inputs(claim.job.body, claim.job.rows)
+    assert [len(str(text)) for text in inputs] == [7, 7, 7]
+    connection.close()
+
+
 def test_its_table_says_how_the_service_was_called(shell: Shell, working_service: str) -> None:
     heading, row = shell.run("bench", working_service, *WORDS).out.decode().splitlines()
 
@@ -93,15 +109,15 @@ def test_a_service_without_workers_is_not_called(shell: Shell, url: str) -> None
 
 
 def test_what_is_refused_is_counted_by_its_code(shell: Shell, url: str) -> None:
-    """The only worker beats, and answers nothing: one job fits, all others are refused, and the first is given up."""
+    """The only worker answers nothing: one job fits and is given up, the other caller is refused again and again."""
     connection = Connection(url, name="tests")
     service = Bystander(connection, echo("", max_queue_size=1, total_timeout=1.0))
     service.live()
 
-    ended = shell.run("bench", service.name, "--seconds", "0.3", "--timeout", "0.5", "--concurrency", "2", "--json")
+    ended = shell.run("bench", service.name, "--seconds", "1", "--timeout", "1.5", "--concurrency", "2", "--json")
 
     found = json.loads(ended.out)
     assert (ended.code, found["calls"], found["p50_ms"]) == (1, 0, None)
-    assert found["errors"]["queue_full"] >= 1
+    assert found["errors"]["queue_full"] >= 2
     assert found["errors"]["deadline_exceeded"] == 1
     connection.close()
