@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_args
 
@@ -213,6 +214,15 @@ class Runtime(Settings):
 
     def limits(self, priority: PriorityName) -> PriorityLimits:
         """The limits of one priority: its own where given, else the service's. Batch jobs are in no hurry to start."""
+        return self._limits[priority]
+
+    @cached_property
+    def _limits(self) -> dict[PriorityName, PriorityLimits]:
+        # Asked at each call, and not quick to validate.
+        names: tuple[PriorityName, ...] = get_args(PriorityName)
+        return {name: self._merged(name) for name in names}
+
+    def _merged(self, priority: PriorityName) -> PriorityLimits:
         own = self.priorities.get(priority, PriorityLimits())
         inherited = {
             "queue_timeout": None if priority == "batch" else self.queue_timeout,
