@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 
-from corpus import batches, payloads
+from corpus import batches
 from measure import Effort, Grid, Report, Rounds, Table, Target, cpu_s
 from plots import Chart
 from stage import Stage, Team, echo, until
@@ -86,10 +86,11 @@ def drained(stage: Stage, spec: ServiceSpec, teams: Sequence[Team], jobs: int) -
 
 def fill(stage: Stage, spec: ServiceSpec, jobs: int) -> None:
     streams = Streams(stage.connection.client, stage.keys(spec))
-    body = encode_inputs(payloads(ROWS_A_JOB, LENGTH), {})
+    # One word each: rows of different lengths would be picked from many jobs at once, which then end all together.
+    body = encode_inputs([f"{row:0{LENGTH}}" for row in range(ROWS_A_JOB)], {})
     names = [os.urandom(16).hex() for _ in range(jobs)]
     for part in batches(names, MAX_JOBS_PER_CALL):
-        drafts = [Draft(name, "echo", ROWS_A_JOB, 4 * ROWS_A_JOB, body, client="nobody") for name in part]
+        drafts = [Draft(name, "echo", ROWS_A_JOB, ROWS_A_JOB, body, client="nobody") for name in part]
         streams.enqueue([Group(Priority.NORMAL, drafts)])
 
 
