@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -63,6 +64,8 @@ def main(
 ) -> None:
     if write_docs and (quick or chosen(suites) != list(SUITES)):
         raise click.UsageError("--write-docs is for a whole run: all suites, without --quick.")
+    # Else the server and the workers would outlive this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     effort = Effort(repeats, seconds or (QUICK_S if quick else 1.0), quick)
     reports: dict[str, Report] = {}
     head: dict[str, str] = dict(machine())
