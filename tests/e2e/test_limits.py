@@ -125,9 +125,10 @@ def test_fewer_attempts_bind_a_running_worker(site: Site) -> None:
 
 def attempted_elsewhere(queue: Queue, fields: dict[bytes, bytes]) -> None:
     """A job that another worker, which died of it, snatches from those that wait."""
-    stream = queue.keys.stream(Priority.NORMAL)
+    stream, entry = queue.keys.stream(Priority.NORMAL), f"{queue.now() + 60_000}-0"
     with queue.client.pipeline(transaction=True) as pipe:
-        pipe.xadd(stream, {name.decode(): value for name, value in fields.items()})
+        pipe.set(queue.keys.seen(fields[b"id"].decode()), entry)
+        pipe.xadd(stream, {name.decode(): value for name, value in fields.items()}, id=entry)
         pipe.xreadgroup(GROUP, "other", {stream: ">"}, count=1)
         pipe.execute()
     queue.lease.release("other", started=queue.held_by("other"), gone=True)
