@@ -14,6 +14,12 @@ settings.load_profile("millstream")
 pytest.register_assert_rewrite("contracts")
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long begin first; within a file, and among the rest, the random order stays."""
+    items.sort(key=lambda item: item.get_closest_marker("early") is None)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a real, random embedding model of a few kilobytes: see models.py."""

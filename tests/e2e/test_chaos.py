@@ -12,7 +12,7 @@ import pytest
 CHAOS = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 SEED = 7
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.early, pytest.mark.timeout(400)]
 
 
 def test_a_minute_of_faults_breaks_no_promise(tmp_path: Path) -> None:

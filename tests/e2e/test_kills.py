@@ -22,7 +22,7 @@ from support import eventually
 
 from millstream.broker.embedded import EmbeddedServer
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.early, pytest.mark.timeout(300)]
 
 CALLER_PROCESSES, CALLER_THREADS, LEDGER_THREADS = 2, 2, 4
 
@@ -104,13 +104,14 @@ def load(mill: Mill, reference: Reference) -> Iterator[Ledger]:
     assert mill.watch.dead_letters() == []
 
 
+@pytest.mark.alone
 def test_what_a_killed_worker_held_is_in_live_hands_within_2_seconds(
     mill: Mill, reference: Reference, say: Say
 ) -> None:
     hosts = random.sample(mill.hosts, 2)
 
     with load(mill, reference):
-        for host in hosts * 2:
+        for host in hosts:
             mill.whole()
             victim = mill.workers_of(host)
             held = freeze_with_work(mill.watch, victim)
@@ -167,6 +168,7 @@ def test_a_job_sent_again_because_the_server_crashed_runs_once(supervised: Super
     assert ledger.answered_more_than_once() == []
 
 
+@pytest.mark.alone
 def test_what_a_lost_host_held_is_in_live_hands_within_8_seconds(mill: Mill, reference: Reference, say: Say) -> None:
     with load(mill, reference):
         mill.whole()

