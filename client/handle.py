@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 import time
 from collections import deque
@@ -24,6 +23,7 @@ from millstream.broker.errors import (
 from millstream.broker.job import Draft, Json, Priority, Reply
 from millstream.broker.streams import CancelOutcome, Group
 from millstream.client.channel import Cancellation, Channel, Submission
+from millstream.client.ids import new_id
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome, Rows
 from millstream.client.split import Part
@@ -70,7 +70,7 @@ class Handle:
         refused: Mapping[int, MillstreamError],
         why_late: Callable[[str], MillstreamError],
     ) -> None:
-        self.id = self._first_id = secrets.token_hex(16)
+        self.id = self._first_id = new_id()
         self._channel = channel
         self._terms = terms
         self._inputs = inputs
@@ -239,7 +239,7 @@ class Handle:
         own_end = None if terms.total_timeout is None else now + terms.total_timeout
         end = self._end if self._end is not None else own_end
         draft = Draft(
-            id=self._first_id or secrets.token_hex(16),
+            id=self._first_id or new_id(),
             op=terms.op,
             rows=len(part.rows),
             tokens=part.tokens,

@@ -56,11 +56,17 @@ class Rows:
             raise _failure(errors, self._rows)
         if not self._rows or not isinstance(self._rows[0], np.ndarray):
             return cast(list[Json], list(self._rows))
-        vectors = cast(list[Vectors], self._rows)
-        if len({np.shape(vector) for vector in vectors}) > 1:
-            raise ModelFailed("its workers answered vectors of different lengths", hint="do all run the same model?")
         timings = {**self._timings, "total": total_ms}
-        return Embeddings.of(np.stack(vectors), self._tokens, tuple(sorted(self._truncated)), timings)
+        return Embeddings.of(_matrix(self._rows), self._tokens, tuple(sorted(self._truncated)), timings)
+
+
+def _matrix(rows: Sequence[RowOutcome]) -> Vectors:
+    vectors = cast(Sequence[Vectors], rows)
+    if len(vectors) == 1:
+        return vectors[0][np.newaxis].copy()
+    if len({np.shape(vector) for vector in vectors}) > 1:
+        raise ModelFailed("its workers answered vectors of different lengths", hint="do all run the same model?")
+    return np.stack(vectors)
 
 
 def _missing() -> MillstreamError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
@@ -369,3 +371,21 @@ def test_an_error_made_for_a_missing_row_is_made_anew() -> None:
         errors.append(caught.value)
 
     assert errors[0] is not errors[1]
+
+
+def test_a_forked_child_goes_on_with_names_of_its_own() -> None:
+    script = (
+        "import os\n"
+        "from millstream.client.ids import new_id\n"
+        "new_id()\n"
+        "read, write = os.pipe()\n"
+        "if not os.fork():\n"
+        "    os.write(write, new_id().encode())\n"
+        "    os._exit(0)\n"
+        "os.wait()\n"
+        "print(os.read(read, 64).decode() != new_id())\n"
+    )
+
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert said.stdout == "True\n"
