@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from millstream.broker.errors import MillstreamError, ModelFailed
-from millstream.broker.job import Reply
+from millstream.broker.job import Json, Reply, Vectors
 from millstream.worker.batcher import padded
 from millstream.worker.intake import expired
 from millstream.worker.models.base import Model, Prepared
@@ -91,6 +91,7 @@ def run_rows(model: Model, rows: Sequence[Prepared], lap: Callable[[], None] = l
         results = model.forward(rows)
         if len(results) != len(rows):
             raise ModelFailed(f"the model gave {len(results)} results for {len(rows)} rows")
+        return _checked(results)
     except Exception as error:  # noqa: BLE001 - a model may raise anything, and its neighbours must live
         if len(rows) == 1:
             return [_failure(error)]
@@ -100,7 +101,6 @@ def run_rows(model: Model, rows: Sequence[Prepared], lap: Callable[[], None] = l
             lap()
             outcomes += run_rows(model, part, lap)
         return outcomes
-    return [_checked(result) for result in results]
 
 
 def _failure(error: Exception) -> MillstreamError:
@@ -109,7 +109,14 @@ def _failure(error: Exception) -> MillstreamError:
     return ModelFailed(f"{type(error).__name__}: {error}"[:500])
 
 
-def _checked(result: Outcome) -> Outcome:
+def _checked(results: Vectors | list[Json]) -> list[Outcome]:
+    # All at once where all are sound, as they nearly always are.
+    if isinstance(results, np.ndarray) and np.isfinite(results).all():
+        return list(results)
+    return [_checked_row(result) for result in results]
+
+
+def _checked_row(result: Outcome) -> Outcome:
     if isinstance(result, np.ndarray) and not np.isfinite(result).all():
         return ModelFailed("the model answered NaN or infinity")
     return result

@@ -10,12 +10,13 @@ import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from millstream.broker.errors import MillstreamError, ModelFailed
-from millstream.broker.job import PRIORITIES, Claim, Job, Json, Priority, Reply
+from millstream.broker.job import PRIORITIES, Claim, Job, Json, Priority, Reply, Vectors
 from millstream.broker.lease import entry_name
 from millstream.broker.streams import MAX_JOBS_PER_CALL, Limit
 from millstream.worker.batcher import Budget, Pool, Row
@@ -55,7 +56,7 @@ class Held:
     def __post_init__(self) -> None:
         self.name = entry_name(self.claim.address)
         self.outcomes = [row if isinstance(row, MillstreamError) else None for row in self.prepared]
-        self.left = sum(1 for row in self.prepared if isinstance(row, Prepared))
+        self.left = self.outcomes.count(None)
 
     def in_model_s(self, now: float) -> float:
         """Seconds the forwards over this job's rows took, the one under way included. `now`: monotonic seconds."""
@@ -73,19 +74,25 @@ class Held:
     def reply(self) -> Reply:
         """The answer, once every row has its outcome."""
         errors = {at: out for at, out in enumerate(self.outcomes) if isinstance(out, MillstreamError)}
-        good = [out for out in self.outcomes if not isinstance(out, MillstreamError)]
-        prepared = [(at, row) for at, row in enumerate(self.prepared) if isinstance(row, Prepared)]
-        vectors = [out for out in good if isinstance(out, np.ndarray)]
-        if len({out.shape for out in vectors}) > 1 or len(vectors) not in (0, len(good)):
+        good = [out for out in self.outcomes if not isinstance(out, MillstreamError)] if errors else self.outcomes
+        shapes = {out.shape if isinstance(out, np.ndarray) else None for out in good}
+        if len(shapes) > 1:
             return Reply(error=ModelFailed("the model gave this job results of different shapes"))
+        prepared = [(at, row) for at, row in enumerate(self.prepared) if isinstance(row, Prepared)]
+        dense = bool(shapes) and None not in shapes
         return Reply(
-            vectors=np.stack(vectors) if vectors else None,
-            values=None if vectors else [out for out in good if not isinstance(out, np.ndarray)],
+            vectors=_stacked(cast(list[Vectors], good)) if dense else None,
+            values=None if dense else cast(list[Json], good),
             errors=errors,
             tokens=sum([row.tokens for _, row in prepared]),
             truncated=tuple([at for at, row in prepared if row.truncated]),
             timings=self.timings,
         )
+
+
+def _stacked(vectors: list[Vectors]) -> Vectors:
+    # A job of one row, the most usual one, is spared the copy.
+    return vectors[0][np.newaxis] if len(vectors) == 1 else np.stack(vectors)
 
 
 class Window:

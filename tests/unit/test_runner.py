@@ -101,7 +101,7 @@ def test_the_models_own_error_reaches_the_caller() -> None:
     assert isinstance(outcome, InvalidRequest)
 
 
-@pytest.mark.parametrize("answer", [None, 5, [], ["a", "b", "c"]])
+@pytest.mark.parametrize("answer", [None, 5, [], ["a", "b", "c"], np.full((2, 2), {})])
 def test_an_answer_that_is_not_one_result_a_row_is_the_models_failure(answer: object) -> None:
     class Strange(EchoModel):
         def forward(self, rows: Sequence[Prepared]) -> Vectors | list[Json]:

@@ -87,6 +87,26 @@ def test_a_row_that_has_its_error_already_is_not_run(window: Window) -> None:
     assert reply.tokens == 8
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_vectors_are_answered_as_one_array_whatever_the_number_of_rows(window: Window, rows: int) -> None:
+    window.hold([held := held_of([3] * rows)])
+
+    window.complete(window.take(), [np.full(2, at, dtype=np.float32) for at in range(rows)])
+
+    vectors = held.reply().vectors
+    assert vectors is not None
+    assert vectors.tolist() == [[at, at] for at in range(rows)]
+
+
+def test_results_of_different_shapes_are_the_models_failure(window: Window) -> None:
+    window.hold([ragged := held_of([3, 3]), mixed := held_of([3, 3])])
+
+    window.complete(window.take(), [*(np.zeros(size, np.float32) for size in (2, 3, 2)), "text"])
+
+    assert isinstance(ragged.reply().error, ModelFailed)
+    assert isinstance(mixed.reply().error, ModelFailed)
+
+
 def test_results_that_are_json_stay_in_row_order_beside_errors(window: Window) -> None:
     window.hold([held := held_of([3, 4, 5])])
 
