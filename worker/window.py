@@ -240,14 +240,16 @@ class Window:
 
     def job_of(self, row: Row[Prepared]) -> Held | None:
         """The job of a row taken; None where it was dropped or ended meanwhile."""
-        return self._held.get(row.owner)
+        held = self._held.get(row.owner)
+        # The same entry may be here again: lost while it ran, given back by others, and claimed anew.
+        return held if held and held.prepared[row.index] is row.payload else None
 
     def complete(self, rows: Rows, outcomes: Sequence[Outcome]) -> list[Held]:
         """Put rows back with their outcomes; the jobs that are complete by it."""
         with self._changed:
             done = []
             for row, outcome in zip(rows, outcomes, strict=True):
-                held = self._held.get(row.owner)
+                held = self.job_of(row)
                 if held is None:
                     continue
                 held.outcomes[row.index] = outcome

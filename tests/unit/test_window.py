@@ -16,7 +16,7 @@ from millstream.broker.job import Priority
 from millstream.worker.batcher import Budget
 from millstream.worker.window import HOLD_BATCHES, LEAST_BATCHES, Rows, Window
 
-LONG_S = 20.0
+LONG_S = 10.0
 
 
 @pytest.fixture
@@ -30,7 +30,8 @@ def asleep(window: Window, action: Callable[[], object]) -> Callable[[], object]
     thread = threading.Thread(target=lambda: results.append(action()), daemon=True)
     thread.start()
     # Nothing public says that a thread sleeps; without knowing it these tests would pass with no notification at all.
-    eventually(lambda: getattr(window._changed, "_waiters"))  # noqa: B009
+    conditions = (window._arrived, window._taken, window._emptied)
+    eventually(lambda: any(getattr(each, "_waiters") for each in conditions))  # noqa: B009
 
     def result() -> object:
         thread.join(LONG_S)
@@ -269,10 +270,10 @@ def test_closing_wakes_whoever_takes(window: Window) -> None:
     assert taken() == []
 
 
-@pytest.mark.parametrize("change", [Window.close, Window.take])
+@pytest.mark.parametrize("change", [Window.close, Window.take, lambda window: window.end(window.names())])
 def test_a_take_or_the_end_wakes_the_claimer(window: Window, change: Callable[[Window], object]) -> None:
     window.hold([held_of([100]), held_of([100])])
-    woken = asleep(window, lambda: window.wait_for_take(LONG_S))
+    woken = asleep(window, lambda: window.wait_for_take(3 * LONG_S))
 
     change(window)
 
@@ -291,7 +292,7 @@ def test_waiting_until_empty_ends_with_the_last_entry_or_its_time(window: Window
     window.keep(["1:1-1", "1:2-2"])
     assert window.wait_until_empty(0.001) is False
 
-    empty = asleep(window, lambda: window.wait_until_empty(LONG_S))
+    empty = asleep(window, lambda: window.wait_until_empty(3 * LONG_S))
     window.forget(["1:1-1"])
     window.forget(["1:2-2"])
 
@@ -335,3 +336,19 @@ def test_a_share_too_small_for_a_micro_batch_is_saved_on(window: Window) -> None
     assert window.spend_share(Priority.BATCH, 4) == 4
     assert window.spend_share(Priority.BATCH, 2) == 2
     assert window.waiting_of(Priority.BATCH) == 0
+
+
+def test_rows_of_a_job_that_was_lost_do_not_pass_for_those_of_its_second_coming(window: Window) -> None:
+    claim = claim_of(["x", "x"])
+    first, second = held_of([3, 3], claim), held_of([3, 3], claim)
+    window.hold([first])
+    running = window.take()
+    window.end([first.name])
+    window.hold([second])
+
+    late = window.complete(running, ["late", "late"])
+    done = window.complete(window.take(), ["one", "two"])
+
+    assert late == []
+    assert done == [second]
+    assert second.reply().values == ["one", "two"]
