@@ -108,7 +108,11 @@ class Window:
         self._running = 0
         self._takes = 0
         self._closed = False
-        self._changed = threading.Condition()
+        # One lock; who waits for what is woken by that alone, and not by each job that another thread settles.
+        self._lock = threading.RLock()
+        self._arrived = threading.Condition(self._lock)
+        self._taken = threading.Condition(self._lock)
+        self._emptied = threading.Condition(self._lock)
         self._in_hand_since: float | None = None
         self._in_hand_s = 0.0
 
@@ -125,22 +129,22 @@ class Window:
 
     def hold(self, jobs: Sequence[Held]) -> None:
         """Add jobs; their rows may be taken from now on."""
-        with self._changed:
+        with self._lock:
             for held in jobs:
                 self._unsettled.add(held.name)
                 self._held[held.name] = held
                 self._pool.add(held.rows())
             self._note_in_hand()
-            self._changed.notify_all()
+            self._arrived.notify_all()
 
     def keep(self, names: Collection[str]) -> None:
         """Note entries that are held only to be settled: malformed, expired, exhausted."""
-        with self._changed:
+        with self._lock:
             self._unsettled.update(names)
 
     def room(self, live_workers: int) -> Limit | None:
         """What may be claimed now on top of what waits; None where the window is full."""
-        with self._changed:
+        with self._lock:
             most_rows = HOLD_BATCHES * self.budget.rows
             rows, tokens = most_rows - len(self._pool), self._most_tokens() - self._pool.tokens
             if rows <= 0 or tokens <= 0:
@@ -159,27 +163,27 @@ class Window:
 
     def wait_for_take(self, timeout: float) -> bool:
         """Sleep until the runner takes its next micro-batch or the pool is empty; False after `timeout` seconds."""
-        with self._changed:
+        with self._lock:
             takes = self._takes
             return bool(
-                self._changed.wait_for(lambda: self._takes != takes or not len(self._pool) or self._closed, timeout)
+                self._taken.wait_for(lambda: self._takes != takes or not len(self._pool) or self._closed, timeout)
             )
 
     def wait_until_empty(self, timeout: float) -> bool:
         """Sleep until every held entry is settled; False after `timeout` seconds."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._unsettled, timeout)
+        with self._lock:
+            return self._emptied.wait_for(lambda: not self._unsettled, timeout)
 
     @property
     def idle(self) -> bool:
         """Whether the runner has nothing to do and nothing to take."""
-        with self._changed:
+        with self._lock:
             return not self._running and not len(self._pool)
 
     @property
     def waiting(self) -> bool:
         """Whether prepared rows wait for the runner."""
-        with self._changed:
+        with self._lock:
             return bool(len(self._pool))
 
     @property
@@ -189,7 +193,7 @@ class Window:
 
     def waiting_of(self, priority: Priority) -> int:
         """Prepared rows of `priority` that wait for the runner, but for those that spend its share."""
-        with self._changed:
+        with self._lock:
             return self._pool.waiting(PRIORITIES.index(priority))
 
     def spend_share(self, priority: Priority, rows: int) -> int:
@@ -197,7 +201,7 @@ class Window:
 
         A whole micro-batch or all that wait, else none: a few rows would cost a forward of their own.
         """
-        with self._changed:
+        with self._lock:
             rank = PRIORITIES.index(priority)
             if rows < min(self.budget.rows, self._pool.waiting(rank)):
                 return 0
@@ -205,26 +209,27 @@ class Window:
 
     def in_hand_s(self) -> float:
         """Seconds, in all, during which at least one row waited here or ran."""
-        with self._changed:
+        with self._lock:
             since = self._in_hand_since
             return self._in_hand_s + (time.monotonic() - since if since is not None else 0.0)
 
     def close(self) -> None:
         """No more jobs will come: the runner ends when the pool is empty."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._arrived.notify_all()
+            self._taken.notify_all()
 
     # -- the runner's side -------------------------------------------------------------------------------------
 
     def take(self) -> Rows:
         """The next micro-batch, waiting for one; empty when the window is closed and nothing is left."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._pool) or self._closed)
+        with self._lock:
+            self._arrived.wait_for(lambda: len(self._pool) or self._closed)
             batch = self._pool.take(self._one_forward())
             self._running = len(batch)
             self._takes += 1
-            self._changed.notify_all()
+            self._taken.notify_all()
             return batch
 
     def _one_forward(self) -> Budget:
@@ -246,7 +251,7 @@ class Window:
 
     def complete(self, rows: Rows, outcomes: Sequence[Outcome]) -> list[Held]:
         """Put rows back with their outcomes; the jobs that are complete by it."""
-        with self._changed:
+        with self._lock:
             done = []
             for row, outcome in zip(rows, outcomes, strict=True):
                 held = self.job_of(row)
@@ -258,21 +263,20 @@ class Window:
                     done.append(self._held.pop(row.owner))
             self._running = 0
             self._note_in_hand()
-            self._changed.notify_all()
             return done
 
     def end(self, names: Collection[str]) -> list[Held]:
         """Stop jobs before their end, their waiting rows with them: expired, or taken over by another worker."""
-        with self._changed:
+        with self._lock:
             self._pool.drop(names)
             ended = [self._held.pop(name) for name in names if name in self._held]
             self._note_in_hand()
-            self._changed.notify_all()
+            self._taken.notify_all()
             return ended
 
     def overdue(self, limits: Mapping[Priority, float | None], now: float) -> list[str]:
         """The jobs that have been in the model for longer than their priority's limit. `now`: monotonic seconds."""
-        with self._changed:
+        with self._lock:
             return [
                 held.name
                 for held in self._held.values()
@@ -291,11 +295,12 @@ class Window:
 
     def forget(self, names: Collection[str]) -> None:
         """These entries are settled, or no longer ours."""
-        with self._changed:
+        with self._lock:
             self._unsettled.difference_update(names)
-            self._changed.notify_all()
+            if not self._unsettled:
+                self._emptied.notify_all()
 
     def names(self) -> list[str]:
         """Every entry held and not yet settled, as the scripts name them."""
-        with self._changed:
+        with self._lock:
             return list(self._unsettled)
