@@ -20,7 +20,7 @@ from millstream.broker.errors import BrokerUnavailable, Cancelled, DeadlineExcee
 from millstream.client import AsyncClient, Client, Detached
 from millstream.client.calls import PriorityName
 
-THREADS, COROUTINES = 4, 3
+THREADS, COROUTINES = 4, 6
 CALLERS = THREADS + COROUTINES
 AWAY_S = 0.2
 PRIORITIES: tuple[PriorityName, ...] = ("realtime", "normal", "normal", "batch")
@@ -67,7 +67,7 @@ def judged(order: Order, outcome: object) -> str:
         return CANCELLED
     if isinstance(outcome, Exception):
         return f"{type(outcome).__name__}: {outcome}"
-    return OK if outcome == order.rows else "wrong rows"
+    return OK if outcome == order.rows else f"wrong rows: {str(outcome)[:500]}"
 
 
 def _cut_short(order: Order, outcome: object) -> bool:
