@@ -6,10 +6,11 @@ which length. Measured on a long-tailed mix, batches of 64 in arrival order comp
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from heapq import nsmallest
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -29,10 +30,10 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row(Generic[T]):
-    """One row that waits. A smaller `urgency` runs earlier: (rank, arrival). `owner` is its job."""
+    """One row that waits. A smaller `urgency` runs earlier: its rank, then what orders arrivals. `owner` is its job."""
 
     tokens: int
-    urgency: tuple[int, int]
+    urgency: tuple[int, ...]
     owner: str
     index: int
     payload: T
@@ -55,6 +56,8 @@ class Pool(Generic[T]):
 
     def drop(self, owners: Collection[str]) -> list[Row[T]]:
         """Take out all rows of `owners`."""
+        if not owners:
+            return []
         dropped = [row for rows in self._ranks.values() for row in rows if row.owner in owners]
         for rows in self._ranks.values() if dropped else ():
             rows[:] = [row for row in rows if row.owner not in owners]
@@ -73,7 +76,7 @@ class Pool(Generic[T]):
         for at in sorted(chosen, reverse=True):
             del waiting[at]
         self.tokens -= sum(row.tokens for row in moved)
-        self.add(replace(row, urgency=(to, row.urgency[1])) for row in moved)
+        self.add(replace(row, urgency=(to, *row.urgency[1:])) for row in moved)
         return len(moved)
 
     def take(self, budget: Budget) -> list[Row[T]]:
@@ -118,9 +121,11 @@ def _neighbours(rows: Sequence[Row[T]], at: int, budget: Budget) -> tuple[int, i
     return low, high
 
 
-def _length(row: Row[T]) -> int:
-    return row.tokens
+# In C: they are called for every row that waits at every micro-batch.
+_length = attrgetter("tokens")
+_urgency = attrgetter("urgency")
 
 
 def _most_urgent(rows: Sequence[Row[T]]) -> int:
-    return min(range(len(rows)), key=lambda at: rows[at].urgency)
+    row = min(rows, key=_urgency)
+    return rows.index(row, bisect_left(rows, row.tokens, key=_length))

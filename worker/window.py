@@ -64,7 +64,11 @@ class Held:
         return self.timings.get("inference", 0.0) / 1000 + (now - since if since is not None else 0.0)
 
     def rows(self) -> Rows:
-        urgency = (BY_SHARE if self.claim.by_share else PRIORITIES.index(self.claim.address.priority), self.job.at)
+        address = self.claim.address
+        rank = BY_SHARE if self.claim.by_share else PRIORITIES.index(address.priority)
+        # By the entry, not by the ms of its arrival alone: jobs of one ms would share micro-batches, and all end late.
+        ms, _, sequence = address.entry.partition("-")
+        urgency = (rank, int(ms), int(sequence))
         return [
             Row(row.tokens, urgency, self.name, index, row)
             for index, row in enumerate(self.prepared)
@@ -130,10 +134,9 @@ class Window:
     def hold(self, jobs: Sequence[Held]) -> None:
         """Add jobs; their rows may be taken from now on."""
         with self._lock:
-            for held in jobs:
-                self._unsettled.add(held.name)
-                self._held[held.name] = held
-                self._pool.add(held.rows())
+            self._unsettled.update([held.name for held in jobs])
+            self._held.update({held.name: held for held in jobs})
+            self._pool.add([row for held in jobs for row in held.rows()])
             self._note_in_hand()
             self._arrived.notify_all()
 

@@ -30,7 +30,7 @@ def claim_of(
     job_id = secrets.token_hex(16)
     encoded = encode_inputs(inputs, options or {}) if body is None else body
     job = Job(job_id, at, op, len(inputs), len(inputs), deadline, queue_by, "caller", "", "", encoded)
-    return Claim(Address(priority, f"{at}-{job_id[:6]}", job_id, "caller"), job, attempts)
+    return Claim(Address(priority, f"{at}-{int(job_id[:6], 16)}", job_id, "caller"), job, attempts)
 
 
 def held_of(tokens: Sequence[int | MillstreamError] = (3,), claim: Claim | None = None) -> Held:

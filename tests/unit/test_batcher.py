@@ -14,12 +14,12 @@ from millstream.worker.batcher import Budget, Pool, Row, padded
 Rows = list[Row[None]]
 
 
-def row(tokens: int, urgency: tuple[int, int] = (1, 0), owner: str = "job", index: int = 0) -> Row[None]:
+def row(tokens: int, urgency: tuple[int, ...] = (1, 0), owner: str = "job", index: int = 0) -> Row[None]:
     return Row(tokens, urgency, owner, index, None)
 
 
 rows = st.lists(
-    st.builds(row, st.integers(1, 600), st.tuples(st.integers(0, 2), st.integers(0, 50)), st.sampled_from("abc")),
+    st.builds(row, st.integers(1, 600), st.tuples(*map(st.integers, (0, 0, 0), (2, 9, 9))), st.sampled_from("abc")),
     max_size=60,
 )
 budgets = st.builds(Budget, rows=st.integers(1, 20), tokens=st.integers(1, 2_000), overhead=st.floats(0, 2_000))

@@ -12,7 +12,7 @@ from contracts.held import claim_of, held_of
 from support import eventually
 
 from millstream.broker.errors import ModelFailed
-from millstream.broker.job import Priority
+from millstream.broker.job import Claim, Priority
 from millstream.worker.batcher import Budget
 from millstream.worker.window import HOLD_BATCHES, LEAST_BATCHES, Rows, Window
 
@@ -72,6 +72,21 @@ def test_the_more_urgent_priority_is_taken_first_and_then_the_older(window: Wind
     taken = [window.take()[0].owner for _ in jobs]
 
     assert taken == [jobs[3].name, jobs[2].name, jobs[1].name, jobs[0].name]
+
+
+def entry_of(claim: Claim, entry: str) -> Claim:
+    return claim._replace(address=claim.address._replace(entry=entry))
+
+
+def test_jobs_of_one_millisecond_run_one_after_the_other_in_the_order_of_their_entries(window: Window) -> None:
+    # Each has a row of each length: neighbours in length, and the shortest rows, are those of other jobs.
+    jobs = [held_of([20, 40, 80], entry_of(claim_of(["x"] * 3), f"5-{sequence}")) for sequence in (9, 10, 11)]
+    window.limit(1, 100, None)
+    window.hold(jobs[::-1])
+
+    taken = [window.take()[0].owner for _ in range(9)]
+
+    assert taken == [job.name for job in jobs for _ in range(3)]
 
 
 def test_a_row_that_has_its_error_already_is_not_run(window: Window) -> None:
