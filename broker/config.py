@@ -58,7 +58,7 @@ def load(path: Path | str | None = None, environ: Mapping[str, str] = os.environ
 
 _NOT_ENFORCED: Mapping[str, frozenset[str]] = {
     "models": frozenset({"warmup", "priority", "handler"}),
-    "services": frozenset({"enable_cache", "memory_limit", "cache_ttl"}),
+    "services": frozenset({"memory_limit"}),
     "redis": frozenset(),
 }
 _TYPES_WITHOUT_WORKER = frozenset({"reranker", "llm", "custom"})

@@ -38,7 +38,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "total_timeout": "Longest wait of a caller, unless the call gives its own timeout; none: no limit.",
     "rate_limit": "Calls a second, or a mapping of what to limit; none: no limit.",
     "enable_cache": "Answer repeated rows from Redis, for `cache_ttl`.",
-    "cache_ttl": "How long an answer is kept for repeated rows.",
+    "cache_ttl": "How long an answer is kept for repeated rows; by default 1h.",
     "preset": "; ".join(
         f"{name}: {values['batch_size']} rows, {values['batch_timeout']} s" for name, values in PRESETS.items()
     ),

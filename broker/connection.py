@@ -57,6 +57,10 @@ class Connection:
         """A client for commands that block for at most `block_s` seconds: one for a thread's life, not one a call."""
         return self._open(block_s + _BLOCK_GRACE_S)
 
+    def within(self, timeout_s: float) -> redis.Redis:
+        """A client whose commands fail after `timeout_s` seconds: for what is not worth a longer wait."""
+        return self._open(timeout_s)
+
     def close(self) -> None:
         """Close every socket; a thread that blocks on one gets an error at once."""
         for client in list(self._clients):

@@ -53,6 +53,10 @@ class ServiceKeys:
         """STRING: the reply of a detached job; ttl result_ttl."""
         return self._key(f"result:{job_id}")
 
+    def cache(self, digest: str) -> str:
+        """STRING: one row's answer, kept for whoever asks again; ttl cache_ttl."""
+        return self._key(f"cache:{digest}")
+
     def seen(self, job_id: str) -> str:
         """STRING: the entry id of an accepted job; ttl the job's life, then 20 s, or result_ttl where detached."""
         return self._key(f"seen:{job_id}")

@@ -67,11 +67,18 @@ class Registry:
 
     def read(self, service: str) -> ServiceSpec:
         """The specification of `service`. Raises UnknownService, with the nearest name there is."""
+        return self.describe(service)[0]
+
+    def describe(self, service: str) -> tuple[ServiceSpec, str]:
+        """The specification of `service`, and the fingerprint of its weights: "" before a worker has said it.
+
+        Raises UnknownService.
+        """
         with translated(self._connection.safe_url):
-            stored = self._connection.client.hget(self.keys(service).spec(), "spec")
+            stored, fingerprint = self._connection.client.hmget(self.keys(service).spec(), "spec", "fingerprint")
         if stored is None:
             raise self._unknown(service)
-        return ServiceSpec.from_json(_text(stored))
+        return ServiceSpec.from_json(_text(stored)), _text(fingerprint or "")
 
     def names(self) -> list[str]:
         """The registered services, sorted."""

@@ -49,6 +49,7 @@ _CALL = (
     Grant("evalsha", write=f"service {_JOBS} bucket bucket:* paused refused seen:* cancelled reply:* result:*"),
     Grant("hget hmget", read="service bucket bucket:*"),
     Grant("get pttl exists", read="paused seen:* result:*"),
+    Grant("mget", read="cache:*"),
     Grant("zcount", read="workers"),
     Grant("xlen xrange xpending", read=_JOBS),
     Grant("xadd xdel", write=_JOBS),
@@ -72,6 +73,7 @@ _WORK = (
     Grant("xadd xlen pexpire", write="reply:*"),
     Grant("get", read="seen:*"),
     Grant("set pexpire", write="seen:* result:*"),
+    Grant("set", write="cache:*"),
 )
 
 _OPERATE = (

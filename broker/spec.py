@@ -65,6 +65,7 @@ TYPE_DEFAULTS: Mapping[str, Mapping[str, object]] = {
 
 LEAST_STALL_S = 30.0
 RESULT_TTL_S = 3_600.0
+CACHE_TTL_S = 3_600.0
 WEIGHTS: Mapping[PriorityName, float] = {"realtime": 7.0, "normal": 2.0, "batch": 1.0}
 
 SERVICE_NAME = "[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
@@ -238,6 +239,11 @@ class Runtime(Settings):
         names: tuple[PriorityName, ...] = get_args(PriorityName)
         weights = {name: self.priorities.get(name, PriorityLimits()).share or WEIGHTS[name] for name in names}
         return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+    @property
+    def cache_s(self) -> float | None:
+        """Seconds an answer is kept for rows that are asked again; None where the cache is off."""
+        return (self.cache_ttl or CACHE_TTL_S) if self.enable_cache else None
 
     @property
     def stall_s(self) -> float:

@@ -228,7 +228,11 @@ class AsyncClient:
         read = services.known(service)
         if read is None:
             read = await asyncio.to_thread(services.read, service)
-        return self._calls.begin(*read, inputs, ask)
+        spec, live_workers = read
+        if not spec.runtime.enable_cache:
+            return self._calls.begin(spec, live_workers, inputs, ask)
+        hits = await asyncio.to_thread(self._calls.recall, spec, inputs, ask)
+        return self._calls.begin(spec, live_workers, inputs, ask, hits)
 
     async def _only(self, model_type: str) -> str:
         if name := self._calls.services.remembered(model_type):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal, get_args
 
 import numpy as np
 
 from millstream.broker.admission import resume_hint
+from millstream.broker.cache import Cached, Recipe
 from millstream.broker.codec import MAX_ROWS, encode_inputs
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection
@@ -23,13 +25,15 @@ from millstream.broker.target import find_target
 from millstream.client.channel import Channel
 from millstream.client.detached import Detached
 from millstream.client.handle import Handle, Terms
+from millstream.client.recall import Recall
 from millstream.client.result import Embeddings
 from millstream.client.services import Services, op_of
-from millstream.client.split import Part, split
+from millstream.client.split import Part, split, split_once
 
 JOBS_PER_WORKER = 8
 MAX_ROW_BYTES = 512 * 1024
 UNKNOWN_TOKENS = 2_048
+NO_HITS: Mapping[int, Cached] = MappingProxyType({})
 _TENANT = re.compile(r"[A-Za-z0-9_.-]{0,64}")
 
 Truncate = Literal["none", "start", "end"]
@@ -76,6 +80,7 @@ class Calls:
         self.registry = Registry(self.connection, target.prefix)
         self.channel = Channel(self.connection, self.registry)
         self.services = Services(self.connection, self.registry)
+        self._recall = Recall(self.connection, self.registry)
         _living.add(self)
         # Not at exit: threads that wait then end with the process, and say nothing.
         weakref.finalize(self, self.channel.close).atexit = False
@@ -83,11 +88,29 @@ class Calls:
     def start(self, service: str, inputs: Sequence[Json], ask: Ask) -> Handle:
         """Send `inputs`, one a row, and return at once. Raises InvalidRequest, UnknownService, BrokerUnavailable."""
         ask.check()
-        return self.begin(*self.services.read(service), inputs, ask)
+        spec, live_workers = self.services.read(service)
+        hits = self.recall(spec, inputs, ask) if spec.runtime.enable_cache else {}
+        return self.begin(spec, live_workers, inputs, ask, hits)
 
-    def begin(self, spec: ServiceSpec, live_workers: int, inputs: Sequence[Json], ask: Ask) -> Handle:
-        """The same for a checked `ask` and a service that was read: waits for nothing."""
-        parts, refused = cut(spec, inputs)
+    def recall(self, spec: ServiceSpec, inputs: Sequence[Json], ask: Ask) -> Mapping[int, Cached]:
+        """What the cache of a service that was read has for `inputs`, by row: asks the server, for a second at most."""
+        fingerprint = self.services.fingerprint(spec.name)
+        sizes, _ = row_sizes(inputs)
+        if not fingerprint or not sizes:
+            return {}
+        recipe = Recipe.of(spec, fingerprint, op_of(spec))
+        return self._recall.rows(spec.name, recipe, {row: str(inputs[row]) for row in sizes}, ask.options)
+
+    def begin(
+        self,
+        spec: ServiceSpec,
+        live_workers: int,
+        inputs: Sequence[Json],
+        ask: Ask,
+        hits: Mapping[int, Cached] = NO_HITS,
+    ) -> Handle:
+        """The same for a checked `ask`, a service that was read and what `recall` found: waits for nothing."""
+        parts, refused = cut(spec, inputs, hits)
         limits = spec.runtime.limits(ask.priority)
         terms = Terms(
             service=spec.name,
@@ -102,7 +125,7 @@ class Calls:
             tenant=ask.tenant,
             replicated=spec.replicated,
         )
-        return Handle(self.channel, terms, inputs, parts, refused, self._why_late)
+        return Handle(self.channel, terms, inputs, parts, {**refused, **hits}, self._why_late)
 
     def leave(self, service: str, inputs: Sequence[Json], ask: Ask, idempotency_key: str | None) -> Detached:
         """Client.submit_detached."""
@@ -116,6 +139,7 @@ class Calls:
         self.connection.after_fork()
         self.channel.after_fork()
         self.services.after_fork()
+        self._recall.begin()
 
     def _why_late(self, service: str) -> MillstreamError:
         """The error of a call whose time is over: is the server gone, every worker dead, or all of them busy?"""
@@ -140,13 +164,20 @@ class Calls:
         )
 
 
-def cut(spec: ServiceSpec, inputs: Sequence[object]) -> tuple[list[Part], dict[int, MillstreamError]]:
-    """The jobs a call becomes, and the rows that never travel. A bad row costs its neighbours nothing."""
+def cut(
+    spec: ServiceSpec, inputs: Sequence[object], hits: Container[int] = ()
+) -> tuple[list[Part], dict[int, MillstreamError]]:
+    """The jobs a call becomes, without the rows of `hits`, and the rows that never travel.
+
+    A bad row costs its neighbours nothing. Where the service has a cache, a text that comes twice travels once.
+    """
     sizes, refused = row_sizes(inputs)
-    tokens = spec.runtime.max_batch_tokens
-    return split(
-        sizes, min(spec.runtime.batch_size, MAX_ROWS), tokens if isinstance(tokens, int) else UNKNOWN_TOKENS
-    ), refused
+    rows, tokens = min(spec.runtime.batch_size, MAX_ROWS), spec.runtime.max_batch_tokens
+    most_tokens = tokens if isinstance(tokens, int) else UNKNOWN_TOKENS
+    if not spec.runtime.enable_cache:
+        return split(sizes, rows, most_tokens), refused
+    misses = {row: size for row, size in sizes.items() if row not in hits}
+    return split_once(misses, inputs, rows, most_tokens), refused
 
 
 def row_sizes(inputs: Sequence[object]) -> tuple[dict[int, int], dict[int, MillstreamError]]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
+from millstream.broker.cache import Cached
 from millstream.broker.codec import decode_reply, encode_inputs
 from millstream.broker.errors import (
     BrokerUnavailable,
@@ -67,7 +68,7 @@ class Handle:
         terms: Terms,
         inputs: Sequence[Json],
         parts: Sequence[Part],
-        refused: Mapping[int, MillstreamError],
+        given: Mapping[int, MillstreamError | Cached],
         why_late: Callable[[str], MillstreamError],
     ) -> None:
         self.id = self._first_id = new_id()
@@ -80,7 +81,7 @@ class Handle:
         self._unsent = deque(parts)
         self._sent: dict[str, _Sent] = {}
         self._patient = terms.wait
-        self._rows = Rows(len(inputs), refused)
+        self._rows = Rows(len(inputs), given)
         self._sendable = self._rows.left
         self._pid = os.getpid()
         self._began = time.monotonic()

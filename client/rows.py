@@ -8,6 +8,7 @@ from typing import cast
 
 import numpy as np
 
+from millstream.broker.cache import Cached
 from millstream.broker.errors import MillstreamError, ModelFailed, PartialFailure
 from millstream.broker.job import Json, Reply, Vectors
 from millstream.client.result import Embeddings
@@ -18,23 +19,25 @@ RowOutcome = Vectors | Json | MillstreamError
 
 
 class Rows:
-    """Outcomes by row, filled part by part. `left` rows have none yet."""
+    """Outcomes by row, filled part by part; those of `given` are there from the start. `left` rows have none yet."""
 
-    def __init__(self, count: int, refused: Mapping[int, MillstreamError]) -> None:
+    def __init__(self, count: int, given: Mapping[int, MillstreamError | Cached]) -> None:
         self._rows: list[RowOutcome] = [None] * count
-        self.left = count - len(refused)
+        self.left = count - len(given)
         self._tokens = 0
         self._truncated: list[int] = []
         self._timings: dict[str, float] = {}
-        for row, error in refused.items():
-            self._rows[row] = error
+        for row, each in given.items():
+            self._rows[row] = each.result if isinstance(each, Cached) else each
+            if isinstance(each, Cached) and each.truncated:
+                self._truncated.append(row)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def place(self, part: Part, outcome: Reply | MillstreamError) -> None:
         """Put what came for `part` into its rows; one error stands for all of them."""
-        self.left -= len(part.rows)
+        self.left -= part.size if part.twins else len(part.rows)
         if isinstance(outcome, MillstreamError):
             outcome = Reply(error=outcome)
         results = outcome.vectors if outcome.vectors is not None else outcome.values or []
@@ -45,6 +48,15 @@ class Rows:
         self._truncated += [part.rows[at] for at in outcome.truncated if at < len(part.rows)]
         for name, ms in outcome.timings.items():
             self._timings[name] = max(ms, self._timings.get(name, 0.0))
+        if part.twins:
+            self._place_twins(part, outcome)
+
+    def _place_twins(self, part: Part, outcome: Reply) -> None:
+        truncated = {part.rows[at] for at in outcome.truncated if at < len(part.rows)}
+        for row, others in part.twins.items():
+            for other in others:
+                self._rows[other] = self._rows[row]
+            self._truncated += others if row in truncated else ()
 
     def outcomes(self) -> list[RowOutcome]:
         return list(self._rows)

@@ -22,6 +22,7 @@ class _Known:
     """One service, as the server described it at `read_at`, monotonic seconds."""
 
     spec: ServiceSpec
+    fingerprint: str
     live_workers: int
     paused: bool
     read_at: float
@@ -64,6 +65,11 @@ class Services:
         """What `read` would answer without asking the server."""
         known = self._known.get(service)
         return (known.spec, known.live_workers) if known and time.monotonic() - known.read_at <= FRESH_S else None
+
+    def fingerprint(self, service: str) -> str:
+        """The weights of `service` as last read; "" where no worker has said them, or the server is away."""
+        known = self._known.get(service)
+        return known.fingerprint if known and not known.away else ""
 
     def after_fork(self) -> None:
         """In a forked child: the lock may have been held in the parent."""
@@ -122,7 +128,7 @@ class Services:
 
     def _ask(self, service: str, before: _Known | None) -> _Known:
         try:
-            spec = self._registry.read(service)
+            spec, fingerprint = self._registry.describe(service)
             with translated(self._connection.safe_url):
                 keys = self._registry.keys(service)
                 live = Lease(self._connection.client, keys).live_workers()
@@ -131,4 +137,4 @@ class Services:
             if before is None:
                 raise
             return replace(before, read_at=time.monotonic(), away=error)
-        return _Known(spec, live, paused, time.monotonic())
+        return _Known(spec, fingerprint, live, paused, time.monotonic())

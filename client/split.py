@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 SPECIAL_TOKENS = 2
@@ -11,10 +12,19 @@ MAX_PART_BYTES = 512 * 1024
 
 
 class Part(NamedTuple):
-    """One job's share of a call: which rows it carries, and about how many tokens they have."""
+    """One job's share of a call: which rows it carries, and about how many tokens they have.
+
+    `twins` are rows that do not travel: each has the text of one that does, and gets its outcome.
+    """
 
     rows: tuple[int, ...]
     tokens: int
+    twins: Mapping[int, Sequence[int]] = MappingProxyType({})
+
+    @property
+    def size(self) -> int:
+        """Rows that have their outcome once this part has."""
+        return len(self.rows) + sum(map(len, self.twins.values()))
 
 
 def estimate_tokens(size: int) -> int:
@@ -41,3 +51,13 @@ def split(sizes: Mapping[int, int], most_rows: int, most_tokens: int) -> list[Pa
         parts.append(Part(rows, sum(estimate_tokens(sizes[row]) for row in rows)))
         start += len(rows)
     return parts
+
+
+def split_once(sizes: Mapping[int, int], inputs: Sequence[object], most_rows: int, most_tokens: int) -> list[Part]:
+    """The same, where rows with equal inputs travel once."""
+    rows_of: dict[object, list[int]] = {}
+    for row in sizes:
+        rows_of.setdefault(inputs[row], []).append(row)
+    twins = {first: others for first, *others in rows_of.values() if others}
+    parts = split({rows[0]: sizes[rows[0]] for rows in rows_of.values()}, most_rows, most_tokens)
+    return [part._replace(twins={row: twins[row] for row in part.rows if row in twins}) for part in parts]

@@ -18,6 +18,7 @@ from typing import cast
 
 import numpy as np
 
+from millstream.broker.cache import Cached
 from millstream.broker.codec import decode_inputs, encode_reply
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection
@@ -27,7 +28,7 @@ from millstream.broker.registry import Registry
 from millstream.broker.spec import ModelSpec, Runtime
 from millstream.broker.streams import Admission, CancelOutcome, Found, Group, Streams
 from millstream.client.aio import AsyncClient
-from millstream.client.calls import Ask, Calls
+from millstream.client.calls import NO_HITS, Ask, Calls
 from millstream.client.channel import Cancellation, Channel, Submission
 from millstream.client.client import Client
 from millstream.client.detached import Detached
@@ -113,8 +114,15 @@ class _FakeCalls(Calls):
         self.services = cast(Services, _FakeServices())
         self._left = cast(Streams, _FakeStreams(model))
 
-    def begin(self, spec: ServiceSpec, live_workers: int, inputs: Sequence[Json], ask: Ask) -> Handle:
-        handle = super().begin(spec, live_workers, inputs, ask)
+    def begin(
+        self,
+        spec: ServiceSpec,
+        live_workers: int,
+        inputs: Sequence[Json],
+        ask: Ask,
+        hits: Mapping[int, Cached] = NO_HITS,
+    ) -> Handle:
+        handle = super().begin(spec, live_workers, inputs, ask, hits)
         self.made.append(Call(spec.name, list(inputs), ask))
         return handle
 

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Mapping
 
+from millstream.broker.cache import Cache, Recipe
 from millstream.broker.config import Runtime, ServiceSpec
 from millstream.broker.connection import Connection, is_transient, retrying
 from millstream.broker.errors import Cancelled, ConfigError, UnknownService
@@ -18,6 +19,7 @@ from millstream.broker.streams import Streams
 from millstream.worker.beat import Heart
 from millstream.worker.claimer import SLEEP_S, Claimer, Policy, Queue
 from millstream.worker.intake import Intake
+from millstream.worker.keeper import Keeper
 from millstream.worker.models.base import Model
 from millstream.worker.orders import Orders
 from millstream.worker.patience import Patience
@@ -45,9 +47,12 @@ class Crew:
         keys = self._registry.keys(spec.name)
         self._lease = Lease(connection.client, keys)
         self._streams = Streams(connection.client, keys, result_ttl_ms=round(spec.result_ttl * 1000))
-        self._intake = Intake(model, spec.runtime.max_attempts)
+        # As it was loaded, not as it is pushed later: those settings made its answers.
+        recipe = Recipe.of(spec, model.fingerprint, model.op)
+        self._keeper = Keeper(Cache(connection.client, keys), recipe)
+        self._intake = Intake(model, spec.runtime.max_attempts, self._keeper.digests)
         self._policy = Policy(Patience(0.0), {}, Shares({}, 0))
-        self._settler = Settler(shared, self._streams)
+        self._settler = Settler(shared, self._streams, self._keeper.keep)
         queue = Queue(self._streams, Streams(connection.blocking(SLEEP_S), keys), self._lease)
         self._claimer = Claimer(shared, queue, self._intake, self._policy, self._settler.put)
         self._inference_timeouts: dict[Priority, float | None] = {}
@@ -125,6 +130,7 @@ class Crew:
         self._shared.window.limit(runtime.batch_size, batch_tokens(runtime), runtime.queue_timeout, shortest)
         self._policy.shares.change({each: runtime.shares[each.value] for each in PRIORITIES}, 2 * runtime.batch_size)
         self._intake.max_attempts = runtime.max_attempts
+        self._keeper.ttl_s = runtime.cache_s
         self._progress.stall_s = runtime.stall_s
 
     def _leave(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from millstream.broker.codec import decode_inputs
@@ -31,11 +31,16 @@ class _Request:
     options: Mapping[str, Json]
 
 
+Digests = Callable[[Sequence[Json], Mapping[str, Json]], Sequence[str]]
+"""The names under which the answers of rows are kept, from inputs and options; none where none are kept."""
+
+
 class Intake:
     """Turns one claim's entries into jobs with prepared rows; the rest is finished at once, each by its own error."""
 
-    def __init__(self, model: Model, max_attempts: int) -> None:
+    def __init__(self, model: Model, max_attempts: int, digests: Digests = lambda inputs, options: ()) -> None:
         self._model = model
+        self._digests = digests
         self.max_attempts = max_attempts
 
     def admit(self, claims: Sequence[Claim], now: int) -> tuple[list[Held], list[Finished]]:
@@ -80,6 +85,8 @@ class Intake:
         for group in groups.values():
             rows = iter(self._rows([each for request in group for each in request.inputs], group[0].options))
             held += [Held(each.claim, each.job, [next(rows) for _ in each.inputs]) for each in group]
+            for job, request in zip(held[-len(group) :], group, strict=True):
+                job.digests = self._digests(request.inputs, request.options)
         return held
 
     def _rows(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:

@@ -36,7 +36,7 @@ class Runner:
             batch = self._in_time(batch)
             outcomes = self._forward(batch) if batch else []
             for held in self._window.complete(batch, outcomes):
-                self._finish(Finished(held.claim.address, held.reply()))
+                self._finish(Finished(held.claim.address, held.reply(), digests=held.digests))
 
     def _in_time(self, batch: Rows) -> Rows:
         """The rows whose jobs may still start; the callers of the others are told. The last check before the model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from millstream.broker.codec import encode_reply
@@ -19,19 +20,26 @@ log = logging.getLogger(__name__)
 
 
 class Finished(NamedTuple):
-    """A job's answer, on its way out; `bury` is the reason where it goes to the dead letters."""
+    """A job's answer, on its way out; `bury` is the reason where it goes to the dead letters.
+
+    `digests` has a name for each row, under which its answer is kept; none where it is not to be.
+    """
 
     address: Address
     reply: Reply
     bury: str = ""
+    digests: Sequence[str] = ()
 
 
 class Settler(threading.Thread):
     """Writes what is `put`, until `finish`; nothing put is dropped while the process lives."""
 
-    def __init__(self, shared: Shared, streams: Streams) -> None:
+    def __init__(
+        self, shared: Shared, streams: Streams, keep: Callable[[Sequence[Finished]], None] = lambda finished: None
+    ) -> None:
         super().__init__(name="settler", daemon=True)
         self._streams = streams
+        self._keep = keep
         self._window = shared.window
         self._counters = shared.counters
         self._life = shared.life
@@ -52,7 +60,7 @@ class Settler(threading.Thread):
 
     def _settle(self, first: Finished) -> bool:
         """Settle `first` and what else is ready. True when the end was reached."""
-        batch = [_encoded(first)]
+        batch, to_keep = [_encoded(first)], [first]
         size, ended = len(batch[0].reply), False
         while len(batch) < MAX_JOBS_PER_CALL and size < MAX_BYTES_PER_CALL:
             try:
@@ -63,7 +71,10 @@ class Settler(threading.Thread):
                 ended = True
                 break
             batch.append(_encoded(finished))
+            to_keep.append(finished)
             size += len(batch[-1].reply)
+        # First: whoever has this answer and asks again finds it.
+        self._keep(to_keep)
         self._write(batch)
         return ended
 

@@ -41,7 +41,10 @@ BY_SHARE = -1
 
 @dataclass(slots=True, eq=False)
 class Held:
-    """A job in hand. `prepared` has one entry a row; `outcomes` fills as rows come back."""
+    """A job in hand. `prepared` has one entry a row; `outcomes` fills as rows come back.
+
+    `digests` names each row's answer in the cache; empty where none is kept.
+    """
 
     claim: Claim
     job: Job
@@ -52,6 +55,7 @@ class Held:
     started_at: int = 0
     running_since: float | None = None
     timings: dict[str, float] = field(default_factory=dict)
+    digests: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.name = entry_name(self.claim.address)

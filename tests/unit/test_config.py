@@ -350,7 +350,6 @@ def test_what_is_set_but_not_enforced_yet_is_one_line_a_key_with_its_places(load
     lines = unenforced(load_text(USERS_FILE))
 
     assert lines == [
-        "enable_cache is accepted, but not enforced yet (config.yaml:8 embedding_service)",
         "models of type llm have no worker yet (config.yaml:4 llm_v1)",
         "models of type reranker have no worker yet (config.yaml:3 reranker_v1)",
     ]
@@ -361,7 +360,7 @@ def test_what_is_set_but_not_enforced_yet_is_one_line_a_key_with_its_places(load
     [
         ("max_batch_tokens: auto", ["max_batch_tokens: auto"]),
         ("max_batch_tokens: 99, rate_limit: null, enable_cache: false, cache_ttl: none, priorities: {}", []),
-        ("stall_timeout: 5m, memory_limit: 2GB, cache_ttl: 1h", ["cache_ttl", "memory_limit"]),
+        ("stall_timeout: 5m, memory_limit: 2GB, enable_cache: true, cache_ttl: 2h", ["memory_limit"]),
         ("memory_limit: 2GB, priorities: {batch: {share: 1}}", ["memory_limit"]),
         ("preset: throughput, batch_size: 3, truncate: end, max_attempts: 1", []),
     ],

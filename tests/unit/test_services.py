@@ -28,12 +28,12 @@ class FakeRegistry:
         self._ask()
         return ["embed"]
 
-    def read(self, service: str) -> ServiceSpec:
+    def describe(self, service: str) -> tuple[ServiceSpec, str]:
         self._ask()
         if service != "embed":
             raise UnknownService(f"no service {service!r}")
         model = ModelSpec(type="embedding", model_name="m")
-        return ServiceSpec(name=service, model=model, model_ref="m", runtime=Runtime())
+        return ServiceSpec(name=service, model=model, model_ref="m", runtime=Runtime()), "weights"
 
     def keys(self, service: str) -> None: ...
 

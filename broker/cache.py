@@ -1,0 +1,149 @@
+"""Answers kept for rows that are asked again: named by all that makes them, read by callers, written by workers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import numpy as np
+import redis
+
+from millstream.broker.cluster import owner
+from millstream.broker.job import Json, Vectors
+from millstream.broker.keys import ServiceKeys
+from millstream.broker.spec import ServiceSpec
+from millstream.broker.streams import LONGEST_MS
+
+CHUNK = 512
+"""Keys of one MGET, and of one pipeline of SETs: another client of the server waits for no more than these."""
+
+MOST_MEMORY = 0.75
+"""Of the server's maxmemory: nothing is kept beyond it, the rest is for jobs."""
+
+LOOK_S = 1.0
+"""How long what was seen of the server's memory holds."""
+
+_DIGEST_BYTES = 16
+_VERSION = 1
+_TRUNCATED, _JSON = 1, 2
+
+
+class Cached(NamedTuple):
+    """One row's answer, a vector [dim] or a JSON value, and whether its text was cut for it."""
+
+    result: Vectors | Json
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All that makes an answer beside the row and the call's options: which weights, what is asked, the settings."""
+
+    fingerprint: str
+    op: str
+    truncate: str
+    max_length: int | None
+
+    @classmethod
+    def of(cls, spec: ServiceSpec, fingerprint: str, op: str) -> Recipe:
+        return cls(fingerprint, op, spec.runtime.truncate, spec.model.max_length)
+
+    def digests(self, texts: Iterable[str], options: Mapping[str, Json]) -> list[str]:
+        """The name of each text's answer: 32 hex digits. `options` are such that JSON can carry."""
+        parts = (_VERSION, self.fingerprint, self.op, self.truncate, self.max_length, _canonical(options))
+        # JSON says where each part ends, and holds no zero byte: what comes after the first one is the text.
+        common = hashlib.blake2b(json.dumps(parts).encode() + b"\0", digest_size=_DIGEST_BYTES)
+        return [_continued(common, text) for text in texts]
+
+
+def _canonical(options: Mapping[str, Json]) -> str:
+    """The same for a caller's options and for what a worker reads of them."""
+    return json.dumps(json.loads(json.dumps(options)), sort_keys=True) if options else "{}"
+
+
+def _continued(common: hashlib.blake2b, text: str) -> str:
+    digest = common.copy()
+    digest.update(text.encode(errors="surrogatepass"))
+    return digest.hexdigest()
+
+
+def encode(cached: Cached) -> bytes:
+    """A byte of flags, then raw little-endian float32, or JSON. Raises TypeError, ValueError or RecursionError."""
+    flags = _TRUNCATED if cached.truncated else 0
+    if isinstance(cached.result, np.ndarray):
+        return bytes((flags,)) + np.ascontiguousarray(cached.result, dtype="<f4").tobytes()
+    return bytes((flags | _JSON,)) + json.dumps(cached.result, ensure_ascii=False, allow_nan=False).encode()
+
+
+def decode(blob: bytes | None) -> Cached | None:
+    """What `encode` wrote, its vector read-only; None, a miss, for anything else."""
+    if not blob or blob[0] > (_TRUNCATED | _JSON):
+        return None
+    flags, truncated = blob[0], bool(blob[0] & _TRUNCATED)
+    if not flags & _JSON:
+        whole = len(blob) > 1 and len(blob) % 4 == 1
+        # Cut off, not skipped: behind one byte the numbers would not be aligned.
+        return Cached(np.frombuffer(blob[1:], dtype="<f4"), truncated) if whole else None
+    try:
+        return Cached(json.loads(blob[1:]), truncated)
+    except (ValueError, RecursionError):
+        return None
+
+
+class Cache:
+    """The kept answers of one service. Raises no fault of the server: a cache must not cost a job its answer.
+
+    `faults` counts them, and `fault` is the last one.
+    """
+
+    def __init__(self, client: redis.Redis, keys: ServiceKeys) -> None:
+        self._client = client
+        self._keys = keys
+        self._looked_at = float("-inf")
+        self._room = True
+        self.faults = 0
+        self.fault: redis.RedisError | None = None
+
+    def look_up(self, digests: Sequence[str]) -> list[Cached | None]:
+        """What is kept under each of `digests`, None where nothing is; after a fault nothing more is asked for."""
+        found: list[Cached | None] = []
+        try:
+            for at in range(0, len(digests), CHUNK):
+                names = [self._keys.cache(digest) for digest in digests[at : at + CHUNK]]
+                found += map(decode, cast(list[bytes | None], self._client.mget(names)))
+        except redis.RedisError as error:
+            self._note(error)
+        return found + [None] * (len(digests) - len(found))
+
+    def keep(self, answers: Sequence[tuple[str, bytes]], ttl_s: float) -> None:
+        """Write encoded answers, (digest, bytes), for `ttl_s` seconds; none while the server is short of memory."""
+        ttl_ms = max(1, round(min(ttl_s * 1000, LONGEST_MS)))
+        try:
+            if not answers or not self._has_room(answers[0][0]):
+                return
+            for at in range(0, len(answers), CHUNK):
+                pipe = self._client.pipeline(transaction=False)
+                for digest, blob in answers[at : at + CHUNK]:
+                    pipe.set(self._keys.cache(digest), blob, px=ttl_ms)
+                for answer in pipe.execute(raise_on_error=False):
+                    if isinstance(answer, redis.RedisError):
+                        self._note(answer)
+        except redis.RedisError as error:
+            self._note(error)
+
+    def _has_room(self, digest: str) -> bool:
+        if time.monotonic() - self._looked_at > LOOK_S:
+            node = owner(self._client, self._keys.cache(digest))
+            memory = cast(Mapping[str, int], node.info("memory"))
+            most = memory.get("maxmemory", 0) * MOST_MEMORY
+            self._room = not most or memory["used_memory"] < most
+            self._looked_at = time.monotonic()
+        return self._room
+
+    def _note(self, error: redis.RedisError) -> None:
+        self.faults += 1
+        self.fault = error

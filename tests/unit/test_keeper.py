@@ -1,0 +1,100 @@
+"""A worker keeps good answers under names of its own making, and only while its service has a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import fakeredis
+import numpy as np
+import pytest
+
+from millstream.broker.cache import Cache, Cached, Recipe
+from millstream.broker.errors import ModelFailed
+from millstream.broker.job import Address, Json, Priority, Reply
+from millstream.broker.keys import ServiceKeys
+from millstream.worker.keeper import Keeper
+from millstream.worker.settler import Finished
+
+RECIPE = Recipe("weights", "echo", "none", None)
+
+
+class Kept(Cache):
+    """Remembers what it is asked to keep, decoded by its name."""
+
+    def __init__(self) -> None:
+        super().__init__(fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2), ServiceKeys("echo"))
+        self._room, self._looked_at = True, float("inf")
+
+    def of(self, *texts: str) -> list[Cached | None]:
+        return self.look_up(RECIPE.digests(texts, {}))
+
+
+@pytest.fixture
+def kept() -> Kept:
+    return Kept()
+
+
+@pytest.fixture
+def keeper(kept: Kept) -> Keeper:
+    keeper = Keeper(kept, RECIPE)
+    keeper.ttl_s = 60.0
+    return keeper
+
+
+def finished(keeper: Keeper, texts: Sequence[Json], reply: Reply) -> Finished:
+    return Finished(Address(Priority.NORMAL, "1-1"), reply, digests=keeper.digests(texts, {}))
+
+
+def test_rows_without_an_error_are_kept_each_under_its_own_text(keeper: Keeper, kept: Kept) -> None:
+    reply = Reply(values=["A", "C"], errors={1: ModelFailed("NaN")}, truncated=(2,))
+
+    keeper.keep([finished(keeper, ["a", "b", "c"], reply)])
+
+    assert kept.of("a", "b", "c") == [Cached("A"), None, Cached("C", truncated=True)]
+
+
+def test_vectors_are_kept_as_vectors(keeper: Keeper, kept: Kept) -> None:
+    keeper.keep([finished(keeper, ["a", "b"], Reply(vectors=np.array([[1, 2], [3, 4]], np.float32)))])
+
+    results = [np.asarray(each.result).tolist() for each in kept.of("a", "b") if each]
+    assert results == [[1, 2], [3, 4]]
+
+
+def test_an_error_of_the_whole_job_is_not_kept(keeper: Keeper, kept: Kept) -> None:
+    keeper.keep([finished(keeper, ["a"], Reply(error=ModelFailed("no")))])
+
+    assert kept.of("a") == [None]
+
+
+def test_what_cannot_be_written_is_not_kept_and_its_neighbours_are(keeper: Keeper, kept: Kept) -> None:
+    values: list[Json] = [object(), "B"]  # type: ignore[list-item]
+
+    keeper.keep([finished(keeper, ["a", "b"], Reply(values=values))])
+
+    assert kept.of("a", "b") == [None, Cached("B")]
+
+
+def test_what_is_no_text_has_no_name(keeper: Keeper, kept: Kept) -> None:
+    keeper.keep([finished(keeper, [5, "b"], Reply(values=[5, "B"]))])
+
+    assert kept.of("5", "", "b") == [None, None, Cached("B")]
+
+
+def test_without_a_cache_rows_are_neither_named_nor_kept(keeper: Keeper, kept: Kept) -> None:
+    named = finished(keeper, ["a"], Reply(values=["A"]))
+    keeper.ttl_s = None
+
+    keeper.keep([named])
+
+    assert keeper.digests(["a"], {}) == ()
+    assert kept.of("a") == [None]
+
+
+def test_a_cache_that_fails_is_told_of_once(keeper: Keeper, kept: Kept, caplog: pytest.LogCaptureFixture) -> None:
+    kept._client = fakeredis.FakeRedis(server=fakeredis.FakeServer(), connected=False)
+    kept._client.connection_pool.connection_kwargs["server"].connected = False
+
+    for text in ("a", "b"):
+        keeper.keep([finished(keeper, [text], Reply(values=["A"]))])
+
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["answers cannot be kept in the cache"]
