@@ -55,7 +55,7 @@ class Policy:
 class Claimer(threading.Thread):
     """Claims until the process drains, then closes the window. `live_workers` is what the last beat heard.
 
-    `paused`: the last claim was given nothing because the service is paused.
+    `paused`: the last claim was given nothing because the service is paused. `_left_nothing`: it had nothing to give.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Claimer(threading.Thread):
         self._finish = finish
         self._in_hand_s = 0.0
         self._suspects = False
+        self._left_nothing = False
         self._pause_s = 0.0
         self._gathered: list[str] = []
         self.live_workers = 1
@@ -139,16 +140,26 @@ class Claimer(threading.Thread):
             self._sleep()
 
     def _sleep(self) -> None:
-        """Nothing waits anywhere: sleep in Redis until a job comes, then take what came with it."""
+        """Nothing waits anywhere: sleep in Redis until a job comes, then take what came with it.
+
+        Where it came alone and the runner has taken it, that is again so, and asking once more would tell nothing.
+        """
+        while self._wake() and self._left_nothing and not self._life.draining:
+            if not self._window.wait_for_take(LOOK_S) or self._window.waiting:
+                break
+
+    def _wake(self) -> bool:
+        """Sleep in Redis until a job comes and hold it with what came with it; False where none is held."""
         woken = self._queue.sleeping.wait(self._consumer, SLEEP_S)
         self._gather(woken)
         if not woken:
-            return
+            return False
         rest = self._rest()
         if rest.paused:
             self._hand_back()
-        else:
-            self._hold(self._with_company(woken + rest.claims, rest.now), rest.now)
+            return False
+        self._hold(self._with_company(woken + rest.claims, rest.now), rest.now)
+        return True
 
     def _hand_back(self) -> None:
         """The service was paused while these were on their way here: they wait again, and nothing is counted."""
@@ -166,6 +177,9 @@ class Claimer(threading.Thread):
     def _claim(self, limit: Limit) -> Claimed:
         claimed = self._queue.streams.claim(self._consumer, replace(limit, saved=self._spend_shares()))
         self.paused = claimed.paused
+        # Where it took something, more may be given back than it counts: it looks no further than it takes.
+        more = claimed.claims or any(claimed.waiting) or claimed.suspects
+        self._left_nothing = not (more or claimed.paused)
         in_hand = map(self._window.waiting_of, PRIORITIES)
         self._shares.served(claimed.claims, [sum(each) for each in zip(claimed.waiting, in_hand, strict=True)])
         self._gather(claimed.claims)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import fakeredis
 import pytest
 from contracts.queue import Queue, draft
 from support import eventually
 
-from millstream.broker.job import PRIORITIES, Priority
+from millstream.broker.job import PRIORITIES, Claim, Priority
 from millstream.broker.keys import ServiceKeys
 from millstream.broker.lease import entry_name
+from millstream.broker.pause import pause
+from millstream.broker.streams import Claimed, Limit, Streams
 from millstream.worker import claimer
 from millstream.worker.batcher import Budget
 from millstream.worker.claimer import Claimer, Policy
@@ -21,22 +27,49 @@ from millstream.worker.shared import Shared
 from millstream.worker.shares import Shares
 from millstream.worker.window import HOLD_BATCHES, Window
 
+LONG_S = 20.0
+
 ROWS = 4
 """Rows of a micro-batch, each a job of its own."""
+
+
+class Counted(Streams):
+    claims = 0
+
+    def claim(self, consumer: str, limit: Limit) -> Claimed:
+        self.claims += 1
+        return super().claim(consumer, limit)
+
+
+class Scripted(Streams):
+    """Before each sleep one of `wakes` happens; when they are used up nothing does, and sleeps end at once."""
+
+    def __init__(self, client: fakeredis.FakeRedis, keys: ServiceKeys, wakes: Sequence[Callable[[], object]]) -> None:
+        super().__init__(client, keys)
+        self._wakes = iter(wakes)
+
+    def wait(self, consumer: str, wait_s: float) -> list[Claim]:
+        wake = next(self._wakes, None)
+        if wake is None:
+            return []
+        wake()
+        return super().wait(consumer, 0.001)
 
 
 class Bench:
     """A claimer on a queue of its own; the test is its runner and its settler."""
 
-    def __init__(self, shares: dict[Priority, float]) -> None:
+    def __init__(self, shares: dict[Priority, float], wakes: Sequence[Callable[[Bench], object]] = ()) -> None:
         client = fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2)
         self.queue = Queue(client, ServiceKeys("echo"))
         self.queue.open()
         self.shared = Shared("w1", Window(Budget(ROWS, tokens=1_000)))
         self.finished: list[Finished] = []
+        self.streams = Counted(client, self.queue.keys)
+        sleeping = Scripted(client, self.queue.keys, [partial(wake, self) for wake in wakes])
         self.claimer = Claimer(
             self.shared,
-            claimer.Queue(self.queue.streams, self.queue.streams, self.queue.lease),
+            claimer.Queue(self.streams, sleeping, self.queue.lease),
             Intake(EchoModel("echo"), max_attempts=3),
             Policy(Patience(0.0), dict.fromkeys(PRIORITIES, 0.0), Shares(shares, 2 * ROWS)),
             self.finished.append,
@@ -56,9 +89,12 @@ class Bench:
         return [address.priority for address in addresses]
 
 
+SHARES = {Priority.REALTIME: 0.7, Priority.NORMAL: 0.2, Priority.BATCH: 0.1}
+
+
 @pytest.fixture
 def bench() -> Bench:
-    return Bench({Priority.REALTIME: 0.7, Priority.NORMAL: 0.2, Priority.BATCH: 0.1})
+    return Bench(SHARES)
 
 
 def test_a_realtime_job_passes_a_window_that_is_full_and_nothing_else_does(bench: Bench) -> None:
@@ -92,3 +128,84 @@ def test_no_class_starves_while_more_urgent_ones_saturate_the_worker(bench: Benc
     assert served[Priority.NORMAL] >= 0.1 * total
     assert served[Priority.BATCH] >= 0.05 * total
     assert served[Priority.REALTIME] >= 0.5 * total
+
+
+def one_comes(bench: Bench) -> None:
+    bench.put(Priority.NORMAL, 1)
+
+
+def one_comes_and_one_is_given_back(bench: Bench) -> None:
+    bench.queue.hold("w0", draft())
+    bench.queue.lease.release("w0")
+    one_comes(bench)
+
+
+def one_comes_and_a_suspect_is_given_back(bench: Bench) -> None:
+    claims = bench.queue.hold("w0", draft())
+    bench.queue.lease.release("w0", started=[entry_name(claim.address) for claim in claims])
+    one_comes(bench)
+
+
+def one_comes_as_the_service_is_paused(bench: Bench) -> None:
+    pause(bench.queue.client, bench.queue.keys)
+    one_comes(bench)
+
+
+def step_with_a_runner(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> int:
+    """One step of the claimer beside a runner that takes at once; how many jobs ran."""
+    # As long as a loaded machine needs to let the runner take.
+    monkeypatch.setattr(claimer, "LOOK_S", LONG_S)
+    ran: list[Priority] = []
+
+    def run() -> None:
+        while served := bench.run_one():
+            ran.extend(served)
+
+    runner = threading.Thread(target=run)
+    runner.start()
+    bench.claimer._step()
+    bench.shared.window.close()
+    runner.join()
+    return len(ran)
+
+
+def test_jobs_that_come_one_by_one_to_an_idle_worker_cost_one_claim_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(SHARES, wakes=[one_comes] * 5)
+
+    ran = step_with_a_runner(bench, monkeypatch)
+
+    assert ran == 5
+    # One more before the first sleep.
+    assert bench.streams.claims == 1 + 5
+
+
+def test_what_was_given_back_runs_with_the_next_job_or_after_the_next_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(SHARES, wakes=[one_comes, one_comes_and_one_is_given_back])
+
+    assert step_with_a_runner(bench, monkeypatch) == 3
+
+    bench.queue.hold("w0", draft())
+    bench.queue.lease.release("w0")
+    bench.claimer._step()
+
+    assert len(bench.shared.window.names()) == 1
+
+
+def test_a_suspect_does_not_wait_for_as_long_as_jobs_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(SHARES, wakes=[one_comes_and_a_suspect_is_given_back, one_comes, one_comes])
+
+    assert step_with_a_runner(bench, monkeypatch) == 1
+    bench.claimer._step()
+
+    (name,) = bench.queue.held_by(bench.shared.consumer)
+    assert bench.shared.window.names() == [name]
+    assert bench.queue.depth() == 1
+
+
+def test_a_pause_ends_what_follows_a_job_that_came_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(SHARES, wakes=[one_comes, one_comes_as_the_service_is_paused, one_comes])
+
+    assert step_with_a_runner(bench, monkeypatch) == 1
+
+    assert bench.claimer.paused
+    assert bench.queue.held_by(bench.shared.consumer) == []
