@@ -8,6 +8,7 @@ import time
 import pytest
 from e2e.conftest import Supervised
 from e2e.sites import Site, echo
+from support import eventually
 
 from millstream.broker.errors import DeadlineExceeded, RateLimited
 from millstream.client import Client
@@ -83,3 +84,32 @@ def test_rate_limit_turns_calls_away(supervised: Supervised, rate_limit: int | N
     # A slow machine's ten calls may take so long that more come in.
     more = 0 if rate_limit is None else rate_limit * (time.monotonic() - began)
     assert admitted <= passed <= admitted + more
+
+
+@pytest.mark.parametrize(("enable_cache", "runs"), [(True, False), (False, True)])
+def test_enable_cache_answers_from_redis_what_was_answered_before(
+    supervised: Supervised, enable_cache: bool, runs: bool
+) -> None:
+    site = slow(supervised, enable_cache=enable_cache, cache_ttl=60)
+    with Client(site.url) as client:
+        client.submit(site.spec.name, ["a", "b"]).result()
+
+        again = client.submit(site.spec.name, ["b", "a"])
+
+        assert again.ready is not runs
+        assert again.result() == ["b", "a"]
+
+
+def test_cache_ttl_ends_what_is_kept(supervised: Supervised) -> None:
+    site = supervised(echo("", enable_cache=True, cache_ttl=0.5), 1)
+    with Client(site.url) as client:
+
+        def is_found() -> bool:
+            return client.submit(site.spec.name, ["a"]).ready
+
+        def is_kept() -> bool:
+            client.submit(site.spec.name, ["a"]).result()
+            return is_found()
+
+        eventually(is_kept)
+        eventually(lambda: not is_found())

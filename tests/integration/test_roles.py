@@ -140,6 +140,17 @@ def test_clients_and_workers_do_all_their_work_as_users_of_these_roles(enter: En
         assert client.submit(name, ["alive"]).result(timeout=LONG_S) == ["alive"]
 
 
+def test_a_client_finds_what_a_worker_kept(enter: Enter, connection: Connection, echo_spec: ServiceSpec) -> None:
+    caching = echo_spec.model_copy(update={"runtime": echo_spec.runtime.model_copy(update={"enable_cache": True})})
+    Registry(connection).push([caching], replace=True)
+
+    with at_work(enter("worker", caching.name), caching), Client(enter("client", caching.name)) as client:
+        assert client.submit(caching.name, ["a"]).result(timeout=LONG_S) == ["a"]
+        again = client.submit(caching.name, ["a"])
+        assert again.ready
+        assert again.result() == ["a"]
+
+
 def test_a_worker_takes_over_what_a_lost_host_held(enter: Enter, connection: Connection, service: str) -> None:
     queue = queue_of(connection, service)
     queue.open()
@@ -263,6 +274,7 @@ def test_a_client_writes_neither_the_services_settings_nor_its_pause(
         lambda limited: limited.pexpire(keys.spec(), 1),
         lambda limited: limited.set(keys.spec(), "gone"),
         lambda limited: limited.set(keys.paused(), "refusing"),
+        lambda limited: limited.set(keys.cache("0" * 32), "no answer"),
         lambda limited: limited.xtrim(keys.stream(Priority.NORMAL), maxlen=0),
         lambda limited: limited.sadd("ms:services", "x"),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import fakeredis
@@ -29,9 +30,11 @@ class Watched:
         self._streams = streams
         self.calls: list[int] = []
         self.faults: list[Exception] = []
+        self.on_settle: Callable[[], None] = lambda: None
 
     def settle(self, settlements: list[Settlement]) -> list[Settled]:
         self.calls.append(len(settlements))
+        self.on_settle()
         outcomes = self._streams.settle(settlements)
         if self.faults:
             raise self.faults.pop()
@@ -41,7 +44,7 @@ class Watched:
 class Bench:
     """A settler whose thread is the test's: `settle` returns when all was written."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Callable[[Sequence[Finished]], None] = lambda finished: None) -> None:
         client = fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2)
         self.queue = Queue(client, ServiceKeys("echo"))
         self.queue.open()
@@ -50,7 +53,7 @@ class Bench:
         self.counters = Counters()
         self.life = Life()
         self.settler = Settler(
-            Shared("w1", self.window, counters=self.counters, life=self.life), cast(Streams, self.streams)
+            Shared("w1", self.window, counters=self.counters, life=self.life), cast(Streams, self.streams), keep
         )
 
     def hold(self, count: int) -> list[Claim]:
@@ -94,6 +97,16 @@ def test_large_answers_go_in_calls_of_their_own(bench: Bench) -> None:
     bench.settle(*[Finished(claim.address, Reply(values=["x" * 2_000_000])) for claim in claims])
 
     assert bench.streams.calls == [1, 1, 1]
+
+
+def test_answers_are_kept_before_they_are_written() -> None:
+    order: list[str] = []
+    bench = Bench(keep=lambda finished: order.extend(f"kept {each.reply.values}" for each in finished))
+    bench.streams.on_settle = lambda: order.append("settled")
+
+    bench.settle(*[Finished(claim.address, Reply(values=[at])) for at, claim in enumerate(bench.hold(2))])
+
+    assert order == ["kept [0]", "kept [1]", "settled"]
 
 
 @pytest.mark.parametrize("value", [object(), "\ud800", {1j: 2}], ids=["object", "surrogate", "key"])
