@@ -41,7 +41,7 @@ DEATHS = [
     Lane(faults.WORKERS_KILLED, 6.0),
     Lane(faults.WORKERS_FROZEN, 1.0),
     Lane(faults.WORKERS_FROZEN, 1.0),
-    Lane(faults.SUPERVISORS, 2.0),
+    Lane(faults.SUPERVISORS, 1.0),
     Lane(faults.CLIENTS, 8.0),
     Lane(faults.POISONS, 8.0),
 ]
