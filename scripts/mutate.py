@@ -145,6 +145,9 @@ def try_all(mutations: Sequence[Mutation], copies: Sequence[Copy]) -> Iterator[t
 def main(words: Sequence[str]) -> int:
     say = Console(width=180, highlight=False, soft_wrap=True).print
     mutations = read(words)
+    if not mutations:
+        # pytest without a test's name would run them all.
+        raise SystemExit(f"no break has all these words: {' '.join(words)}")
     with tempfile.TemporaryDirectory(prefix="millstream-mutate-") as folder:
         copies = [Copy(Path(folder) / str(number)) for number in range(AT_ONCE)]
         unbroken = copies[0].run(sorted({each.test for each in mutations}))
@@ -159,7 +162,7 @@ def main(words: Sequence[str]) -> int:
             if outcome.status not in (PASSED, FAILED):
                 say(outcome.output, markup=False)
     say(f"{len(mutations)} breaks, {survivors} survived")
-    return 1 if survivors or not mutations else 0
+    return 1 if survivors else 0
 
 
 if __name__ == "__main__":

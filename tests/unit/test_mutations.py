@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import TypedDict
@@ -57,3 +59,11 @@ def test_the_reliability_page_names_files_and_tests_that_exist() -> None:
     assert _PATH.findall(PAGE)
     assert [path for path in _PATH.findall(PAGE) if not (ROOT / path).exists()] == []
     assert [each for each in _TEST.findall(PAGE) if not has_test(*each)] == []
+
+
+def test_words_that_no_break_has_are_an_error_and_run_no_test() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "mutate.py"), "no", "such", "break"]
+
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    assert (ended.returncode, ended.stderr.strip()) == (1, "no break has all these words: no such break")
