@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import redis
 from bystander import Bystander
 from integration.faults import SERVICE, milling
 from support import eventually
+from topologies import cluster
 from workers import LONG_S, working
 
 from millstream.broker import cache as module
@@ -26,6 +28,7 @@ from millstream.broker.pause import pause, resume
 from millstream.broker.registry import Registry
 from millstream.broker.spec import CACHE_TTL_S, ModelSpec, Runtime, ServiceSpec
 from millstream.client import AsyncClient, Client, Embeddings
+from millstream.client.recall import AT_ONCE
 
 WEIGHTS = "echo:planted"
 
@@ -283,3 +286,32 @@ def test_streams_of_every_priority_share_what_is_kept(
     service = planted(bystander, connection, ["a"])
 
     assert [client.submit(service.name, ["a"], priority=each.value).result() for each in PRIORITIES] == [["A"]] * 3
+
+
+def test_in_a_cluster_answers_are_kept_and_found_beside_their_service(tmp_path: Path) -> None:
+    texts: list[Json] = [f"text {number}" for number in range(700)]
+    with cluster(tmp_path) as running, working(running.url, caching("one")), Client(running.url) as client:
+        first = client.submit("one", texts).result(LONG_S)
+
+        again = client.submit("one", texts)
+
+        assert again.ready
+        assert again.result() == first
+
+
+def test_many_threads_look_up_over_a_handful_of_connections(
+    server: EmbeddedServer, bystander: Callable[..., Bystander], connection: Connection
+) -> None:
+    service = planted(bystander, connection, ["a"])
+    before = connected(connection)
+    with Client(server.url) as client, ThreadPoolExecutor(100) as threads:
+        calls = [threads.submit(lambda: client.submit(service.name, ["a"]).result()) for _ in range(2_000)]
+
+        assert [call.result() for call in calls] == [["A"]] * 2_000
+        # The registry is read over one more.
+        assert connected(connection) - before <= AT_ONCE + 1
+
+
+def connected(connection: Connection) -> int:
+    """Sockets that clients of any process have open."""
+    return sum(1 for each in connection.client.client_list() if each["name"] == "millstream-client")
