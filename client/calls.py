@@ -93,7 +93,10 @@ class Calls:
         return self.begin(spec, live_workers, inputs, ask, hits)
 
     def recall(self, spec: ServiceSpec, inputs: Sequence[Json], ask: Ask) -> Mapping[int, Cached]:
-        """What the cache of a service that was read has for `inputs`, by row: asks the server, for a second at most."""
+        """What the cache of a service that was read has for `inputs`, by row; nothing where the server is too slow.
+
+        Waits for the server: LOOK_UP_S at most for each CHUNK of rows.
+        """
         fingerprint = self.services.fingerprint(spec.name)
         sizes, _ = row_sizes(inputs)
         if not fingerprint or not sizes:
