@@ -112,3 +112,17 @@ def test_what_was_never_read_needs_the_server(services: Services, registry: Fake
 def test_a_type_nobody_serves_is_unknown(services: Services) -> None:
     with pytest.raises(UnknownService):
         services.only("reranker")
+
+
+def test_the_weights_of_a_service_are_known_while_the_server_says_them(
+    services: Services, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert services.fingerprint("embed") == ""
+    services.read("embed")
+    assert services.fingerprint("embed") == "weights"
+    monkeypatch.setattr(module, "FRESH_S", 0.0)
+    registry.away = True
+
+    services.read("embed")
+
+    assert services.fingerprint("embed") == ""
