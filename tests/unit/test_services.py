@@ -120,7 +120,7 @@ def test_the_weights_of_a_service_are_known_while_the_server_says_them(
     assert services.fingerprint("embed") == ""
     services.read("embed")
     assert services.fingerprint("embed") == "weights"
-    monkeypatch.setattr(module, "FRESH_S", 0.0)
+    monkeypatch.setattr(module, "FRESH_S", -1.0)
     registry.away = True
 
     services.read("embed")
