@@ -258,6 +258,9 @@ def measure(opened: Site, length: Length) -> Measured:
                 rest(0.1)
             batches, beside, rates = beside_bulk(opened, client, bulk, length)
             with feeding(opened.url, "realtime", 1, SATURATING_JOBS) as realtime:
+                # Until they saturate the worker, bulk has more than its share.
+                while realtime.value < SATURATING_JOBS:
+                    rest(0.1)
                 saturated = both(bulk, realtime, length.saturated_s)
     return Measured(
         alone=alone,
