@@ -289,7 +289,7 @@ def test_worker_ls_shows_what_runs_and_how_the_worker_before_ended(
     shell: Shell, connection: Connection, name: str
 ) -> None:
     configure(
-        shell, name, 'type: echo, model_name: "hang:stone"', "worker_count: 1, stall_timeout: 3s, max_attempts: 1"
+        shell, name, 'type: echo, model_name: "hang:stone"', "worker_count: 1, stall_timeout: 8s, max_attempts: 1"
     )
     inspect = Inspector(connection)
 
@@ -304,7 +304,7 @@ def test_worker_ls_shows_what_runs_and_how_the_worker_before_ended(
 
         line = rf"^{name} +\S+ +\S+ +\d+ +auto +ready +"
         assert re.search(rf"{line}1 for \d\.\ds +0 +0\.0 +0% +- +\d\.\ds +-$", stuck, re.MULTILINE)
-        past = r"was killed by SIGKILL \(no progress for \d\.\d s, the stall_timeout is 3 s\)"
+        past = r"was killed by SIGKILL \(no progress for \d\.\d s, the stall_timeout is 8 s\)"
         assert re.search(rf"{line}- +\d+ +.* {past}$", listed, re.MULTILINE)
         (record,) = [each for each in found if each["service"] == name]
         assert record["pid"] in up.children()

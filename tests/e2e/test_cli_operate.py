@@ -116,6 +116,8 @@ def test_draining_ends_when_nothing_is_in_flight_and_leaves_the_service_paused(
 
 def test_draining_in_vain_says_what_is_in_flight(shell: Shell, service: Bystander) -> None:
     service.queue.hold("w1", draft())
+    # A command can take longer to start than a lease.
+    service.queue.passed(1_000, hold_ms=60_000)
     pause(service.queue.client, service.queue.keys, for_s=60.0, refusing=True)
 
     line = shell.run("queue", "drain", service.name, "--timeout", "100ms").line(7)
