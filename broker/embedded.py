@@ -165,7 +165,10 @@ class EmbeddedServer:
         if conflict := self._settings.conflict(record):
             raise ConfigError(f"the server of {self.data_dir} already runs with {conflict}", hint="stop it first")
         self._record = record
-        return self._wait_until_ready()
+        ready = self._wait_until_ready()
+        # Its launcher may have written down the process only meanwhile.
+        self._record = read_record(self.data_dir) or record
+        return ready
 
     def _launch(self, lock: int) -> None:
         before = read_record(self.data_dir)

@@ -173,7 +173,8 @@ def test_starts_at_the_same_moment_give_one_server(data_dir: Path, binary: Path)
         thread.join()
 
     assert sorted(server.owned for server in servers) == [False, False, False, True]
-    assert len({server.pid for server in servers}) == 1
+    # 0 where the launcher had no time yet to write it down.
+    assert len({server.pid for server in servers if server.pid}) == 1
     for server in servers:
         server.stop()
 
