@@ -32,6 +32,21 @@ def run(client: redis.Redis, name: Name, keys: Sequence[str], args: Sequence[Arg
     return _cached(client, name, lambda: client.evalsha(_DIGESTS[name], len(keys), *keys, *args))
 
 
+def run_after(
+    client: redis.Redis, command: Sequence[Argument], name: Name, keys: Sequence[str], args: Sequence[Argument]
+) -> tuple[Any, Any]:
+    """What `command` answers, or its error, and the script's reply: one round trip, however long `command` blocks."""
+    pipe = client.pipeline(transaction=False)
+    pipe.execute_command(*command)  # type: ignore[no-untyped-call]
+    pipe.execute_command("EVALSHA", _DIGESTS[name], len(keys), *keys, *args)  # type: ignore[no-untyped-call]
+    first, reply = pipe.execute(raise_on_error=False)
+    if isinstance(reply, redis.exceptions.NoScriptError):
+        return first, run(client, name, keys, args)
+    if isinstance(reply, redis.exceptions.ResponseError):
+        raise _told(reply, name)
+    return first, reply
+
+
 def run_copied(
     client: redis.Redis, name: Name, keys: Sequence[str], args: Sequence[Argument], within_ms: int
 ) -> tuple[Any, int]:
@@ -67,9 +82,14 @@ def _cached(client: redis.Redis, name: Name, call: Callable[[], T]) -> T:
         _load_all(client, missing)
         return call()
     except redis.exceptions.ResponseError as error:
-        if isinstance(error, redis.exceptions.NoPermissionError) or any(words in str(error) for words in _REFUSED):
-            raise redis.exceptions.NoPermissionError(f"{error} (script {name})") from None
-        raise
+        raise _told(error, name) from None
+
+
+def _told(error: redis.exceptions.ResponseError, name: Name) -> redis.exceptions.ResponseError:
+    """The error, with the script's name where it is a right that is missing."""
+    if isinstance(error, redis.exceptions.NoPermissionError) or any(words in str(error) for words in _REFUSED):
+        return redis.exceptions.NoPermissionError(f"{error} (script {name})")
+    return error
 
 
 _REFUSED = ("ACL failure in script", "The user executing the script can't")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import redis
 
@@ -29,6 +29,10 @@ LONGEST_MS = 100 * 366 * 86_400_000
 """A longer time, or an infinite one, is sent as this: no server can keep a key for longer than it can count."""
 
 Entries = list[tuple[bytes, dict[bytes, bytes]]]
+Delivered = list[tuple[bytes, list[tuple[bytes, list[bytes]]]]]
+
+_XREADGROUP = b"XREADGROUP"
+"""As bytes the library has no callback for it, and does not make a dict of each entry: doubled fields would merge."""
 
 
 class Group(NamedTuple):
@@ -74,7 +78,7 @@ class Limit:
 class Claimed:
     """One claim's yield. `now`: server clock, ms. `waiting` jobs are left, by stream; `suspects` wait to run alone.
 
-    `paused`: nothing is given to anybody for the time being.
+    `paused`: nothing is given to anybody for the time being. The first `woken` claims came to a sleeper, even so.
     """
 
     now: int
@@ -82,6 +86,7 @@ class Claimed:
     suspects: int = 0
     paused: bool = False
     claims: list[Claim] = field(default_factory=list)
+    woken: int = 0
 
 
 class Settlement(NamedTuple):
@@ -173,31 +178,33 @@ class Streams:
 
     def claim(self, consumer: str, limit: Limit) -> Claimed:
         """Take what waits, within `limit`, at once. A malformed entry comes as a claim that says so."""
+        return _claimed([], scripts.run(self._client, "claim", *self._claim_words(consumer, limit)))
+
+    def wait(self, consumer: str, wait_s: float, limit: Limit) -> Claimed:
+        """Sleep until a new job comes and take it, with what else waits within `limit`; for `wait_s` at most.
+
+        Of those who sleep one wakes for each job. Its job comes first, also where the service is paused.
+        """
+        block_ms = max(1, round(wait_s * 1000))
+        command: list[scripts.Argument] = [_XREADGROUP, "GROUP", GROUP, consumer, "COUNT", 1, "BLOCK", block_ms]
+        command += ["STREAMS", *self._streams, ">", ">", ">"]
+        woken, rest = scripts.run_after(self._client, command, "claim", *self._claim_words(consumer, limit))
+        # A stream went while we slept: Redis 7.0's own word for it. The next claim says what is the matter.
+        if isinstance(woken, Exception) and "UNBLOCKED" not in str(woken):
+            raise woken
+        delivered = [] if isinstance(woken, Exception) else cast(Delivered, woken or [])
+        claims = [
+            _claim(PRIORITIES[self._streams.index(stream.decode())], entry, flat, 0.0)
+            for stream, entries in delivered
+            for entry, flat in entries
+        ]
+        return _claimed(claims, rest)
+
+    def _claim_words(self, consumer: str, limit: Limit) -> tuple[list[str], list[scripts.Argument]]:
+        """Keys and arguments of the claim script."""
         args: list[scripts.Argument] = [GROUP, consumer, RETURNED, limit.jobs, limit.rows, limit.tokens]
         args += (max(1, limit.live_workers), int(limit.empty_handed), 1 if limit.realtime_only else 3, *limit.saved)
-        keys = [*self._streams, self._keys.paused()]
-        now, waiting, suspects, paused, *taken = scripts.run(self._client, "claim", keys, args)
-        claims = [
-            _claim(PRIORITIES[stream - 1], entry, fields, (deliveries - 1) / 2, by_share=bool(by_share))
-            for stream, entry, deliveries, fields, by_share in taken
-        ]
-        return Claimed(now, tuple(waiting), suspects, bool(paused), claims)
-
-    def wait(self, consumer: str, wait_s: float) -> list[Claim]:
-        """Sleep until a new job comes and take it; empty after `wait_s`. One sleeping worker wakes for each job."""
-        block_ms = max(1, round(wait_s * 1000))
-        try:
-            reply = self._client.xreadgroup(GROUP, consumer, dict.fromkeys(self._streams, ">"), count=1, block=block_ms)
-        except redis.exceptions.ResponseError as error:
-            # A stream went while we slept: Redis 7.0's own word for it. The next claim says what is the matter.
-            if "UNBLOCKED" not in str(error):
-                raise
-            return []
-        return [
-            _claim(PRIORITIES[self._streams.index(stream.decode())], entry, _flat(fields), 0.0)
-            for stream, entries in cast(list[tuple[bytes, Entries]], reply or [])
-            for entry, fields in entries
-        ]
+        return [*self._streams, self._keys.paused()], args
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         """Write each job's reply and retire its entry, in one step and once: a late twin is dropped."""
@@ -294,6 +301,15 @@ def _claim(
     except Malformed as error:
         return Claim(Address(priority, entry.decode(), *salvage(flat)), None, attempts, str(error), by_share)
     return Claim(Address(priority, entry.decode(), job.id, job.client), job, attempts, by_share=by_share)
+
+
+def _claimed(woken: list[Claim], answer: Any) -> Claimed:
+    now, waiting, suspects, paused, *taken = answer
+    claims = [
+        _claim(PRIORITIES[stream - 1], entry, fields, (deliveries - 1) / 2, by_share=bool(by_share))
+        for stream, entry, deliveries, fields, by_share in taken
+    ]
+    return Claimed(now, tuple(waiting), suspects, bool(paused), woken + claims, len(woken))
 
 
 def _flat(fields: dict[bytes, bytes]) -> list[bytes]:

@@ -142,24 +142,30 @@ class Claimer(threading.Thread):
     def _sleep(self) -> None:
         """Nothing waits anywhere: sleep in Redis until a job comes, then take what came with it.
 
-        Where it came alone and the runner has taken it, that is again so, and asking once more would tell nothing.
+        As long as nothing is left by that, and the runner takes what was held, asking anew would tell nothing.
         """
-        while self._wake() and self._left_nothing and not self._life.draining:
-            if not self._window.wait_for_take(LOOK_S) or self._window.waiting:
+        while not self._life.draining:
+            held = self._wake()
+            if not self._left_nothing or held and not self._taken_at_once():
                 break
+
+    def _taken_at_once(self) -> bool:
+        return self._window.wait_for_take(LOOK_S) and not self._window.waiting
 
     def _wake(self) -> bool:
         """Sleep in Redis until a job comes and hold it with what came with it; False where none is held."""
-        woken = self._queue.sleeping.wait(self._consumer, SLEEP_S)
-        self._gather(woken)
-        if not woken:
+        limit = self._window.room(self.live_workers)
+        if limit is None:
             return False
-        rest = self._rest()
-        if rest.paused:
+        # One more may come than is claimed: what waits to run alone is not for the same moment.
+        limit = replace(limit, empty_handed=False, saved=self._spend_shares())
+        claimed = self._note(self._queue.sleeping.wait(self._consumer, SLEEP_S, limit))
+        if claimed.claims and claimed.paused:
             self._hand_back()
-            return False
-        self._hold(self._with_company(woken + rest.claims, rest.now), rest.now)
-        return True
+        elif claimed.claims:
+            self._hold(self._with_company(claimed.claims, claimed.now), claimed.now)
+            return True
+        return False
 
     def _hand_back(self) -> None:
         """The service was paused while these were on their way here: they wait again, and nothing is counted."""
@@ -175,10 +181,12 @@ class Claimer(threading.Thread):
         return self._claim(limit)
 
     def _claim(self, limit: Limit) -> Claimed:
-        claimed = self._queue.streams.claim(self._consumer, replace(limit, saved=self._spend_shares()))
+        return self._note(self._queue.streams.claim(self._consumer, replace(limit, saved=self._spend_shares())))
+
+    def _note(self, claimed: Claimed) -> Claimed:
         self.paused = claimed.paused
         # Where it took something, more may be given back than it counts: it looks no further than it takes.
-        more = claimed.claims or any(claimed.waiting) or claimed.suspects
+        more = len(claimed.claims) > claimed.woken or any(claimed.waiting) or claimed.suspects
         self._left_nothing = not (more or claimed.paused)
         in_hand = map(self._window.waiting_of, PRIORITIES)
         self._shares.served(claimed.claims, [sum(each) for each in zip(claimed.waiting, in_hand, strict=True)])

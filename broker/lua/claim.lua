@@ -8,7 +8,7 @@
 -- Returns {now_ms, {waiting in each stream}, suspects, 1 if paused,
 --   {stream, entry id, deliveries, fields, 1 if by share}, ...}
 --   waiting: new jobs left in the streams; suspects: returned jobs left that wait for a worker that holds nothing
--- Raises NOGROUP only. What an entry holds is never trusted: without usable numbers it counts as one row.
+-- Raises NOGROUP, and what its user is not allowed. What an entry holds is never trusted: without usable numbers it counts as one row.
 
 local GROUP, CONSUMER, RETURNED = ARGV[1], ARGV[2], ARGV[3]
 local MAX_JOBS, MAX_ROWS, MAX_TOKENS = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
@@ -22,9 +22,9 @@ local rows, tokens, full = 0, 0, false
 
 local function cost(fields)
   local r, t = 1, 0
-  for i = 1, math.min(#fields, 24) - 1, 2 do
-    if fields[i] == 'rows' then r = tonumber(fields[i + 1]) or 1 end
-    if fields[i] == 'tokens' then t = tonumber(fields[i + 1]) or 0 end
+  -- Where our own clients write them.
+  if fields[9] == 'rows' and fields[11] == 'tokens' then
+    r, t = tonumber(fields[10]) or 1, tonumber(fields[12]) or 0
   end
   -- Also catches nan: every comparison with it is false.
   if not (r >= 1 and r <= 1e6) then r = 1 end
@@ -67,40 +67,57 @@ local function take_returned(stream)
   end
 end
 
-local function last_delivered(key)
-  for _, info in ipairs(redis.call('XINFO', 'GROUPS', key)) do
+local function find_group(key)
+  local infos = redis.pcall('XINFO', 'GROUPS', key)
+  if infos.err and not string.find(string.lower(tostring(infos.err)), 'no such key', 1, true) then return nil, infos end
+  for _, info in ipairs(infos) do
     local group = {}
     for i = 1, #info, 2 do group[info[i]] = info[i + 1] end
-    if group['name'] == GROUP then return group['last-delivered-id'], group['pending'] end
+    if group['name'] == GROUP then return group end
   end
 end
 
-local last, waiting, share = {}, {}, 0
+local groups, last, waiting, share = {}, {}, {}, 0
+
+-- As XREADGROUP would, but without giving us a second copy of what we looked at.
+local function deliver(stream, ids)
+  local key, group, words = KEYS[stream], groups[stream], {}
+  for _, id in ipairs(ids) do words[#words + 1] = id end
+  for _, word in ipairs({'RETRYCOUNT', 1, 'FORCE', 'JUSTID'}) do words[#words + 1] = word end
+  redis.call('XCLAIM', key, GROUP, CONSUMER, 0, unpack(words))
+  local setid = {'SETID', key, GROUP, ids[#ids]}
+  -- Redis 6.2 does not count what a group has read; later ones do, and tell redis-cli the lag by it.
+  if group['entries-read'] ~= nil then
+    group['entries-read'] = (group['entries-read'] or 0) + #ids
+    setid[5], setid[6] = 'ENTRIESREAD', group['entries-read']
+  end
+  redis.call('XGROUP', unpack(setid))
+  last[stream] = ids[#ids]
+end
 
 -- At most `saved` rows where given; else what fits.
 local function take_new(stream, saved)
-  local key, count, left = KEYS[stream], 0, saved or 0
+  local ids, left = {}, saved or 0
   local most = math.min(share, MAX_JOBS - #taken)
   if most < 1 or waiting[stream] < 1 then return end
-  -- COUNT of XREADGROUP knows no rows or tokens: look first, then read exactly what fits.
-  for _, entry in ipairs(redis.call('XRANGE', key, '(' .. last[stream], '+', 'COUNT', most)) do
+  -- XREADGROUP knows no rows or tokens: look first, then deliver exactly what fits.
+  for _, entry in ipairs(redis.call('XRANGE', KEYS[stream], '(' .. last[stream], '+', 'COUNT', most)) do
     local r, t = cost(entry[2])
     if saved and left < r then break end
     if full or not fits(r, t) then full = true break end
     take(stream, entry[1], 1, entry[2], r, t, saved)
-    count, left, last[stream] = count + 1, left - r, entry[1]
+    ids[#ids + 1], left = entry[1], left - r
   end
-  if count > 0 then
-    redis.call('XREADGROUP', 'GROUP', GROUP, CONSUMER, 'COUNT', count, 'STREAMS', key, '>')
-  end
-  share, waiting[stream] = share - count, waiting[stream] - count
+  if #ids > 0 then deliver(stream, ids) end
+  share, waiting[stream] = share - #ids, waiting[stream] - #ids
 end
 
 for stream = 1, 3 do
-  local pending
-  if redis.call('EXISTS', KEYS[stream]) == 1 then last[stream], pending = last_delivered(KEYS[stream]) end
-  if not last[stream] then return redis.error_reply('NOGROUP no group ' .. GROUP .. ' on ' .. KEYS[stream]) end
-  waiting[stream] = math.max(0, redis.call('XLEN', KEYS[stream]) - pending)
+  local group, refused = find_group(KEYS[stream])
+  if refused then return refused end
+  if not group then return redis.error_reply('NOGROUP no group ' .. GROUP .. ' on ' .. KEYS[stream]) end
+  groups[stream], last[stream] = group, group['last-delivered-id']
+  waiting[stream] = math.max(0, redis.call('XLEN', KEYS[stream]) - group['pending'])
 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)

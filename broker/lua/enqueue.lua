@@ -18,6 +18,7 @@ local RETRY_AFTER_MS, RETRY_PAUSED_AFTER_MS = 100, 500
 -- The server's clock: callers' clocks differ, and neither deadlines nor rates must.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local now_text = string.format('%.0f', now)
 local seconds = time[1] + time[2] / 1000000
 
 local spec = redis.call('HMGET', KEYS[1], 'version', 'max_queue_size',
@@ -37,7 +38,7 @@ end
 local function accept(stream, seen, at)
   local remaining = ARGV[at + 4]
   local entry = redis.call('XADD', stream, '*',
-    'v', '1', 'id', ARGV[at], 'at', string.format('%.0f', now), 'op', ARGV[at + 1],
+    'v', '1', 'id', ARGV[at], 'at', now_text, 'op', ARGV[at + 1],
     'rows', ARGV[at + 2], 'tokens', ARGV[at + 3],
     'deadline', from_now(remaining), 'queue_by', from_now(ARGV[at + 5]),
     'client', ARGV[at + 6], 'tenant', ARGV[at + 7], 'trace', ARGV[at + 8], 'body', ARGV[at + 9])

@@ -56,7 +56,7 @@ local function bury(priority, id, reason, past)
   redis.pcall('XADD', KEYS[4], 'MAXLEN', '~', DEAD_KEPT, '*', unpack(copy))
 end
 
-local expiring, sizes = {}, {}
+local expiring, sizes, lengths = {}, {}, {}
 
 -- Asked once a call, and only where much is unread: the streams of clients that read are short.
 local function is_full(key)
@@ -73,11 +73,11 @@ local function answer(kind, key, job, ttl, reply)
     return not redis.pcall('SET', key, reply, 'PX', ttl).err
   end
   -- pcall: whatever else may lie under its key.
-  local length = redis.pcall('XLEN', key)
-  if type(length) == 'number' and length > FEW_UNREAD and is_full(key) then return false end
+  if not expiring[key] then lengths[key] = tonumber(redis.pcall('XLEN', key)) or 0 end
+  if lengths[key] > FEW_UNREAD and is_full(key) then return false end
   local written = redis.pcall('XADD', key, '*', 'id', job, 'reply', reply)
   if type(written) == 'table' and written.err then return false end
-  expiring[key] = ttl
+  expiring[key], lengths[key] = ttl, lengths[key] + 1
   return true
 end
 

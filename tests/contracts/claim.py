@@ -208,6 +208,14 @@ class ClaimContract:
     def test_waiting_takes_one_job_a_stream_and_nothing_where_there_is_none(self, queue: Queue) -> None:
         first, _ = queue.put(draft(), draft())
 
-        assert ids(queue.streams.wait("w1", 5.0)) == [first.id]
+        assert ids(queue.wait(wait_s=5.0).claims) == [first.id]
         queue.claim()
-        assert queue.streams.wait("w1", 0.001) == []
+        assert queue.wait().claims == []
+
+    def test_what_else_waits_is_claimed_behind_the_job_that_came(self, queue: Queue) -> None:
+        first, second, third, _ = queue.put(draft(), draft(rows=2), draft(), draft())
+
+        claimed = queue.wait(wait_s=5.0, jobs=2)
+
+        assert (ids(claimed.claims), claimed.woken) == ([first.id, second.id, third.id], 1)
+        assert claimed.waiting == (0, 1, 0)

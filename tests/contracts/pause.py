@@ -43,9 +43,10 @@ class PauseContract:
     def test_a_job_that_was_delivered_meanwhile_is_handed_back_without_an_attempt(self, queue: Queue) -> None:
         (job,) = queue.put(draft())
         pause(queue.client, queue.keys)
-        woken = queue.streams.wait("w1", 5.0)
+        woken = queue.wait("w1", 5.0, jobs=8)
 
-        assert queue.lease.release("w1", only=names(woken)) == 1
+        assert woken.paused
+        assert queue.lease.release("w1", only=names(woken.claims)) == 1
 
         resume(queue.client, queue.keys)
         (claim,) = queue.claim("w2").claims

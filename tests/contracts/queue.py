@@ -72,6 +72,10 @@ class Queue:
     ) -> Claimed:
         return self.streams.claim(consumer, Limit(jobs, rows, tokens, live_workers, empty_handed))
 
+    def wait(self, consumer: str = "w1", wait_s: float = 0.001, jobs: int = 0) -> Claimed:
+        """Sleep, and claim so many jobs beside the one that came."""
+        return self.streams.wait(consumer, wait_s, Limit(jobs, rows=100, tokens=1000))
+
     def hold(self, consumer: str, *drafts: Draft) -> list[Claim]:
         """Enqueue `drafts` and claim them for `consumer`, which has beaten."""
         self.put(*drafts)

@@ -257,7 +257,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.count("rule: wake")
         oldest = [waiting[0] for priority in PRIORITIES if (waiting := self.model.waiting(priority))]
 
-        claims = self.streams.wait(consumer, 0.001)
+        claims = self.streams.wait(consumer, 0.001, Limit(jobs=0, rows=0, tokens=0)).claims
 
         assert _ids(claims) == [entry.job_id for entry in oldest]
         for entry in oldest:

@@ -16,7 +16,7 @@ from millstream.broker.embedded import EmbeddedServer
 from millstream.broker.errors import QueueFull
 from millstream.broker.job import PRIORITIES, Claim, Priority
 from millstream.broker.keys import ServiceKeys
-from millstream.broker.streams import Group, Settlement, Streams
+from millstream.broker.streams import Group, Limit, Settlement, Streams
 
 LONG_S = 30.0
 
@@ -51,7 +51,7 @@ def test_a_deleted_stream_is_reported_to_claims_waits_and_beats_and_the_new_grou
     with pytest.raises(redis.ResponseError, match="NOGROUP"):
         queue.claim()
     with pytest.raises(redis.ResponseError, match="NOGROUP"):
-        queue.streams.wait("w1", 0.1)
+        queue.wait(wait_s=0.1)
     with pytest.raises(redis.ResponseError, match="NOGROUP"):
         queue.lease.beat("w1", {}, [])
     queue.streams.create_groups()
@@ -63,14 +63,10 @@ def test_a_deleted_stream_is_reported_to_claims_waits_and_beats_and_the_new_grou
 def test_a_stream_deleted_under_a_blocked_wait_is_reported_as_a_missing_group(own_queue: Queue) -> None:
     errors: list[str] = []
 
-    def wait_and_claim() -> None:
-        # Redis 6.2 sleeps on, 7.0 wakes the wait with an error of its own: then the next claim says it.
-        own_queue.streams.wait("w1", 1.0)
-        own_queue.claim()
-
     def work() -> None:
+        # Redis 6.2 sleeps on, 7.0 wakes the wait with an error of its own: the claim behind it says what it is.
         with pytest.raises(redis.ResponseError) as caught:
-            wait_and_claim()
+            own_queue.wait(wait_s=1.0)
         errors.append(str(caught.value))
 
     thread = threading.Thread(target=work)
@@ -97,6 +93,8 @@ def test_every_script_runs_on_a_server_that_has_forgotten_them_all(own_queue: Qu
     client.script_flush()
     assert own_queue.lease.release("w1") == 1
     again = own_queue.claim("w2").claims
+    client.script_flush()
+    assert own_queue.wait("w2").claims == []
     client.script_flush()
 
     assert own_queue.settle(again) == ["answered"]
@@ -127,7 +125,8 @@ def test_of_two_sleeping_workers_one_wakes_for_each_job(own_queue: Queue) -> Non
     woken: dict[str, list[Claim]] = {}
 
     def sleep(consumer: str) -> None:
-        woken[consumer] = Streams(connection.blocking(LONG_S), own_queue.keys).wait(consumer, LONG_S)
+        streams = Streams(connection.blocking(LONG_S), own_queue.keys)
+        woken[consumer] = streams.wait(consumer, LONG_S, Limit(jobs=0, rows=0, tokens=0)).claims
 
     sleepers = [threading.Thread(target=sleep, args=[consumer]) for consumer in ("w1", "w2")]
     for thread in sleepers:
