@@ -268,7 +268,7 @@ def _units(commands: Sequence[Command]) -> Iterator[_Unit]:
 
 def _first_key(words: Sequence[object]) -> object | None:
     """The key that decides where a command goes; None where it names none."""
-    name = str(words[0]).upper().partition(" ")[0]
+    name = _bytes(words[0]).decode().upper().partition(" ")[0]
     if name in _OF_EVERY_NODE:
         raise exceptions.ClusterError(f"{name} asks one node: ask each of the masters")
     if name in _KEYLESS:

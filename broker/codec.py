@@ -45,11 +45,14 @@ _PATTERNS = {
 """Of each field but the body."""
 
 _WORDS = re.compile(rb"\0".join(pattern.pattern for pattern in _PATTERNS.values()))
+_FLOATS = np.dtype("<f4")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 # One of each, not one a call. Not escaped, so that redis-cli shows a Chinese text as it is.
 _body = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-_head = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_value = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_quoted = json.encoder.encode_basestring
+_decoded = json.JSONDecoder().raw_decode
 
 
 def encode_entry(job: Job) -> list[str | bytes | int]:
@@ -110,6 +113,9 @@ def encode_inputs(inputs: Sequence[Json], options: Mapping[str, Json]) -> bytes:
     Raises UnicodeEncodeError for a text with a lone surrogate, TypeError or ValueError for what JSON cannot carry, and
     for options that are nested too deeply.
     """
+    if not options and {str}.issuperset(map(type, inputs)):
+        # What nearly every body is, in half the time.
+        return f'{{"inputs":[{",".join(map(_quoted, inputs))}]}}'.encode()  # type: ignore[arg-type]
     encoded = _body({"inputs": inputs, "options": options} if options else {"inputs": inputs}).encode()
     if options and _is_deep(encoded):
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
@@ -146,7 +152,11 @@ def _is_deep(text: bytes) -> bool:
 
 def _json(text: bytes) -> Json:
     try:
-        decoded = json.loads(text.decode())
+        string = text.decode()
+        decoded, end = _decoded(string)
+        if end < len(string):
+            # Space around it is JSON, too.
+            decoded = json.loads(string)
         if _SURROGATE.search(text):
             # Half a pair is no text: it could neither run nor be sent back.
             json.dumps(decoded, ensure_ascii=False).encode()
@@ -157,23 +167,26 @@ def _json(text: bytes) -> Json:
 
 def encode_reply(reply: Reply) -> bytes:
     """One line of JSON, then the vectors as raw little-endian float32."""
-    head: dict[str, object] = {"v": 1}
+    # Written piece by piece: most replies have these few numbers only, and one is made for every job.
+    head = ['"v":1']
     if reply.error is not None:
-        head["error"] = to_wire(reply.error)
+        head.append(f'"error":{_value(to_wire(reply.error))}')
     if reply.errors:
-        head["errors"] = {str(row): to_wire(error) for row, error in reply.errors.items()}
+        head.append(f'"errors":{_value({str(row): to_wire(error) for row, error in reply.errors.items()})}')
     if reply.values is not None:
-        head["values"] = reply.values
+        head.append(f'"values":{_value(reply.values)}')
     if reply.truncated:
-        head["truncated"] = reply.truncated
+        head.append(f'"truncated":{_value(reply.truncated)}')
     if reply.timings:
-        head["timings"] = {name: round(ms, 3) for name, ms in reply.timings.items()}
-    head["tokens"] = reply.tokens
+        timings = [f"{_quoted(name)}:{ms:.3f}" for name, ms in reply.timings.items()]
+        head.append(f'"timings":{{{",".join(timings)}}}')
+    head.append(f'"tokens":{reply.tokens}')
     data = b""
     if reply.vectors is not None:
-        head["shape"] = reply.vectors.shape
-        data = np.ascontiguousarray(reply.vectors, dtype="<f4").tobytes()
-    return _head(head).encode() + b"\n" + data
+        rows, dim = reply.vectors.shape
+        head.append(f'"shape":[{rows},{dim}]')
+        data = np.asarray(reply.vectors, _FLOATS).tobytes()
+    return f"{{{','.join(head)}}}\n".encode() + data
 
 
 def decode_reply(blob: bytes) -> Reply:
@@ -184,13 +197,13 @@ def decode_reply(blob: bytes) -> Reply:
         raise Malformed("reply has no head")
     try:
         return Reply(
-            vectors=_vectors(head["shape"], data) if "shape" in head else None,
-            values=_values(head.get("values")),
-            errors=_errors(head["errors"]) if "errors" in head else {},
-            error=_error(head["error"]) if "error" in head else None,
-            tokens=int(cast(int, head.get("tokens", 0))),
-            truncated=tuple(map(_row, cast(list[int], head["truncated"]))) if "truncated" in head else (),
-            timings={name: float(ms) for name, ms in cast(dict[str, float], head.get("timings", {})).items()},
+            _vectors(head["shape"], data) if "shape" in head else None,
+            _values(head["values"]) if "values" in head else None,
+            _errors(head["errors"]) if "errors" in head else {},
+            _error(head["error"]) if "error" in head else None,
+            int(cast(int, head.get("tokens", 0))),
+            tuple(map(_row, cast(list[int], head["truncated"]))) if "truncated" in head else (),
+            {name: float(ms) for name, ms in cast(dict[str, float], head.get("timings", {})).items()},
         )
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise Malformed(f"reply: {error}") from None
@@ -198,7 +211,7 @@ def decode_reply(blob: bytes) -> Reply:
 
 def _vectors(shape: Json, data: bytes) -> Vectors:
     rows, dim = cast(list[int], shape)
-    return np.frombuffer(data, dtype="<f4").reshape(rows, dim)
+    return np.frombuffer(data, _FLOATS).reshape(rows, dim)
 
 
 def _values(values: Json) -> list[Json] | None:

@@ -10,6 +10,10 @@ from millstream.broker.keys import ServiceKeys
 
 READ_COUNT = 256
 _START = b"0-0"
+_NAMES = (b"id", b"reply")
+
+_XREAD = b"XREAD"
+"""As bytes the library has no callback for it, and makes no dict of each entry."""
 
 
 class Replies:
@@ -30,15 +34,18 @@ class Replies:
         pipe = self._client.pipeline(transaction=False)
         if last != _START:
             pipe.xtrim(self._key, minid=_after(last), approximate=False)
-        pipe.xread({self._key: last}, count=READ_COUNT, block=max(1, round(wait_s * 1000)))
-        streams = cast(list[tuple[bytes, list[tuple[bytes, dict[bytes, bytes]]]]], pipe.execute()[-1] or [])
+        block_ms = max(1, round(wait_s * 1000))
+        words = (_XREAD, "COUNT", READ_COUNT, "BLOCK", block_ms, "STREAMS", self._key, last)
+        pipe.execute_command(*words)  # type: ignore[no-untyped-call]
+        streams = cast(list[tuple[bytes, list[tuple[bytes, list[bytes]]]]], pipe.execute()[-1] or [])
         if not streams:
             return []
         entries = streams[0][1]
         self._last = entries[-1][0]
         # Entries that are no replies were not written by a worker: passed over, and trimmed with the rest.
-        replies = [(fields.get(b"id"), fields.get(b"reply")) for _, fields in entries]
-        return [(job_id.decode(errors="replace"), reply) for job_id, reply in replies if job_id and reply is not None]
+        return [
+            (fields[1].decode(errors="replace"), fields[3]) for _, fields in entries if tuple(fields[::2]) == _NAMES
+        ]
 
 
 def _after(entry_id: bytes) -> str:

@@ -58,6 +58,9 @@ class Admission(NamedTuple):
     retry_after: float = 0.0
 
 
+_ACCEPTED = Admission()
+
+
 @dataclass(frozen=True, slots=True)
 class Limit:
     """How much one claim may take. `empty_handed`: the worker holds nothing, so one job may exceed rows and tokens.
@@ -153,14 +156,16 @@ class Streams:
         At most MAX_JOBS_PER_CALL jobs and about MAX_BYTES_PER_CALL in one call. Raises BrokerUnavailable where a group
         is to be replicated and no replica had it in time: it may run all the same, and is to be sent again.
         """
-        keys = [self._keys.spec(), *self._streams, self._keys.bucket(), self._keys.paused(), self._keys.refused()]
+        bucket, seen = self._keys.bucket(), self._keys.seen("")
+        keys = [self._keys.spec(), *self._streams, bucket, self._keys.paused(), self._keys.refused()]
         args: list[scripts.Argument] = [len(groups)]
         now = time.monotonic()
-        for group in groups:
-            keys.append(self._keys.bucket(group.drafts[0].tenant))
-            args += (STREAM_INDEX[group.priority], len(group.drafts), group.calls)
-            for draft in group.drafts:
-                keys.append(self._keys.seen(draft.id))
+        for priority, drafts, calls, _ in groups:
+            tenant = drafts[0].tenant
+            keys.append(self._keys.bucket(tenant) if tenant else bucket)
+            args += (STREAM_INDEX[priority], len(drafts), calls)
+            for draft in drafts:
+                keys.append(seen + draft.id)
                 args += _draft_args(draft, now)
         if any(group.replicated for group in groups):
             return self._enqueue_replicated(keys, args)
@@ -210,12 +215,11 @@ class Streams:
         """Write each job's reply and retire its entry, in one step and once: a late twin is dropped."""
         keys = [*self._streams, self._keys.dead(), self._keys.trail()]
         args: list[scripts.Argument] = [GROUP, DEAD_LETTERS_KEPT, self._unread_bytes]
-        for settlement in settlements:
-            address = settlement.address
+        seen = self._keys.seen("")
+        for address, reply, bury in settlements:
             kind, key, ttl = self._destination(address)
-            keys += (key, self._keys.seen(address.job_id))
-            args += (STREAM_INDEX[address.priority], address.entry, address.job_id, kind, ttl)
-            args += (settlement.reply, settlement.bury)
+            keys += (key, seen + address.job_id)
+            args += (STREAM_INDEX[address.priority], address.entry, address.job_id, kind, ttl, reply, bury)
         return [_SETTLED[outcome] for outcome in scripts.run(self._client, "settle", keys, args)]
 
     def cancel(self, job_ids: Sequence[str], client: str) -> list[CancelOutcome]:
@@ -273,23 +277,14 @@ def _remaining(moment: float | None, now: float) -> int | str:
 
 
 def _draft_args(draft: Draft, now: float) -> tuple[scripts.Argument, ...]:
-    return (
-        draft.id,
-        draft.op,
-        draft.rows,
-        draft.tokens,
-        _remaining(draft.deadline, now),
-        _remaining(draft.queue_by, now),
-        draft.client,
-        draft.tenant,
-        draft.trace,
-        draft.body,
-    )
+    job_id, op, rows, tokens, body, client, deadline, queue_by, tenant, trace = draft
+    until, until_start = _remaining(deadline, now), _remaining(queue_by, now)
+    return job_id, op, rows, tokens, until, until_start, client, tenant, trace, body
 
 
 def _admission(outcome: list[int | bytes]) -> Admission:
     if outcome[0] != 0:
-        return Admission()
+        return _ACCEPTED
     return Admission(cast(Refusal, cast(bytes, outcome[1]).decode()), cast(int, outcome[2]) / 1000)
 
 

@@ -38,6 +38,8 @@ _TENANT = re.compile(r"[A-Za-z0-9_.-]{0,64}")
 
 Truncate = Literal["none", "start", "end"]
 PriorityName = Literal["realtime", "normal", "batch"]
+_TRUNCATES: tuple[str, ...] = get_args(Truncate)
+_PRIORITIES: tuple[str, ...] = get_args(PriorityName)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class Ask:
 
     def check(self) -> None:
         """Raises InvalidRequest."""
-        if self.priority not in get_args(PriorityName):
+        if self.priority not in _PRIORITIES:
             raise InvalidRequest(f"no priority {self.priority!r}", hint=f"one of {', '.join(Priority)}")
         if self.timeout is not None and not (isinstance(self.timeout, int | float) and self.timeout > 0):
             raise InvalidRequest(f"timeout={self.timeout!r} is not a number of seconds above 0")
@@ -63,8 +65,8 @@ class Ask:
 
     def _check_options(self) -> None:
         truncate = self.options.get("truncate", "none")
-        if truncate not in get_args(Truncate):
-            raise InvalidRequest(f"truncate={truncate!r}", hint=f"one of {', '.join(get_args(Truncate))}")
+        if truncate not in _TRUNCATES:
+            raise InvalidRequest(f"truncate={truncate!r}", hint=f"one of {', '.join(_TRUNCATES)}")
         try:
             encode_inputs([], self.options)
         except (TypeError, ValueError, RecursionError) as error:

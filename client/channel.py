@@ -14,8 +14,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, cast
 
 from millstream.broker.admission import refusal
 from millstream.broker.connection import Connection, is_transient, translated
@@ -39,22 +39,26 @@ class Sink(Protocol):
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None: ...
 
 
-@dataclass(slots=True, eq=False)
-class Submission:
+class Submission(NamedTuple):
     """Jobs to be accepted together. Refusals are waited out until `until` (monotonic seconds; None: for ever)."""
 
     service: str
     group: Group
     sink: Sink
     until: float | None
-    size: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.size = sum(len(draft.body) for draft in self.group.drafts)
 
     @property
     def job_ids(self) -> list[str]:
         return [draft.id for draft in self.group.drafts]
+
+    @property
+    def jobs(self) -> int:
+        return len(self.group.drafts)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the bodies."""
+        return sum([len(draft.body) for draft in self.group.drafts])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +68,14 @@ class Cancellation:
     service: str
     job_ids: Sequence[str]
     told: Callable[[Sequence[CancelOutcome] | MillstreamError], None]
-    size: int = 0
+
+    @property
+    def jobs(self) -> int:
+        return len(self.job_ids)
+
+    @property
+    def size(self) -> int:
+        return 0
 
 
 class Channel:
@@ -86,14 +97,14 @@ class Channel:
     def submit(self, submissions: Sequence[Submission]) -> None:
         """Send these, answers and refusals to their sinks. Returns at once. Raises BrokerUnavailable once closed."""
         for submission in submissions:
-            reader = self._reader(submission.service)
+            reader = self._readers.get(submission.service) or self._reader(submission.service)
             reader.expect(submission)
-        self._sending().put(submissions)
+        (self._sender or self._sending()).put(submissions)
 
     def cancel(self, cancellation: Cancellation) -> None:
         """Stop jobs; in order with what was submitted before, so that none slips in behind. Returns at once."""
         self.forget(cancellation.service, cancellation.job_ids)
-        self._sending().put([cancellation])
+        (self._sender or self._sending()).put([cancellation])
 
     def forget(self, service: str, job_ids: Sequence[str]) -> None:
         """Nobody waits for these jobs any more; late answers are dropped."""
@@ -138,7 +149,11 @@ class Channel:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise BrokerUnavailable("this client is closed", hint="make a new one")
+            raise _closed()
+
+
+def _closed() -> BrokerUnavailable:
+    return BrokerUnavailable("this client is closed", hint="make a new one")
 
 
 class _Sender(threading.Thread):
@@ -159,16 +174,23 @@ class _Sender(threading.Thread):
         self._ready: deque[Submission | Cancellation] = deque()
         self._later: list[tuple[float, int, Submission]] = []
         self._count = itertools.count()
-        self._changed = threading.Condition()
+        self._services: dict[str, Streams] = {}
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._waits = False
         self._closed = False
 
     def put(self, orders: Sequence[Submission | Cancellation]) -> None:
-        with self._changed:
+        """Raises BrokerUnavailable once closed."""
+        with self._lock:
+            if self._closed:
+                raise _closed()
             self._ready.extend(orders)
-            self._changed.notify()
+            if self._waits:
+                self._changed.notify()
 
     def close(self) -> None:
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify()
 
@@ -182,14 +204,16 @@ class _Sender(threading.Thread):
     def _step(self) -> bool:
         # A call of its own: what it held must not stay alive while the next step waits.
         batch = self._gather()
-        if cancellations := [each for each in batch if isinstance(each, Cancellation)]:
-            self._cancel(cancellations)
-        elif submissions := [each for each in batch if isinstance(each, Submission)]:
-            self._enqueue(submissions)
+        if batch and isinstance(batch[0], Cancellation):
+            self._cancel(cast(list[Cancellation], batch))
+        elif batch:
+            self._enqueue(cast(list[Submission], batch))
         return bool(batch)
 
     def _streams(self, service: str) -> Streams:
-        return Streams(self._connection.client, self._registry.keys(service))
+        if service not in self._services:
+            self._services[service] = Streams(self._connection.client, self._registry.keys(service))
+        return self._services[service]
 
     def _enqueue(self, batch: Sequence[Submission]) -> None:
         try:
@@ -199,7 +223,8 @@ class _Sender(threading.Thread):
             self._failed(batch, error)
         else:
             for submission, admission in zip(batch, admissions, strict=True):
-                self._admitted(submission, admission)
+                if admission.refused:
+                    self._refused(submission, admission)
 
     def _cancel(self, batch: Sequence[Cancellation]) -> None:
         job_ids = [job_id for each in batch for job_id in each.job_ids]
@@ -224,7 +249,7 @@ class _Sender(threading.Thread):
         def wanted(order: Submission | Cancellation) -> bool:
             return isinstance(order, Cancellation) or unwanted.isdisjoint(order.job_ids)
 
-        with self._changed:
+        with self._lock:
             waiting = [*self._ready, *(submission for *_, submission in self._later)]
             self._ready = deque(filter(wanted, self._ready))
             self._later = [each for each in self._later if wanted(each[2])]
@@ -233,17 +258,19 @@ class _Sender(threading.Thread):
 
     def _gather(self) -> list[Submission | Cancellation]:
         """What is ready for one script call: submissions of one service, or cancellations; nothing when closed."""
-        with self._changed:
+        with self._lock:
             while not self._closed and not self._due():
                 next_s = self._later[0][0] - time.monotonic() if self._later else None
+                self._waits = True
                 self._changed.wait(None if next_s is None else max(0.0, next_s))
+                self._waits = False
             if self._closed:
                 return []
             first = self._ready.popleft()
             batch = [first]
-            jobs, size = len(first.job_ids), first.size
+            jobs, size = first.jobs, first.size
             while self._ready and _alike(after := self._ready[0], first):
-                jobs, size = jobs + len(after.job_ids), size + after.size
+                jobs, size = jobs + after.jobs, size + after.size
                 if jobs > MAX_JOBS_PER_CALL or size > MAX_BYTES_PER_CALL:
                     break
                 batch.append(after)
@@ -255,7 +282,7 @@ class _Sender(threading.Thread):
             self._ready.append(heapq.heappop(self._later)[2])
         return bool(self._ready)
 
-    def _admitted(self, submission: Submission, admission: Admission) -> None:
+    def _refused(self, submission: Submission, admission: Admission) -> None:
         error = refusal(submission.service, admission)
         if error and error.retryable:
             self._again(submission, error, admission.retry_after)
@@ -274,7 +301,7 @@ class _Sender(threading.Thread):
         if pause is None or (submission.until is not None and at >= submission.until):
             self._refuse(submission, error)
             return
-        with self._changed:
+        with self._lock:
             heapq.heappush(self._later, (at, next(self._count), submission))
 
     def _refuse(self, submission: Submission, error: MillstreamError) -> None:
@@ -304,23 +331,29 @@ class _Reader(threading.Thread):
         self._replies = replies
         self._waiting: dict[str, tuple[Sink, float | None]] = {}
         self._swept_at = time.monotonic()
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._closed = False
 
     def expect(self, submission: Submission) -> None:
-        with self._changed:
+        """Raises BrokerUnavailable once closed."""
+        with self._lock:
+            if self._closed:
+                raise _closed()
+            asleep = not self._waiting
             for draft in submission.group.drafts:
                 self._waiting[draft.id] = (submission.sink, draft.deadline)
-            self._changed.notify()
+            if asleep:
+                self._changed.notify()
 
     def forget(self, job_ids: Sequence[str]) -> None:
-        with self._changed:
+        with self._lock:
             for job_id in job_ids:
                 self._waiting.pop(job_id, None)
 
     def close(self) -> None:
         """Nobody reads any more: who waits is told."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify()
             waiting, self._waiting = self._waiting, {}
@@ -339,7 +372,7 @@ class _Reader(threading.Thread):
         except Exception as error:  # noqa: BLE001 - whatever happened, callers wait for what comes next
             self._away(error)
             return
-        with self._changed:
+        with self._lock:
             sinks = [self._waiting.pop(job_id, _NOBODY)[0] for job_id, _ in answers]
         for sink, (job_id, reply) in zip(sinks, answers, strict=True):
             if sink:
@@ -349,7 +382,7 @@ class _Reader(threading.Thread):
         self._sweep()
 
     def _wanted(self) -> bool:
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             return not self._closed
 
@@ -359,7 +392,7 @@ class _Reader(threading.Thread):
         if now - self._swept_at < SWEEP_S:
             return
         self._swept_at = now
-        with self._changed:
+        with self._lock:
             over = [job for job, (_, end) in self._waiting.items() if end is not None and now > end + SWEEP_S]
             for job_id in over:
                 del self._waiting[job_id]
@@ -368,5 +401,5 @@ class _Reader(threading.Thread):
         # A closed socket ends a read in many ways.
         if not self._closed and not is_transient(error):
             log.error("reading replies failed, trying again: %s", error)
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._closed, _AWAY_PAUSE_S)

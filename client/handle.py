@@ -76,7 +76,8 @@ class Handle:
         self._terms = terms
         self._inputs = inputs
         self._why_late = why_late
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed: threading.Condition | None = None
         self._listeners: list[Callable[[], None]] = []
         self._unsent = deque(parts)
         self._sent: dict[str, _Sent] = {}
@@ -93,14 +94,14 @@ class Handle:
     def ready(self) -> bool:
         """Whether every row has its outcome. Asks nobody: a call whose time is over is not ready until waited for."""
         self._check_process()
-        with self._changed:
+        with self._lock:
             return not self._rows.left
 
     @property
     def rows_done(self) -> int:
         """Rows that have their outcome, for a progress bar."""
         self._check_process()
-        with self._changed:
+        with self._lock:
             return len(self._rows) - self._rows.left
 
     def done(self) -> bool:
@@ -111,7 +112,7 @@ class Handle:
         """Wait for at most `timeout` seconds until every row has its outcome; whether they have."""
         until = None if timeout is None else time.monotonic() + timeout
         self._check_process()
-        with self._changed:
+        with self._lock:
             while self._rows.left:
                 now = time.monotonic()
                 if overdue := [job for job, sent in self._sent.items() if sent.end is not None and now >= sent.end]:
@@ -119,7 +120,7 @@ class Handle:
                 elif until is not None and now >= until:
                     return False
                 else:
-                    self._changed.wait(_soonest(now, until, self._expires_at()))
+                    self._change(_soonest(now, until, self._expires_at()))
             return True
 
     def result(self, timeout: float | None = None) -> Embeddings | list[Json]:
@@ -129,13 +130,13 @@ class Handle:
         PartialFailure where some rows failed, with the others' results; the rows' error where all failed alike.
         """
         self._wait_or_raise(timeout)
-        with self._changed:
+        with self._lock:
             return self._rows.value((self._ended - self._began) * 1000)
 
     def outcomes(self, timeout: float | None = None) -> list[RowOutcome]:
         """Each row's result or error, as values. Raises DeadlineExceeded where this wait was too short."""
         self._wait_or_raise(timeout)
-        with self._changed:
+        with self._lock:
             return self._rows.outcomes()
 
     def cancel(self) -> bool:
@@ -146,7 +147,7 @@ class Handle:
         """
         self._check_process()
         told: SimpleQueue[Sequence[CancelOutcome] | MillstreamError] = SimpleQueue()
-        with self._changed:
+        with self._lock:
             untouched = 0 < self._rows.left == self._sendable
             asked = self._drop(told.put)
         if not asked:
@@ -170,7 +171,7 @@ class Handle:
     def expires_at(self) -> float | None:
         """When the next job's time is over, monotonic seconds; None where there is no limit, or nothing under way."""
         self._check_process()
-        with self._changed:
+        with self._lock:
             return self._expires_at()
 
     @contextmanager
@@ -192,7 +193,7 @@ class Handle:
             outcome = decode_reply(reply)
         except Malformed as error:
             outcome = ModelFailed(f"its reply cannot be read: {error}", hint="client and worker of different versions?")
-        with self._changed:
+        with self._lock:
             sent = self._sent.pop(job_id, None)
             if sent:
                 self._place([sent.part], outcome)
@@ -201,14 +202,14 @@ class Handle:
 
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
         """Jobs were not accepted, or nobody listens for their answers any more. Called by the channel."""
-        with self._changed:
+        with self._lock:
             sent = [self._sent.pop(job_id) for job_id in job_ids if job_id in self._sent]
             self._place([each.part for each in sent] + self._take_unsent(), error)
 
     def _pump(self) -> None:
         """Send what the window has room for."""
         # The channel's turn too is under the lock: a cancellation must not overtake what it cancels.
-        with self._changed:
+        with self._lock:
             drafts = []
             while self._unsent and len(self._sent) < self._terms.window:
                 drafts.append(self._draft(self._unsent.popleft()))
@@ -227,9 +228,9 @@ class Handle:
         if not self._patient:
             return [Submission(service, self._group(drafts, calls=1), self, until=0.0)]
         # The call is charged with its first job, which has the call's id.
-        groups = [self._group([draft], calls=int(draft.id == self.id)) for draft in drafts]
         return [
-            Submission(service, group, self, until=draft.deadline) for group, draft in zip(groups, drafts, strict=True)
+            Submission(service, self._group([draft], int(draft.id == self.id)), self, draft.deadline)
+            for draft in drafts
         ]
 
     def _group(self, drafts: Sequence[Draft], calls: int) -> Group:
@@ -239,17 +240,10 @@ class Handle:
         terms, now = self._terms, time.monotonic()
         own_end = None if terms.total_timeout is None else now + terms.total_timeout
         end = self._end if self._end is not None else own_end
-        draft = Draft(
-            id=self._first_id or new_id(),
-            op=terms.op,
-            rows=len(part.rows),
-            tokens=part.tokens,
-            body=encode_inputs([self._inputs[row] for row in part.rows], terms.options),
-            client=self._channel.client_id,
-            deadline=end,
-            queue_by=None if terms.queue_timeout is None else now + terms.queue_timeout,
-            tenant=terms.tenant,
-        )
+        body = encode_inputs([self._inputs[row] for row in part.rows], terms.options)
+        queue_by = None if terms.queue_timeout is None else now + terms.queue_timeout
+        job_id, client = self._first_id or new_id(), self._channel.client_id
+        draft = Draft(job_id, terms.op, len(part.rows), part.tokens, body, client, end, queue_by, terms.tenant)
         self._first_id = ""
         self._sent[draft.id] = _Sent(part, end)
         return draft
@@ -260,9 +254,16 @@ class Handle:
         for part in parts:
             self._rows.place(part, outcome)
         self._ended = time.monotonic()
-        self._changed.notify_all()
+        if self._changed:
+            self._changed.notify_all()
         for listener in list(self._listeners):
             listener()
+
+    def _change(self, timeout: float | None) -> None:
+        """Sleep until rows got their outcome, or for `timeout` seconds."""
+        # Made by who waits: whoever awaits a call needs none.
+        self._changed = self._changed or threading.Condition(self._lock)
+        self._changed.wait(timeout)
 
     def _take_unsent(self) -> list[Part]:
         """What was not sent yet has no better prospects than what was."""
@@ -281,11 +282,11 @@ class Handle:
         # What the interruption of this thread, too, leaves as the rows' outcome.
         error: MillstreamError = DeadlineExceeded("no answer in time")
         # Asking the server why takes a round trip: not under the lock, the channel's threads may want it.
-        self._changed.release()
+        self._lock.release()
         try:
             error = self._why_late(self._terms.service)
         finally:
-            self._changed.acquire()
+            self._lock.acquire()
             self._place(parts, error)
 
     # ----------------------------------------------------------------------------------------------------------
@@ -303,7 +304,7 @@ class Handle:
 
     def _drop(self, told: Callable[[Sequence[CancelOutcome] | MillstreamError], None]) -> bool:
         """Give every row that is not answered its Cancelled, and cancel what was sent; False where nothing was."""
-        with self._changed:
+        with self._lock:
             sent, self._sent = self._sent, {}
             parts = [each.part for each in sent.values()] + self._take_unsent()
             if parts:

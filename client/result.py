@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,17 +20,16 @@ class Embeddings(np.ndarray[Any, np.dtype[np.float32]]):
     `timings` is in ms: `queue` and `inference` of the slowest job, `total` of the whole call.
     """
 
-    usage: Mapping[str, int]
-    truncated: tuple[int, ...]
-    timings: Timings
+    usage: Mapping[str, int] = MappingProxyType({})
+    truncated: tuple[int, ...] = ()
+    timings: Timings = MappingProxyType({})
 
     @classmethod
     def of(cls, vectors: Vectors, tokens: int, truncated: tuple[int, ...], timings: Timings) -> Embeddings:
-        array = np.asarray(vectors, dtype=np.float32).view(cls)
+        array = vectors.view(cls)
         array.usage, array.truncated, array.timings = {"tokens": tokens}, truncated, timings
         return array
 
     def __array_finalize__(self, origin: object) -> None:
-        self.usage = getattr(origin, "usage", {})
-        self.truncated = getattr(origin, "truncated", ())
-        self.timings = getattr(origin, "timings", {})
+        if isinstance(origin, Embeddings):
+            self.usage, self.truncated, self.timings = origin.usage, origin.truncated, origin.timings

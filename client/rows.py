@@ -40,14 +40,19 @@ class Rows:
         self.left -= part.size if part.twins else len(part.rows)
         if isinstance(outcome, MillstreamError):
             outcome = Reply(error=outcome)
+        results: Sequence[RowOutcome] | Vectors
         results = outcome.vectors if outcome.vectors is not None else outcome.values or []
-        good: Iterator[RowOutcome] = chain(results, iter(_missing, None))
-        for at, row in enumerate(part.rows):
-            self._rows[row] = outcome.error or outcome.errors.get(at) or next(good)
+        if outcome.error or outcome.errors or len(results) != len(part.rows):
+            good: Iterator[RowOutcome] = chain(results, iter(_missing, None))
+            results = [outcome.error or outcome.errors.get(at) or next(good) for at in range(len(part.rows))]
+        for row, result in zip(part.rows, results, strict=True):
+            self._rows[row] = result
         self._tokens += outcome.tokens
-        self._truncated += [part.rows[at] for at in outcome.truncated if at < len(part.rows)]
-        for name, ms in outcome.timings.items():
-            self._timings[name] = max(ms, self._timings.get(name, 0.0))
+        if outcome.truncated:
+            self._truncated += [part.rows[at] for at in outcome.truncated if at < len(part.rows)]
+        # Of the slowest job; most calls have one.
+        times = self._timings
+        self._timings = {**times, **{name: max(ms, times.get(name, ms)) for name, ms in outcome.timings.items()}}
         if part.twins:
             self._place_twins(part, outcome)
 
@@ -75,7 +80,7 @@ class Rows:
 def _matrix(rows: Sequence[RowOutcome]) -> Vectors:
     vectors = cast(Sequence[Vectors], rows)
     if len(vectors) == 1:
-        return vectors[0][np.newaxis].copy()
+        return np.array(vectors[0], ndmin=2)
     if len({np.shape(vector) for vector in vectors}) > 1:
         raise ModelFailed("its workers answered vectors of different lengths", hint="do all run the same model?")
     return np.stack(vectors)

@@ -28,7 +28,7 @@ class Budget:
     overhead: float = 128.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Row(Generic[T]):
     """One row that waits. A smaller `urgency` runs earlier: its rank, then what orders arrivals. `owner` is its job."""
 

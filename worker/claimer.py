@@ -131,7 +131,7 @@ class Claimer(threading.Thread):
         claimed = self._claim(limit)
         self._suspects = claimed.suspects > 0
         if claimed.claims:
-            self._hold(self._with_company(claimed.claims, claimed.now), claimed.now)
+            self._hold(self._with_company(claimed.claims))
         elif self._window.waiting:
             self._window.wait_for_take(LOOK_S)
         elif self._suspects:
@@ -146,7 +146,7 @@ class Claimer(threading.Thread):
         """
         while not self._life.draining:
             held = self._wake()
-            if not self._left_nothing or held and not self._taken_at_once():
+            if not self._left_nothing or (held and not self._taken_at_once()):
                 break
 
     def _taken_at_once(self) -> bool:
@@ -159,11 +159,14 @@ class Claimer(threading.Thread):
             return False
         # One more may come than is claimed: what waits to run alone is not for the same moment.
         limit = replace(limit, empty_handed=False, saved=self._spend_shares())
-        claimed = self._note(self._queue.sleeping.wait(self._consumer, SLEEP_S, limit))
+        claimed = self._queue.sleeping.wait(self._consumer, SLEEP_S, limit)
+        # It may have waited for us: a process can be frozen, and sleeps here most of its time.
+        self._clock.heard_late(claimed.now)
+        self._note(claimed)
         if claimed.claims and claimed.paused:
             self._hand_back()
         elif claimed.claims:
-            self._hold(self._with_company(claimed.claims, claimed.now), claimed.now)
+            self._hold(self._with_company(claimed.claims))
             return True
         return False
 
@@ -181,9 +184,12 @@ class Claimer(threading.Thread):
         return self._claim(limit)
 
     def _claim(self, limit: Limit) -> Claimed:
-        return self._note(self._queue.streams.claim(self._consumer, replace(limit, saved=self._spend_shares())))
+        claimed = self._queue.streams.claim(self._consumer, replace(limit, saved=self._spend_shares()))
+        self._clock.heard(claimed.now)
+        self._note(claimed)
+        return claimed
 
-    def _note(self, claimed: Claimed) -> Claimed:
+    def _note(self, claimed: Claimed) -> None:
         self.paused = claimed.paused
         # Where it took something, more may be given back than it counts: it looks no further than it takes.
         more = len(claimed.claims) > claimed.woken or any(claimed.waiting) or claimed.suspects
@@ -191,7 +197,6 @@ class Claimer(threading.Thread):
         in_hand = map(self._window.waiting_of, PRIORITIES)
         self._shares.served(claimed.claims, [sum(each) for each in zip(claimed.waiting, in_hand, strict=True)])
         self._gather(claimed.claims)
-        return claimed
 
     def _spend_shares(self) -> tuple[int, int]:
         """Spend each class's share on what is in hand first, which came before; the rows it may still be claimed."""
@@ -213,7 +218,7 @@ class Claimer(threading.Thread):
         if room > 0:
             limit = Limit(jobs=room, rows=room, tokens=budget.tokens, realtime_only=True)
             claimed = self._claim(limit)
-            self._hold(claimed.claims, claimed.now)
+            self._hold(claimed.claims)
 
     def _gather(self, claims: Sequence[Claim]) -> None:
         """Hold these entries in name until their rows are in the window, so that no beat takes them for strangers."""
@@ -221,9 +226,8 @@ class Claimer(threading.Thread):
         self._window.keep(names)
         self._gathered += names
 
-    def _with_company(self, gathered: list[Claim], now: int) -> list[Claim]:
+    def _with_company(self, gathered: list[Claim]) -> list[Claim]:
         """Where the model is idle, wait for more while more is likely; at most batch_timeout from the first job."""
-        self._clock.heard(now)
         self._observe(len(gathered))
         # The least patient of them decides for all.
         self._patience.batch_timeout_s = min(self._batch_timeouts[claim.address.priority] for claim in gathered)
@@ -250,8 +254,8 @@ class Claimer(threading.Thread):
         self._patience.observe(arrived - alone, in_hand_s - self._in_hand_s)
         self._in_hand_s = in_hand_s
 
-    def _hold(self, claims: list[Claim], now: int) -> None:
-        held, finished = self._intake.admit(claims, now)
+    def _hold(self, claims: list[Claim]) -> None:
+        held, finished = self._intake.admit(claims, self._clock.now())
         for each in finished:
             self._finish(each)
         self._window.hold(held)

@@ -14,5 +14,9 @@ class ServerClock:
     def heard(self, now_ms: int) -> None:
         self._offset_ms = now_ms - time.monotonic() * 1000
 
+    def heard_late(self, now_ms: int) -> None:
+        """The same from an answer that may have lain unread: by now it is that late at least."""
+        self._offset_ms = max(self._offset_ms, now_ms - time.monotonic() * 1000)
+
     def now(self) -> int:
         return int(time.monotonic() * 1000 + self._offset_ms)

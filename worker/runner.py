@@ -19,6 +19,9 @@ from millstream.worker.window import Held, Outcome, Rows
 
 EWMA_WEIGHT = 0.2
 
+Jobs = dict[str, Held]
+"""By name."""
+
 
 class Runner:
     """Runs the window's rows until it is closed and empty."""
@@ -33,22 +36,26 @@ class Runner:
 
     def run(self) -> None:
         while batch := self._window.take():
-            batch = self._in_time(batch)
-            outcomes = self._forward(batch) if batch else []
+            batch, jobs = self._in_time(batch)
+            outcomes = self._forward(batch, jobs) if batch else []
             for held in self._window.complete(batch, outcomes):
                 self._finish(Finished(held.claim.address, held.reply(), digests=held.digests))
 
-    def _in_time(self, batch: Rows) -> Rows:
-        """The rows whose jobs may still start; the callers of the others are told. The last check before the model."""
-        now = self._clock.now()
-        missed = {row.owner: held for row in batch if (held := self._window.job_of(row)) and _missed(held, now)}
-        for held in self._window.end(missed.keys()):
-            self._finish(Finished(held.claim.address, Reply(error=expired(held.job, _missed(held, now), now))))
-        return [row for row in batch if row.owner not in missed and self._window.job_of(row)]
+    def _in_time(self, batch: Rows) -> tuple[Rows, Jobs]:
+        """The rows that may still start, and their jobs; the callers of the others are told.
 
-    def _forward(self, batch: Rows) -> list[Outcome]:
+        The last check before the model. Rows whose job was dropped meanwhile go, too.
+        """
+        now = self._clock.now()
+        found = [(row, held) for row in batch if (held := self._window.job_of(row))]
+        missed = {held.name for _, held in found if _missed(held, now)}
+        for held in self._window.end(missed):
+            self._finish(Finished(held.claim.address, Reply(error=expired(held.job, _missed(held, now), now))))
+        left = [each for each in found if each[0].owner not in missed] if missed else found
+        return [row for row, _ in left], {held.name: held for _, held in left}
+
+    def _forward(self, batch: Rows, jobs: Jobs) -> list[Outcome]:
         now, start = self._clock.now(), time.monotonic()
-        jobs = {row.owner: held for row in batch if (held := self._window.job_of(row))}
         for held in jobs.values():
             held.started_at = held.started_at or now
             held.running_since = start
@@ -58,7 +65,7 @@ class Runner:
         self._account(batch, outcomes, jobs, time.monotonic() - start)
         return outcomes
 
-    def _account(self, batch: Rows, outcomes: list[Outcome], jobs: dict[str, Held], seconds: float) -> None:
+    def _account(self, batch: Rows, outcomes: list[Outcome], jobs: Jobs, seconds: float) -> None:
         tokens, computed = sum(row.tokens for row in batch), padded(batch)
         count = self._counters
         count.forwards += 1

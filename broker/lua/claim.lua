@@ -8,7 +8,8 @@
 -- Returns {now_ms, {waiting in each stream}, suspects, 1 if paused,
 --   {stream, entry id, deliveries, fields, 1 if by share}, ...}
 --   waiting: new jobs left in the streams; suspects: returned jobs left that wait for a worker that holds nothing
--- Raises NOGROUP, and what its user is not allowed. What an entry holds is never trusted: without usable numbers it counts as one row.
+-- Raises NOGROUP, and what its user is not allowed. What an entry holds is never trusted: without usable numbers it
+--   counts as one row.
 
 local GROUP, CONSUMER, RETURNED = ARGV[1], ARGV[2], ARGV[3]
 local MAX_JOBS, MAX_ROWS, MAX_TOKENS = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])

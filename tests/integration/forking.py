@@ -187,7 +187,7 @@ def with_locks_held(url: str, service: str, idle: str) -> None:
         calls.services._lock,
         pool._lock,
         pool._fork_lock,
-        handle._changed,
+        handle._lock,
     ]
     held, over = threading.Event(), threading.Event()
 

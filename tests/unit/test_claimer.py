@@ -172,7 +172,7 @@ def step_with_a_runner(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> int:
     return len(ran)
 
 
-def test_jobs_that_come_one_by_one_to_an_idle_worker_cost_no_claim_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_that_come_one_by_one_to_an_idle_worker_cost_no_claim_more(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(SHARES, wakes=[one_comes] * 5)
 
     ran = step_with_a_runner(bench, monkeypatch)

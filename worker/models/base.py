@@ -10,7 +10,7 @@ from millstream.broker.errors import MillstreamError
 from millstream.broker.job import Json, Vectors
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Prepared:
     """One row ready to run: its length in tokens, special ones included, and what the model made of it."""
 

@@ -1,0 +1,24 @@
+"""A worker's idea of the server's time."""
+
+from __future__ import annotations
+
+import pytest
+
+from millstream.worker import clock
+from millstream.worker.clock import ServerClock
+
+
+def test_an_answer_that_lay_unread_never_turns_the_clock_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    moment = 0.0
+    monkeypatch.setattr(clock.time, "monotonic", lambda: moment)
+    server = ServerClock()
+    server.heard(50_000)
+
+    moment = 2.0
+    server.heard_late(50_500)
+
+    assert server.now() == 52_000
+    server.heard_late(53_000)
+    assert server.now() == 53_000
+    server.heard(40_000)
+    assert server.now() == 40_000
