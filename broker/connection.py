@@ -54,8 +54,12 @@ class Connection:
         """For plain commands. It never sends a command again by itself: whoever may repeat one uses `retrying`."""
 
     def blocking(self, block_s: float) -> redis.Redis:
-        """A client for commands that block for at most `block_s` seconds: one for a thread's life, not one a call."""
-        return self._open(block_s + _BLOCK_GRACE_S)
+        """A client for commands that block for at most `block_s` seconds: for one thread, and for its life."""
+        return self._open(block_s + _BLOCK_GRACE_S, own=True)
+
+    def own(self) -> redis.Redis:
+        """A client for the plain commands of one thread that sends many: for its life, and for no other thread."""
+        return self._open(_TIMEOUT_S, own=True)
 
     def within(self, timeout_s: float) -> redis.Redis:
         """A client whose commands fail after `timeout_s` seconds: for what is not worth a longer wait."""

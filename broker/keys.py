@@ -46,7 +46,7 @@ class ServiceKeys:
         return [self.stream(priority) for priority in PRIORITIES]
 
     def reply(self, client: str) -> str:
-        """STREAM of replies to one client process, trimmed by that client; ttl set by settle."""
+        """STREAM of replies to one client process, which deletes what it read; ttl set by settle."""
         return self._key(f"reply:{client}")
 
     def result(self, job_id: str) -> str:

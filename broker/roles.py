@@ -57,7 +57,7 @@ _CALL = (
     Grant("hincrby pexpire", write="refused"),
     Grant("zadd zremrangebyscore pexpire", write="cancelled"),
     Grant("set pexpire", write="seen:* result:*"),
-    Grant("xadd xread xtrim pexpire", write="reply:*"),
+    Grant("xadd xread xdel pexpire", write="reply:*"),
 )
 
 _WORK = (

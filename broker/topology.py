@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 from urllib.parse import SplitResult, parse_qs, urlencode, urlsplit
 
 import redis
+from redis import ConnectionPool
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from millstream.broker.access import PASSWORD_FILE, FilePassword, check_tls_files, split_password_file
 from millstream.broker.cluster import Address, ClusterClient, Slots
+from millstream.broker.ownpool import OwnPool
 from millstream.broker.sentinel import master_client, watchers
 
 ACCEPTED = (
@@ -113,8 +115,14 @@ def redacted(url: str) -> str:
     return re.sub(r"(password=)[^&#]*", r"\1***", without_userinfo)
 
 
-def opener(place: Place, name: str, opened: Callable[[redis.Redis], None]) -> Callable[[float], redis.Redis]:
-    """A function that makes clients whose commands take at most so many seconds.
+class Open(Protocol):
+    """Makes clients whose commands take at most `timeout_s`; `own` ones are used by one thread only."""
+
+    def __call__(self, timeout_s: float, *, own: bool = False) -> redis.Redis: ...
+
+
+def opener(place: Place, name: str, opened: Callable[[redis.Redis], None]) -> Open:
+    """A function that makes clients.
 
     `opened` gets every client that has sockets, now or later, to close it. What is learned of the nodes is shared.
     Raises ConfigError where a file that the URL names cannot be used.
@@ -123,26 +131,30 @@ def opener(place: Place, name: str, opened: Callable[[redis.Redis], None]) -> Ca
     bare, password = split_password_file(place.url)
     place = replace(place, url=bare)
 
-    def one(url: str, timeout_s: float, password: FilePassword | None = password) -> redis.Redis:
-        client: redis.Redis = redis.Redis.from_url(url, **_settings(url, name, timeout_s, password))
-        return client
+    def one(
+        url: str,
+        timeout_s: float,
+        password: FilePassword | None = password,
+        pool: type[ConnectionPool] = ConnectionPool,
+    ) -> redis.Redis:
+        return redis.Redis.from_pool(pool.from_url(url, **_settings(url, name, timeout_s, password)))
 
     def kept(client: redis.Redis) -> redis.Redis:
         opened(client)
         return client
 
     if place.kind == "single":
-        return lambda timeout_s: kept(one(place.url, timeout_s))
+        return lambda timeout_s, own=False: kept(one(place.url, timeout_s, pool=OwnPool if own else ConnectionPool))
     if place.kind == "sentinel":
         watching = watchers([one(place.sentinel_url(each), _ASK_TIMEOUT_S, None) for each in place.addresses])
         for watcher in watching.sentinels:
             opened(watcher)
         url = place.node_url(place.addresses[0])
-        return lambda timeout_s: kept(
+        return lambda timeout_s, own=False: kept(
             master_client(watching, place.master, url, _settings(url, name, timeout_s, password))
         )
     slots = Slots(place.addresses, lambda address: one(place.node_url(address), _ASK_TIMEOUT_S))
-    return lambda timeout_s: ClusterClient(
+    return lambda timeout_s, own=False: ClusterClient(
         slots, lambda address: kept(one(place.node_url(address), timeout_s)), place.node_url(place.addresses[0])
     )
 

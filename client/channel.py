@@ -174,6 +174,7 @@ class _Sender(threading.Thread):
         self._ready: deque[Submission | Cancellation] = deque()
         self._later: list[tuple[float, int, Submission]] = []
         self._count = itertools.count()
+        self._client = connection.own()
         self._services: dict[str, Streams] = {}
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -212,7 +213,7 @@ class _Sender(threading.Thread):
 
     def _streams(self, service: str) -> Streams:
         if service not in self._services:
-            self._services[service] = Streams(self._connection.client, self._registry.keys(service))
+            self._services[service] = Streams(self._client, self._registry.keys(service))
         return self._services[service]
 
     def _enqueue(self, batch: Sequence[Submission]) -> None:

@@ -36,10 +36,9 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """The claimer's way to its service: `sleeping` has a connection of its own, on which it waits for jobs."""
+    """The claimer's way to its service: on the connection of `streams`, its own, it also sleeps until a job comes."""
 
     streams: Streams
-    sleeping: Streams
     lease: Lease
 
 
@@ -159,7 +158,7 @@ class Claimer(threading.Thread):
             return False
         # One more may come than is claimed: what waits to run alone is not for the same moment.
         limit = replace(limit, empty_handed=False, saved=self._spend_shares())
-        claimed = self._queue.sleeping.wait(self._consumer, SLEEP_S, limit)
+        claimed = self._queue.streams.wait(self._consumer, SLEEP_S, limit)
         # It may have waited for us: a process can be frozen, and sleeps here most of its time.
         self._clock.heard_late(claimed.now)
         self._note(claimed)

@@ -46,14 +46,14 @@ class Crew:
         self._registry = Registry(connection, orders.prefix)
         keys = self._registry.keys(spec.name)
         self._lease = Lease(connection.client, keys)
-        self._streams = Streams(connection.client, keys, result_ttl_ms=round(spec.result_ttl * 1000))
+        self._streams = Streams(connection.own(), keys, result_ttl_ms=round(spec.result_ttl * 1000))
         # As it was loaded, not as it is pushed later: those settings made its answers.
         recipe = Recipe.of(spec, model.fingerprint, model.op)
         self._keeper = Keeper(Cache(connection.client, keys), recipe)
         self._intake = Intake(model, spec.runtime.max_attempts, self._keeper.digests)
         self._policy = Policy(Patience(0.0), {}, Shares({}, 0))
         self._settler = Settler(shared, self._streams, self._keeper.keep)
-        queue = Queue(self._streams, Streams(connection.blocking(SLEEP_S), keys), self._lease)
+        queue = Queue(Streams(connection.blocking(SLEEP_S), keys), self._lease)
         self._claimer = Claimer(shared, queue, self._intake, self._policy, self._settler.put)
         self._inference_timeouts: dict[Priority, float | None] = {}
         self._timekeeper = Timekeeper(shared, self._inference_timeouts, self._settler.put)

@@ -155,7 +155,7 @@ def test_the_worker_of_a_paused_service_looks_at_most_four_times_a_second(connec
     streams = Counting(connection.client, queue.keys)
     shared = Shared("w1", Window(Budget(8, 1_000)))
     policy = Policy(Patience(0.0), {}, Shares(dict.fromkeys(PRIORITIES, 0.3), 16))
-    claimer = Claimer(shared, Way(streams, streams, queue.lease), Intake(EchoModel(), 3), policy, lambda finished: None)
+    claimer = Claimer(shared, Way(streams, queue.lease), Intake(EchoModel(), 3), policy, lambda finished: None)
 
     began = time.monotonic()
     claimer.start()

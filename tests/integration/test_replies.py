@@ -12,7 +12,7 @@ from support import eventually
 
 from millstream.broker.connection import Connection, is_transient
 from millstream.broker.keys import ServiceKeys
-from millstream.broker.replies import READ_COUNT, Replies
+from millstream.broker.replies import KEPT, KEPT_BYTES, READ_COUNT, Replies
 
 LONG_S = 30.0
 
@@ -59,15 +59,44 @@ def test_replies_come_in_order_with_their_job_and_bytes(queue: Queue, replies: R
     assert replies.read(LONG_S) == [(drafts[0].id, b"\x00\xff\n"), (drafts[1].id, b"")]
 
 
-def test_replies_are_trimmed_as_they_are_read(queue: Queue, replies: Replies) -> None:
-    first = answer(queue, 3)
+def test_many_replies_are_deleted_with_the_next_read(queue: Queue, replies: Replies) -> None:
+    first = answer(queue, KEPT)
     assert [job_id for job_id, _ in replies.read(LONG_S)] == first
     second = answer(queue, 2)
 
     assert [job_id for job_id, _ in replies.read(LONG_S)] == second
     assert [job_id for job_id, _ in queue.replies()] == second
+
+
+def test_a_large_reply_is_deleted_with_the_next_read(queue: Queue, replies: Replies) -> None:
+    queue.put(draft())
+    queue.settle(queue.claim().claims, b"x" * KEPT_BYTES)
+    assert len(replies.read(LONG_S)) == 1
+
     assert replies.read(0.01) == []
     assert queue.replies() == []
+
+
+def test_few_replies_stay_until_nothing_more_comes(queue: Queue, replies: Replies) -> None:
+    read = [answer(queue, 1) + [job_id for job_id, _ in replies.read(LONG_S)] for _ in range(KEPT - 1)]
+
+    assert all(answered == got for answered, got in read)
+    assert len(queue.replies()) == KEPT - 1
+    assert replies.read(0.01) == []
+    assert replies.read(0.01) == []
+    assert queue.replies() == []
+
+
+def test_a_stream_that_begins_anew_with_smaller_ids_loses_nothing(queue: Queue, replies: Replies) -> None:
+    key = queue.keys.reply(CALLER)
+    queue.client.xadd(key, {"id": "1" * 32, "reply": "before"}, id="9-1")
+    assert len(replies.read(LONG_S)) == 1
+    queue.client.delete(key)
+    queue.client.xadd(key, {"id": "2" * 32, "reply": "after"}, id="5-1")
+    queue.client.expire(key, 60)
+
+    assert replies.read(0.01) == []
+    assert replies.read(LONG_S) == [("2" * 32, b"after")]
 
 
 def test_more_replies_than_one_read_holds_come_with_the_next(queue: Queue, replies: Replies) -> None:

@@ -33,14 +33,6 @@ ROWS = 4
 """Rows of a micro-batch, each a job of its own."""
 
 
-class Counted(Streams):
-    claims = 0
-
-    def claim(self, consumer: str, limit: Limit) -> Claimed:
-        self.claims += 1
-        return super().claim(consumer, limit)
-
-
 SOMETHING_IS_LEFT = Claimed(now=0, waiting=(0, 1, 0))
 
 
@@ -49,7 +41,12 @@ class Scripted(Streams):
 
     def __init__(self, client: fakeredis.FakeRedis, keys: ServiceKeys, wakes: Sequence[Callable[[], object]]) -> None:
         super().__init__(client, keys)
+        self.claims = 0
         self._wakes = iter(wakes)
+
+    def claim(self, consumer: str, limit: Limit) -> Claimed:
+        self.claims += 1
+        return super().claim(consumer, limit)
 
     def wait(self, consumer: str, wait_s: float, limit: Limit) -> Claimed:
         wake = next(self._wakes, None)
@@ -68,11 +65,10 @@ class Bench:
         self.queue.open()
         self.shared = Shared("w1", Window(Budget(ROWS, tokens=1_000)))
         self.finished: list[Finished] = []
-        self.streams = Counted(client, self.queue.keys)
-        sleeping = Scripted(client, self.queue.keys, [partial(wake, self) for wake in wakes])
+        self.streams = Scripted(client, self.queue.keys, [partial(wake, self) for wake in wakes])
         self.claimer = Claimer(
             self.shared,
-            claimer.Queue(self.streams, sleeping, self.queue.lease),
+            claimer.Queue(self.streams, self.queue.lease),
             Intake(EchoModel("echo"), max_attempts=3),
             Policy(Patience(0.0), dict.fromkeys(PRIORITIES, 0.0), Shares(shares, 2 * ROWS)),
             self.finished.append,

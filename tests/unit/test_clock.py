@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from millstream.worker import clock
 from millstream.worker.clock import ServerClock
 
 
 def test_an_answer_that_lay_unread_never_turns_the_clock_back(monkeypatch: pytest.MonkeyPatch) -> None:
     moment = 0.0
-    monkeypatch.setattr(clock.time, "monotonic", lambda: moment)
+    monkeypatch.setattr(time, "monotonic", lambda: moment)
     server = ServerClock()
     server.heard(50_000)
 
