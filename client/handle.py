@@ -114,13 +114,13 @@ class Handle:
         self._check_process()
         with self._lock:
             while self._rows.left:
-                now = time.monotonic()
-                if overdue := [job for job, sent in self._sent.items() if sent.end is not None and now >= sent.end]:
-                    self._give_up(overdue)
+                now, end = time.monotonic(), self._expires_at()
+                if end is not None and now >= end:
+                    self._give_up([job for job, sent in self._sent.items() if sent.end is not None and now >= sent.end])
                 elif until is not None and now >= until:
                     return False
                 else:
-                    self._change(_soonest(now, until, self._expires_at()))
+                    self._change(_soonest(now, until, end))
             return True
 
     def result(self, timeout: float | None = None) -> Embeddings | list[Json]:
@@ -272,7 +272,7 @@ class Handle:
         return parts
 
     def _expires_at(self) -> float | None:
-        return min((sent.end for sent in self._sent.values() if sent.end is not None), default=None)
+        return min([sent.end for sent in self._sent.values() if sent.end is not None], default=None)
 
     def _give_up(self, overdue: Sequence[str]) -> None:
         parts = [self._sent.pop(job).part for job in overdue] + self._take_unsent()
