@@ -120,6 +120,17 @@ def test_at_full_memory_jobs_are_refused_and_those_accepted_are_still_answered(o
     assert own_queue.depth() == 0
 
 
+def test_the_lag_that_redis_cli_shows_is_what_waits(queue: Queue) -> None:
+    queue.put(*[draft() for _ in range(5)])
+    for jobs, left in ((2, 3), (1, 2), (2, 0)):
+        queue.claim(jobs=jobs)
+
+        (group,) = queue.client.xinfo_groups(queue.keys.stream(Priority.NORMAL))
+
+        # Redis 6.2 shows none.
+        assert group.get("lag", left) == left
+
+
 def test_of_two_sleeping_workers_one_wakes_for_each_job(own_queue: Queue) -> None:
     connection = Connection(f"unix://{own_queue.client.get_connection_kwargs()['path']}", name="sleepers")
     woken: dict[str, list[Claim]] = {}
