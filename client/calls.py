@@ -34,6 +34,7 @@ JOBS_PER_WORKER = 8
 MAX_ROW_BYTES = 512 * 1024
 UNKNOWN_TOKENS = 2_048
 NO_HITS: Mapping[int, Cached] = MappingProxyType({})
+_TEXTS, _LISTS = (str, bytes), (list, Sequence, np.ndarray)
 _TENANT = re.compile(r"[A-Za-z0-9_.-]{0,64}")
 
 Truncate = Literal["none", "start", "end"]
@@ -187,7 +188,7 @@ def cut(
 
 def row_sizes(inputs: Sequence[object]) -> tuple[dict[int, int], dict[int, MillstreamError]]:
     """Each good row's size in UTF-8 bytes, each bad row's error. Raises InvalidRequest where `inputs` is no list."""
-    if isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence | np.ndarray):
+    if isinstance(inputs, _TEXTS) or not isinstance(inputs, _LISTS):
         raise InvalidRequest(f"a list of strings is needed, not {type(inputs).__name__}")
     sizes: dict[int, int] = {}
     refused: dict[int, MillstreamError] = {}

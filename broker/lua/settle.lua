@@ -87,7 +87,7 @@ local function is_another(seen, id)
   return type(accepted) == 'string' and accepted ~= id
 end
 
-local outcomes = {}
+local outcomes, retired = {}, {{}, {}, {}}
 local arg, key = 4, 6
 while arg <= #ARGV do
   local priority, id, job = tonumber(ARGV[arg]), ARGV[arg + 1], ARGV[arg + 2]
@@ -104,12 +104,15 @@ while arg <= #ARGV do
     elseif not answered then reason = 'reply_unwritable' end
     if trailed then end_trail(past, priority .. ':' .. id) end
     if reason ~= '' then bury(priority, id, reason, past) end
-    redis.call('XDEL', stream, id)
+    retired[priority][#retired[priority] + 1] = id
     -- A detached job stays known as long as its result: its idempotency key must not run it again.
     if not another then redis.call('PEXPIRE', KEYS[key + 1], kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS) end
     outcomes[#outcomes + 1] = answered and 1 or -1
   end
   arg, key = arg + 7, key + 2
+end
+for priority, ids in ipairs(retired) do
+  if #ids > 0 then redis.call('XDEL', KEYS[priority], unpack(ids)) end
 end
 for reply_key, ttl in pairs(expiring) do redis.call('PEXPIRE', reply_key, ttl) end
 return outcomes
