@@ -88,10 +88,14 @@ class Lease:
         _, returned = scripts.run(self._client, "reclaim", keys, [GROUP, RETURNED, self._lease_ms])
         return int(returned)
 
+    def now(self) -> int:
+        """Milliseconds since the epoch, by the server's clock."""
+        seconds, micros = owner(self._client, self._keys.workers()).time()
+        return int(seconds) * 1000 + int(micros) // 1000
+
     def live_workers(self) -> int:
         """Workers whose last beat is younger than a lease, by the server's clock."""
-        seconds, micros = owner(self._client, self._keys.workers()).time()
-        now = seconds * 1000 + micros // 1000
+        now = self.now()
         # Up to a lease ahead: a beat may fall between the two commands. Beyond that the clock stepped back since.
         return int(self._client.zcount(self._keys.workers(), now - self._lease_ms, now + self._lease_ms))
 

@@ -159,9 +159,10 @@ class Claimer(threading.Thread):
         # One more may come than is claimed: what waits to run alone is not for the same moment.
         limit = replace(limit, empty_handed=False, saved=self._spend_shares())
         claimed = self._queue.streams.wait(self._consumer, SLEEP_S, limit)
-        # It may have waited for us: a process can be frozen, and sleeps here most of its time.
-        self._clock.heard_late(claimed.now)
         self._note(claimed)
+        # It may have waited for us: a process can be frozen, and sleeps here most of its time.
+        if not self._clock.heard_late(claimed.now):
+            self._clock.heard(self._queue.lease.now())
         if claimed.claims and claimed.paused:
             self._hand_back()
         elif claimed.claims:
@@ -234,7 +235,8 @@ class Claimer(threading.Thread):
         while self._window.idle and sum(_rows(claim) for claim in gathered) < self._window.budget.rows:
             since = time.monotonic()
             wait_s = self._patience.wait_s(since - first, since - last)
-            if not wait_s or self._life.draining:
+            # What company saves is a forward: one that is over sooner than the shortest wait is not worth any.
+            if not wait_s or self._window.forward_s < LEAST_WAIT_S or self._life.draining:
                 break
             # Not a blocking read: an idle server ends one up to 100 ms late (its timer runs 10 times a second).
             self._life.pause(max(LEAST_WAIT_S, wait_s / 4))

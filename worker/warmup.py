@@ -31,6 +31,7 @@ def warm_up(model: Model, window: Window) -> None:
     overhead = max(LEAST_OVERHEAD, min(budget.tokens, short_s / token_s - short.tokens))
     window.budget = replace(budget, overhead=overhead)
     window.seconds_per_token = token_s
+    window.forward_s = short_s
 
 
 def _row(model: Model, tokens: int) -> Prepared:

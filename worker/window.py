@@ -6,6 +6,7 @@ jobs whose answer is written.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -104,12 +105,13 @@ def _stacked(vectors: list[Vectors]) -> Vectors:
 
 
 class Window:
-    """What one worker process holds; thread-safe."""
+    """What one worker process holds; thread-safe. `forward_s` is what the smallest forward takes, if that is known."""
 
     def __init__(self, budget: Budget, queue_timeout_s: float | None = None) -> None:
         self.budget = budget
         self.limit(budget.rows, budget.tokens, queue_timeout_s)
         self.seconds_per_token = 0.0
+        self.forward_s = math.inf
         self._pool: Pool[Prepared] = Pool()
         self._held: dict[str, Held] = {}
         self._unsettled: set[str] = set()

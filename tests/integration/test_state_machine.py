@@ -18,6 +18,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeVar, cast
 
@@ -36,7 +37,7 @@ from millstream.broker.job import PRIORITIES, Address, Claim, Draft, Priority
 from millstream.broker.keys import GROUP, ServiceKeys
 from millstream.broker.lease import Lease, entry_name
 from millstream.broker.pause import Pause, find_pause, pause, resume
-from millstream.broker.replies import Replies
+from millstream.broker.replies import KEPT, Replies
 from millstream.broker.streams import Group, Limit, Settlement
 
 LEASE_S = 3600.0
@@ -115,6 +116,16 @@ COUNTED = (
 """What must have happened in a long run, beside every rule."""
 
 
+@dataclass
+class Seen:
+    """Of one client's replies, oldest first, how many it has read, and how many of those are deleted."""
+
+    read: int = 0
+    deleted: int = 0
+    from_start: bool = False
+    """The next read starts over: the last one found none."""
+
+
 class QueueMachine(RuleBasedStateMachine):
     """Real scripts on a real server, three workers, two clients and nobody, against the model."""
 
@@ -129,8 +140,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.keys, self.streams = keys, self.queue.streams
         self.lease = Lease(connection.client, keys, lease_s=LEASE_S)
         self.readers = {client: Replies(connection.client, keys, client) for client in CLIENTS if client}
-        self.untrimmed = dict.fromkeys(self.readers, 0)
-        self.trimmed = dict.fromkeys(self.readers, 0)
+        self.seen = {client: Seen() for client in self.readers}
         self.answers = 0
 
     def teardown(self) -> None:
@@ -198,27 +208,31 @@ class QueueMachine(RuleBasedStateMachine):
             elif outcome == "waiting":
                 self.model.end(entry, CANCELLED, time.monotonic())
 
-    @precondition(lambda self: any(self._unread(client) for client in self.readers))
+    @precondition(lambda self: any(self._written(client) for client in self.readers))
     @rule(data=st.data(), doubt=st.booleans())
     def read(self, data: st.DataObject, doubt: bool) -> None:
         """With a doubt: a read before it was cut off, and the stream is read from its front again."""
         self.count("rule: read")
-        client = data.draw(st.sampled_from([client for client in self.readers if self._unread(client)]))
+        client = data.draw(st.sampled_from([client for client in self.readers if self._written(client)]))
+        seen = self.seen[client]
         if doubt:
             self.readers[client] = Replies(self.queue.client, self.keys, client)
-        else:
-            self.trimmed[client] += self.untrimmed[client]
-        self.count("read again after a doubt", times=bool(doubt and self.untrimmed[client]))
-        unread = self._unread(client)
+            self.count("read again after a doubt", times=seen.read > seen.deleted)
+            seen.read, seen.from_start = seen.deleted, False
+        elif seen.from_start or seen.read - seen.deleted >= KEPT:
+            seen.deleted = seen.read
+        unread = self.model.replies.get(client, [])[seen.read :]
 
         pairs = self.readers[client].read(0.001)
 
         assert [(job_id, _plain(reply)) for job_id, reply in pairs] == unread
-        self.untrimmed[client] = len(unread)
+        seen.read += len(unread)
+        seen.from_start = not unread
         self.count("read", times=bool(unread))
 
-    def _unread(self, client: str) -> list[tuple[str, bytes]]:
-        return self.model.replies.get(client, [])[self.trimmed[client] :]
+    def _written(self, client: str) -> list[tuple[str, bytes]]:
+        """What is in the reply stream."""
+        return self.model.replies.get(client, [])[self.seen[client].deleted :]
 
     # -- workers -----------------------------------------------------------------------------------------------
 
@@ -470,7 +484,7 @@ class QueueMachine(RuleBasedStateMachine):
     def every_settled_job_has_one_reply_and_no_other_has_any(self) -> None:
         for client in self.readers:
             written = [(job_id, _plain(reply)) for job_id, reply in self.queue.replies(client)]
-            assert written == self._unread(client)
+            assert written == self._written(client)
         detached = [entry.job_id for entry in self.model.entries.values() if not entry.client]
         pipe: Pipeline = self.queue.client.pipeline(transaction=False)
         for job_id in detached:

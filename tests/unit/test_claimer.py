@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -59,7 +60,12 @@ class Scripted(Streams):
 class Bench:
     """A claimer on a queue of its own; the test is its runner and its settler."""
 
-    def __init__(self, shares: dict[Priority, float], wakes: Sequence[Callable[[Bench], object]] = ()) -> None:
+    def __init__(
+        self,
+        shares: dict[Priority, float],
+        wakes: Sequence[Callable[[Bench], object]] = (),
+        patience: Patience | None = None,
+    ) -> None:
         client = fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2)
         self.queue = Queue(client, ServiceKeys("echo"))
         self.queue.open()
@@ -70,7 +76,7 @@ class Bench:
             self.shared,
             claimer.Queue(self.streams, self.queue.lease),
             Intake(EchoModel("echo"), max_attempts=3),
-            Policy(Patience(0.0), dict.fromkeys(PRIORITIES, 0.0), Shares(shares, 2 * ROWS)),
+            Policy(patience or Patience(0.0), dict.fromkeys(PRIORITIES, LONG_S), Shares(shares, 2 * ROWS)),
             self.finished.append,
         )
 
@@ -208,3 +214,39 @@ def test_a_pause_ends_what_follows_a_job_that_came_alone(monkeypatch: pytest.Mon
 
     assert bench.claimer.paused
     assert bench.queue.held_by(bench.shared.consumer) == []
+
+
+def one_with_a_minute_left(bench: Bench) -> None:
+    bench.queue.put(draft(deadline=time.monotonic() + 60.0))
+
+
+def test_a_job_that_wakes_a_worker_after_the_clock_stepped_back_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(SHARES, wakes=[one_with_a_minute_left])
+    in_an_hour = bench.queue.lease.now() + 3_600_000
+    # Heard before the first sleep, and then the clock steps.
+    monkeypatch.setattr(bench.streams, "claim", lambda consumer, limit: Claimed(in_an_hour))
+
+    assert step_with_a_runner(bench, monkeypatch) == 1
+    assert bench.finished == []
+
+
+class Counted(Patience):
+    """Always hopes, for a moment; counts how often it was asked."""
+
+    asked = 0
+
+    def wait_s(self, since_first_s: float, since_last_s: float = 0.0) -> float:
+        self.asked += 1
+        return 0.001 if self.asked < 3 else 0.0
+
+
+@pytest.mark.parametrize(("forward_s", "claims"), [(0.0001, 1), (0.01, 3)])
+def test_company_is_waited_for_only_where_a_forward_takes_longer(forward_s: float, claims: int) -> None:
+    bench = Bench(SHARES, patience=Counted(LONG_S))
+    bench.shared.window.forward_s = forward_s
+    bench.put(Priority.NORMAL, 1)
+
+    bench.claimer._step()
+
+    assert bench.streams.claims == claims
+    assert len(bench.shared.window.names()) == 1

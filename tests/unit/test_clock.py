@@ -16,10 +16,12 @@ def test_an_answer_that_lay_unread_never_turns_the_clock_back(monkeypatch: pytes
     server.heard(50_000)
 
     moment = 2.0
-    server.heard_late(50_500)
+    assert not server.heard_late(50_500)
 
     assert server.now() == 52_000
-    server.heard_late(53_000)
+    assert server.heard_late(51_990)
+    assert server.now() == 52_000
+    assert server.heard_late(53_000)
     assert server.now() == 53_000
     server.heard(40_000)
     assert server.now() == 40_000
