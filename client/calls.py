@@ -24,6 +24,7 @@ from millstream.broker.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.broker.target import find_target
 from millstream.client.channel import Channel
 from millstream.client.detached import Detached
+from millstream.client.flights import Flights
 from millstream.client.handle import Handle, Terms
 from millstream.client.recall import Recall
 from millstream.client.result import Embeddings
@@ -82,6 +83,7 @@ class Calls:
         self.connection = Connection(target.url, name="millstream-client")
         self.registry = Registry(self.connection, target.prefix)
         self.channel = Channel(self.connection, self.registry)
+        self._flights = Flights(self.channel)
         self.services = Services(self.connection, self.registry)
         self._recall = Recall(self.connection, self.registry)
         _living.add(self)
@@ -131,7 +133,9 @@ class Calls:
             tenant=ask.tenant,
             replicated=spec.replicated,
         )
-        return Handle(self.channel, terms, inputs, parts, {**refused, **hits}, self._why_late)
+        # Where answers are kept, those of jobs under way are shared, too.
+        channel = self._flights if spec.runtime.enable_cache else self.channel
+        return Handle(channel, terms, inputs, parts, {**refused, **hits}, self._why_late)
 
     def leave(self, service: str, inputs: Sequence[Json], ask: Ask, idempotency_key: str | None) -> Detached:
         """Client.submit_detached."""
@@ -144,6 +148,7 @@ class Calls:
     def after_fork(self) -> None:
         self.connection.after_fork()
         self.channel.after_fork()
+        self._flights.after_fork()
         self.services.after_fork()
         self._recall.begin()
 

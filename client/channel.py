@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol, cast
 
 from millstream.broker.admission import refusal
 from millstream.broker.connection import Connection, is_transient, translated
-from millstream.broker.errors import BrokerUnavailable, MillstreamError
+from millstream.broker.errors import BrokerUnavailable, DeadlineExceeded, MillstreamError
 from millstream.broker.registry import Registry
 from millstream.broker.replies import Replies
 from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Admission, CancelOutcome, Group, Streams
@@ -388,15 +388,16 @@ class _Reader(threading.Thread):
             return not self._closed
 
     def _sweep(self) -> None:
-        """Let go of calls that their callers dropped, and that nobody answered in time."""
+        """End calls that their callers dropped, and that nobody answered in time."""
         now = time.monotonic()
         if now - self._swept_at < SWEEP_S:
             return
         self._swept_at = now
         with self._lock:
             over = [job for job, (_, end) in self._waiting.items() if end is not None and now > end + SWEEP_S]
-            for job_id in over:
-                del self._waiting[job_id]
+            sinks = [self._waiting.pop(job_id)[0] for job_id in over]
+        for job_id, sink in zip(over, sinks, strict=True):
+            sink.refused([job_id], DeadlineExceeded("no answer in time"))
 
     def _away(self, error: Exception) -> None:
         # A closed socket ends a read in many ways.

@@ -24,6 +24,7 @@ from millstream.broker.errors import (
 from millstream.broker.job import Draft, Json, Priority, Reply
 from millstream.broker.streams import CancelOutcome, Group
 from millstream.client.channel import Cancellation, Channel, Submission
+from millstream.client.flights import Flights
 from millstream.client.ids import new_id
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome, Rows
@@ -64,7 +65,7 @@ class Handle:
 
     def __init__(
         self,
-        channel: Channel,
+        channel: Channel | Flights,
         terms: Terms,
         inputs: Sequence[Json],
         parts: Sequence[Part],

@@ -60,10 +60,11 @@ class Runner:
             held.started_at = held.started_at or now
             held.running_since = start
         self._progress.start(jobs)
-        outcomes = run_rows(self._model, [row.payload for row in batch], self._progress.lap)
+        once, places = _once(batch, jobs)
+        outcomes = run_rows(self._model, [row.payload for row in once], self._progress.lap)
         self._progress.stop()
-        self._account(batch, outcomes, jobs, time.monotonic() - start)
-        return outcomes
+        self._account(once, outcomes, jobs, time.monotonic() - start)
+        return [outcomes[place] for place in places]
 
     def _account(self, batch: Rows, outcomes: list[Outcome], jobs: Jobs, seconds: float) -> None:
         tokens, computed = sum(row.tokens for row in batch), padded(batch)
@@ -81,6 +82,23 @@ class Runner:
             held.running_since = None
             held.timings["queue"] = float(max(0, held.started_at - held.job.at))
             held.timings["inference"] = held.timings.get("inference", 0.0) + seconds * 1000
+
+
+def _once(batch: Rows, jobs: Jobs) -> tuple[Rows, Sequence[int]]:
+    """The rows to run, and each row's place among them: those whose answer is kept under one name run once."""
+    if not any(held.digests for held in jobs.values()):
+        return batch, range(len(batch))
+    once: Rows = []
+    places: list[int] = []
+    first: dict[str, int] = {}
+    for row in batch:
+        digests = jobs[row.owner].digests
+        name = digests[row.index] if digests else ""
+        place = first.setdefault(name, len(once)) if name else len(once)
+        if place == len(once):
+            once.append(row)
+        places.append(place)
+    return once, places
 
 
 def _missed(held: Held, now: int) -> str:

@@ -21,7 +21,7 @@ from millstream.broker import cache as module
 from millstream.broker.cache import Cache, Cached, Recipe, encode
 from millstream.broker.connection import Connection
 from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import PartialFailure
+from millstream.broker.errors import Cancelled, PartialFailure
 from millstream.broker.job import PRIORITIES, Json
 from millstream.broker.keys import ServiceKeys
 from millstream.broker.pause import pause, resume
@@ -134,6 +134,21 @@ def test_equal_texts_of_one_call_run_once(client: Client, bystander: Callable[..
     assert claim.job is not None
     assert claim.job.rows == 3
     assert handle.result(LONG_S) == ["a", "b", "a", "a", "c"]
+
+
+def test_like_calls_of_one_client_under_way_run_once(client: Client, bystander: Callable[..., Bystander]) -> None:
+    service = bystander(enable_cache=True)
+    handles = [client.submit(service.name, ["a"]) for _ in range(5)]
+    eventually(lambda: service.queue.depth())
+    other = client.submit(service.name, ["b"], priority="batch")
+    eventually(lambda: service.queue.depth() == 2)
+    assert handles[1].cancel()
+    for claim in service.claim(2):
+        service.answer(claim)
+
+    assert [handle.result(LONG_S) for handle in (*handles[:1], *handles[2:], other)] == [["a"]] * 4 + [["b"]]
+    with pytest.raises(Cancelled):
+        handles[1].result()
 
 
 # -- and what is no second pass ------------------------------------------------------------------------------------

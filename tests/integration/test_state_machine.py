@@ -50,7 +50,7 @@ CLIENTS = ("alice", "bob", "")
 """The last one is nobody: its jobs are detached."""
 
 EXAMPLES, STEPS = 80, 60
-LONG_EXAMPLES = 3_000
+LONG_EXAMPLES = 4_000
 EACH = 500
 
 T = TypeVar("T")

@@ -164,6 +164,22 @@ def test_every_job_is_answered_once_with_its_own_rows(bench: Bench) -> None:
     assert bench.finished[jobs[1].claim.address.job_id].reply.values == [f"row {n}" for n in range(5)]
 
 
+def test_rows_whose_answer_is_kept_under_one_name_run_once(bench: Bench) -> None:
+    one, two, unnamed = held_of([3, 3]), held_of([3, 3, 3]), held_of([3])
+    one.digests, two.digests = ["p", "q"], ["q", "", "p"]
+
+    bench.run(one, two, unnamed)
+
+    # As they are named here, and not as they are: the first one with a name answers for all.
+    assert [bench.finished[each.claim.address.job_id].reply.values for each in (one, two, unnamed)] == [
+        ["row 0", "row 1"],
+        ["row 1", "row 1", "row 0"],
+        ["row 0"],
+    ]
+    assert sorted(bench.model.batches[0]) == ["row 0", "row 0", "row 1", "row 1"]
+    assert bench.counters.rows == 4
+
+
 @pytest.mark.parametrize("times", [{"deadline": NOW - 1}, {"queue_by": NOW - 1}])
 def test_no_forward_starts_for_a_job_past_its_time(bench: Bench, times: dict[str, int]) -> None:
     late = held_of([3, 3], claim_of(["x", "x"], **times))  # type: ignore[arg-type]

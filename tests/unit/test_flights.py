@@ -1,0 +1,217 @@
+"""Of jobs that are alike and under way at the same time one is sent, and each caller gets its answer or its own try."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import cast
+
+import pytest
+from support import eventually
+
+from millstream.broker.codec import encode_inputs, encode_reply
+from millstream.broker.errors import BrokerUnavailable, DeadlineExceeded, MillstreamError, QueueFull
+from millstream.broker.job import Draft, Priority, Reply
+from millstream.broker.streams import CancelOutcome, Group
+from millstream.client.channel import Cancellation, Channel, Submission
+from millstream.client.flights import Flights
+
+ANSWER = encode_reply(Reply(values=["done"]))
+
+
+class Caller:
+    """A sink that notes what it was told, by job id."""
+
+    def __init__(self) -> None:
+        self.answers: list[tuple[str, bytes]] = []
+        self.errors: list[tuple[Sequence[str], MillstreamError]] = []
+
+    def answered(self, job_id: str, reply: bytes) -> None:
+        self.answers.append((job_id, reply))
+
+    def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
+        self.errors.append((job_ids, error))
+
+
+class Sent:
+    """A channel that notes what it is given, and refuses all once `closed`."""
+
+    client_id = "me"
+
+    def __init__(self) -> None:
+        self.submissions: list[Submission] = []
+        self.cancelled: list[str] = []
+        self.closed = False
+
+    def submit(self, submissions: Sequence[Submission]) -> None:
+        if self.closed:
+            raise BrokerUnavailable("this client is closed")
+        self.submissions += submissions
+
+    def cancel(self, cancellation: Cancellation) -> None:
+        self.cancelled += cancellation.job_ids
+        cancellation.told(["running"] * len(cancellation.job_ids))
+
+    def forget(self, service: str, job_ids: Sequence[str]) -> None: ...
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.channel = Sent()
+        self.flights = Flights(cast(Channel, self.channel))
+
+    def call(
+        self,
+        text: str = "a",
+        *,
+        service: str = "echo",
+        priority: Priority = Priority.NORMAL,
+        tenant: str = "",
+        options: dict[str, str] | None = None,
+        for_s: float | None = 60.0,
+    ) -> tuple[Caller, Submission]:
+        caller, body = Caller(), encode_inputs([text], options or {})
+        end = None if for_s is None else time.monotonic() + for_s
+        draft = Draft(secrets.token_hex(16), "echo", 1, 3, body, "me", end, tenant=tenant)
+        submission = Submission(service, Group(priority, [draft]), caller, end)
+        self.flights.submit([submission])
+        return caller, submission
+
+    def answer(self, reply: bytes = ANSWER, at: int = 0) -> None:
+        submission = self.channel.submissions[at]
+        submission.sink.answered(submission.job_ids[0], reply)
+
+    def cancel(self, *submissions: Submission) -> list[CancelOutcome]:
+        told: list[CancelOutcome] = []
+        job_ids = [job_id for each in submissions for job_id in each.job_ids]
+        self.flights.cancel(Cancellation("echo", job_ids, lambda found: told.extend(cast(list[CancelOutcome], found))))
+        return told
+
+    @property
+    def sent(self) -> list[str]:
+        return [job_id for each in self.channel.submissions for job_id in each.job_ids]
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_like_jobs_under_way_are_sent_once_and_each_caller_is_answered_by_its_own_id(bench: Bench) -> None:
+    calls = [bench.call() for _ in range(3)]
+
+    bench.answer()
+
+    assert bench.sent == calls[0][1].job_ids
+    assert [caller.answers for caller, _ in calls] == [[(job.job_ids[0], ANSWER)] for _, job in calls]
+
+
+def test_after_the_answer_a_like_job_is_sent_again(bench: Bench) -> None:
+    bench.call()
+    bench.answer()
+
+    _, later = bench.call()
+
+    assert bench.sent[1:] == later.job_ids
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"text": "b"},
+        {"service": "other"},
+        {"priority": Priority.REALTIME},
+        {"tenant": "other"},
+        {"options": {"truncate": "end"}},
+    ],
+)
+def test_jobs_that_differ_are_all_sent(bench: Bench, other: dict[str, object]) -> None:
+    bench.call()
+
+    bench.call(**other)  # type: ignore[arg-type]
+
+    assert len(bench.sent) == 2
+
+
+@pytest.mark.parametrize(
+    "failed", [Reply(error=DeadlineExceeded("late")), Reply(values=[], errors={0: DeadlineExceeded("late")})]
+)
+def test_a_failure_is_not_shared_the_others_are_sent(bench: Bench, failed: Reply) -> None:
+    leader, _ = bench.call()
+    second, job = bench.call()
+    third, _ = bench.call()
+
+    bench.answer(encode_reply(failed))
+
+    assert [len(each.answers) for each in (leader, second, third)] == [1, 0, 0]
+    assert bench.sent[1:] == job.job_ids
+    bench.answer(at=1)
+    assert [len(each.answers) for each in (leader, second, third)] == [1, 1, 1]
+
+
+def test_a_refusal_is_not_shared(bench: Bench) -> None:
+    leader, submission = bench.call()
+    _, job = bench.call()
+
+    bench.channel.submissions[0].sink.refused(submission.job_ids, QueueFull("full"))
+
+    assert len(leader.errors) == 1
+    assert bench.sent[1:] == job.job_ids
+
+
+def test_where_the_sent_one_is_cancelled_the_next_is_sent(bench: Bench) -> None:
+    _, first = bench.call()
+    second, job = bench.call()
+
+    assert bench.cancel(first) == ["running"]
+
+    assert bench.channel.cancelled == first.job_ids
+    assert bench.sent == first.job_ids + job.job_ids
+    bench.answer(at=1)
+    assert len(second.answers) == 1
+
+
+def test_one_that_was_not_sent_is_cancelled_without_the_server_and_the_sent_one_goes_on(bench: Bench) -> None:
+    first, _ = bench.call()
+    second, job = bench.call()
+    _, other = bench.call("b")
+
+    assert bench.cancel(job) == ["waiting"]
+    assert bench.channel.cancelled == []
+    assert bench.cancel(job, other) == ["running", "running"]
+
+    bench.answer()
+    assert (len(first.answers), len(second.answers)) == (1, 0)
+
+
+def test_nobody_follows_a_job_whose_time_is_over(bench: Bench) -> None:
+    bench.call(for_s=0.0)
+
+    bench.call()
+
+    assert len(bench.sent) == 2
+
+
+def test_who_followed_when_the_client_is_closed_is_told(bench: Bench) -> None:
+    _, first = bench.call()
+    second, _ = bench.call()
+    bench.channel.closed = True
+
+    bench.channel.submissions[0].sink.refused(first.job_ids, BrokerUnavailable("closed"))
+
+    eventually(lambda: second.errors)
+    with pytest.raises(BrokerUnavailable):
+        bench.call()
+
+
+def test_nothing_is_kept_of_what_is_over(bench: Bench) -> None:
+    for _ in range(3):
+        bench.call()
+    bench.answer()
+    _, first = bench.call()
+    _, second = bench.call()
+    bench.cancel(first, second)
+
+    flights = bench.flights
+    assert (flights._flights, flights._led, flights._followed) == ({}, {}, {})
