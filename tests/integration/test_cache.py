@@ -59,11 +59,11 @@ def kept(connection: Connection, service: str) -> list[bytes]:
 # -- a second pass -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_name", ["vector:8", ""])
+@pytest.mark.parametrize(("model_name", "rows"), [("vector:8", 10_000), ("", 700)])
 def test_a_second_pass_runs_nothing_and_needs_no_worker(
-    server: EmbeddedServer, connection: Connection, registered: str, model_name: str
+    server: EmbeddedServer, connection: Connection, registered: str, model_name: str, rows: int
 ) -> None:
-    texts: list[Json] = [f"text {number} " + "x" * (number % 7) for number in range(700)]
+    texts: list[Json] = [f"text {number} " + "x" * (number % 7) for number in range(rows)]
     with working(server.url, caching(registered, model_name)), Client(server.url) as client:
         first = client.submit(registered, texts).result(LONG_S)
         before = sent(connection, registered)
