@@ -17,7 +17,6 @@ from sentence_transformers import SentenceTransformer
 
 from millstream.broker.spec import ServiceSpec
 from millstream.worker.batcher import Budget, Pool, Row
-from millstream.worker.crew import batch_tokens
 from millstream.worker.models.base import Prepared
 from millstream.worker.models.embedding import EmbeddingModel
 from millstream.worker.models.source import locate
@@ -32,7 +31,7 @@ class Packing:
 
     def __init__(self, spec: ServiceSpec, threads: int) -> None:
         self._model = EmbeddingModel(spec.model, spec.model.device, threads, spec.runtime.truncate)
-        window = Window(Budget(spec.runtime.batch_size, batch_tokens(spec.runtime)))
+        window = Window(Budget(spec.runtime.batch_size, spec.runtime.batch_tokens))
         warm_up(self._model, window)
         self._budget = window.budget
 

@@ -107,8 +107,30 @@ def salvage(flat: Sequence[bytes]) -> tuple[str, str]:
     return job_id.decode(), client.decode()
 
 
+class JsonText(str):
+    """A row of a request as JSON text: encoded when its call was made, whatever its caller does to it later."""
+
+    __slots__ = ()
+
+
+def encode_value(value: object) -> JsonText:
+    """A row or a result as JSON text that any reader takes: valid Unicode, no NaN, no deeper than bodies may be.
+
+    Raises TypeError or ValueError.
+    """
+    try:
+        text = _body(value)
+        # A body and a reply are an object with a list around it.
+        deep = _is_deep(text.encode(), MAX_DEPTH - 2)
+    except RecursionError:
+        deep = True
+    if deep:
+        raise ValueError(f"nested more than {MAX_DEPTH - 2} deep")
+    return JsonText(text)
+
+
 def encode_inputs(inputs: Sequence[Json], options: Mapping[str, Json]) -> bytes:
-    """The body of a job: UTF-8 JSON.
+    """The body of a job: UTF-8 JSON. A JsonText among the inputs stands for the value it holds.
 
     Raises UnicodeEncodeError for a text with a lone surrogate, TypeError or ValueError for what JSON cannot carry, and
     for options that are nested too deeply.
@@ -116,6 +138,9 @@ def encode_inputs(inputs: Sequence[Json], options: Mapping[str, Json]) -> bytes:
     if not options and {str}.issuperset(map(type, inputs)):
         # What nearly every body is, in half the time.
         return f'{{"inputs":[{",".join(map(_quoted, inputs))}]}}'.encode()  # type: ignore[arg-type]
+    if inputs and {JsonText}.issuperset(map(type, inputs)):
+        named = f',"options":{_body(options)}' if options else ""
+        return f'{{"inputs":[{",".join(inputs)}]{named}}}'.encode()  # type: ignore[arg-type]
     encoded = _body({"inputs": inputs, "options": options} if options else {"inputs": inputs}).encode()
     if options and _is_deep(encoded):
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
@@ -142,12 +167,12 @@ _BRACKETS = bytes.maketrans(b"{}", b"[]")
 _OTHERS = bytes(set(range(256)) - set(b"[]{}"))
 
 
-def _is_deep(text: bytes) -> bool:
-    """Whether JSON is nested deeper than MAX_DEPTH; in linear time, and with no stack."""
-    if text.count(b"[") + text.count(b"{") <= MAX_DEPTH:
+def _is_deep(text: bytes, most: int = MAX_DEPTH) -> bool:
+    """Whether JSON is nested deeper than `most`; in linear time, and with no stack."""
+    if text.count(b"[") + text.count(b"{") <= most:
         return False
     brackets = np.frombuffer(_TEXT.sub(b"", text).translate(_BRACKETS, _OTHERS), dtype=np.uint8)
-    return bool(np.cumsum(np.where(brackets == ord("["), 1, -1), dtype=np.int32).max(initial=0) > MAX_DEPTH)
+    return bool(np.cumsum(np.where(brackets == ord("["), 1, -1), dtype=np.int32).max(initial=0) > most)
 
 
 def _json(text: bytes) -> Json:

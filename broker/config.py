@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import Field
 
 from millstream.broker import config_yaml
-from millstream.broker.config_check import check
+from millstream.broker.config_check import ConfigFile, check
 from millstream.broker.config_yaml import KeyPath, Place
 from millstream.broker.errors import ConfigError
 from millstream.broker.spec import ModelSpec, RedisSettings, Runtime, ServiceSpec, Settings
@@ -42,7 +42,25 @@ def load(path: Path | str | None = None, environ: Mapping[str, str] = os.environ
     file = check(document)
     if document.problems:
         raise ConfigError("\n".join(map(str, sorted(document.problems))))
-    services = {
+    return Config(models=file.models, services=_resolved(file), redis=file.redis, places=document.places)
+
+
+def given_service(name: str, limits: Mapping[str, object]) -> ServiceSpec:
+    """The service that a program serves with code of its own; `limits` are those of `runtime`. Raises ConfigError."""
+    place = Place(f"serve {name!r}")
+    tree: dict[str, object] = {
+        "models": {name: {"type": "custom", "handler": "given:code"}},
+        "services": {name: {"model": name, "runtime": dict(limits)}},
+    }
+    document = config_yaml.Document(place.source, tree, {(): place})
+    file = check(document)
+    if document.problems:
+        raise ConfigError("\n".join(map(str, sorted(document.problems))))
+    return _resolved(file)[name].with_handler(None)
+
+
+def _resolved(file: ConfigFile) -> dict[str, ServiceSpec]:
+    return {
         name: ServiceSpec(
             name=name,
             model=file.models[entry.model],
@@ -53,15 +71,14 @@ def load(path: Path | str | None = None, environ: Mapping[str, str] = os.environ
         )
         for name, entry in file.services.items()
     }
-    return Config(models=file.models, services=services, redis=file.redis, places=document.places)
 
 
 _NOT_ENFORCED: Mapping[str, frozenset[str]] = {
-    "models": frozenset({"warmup", "priority", "handler"}),
+    "models": frozenset({"warmup", "priority"}),
     "services": frozenset({"memory_limit"}),
     "redis": frozenset(),
 }
-_TYPES_WITHOUT_WORKER = frozenset({"reranker", "llm", "custom"})
+_TYPES_WITHOUT_WORKER = frozenset({"reranker", "llm"})
 
 
 def unenforced(config: Config) -> list[str]:

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from millstream.broker.config_yaml import Document, KeyPath
 from millstream.broker.errors import did_you_mean
 from millstream.broker.spec import (
+    NO_CACHE,
     PRESETS,
     TYPE_DEFAULTS,
     ModelSpec,
@@ -57,6 +58,7 @@ def _problems(file: ConfigFile, document: Document) -> Found:
     yield from _unnamed_models(file)
     yield from _unknown_models(file, document)
     yield from _long_timeouts(file, document)
+    yield from _cached_code(file)
     for name, model in file.models.items():
         if model.device and model.devices:
             yield ("models", name, "devices"), "device is set too; keep one of them"
@@ -169,8 +171,11 @@ Found = Iterable[tuple[KeyPath, str]]
 
 def _unnamed_models(file: ConfigFile) -> Found:
     for name, model in file.models.items():
-        unneeded = model.type == "echo" or (model.type == "custom" and model.handler)
-        if not model.model_name and not unneeded:
+        if model.type == "custom" and not model.handler:
+            yield ("models", name, "handler"), "missing; name the code to run, as in my_module:process"
+        if model.type != "custom" and model.handler:
+            yield ("models", name, "handler"), f"only type custom runs code, this is {model.type}; change one of them"
+        if not model.model_name and model.type not in ("echo", "custom"):
             fix = "name a folder, a hub model, or package:<package>/<folder>"
             yield ("models", name, "model_name"), f"missing; {fix}"
 
@@ -182,6 +187,13 @@ def _unknown_models(file: ConfigFile, document: Document) -> Found:
             close = did_you_mean(entry.model, known)
             fix = f"did you mean {close}?" if close else f"known are: {', '.join(known) or 'none'}"
             yield ("services", name, "model"), f"no model named {entry.model}; {fix}"
+
+
+def _cached_code(file: ConfigFile) -> Found:
+    for name, entry in file.services.items():
+        model = file.models.get(entry.model)
+        if model and model.type == "custom" and entry.runtime.enable_cache:
+            yield ("services", name, "runtime", "enable_cache"), NO_CACHE
 
 
 _AT_MOST = (

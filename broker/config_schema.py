@@ -26,7 +26,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "max_length": "Longest text, in tokens; by default the model's own limit.",
     "warmup": "Whether to run the model once before the first job.",
     "priority": "Which model is loaded first.",
-    "handler": "MODULE:FUNCTION to run for a model of type custom.",
+    "handler": "MODULE:FUNCTION to run for a model of type custom, found beside config.yaml or installed.",
     "model": "The model's name under `models`.",
     "runtime": "The service's limits.",
     "batch_size": "Most rows in one forward pass.",

@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     GetJsonSchemaHandler,
     ValidationError,
+    model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
@@ -64,12 +65,16 @@ TYPE_DEFAULTS: Mapping[str, Mapping[str, object]] = {
 """Types without a row take the defaults of Runtime."""
 
 LEAST_STALL_S = 30.0
+UNKNOWN_TOKENS = 2_048
+NO_CACHE = "a service of type custom has no cache: nothing tells whether its code has changed; leave enable_cache out"
 RESULT_TTL_S = 3_600.0
 CACHE_TTL_S = 3_600.0
 WEIGHTS: Mapping[PriorityName, float] = {"realtime": 7.0, "normal": 2.0, "batch": 1.0}
 
 SERVICE_NAME = "[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 _PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+_DOTTED = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
+_HANDLER = re.compile(f"{_DOTTED}:{_DOTTED}")
 
 
 def _optional_seconds(value: object) -> float | None:
@@ -118,6 +123,12 @@ def _key_prefix(prefix: str) -> str:
     if not _PREFIX.fullmatch(prefix):
         raise ValueError("must be 1 to 64 of A-Z a-z 0-9 _ . : -")
     return prefix
+
+
+def _handler(name: str) -> str:
+    if not _HANDLER.fullmatch(name):
+        raise ValueError("must be module:function, as in my_package.my_module:process")
+    return name
 
 
 # Compared by identity: typing hashes what stands in Annotated.
@@ -246,6 +257,16 @@ class Runtime(Settings):
         return (self.cache_ttl or CACHE_TTL_S) if self.enable_cache else None
 
     @property
+    def batch_tokens(self) -> int:
+        """`max_batch_tokens` as a number."""
+        return UNKNOWN_TOKENS if self.max_batch_tokens == "auto" else self.max_batch_tokens
+
+    @property
+    def row_tokens(self) -> int:
+        """What a row counts that has no length of its own: an equal share of a batch of `batch_size` rows."""
+        return max(1, self.batch_tokens // self.batch_size)
+
+    @property
     def stall_s(self) -> float:
         """Seconds a forward may take before its process counts as stuck."""
         limits = [self.inference_timeout, *(each.inference_timeout for each in self.priorities.values())]
@@ -266,7 +287,7 @@ class ModelSpec(Settings):
     warmup: bool | None = None
     priority: int | None = None
     # Code is named by a worker's own file only: it neither goes into Redis nor is taken from there.
-    handler: str | None = Field(default=None, exclude=True)
+    handler: Annotated[str, AfterValidator(_handler)] | None = Field(default=None, exclude=True)
 
 
 class RedisSettings(Settings):
@@ -294,6 +315,16 @@ class ServiceSpec(Settings):
     runtime: Runtime
     result_ttl: float = RESULT_TTL_S
     replicated: bool = False
+
+    @model_validator(mode="after")
+    def _caches_no_code(self) -> ServiceSpec:
+        if self.model.type == "custom" and self.runtime.enable_cache:
+            raise ValueError(NO_CACHE)
+        return self
+
+    def with_handler(self, handler: str | None) -> ServiceSpec:
+        """The same with the code that this host's own file names for it."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"handler": handler})})
 
     def to_json(self) -> str:
         """The record the registry keeps, without `model.handler`. Equal specs give equal text."""

@@ -43,6 +43,11 @@ def find_prefix(prefix: str | None, environ: Mapping[str, str]) -> str:
     return prefix or (config.redis.key_prefix if config else environ.get(PREFIX_VARIABLE) or DEFAULT_PREFIX)
 
 
+def find_config(environ: Mapping[str, str]) -> Config | None:
+    """./config.yaml, where there is one and it is ours. Raises ConfigError where it is wrong."""
+    return _config(environ, needed=False)
+
+
 def _config(environ: Mapping[str, str], *, needed: bool) -> Config | None:
     if not DEFAULT_PATH.is_file() or not (needed or _is_ours(DEFAULT_PATH)):
         return None

@@ -63,16 +63,20 @@ def up(path: Path, data_dir: Path | None, port: int | None, url: str | None, rep
         if until_eof:
             interrupt_at_eof(EOF_DRAIN_S)
         with _server(config, external, data_dir, port) as (found, server):
-            _run(config, interrupts, Stack(found, server, replace, whole=until_eof))
+            _run(config, interrupts, Stack(found, server, replace, str(path.resolve().parent), whole=until_eof))
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """What `up` runs on, and how: `server` is its own, if any; `whole`: it ends where a service cannot start."""
+    """What `up` runs on, and how: `server` is its own, if any; `whole`: it ends where a service cannot start.
+
+    `folder` is that of the configuration, which may hold the code of custom models.
+    """
 
     url: str
     server: EmbeddedServer | None
     replace: bool
+    folder: str
     whole: bool
 
 
@@ -88,7 +92,7 @@ def _run(config: Config, interrupts: Interrupts, stack: Stack) -> None:
         registry = Registry(connection, prefix)
         _introduce(connection, stack.server, registry.keys(specs[0].name).streams()[1])
         registry.push(specs, replace=stack.replace)
-        plans = [Plan(spec, spec.runtime.worker_count) for spec in specs]
+        plans = [Plan(spec, spec.runtime.worker_count, folder=stack.folder) for spec in specs]
         supervisor = Supervisor(stack.url, prefix, plans)
         with status_line(connection.safe_url) as status:
             inspector = Inspector(connection, prefix)

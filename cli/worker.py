@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -48,7 +50,8 @@ def worker() -> None:
 def run(services: tuple[str, ...], url: str | None, prefix: str | None, device: str | None, count: int | None) -> None:
     """Run workers for each SERVICE, by default for all that can run here.
 
-    What they run is read from the server. Ctrl-C drains: workers finish what they hold. Ctrl-C again kills.
+    What they run is read from the server, but for the code of custom models, which ./config.yaml names. Ctrl-C drains:
+    workers finish what they hold. Ctrl-C again kills.
     """
     target = options.find(url, prefix)
     from millstream.broker.connection import check
@@ -63,7 +66,8 @@ def run(services: tuple[str, ...], url: str | None, prefix: str | None, device: 
             check(connection)
             specs = _chosen(Registry(connection, target.prefix), services, connection.safe_url)
         preflight(specs)
-        plans = [Plan(spec, count or spec.runtime.worker_count, device) for spec in specs]
+        folder = str(Path.cwd())
+        plans = [Plan(spec, count or spec.runtime.worker_count, device, folder) for spec in specs]
         supervisor = Supervisor(target.url, target.prefix, plans)
         supervise(supervisor, interrupts, Lines())
     click.echo("drained: what no worker had claimed waits in the queue")
@@ -123,15 +127,31 @@ def _row(service: str, each: WorkerView) -> tuple[str, ...]:
 
 
 def _chosen(registry: Registry, services: Sequence[str], where: str) -> list[ServiceSpec]:
-    """The named services, each once, or all with a worker in this version. Raises UnknownService."""
+    """The named services, each once, or all that can run here, with their code. Raises UnknownService."""
     from millstream.broker.errors import UnknownService
     from millstream.worker.supervisor import RUNNABLE
 
+    names = list(dict.fromkeys(services)) if services else registry.names()
+    registered = _with_handlers([registry.read(name) for name in names])
     if services:
-        return [registry.read(name) for name in dict.fromkeys(services)]
-    registered = [registry.read(name) for name in registry.names()]
-    runnable = [spec for spec in registered if spec.model.type in RUNNABLE]
+        return registered
+    runnable = [spec for spec in registered if spec.model.type in RUNNABLE and _has_code(spec)]
     if not runnable:
-        hint = "run `millstream config push`" if not registered else f"types that run today: {', '.join(RUNNABLE)}"
+        types = f"types that run today: {', '.join(RUNNABLE)}; custom where ./config.yaml names a handler"
+        hint = types if registered else "run `millstream config push`"
         raise UnknownService(f"no service on {where} that a worker could run", hint=hint)
     return runnable
+
+
+def _with_handlers(specs: Sequence[ServiceSpec]) -> list[ServiceSpec]:
+    """The same, custom ones with the code that this host's own file names, if it does. Raises ConfigError."""
+    from millstream.broker.target import find_config
+
+    needed = any(spec.model.type == "custom" for spec in specs)
+    config = find_config(os.environ) if needed else None
+    own = config.services if config else {}
+    return [spec.with_handler(own[spec.name].model.handler) if spec.name in own else spec for spec in specs]
+
+
+def _has_code(spec: ServiceSpec) -> bool:
+    return spec.model.type != "custom" or spec.model.handler is not None

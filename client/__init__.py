@@ -25,6 +25,7 @@ __all__ = [
     "Handle",
     "MillstreamError",
     "PartialFailure",
+    "call",
     "default",
     "embed",
 ]
@@ -39,3 +40,8 @@ def default() -> Client:
 def embed(texts: str | Sequence[str], **options: Any) -> Embeddings:
     """`default().embed(texts, ...)`: see Client.embed."""
     return default().embed(texts, **options)
+
+
+def call(service: str, payload: object, **options: Any) -> Any:
+    """`default().call(service, payload, ...)`: see Client.call."""
+    return default().call(service, payload, **options)

@@ -157,6 +157,21 @@ class AsyncClient:
         """As Client.submit."""
         return AsyncHandle(await self._start(service, inputs, Ask(priority, timeout, wait, tenant, options)))
 
+    async def call(
+        self,
+        service: str,
+        payload: object,
+        *,
+        priority: PriorityName = "normal",
+        timeout: float | None = None,
+        wait: bool = True,
+        tenant: str = "",
+    ) -> Any:
+        """As Client.call."""
+        rows = cast(Sequence[Json], [payload])
+        handle = await self._start(service, rows, Ask(priority, timeout, wait, tenant))
+        return (await AsyncHandle(handle).result())[0]
+
     async def map(
         self,
         service: str,

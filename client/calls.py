@@ -8,13 +8,13 @@ import weakref
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 
 from millstream.broker.admission import resume_hint
 from millstream.broker.cache import Cached, Recipe
-from millstream.broker.codec import MAX_ROWS, encode_inputs
+from millstream.broker.codec import MAX_ROWS, JsonText, encode_inputs, encode_value
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection
 from millstream.broker.errors import DeadlineExceeded, InputTooLong, InvalidRequest, MillstreamError, NoWorkers
@@ -29,11 +29,10 @@ from millstream.client.handle import Handle, Terms
 from millstream.client.recall import Recall
 from millstream.client.result import Embeddings
 from millstream.client.services import Services, op_of
-from millstream.client.split import Part, split, split_once
+from millstream.client.split import Part, split, split_evenly, split_once
 
 JOBS_PER_WORKER = 8
 MAX_ROW_BYTES = 512 * 1024
-UNKNOWN_TOKENS = 2_048
 NO_HITS: Mapping[int, Cached] = MappingProxyType({})
 _TEXTS, _LISTS = (str, bytes), (list, Sequence, np.ndarray)
 _TENANT = re.compile(r"[A-Za-z0-9_.-]{0,64}")
@@ -118,6 +117,7 @@ class Calls:
         hits: Mapping[int, Cached] = NO_HITS,
     ) -> Handle:
         """The same for a checked `ask`, a service that was read and what `recall` found: waits for nothing."""
+        inputs = outgoing(spec, inputs, ask.options)
         parts, refused = cut(spec, inputs, hits)
         limits = spec.runtime.limits(ask.priority)
         terms = Terms(
@@ -183,12 +183,36 @@ def cut(
     A bad row costs its neighbours nothing. Where the service has a cache, a text that comes twice travels once.
     """
     sizes, refused = row_sizes(inputs)
-    rows, tokens = min(spec.runtime.batch_size, MAX_ROWS), spec.runtime.max_batch_tokens
-    most_tokens = tokens if isinstance(tokens, int) else UNKNOWN_TOKENS
+    rows, most_tokens = min(spec.runtime.batch_size, MAX_ROWS), spec.runtime.batch_tokens
+    if spec.model.type == "custom":
+        return split_evenly(sizes, rows, spec.runtime.row_tokens), refused
     if not spec.runtime.enable_cache:
         return split(sizes, rows, most_tokens), refused
     misses = {row: size for row, size in sizes.items() if row not in hits}
     return split_once(misses, inputs, rows, most_tokens), refused
+
+
+def outgoing(spec: ServiceSpec, inputs: Sequence[Json], options: Mapping[str, Json]) -> Sequence[Json]:
+    """The rows as they travel: of a custom service any JSON, encoded now, so that its caller may change it later.
+
+    What JSON cannot carry becomes its row's error. Raises InvalidRequest where these are no rows, or options are given.
+    """
+    if spec.model.type != "custom":
+        return inputs
+    if options:
+        raise InvalidRequest(f"service {spec.name!r} takes no options", hint="put them into the payload")
+    if isinstance(inputs, _TEXTS) or not isinstance(inputs, _LISTS):
+        raise InvalidRequest(
+            f"a list of payloads is needed, not {type(inputs).__name__}", hint="`call` takes a single one"
+        )
+    return cast(Sequence[Json], [_as_json(payload) for payload in inputs])
+
+
+def _as_json(payload: object) -> JsonText | InvalidRequest:
+    try:
+        return encode_value(payload)
+    except (TypeError, ValueError) as error:
+        return InvalidRequest(f"no JSON value: {error}"[:500], hint="convert it first")
 
 
 def row_sizes(inputs: Sequence[object]) -> tuple[dict[int, int], dict[int, MillstreamError]]:
@@ -207,15 +231,22 @@ def row_sizes(inputs: Sequence[object]) -> tuple[dict[int, int], dict[int, Mills
 
 
 def vectors_of(result: Embeddings | list[Json], single: bool) -> Embeddings:
-    """A call's result as `embed` returns it: float32 [rows, dim], [0, 0] for no rows, [dim] for a single text."""
+    """A call's result as `embed` returns it: float32 [rows, dim], [0, 0] for no rows, [dim] for a single text.
+
+    Raises InvalidRequest where it is none of vectors.
+    """
     if not isinstance(result, Embeddings):
+        if result:
+            raise InvalidRequest("this service does not answer vectors", hint="ask it by `call` or `submit`")
         return Embeddings.of(np.zeros((0, 0), dtype=np.float32), 0, (), {})
     return Embeddings.of(result[0], result.usage["tokens"], result.truncated, result.timings) if single else result
 
 
 def _size(text: object) -> int | MillstreamError:
-    """The text's size in UTF-8 bytes, or why it cannot travel."""
+    """The size in UTF-8 bytes of a text, or of a row that is JSON already; or why it cannot travel."""
     if not isinstance(text, str):
+        if isinstance(text, MillstreamError):
+            return text
         return InvalidRequest(f"not a string but {type(text).__name__}", hint="convert it first")
     try:
         size = len(text.encode())

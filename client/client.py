@@ -96,9 +96,27 @@ class Client:
     ) -> Handle:
         """Send `inputs`, one a row, and return at once; the handle's `result` waits. Raises as `embed` does.
 
-        `options` go to the model, for an embedding service `truncate`.
+        `options` go to the model, for an embedding service `truncate`. The rows of a custom service are any JSON.
         """
         return self._calls.start(service, inputs, Ask(priority, timeout, wait, tenant, options))
+
+    def call(
+        self,
+        service: str,
+        payload: object,
+        *,
+        priority: PriorityName = "normal",
+        timeout: float | None = None,
+        wait: bool = True,
+        tenant: str = "",
+    ) -> Any:
+        """The result of one `payload`: what the service's function gave for it, JSON or a vector, float32 [dim].
+
+        A custom service takes any JSON; what JSON cannot carry is InvalidRequest. Raises as `embed` does, and
+        ModelFailed where the function failed on this payload.
+        """
+        rows = cast(Sequence[Json], [payload])
+        return self._calls.start(service, rows, Ask(priority, timeout, wait, tenant)).result()[0]
 
     def map(
         self,

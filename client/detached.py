@@ -74,10 +74,11 @@ class Detached:
         cls, calls: Calls, service: str, inputs: Sequence[Json], ask: Ask, idempotency_key: str | None
     ) -> Detached:
         """Client.submit_detached."""
-        from millstream.client.calls import row_sizes
+        from millstream.client.calls import outgoing, row_sizes
 
         ask.check()
         spec, _ = calls.services.read(service)
+        inputs = outgoing(spec, inputs, ask.options)
         sizes, refused = row_sizes(inputs)
         if refused:
             row, error = next(iter(refused.items()))

@@ -71,7 +71,8 @@ class Rows:
         errors = {row: each for row, each in enumerate(self._rows) if isinstance(each, MillstreamError)}
         if errors:
             raise _failure(errors, self._rows)
-        if not self._rows or not isinstance(self._rows[0], np.ndarray):
+        # Of a custom service some rows may be vectors, and some not.
+        if not self._rows or not {np.ndarray}.issuperset(map(type, self._rows)):
             return cast(list[Json], list(self._rows))
         timings = {**self._timings, "total": total_ms}
         return Embeddings.of(_matrix(self._rows), self._tokens, tuple(sorted(self._truncated)), timings)

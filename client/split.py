@@ -53,6 +53,12 @@ def split(sizes: Mapping[int, int], most_rows: int, most_tokens: int) -> list[Pa
     return parts
 
 
+def split_evenly(sizes: Mapping[int, int], most_rows: int, row_tokens: int) -> list[Part]:
+    """The same for rows that count `row_tokens` each, whatever their size."""
+    parts = split(sizes, most_rows, most_rows * estimate_tokens(max(sizes.values(), default=0)))
+    return [part._replace(tokens=row_tokens * len(part.rows)) for part in parts]
+
+
 def split_once(sizes: Mapping[int, int], inputs: Sequence[object], most_rows: int, most_tokens: int) -> list[Part]:
     """The same, where rows with equal inputs travel once."""
     rows_of: dict[object, list[int]] = {}

@@ -3,6 +3,7 @@
     client = FakeClient()
     vectors = client.embed(["a stream", "a mill"])
     client.fail(QueueFull("full", retry_after=1.0))
+    client = FakeClient(handlers={"reverse": lambda payloads: [each[::-1] for each in payloads]})
 
 What they check, split, order and raise is the real clients' own code; only the queue behind it is pretended.
 """
@@ -12,17 +13,17 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from millstream.broker.cache import Cached
-from millstream.broker.codec import decode_inputs, encode_reply
+from millstream.broker.codec import decode_inputs, encode_reply, encode_value
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection
-from millstream.broker.errors import BrokerUnavailable, MillstreamError, UnknownService
+from millstream.broker.errors import BrokerUnavailable, MillstreamError, ModelFailed, UnknownService
 from millstream.broker.job import Draft, Json, Reply, Vectors
 from millstream.broker.registry import Registry
 from millstream.broker.spec import ModelSpec, Runtime
@@ -38,6 +39,9 @@ from millstream.client.services import Services
 
 Answers = Callable[[str], RowOutcome]
 """The outcome of one text: a vector [dim], a JSON value, or an error, returned or raised."""
+
+Handler = Callable[[list[Any]], Sequence[Any]]
+"""The function of a custom service, as a worker would run it; here with one payload at a time."""
 
 SERVICE = "embed"
 """The service of a call that names none."""
@@ -65,12 +69,17 @@ class FakeClient(Client):
     """A Client that answers at once, any service, and keeps what it was asked in `calls`.
 
     Each text gets a unit vector made from its hash, or what `answers` gives for it; texts in `errors` get their error.
+    The services in `handlers` are custom ones, answered by their function.
     """
 
     def __init__(
-        self, dim: int = 384, answers: Answers | None = None, errors: Mapping[str, MillstreamError] | None = None
+        self,
+        dim: int = 384,
+        answers: Answers | None = None,
+        errors: Mapping[str, MillstreamError] | None = None,
+        handlers: Mapping[str, Handler] | None = None,
     ) -> None:
-        self._fake = _FakeCalls(dim, answers, errors)
+        self._fake = _FakeCalls(_FakeModel(dim, answers, errors or {}, handlers or {}))
         self._calls = self._fake
 
     @property
@@ -87,9 +96,13 @@ class AsyncFakeClient(AsyncClient):
     """FakeClient for asyncio."""
 
     def __init__(
-        self, dim: int = 384, answers: Answers | None = None, errors: Mapping[str, MillstreamError] | None = None
+        self,
+        dim: int = 384,
+        answers: Answers | None = None,
+        errors: Mapping[str, MillstreamError] | None = None,
+        handlers: Mapping[str, Handler] | None = None,
     ) -> None:
-        self._fake = _FakeCalls(dim, answers, errors)
+        self._fake = _FakeCalls(_FakeModel(dim, answers, errors or {}, handlers or {}))
         self._calls = self._fake
 
     @property
@@ -103,16 +116,16 @@ class AsyncFakeClient(AsyncClient):
 
 
 class _FakeCalls(Calls):
-    def __init__(self, dim: int, answers: Answers | None, errors: Mapping[str, MillstreamError] | None) -> None:
+    def __init__(self, model: _FakeModel) -> None:
         self.made: list[Call] = []
         self.faults: deque[MillstreamError] = deque()
-        model = _FakeModel(dim, answers, errors or {})
+        self._model = model
         # It is named by error messages, and never connects.
         self.connection = Connection("redis://fake")
         self.registry = Registry(self.connection)
         self.channel = cast(Channel, _FakeChannel(model, self.faults))
-        self.services = cast(Services, _FakeServices())
-        self._left = cast(Streams, _FakeStreams(model))
+        self.services = cast(Services, _FakeServices(model.handlers))
+        self._left: dict[str, Streams] = {}
 
     def begin(
         self,
@@ -134,18 +147,28 @@ class _FakeCalls(Calls):
         return detached
 
     def streams(self, service: str) -> Streams:
-        return self._left
+        return self._left.setdefault(service, cast(Streams, _FakeStreams(self._model, service)))
 
 
 class _FakeModel:
-    def __init__(self, dim: int, answers: Answers | None, errors: Mapping[str, MillstreamError]) -> None:
+    def __init__(
+        self,
+        dim: int,
+        answers: Answers | None,
+        errors: Mapping[str, MillstreamError],
+        handlers: Mapping[str, Handler],
+    ) -> None:
         self._answers = answers or (lambda text: fake_vector(text, dim))
         self._errors = errors
+        self.handlers = handlers
 
-    def reply(self, draft: Draft) -> bytes:
+    def reply(self, service: str, draft: Draft) -> bytes:
         """The answer to one job, as a worker would send it."""
         inputs, _ = decode_inputs(draft.body, draft.rows)
-        outcomes = [self._outcome(str(text)) for text in inputs]
+        if handler := self.handlers.get(service):
+            outcomes = [_handled(handler, payload) for payload in inputs]
+        else:
+            outcomes = [self._outcome(str(text)) for text in inputs]
         errors = {row: each for row, each in enumerate(outcomes) if isinstance(each, MillstreamError)}
         good = [each for each in outcomes if not isinstance(each, MillstreamError)]
         tokens = sum(len(str(text).split()) + 2 for row, text in enumerate(inputs) if row not in errors)
@@ -158,6 +181,18 @@ class _FakeModel:
             return self._errors[text] if text in self._errors else self._answers(text)
         except MillstreamError as error:
             return error
+
+
+def _handled(handler: Handler, payload: Json) -> RowOutcome:
+    try:
+        (result,) = handler([payload])
+        if not isinstance(result, np.ndarray):
+            encode_value(result)
+    except MillstreamError as error:
+        return error
+    except Exception as error:  # noqa: BLE001 - as a worker does
+        return ModelFailed(f"{type(error).__name__}: {error}"[:500])
+    return cast(RowOutcome, result)
 
 
 class _FakeChannel:
@@ -189,7 +224,7 @@ class _FakeChannel:
             if fault:
                 submission.sink.refused(submission.job_ids, fault)
             for draft in submission.group.drafts if not fault else ():
-                submission.sink.answered(draft.id, self._model.reply(draft))
+                submission.sink.answered(draft.id, self._model.reply(submission.service, draft))
             queue.popleft()
 
     def cancel(self, cancellation: Cancellation) -> None:
@@ -204,8 +239,11 @@ class _FakeChannel:
 class _FakeServices:
     """Every name is a service, with a live worker."""
 
+    def __init__(self, handlers: Container[str]) -> None:
+        self._handlers = handlers
+
     def known(self, service: str) -> tuple[ServiceSpec, int]:
-        model = ModelSpec(type="embedding", model_name="fake")
+        model = ModelSpec(type="custom" if service in self._handlers else "embedding", model_name="fake")
         try:
             return ServiceSpec(name=service, model=model, model_ref="fake", runtime=Runtime()), 1
         except ValueError:
@@ -228,8 +266,9 @@ class _FakeServices:
 class _FakeStreams:
     """Where detached jobs are answered, each once."""
 
-    def __init__(self, model: _FakeModel) -> None:
+    def __init__(self, model: _FakeModel, service: str) -> None:
         self._model = model
+        self._service = service
         self._lock = threading.Lock()
         self._replies: dict[str, bytes] = {}
 
@@ -237,7 +276,7 @@ class _FakeStreams:
         with self._lock:
             for draft in (draft for group in groups for draft in group.drafts):
                 if draft.id not in self._replies:
-                    self._replies[draft.id] = self._model.reply(draft)
+                    self._replies[draft.id] = self._model.reply(self._service, draft)
         return [Admission() for _ in groups]
 
     def look_up(self, job_ids: Sequence[str]) -> list[Found]:

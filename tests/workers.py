@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from support import eventually
 
@@ -22,12 +23,15 @@ def spec(name: str, *, forward_s: float = 0.0, **runtime: object) -> ServiceSpec
 
 
 @contextmanager
-def working(url: str, *specs: ServiceSpec) -> Iterator[Supervisor]:
-    """One worker process for each of `specs`, which are registered, ready and drained in the end."""
+def working(url: str, *specs: ServiceSpec, folder: Path | None = None) -> Iterator[Supervisor]:
+    """One worker process for each of `specs`, which are registered, ready and drained in the end.
+
+    `folder` holds the code of those that are custom.
+    """
     connection = Connection(url, name="tests")
     Registry(connection).push(specs)
     connection.close()
-    supervisor = Supervisor(url, "ms", [Plan(each, 1) for each in specs], drain_s=10.0)
+    supervisor = Supervisor(url, "ms", [Plan(each, 1, folder=str(folder or "")) for each in specs], drain_s=10.0)
     thread = threading.Thread(target=supervisor.run)
     thread.start()
     try:

@@ -32,8 +32,6 @@ from millstream.worker.timekeeper import Timekeeper
 
 log = logging.getLogger(__name__)
 
-UNKNOWN_TOKENS = 2_048
-
 
 class Crew:
     """Claimer, settler and beat around the runner, for one service and one loaded model."""
@@ -66,6 +64,16 @@ class Crew:
 
     def work(self) -> None:
         """Run until the process drains. Raises ThreadFailed."""
+        try:
+            self._work()
+        finally:
+            # Where it failed in a program that goes on, a beat would keep what it holds from everybody else.
+            self._heart.stop()
+            self._timekeeper.stop()
+            self._settler.finish()
+            self._shared.life.drain()
+
+    def _work(self) -> None:
         shared = self._shared
         retrying(self._streams.create_groups, stop=shared.life.stopped)
         self._progress.enter(State.READY)
@@ -127,7 +135,7 @@ class Crew:
         self._policy.batch_timeouts.update({each: limits[each].batch_timeout or 0.0 for each in PRIORITIES})
         self._inference_timeouts.update({each: limits[each].inference_timeout for each in PRIORITIES})
         shortest = min((each for each in self._inference_timeouts.values() if each), default=None)
-        self._shared.window.limit(runtime.batch_size, batch_tokens(runtime), runtime.queue_timeout, shortest)
+        self._shared.window.limit(runtime.batch_size, runtime.batch_tokens, runtime.queue_timeout, shortest)
         self._policy.shares.change({each: runtime.shares[each.value] for each in PRIORITIES}, 2 * runtime.batch_size)
         self._intake.max_attempts = runtime.max_attempts
         self._keeper.ttl_s = runtime.cache_s
@@ -162,7 +170,3 @@ class Crew:
             "past": self._orders.past,
             **self._shared.counters.fields(),
         }
-
-
-def batch_tokens(runtime: Runtime) -> int:
-    return UNKNOWN_TOKENS if runtime.max_batch_tokens == "auto" else runtime.max_batch_tokens

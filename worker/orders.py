@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
+import socket
 from dataclasses import asdict, dataclass
 
 URL_VARIABLE = "MILLSTREAM_REDIS_URL"
@@ -12,9 +15,17 @@ EXIT_PERMANENT = 78
 """The exit status of a start that would fail again: wrong configuration, no such model."""
 
 
+def new_consumer() -> str:
+    """A name for a worker process that no other has: its host, who named it, and chance."""
+    return f"{socket.gethostname()[:32]}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """One child's task. `past` says how its predecessor ended."""
+    """One child's task. `past` says how its predecessor ended.
+
+    `handler` is the code of a custom model, and `folder` where its configuration file stands.
+    """
 
     service: str
     prefix: str
@@ -23,6 +34,8 @@ class Orders:
     threads: int
     progress_fd: int
     past: str = ""
+    handler: str | None = None
+    folder: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

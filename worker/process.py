@@ -12,14 +12,18 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
-from millstream.broker.connection import Connection, retrying
+from millstream.broker.config import ServiceSpec
+from millstream.broker.connection import Connection, retrying, translated
 from millstream.broker.errors import ConfigError, MillstreamError, ModelUnavailable, UnknownService
+from millstream.broker.lease import Lease
 from millstream.broker.registry import Registry
 from millstream.worker import models
 from millstream.worker.batcher import Budget
-from millstream.worker.crew import Crew, batch_tokens
+from millstream.worker.crew import Crew
 from millstream.worker.life import Life, ThreadFailed
+from millstream.worker.models.base import Closes, Model
 from millstream.worker.orders import EXIT_PERMANENT, URL_VARIABLE, Orders
 from millstream.worker.progress import Progress, State
 from millstream.worker.shared import Shared
@@ -31,26 +35,50 @@ log = logging.getLogger(__name__)
 ORPHAN_LOOK_S = 1.0
 
 
-class Worker:
-    """One process's life, from its orders to its exit status."""
+Load = Callable[[ServiceSpec], Model]
 
-    def __init__(self, orders: Orders, url: str) -> None:
+
+class Worker:
+    """One process's life, from its orders to its exit status. `load` makes the model, by default as `orders` say."""
+
+    def __init__(self, orders: Orders, url: str, load: Load | None = None) -> None:
         self._orders = orders
+        self._load = load or self._ordered
         self._connection = Connection(url, name=f"millstream-worker-{orders.service}")
+        self._registry = Registry(self._connection, orders.prefix)
         self._progress = Progress(orders.progress_fd)
         self._life = Life()
 
     def drain(self) -> None:
         """Claim no more; settle what is held; end. Safe in a signal handler."""
-        if self._progress.state is State.STARTING:
-            # Nothing is held yet, and a model can take minutes to load.
+        if self.starting:
+            # A model can take minutes to load.
             os._exit(0)
         self._life.drain()
+
+    @property
+    def starting(self) -> bool:
+        """Whether it holds nothing yet: the model is being loaded."""
+        return self._progress.state is State.STARTING
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the forward under way takes longer than stall_timeout."""
+        return self._progress.stuck
+
+    def give_back(self, how: str) -> None:
+        """Hand what it holds to the queue, as a supervisor does for a dead child; `how` says how it ended."""
+        lease = Lease(self._connection.client, self._registry.keys(self._orders.service))
+        with translated(self._connection.safe_url):
+            lease.release(self._orders.consumer, started=self._progress.running(), gone=True, how=how)
+
+    def close(self) -> None:
+        self._connection.close()
 
     def run(self) -> int:
         """Work until drained; the exit status."""
         try:
-            self._work()
+            self.work()
         except (ModelUnavailable, UnknownService, ConfigError) as error:
             return self._failed(error, EXIT_PERMANENT)
         except (MillstreamError, ThreadFailed) as error:
@@ -63,20 +91,32 @@ class Worker:
     def orphaned(self) -> None:
         """Drain, and end where a forward is stuck: the supervisor that would end this process is gone."""
         self.drain()
-        while not self._progress.stuck:
+        while not self.stuck:
             time.sleep(ORPHAN_LOOK_S)
         os._exit(1)
 
-    def _work(self) -> None:
+    def work(self) -> None:
+        """The same, but raises what ended it: ModelUnavailable, UnknownService, ConfigError, ThreadFailed, others."""
         orders, stopped = self._orders, self._life.stopped
-        registry = Registry(self._connection, orders.prefix)
-        spec = retrying(lambda: registry.read(orders.service), stop=stopped)
-        model = models.load(spec, orders.device, orders.threads)
-        budget = Budget(spec.runtime.batch_size, batch_tokens(spec.runtime))
+        spec = retrying(lambda: self._registry.read(orders.service), stop=stopped)
+        model = self._load(spec)
+        try:
+            self._serve(spec, model)
+        finally:
+            if isinstance(model, Closes):
+                model.close()
+
+    def _serve(self, spec: ServiceSpec, model: Model) -> None:
+        orders = self._orders
+        budget = Budget(spec.runtime.batch_size, spec.runtime.batch_tokens)
         window = Window(budget, spec.runtime.queue_timeout)
         warm_up(model, window)
-        retrying(lambda: registry.claim_fingerprint(spec.name, model.fingerprint), stop=stopped)
+        retrying(lambda: self._registry.claim_fingerprint(spec.name, model.fingerprint), stop=self._life.stopped)
         Crew(Shared(orders.consumer, window, life=self._life), orders, self._connection, spec, model).work()
+
+    def _ordered(self, spec: ServiceSpec) -> Model:
+        orders = self._orders
+        return models.load(spec.with_handler(orders.handler), orders.device, orders.threads, orders.folder)
 
     def _failed(self, error: object, status: int) -> int:
         """Tell the supervisor why: it says what it makes of it."""

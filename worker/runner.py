@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 
+from millstream.broker.codec import encode_value
 from millstream.broker.errors import MillstreamError, ModelFailed
 from millstream.broker.job import Json, Reply, Vectors
 from millstream.worker.batcher import padded
 from millstream.worker.intake import expired
+from millstream.worker.memory import Fit, is_exhaustion
 from millstream.worker.models.base import Model, Prepared
 from millstream.worker.progress import Progress
 from millstream.worker.settler import Finished
 from millstream.worker.shared import Shared
 from millstream.worker.window import Held, Outcome, Rows
+
+log = logging.getLogger(__name__)
 
 EWMA_WEIGHT = 0.2
 
@@ -61,10 +67,15 @@ class Runner:
             held.running_since = start
         self._progress.start(jobs)
         once, places = _once(batch, jobs)
-        outcomes = run_rows(self._model, [row.payload for row in once], self._progress.lap)
+        outcomes = run_rows(self._model, [row.payload for row in once], self._progress.lap, self._too_large)
         self._progress.stop()
         self._account(once, outcomes, jobs, time.monotonic() - start)
         return [outcomes[place] for place in places]
+
+    def _too_large(self, most: int) -> None:
+        """Begin the next batch with what fitted into this one's memory."""
+        if self._window.cap(most):
+            log.warning("out of memory: batches hold at most %d tokens from now on, padding included", most)
 
     def _account(self, batch: Rows, outcomes: list[Outcome], jobs: Jobs, seconds: float) -> None:
         tokens, computed = sum(row.tokens for row in batch), padded(batch)
@@ -107,41 +118,78 @@ def _missed(held: Held, now: int) -> str:
     return "" if phase == "queue" and held.started_at else phase
 
 
-def run_rows(model: Model, rows: Sequence[Prepared], lap: Callable[[], None] = lambda: None) -> list[Outcome]:
+def run_rows(
+    model: Model,
+    rows: Sequence[Prepared],
+    lap: Callable[[], None] = lambda: None,
+    too_large: Callable[[int], None] = lambda most: None,
+) -> list[Outcome]:
     """One outcome a row. Where a forward fails its rows are halved until the guilty one stands alone.
 
-    `lap` is called between two forwards: each has the whole stall timeout.
+    `lap` is called between two forwards: each has the whole stall timeout. `too_large` is told the padded tokens that
+    fit into memory, where a forward failed for having more of them.
     """
-    try:
-        results = model.forward(rows)
-        if len(results) != len(rows):
-            raise ModelFailed(f"the model gave {len(results)} results for {len(rows)} rows")
-        return _checked(results)
-    except Exception as error:  # noqa: BLE001 - a model may raise anything, and its neighbours must live
-        if len(rows) == 1:
-            return [_failure(error)]
-        half = len(rows) // 2
-        outcomes = []
-        for part in (rows[:half], rows[half:]):
-            lap()
-            outcomes += run_rows(model, part, lap)
-        return outcomes
+    fit = Fit()
+    outcomes = _run(model, rows, lap, fit)
+    if fit.most is not None:
+        too_large(fit.most)
+    return outcomes
+
+
+def _run(model: Model, rows: Sequence[Prepared], lap: Callable[[], None], fit: Fit) -> list[Outcome]:
+    exhausted, failure = True, None
+    if not fit.rules_out(rows):
+        try:
+            outcomes = _checked(model.forward(rows), len(rows))
+            fit.fitted(rows)
+            return outcomes
+        except Exception as error:  # noqa: BLE001 - a model may raise anything, and its neighbours must live
+            exhausted, failure = is_exhaustion(error), _failure(error)
+    # Only now: an error that is being handled keeps alive what its forward had allocated.
+    if failure and len(rows) == 1:
+        fit.alone += exhausted
+        return [failure]
+    alone, half, outcomes = fit.alone, len(rows) // 2, []
+    for part in (rows[:half], rows[half:]):
+        lap()
+        outcomes += _run(model, part, lap, fit)
+    if exhausted and fit.alone == alone:
+        fit.exceeded(rows)
+    return outcomes
 
 
 def _failure(error: Exception) -> MillstreamError:
+    log.debug("a forward failed", exc_info=error)
     if isinstance(error, MillstreamError):
-        return error
+        return error.with_traceback(None)
     return ModelFailed(f"{type(error).__name__}: {error}"[:500])
 
 
-def _checked(results: Vectors | list[Json]) -> list[Outcome]:
+def _checked(results: Vectors | list[Json], count: int) -> list[Outcome]:
+    if len(results) != count:
+        raise ModelFailed(f"the model gave {len(results)} results for {count} rows")
     # All at once where all are sound, as they nearly always are.
     if isinstance(results, np.ndarray) and np.isfinite(results).all():
+        return list(results)
+    if {str}.issuperset(map(type, results)) and _is_unicode(cast(list[str], results)):
         return list(results)
     return [_checked_row(result) for result in results]
 
 
+def _is_unicode(texts: Sequence[str]) -> bool:
+    try:
+        return bool("".join(texts).encode()) or True
+    except UnicodeEncodeError:
+        return False
+
+
 def _checked_row(result: Outcome) -> Outcome:
-    if isinstance(result, np.ndarray) and not np.isfinite(result).all():
-        return ModelFailed("the model answered NaN or infinity")
+    if isinstance(result, MillstreamError):
+        return result
+    if isinstance(result, np.ndarray):
+        return result if np.isfinite(result).all() else ModelFailed("the model answered NaN or infinity")
+    try:
+        encode_value(result)
+    except Exception as error:  # noqa: BLE001 - what a model answers may have code of its own
+        return ModelFailed(f"the model answered what JSON cannot carry: {error}"[:500])
     return result

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,8 +19,8 @@ from millstream.broker.errors import ModelUnavailable
 from millstream.broker.keys import ServiceKeys
 from millstream.broker.lease import Lease
 from millstream.worker.child import Child
-from millstream.worker.models.source import locate
-from millstream.worker.orders import EXIT_PERMANENT, URL_VARIABLE, Orders
+from millstream.worker.models.source import handler_of, locate
+from millstream.worker.orders import EXIT_PERMANENT, URL_VARIABLE, Orders, new_consumer
 from millstream.worker.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -32,17 +30,21 @@ DRAIN_S = 30.0
 CRASH_LOOP = 5
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
 _LIBRARIES = ("torch", "sentence_transformers")
-RUNNABLE = ("embedding", "echo")
+RUNNABLE = ("embedding", "custom", "echo")
 """The model types this version has a worker for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How many processes of a service to run here, each on `device` (None: the model's, or the best there is)."""
+    """How many processes of a service to run here, each on `device` (None: the model's, or the best there is).
+
+    `folder` is where the code of a custom model is looked for, beside what is installed.
+    """
 
     spec: ServiceSpec
     count: int
     device: str | None = None
+    folder: str = ""
 
     def device_of(self, index: int) -> str | None:
         """Where the process number `index` of this plan runs: its devices in turn."""
@@ -89,6 +91,8 @@ def preflight(specs: Sequence[ServiceSpec]) -> None:
         if spec.model.type == "embedding":
             _check_libraries(spec)
             locate(spec.model.model_name)
+        if spec.model.type == "custom":
+            handler_of(spec)
 
 
 def _check_libraries(spec: ServiceSpec) -> None:
@@ -206,7 +210,7 @@ class Supervisor:
     def _start(self, slot: Slot) -> Child:
         plan = slot.plan
         progress = Progress.create()
-        consumer = f"{socket.gethostname()[:32]}-{os.getpid()}-{secrets.token_hex(4)}"
+        consumer = new_consumer()
         orders = Orders(
             service=plan.spec.name,
             prefix=self._prefix,
@@ -215,6 +219,8 @@ class Supervisor:
             threads=max(1, _cores() // len(self._slots)),
             progress_fd=progress.fd,
             past=slot.past,
+            handler=plan.spec.model.handler,
+            folder=plan.folder,
         )
         try:
             # A session of its own: Ctrl-C in the terminal reaches the supervisor alone, which drains its children.

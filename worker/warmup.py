@@ -19,8 +19,11 @@ LEAST_OVERHEAD = 128.0
 def warm_up(model: Model, window: Window) -> None:
     """Run the smallest and the largest batch, and set the window's cost of a forward and of a token by them.
 
-    Raises ModelUnavailable where the model cannot run its own warm-up.
+    A model without samples is left to learn from its first jobs. Raises ModelUnavailable where it cannot run its own
+    warm-up.
     """
+    if not model.samples(SHORT_TOKENS):
+        return
     budget = window.budget
     short = _row(model, SHORT_TOKENS)
     long = _row(model, min(LONG_TOKENS, budget.tokens))

@@ -7,8 +7,10 @@ jobs whose answer is written.
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -84,9 +86,10 @@ class Held:
         """The answer, once every row has its outcome."""
         errors = {at: out for at, out in enumerate(self.outcomes) if isinstance(out, MillstreamError)}
         good = [out for out in self.outcomes if not isinstance(out, MillstreamError)] if errors else self.outcomes
-        shapes = {out.shape if isinstance(out, np.ndarray) else None for out in good}
+        shapes = {_shape(out) for out in good}
         if len(shapes) > 1:
-            return Reply(error=ModelFailed("the model gave this job results of different shapes"))
+            self.outcomes = _alike(self.outcomes)
+            return self.reply()
         prepared = [(at, row) for at, row in enumerate(self.prepared) if isinstance(row, Prepared)]
         dense = bool(shapes) and None not in shapes
         return Reply(
@@ -99,6 +102,23 @@ class Held:
         )
 
 
+def _shape(outcome: Outcome | None) -> tuple[int, ...] | None:
+    return outcome.shape if isinstance(outcome, np.ndarray) else None
+
+
+def _alike(outcomes: Sequence[Outcome | None]) -> list[Outcome | None]:
+    """The outcomes, where results of another shape than most of them have are their rows' failures."""
+    counts = Counter(_shape(out) for out in outcomes if not isinstance(out, MillstreamError))
+    most, number = counts.most_common(1)[0]
+    usual = {most} if 2 * number > counts.total() else set()
+    return [
+        out
+        if isinstance(out, MillstreamError) or _shape(out) in usual
+        else ModelFailed("the model's result has another shape than those of its neighbours")
+        for out in outcomes
+    ]
+
+
 def _stacked(vectors: list[Vectors]) -> Vectors:
     # A job of one row, the most usual one, is spared the copy.
     return vectors[0][np.newaxis] if len(vectors) == 1 else np.stack(vectors)
@@ -108,7 +128,10 @@ class Window:
     """What one worker process holds; thread-safe. `forward_s` is what the smallest forward takes, if that is known."""
 
     def __init__(self, budget: Budget, queue_timeout_s: float | None = None) -> None:
+        # One lock; who waits for what is woken by that alone, and not by each job that another thread settles.
+        self._lock = threading.RLock()
         self.budget = budget
+        self._cap = sys.maxsize
         self.limit(budget.rows, budget.tokens, queue_timeout_s)
         self.seconds_per_token = 0.0
         self.forward_s = math.inf
@@ -118,8 +141,6 @@ class Window:
         self._running = 0
         self._takes = 0
         self._closed = False
-        # One lock; who waits for what is woken by that alone, and not by each job that another thread settles.
-        self._lock = threading.RLock()
         self._arrived = threading.Condition(self._lock)
         self._taken = threading.Condition(self._lock)
         self._emptied = threading.Condition(self._lock)
@@ -130,10 +151,19 @@ class Window:
         self, rows: int, tokens: int, queue_timeout_s: float | None, inference_timeout_s: float | None = None
     ) -> None:
         """Take over changed limits, from the next micro-batch on."""
-        self.budget = replace(self.budget, rows=rows, tokens=tokens)
+        with self._lock:
+            self.budget = replace(self.budget, rows=rows, tokens=min(tokens, self._cap))
         self._inference_s = inference_timeout_s
         self._hold_s = HOLD_S if queue_timeout_s is None else min(HOLD_S, queue_timeout_s / 2)
         self._least_batches = LEAST_BATCHES if queue_timeout_s is None else 1
+
+    def cap(self, tokens: int) -> bool:
+        """No micro-batch has more padded tokens from now on, whatever is pushed; True where that is news."""
+        with self._lock:
+            is_news = tokens < self._cap
+            self._cap = min(self._cap, tokens)
+            self.budget = replace(self.budget, tokens=min(self.budget.tokens, self._cap))
+            return is_news
 
     # -- the claimer's side ------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from configs import SMALL, USERS_FILE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millstream.broker.config import Config, ServiceSpec, load, unenforced
+from millstream.broker.config import Config, ServiceSpec, given_service, load, unenforced
 from millstream.broker.errors import ConfigError
 from millstream.broker.job import Priority
 from millstream.broker.keys import DEFAULT_PREFIX
@@ -101,6 +101,45 @@ def test_a_value_comes_from_environment_then_file_then_preset_then_type_then_def
     assert runtime.batch_size == 8  # preset, over the type's 64
     assert runtime.worker_count == 2  # type, over the default 1
     assert (runtime.max_batch_tokens, runtime.truncate, runtime.queue_timeout) == (2048, "none", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "models: {c: {type: custom}}",
+            "config.yaml:1: models.c.handler: missing; name the code to run, as in my_module:process",
+        ),
+        (
+            "models: {c: {type: custom, handler: process}}",
+            "config.yaml:1: models.c.handler: must be module:function, as in my_package.my_module:process, "
+            "not 'process'",
+        ),
+        (
+            "models: {c: {type: echo, handler: 'app:run'}}",
+            "config.yaml:1: models.c.handler: only type custom runs code, this is echo; change one of them",
+        ),
+        (
+            "models: {c: {type: custom, handler: 'app:run'}}\nservices: {s: {model: c, runtime: {enable_cache: true}}}",
+            "config.yaml:2: services.s.runtime.enable_cache: a service of type custom has no cache: "
+            "nothing tells whether its code has changed; leave enable_cache out",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_custom_model_is_said(load_text: Load, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_text(text)
+
+    assert str(caught.value) == said
+
+
+def test_limits_given_in_a_program_are_checked_as_those_of_a_file() -> None:
+    spec = given_service("mill", {"batch_size": 8, "batch_timeout": "10ms", "preset": "throughput"})
+
+    assert (spec.runtime.batch_size, spec.runtime.batch_timeout, spec.model.handler) == (8, 0.01, None)
+    with pytest.raises(ConfigError) as caught:
+        given_service("mill", {"batch_sze": 8})
+    assert str(caught.value) == ("serve 'mill': services.mill.runtime.batch_sze: unknown key; did you mean batch_size?")
 
 
 def test_an_echo_model_needs_no_name_and_a_custom_one_with_a_handler_neither(load_text: Load) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -116,6 +117,100 @@ def test_a_row_of_nan_or_infinity_fails_alone() -> None:
     assert [isinstance(outcome, ModelFailed) for outcome in outcomes] == [False, True, False, True]
 
 
+@pytest.mark.parametrize("text", ["\ud800", "water \udfff"])
+def test_a_text_that_is_no_unicode_fails_alone(text: str) -> None:
+    outcomes = run_rows(EchoModel(), prepared("a", text, "b"))
+
+    assert [isinstance(outcome, ModelFailed) for outcome in outcomes] == [False, True, False]
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+class Narrow(EchoModel):
+    """Echo on a device that holds `fits` padded tokens, and none at all of the rows in `greedy`."""
+
+    def __init__(self, fits: int, greedy: set[str] | None = None, error: Exception | None = None) -> None:
+        super().__init__()
+        self.fits = fits
+        self.greedy = greedy or set()
+        self.error = error or MemoryError()
+        self.sizes: list[int] = []
+
+    def forward(self, rows: Sequence[Prepared]) -> Vectors | list[Json]:
+        self.sizes.append(len(rows))
+        padded = max(row.tokens for row in rows) * len(rows)
+        if padded > self.fits or self.greedy & {str(row.features) for row in rows}:
+            raise self.error
+        return super().forward(rows)
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch's."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OutOfMemoryError("no room"),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_a_batch_that_is_too_large_for_the_memory_runs_in_parts_and_what_fits_is_told(error: Exception) -> None:
+    model, told = Narrow(16, error=error), list[int]()
+
+    outcomes = run_rows(model, prepared(*map(str, range(64))), too_large=told.append)
+
+    assert outcomes == [str(n) for n in range(64)]
+    assert told == [16]
+    assert model.sizes == [64, 32, 16, 16, 16, 16]
+
+
+@given(fits=st.integers(1, 64), size=st.integers(1, 64), greedy=st.sets(st.integers(0, 63), max_size=2))
+def test_without_memory_for_all_each_row_that_fits_runs_in_bounded_work(fits: int, size: int, greedy: set[int]) -> None:
+    model, told = Narrow(fits, {str(n) for n in greedy}), list[int]()
+
+    outcomes = run_rows(model, prepared(*map(str, range(size))), too_large=told.append)
+
+    assert [isinstance(each, ModelFailed) for each in outcomes] == [n in greedy for n in range(size)]
+    # What fits is never underestimated by a row's own fault, nor overestimated.
+    assert all(min(fits, size) // 2 <= most <= fits for most in told)
+    assert not greedy or told == [] or fits < size
+    assert len(told) <= 1
+    if not greedy:
+        assert sum(model.sizes) <= 3 * size
+        assert bool(told) == (fits < size)
+
+
+def test_a_row_that_no_memory_holds_says_nothing_of_how_much_fits() -> None:
+    model, told = Narrow(64, {"41"}), list[int]()
+
+    outcomes = run_rows(model, prepared(*map(str, range(64))), too_large=told.append)
+
+    assert [n for n, each in enumerate(outcomes) if isinstance(each, ModelFailed)] == [41]
+    assert (told, sum(model.sizes) <= 3 * 64) == ([], True)
+
+
+def test_a_failed_forward_is_not_kept_alive_while_its_parts_run() -> None:
+    class Big: ...
+
+    class Holding(EchoModel):
+        left: weakref.ref[Big] | None = None
+
+        def forward(self, rows: Sequence[Prepared]) -> Vectors | list[Json]:
+            assert self.left is None or self.left() is None, "the failed forward's memory is still taken"
+            taken = Big()
+            self.left = weakref.ref(taken)
+            if len(rows) > 1:
+                raise MemoryError
+            return super().forward(rows)
+
+    assert run_rows(Holding(), prepared("a", "b", "c")) == ["a", "b", "c"]
+
+
 # -- the loop ------------------------------------------------------------------------------------------------------
 
 
@@ -138,9 +233,12 @@ class Bench:
         self.finished[finished.address.job_id] = finished
 
     def run(self, *jobs: Held) -> None:
+        self.run_with(self.model, *jobs)
+
+    def run_with(self, model: EchoModel, *jobs: Held) -> None:
         self.window.hold(jobs)
         self.window.close()
-        Runner(Shared("w1", self.window, self.clock, self.counters), self.model, self.progress, self.finish).run()
+        Runner(Shared("w1", self.window, self.clock, self.counters), model, self.progress, self.finish).run()
 
     def error_of(self, held: Held) -> MillstreamError | None:
         return self.finished[held.claim.address.job_id].reply.error
@@ -268,3 +366,17 @@ def test_what_it_did_is_counted_and_told(bench: Bench) -> None:
     timings = bench.finished[job.claim.address.job_id].reply.timings
     assert timings["queue"] >= 500
     assert timings["inference"] >= 0
+
+
+def test_the_next_batch_begins_with_what_fitted_and_a_push_does_not_undo_it(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    narrow = Narrow(8)
+    bench.window.limit(32, 1_000, None)
+
+    bench.run_with(narrow, held_of([1] * 32), held_of([1] * 32))
+
+    assert narrow.sizes == [32, 16, 8, 8, 8, 8, *[8] * 4]
+    assert caplog.text.count("out of memory: batches hold at most 8 tokens from now on") == 1
+    bench.window.limit(64, 4_096, None)
+    assert (bench.window.budget.rows, bench.window.budget.tokens) == (64, 8)

@@ -15,6 +15,7 @@ from millstream.broker.errors import (
     InputTooLong,
     InvalidRequest,
     MillstreamError,
+    ModelFailed,
     PartialFailure,
     QueueFull,
     ResultExpired,
@@ -140,6 +141,22 @@ def test_answers_may_raise_a_rows_error() -> None:
     assert isinstance(outcomes[1], InvalidRequest)
 
 
+def test_a_custom_service_is_answered_by_its_function() -> None:
+    def double(payloads: list[dict[str, int]]) -> list[Json]:
+        return [{"twice": 2 * each["n"]} for each in payloads]
+
+    fake = FakeClient(dim=4, handlers={"double": double, "vectors": lambda payloads: [np.ones(2)] * len(payloads)})
+
+    assert fake.call("double", {"n": 2}) == {"twice": 4}
+    assert fake.submit("double", [{"n": 1}, {"n": 2}]).result() == [{"twice": 2}, {"twice": 4}]
+    assert fake.call("vectors", None).tolist() == [1, 1]
+    assert fake.submit_detached("double", [{"n": 3}]).result() == [{"twice": 6}]
+    assert fake.call("embed", "a").shape == (4,)
+    outcomes = fake.submit("double", [{"n": 1}, {}, object()]).outcomes()  # type: ignore[list-item]
+    assert [type(each) for each in outcomes] == [dict, ModelFailed, InvalidRequest]
+    assert fake.calls[0].inputs == [{"n": 2}]
+
+
 def test_the_next_calls_can_be_told_to_fail(fake: FakeClient) -> None:
     full = QueueFull("full", retry_after=1.5)
     fake.fail(full, times=4)
@@ -229,6 +246,7 @@ def test_the_fake_for_asyncio_does_all_that_too() -> None:
     async def use() -> None:
         async with AsyncFakeClient(answers=upper) as fake:
             assert await (await fake.submit("s", ["a"])) == ["A"]
+            assert await fake.call("s", "a") == "A"
             assert [row async for row in fake.map("s", rows(), window=2)] == list("ABCDE")
             detached = await fake.submit_detached("s", ["a"])
             assert fake.job(detached.id).result() == ["A"]
@@ -237,7 +255,7 @@ def test_the_fake_for_asyncio_does_all_that_too() -> None:
                 await fake.embed("a")
             with pytest.raises(InvalidRequest):
                 await fake.submit("s", ["a"], timeout=-1)
-            assert [call.service for call in fake.calls] == ["s"] * 7 + [SERVICE]
+            assert [call.service for call in fake.calls] == ["s"] * 8 + [SERVICE]
         assert (await AsyncFakeClient(dim=4).embed(["a", "b"])).shape == (2, 4)
 
     asyncio.run(use())

@@ -14,7 +14,7 @@ from support import eventually
 from millstream.broker.errors import ModelFailed
 from millstream.broker.job import Claim, Priority
 from millstream.worker.batcher import Budget
-from millstream.worker.window import HOLD_BATCHES, LEAST_BATCHES, Rows, Window
+from millstream.worker.window import HOLD_BATCHES, LEAST_BATCHES, Outcome, Rows, Window
 
 LONG_S = 10.0
 
@@ -119,8 +119,21 @@ def test_results_of_different_shapes_are_the_models_failure(window: Window) -> N
 
     window.complete(window.take(), [*(np.zeros(size, np.float32) for size in (2, 3, 2)), "text"])
 
-    assert isinstance(ragged.reply().error, ModelFailed)
-    assert isinstance(mixed.reply().error, ModelFailed)
+    for held in (ragged, mixed):
+        assert [type(error) for error in held.reply().errors.values()] == [ModelFailed] * 2
+
+
+@pytest.mark.parametrize("odd", [None, "text", np.zeros(3, np.float32)])
+def test_a_result_of_another_shape_than_most_fails_alone(window: Window, odd: Outcome) -> None:
+    window.hold([held := held_of([3, 3, 3])])
+
+    rows = window.take()
+    window.complete(rows, [odd if row.index == 1 else np.full(2, row.index, np.float32) for row in rows])
+
+    reply = held.reply()
+    assert {at: type(error) for at, error in reply.errors.items()} == {1: ModelFailed}
+    assert reply.vectors is not None
+    assert reply.vectors.tolist() == [[0, 0], [2, 2]]
 
 
 def test_results_that_are_json_stay_in_row_order_beside_errors(window: Window) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from millstream.broker.config import ServiceSpec
 from millstream.broker.errors import ModelUnavailable
 from millstream.worker.models.base import Model, Prepared
+from millstream.worker.models.source import handler_of
 
 __all__ = ["Model", "Prepared", "load"]
 
 
-def load(spec: ServiceSpec, device: str | None, threads: int) -> Model:
-    """The model of `spec`, loaded. Raises ModelUnavailable. Torch is imported only by the types that need it."""
+def load(spec: ServiceSpec, device: str | None, threads: int, folder: str = "") -> Model:
+    """The model of `spec`, loaded. Raises ModelUnavailable. Torch is imported only by the types that need it.
+
+    `folder` is where the code of a custom model is looked for, beside what is installed.
+    """
     if spec.model.type == "echo":
         from millstream.worker.models.echo import EchoModel
 
@@ -24,7 +28,12 @@ def load(spec: ServiceSpec, device: str | None, threads: int) -> Model:
                 hint='pip install "millstream[worker]"',
             ) from None
         return EmbeddingModel(spec.model, device, threads, spec.runtime.truncate)
+    if spec.model.type == "custom":
+        from millstream.worker.models.custom import CustomModel, load_handler
+
+        handler = handler_of(spec)
+        return CustomModel(load_handler(handler, folder), handler, spec.runtime.row_tokens, device)
     raise ModelUnavailable(
         f"service {spec.name!r}: this version has no worker for models of type {spec.model.type!r}",
-        hint="embedding and echo run today",
+        hint="embedding, custom and echo run today",
     )

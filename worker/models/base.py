@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from millstream.broker.errors import MillstreamError
 from millstream.broker.job import Json, Vectors
@@ -37,5 +37,14 @@ class Model(Protocol):
         ...
 
     def samples(self, tokens: int) -> Sequence[Json]:
-        """One input of about `tokens` tokens, for the warm-up to measure with."""
+        """One input of about `tokens` tokens, for the warm-up to measure with; none where only callers know any."""
+        ...
+
+
+@runtime_checkable
+class Closes(Protocol):
+    """A model that holds more than memory."""
+
+    def close(self) -> None:
+        """Called once, when the last answer is settled. Raises nothing."""
         ...

@@ -1,4 +1,7 @@
-"""Where a model's weights are: a local folder, an installed package, the hub. Needs no torch, so errors come fast."""
+"""Where a model comes from: weights in a folder, an installed package, the hub; code that this host's own file names.
+
+Needs no torch, so errors come fast.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,20 @@ import os
 from pathlib import Path
 
 from millstream.broker.errors import ModelUnavailable
+from millstream.broker.spec import ServiceSpec
 
 PACKAGE = "package:"
+
+
+def handler_of(spec: ServiceSpec) -> str:
+    """The code of a custom model, as this host's own file names it. Raises ModelUnavailable where it does not."""
+    if spec.model.handler is None:
+        raise ModelUnavailable(
+            f"service {spec.name!r} is of type custom, and this worker's config.yaml names no handler for it",
+            hint="code is never taken from the server: give the service a model with handler: module:function in the "
+            "config.yaml of the folder where the worker starts",
+        )
+    return spec.model.handler
 
 
 def locate(model_name: str) -> Path | str:

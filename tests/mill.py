@@ -1,0 +1,73 @@
+"""Code as a user would write it for a custom service: it answers, or fails, as each payload says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+FITS = 16
+"""Payloads that fit into the memory of `Narrow`."""
+
+
+class Mill:
+    """Doubles `n`. A payload with `do` fails in that way; to `seen` it says how many calls and rows it ran before."""
+
+    def __init__(self) -> None:
+        self.calls = self.rows = 0
+
+    def __call__(self, payloads: Sequence[dict[str, Any]]) -> list[Any]:
+        seen = [self.calls, self.rows]
+        orders = {each.get("do") for each in payloads}
+        if "seen" not in orders:
+            self.calls, self.rows = self.calls + 1, self.rows + len(payloads)
+        if "raise" in orders:
+            raise RuntimeError("a stone in the mill")
+        if "exit" in orders:
+            raise SystemExit("a stone in the mill")
+        if "exhaust" in orders:
+            raise MemoryError
+        if "exhaust the device" in orders:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        answers = [_answer(each, seen) for each in payloads]
+        return answers[1:] if "miscount" in orders else answers
+
+
+class Narrow:
+    """Doubles `n`, at most FITS payloads at once: a device whose memory is full beyond."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def __call__(self, payloads: Sequence[dict[str, Any]]) -> list[Any]:
+        if payloads[0].get("do") == "seen":
+            return [list(self.sizes)]
+        self.sizes.append(len(payloads))
+        if len(payloads) > FITS:
+            raise MemoryError(f"{len(payloads)} payloads")
+        return [2 * each["n"] for each in payloads]
+
+
+def echo(payloads: list[Any]) -> list[Any]:
+    return payloads
+
+
+def vectors(payloads: list[Any]) -> list[Any]:
+    """[n, n] for each number or text of one; None for None."""
+    return [each if each is None else np.full(2, float(each)) for each in payloads]
+
+
+def _answer(payload: dict[str, Any], seen: Sequence[int]) -> object:
+    match payload.get("do"):
+        case "seen":
+            return seen
+        case "nan":
+            return {"deep": [1.0, {"down": float("nan")}]}
+        case "set":
+            return {"stones"}
+        case "error":
+            return ValueError("a stone in the mill")
+        case _:
+            # A payload that is changed is whole again where its batch is run a second time.
+            return 2 * payload.pop("n")

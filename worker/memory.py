@@ -1,0 +1,54 @@
+"""What a micro-batch that ran out of memory teaches: how much fits into one forward. Pure; knows no device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from millstream.worker.models.base import Prepared
+
+_SIGNS = ("out of memory", "can't allocate memory", "alloc_failed")
+"""How torch and the libraries below it say it, in errors that are no type of their own."""
+
+
+def is_exhaustion(error: BaseException) -> bool:
+    """Whether a forward failed for want of memory, the host's or a device's."""
+    # By name: nothing here imports torch.
+    named = any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__)
+    said = isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+    return isinstance(error, MemoryError) or named or said
+
+
+class Fit:
+    """How the forwards over one micro-batch's rows fared, in padded tokens.
+
+    `alone` counts rows that exhausted the memory by themselves. They say nothing of how much fits: a batch counts as
+    too large only where each of its rows ran in the end.
+    """
+
+    def __init__(self) -> None:
+        self.alone = 0
+        self._fitted: list[int] = []
+        self._too_large: int | None = None
+
+    def fitted(self, rows: Sequence[Prepared]) -> None:
+        self._fitted.append(_padded(rows))
+
+    def exceeded(self, rows: Sequence[Prepared]) -> None:
+        """These ran out of memory together, and in parts they did not."""
+        size = _padded(rows)
+        self._too_large = size if self._too_large is None else min(self._too_large, size)
+
+    def rules_out(self, rows: Sequence[Prepared]) -> bool:
+        """Whether a forward as large as that is known to fail."""
+        return self._too_large is not None and len(rows) > 1 and _padded(rows) >= self._too_large
+
+    @property
+    def most(self) -> int | None:
+        """The largest forward that may be tried from now on; None where memory sufficed."""
+        if self._too_large is None:
+            return None
+        return max((size for size in self._fitted if size < self._too_large), default=None)
+
+
+def _padded(rows: Sequence[Prepared]) -> int:
+    return max((row.tokens for row in rows), default=0) * len(rows)
