@@ -78,7 +78,7 @@ _NOT_ENFORCED: Mapping[str, frozenset[str]] = {
     "services": frozenset({"memory_limit"}),
     "redis": frozenset(),
 }
-_TYPES_WITHOUT_WORKER = frozenset({"reranker", "llm"})
+_TYPES_WITHOUT_WORKER = frozenset({"llm"})
 
 
 def unenforced(config: Config) -> list[str]:

@@ -8,7 +8,7 @@ import random
 import string
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from millstream.cli.table import aligned, number
 
 if TYPE_CHECKING:
     from millstream.broker.job import Json
+    from millstream.broker.spec import ServiceSpec
     from millstream.broker.target import Target
     from millstream.client import AsyncClient
     from millstream.client.calls import PriorityName
@@ -30,12 +31,18 @@ MOST_ROWS, MOST_CONCURRENT, LONGEST_TEXT = 4_096, 1_024, 100_000
 TEXTS = 512
 """Texts there are before one comes again."""
 
+QUERY = "which of these texts is about a mill on a stream?"
+"""What a reranker is asked."""
+
 _PAUSE_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """`concurrency` callers, each with calls of `rows` texts in turn, for `seconds`; a call has `timeout` seconds."""
+    """`concurrency` callers, each with calls of `rows` texts in turn, for `seconds`; a call has `timeout` seconds.
+
+    `options` go to the model with each call.
+    """
 
     service: str
     rows: int
@@ -43,6 +50,7 @@ class Load:
     seconds: float
     priority: PriorityName
     timeout: float
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -126,8 +134,9 @@ def bench(
     refused is counted and tried again later. Ctrl-C ends it and cancels what is under way.
     """
     target = options.find(url, prefix)
-    _check(target, service)
-    load = Load(service, rows, concurrency, seconds, priority, timeout)
+    spec = _checked(target, service)
+    extra = {"query": QUERY} if spec.model.type == "reranker" else {}
+    load = Load(service, rows, concurrency, seconds, priority, timeout, extra)
     tally = asyncio.run(measure(target, load, list(words(length, random.Random()))))
     figures = tally.figures(rows)
     if as_json:
@@ -175,7 +184,9 @@ async def _caller(client: AsyncClient, load: Load, texts: Iterator[Json], until:
     while (began := time.perf_counter()) < until:
         inputs = list(islice(texts, load.rows))
         try:
-            handle = await client.submit(load.service, inputs, priority=load.priority, timeout=load.timeout, wait=False)
+            handle = await client.submit(
+                load.service, inputs, priority=load.priority, timeout=load.timeout, wait=False, **load.options
+            )
             await handle
         except MillstreamError as error:
             tally.errors[error.code] += 1
@@ -184,8 +195,8 @@ async def _caller(client: AsyncClient, load: Load, texts: Iterator[Json], until:
             tally.latencies.append(time.perf_counter() - began)
 
 
-def _check(target: Target, service: str) -> None:
-    """Raises UnknownService, InvalidRequest where it cannot be called, NoWorkers."""
+def _checked(target: Target, service: str) -> ServiceSpec:
+    """The service as it is registered. Raises UnknownService, InvalidRequest where it cannot be called, NoWorkers."""
     from millstream.broker.registry import Registry
     from millstream.client.services import Services, op_of
 
@@ -198,3 +209,4 @@ def _check(target: Target, service: str) -> None:
             f"no worker of service {service!r} is alive",
             hint="start one with `millstream up` or `millstream worker run`",
         )
+    return spec

@@ -1,6 +1,7 @@
 """Calling services through the queue. Needs no torch.
 
-`client.embed(texts)` and its siblings use one `Client()` for the whole process, made at the first call.
+`client.embed(texts)` and `client.rerank(query, documents)` use one `Client()` for the whole process, made at the first
+call.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from millstream.client.aio import AsyncClient, AsyncHandle
 from millstream.client.client import Client
 from millstream.client.detached import Detached
 from millstream.client.handle import Handle
-from millstream.client.result import Embeddings
+from millstream.client.rerank import Ranked, Ranking
+from millstream.client.result import Embeddings, Values
 
 __all__ = [
     "AsyncClient",
@@ -25,9 +27,13 @@ __all__ = [
     "Handle",
     "MillstreamError",
     "PartialFailure",
+    "Ranked",
+    "Ranking",
+    "Values",
     "call",
     "default",
     "embed",
+    "rerank",
 ]
 
 
@@ -45,3 +51,8 @@ def embed(texts: str | Sequence[str], **options: Any) -> Embeddings:
 def call(service: str, payload: object, **options: Any) -> Any:
     """`default().call(service, payload, ...)`: see Client.call."""
     return default().call(service, payload, **options)
+
+
+def rerank(query: str, documents: Sequence[str], **options: Any) -> Ranking:
+    """`default().rerank(query, documents, ...)`: see Client.rerank."""
+    return default().rerank(query, documents, **options)

@@ -17,6 +17,7 @@ from millstream.client.detached import Detached
 from millstream.client.handle import Handle
 from millstream.client.local import START_S, Local
 from millstream.client.mapping import Results, check_map, chunking
+from millstream.client.rerank import Ranking, Scores, question
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome
 from millstream.client.wakeups import mailbox
@@ -142,6 +143,29 @@ class AsyncClient:
         rows = cast(Sequence[Json], [texts] if single else texts)
         handle = await self._start(name, rows, Ask(priority, timeout, wait, tenant, options))
         return vectors_of(await AsyncHandle(handle).result(), single)
+
+    async def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_n: int | None = None,
+        return_documents: bool = False,
+        service: str | None = None,
+        priority: PriorityName = "normal",
+        timeout: float | None = None,
+        wait: bool = True,
+        truncate: Truncate | None = None,
+        tenant: str = "",
+        scores: Scores | None = None,
+        instruction: str | None = None,
+    ) -> Ranking:
+        """As Client.rerank."""
+        asked = question(query, top_n, scores, instruction, truncate)
+        name = service or await self._only("reranker")
+        ask = Ask(priority, timeout, wait, tenant, asked, op="rerank")
+        handle = await self._start(name, cast(Sequence[Json], documents), ask)
+        return Ranking.of(await AsyncHandle(handle).result(), top_n, documents if return_documents else None)
 
     async def submit(
         self,

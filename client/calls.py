@@ -27,6 +27,7 @@ from millstream.client.detached import Detached
 from millstream.client.flights import Flights
 from millstream.client.handle import Handle, Terms
 from millstream.client.recall import Recall
+from millstream.client.rerank import check_question
 from millstream.client.result import Embeddings
 from millstream.client.services import Services, op_of
 from millstream.client.split import Part, split, split_evenly, split_once
@@ -45,13 +46,17 @@ _PRIORITIES: tuple[str, ...] = get_args(PriorityName)
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a caller may say about a call. `timeout` in seconds, for all of it; `options` go to the model."""
+    """What a caller may say about a call. `timeout` in seconds, for all of it; `options` go to the model.
+
+    `op` is the operation that the service must run; an empty one is whatever it does.
+    """
 
     priority: PriorityName = "normal"
     timeout: float | None = None
     wait: bool = True
     tenant: str = ""
     options: Mapping[str, Json] = field(default_factory=dict)
+    op: str = ""
 
     def check(self) -> None:
         """Raises InvalidRequest."""
@@ -117,12 +122,13 @@ class Calls:
         hits: Mapping[int, Cached] = NO_HITS,
     ) -> Handle:
         """The same for a checked `ask`, a service that was read and what `recall` found: waits for nothing."""
+        op, beside = checked(spec, ask)
         inputs = outgoing(spec, inputs, ask.options)
-        parts, refused = cut(spec, inputs, hits)
+        parts, refused = cut(spec, inputs, hits, beside)
         limits = spec.runtime.limits(ask.priority)
         terms = Terms(
             service=spec.name,
-            op=op_of(spec),
+            op=op,
             priority=Priority(ask.priority),
             options=ask.options,
             timeout=ask.timeout,
@@ -175,14 +181,23 @@ class Calls:
         )
 
 
+def checked(spec: ServiceSpec, ask: Ask) -> tuple[str, int]:
+    """The operation of a call's jobs, and the bytes that are read with each row. Raises InvalidRequest."""
+    op = op_of(spec)
+    if ask.op and ask.op != op:
+        raise InvalidRequest(f"service {spec.name!r} is of type {spec.model.type!r}", hint=f"it cannot {ask.op}")
+    return op, check_question(ask.options) if op == "rerank" else 0
+
+
 def cut(
-    spec: ServiceSpec, inputs: Sequence[object], hits: Container[int] = ()
+    spec: ServiceSpec, inputs: Sequence[object], hits: Container[int] = (), beside: int = 0
 ) -> tuple[list[Part], dict[int, MillstreamError]]:
     """The jobs a call becomes, without the rows of `hits`, and the rows that never travel.
 
     A bad row costs its neighbours nothing. Where the service has a cache, a text that comes twice travels once.
+    `beside` is as in row_sizes.
     """
-    sizes, refused = row_sizes(inputs)
+    sizes, refused = row_sizes(inputs, beside)
     rows, most_tokens = min(spec.runtime.batch_size, MAX_ROWS), spec.runtime.batch_tokens
     if spec.model.type == "custom":
         return split_evenly(sizes, rows, spec.runtime.row_tokens), refused
@@ -215,14 +230,17 @@ def _as_json(payload: object) -> JsonText | InvalidRequest:
         return InvalidRequest(f"no JSON value: {error}"[:500], hint="convert it first")
 
 
-def row_sizes(inputs: Sequence[object]) -> tuple[dict[int, int], dict[int, MillstreamError]]:
-    """Each good row's size in UTF-8 bytes, each bad row's error. Raises InvalidRequest where `inputs` is no list."""
+def row_sizes(inputs: Sequence[object], beside: int = 0) -> tuple[dict[int, int], dict[int, MillstreamError]]:
+    """Each good row's size in UTF-8 bytes, each bad row's error. Raises InvalidRequest where `inputs` is no list.
+
+    `beside` are bytes that the model reads with each row: a reranker's query.
+    """
     if isinstance(inputs, _TEXTS) or not isinstance(inputs, _LISTS):
         raise InvalidRequest(f"a list of strings is needed, not {type(inputs).__name__}")
     sizes: dict[int, int] = {}
     refused: dict[int, MillstreamError] = {}
     for row, text in enumerate(inputs):
-        size = _size(text)
+        size = _size(text, beside)
         if isinstance(size, int):
             sizes[row] = size
         else:
@@ -242,14 +260,16 @@ def vectors_of(result: Embeddings | list[Json], single: bool) -> Embeddings:
     return Embeddings.of(result[0], result.usage["tokens"], result.truncated, result.timings) if single else result
 
 
-def _size(text: object) -> int | MillstreamError:
-    """The size in UTF-8 bytes of a text, or of a row that is JSON already; or why it cannot travel."""
+def _size(text: object, beside: int) -> int | MillstreamError:
+    """The size in UTF-8 bytes of a text, or of a row that is JSON already, with those `beside` it; or why it cannot
+    travel.
+    """
     if not isinstance(text, str):
         if isinstance(text, MillstreamError):
             return text
         return InvalidRequest(f"not a string but {type(text).__name__}", hint="convert it first")
     try:
-        size = len(text.encode())
+        size = len(text.encode()) + beside
     except UnicodeEncodeError as error:
         return InvalidRequest(f"not valid Unicode: {error.reason} at character {error.start}")
     if size > MAX_ROW_BYTES:

@@ -13,6 +13,7 @@ from millstream.client.detached import Detached
 from millstream.client.handle import Handle
 from millstream.client.local import START_S, Local
 from millstream.client.mapping import Results, map_rows
+from millstream.client.rerank import Ranking, Scores, question
 from millstream.client.result import Embeddings
 
 
@@ -83,6 +84,38 @@ class Client:
         )
         return vectors_of(handle.result(), single)
 
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_n: int | None = None,
+        return_documents: bool = False,
+        service: str | None = None,
+        priority: PriorityName = "normal",
+        timeout: float | None = None,
+        wait: bool = True,
+        truncate: Truncate | None = None,
+        tenant: str = "",
+        scores: Scores | None = None,
+        instruction: str | None = None,
+    ) -> Ranking:
+        """`documents` by how well they answer `query`, the best first: index, score and document each, at most `top_n`.
+
+        `document` is None unless `return_documents`. `scores` are what the model gives by itself, "raw" what it gives
+        before a sigmoid, "sigmoid" between 0 and 1. `instruction` tells a generative reranker what to look for.
+        `truncate` cuts documents that are too long with their query, never the query. `service` may be left out where
+        one reranker service is registered; the rest is as in `embed`, errors too: PartialFailure has the other
+        documents' scores as its results, by index.
+        """
+        asked = question(query, top_n, scores, instruction, truncate)
+        handle = self._calls.start(
+            service or self._calls.services.only("reranker"),
+            cast(Sequence[Json], documents),
+            Ask(priority, timeout, wait, tenant, asked, op="rerank"),
+        )
+        return Ranking.of(handle.result(), top_n, documents if return_documents else None)
+
     def submit(
         self,
         service: str,
@@ -96,7 +129,8 @@ class Client:
     ) -> Handle:
         """Send `inputs`, one a row, and return at once; the handle's `result` waits. Raises as `embed` does.
 
-        `options` go to the model, for an embedding service `truncate`. The rows of a custom service are any JSON.
+        `options` go to the model: `truncate`, and for a reranker `query`, which it must have, `scores`, `instruction`.
+        The rows of a custom service are any JSON.
         """
         return self._calls.start(service, inputs, Ask(priority, timeout, wait, tenant, options))
 

@@ -24,7 +24,6 @@ from millstream.broker.job import Draft, Json, Priority, Reply
 from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Group, Streams
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome, Rows
-from millstream.client.services import op_of
 from millstream.client.split import MAX_PART_BYTES, Part
 
 if TYPE_CHECKING:
@@ -74,12 +73,13 @@ class Detached:
         cls, calls: Calls, service: str, inputs: Sequence[Json], ask: Ask, idempotency_key: str | None
     ) -> Detached:
         """Client.submit_detached."""
-        from millstream.client.calls import outgoing, row_sizes
+        from millstream.client.calls import checked, outgoing, row_sizes
 
         ask.check()
         spec, _ = calls.services.read(service)
+        op, beside = checked(spec, ask)
         inputs = outgoing(spec, inputs, ask.options)
-        sizes, refused = row_sizes(inputs)
+        sizes, refused = row_sizes(inputs, beside)
         if refused:
             row, error = next(iter(refused.items()))
             raise InvalidRequest(f"row {row}: {error.message}", hint=error.hint)
@@ -95,7 +95,7 @@ class Detached:
         drafts = [
             Draft(
                 id=job_id,
-                op=op_of(spec),
+                op=op,
                 rows=len(part.rows),
                 tokens=0,
                 body=encode_inputs([inputs[row] for row in part.rows], ask.options),

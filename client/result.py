@@ -1,14 +1,14 @@
-"""What `embed` returns: an array that knows what it cost."""
+"""What calls return: an array, or a list, that knows what it cost."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from millstream.broker.job import Vectors
+from millstream.broker.job import Json, Vectors
 
 Timings = Mapping[str, float]
 
@@ -33,3 +33,17 @@ class Embeddings(np.ndarray[Any, np.dtype[np.float32]]):
     def __array_finalize__(self, origin: object) -> None:
         if isinstance(origin, Embeddings):
             self.usage, self.truncated, self.timings = origin.usage, origin.truncated, origin.timings
+
+
+class Values(list[Json]):
+    """One JSON value a row, for instance a reranker's scores; with what Embeddings tell of a call."""
+
+    usage: Mapping[str, int] = MappingProxyType({})
+    truncated: tuple[int, ...] = ()
+    timings: Timings = MappingProxyType({})
+
+    @classmethod
+    def of(cls, values: Iterable[Json], tokens: int, truncated: tuple[int, ...], timings: Timings) -> Values:
+        made = cls(values)
+        made.usage, made.truncated, made.timings = {"tokens": tokens}, truncated, timings
+        return made

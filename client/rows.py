@@ -11,7 +11,7 @@ import numpy as np
 from millstream.broker.cache import Cached
 from millstream.broker.errors import MillstreamError, ModelFailed, PartialFailure
 from millstream.broker.job import Json, Reply, Vectors
-from millstream.client.result import Embeddings
+from millstream.client.result import Embeddings, Values
 from millstream.client.split import Part
 
 RowOutcome = Vectors | Json | MillstreamError
@@ -71,11 +71,11 @@ class Rows:
         errors = {row: each for row, each in enumerate(self._rows) if isinstance(each, MillstreamError)}
         if errors:
             raise _failure(errors, self._rows)
+        truncated, timings = tuple(sorted(self._truncated)), {**self._timings, "total": total_ms}
         # Of a custom service some rows may be vectors, and some not.
         if not self._rows or not {np.ndarray}.issuperset(map(type, self._rows)):
-            return cast(list[Json], list(self._rows))
-        timings = {**self._timings, "total": total_ms}
-        return Embeddings.of(_matrix(self._rows), self._tokens, tuple(sorted(self._truncated)), timings)
+            return Values.of(cast(list[Json], self._rows), self._tokens, truncated, timings)
+        return Embeddings.of(_matrix(self._rows), self._tokens, truncated, timings)
 
 
 def _matrix(rows: Sequence[RowOutcome]) -> Vectors:

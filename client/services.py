@@ -14,7 +14,7 @@ from millstream.broker.pause import find_pause
 from millstream.broker.registry import Registry
 
 FRESH_S = 1.0
-_OPS = {"embedding": "embed", "custom": "call", "echo": "echo"}
+_OPS = {"embedding": "embed", "reranker": "rerank", "custom": "call", "echo": "echo"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def op_of(spec: ServiceSpec) -> str:
     if op is None:
         raise InvalidRequest(
             f"service {spec.name!r} is of type {spec.model.type!r}, which this version cannot call yet",
-            hint="embedding and custom services can be called",
+            hint="embedding, reranker and custom services can be called",
         )
     return op
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -26,7 +27,7 @@ from millstream.broker.connection import Connection
 from millstream.broker.errors import BrokerUnavailable, MillstreamError, ModelFailed, UnknownService
 from millstream.broker.job import Draft, Json, Reply, Vectors
 from millstream.broker.registry import Registry
-from millstream.broker.spec import ModelSpec, Runtime
+from millstream.broker.spec import ModelSpec, ModelType, Runtime
 from millstream.broker.streams import Admission, CancelOutcome, Found, Group, Streams
 from millstream.client.aio import AsyncClient
 from millstream.client.calls import NO_HITS, Ask, Calls
@@ -38,13 +39,19 @@ from millstream.client.rows import RowOutcome
 from millstream.client.services import Services
 
 Answers = Callable[[str], RowOutcome]
-"""The outcome of one text: a vector [dim], a JSON value, or an error, returned or raised."""
+"""The outcome of one text: a vector [dim], a JSON value such as a score, or an error, returned or raised."""
 
 Handler = Callable[[list[Any]], Sequence[Any]]
 """The function of a custom service, as a worker would run it; here with one payload at a time."""
 
-SERVICE = "embed"
-"""The service of a call that names none."""
+SERVICE, RERANKER = "embed", "rerank"
+"""The services of calls that name none."""
+
+SERVICES: Mapping[str, ModelType] = MappingProxyType({RERANKER: "reranker"})
+"""The types of services that do not embed."""
+
+
+_CUSTOM: ModelType = "custom"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +72,18 @@ def fake_vector(text: str, dim: int) -> Vectors:
     return cast(Vectors, (vector / np.linalg.norm(vector)).astype(np.float32))
 
 
+def fake_score(query: str, document: str) -> float:
+    """The part of the query's words, between 0 and 1, that the document holds."""
+    words = set(query.lower().split())
+    return len(words & set(document.lower().split())) / max(1, len(words))
+
+
 class FakeClient(Client):
     """A Client that answers at once, any service, and keeps what it was asked in `calls`.
 
-    Each text gets a unit vector made from its hash, or what `answers` gives for it; texts in `errors` get their error.
-    The services in `handlers` are custom ones, answered by their function.
+    Each text gets a unit vector made from its hash, a document of a reranker the part of the query's words that it
+    holds, or what `answers` gives for it; texts in `errors` get their error. `services` says which names are of other
+    types than embedding; "rerank" is a reranker. Those in `handlers` are custom ones, answered by their function.
     """
 
     def __init__(
@@ -77,10 +91,12 @@ class FakeClient(Client):
         dim: int = 384,
         answers: Answers | None = None,
         errors: Mapping[str, MillstreamError] | None = None,
+        services: Mapping[str, ModelType] = SERVICES,
         handlers: Mapping[str, Handler] | None = None,
     ) -> None:
-        self._fake = _FakeCalls(_FakeModel(dim, answers, errors or {}, handlers or {}))
-        self._calls = self._fake
+        handlers = handlers or {}
+        types: dict[str, ModelType] = {**SERVICES, **services, **dict.fromkeys(handlers, _CUSTOM)}
+        self._calls = self._fake = _FakeCalls(_FakeModel(dim, answers, errors or {}, handlers), types)
 
     @property
     def calls(self) -> list[Call]:
@@ -100,10 +116,12 @@ class AsyncFakeClient(AsyncClient):
         dim: int = 384,
         answers: Answers | None = None,
         errors: Mapping[str, MillstreamError] | None = None,
+        services: Mapping[str, ModelType] = SERVICES,
         handlers: Mapping[str, Handler] | None = None,
     ) -> None:
-        self._fake = _FakeCalls(_FakeModel(dim, answers, errors or {}, handlers or {}))
-        self._calls = self._fake
+        handlers = handlers or {}
+        types: dict[str, ModelType] = {**SERVICES, **services, **dict.fromkeys(handlers, _CUSTOM)}
+        self._calls = self._fake = _FakeCalls(_FakeModel(dim, answers, errors or {}, handlers), types)
 
     @property
     def calls(self) -> list[Call]:
@@ -116,7 +134,7 @@ class AsyncFakeClient(AsyncClient):
 
 
 class _FakeCalls(Calls):
-    def __init__(self, model: _FakeModel) -> None:
+    def __init__(self, model: _FakeModel, types: Mapping[str, ModelType]) -> None:
         self.made: list[Call] = []
         self.faults: deque[MillstreamError] = deque()
         self._model = model
@@ -124,7 +142,7 @@ class _FakeCalls(Calls):
         self.connection = Connection("redis://fake")
         self.registry = Registry(self.connection)
         self.channel = cast(Channel, _FakeChannel(model, self.faults))
-        self.services = cast(Services, _FakeServices(model.handlers))
+        self.services = cast(Services, _FakeServices(types))
         self._left: dict[str, Streams] = {}
 
     def begin(
@@ -158,17 +176,19 @@ class _FakeModel:
         errors: Mapping[str, MillstreamError],
         handlers: Mapping[str, Handler],
     ) -> None:
-        self._answers = answers or (lambda text: fake_vector(text, dim))
+        self._dim = dim
+        self._answers = answers
         self._errors = errors
         self.handlers = handlers
 
     def reply(self, service: str, draft: Draft) -> bytes:
         """The answer to one job, as a worker would send it."""
-        inputs, _ = decode_inputs(draft.body, draft.rows)
+        inputs, options = decode_inputs(draft.body, draft.rows)
+        query = str(options["query"]) if draft.op == "rerank" else None
         if handler := self.handlers.get(service):
             outcomes = [_handled(handler, payload) for payload in inputs]
         else:
-            outcomes = [self._outcome(str(text)) for text in inputs]
+            outcomes = [self._outcome(str(text), query) for text in inputs]
         errors = {row: each for row, each in enumerate(outcomes) if isinstance(each, MillstreamError)}
         good = [each for each in outcomes if not isinstance(each, MillstreamError)]
         tokens = sum(len(str(text).split()) + 2 for row, text in enumerate(inputs) if row not in errors)
@@ -176,11 +196,15 @@ class _FakeModel:
             return encode_reply(Reply(vectors=np.stack(cast(list[Vectors], good)), errors=errors, tokens=tokens))
         return encode_reply(Reply(values=cast(list[Json], good), errors=errors, tokens=tokens))
 
-    def _outcome(self, text: str) -> RowOutcome:
+    def _outcome(self, text: str, query: str | None) -> RowOutcome:
         try:
-            return self._errors[text] if text in self._errors else self._answers(text)
+            if text in self._errors:
+                return self._errors[text]
+            if self._answers:
+                return self._answers(text)
         except MillstreamError as error:
             return error
+        return fake_vector(text, self._dim) if query is None else fake_score(query, text)
 
 
 def _handled(handler: Handler, payload: Json) -> RowOutcome:
@@ -239,11 +263,11 @@ class _FakeChannel:
 class _FakeServices:
     """Every name is a service, with a live worker."""
 
-    def __init__(self, handlers: Container[str]) -> None:
-        self._handlers = handlers
+    def __init__(self, types: Mapping[str, ModelType]) -> None:
+        self._types = types
 
     def known(self, service: str) -> tuple[ServiceSpec, int]:
-        model = ModelSpec(type="custom" if service in self._handlers else "embedding", model_name="fake")
+        model = ModelSpec(type=self._types.get(service, "embedding"), model_name="fake")
         try:
             return ServiceSpec(name=service, model=model, model_ref="fake", runtime=Runtime()), 1
         except ValueError:
@@ -252,7 +276,7 @@ class _FakeServices:
     read = known
 
     def only(self, model_type: str) -> str:
-        return SERVICE
+        return RERANKER if model_type == "reranker" else SERVICE
 
     remembered = only
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -188,6 +189,8 @@ def _checked_row(result: Outcome) -> Outcome:
         return result
     if isinstance(result, np.ndarray):
         return result if np.isfinite(result).all() else ModelFailed("the model answered NaN or infinity")
+    if isinstance(result, float):
+        return result if math.isfinite(result) else ModelFailed("the model answered NaN or infinity")
     try:
         encode_value(result)
     except Exception as error:  # noqa: BLE001 - what a model answers may have code of its own

@@ -19,7 +19,7 @@ from millstream.broker.errors import ModelUnavailable
 from millstream.broker.keys import ServiceKeys
 from millstream.broker.lease import Lease
 from millstream.worker.child import Child
-from millstream.worker.models.source import handler_of, locate
+from millstream.worker.models.source import RERANKERS, handler_of, locate
 from millstream.worker.orders import EXIT_PERMANENT, URL_VARIABLE, Orders, new_consumer
 from millstream.worker.progress import Progress
 
@@ -30,7 +30,7 @@ DRAIN_S = 30.0
 CRASH_LOOP = 5
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
 _LIBRARIES = ("torch", "sentence_transformers")
-RUNNABLE = ("embedding", "custom", "echo")
+RUNNABLE = ("embedding", "reranker", "custom", "echo")
 """The model types this version has a worker for."""
 
 
@@ -88,9 +88,9 @@ def preflight(specs: Sequence[ServiceSpec]) -> None:
                 f"service {spec.name!r}: this version has no worker for models of type {spec.model.type!r}",
                 hint=f"types that run today: {', '.join(RUNNABLE)}",
             )
-        if spec.model.type == "embedding":
+        if spec.model.type in ("embedding", "reranker"):
             _check_libraries(spec)
-            locate(spec.model.model_name)
+            locate(spec.model.model_name, RERANKERS if spec.model.type == "reranker" else "")
         if spec.model.type == "custom":
             handler_of(spec)
 

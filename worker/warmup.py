@@ -38,7 +38,7 @@ def warm_up(model: Model, window: Window) -> None:
 
 
 def _row(model: Model, tokens: int) -> Prepared:
-    row = model.prepare(model.samples(tokens), {})[0]
+    row = model.prepare(model.samples(tokens), model.sample_options)[0]
     if isinstance(row, MillstreamError):
         raise ModelUnavailable(f"the model refuses its own warm-up: {row}")
     return row

@@ -19,6 +19,8 @@ from millstream.broker.codec import decode_inputs
 from millstream.broker.connection import Connection
 from millstream.broker.job import Priority
 from millstream.broker.keys import ServiceKeys
+from millstream.broker.spec import ModelSpec
+from millstream.cli.bench import QUERY
 
 ROOT = Path(__file__).parents[2]
 WORDS = ("--seconds", "0.3", "--concurrency", "4")
@@ -88,6 +90,21 @@ def test_its_calls_are_of_so_many_rows_and_let_others_go_first(shell: Shell, url
     assert claim.job
     inputs, _ = decode_inputs(claim.job.body, claim.job.rows)
     assert [len(str(text)) for text in inputs] == [7, 7, 7]
+    connection.close()
+
+
+def test_a_reranker_is_asked_a_query(shell: Shell, url: str) -> None:
+    connection = Connection(url, name="tests")
+    model = ModelSpec(type="reranker", model_name="some/model")
+    service = Bystander(connection, echo("").model_copy(update={"model": model}))
+    service.live()
+
+    with shell.background("bench", service.name, "--concurrency", "1"):
+        claim = service.claim_one()
+
+    assert claim.job
+    assert claim.job.op == "rerank"
+    assert decode_inputs(claim.job.body, claim.job.rows)[1] == {"query": QUERY}
     connection.close()
 
 

@@ -390,7 +390,6 @@ def test_what_is_set_but_not_enforced_yet_is_one_line_a_key_with_its_places(load
 
     assert lines == [
         "models of type llm have no worker yet (config.yaml:4 llm_v1)",
-        "models of type reranker have no worker yet (config.yaml:3 reranker_v1)",
     ]
 
 

@@ -36,3 +36,8 @@ def test_a_missing_model_library_does_not_trouble_a_type_that_needs_none(monkeyp
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
     preflight([service("echo")])
+
+
+def test_a_rerankers_weights_are_looked_for_before_any_worker_starts() -> None:
+    with pytest.raises(ModelUnavailable, match="no model folder"):
+        preflight([service("reranker", "./no-such-folder")])

@@ -18,7 +18,7 @@ from millstream.broker.job import Json, Vectors
 from millstream.worker.batcher import Budget
 from millstream.worker.clock import ServerClock
 from millstream.worker.counters import Counters
-from millstream.worker.models.base import Prepared
+from millstream.worker.models.base import NO_OPTIONS, Prepared
 from millstream.worker.models.echo import EchoModel
 from millstream.worker.progress import Progress
 from millstream.worker.runner import Runner, run_rows
@@ -50,6 +50,7 @@ class Dense:
 
     op = "embed"
     fingerprint = "dense"
+    sample_options = NO_OPTIONS
 
     def prepare(self, inputs: object, options: object) -> list[Prepared | MillstreamError]:
         raise NotImplementedError
@@ -209,6 +210,17 @@ def test_a_failed_forward_is_not_kept_alive_while_its_parts_run() -> None:
             return super().forward(rows)
 
     assert run_rows(Holding(), prepared("a", "b", "c")) == ["a", "b", "c"]
+
+
+def test_a_score_of_nan_or_infinity_fails_alone() -> None:
+    class Scoring(Dense):
+        def forward(self, rows: Sequence[Prepared]) -> list[Json]:  # type: ignore[override]
+            return [float(str(row.features)) for row in rows]
+
+    outcomes = run_rows(Scoring(), prepared("1", "nan", "0", "-inf"))
+
+    assert [outcomes[0], outcomes[2]] == [1.0, 0.0]
+    assert [isinstance(outcome, ModelFailed) for outcome in outcomes] == [False, True, False, True]
 
 
 # -- the loop ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from millstream.worker.models.source import weights_digest
+from millstream.broker.errors import ModelUnavailable
+from millstream.worker.models.source import RERANKERS, locate, weights_digest
 
 
 @pytest.fixture
@@ -43,3 +44,21 @@ def test_what_is_no_weights_file_does_not_count(shards: Path) -> None:
     (shards / "config.json").write_bytes(b"{ }")
 
     assert weights_digest(shards) == before
+
+
+def test_a_short_name_on_the_hub_is_of_the_organization_that_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "config.json").write_text("{}")
+
+    assert locate("ms-marco-MiniLM-L6-v2", RERANKERS) == "cross-encoder/ms-marco-MiniLM-L6-v2"
+    assert locate("mill/reranker", RERANKERS) == "mill/reranker"
+    assert locate("all-MiniLM-L6-v2") == "all-MiniLM-L6-v2"
+    assert locate("here", RERANKERS) == tmp_path / "here"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelUnavailable, match="cross-encoder/ms-marco"):
+        locate("ms-marco-MiniLM-L6-v2", RERANKERS)

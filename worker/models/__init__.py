@@ -23,11 +23,14 @@ def load(spec: ServiceSpec, device: str | None, threads: int, folder: str = "") 
         try:
             from millstream.worker.models.embedding import EmbeddingModel
         except ModuleNotFoundError as error:
-            raise ModelUnavailable(
-                f"service {spec.name!r} needs {error.name}, which is not installed",
-                hint='pip install "millstream[worker]"',
-            ) from None
+            raise _missing(spec, error) from None
         return EmbeddingModel(spec.model, device, threads, spec.runtime.truncate)
+    if spec.model.type == "reranker":
+        try:
+            from millstream.worker.models.reranker import load_reranker
+        except ModuleNotFoundError as error:
+            raise _missing(spec, error) from None
+        return load_reranker(spec.model, device, threads, spec.runtime.truncate)
     if spec.model.type == "custom":
         from millstream.worker.models.custom import CustomModel, load_handler
 
@@ -35,5 +38,12 @@ def load(spec: ServiceSpec, device: str | None, threads: int, folder: str = "") 
         return CustomModel(load_handler(handler, folder), handler, spec.runtime.row_tokens, device)
     raise ModelUnavailable(
         f"service {spec.name!r}: this version has no worker for models of type {spec.model.type!r}",
-        hint="embedding, custom and echo run today",
+        hint="embedding, reranker, custom and echo run today",
+    )
+
+
+def _missing(spec: ServiceSpec, error: ModuleNotFoundError) -> ModelUnavailable:
+    return ModelUnavailable(
+        f"service {spec.name!r} needs {error.name}, which is not installed",
+        hint='pip install "millstream[worker]"',
     )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 from millstream.broker.errors import MillstreamError
 from millstream.broker.job import Json, Vectors
+
+NO_OPTIONS: Mapping[str, Json] = MappingProxyType({})
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +30,9 @@ class Model(Protocol):
 
     fingerprint: str
     """Names the weights and how they run; vectors of different fingerprints must not be mixed."""
+
+    sample_options: Mapping[str, Json]
+    """The options that go with `samples`."""
 
     def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
         """Each input as a row, or the error that row alone gets: not a string, too long."""

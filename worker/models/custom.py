@@ -18,7 +18,7 @@ import numpy as np
 
 from millstream.broker.errors import InvalidRequest, MillstreamError, ModelFailed, ModelUnavailable
 from millstream.broker.job import Json, Vectors
-from millstream.worker.models.base import Prepared
+from millstream.worker.models.base import NO_OPTIONS, Prepared
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class CustomModel:
     """
 
     op = "call"
+    sample_options = NO_OPTIONS
 
     def __init__(
         self, handler: object, name: str, row_tokens: int, device: str | None, hooks: Hooks | None = None

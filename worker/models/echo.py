@@ -15,7 +15,7 @@ import numpy as np
 
 from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError
 from millstream.broker.job import Json, Vectors
-from millstream.worker.models.base import Prepared
+from millstream.worker.models.base import NO_OPTIONS, Prepared
 
 SPARE_BYTES, CHUNK_BYTES = 256 * 2**20, 16 * 2**20
 """How much a `memory:` forward takes in all, and at a time."""
@@ -32,6 +32,7 @@ class EchoModel:
     """
 
     op = "echo"
+    sample_options = NO_OPTIONS
 
     def __init__(self, model_name: str = "", max_length: int | None = None) -> None:
         orders = dict(each.split(":", 1) for each in model_name.split(",") if ":" in each)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,18 +10,16 @@ import numpy as np
 import torch
 import transformers
 from sentence_transformers import SentenceTransformer
-from transformers.utils.hub import cached_file
 
 from millstream.broker.config import ModelSpec
-from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError, ModelUnavailable
+from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError
 from millstream.broker.job import Json, Vectors
-from millstream.worker.models.base import Prepared
+from millstream.worker.models.base import NO_OPTIONS, Prepared
+from millstream.worker.models.loading import DTYPES, LOAD_ERRORS, snapshot, unavailable
 from millstream.worker.models.source import locate, weights_digest
 
 # A worker logs one line when it is ready; bars of many processes only garble a terminal.
 transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
 
 
 class EmbeddingModel:
@@ -34,6 +30,7 @@ class EmbeddingModel:
     """
 
     op = "embed"
+    sample_options = NO_OPTIONS
 
     def __init__(self, spec: ModelSpec, device: str | None, threads: int, truncate: str = "none") -> None:
         torch.set_num_threads(threads)
@@ -47,7 +44,7 @@ class EmbeddingModel:
         self.fingerprint = self._fingerprint(source, spec.revision)
 
     def _fingerprint(self, source: Path | str, revision: str | None) -> str:
-        folder = source if isinstance(source, Path) else _snapshot(source, revision)
+        folder = source if isinstance(source, Path) else snapshot(source, revision)
         weights = weights_digest(folder)[:16] if folder else str(source)
         dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
         return f"{weights}{f'@{revision}' if revision else ''} {dtype} {self._model.get_embedding_dimension()}"
@@ -93,21 +90,8 @@ class EmbeddingModel:
         return ["a " * min(tokens, self._limit - self._tokenizer.num_special_tokens_to_add())]
 
 
-def _snapshot(name: str, revision: str | None) -> Path | None:
-    """The folder in the hub's cache that `name` was loaded from; None where there is none to be found."""
-    repository = name if "/" in name else f"sentence-transformers/{name}"
-    cache = os.environ.get("SENTENCE_TRANSFORMERS_HOME")
-    for candidate in dict.fromkeys((repository, name)):
-        for file in ("modules.json", "config.json"):
-            with suppress(OSError):
-                found = cached_file(candidate, file, revision=revision, cache_dir=cache, local_files_only=True)
-                if found:
-                    return Path(found).parent
-    return None
-
-
 def _load(source: Path | str, spec: ModelSpec, device: str | None) -> SentenceTransformer:
-    kwargs: dict[str, Any] = {"torch_dtype": _DTYPES[spec.dtype], "use_safetensors": True}
+    kwargs: dict[str, Any] = {"torch_dtype": DTYPES[spec.dtype], "use_safetensors": True}
     try:
         return SentenceTransformer(
             str(source),
@@ -116,9 +100,5 @@ def _load(source: Path | str, spec: ModelSpec, device: str | None) -> SentenceTr
             trust_remote_code=False,
             model_kwargs=kwargs,
         ).eval()
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelUnavailable(
-            f"cannot load {spec.model_name!r} on {device or 'auto'}: {reason}",
-            hint="check model_name, revision and device",
-        ) from error
+    except LOAD_ERRORS as error:
+        raise unavailable(error, spec, device) from error

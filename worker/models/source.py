@@ -14,6 +14,8 @@ from millstream.broker.errors import ModelUnavailable
 from millstream.broker.spec import ServiceSpec
 
 PACKAGE = "package:"
+RERANKERS = "cross-encoder"
+"""Whose rerankers on the hub may be named without it, as in sentence-transformers."""
 
 
 def handler_of(spec: ServiceSpec) -> str:
@@ -27,11 +29,11 @@ def handler_of(spec: ServiceSpec) -> str:
     return spec.model.handler
 
 
-def locate(model_name: str) -> Path | str:
-    """The folder of `model_name`, or its hub id as it stands. Raises ModelUnavailable, with what to do.
+def locate(model_name: str, organization: str = "") -> Path | str:
+    """The folder of `model_name`, or its hub id. Raises ModelUnavailable, with what to do.
 
     `package:NAME/folder` is a folder inside an installed Python package; a name that starts with `.`, `/` or `~`, or
-    is a folder here, is local.
+    is a folder here, is local. On the hub a name without a slash is `organization`'s, where one is given.
     """
     if model_name.startswith(PACKAGE):
         return _in_package(model_name)
@@ -42,7 +44,7 @@ def locate(model_name: str) -> Path | str:
         raise ModelUnavailable(
             f"no model folder {str(path)!r}", hint="give a folder saved with save_pretrained, or a hub id"
         )
-    return _on_hub(model_name)
+    return _on_hub(f"{organization}/{model_name}" if organization and "/" not in model_name else model_name)
 
 
 def _in_package(model_name: str) -> Path:

@@ -1,0 +1,88 @@
+"""Cross-encoders: a classifier with one label reads the query and a document together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from sentence_transformers import CrossEncoder
+
+from millstream.broker.config import ModelSpec
+from millstream.broker.errors import InvalidRequest, MillstreamError, ModelUnavailable
+from millstream.broker.job import Json
+from millstream.worker.models.base import Prepared
+from millstream.worker.models.loading import DTYPES, LOAD_ERRORS, Folder, longest, unavailable
+from millstream.worker.models.pairs import SAMPLE_OPTIONS, Activation, Pair, Prompts, TextPairs, sample, scored
+from millstream.worker.models.prompts import chat_frame
+from millstream.worker.models.question import Question, answer_each
+
+
+class CrossEncoderModel:
+    """One cross-encoder on one device. It gives what `CrossEncoder.predict` gives for the query and a document alone.
+
+    So a score is what the model's own activation makes of its logit, a sigmoid where it names none; "raw" is the logit.
+    """
+
+    op = "rerank"
+    sample_options = SAMPLE_OPTIONS
+
+    def __init__(self, folder: Folder, spec: ModelSpec, device: str | None, threads: int, truncate: str) -> None:
+        torch.set_num_threads(threads)
+        encoder = _load(folder, spec, device)
+        self._model = cast(Any, encoder.model)
+        _check_labels(self._model.config.num_labels, spec)
+        self._tokenizer = cast(Any, encoder.tokenizer)
+        self._own = cast(Activation, encoder.activation_fn)
+        self._truncate = truncate
+        self._pairs = self._pairing(folder, spec)
+        dtype = str(self._model.dtype).removeprefix("torch.")
+        self.fingerprint = f"{folder.weights()} {dtype} cross-encoder {type(self._own).__name__}"
+
+    def _pairing(self, folder: Folder, spec: ModelSpec) -> TextPairs | Prompts:
+        limit = spec.max_length or longest(self._tokenizer, self._model.config)
+        if not self._tokenizer.chat_template:
+            return TextPairs(self._tokenizer, limit, folder.prompt())
+        frame = chat_frame(self._tokenizer, folder.prompt(), folder.chat_settings(), spec.model_name)
+        return Prompts(self._tokenizer, limit, frame)
+
+    def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
+        return answer_each(inputs, options, self._truncate, self._rows)
+
+    def _rows(self, question: Question, documents: Sequence[str]) -> Sequence[Prepared | MillstreamError]:
+        if question.instruction and isinstance(self._pairs, TextPairs):
+            raise InvalidRequest("this reranker takes no instruction", hint="generative ones do")
+        return self._pairs.rows(question, documents)
+
+    def forward(self, rows: Sequence[Prepared]) -> list[Json]:
+        pairs = [cast(Pair, row.features) for row in rows]
+        batch = self._tokenizer.pad([dict(pair.ids) for pair in pairs], return_tensors="pt")
+        with torch.inference_mode():
+            features = {name: tensor.to(self._model.device) for name, tensor in batch.items()}
+            return scored(self._model(**features).logits[:, 0], pairs, self._own)
+
+    def samples(self, tokens: int) -> Sequence[Json]:
+        return [sample(self._pairs, tokens)]
+
+
+def _check_labels(labels: int, spec: ModelSpec) -> None:
+    if labels != 1:
+        raise ModelUnavailable(
+            f"{spec.model_name!r} has {labels} labels; a reranker has one, the score",
+            hint="give a cross-encoder with one label, such as cross-encoder/ms-marco-MiniLM-L6-v2",
+        )
+
+
+def _load(folder: Folder, spec: ModelSpec, device: str | None) -> CrossEncoder:
+    try:
+        encoder: CrossEncoder = CrossEncoder(
+            str(folder.source),
+            device=None if device in (None, "auto") else device,
+            revision=spec.revision,
+            trust_remote_code=False,
+            model_kwargs={"torch_dtype": DTYPES[spec.dtype], "use_safetensors": True},
+        )
+    except LOAD_ERRORS as error:
+        raise unavailable(error, spec, device) from error
+    encoder.eval()
+    return encoder

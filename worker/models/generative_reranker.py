@@ -1,0 +1,125 @@
+"""Language models as rerankers: how much more likely "yes" is than "no" as the next word of a prompt."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from sentence_transformers.util import get_device_name
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from millstream.broker.config import ModelSpec
+from millstream.broker.errors import MillstreamError, ModelUnavailable
+from millstream.broker.job import Json
+from millstream.worker.models.base import Prepared
+from millstream.worker.models.loading import (
+    DTYPES,
+    LOAD_ERRORS,
+    Folder,
+    cache_dir,
+    longest,
+    unavailable,
+)
+from millstream.worker.models.pairs import SAMPLE_OPTIONS, Frame, Pair, Prompts, sample, scored
+from millstream.worker.models.prompts import chat_frame, qwen3_frame
+from millstream.worker.models.question import answer_each
+
+_ACTIVATIONS = (torch.nn.Sigmoid, torch.nn.Identity, torch.nn.Tanh)
+
+
+class GenerativeReranker:
+    """One causal language model on one device. A score is the logit of "yes" less that of "no", through a sigmoid.
+
+    A folder that sentence-transformers saved names its two tokens, its activation and its chat template; a model
+    without that is asked in the words of Qwen3-Reranker.
+    """
+
+    op = "rerank"
+    sample_options = SAMPLE_OPTIONS
+
+    def __init__(self, folder: Folder, spec: ModelSpec, device: str | None, threads: int, truncate: str) -> None:
+        torch.set_num_threads(threads)
+        self._tokenizer, self._model = _load(folder, spec, device)
+        self._takes = set(inspect.signature(self._model.forward).parameters)
+        self._truncate = truncate
+        judge = _judge(folder)
+        self._yes, self._no = _answers(judge, self._tokenizer, spec.model_name)
+        self._own = _activation(folder, spec.model_name)
+        frame: Frame = qwen3_frame
+        if judge is not None:
+            frame = chat_frame(self._tokenizer, folder.prompt(), folder.chat_settings(), spec.model_name)
+        self._pairs = Prompts(self._tokenizer, spec.max_length or longest(self._tokenizer, self._model.config), frame)
+        dtype = str(self._model.dtype).removeprefix("torch.")
+        self.fingerprint = f"{folder.weights()} {dtype} generative {type(self._own).__name__}"
+
+    def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
+        return answer_each(inputs, options, self._truncate, self._pairs.rows)
+
+    def forward(self, rows: Sequence[Prepared]) -> list[Json]:
+        pairs = [cast(Pair, row.features) for row in rows]
+        batch = _left_padded([pair.ids["input_ids"] for pair in pairs])
+        features: dict[str, Any] = {name: tensor.to(self._model.device) for name, tensor in batch.items()}
+        features |= {"logits_to_keep": 1, "use_cache": False}
+        with torch.inference_mode():
+            taken = {name: value for name, value in features.items() if name in self._takes}
+            logits = self._model(**taken).logits[:, -1].float()
+            no = 0.0 if self._no is None else logits[:, self._no]
+            return scored(logits[:, self._yes] - no, pairs, self._own)
+
+    def samples(self, tokens: int) -> Sequence[Json]:
+        return [sample(self._pairs, tokens)]
+
+
+def _left_padded(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Ids, mask and positions, int64 [rows, longest]: each row ends in the last column, where the answer is read.
+
+    Positions are given, and count a row's own tokens: models that learned them would read the padding's.
+    """
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+def _judge(folder: Folder) -> Mapping[str, Any] | None:
+    """What sentence-transformers' LogitScore reads, where it saved the model."""
+    modules = folder.read("modules.json") or ()
+    paths = [each["path"] for each in modules if each["type"].endswith("LogitScore")]
+    return folder.read(f"{paths[0]}/config.json") if paths else None
+
+
+def _answers(judge: Mapping[str, Any] | None, tokenizer: Any, name: str) -> tuple[int, int | None]:
+    """The tokens of yes and of no; of some models yes alone counts."""
+    if judge is not None:
+        return int(judge["true_token_id"]), judge.get("false_token_id")
+    yes, no = (tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
+    if {yes, no} & {None, tokenizer.unk_token_id}:
+        raise ModelUnavailable(
+            f'the vocabulary of {name!r} has no "yes" and "no"', hint="give a model trained as a reranker"
+        )
+    return yes, no
+
+
+def _activation(folder: Folder, name: str) -> torch.nn.Module:
+    own = folder.settings().get("activation_fn") or "torch.nn.Sigmoid"
+    known: dict[str, type[torch.nn.Module]] = {each.__name__: each for each in _ACTIVATIONS}
+    word = own.rpartition(".")[2]
+    if word not in known:
+        raise ModelUnavailable(f"{name!r} names an activation {own!r}", hint=f"one of {', '.join(known)} can be run")
+    return known[word]()
+
+
+def _load(folder: Folder, spec: ModelSpec, device: str | None) -> tuple[Any, Any]:
+    """Its tokenizer, and the model."""
+    where: dict[str, Any] = {"revision": spec.revision, "cache_dir": cache_dir(), "trust_remote_code": False}
+    source = str(folder.source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, torch_dtype=DTYPES[spec.dtype], use_safetensors=True, **where
+        )
+        return tokenizer, model.eval().to(get_device_name() if device in (None, "auto") else device)
+    except LOAD_ERRORS as error:
+        raise unavailable(error, spec, device) from error
