@@ -98,11 +98,19 @@ def _register(connection: Connection, prefix: str, service: str, limits: Mapping
                 f"service {service!r} is registered with type {registered.model.type!r}", hint="choose another name"
             )
         if registered is None or limits or replace:
-            ours = given_service(service, limits)
-            model = registered.model_ref if registered else ours.model_ref
-            registry.push([ours.model_copy(update={"model_ref": model})], replace=replace)
+            registry.push([_wanted(service, registered, limits)], replace=replace)
     finally:
         connection.close()
+
+
+def _wanted(service: str, registered: ServiceSpec | None, limits: Mapping[str, object]) -> ServiceSpec:
+    """The service with `limits`, and all else as it is registered. Raises ConfigError."""
+    if registered is None:
+        return given_service(service, limits)
+    if not limits:
+        return registered
+    runtime = given_service(service, {"worker_count": registered.runtime.worker_count, **limits}).runtime
+    return registered.model_copy(update={"runtime": runtime})
 
 
 @contextmanager

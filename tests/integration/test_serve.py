@@ -213,15 +213,21 @@ def test_a_service_of_another_type_is_left_alone(connection: Connection, service
     connection.client.srem("ms:services", service)
 
 
-def test_two_functions_do_not_answer_one_service(connection: Connection, service: str, serving: Serving) -> None:
-    serving(PROGRAM, SERVICE=service)
+def test_two_functions_do_not_answer_one_service_at_a_time(
+    client: Client, connection: Connection, service: str, serving: Serving
+) -> None:
+    first = serving(PROGRAM, SERVICE=service)
     eventually(lambda: has_worker(connection, service), within_s=LONG_S)
+    other = PROGRAM.replace("def work", "def other").replace(" work,", " other,")
 
-    status, text = ended(
-        serving(PROGRAM.replace("def work", "def other").replace(" work,", " other,"), SERVICE=service)
-    )
-
+    status, text = ended(serving(other, SERVICE=service))
     assert (status, "runs weights __main__:work, this worker has __main__:other" in text) == (1, True)
+    first.terminate()
+    ended(first)
+    second = serving(other.replace("batch_size=4,\n    stall_timeout=1,", "replace=True,"), SERVICE=service)
+
+    assert client.call(service, "a") == ["a", second.pid]
+    assert Registry(connection).read(service) == registered(service)
     connection.client.srem("ms:services", service)
 
 
