@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 import textwrap
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 SEED = 7
 MEDIAN_WORDS, SPREAD, MOST_WORDS = 40, 0.7, 240
@@ -32,6 +35,6 @@ def mix(count: int) -> list[str]:
     return [" ".join(chance.choices(_WORDS, k=length)) for length in lengths]
 
 
-def batches(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    """`texts` in their order, `size` at a time."""
-    return (texts[first : first + size] for first in range(0, len(texts), size))
+def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """`items` in their order, `size` at a time."""
+    return (items[first : first + size] for first in range(0, len(items), size))

@@ -53,7 +53,7 @@ class Order:
 
 @dataclass(slots=True)
 class Result:
-    """`p50` to `p999` are ms a call; `cpu_s` is this process's CPU time during the run."""
+    """`p50` to `p999` are ms a call; `cpu_s` is this process's CPU time during the run; `cosine`: local_model.py's."""
 
     calls: int
     seconds: float
@@ -63,6 +63,7 @@ class Result:
     p999: float = float("nan")
     refused: int = 0
     failed: int = 0
+    cosine: float = float("nan")
 
     @property
     def rate(self) -> float:

@@ -101,9 +101,6 @@ def _unenforced(config: Config) -> Iterator[tuple[str, Place, str]]:
     for name, service in config.services.items():
         path = ("services", name, "runtime")
         yield from _set_keys(config, "services", path, service.runtime)
-        place = config.places.get((*path, "max_batch_tokens"))
-        if place and service.runtime.max_batch_tokens == "auto":
-            yield "max_batch_tokens: auto is accepted, but not enforced yet", place, name
     yield from _set_keys(config, "redis", ("redis",), config.redis)
 
 

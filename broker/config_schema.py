@@ -42,7 +42,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "preset": "; ".join(
         f"{name}: {values['batch_size']} rows, {values['batch_timeout']} s" for name, values in PRESETS.items()
     ),
-    "max_batch_tokens": "Most tokens in one forward pass, padding included.",
+    "max_batch_tokens": "Most tokens in one forward pass, padding included; auto: measured when a worker starts.",
     "stall_timeout": "A worker whose forward has not ended for this long is killed and started again.",
     "max_attempts": "Starts that ended in a crash before a job goes to the dead letters.",
     "memory_limit": "Most memory of one worker process.",

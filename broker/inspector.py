@@ -16,98 +16,15 @@ from millstream.broker.keys import DEFAULT_PREFIX, GROUP, RETURNED, ServiceKeys
 from millstream.broker.lease import LEASE_S
 from millstream.broker.pause import Pause, queue_pause, read_pause
 from millstream.broker.registry import Registry
+from millstream.broker.views import ServiceView, WorkerView
+
+__all__ = ["Entry", "Inspector", "Peek", "ServiceView", "WorkerView"]
 
 Fields = Mapping[bytes, bytes]
 Entries = Sequence[tuple[bytes, Fields | None]]
 
 _START = "0-0"
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerView:
-    """What a live worker process said at its last beat; the counts are since it was ready, `age_ms` before that beat.
-
-    `running` jobs are in the forward under way, for `running_ms`. `past` says how the process before it in its place
-    ended; empty where there was none.
-    """
-
-    consumer: str
-    state: str
-    host: str
-    pid: int
-    device: str
-    fingerprint: str
-    beat_age_ms: int
-    age_ms: int
-    running: int
-    running_ms: int
-    past: str
-    jobs: int
-    rows: int
-    forwards: int
-    tokens: int
-    padded: int
-    errors: int
-    late: int
-    busy_ms: int
-
-    @property
-    def rows_per_s(self) -> float | None:
-        """Rows a second over its life; None before it has one."""
-        return self.rows * 1000 / self.age_ms if self.age_ms else None
-
-    @property
-    def busy(self) -> float | None:
-        """The share of its life, 0 to 1, in which a forward ran; None before it has one."""
-        return min(1.0, self.busy_ms / self.age_ms) if self.age_ms else None
-
-    @property
-    def padding(self) -> float | None:
-        """As ServiceView.padding."""
-        return self.padded / self.tokens if self.tokens else None
-
-
-@dataclass(frozen=True, slots=True)
-class ServiceView:
-    """One service at one moment.
-
-    Every unsettled job counts once: `waiting` for its first claim, `held` by a live or lost worker (by consumer), or
-    `returned` from a dead one and waiting again. `oldest_ms` is the age of the oldest of them, by the server's clock.
-    While it is `paused` its workers claim nothing. `refused` counts, by reason, how often jobs were turned away, the
-    repeated tries of waiting callers included; it starts anew after a day without any.
-    """
-
-    name: str
-    waiting: Mapping[Priority, int]
-    held: Mapping[str, int]
-    returned: int
-    oldest_ms: int | None
-    workers: Sequence[WorkerView]
-    dead_letters: int
-    paused: Pause | None
-    refused: Mapping[str, int]
-
-    @property
-    def in_flight(self) -> int:
-        """Jobs claimed and not settled."""
-        return sum(self.held.values())
-
-    @property
-    def depth(self) -> int:
-        """Jobs nobody holds."""
-        return sum(self.waiting.values()) + self.returned
-
-    @property
-    def rows_per_forward(self) -> float | None:
-        """The mean batch, over the lives of the live workers; None before their first."""
-        forwards = sum(worker.forwards for worker in self.workers)
-        return sum(worker.rows for worker in self.workers) / forwards if forwards else None
-
-    @property
-    def padding(self) -> float | None:
-        """Tokens computed for each token that was asked for: 1.0 pads nothing; None before the first forward."""
-        tokens = sum(worker.tokens for worker in self.workers)
-        return sum(worker.padded for worker in self.workers) / tokens if tokens else None
+_CUT = b"cut_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +202,8 @@ def _worker(consumer: bytes, fields: Fields, now: int) -> WorkerView:
         errors=_count(fields, b"errors"),
         late=_count(fields, b"late"),
         busy_ms=_count(fields, b"busy_ms"),
+        batch_tokens=_count(fields, b"batch_tokens"),
+        cuts={_text(name[len(_CUT) :]): _count(fields, name) for name in fields if name.startswith(_CUT)},
     )
 
 

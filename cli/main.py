@@ -35,6 +35,7 @@ COMMANDS = {
     "dead": Lazy("millstream.cli.dead:dead", "Look into a service's dead letters, run them again or remove them."),
     "embed": Lazy("millstream.cli.embed:embed", "Embed texts through the queue."),
     "queue": Lazy("millstream.cli.queue:queue", "Look into the queues, pause them, empty them."),
+    "tune": Lazy("millstream.cli.tune:tune", "Measure which batch limits a service is fastest with on this machine."),
     "up": Lazy("millstream.cli.up:up", "Start a server where none is configured, and workers for each service."),
     "worker": Lazy("millstream.cli.worker:worker", "Run workers for the services of a server, or list those that run."),
 }

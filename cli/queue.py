@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from millstream.cli import operate, options
+from millstream.cli.show import as_record, show
 from millstream.cli.table import age, aligned, harmless, number
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def queue() -> None:
     """Look into the queues, pause them, empty them."""
 
 
-for command in (operate.pause, operate.resume, operate.purge, operate.drain):
+for command in (show, operate.pause, operate.resume, operate.purge, operate.drain):
     queue.add_command(command)
 
 
@@ -97,12 +97,6 @@ def _print(entries: Sequence[Entry]) -> None:
         lines = [entry.id, *(f"{name} {value}" for name, value in entry.fields.items())]
         # As bytes: what lies there is UTF-8, whatever this terminal's locale says.
         click.echo("\n".join(map(harmless, lines)).encode())
-
-
-def as_record(view: ServiceView) -> dict[str, object]:
-    """A service as JSON shows it."""
-    figures = {"depth": view.depth, "rows_per_forward": view.rows_per_forward, "padding": view.padding}
-    return asdict(view) | figures
 
 
 def _row(view: ServiceView) -> tuple[str, ...]:

@@ -32,6 +32,11 @@ def age(ms: int | None) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
 
 
+def bar(share: float, width: int = 20) -> str:
+    """`share` (0 to 1) of `width` characters, to the nearest one."""
+    return "#" * round(width * share)
+
+
 def counted(count: int, noun: str) -> str:
     """Such as "1 job" or "3 jobs"."""
     return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -11,9 +11,13 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from heapq import nsmallest
 from operator import attrgetter
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 T = TypeVar("T")
+
+Cut = Literal["rows", "tokens", "time", "padding", "arrival"]
+"""What ended a micro-batch: its rows, its padded tokens, the time it may take, that the next row would pad more than a
+forward of its own costs, or that nothing more of its rank was waiting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +44,12 @@ class Row(Generic[T]):
 
 
 class Pool(Generic[T]):
-    """Rows that wait for their forward: those of each rank ordered by length."""
+    """Rows that wait for their forward: those of each rank ordered by length. `cut` is what ended the last batch."""
 
     def __init__(self) -> None:
         self._ranks: dict[int, list[Row[T]]] = {}
         self.tokens = 0
+        self.cut: Cut = "arrival"
 
     def __len__(self) -> int:
         return sum(len(rows) for rows in self._ranks.values())
@@ -88,7 +93,7 @@ class Pool(Generic[T]):
         rows = next((self._ranks[rank] for rank in sorted(self._ranks) if self._ranks[rank]), [])
         if not rows:
             return []
-        low, high = _neighbours(rows, _most_urgent(rows), budget)
+        low, high, self.cut = _neighbours(rows, _most_urgent(rows), budget)
         batch = rows[low : high + 1]
         del rows[low : high + 1]
         self.tokens -= sum(row.tokens for row in batch)
@@ -100,12 +105,14 @@ def padded(rows: Collection[Row[T]]) -> int:
     return max((row.tokens for row in rows), default=0) * len(rows)
 
 
-def _neighbours(rows: Sequence[Row[T]], at: int, budget: Budget) -> tuple[int, int]:
-    """Grow [low, high] around `at` while that raises the share of real tokens in what the forward costs."""
+def _neighbours(rows: Sequence[Row[T]], at: int, budget: Budget) -> tuple[int, int, Cut]:
+    """Grow [low, high] around `at` while that raises the share of real tokens in the forward's cost; and why not on."""
     low = high = at
     real = rows[at].tokens
     share = real / (budget.overhead + real)
-    while high - low + 1 < budget.rows:
+    while high - low + 1 < len(rows):
+        if high - low + 1 >= budget.rows:
+            return low, high, "rows"
         size = high - low + 2
         grown = []
         if low > 0:
@@ -116,9 +123,10 @@ def _neighbours(rows: Sequence[Row[T]], at: int, budget: Budget) -> tuple[int, i
             (r / (budget.overhead + padded), lo, hi, r) for lo, hi, r, padded in grown if padded <= budget.tokens
         ]
         if not fitting or max(fitting)[0] < share:
-            break
+            best = max(r / (budget.overhead + padded) for *_, r, padded in grown)
+            return low, high, "tokens" if best >= share else "padding"
         share, low, high, real = max(fitting)
-    return low, high
+    return low, high, "arrival"
 
 
 # In C: they are called for every row that waits at every micro-batch.

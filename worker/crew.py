@@ -23,6 +23,7 @@ from millstream.worker.keeper import Keeper
 from millstream.worker.models.base import Model
 from millstream.worker.orders import Orders
 from millstream.worker.patience import Patience
+from millstream.worker.probe import most_tokens
 from millstream.worker.progress import Progress, State
 from millstream.worker.runner import Runner
 from millstream.worker.settler import Finished, Settler
@@ -81,7 +82,7 @@ class Crew:
         self._heart.beat()
         for thread in (self._heart, self._settler, self._timekeeper, self._claimer):
             thread.start()
-        log.info("ready: %s on %s", self._model.fingerprint, self._orders.device or "auto")
+        self._say_ready()
         Runner(shared, self._model, self._progress, self._settler.put).run()
         shared.life.check()
         self._progress.enter(State.DRAINING)
@@ -95,6 +96,12 @@ class Crew:
         self._leave()
         count = shared.counters
         log.info("drained after %d jobs: %d rows in %d forwards", count.jobs, count.rows, count.forwards)
+
+    def _say_ready(self) -> None:
+        window, device = self._shared.window, self._orders.device or "auto"
+        how = " (measured)" if window.auto_tokens else ""
+        limits = f"{window.budget.rows} rows and {window.budget.tokens} tokens{how}"
+        log.info("ready: %s on %s, at most %s a forward", self._model.fingerprint, device, limits)
 
     def _heard(self, beat: Beat) -> None:
         """What the server said to a beat."""
@@ -135,7 +142,9 @@ class Crew:
         self._policy.batch_timeouts.update({each: limits[each].batch_timeout or 0.0 for each in PRIORITIES})
         self._inference_timeouts.update({each: limits[each].inference_timeout for each in PRIORITIES})
         shortest = min((each for each in self._inference_timeouts.values() if each), default=None)
-        self._shared.window.limit(runtime.batch_size, runtime.batch_tokens, runtime.queue_timeout, shortest)
+        window = self._shared.window
+        tokens = most_tokens(runtime, window.auto_tokens)
+        window.limit(runtime.batch_size, tokens, runtime.queue_timeout, shortest)
         self._policy.shares.change({each: runtime.shares[each.value] for each in PRIORITIES}, 2 * runtime.batch_size)
         self._intake.max_attempts = runtime.max_attempts
         self._keeper.ttl_s = runtime.cache_s
@@ -168,5 +177,6 @@ class Crew:
             "running": running,
             "running_ms": round(self._progress.running_s() * 1000),
             "past": self._orders.past,
+            "batch_tokens": self._shared.window.budget.tokens,
             **self._shared.counters.fields(),
         }

@@ -25,6 +25,7 @@ from millstream.worker.crew import Crew
 from millstream.worker.life import Life, ThreadFailed
 from millstream.worker.models.base import Closes, Model
 from millstream.worker.orders import EXIT_PERMANENT, URL_VARIABLE, Orders
+from millstream.worker.probe import auto_tokens, most_tokens
 from millstream.worker.progress import Progress, State
 from millstream.worker.shared import Shared
 from millstream.worker.warmup import warm_up
@@ -108,8 +109,10 @@ class Worker:
 
     def _serve(self, spec: ServiceSpec, model: Model) -> None:
         orders = self._orders
-        budget = Budget(spec.runtime.batch_size, spec.runtime.batch_tokens)
+        measured = auto_tokens(spec, model)
+        budget = Budget(spec.runtime.batch_size, most_tokens(spec.runtime, measured))
         window = Window(budget, spec.runtime.queue_timeout)
+        window.auto_tokens = measured
         warm_up(model, window)
         retrying(lambda: self._registry.claim_fingerprint(spec.name, model.fingerprint), stop=self._life.stopped)
         Crew(Shared(orders.consumer, window, life=self._life), orders, self._connection, spec, model).work()

@@ -82,6 +82,7 @@ class Runner:
         tokens, computed = sum(row.tokens for row in batch), padded(batch)
         count = self._counters
         count.forwards += 1
+        count.cuts[self._window.cut] += 1
         count.rows += len(batch)
         count.tokens += tokens
         count.padded += computed

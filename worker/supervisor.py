@@ -216,7 +216,7 @@ class Supervisor:
             prefix=self._prefix,
             consumer=consumer,
             device=slot.device,
-            threads=max(1, _cores() // len(self._slots)),
+            threads=max(1, cores() // len(self._slots)),
             progress_fd=progress.fd,
             past=slot.past,
             handler=plan.spec.model.handler,
@@ -296,6 +296,6 @@ def _backoff(failures: int) -> float:
     return _FIRST_BACKOFF_S * 2 ** (failures - 1) if failures else 0.0
 
 
-def _cores() -> int:
+def cores() -> int:
     """The cores this process may use; where the system does not say, those there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

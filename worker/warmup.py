@@ -25,8 +25,8 @@ def warm_up(model: Model, window: Window) -> None:
     if not model.samples(SHORT_TOKENS):
         return
     budget = window.budget
-    short = _row(model, SHORT_TOKENS)
-    long = _row(model, min(LONG_TOKENS, budget.tokens))
+    short = sample(model, SHORT_TOKENS)
+    long = sample(model, min(LONG_TOKENS, budget.tokens))
     rows = max(2, min(budget.rows, budget.tokens // long.tokens))
     short_s, long_s = _seconds(model, [short]), _seconds(model, [long] * rows)
     grown = rows * long.tokens - short.tokens
@@ -37,8 +37,12 @@ def warm_up(model: Model, window: Window) -> None:
     window.forward_s = short_s
 
 
-def _row(model: Model, tokens: int) -> Prepared:
-    row = model.prepare(model.samples(tokens), model.sample_options)[0]
+def sample(model: Model, tokens: int) -> Prepared:
+    """A row of about `tokens` tokens, ready to run. Raises ModelUnavailable where the model refuses its own samples."""
+    samples = model.samples(tokens)
+    if not samples:
+        raise ModelUnavailable("the model has no sample to measure with")
+    row = model.prepare(samples, model.sample_options)[0]
     if isinstance(row, MillstreamError):
         raise ModelUnavailable(f"the model refuses its own warm-up: {row}")
     return row

@@ -22,7 +22,7 @@ from millstream.broker.errors import MillstreamError, ModelFailed
 from millstream.broker.job import PRIORITIES, Claim, Job, Json, Priority, Reply, Vectors
 from millstream.broker.lease import entry_name
 from millstream.broker.streams import MAX_JOBS_PER_CALL, Limit
-from millstream.worker.batcher import Budget, Pool, Row
+from millstream.worker.batcher import Budget, Cut, Pool, Row
 from millstream.worker.models.base import Prepared
 
 Outcome = NDArray[np.float32] | Json | MillstreamError
@@ -125,7 +125,11 @@ def _stacked(vectors: list[Vectors]) -> Vectors:
 
 
 class Window:
-    """What one worker process holds; thread-safe. `forward_s` is what the smallest forward takes, if that is known."""
+    """What one worker process holds; thread-safe. `forward_s` is what the smallest forward takes, if that is known.
+
+    `cut` says, in the runner's thread, what ended the micro-batch taken last. `auto_tokens` is what the device was
+    measured to make of `max_batch_tokens: auto`.
+    """
 
     def __init__(self, budget: Budget, queue_timeout_s: float | None = None) -> None:
         # One lock; who waits for what is woken by that alone, and not by each job that another thread settles.
@@ -135,6 +139,8 @@ class Window:
         self.limit(budget.rows, budget.tokens, queue_timeout_s)
         self.seconds_per_token = 0.0
         self.forward_s = math.inf
+        self.cut: Cut = "arrival"
+        self.auto_tokens: int | None = None
         self._pool: Pool[Prepared] = Pool()
         self._held: dict[str, Held] = {}
         self._unsettled: set[str] = set()
@@ -265,7 +271,10 @@ class Window:
         """The next micro-batch, waiting for one; empty when the window is closed and nothing is left."""
         with self._lock:
             self._arrived.wait_for(lambda: len(self._pool) or self._closed)
-            batch = self._pool.take(self._one_forward())
+            budget = self._one_forward()
+            batch = self._pool.take(budget)
+            by_time = self._pool.cut == "tokens" and budget.tokens < self.budget.tokens
+            self.cut = "time" if by_time else self._pool.cut
             self._running = len(batch)
             self._takes += 1
             self._taken.notify_all()

@@ -34,6 +34,9 @@ STATUS: dict[str, str | int] = {
     "running": 2,
     "running_ms": 1_500,
     "past": "was killed by SIGKILL",
+    "batch_tokens": 1_024,
+    "cut_rows": 2,
+    "cut_arrival": 1,
 }
 
 View = Callable[[], ServiceView]
@@ -118,6 +121,7 @@ def test_a_live_worker_shows_what_it_said_at_its_last_beat(queue: Queue, view: V
     assert (worker.jobs, worker.rows, worker.forwards, worker.tokens, worker.padded) == (3, 12, 3, 100, 110)
     assert (worker.errors, worker.busy_ms, worker.age_ms) == (1, 70, 7_000)
     assert (worker.running, worker.running_ms, worker.past) == (2, 1_500, "was killed by SIGKILL")
+    assert (worker.batch_tokens, worker.cuts) == (1_024, {"rows": 2, "arrival": 1})
     assert worker.beat_age_ms < 5_000
 
 
@@ -138,8 +142,9 @@ def test_mean_batch_and_padding_are_over_all_live_workers(queue: Queue, view: Vi
 
     seen = view()
 
-    assert seen.rows_per_forward == 15.0
+    assert (seen.forwards, seen.rows_per_forward) == (4, 15.0)
     assert seen.padding == pytest.approx(1.1)
+    assert seen.cuts == {"rows": 6, "arrival": 3}
 
 
 def test_without_a_forward_there_is_no_mean_batch_and_no_padding(queue: Queue, view: View) -> None:

@@ -198,6 +198,7 @@ def test_a_viewer_sees_everything(enter: Enter, connection: Connection, echo_spe
     look = ("--url", enter("viewer"), "--prefix", "ms")
 
     assert name in millstream("queue", "ls", *look)
+    assert name in millstream("queue", "show", name, *look)
     assert "a b c" in millstream("queue", "peek", name, *look)
     assert "somebody" in millstream("worker", "ls", *look)
     assert "malformed" in millstream("dead", "ls", name, *look)

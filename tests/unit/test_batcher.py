@@ -109,6 +109,44 @@ def test_rows_of_one_length_fill_the_budget_exactly(budget: Budget) -> None:
     assert [len(batch) for batch in batches] == [64] * 4
 
 
+@pytest.mark.parametrize(
+    ("lengths", "budget", "cut"),
+    [
+        ([32] * 9, Budget(rows=8, tokens=1_000), "rows"),
+        ([32] * 9, Budget(rows=64, tokens=256), "tokens"),
+        ([3_000, 2_900], Budget(rows=64, tokens=2_048), "tokens"),
+        ([8, 8, 8, 500], Budget(rows=64, tokens=10_000, overhead=1.0), "padding"),
+        ([32] * 8, Budget(rows=8, tokens=256), "arrival"),
+        ([5], Budget(rows=8, tokens=256), "arrival"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_a_batch_says_what_ended_it(lengths: list[int], budget: Budget, cut: str) -> None:
+    pool = pool_of([row(tokens, (1, at)) for at, tokens in enumerate(lengths)])
+
+    pool.take(budget)
+
+    assert pool.cut == cut
+
+
+def test_less_urgent_rows_that_wait_cut_nothing() -> None:
+    pool = pool_of([row(5, (0, 0)), row(5, (1, 0))])
+
+    pool.take(Budget(rows=8, tokens=256))
+
+    assert (pool.cut, len(pool)) == ("arrival", 1)
+
+
+@given(rows, budgets)
+def test_a_batch_that_no_limit_ended_left_nothing_of_its_rank(waiting: Rows, budget: Budget) -> None:
+    pool = pool_of(waiting)
+
+    while batch := pool.take(budget):
+        left = pool.waiting(batch[0].urgency[0])
+        assert (pool.cut == "arrival") == (left == 0)
+        assert pool.cut != "rows" or len(batch) == budget.rows
+
+
 def test_a_dear_forward_is_cut_coarser_than_a_cheap_one() -> None:
     waiting = [row(tokens) for tokens in range(4, 260, 4)]
 

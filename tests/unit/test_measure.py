@@ -8,6 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from bench_dtypes import DTYPES, WAYS, report
 from hypothesis import given
 from hypothesis import strategies as st
 from measure import Report, Rounds, Sample, Table, Target, cpu_s, digits, percentile, verdicts
@@ -127,6 +128,18 @@ def test_a_run_renews_what_was_measured_and_leaves_the_rest_alone(tmp_path: Path
     assert text.endswith(f"![Rows & seconds](performance/line.svg)\n\n{END}\n\nThe end.\n")
     assert "old" not in text
     assert (tmp_path / "performance" / "line.svg").read_text() == LINE.svg()
+
+
+def test_dtypes_are_compared_with_plain_encode_in_float32_round_by_round() -> None:
+    rounds = Rounds({"cosine": [0.9991]})
+    for place, name in enumerate(f"{dtype} {way}" for dtype in DTYPES for way in WAYS):
+        rounds.values |= {f"{name} rate": [place + 1.0, 10.0], f"{name} cpu": [7.0, 7.0]}
+
+    (table,), (target,) = (found := report(rounds, 2)).tables, found.targets
+
+    assert [row[0] for row in table.rows][3::4] == [f"{dtype}: {WAYS['encode 32']}" for dtype in DTYPES]
+    assert [row[3] for row in table.rows] == [Sample((place / 4, 1.0)) for place in range(1, 9)]
+    assert target.met
 
 
 def test_a_page_without_the_marks_is_refused() -> None:

@@ -367,6 +367,16 @@ def test_what_runs_is_on_the_page_during_the_forward_and_not_after(bench: Bench)
     assert bench.progress.running() == []
 
 
+def test_each_forward_is_counted_by_what_ended_its_batch_and_no_other_is(bench: Bench) -> None:
+    late = held_of([3], claim_of(deadline=1))
+
+    bench.run(late, held_of([3] * 20))
+
+    assert bench.counters.cuts == {"rows": 2, "tokens": 0, "time": 0, "padding": 0, "arrival": 1}
+    assert bench.counters.forwards == 3
+    assert bench.counters.fields()["cut_rows"] == 2
+
+
 def test_what_it_did_is_counted_and_told(bench: Bench) -> None:
     job = held_of([10, 4], claim_of(["x", "x"], at=NOW - 500))
 
@@ -374,6 +384,7 @@ def test_what_it_did_is_counted_and_told(bench: Bench) -> None:
 
     count = bench.counters
     assert (count.forwards, count.rows, count.tokens, count.padded, count.errors) == (1, 2, 14, 20, 0)
+    assert count.cuts == {"rows": 0, "tokens": 0, "time": 0, "padding": 0, "arrival": 1}
     assert bench.window.seconds_per_token > 0
     timings = bench.finished[job.claim.address.job_id].reply.timings
     assert timings["queue"] >= 500

@@ -33,4 +33,4 @@ def test_without_a_server_it_says_so() -> None:
 
 def test_nothing_else_is_imported_from_the_package() -> None:
     with pytest.raises(ImportError):
-        from millstream.worker import serv  # noqa: F401
+        from millstream.worker import serv  # type: ignore[attr-defined]  # noqa: F401

@@ -336,6 +336,23 @@ def test_a_forward_is_predicted_to_take_at_most_half_the_inference_timeout() -> 
     assert len(window.take()) == (50 - 10) // 10
 
 
+def test_a_batch_cut_by_its_predicted_time_says_so() -> None:
+    window = Window(Budget(rows=64, tokens=2_048, overhead=10.0))
+    window.seconds_per_token = 0.001
+    window.hold([held_of([10] * 300)])
+
+    window.limit(64, 2_048, None, inference_timeout_s=0.1)
+    window.take()
+    by_time = window.cut
+    window.limit(64, 400, None)
+    window.take()
+    by_tokens = window.cut
+    window.limit(64, 2_048, None, inference_timeout_s=100.0)
+    window.take()
+
+    assert (by_time, by_tokens, window.cut) == ("time", "tokens", "rows")
+
+
 def test_no_forward_is_cut_finer_than_its_fixed_cost_is_worth() -> None:
     window = Window(Budget(rows=64, tokens=2_048, overhead=100.0))
     window.seconds_per_token = 0.001

@@ -1,0 +1,103 @@
+"""`millstream queue show`: one service's queue, and which limit cut the batches its workers ran."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from millstream.cli import options
+from millstream.cli.table import age, aligned, bar, number
+
+if TYPE_CHECKING:
+    from millstream.broker.config import ServiceSpec
+    from millstream.broker.inspector import ServiceView
+    from millstream.broker.spec import Runtime
+
+
+@click.command()
+@options.service
+@options.url
+@options.prefix
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with every worker's own figures.")
+def show(service: str, url: str | None, prefix: str | None, as_json: bool) -> None:
+    """Show the queue of SERVICE, and which limit cut the batches of its live workers.
+
+    A batch ends by its rows (batch_size), its padded tokens (max_batch_tokens), the time it may take
+    (inference_timeout), by padding (the next row would pad more than a forward of its own costs), or by arrival:
+    nothing more of its priority was waiting. A limit that cuts most batches is the one to raise; `millstream tune` says
+    how far that pays.
+    """
+    target = options.find(url, prefix)
+    from millstream.broker.inspector import Inspector
+    from millstream.broker.registry import Registry
+
+    with options.connected(target.url) as connection:
+        spec = Registry(connection, target.prefix).read(service)
+        (view,) = Inspector(connection, target.prefix).services([service])
+    click.echo(json.dumps(_record(spec, view), ensure_ascii=False, indent=2) if as_json else _text(spec, view))
+
+
+def as_record(view: ServiceView) -> dict[str, object]:
+    """A service as JSON shows it."""
+    figures = {
+        "depth": view.depth,
+        "forwards": view.forwards,
+        "rows_per_forward": view.rows_per_forward,
+        "padding": view.padding,
+        "cuts": dict(view.cuts),
+    }
+    return asdict(view) | figures
+
+
+def _record(spec: ServiceSpec, view: ServiceView) -> dict[str, object]:
+    runtime = spec.runtime
+    limits = {name: getattr(runtime, name) for name in ("batch_size", "max_batch_tokens", "inference_timeout")}
+    return as_record(view) | {"model": spec.model.model_name, "type": spec.model.type, "limits": limits}
+
+
+def _text(spec: ServiceSpec, view: ServiceView) -> str:
+    waiting = ", ".join(f"{priority.value} {count}" for priority, count in view.waiting.items())
+    rows = f"{number(view.rows_per_forward, 1)} rows each, padding {number(view.padding, 2)}"
+    facts = [
+        ("service", f"{view.name}: {spec.model.type} {spec.model.model_name}".rstrip()),
+        ("waiting", f"{waiting}, given back {view.returned}"),
+        ("in flight", str(view.in_flight)),
+        ("oldest", age(view.oldest_ms)),
+        ("workers", str(len(view.workers))),
+        ("batches", f"{view.forwards}, {rows}" if view.forwards else "0"),
+    ]
+    return f"{aligned(facts)}\n\n{aligned(_cuts(spec.runtime, view))}"
+
+
+def _cuts(runtime: Runtime, view: ServiceView) -> Iterator[tuple[str, ...]]:
+    yield ("CUT BY", "BATCHES", "SHARE", "", "LIMIT")
+    all_cuts = sum(view.cuts.values())
+    for reason, limit in _limits(runtime, view).items():
+        count = view.cuts.get(reason, 0)
+        share = count / all_cuts if all_cuts else 0.0
+        yield (reason, str(count), f"{share:.0%}" if all_cuts else "-", bar(share), limit)
+
+
+def _limits(runtime: Runtime, view: ServiceView) -> dict[str, str]:
+    """Each reason, and the setting behind it."""
+    timeouts = [runtime.limits(priority.value).inference_timeout for priority in view.waiting]
+    shortest = min((each for each in timeouts if each), default=None)
+    return {
+        "rows": f"batch_size {runtime.batch_size}",
+        "tokens": f"max_batch_tokens {_tokens(runtime, view)}",
+        "time": f"inference_timeout {shortest:g}s, half of it" if shortest else "no inference_timeout",
+        "padding": "the lengths of what waits",
+        "arrival": "nothing more was waiting",
+    }
+
+
+def _tokens(runtime: Runtime, view: ServiceView) -> str:
+    """The setting; where workers measure it, what they found."""
+    if runtime.max_batch_tokens != "auto":
+        return str(runtime.max_batch_tokens)
+    found = sorted({worker.batch_tokens for worker in view.workers} - {0})
+    return f"auto: {', '.join(map(str, found))}" if found else "auto"
