@@ -53,6 +53,11 @@ def echo(payloads: list[Any]) -> list[Any]:
     return payloads
 
 
+def sizes(payloads: list[Any]) -> list[int]:
+    """How many payloads ran together."""
+    return [len(payloads)] * len(payloads)
+
+
 def vectors(payloads: list[Any]) -> list[Any]:
     """[n, n] for each number or text of one; None for None."""
     return [each if each is None else np.full(2, float(each)) for each in payloads]

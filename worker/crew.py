@@ -20,7 +20,7 @@ from millstream.worker.beat import Heart
 from millstream.worker.claimer import SLEEP_S, Claimer, Policy, Queue
 from millstream.worker.intake import Intake
 from millstream.worker.keeper import Keeper
-from millstream.worker.models.base import Model
+from millstream.worker.models.base import Adapts, Model
 from millstream.worker.orders import Orders
 from millstream.worker.patience import Patience
 from millstream.worker.probe import most_tokens
@@ -148,6 +148,8 @@ class Crew:
         self._policy.shares.change({each: runtime.shares[each.value] for each in PRIORITIES}, 2 * runtime.batch_size)
         self._intake.max_attempts = runtime.max_attempts
         self._keeper.ttl_s = runtime.cache_s
+        if isinstance(self._model, Adapts):
+            self._model.adapt(runtime)
         self._progress.stall_s = runtime.stall_s
 
     def _leave(self) -> None:

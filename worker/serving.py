@@ -70,7 +70,7 @@ def serve(
     hooks = Hooks(cost, check, set_up, tear_down)
 
     def load(spec: ServiceSpec) -> CustomModel:
-        return CustomModel(process_fn, name_of(process_fn), spec.runtime.row_tokens, device, hooks)
+        return CustomModel(process_fn, name_of(process_fn), spec.runtime, device, hooks)
 
     progress = Progress.create()
     worker = Worker(Orders(service, target.prefix, new_consumer(), device, 1, progress.fd), target.url, load)

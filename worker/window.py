@@ -86,7 +86,7 @@ class Held:
         """The answer, once every row has its outcome."""
         errors = {at: out for at, out in enumerate(self.outcomes) if isinstance(out, MillstreamError)}
         good = [out for out in self.outcomes if not isinstance(out, MillstreamError)] if errors else self.outcomes
-        shapes = {_shape(out) for out in good}
+        shapes = {out.shape if isinstance(out, np.ndarray) else None for out in good}
         if len(shapes) > 1:
             self.outcomes = _alike(self.outcomes)
             return self.reply()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mill import FITS
+from support import eventually
 from workers import LONG_S, remove, spec, working
 
 from millstream.broker.connection import Connection
@@ -17,6 +18,7 @@ from millstream.broker.embedded import EmbeddedServer
 from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError, ModelFailed
 from millstream.broker.inspector import Inspector
 from millstream.broker.job import Json
+from millstream.broker.registry import Registry
 from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.client import AsyncClient, Client, Embeddings
 from millstream.client.rows import RowOutcome
@@ -54,6 +56,7 @@ def services(server: EmbeddedServer) -> Iterator[dict[str, str]]:
         "narrow": narrow,
         "short": short,
         "echo": custom("mill:echo", batch_size=8),
+        "sizes": custom("mill:sizes", batch_size=4),
         "vectors": custom("mill:vectors", batch_size=ROWS),
     }
     with working(server.url, *every.values(), folder=TESTS):
@@ -145,6 +148,19 @@ def test_a_batch_that_is_too_large_for_the_memory_is_cut_and_the_next_begins_wit
     assert first == second == [2 * n for n in range(ROWS)]
     assert (sizes[0], sum(sizes) <= 3 * ROWS) == (ROWS, True)
     assert later == [FITS] * (ROWS // FITS)
+
+
+def test_a_batch_size_that_is_pushed_is_that_of_the_next_batches(
+    client: Client, connection: Connection, services: dict[str, str]
+) -> None:
+    registry, service = Registry(connection), services["sizes"]
+    assert client.submit(service, [0] * 4).result() == [4] * 4
+
+    registered = registry.read(service)
+    larger = registered.runtime.model_copy(update={"batch_size": ROWS})
+    registry.push([registered.model_copy(update={"runtime": larger})], replace=True)
+
+    eventually(lambda: client.submit(service, [0] * ROWS).result() == [ROWS] * ROWS)
 
 
 # -- any JSON, by every verb ---------------------------------------------------------------------------------------

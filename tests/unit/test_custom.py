@@ -23,7 +23,7 @@ Write = Callable[[str], str]
 
 
 def model_of(handler: object, hooks: Hooks | None = None) -> CustomModel:
-    return CustomModel(handler, "here:handler", 32, "cpu", hooks)
+    return CustomModel(handler, "here:handler", Runtime(batch_size=64), "cpu", hooks)
 
 
 def prepared(model: CustomModel, *payloads: Any) -> list[Prepared]:
@@ -113,7 +113,12 @@ class NoCall:
     pass
 
 
-@pytest.mark.parametrize("handler", [5, "text", NoCall, NoCall(), asynchronous])
+class AsynchronousCall:
+    async def __call__(self, payloads: list[Any]) -> list[Any]:
+        return payloads
+
+
+@pytest.mark.parametrize("handler", [5, "text", NoCall, NoCall(), asynchronous, AsynchronousCall])
 def test_what_cannot_be_called_is_no_handler(handler: object) -> None:
     with pytest.raises(ModelUnavailable, match="'here:handler' is no function"):
         model_of(handler)
@@ -123,7 +128,10 @@ def test_a_payload_without_a_cost_counts_an_equal_share_of_a_batch() -> None:
     assert Runtime(batch_size=64).row_tokens == 32
     assert Runtime(batch_size=64, max_batch_tokens="auto").row_tokens == 32
     assert Runtime(batch_size=10_000).row_tokens == 1
-    assert prepared(model_of(list.copy), "a" * 1_000)[0].tokens == 32
+    model = model_of(list.copy)
+    assert prepared(model, "a" * 1_000)[0].tokens == 32
+    model.adapt(Runtime(batch_size=128))
+    assert prepared(model, "a" * 1_000)[0].tokens == 16
 
 
 @pytest.mark.parametrize("cost", [0, -1, True, 1.5, "3", None])

@@ -35,7 +35,7 @@ def load(spec: ServiceSpec, device: str | None, threads: int, folder: str = "") 
         from millstream.worker.models.custom import CustomModel, load_handler
 
         handler = handler_of(spec)
-        return CustomModel(load_handler(handler, folder), handler, spec.runtime.row_tokens, device)
+        return CustomModel(load_handler(handler, folder), handler, spec.runtime, device)
     raise ModelUnavailable(
         f"service {spec.name!r}: this version has no worker for models of type {spec.model.type!r}",
         hint="embedding, reranker, custom and echo run today",

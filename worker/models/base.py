@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
+from millstream.broker.config import Runtime
 from millstream.broker.errors import MillstreamError
 from millstream.broker.job import Json, Vectors
 
@@ -44,6 +45,15 @@ class Model(Protocol):
 
     def samples(self, tokens: int) -> Sequence[Json]:
         """One input of about `tokens` tokens, for the warm-up to measure with; none where only callers know any."""
+        ...
+
+
+@runtime_checkable
+class Adapts(Protocol):
+    """A model whose rows depend on its service's limits."""
+
+    def adapt(self, runtime: Runtime) -> None:
+        """Take over limits that were pushed, for the rows prepared from now on. Called from any thread."""
         ...
 
 

@@ -16,6 +16,7 @@ from typing import cast
 
 import numpy as np
 
+from millstream.broker.config import Runtime
 from millstream.broker.errors import InvalidRequest, MillstreamError, ModelFailed, ModelUnavailable
 from millstream.broker.job import Json, Vectors
 from millstream.worker.models.base import NO_OPTIONS, Prepared
@@ -48,19 +49,19 @@ class Hooks:
 class CustomModel:
     """Runs `handler`, a function, an object that can be called, or a class of such objects; `name` is for messages.
 
-    `row_tokens` is what a payload counts for which there is no `cost`. Raises ModelUnavailable where the class cannot
-    be constructed or set up.
+    Without a `cost` a payload counts an equal share of a batch. Raises ModelUnavailable where the class cannot be
+    constructed or set up.
     """
 
     op = "call"
     sample_options = NO_OPTIONS
 
     def __init__(
-        self, handler: object, name: str, row_tokens: int, device: str | None, hooks: Hooks | None = None
+        self, handler: object, name: str, runtime: Runtime, device: str | None, hooks: Hooks | None = None
     ) -> None:
         self._process = self._begun(handler, name)
         self._hooks = (hooks or Hooks()).beside(self._process)
-        self._row_tokens = row_tokens
+        self.adapt(runtime)
         self.fingerprint = name
         if self._hooks.set_up:
             try:
@@ -74,7 +75,7 @@ class CustomModel:
                 handler = handler()
             except (Exception, SystemExit) as error:
                 raise _unavailable(name, "cannot be constructed", error) from error
-        if not callable(handler) or inspect.iscoroutinefunction(handler):
+        if not callable(handler) or any(map(inspect.iscoroutinefunction, (handler, type(handler).__call__))):
             raise ModelUnavailable(
                 f"handler {name!r} is no function but {type(handler).__name__}",
                 hint="give def process(payloads), or a class with __call__(self, payloads); neither may be async",
@@ -113,6 +114,9 @@ class CustomModel:
         except BaseException as error:
             # sys.exit, or what a library's Rust code panics with: a payload's fault, not the end of the process.
             raise ModelFailed(f"{type(error).__name__}: {error}"[:500]) from error
+
+    def adapt(self, runtime: Runtime) -> None:
+        self._row_tokens = runtime.row_tokens
 
     def samples(self, tokens: int) -> Sequence[Json]:
         return ()
