@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
 )
 
 SPREAD = 0.5
@@ -62,7 +63,21 @@ def save_judge(folder: Path, kind: str, answers: str = "yes no") -> Path:
     size = {"vocab_size": len(tokenizer), "initializer_range": SPREAD / 2}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        (_qwen3 if kind == "qwen3" else _gpt2)(size).save_pretrained(folder)
+        model = Qwen3ForCausalLM(_qwen3(size)) if kind == "qwen3" else GPT2LMHeadModel(_gpt2(size))
+        model.save_pretrained(folder)
+    return folder
+
+
+def save_chatting_classifier(folder: Path) -> Path:
+    """A random language model with a classifier for its last token, asked through a chat template."""
+    tokenizer = _tokenizer("yes no")
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    size = {"vocab_size": len(tokenizer), "initializer_range": SPREAD / 2, "num_labels": 1, "pad_token_id": 0}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = Qwen3ForSequenceClassification(_qwen3(size))  # type: ignore[no-untyped-call]
+        model.save_pretrained(folder)
     return folder
 
 
@@ -98,19 +113,11 @@ def _tokenizer(answers: str) -> PreTrainedTokenizerFast:
     )
 
 
-def _qwen3(size: dict[str, Any]) -> Qwen3ForCausalLM:
+def _qwen3(settings: dict[str, Any]) -> Qwen3Config:
     heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            max_position_embeddings=JUDGE_LIMIT,
-            **heads,
-            **size,
-        )
-    )
+    width: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    return Qwen3Config(max_position_embeddings=JUDGE_LIMIT, **heads, **width, **settings)
 
 
-def _gpt2(size: dict[str, Any]) -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=JUDGE_LIMIT, **size))
+def _gpt2(settings: dict[str, Any]) -> GPT2Config:
+    return GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=JUDGE_LIMIT, **settings)

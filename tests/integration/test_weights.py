@@ -16,18 +16,19 @@ from millstream.worker.models.source import locate, weights_digest
 
 PRINT_FINGERPRINT = """
 import sys
-from millstream.broker.config import ModelSpec
-from millstream.worker.models.embedding import EmbeddingModel
-spec = ModelSpec(type="embedding", model_name=sys.argv[1], revision=sys.argv[2] or None)
-print(EmbeddingModel(spec, "cpu", 1).fingerprint)
+from millstream.broker.config import ModelSpec, Runtime, ServiceSpec
+from millstream.worker.models import load
+model = ModelSpec(type=sys.argv[3], model_name=sys.argv[1], revision=sys.argv[2] or None)
+spec = ServiceSpec(name="mill", model=model, model_ref="m", runtime=Runtime())
+print(load(spec, "cpu", 1).fingerprint)
 """
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def fingerprint(model_name: str, revision: str = "", **environment: str) -> str:
+def fingerprint(model_name: str, revision: str = "", kind: str = "embedding", **environment: str) -> str:
     """As a process of its own finds it: the hub's library reads its environment when it is imported."""
-    command = [sys.executable, "-c", PRINT_FINGERPRINT, model_name, revision]
+    command = [sys.executable, "-c", PRINT_FINGERPRINT, model_name, revision, kind]
     run = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
     return run.stdout.strip()
 
@@ -49,6 +50,20 @@ def test_a_model_of_the_hub_has_the_fingerprint_of_its_folder(hub: Path, tiny_mo
     assert fingerprint(str(tiny_model)) == f"{digest} float32 16"
     assert fingerprint("mill/tiny", **offline) == f"{digest} float32 16"
     assert fingerprint("mill/tiny", COMMIT, **offline) == f"{digest}@{COMMIT} float32 16"
+
+
+def test_a_reranker_of_the_hub_is_known_by_its_files_there_and_by_its_short_name(tmp_path: Path) -> None:
+    import rerankers
+
+    repository = tmp_path / "hub" / "models--cross-encoder--tiny"
+    folder = rerankers.save_cross_encoder(repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
+
+    found = fingerprint("tiny", kind="reranker", HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+
+    assert found == f"{digest} float32 cross-encoder Sigmoid"
 
 
 def test_the_fingerprint_counts_the_dtype(tiny_model: Path) -> None:

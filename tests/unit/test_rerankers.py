@@ -20,7 +20,7 @@ from millstream.worker.models.base import Model, Prepared
 CLOSE = 1e-5
 QUERIES = ["which mill?", "the stream turns a mill", "水车"]
 WORDS = ("mill", "stream", "turns", "corn", "miller", "grinds", "the", "a")
-KINDS = ["cross-encoder", "bi-encoder", "qwen3", "gpt2", "chat"]
+KINDS = ["cross-encoder", "classifier", "bi-encoder", "qwen3", "gpt2", "chat"]
 
 Folders = Mapping[str, Path]
 Load = Callable[..., Any]
@@ -34,6 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Folde
     home = tmp_path_factory.mktemp("rerankers")
     made = {
         "cross-encoder": rerankers.save_cross_encoder(home / "cross"),
+        "classifier": rerankers.save_chatting_classifier(home / "classifier"),
         "bi-encoder": rerankers.save_bi_encoder(home / "bi", tiny_model),
         "qwen3": rerankers.save_judge(home / "qwen3", "qwen3"),
         "gpt2": rerankers.save_judge(home / "gpt2", "gpt2"),
@@ -51,7 +52,7 @@ def alone(folders: Folders) -> Callable[[str, str, str], float]:
     """What the reference makes of one query and one document, as the model scores by itself."""
     from sentence_transformers import CrossEncoder, SentenceTransformer
 
-    pairs = {kind: CrossEncoder(str(folders[kind]), device="cpu") for kind in ("cross-encoder", "chat")}
+    pairs = {kind: CrossEncoder(str(folders[kind]), device="cpu") for kind in ("cross-encoder", "classifier", "chat")}
     vectors = SentenceTransformer(str(folders["bi-encoder"]), device="cpu")
 
     def score(kind: str, query: str, document: str) -> float:
@@ -125,6 +126,7 @@ def test_rows_of_any_length_and_query_score_in_one_batch_as_each_does_alone(
     ("kind", "words"),
     [
         ("cross-encoder", "float32 cross-encoder Sigmoid"),
+        ("classifier", "float32 cross-encoder Sigmoid"),
         ("bi-encoder", "float32 bi-encoder cosine"),
         ("qwen3", "float32 generative Sigmoid"),
         ("chat", "float32 generative Sigmoid"),
@@ -158,11 +160,9 @@ def test_a_row_counts_its_own_tokens_and_a_sample_has_about_as_many_as_asked(
 def test_a_score_is_given_raw_or_through_a_sigmoid_and_by_itself_as_the_model_says(
     folders: Folders, tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(folders["cross-encoder"], tmp_path / "raw"))
-    config = json.loads((folder / "config.json").read_text())
     own = {"activation_fn": "torch.nn.modules.linear.Identity", "version": "5.0.0"}
-    (folder / "config.json").write_text(json.dumps({**config, "sentence_transformers": own}))
-    model, documents = load(folder), texts(5)
+    model = load(edited(folders["cross-encoder"], tmp_path, "config.json", sentence_transformers=own))
+    documents = texts(5)
 
     raw = scores(model, "mill", documents, scores="raw")
     sigmoid = scores(model, "mill", documents, scores="sigmoid")
@@ -170,6 +170,31 @@ def test_a_score_is_given_raw_or_through_a_sigmoid_and_by_itself_as_the_model_sa
     assert scores(model, "mill", documents) == raw
     assert np.allclose(sigmoid, 1 / (1 + np.exp(-np.array(raw))), atol=1e-6)
     assert max(sigmoid) - min(sigmoid) > 0.02
+
+
+def test_a_judge_whose_yes_alone_counts_scores_as_its_settings_say(folders: Folders, tmp_path: Path) -> None:
+    from sentence_transformers import CrossEncoder
+
+    folder = edited(folders["chat"], tmp_path, "1_LogitScore/config.json", false_token_id=None)
+    edited(folder, tmp_path, "config_sentence_transformers.json", activation_fn="torch.nn.modules.linear.Identity")
+    reference, documents = CrossEncoder(str(folder), device="cpu"), texts(4)
+    expected = [float(reference.predict([("mill", each)], show_progress_bar=False)[0]) for each in documents]
+
+    assert scores(load(folder), "mill", documents) == pytest.approx(expected, abs=CLOSE)
+    assert max(map(abs, expected)) > 0.1
+    edited(folder, tmp_path, "config_sentence_transformers.json", activation_fn="torch.nn.modules.activation.Softplus")
+    with pytest.raises(ModelUnavailable, match="Softplus"):
+        load(folder)
+
+
+def test_a_bi_encoder_compares_vectors_as_the_model_says(folders: Folders, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    folder = edited(folders["bi-encoder"], tmp_path, "config_sentence_transformers.json", similarity_fn_name="dot")
+    reference, documents = SentenceTransformer(str(folder), device="cpu"), texts(4)
+    asked, given = reference.encode_query(["mill"]), [reference.encode_document([each])[0] for each in documents]
+
+    assert scores(load(folder), "mill", documents) == pytest.approx((np.array(given) @ asked[0]).tolist(), abs=1e-4)
 
 
 def test_calls_that_want_their_scores_in_different_ways_share_a_batch(loaded: Mapping[str, Model]) -> None:
@@ -182,7 +207,7 @@ def test_calls_that_want_their_scores_in_different_ways_share_a_batch(loaded: Ma
     assert own == sigmoid == pytest.approx(1 / (1 + np.exp(-raw)), abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "chat"])
+@pytest.mark.parametrize("kind", ["qwen3", "chat", "classifier"])
 def test_an_instruction_changes_what_a_generative_reranker_is_asked(
     kind: str, loaded: Mapping[str, Model], folders: Folders
 ) -> None:
@@ -209,7 +234,8 @@ def test_of_a_row_that_is_too_long_only_the_document_is_cut(
     kind: str, side: str, loaded: Mapping[str, Model], folders: Folders
 ) -> None:
     words = ["grinds", *["mill", "stream", "corn"] * 200, "turns"]
-    query, document = "which mill?", " ".join(words)
+    # Of the cross-encoder's room more than half: cutting the longer of two texts would cut this one, too.
+    query, document = "the mill " * 10, " ".join(words)
 
     (row,) = loaded[kind].prepare([document], {"query": query, "truncate": side})
 
@@ -288,19 +314,9 @@ def test_a_classifier_of_several_labels_is_no_reranker(tmp_path: Path, folders: 
     assert "one label" in failure.value.hint
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"architectures": ["BertModel"]},
-        {"architectures": []},
-        {},
-    ],
-)
-def test_what_scores_nothing_is_refused(config: Mapping[str, object], folders: Folders, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(folders["cross-encoder"], tmp_path / "none"))
-    kept = json.loads((folder / "config.json").read_text())
-    del kept["architectures"]
-    (folder / "config.json").write_text(json.dumps({**kept, **config}))
+@pytest.mark.parametrize("architectures", [["BertModel"], [], None])
+def test_what_scores_nothing_is_refused(architectures: list[str] | None, folders: Folders, tmp_path: Path) -> None:
+    folder = edited(folders["cross-encoder"], tmp_path, "config.json", architectures=architectures)
 
     with pytest.raises(ModelUnavailable, match="no reranker that can be run here"):
         load(folder)
@@ -308,9 +324,7 @@ def test_what_scores_nothing_is_refused(config: Mapping[str, object], folders: F
 
 @pytest.mark.parametrize("model_type", ["SparseEncoder", "CrossEncoder"])
 def test_modules_that_make_no_score_are_refused(model_type: str, folders: Folders, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(folders["bi-encoder"], tmp_path / "none"))
-    settings = json.loads((folder / "config_sentence_transformers.json").read_text())
-    (folder / "config_sentence_transformers.json").write_text(json.dumps({**settings, "model_type": model_type}))
+    folder = edited(folders["bi-encoder"], tmp_path, "config_sentence_transformers.json", model_type=model_type)
 
     with pytest.raises(ModelUnavailable, match="no reranker that can be run here"):
         load(folder)
@@ -360,6 +374,16 @@ def test_nobodys_code_runs_because_a_reranker_brought_it(kind: str, folders: Fol
         load(folder)
 
     assert not ran.exists()
+
+
+def edited(folder: Path, home: Path, file: str, **changes: object) -> Path:
+    """A copy of the model in `home`, or the one that is there, with the settings in `file` changed."""
+    copy = home / "edited"
+    if folder != copy:
+        shutil.copytree(folder, copy)
+    kept = json.loads((copy / file).read_text())
+    (copy / file).write_text(json.dumps({**kept, **changes}))
+    return copy
 
 
 def ids(row: object) -> list[int]:

@@ -111,7 +111,7 @@ class Prompts:
         made = self._ids(["".join(text)], return_offsets_mapping=True)
         ids, spans = made["input_ids"][0], made["offset_mapping"][0]
         first, end = len(head), len(head) + len(document)
-        own = [at for at, (start, _) in enumerate(spans) if first <= start < end]
+        own = [at for at, (start, stop) in enumerate(spans) if stop > first and start < end]
         excess = len(ids) - self._limit
         gone = set(own[:excess] if side == "start" else own[-excess:])
         return [token for at, token in enumerate(ids) if at not in gone]
