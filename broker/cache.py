@@ -13,7 +13,7 @@ import numpy as np
 import redis
 
 from millstream.broker.cluster import owner
-from millstream.broker.job import Json, Vectors
+from millstream.broker.job import Encoded, Json, Scalar
 from millstream.broker.keys import ServiceKeys
 from millstream.broker.spec import ServiceSpec
 from millstream.broker.streams import LONGEST_MS
@@ -30,12 +30,15 @@ LOOK_S = 1.0
 _DIGEST_BYTES = 16
 _VERSION = 1
 _TRUNCATED, _JSON = 1, 2
+_DTYPES: Mapping[int, np.dtype[Scalar]] = {0: np.dtype("<f4"), 8: np.dtype("<f2"), 16: np.dtype("u1")}
+"""Of a vector, by the flag that says so."""
+_FLAGS = {dtype: flag for flag, dtype in _DTYPES.items()}
 
 
 class Cached(NamedTuple):
     """One row's answer, a vector [dim] or a JSON value, and whether its text was cut for it."""
 
-    result: Vectors | Json
+    result: Encoded | Json
     truncated: bool = False
 
 
@@ -72,22 +75,28 @@ def _continued(common: hashlib.blake2b, text: str) -> str:
 
 
 def encode(cached: Cached) -> bytes:
-    """A byte of flags, then raw little-endian float32, or JSON. Raises TypeError, ValueError or RecursionError."""
+    """A byte of flags, then a vector's raw little-endian bytes, or JSON.
+
+    Raises TypeError, ValueError or RecursionError.
+    """
     flags = _TRUNCATED if cached.truncated else 0
     if isinstance(cached.result, np.ndarray):
-        return bytes((flags,)) + np.ascontiguousarray(cached.result, dtype="<f4").tobytes()
+        flag = _FLAGS.get(cached.result.dtype, 0)
+        return bytes((flags | flag,)) + np.ascontiguousarray(cached.result, dtype=_DTYPES[flag]).tobytes()
     return bytes((flags | _JSON,)) + json.dumps(cached.result, ensure_ascii=False, allow_nan=False).encode()
 
 
 def decode(blob: bytes | None) -> Cached | None:
     """What `encode` wrote, its vector read-only; None, a miss, for anything else."""
-    if not blob or blob[0] > (_TRUNCATED | _JSON):
+    if not blob:
         return None
-    flags, truncated = blob[0], bool(blob[0] & _TRUNCATED)
-    if not flags & _JSON:
-        whole = len(blob) > 1 and len(blob) % 4 == 1
+    kind, truncated = blob[0] & ~_TRUNCATED, bool(blob[0] & _TRUNCATED)
+    if kind in _DTYPES:
+        whole = len(blob) > 1 and (len(blob) - 1) % _DTYPES[kind].itemsize == 0
         # Cut off, not skipped: behind one byte the numbers would not be aligned.
-        return Cached(np.frombuffer(blob[1:], dtype="<f4"), truncated) if whole else None
+        return Cached(np.frombuffer(blob[1:], _DTYPES[kind]), truncated) if whole else None
+    if kind != _JSON:
+        return None
     try:
         return Cached(json.loads(blob[1:]), truncated)
     except (ValueError, RecursionError):

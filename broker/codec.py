@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 
 from millstream.broker.errors import Malformed, MillstreamError, from_wire, to_wire
-from millstream.broker.job import Job, Json, Reply, Vectors
+from millstream.broker.job import Encoded, Job, Json, Reply, Scalar
 
 VERSION = "1"
 FIELDS = ("v", "id", "at", "op", "rows", "tokens", "deadline", "queue_by", "client", "tenant", "trace", "body")
@@ -46,6 +46,10 @@ _PATTERNS = {
 
 _WORDS = re.compile(rb"\0".join(pattern.pattern for pattern in _PATTERNS.values()))
 _FLOATS = np.dtype("<f4")
+_DTYPES: Mapping[Json, np.dtype[Scalar]] = {"float32": _FLOATS, "float16": np.dtype("<f2"), "uint8": np.dtype("u1")}
+"""Of vectors, as the wire names and carries them."""
+_NAMED = {dtype: name for name, dtype in _DTYPES.items() if dtype != _FLOATS}
+"""Those that a head must name; any other one travels as float32."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 # One of each, not one a call. Not escaped, so that redis-cli shows a Chinese text as it is.
@@ -191,7 +195,7 @@ def _json(text: bytes) -> Json:
 
 
 def encode_reply(reply: Reply) -> bytes:
-    """One line of JSON, then the vectors as raw little-endian float32."""
+    """One line of JSON, then the vectors' raw little-endian bytes: float32 where the line names no other `dtype`."""
     # Written piece by piece: most replies have these few numbers only, and one is made for every job.
     head = ['"v":1']
     if reply.error is not None:
@@ -210,7 +214,10 @@ def encode_reply(reply: Reply) -> bytes:
     if reply.vectors is not None:
         rows, dim = reply.vectors.shape
         head.append(f'"shape":[{rows},{dim}]')
-        data = np.asarray(reply.vectors, _FLOATS).tobytes()
+        name = _NAMED.get(reply.vectors.dtype, "float32")
+        if name != "float32":
+            head.append(f'"dtype":"{name}"')
+        data = np.asarray(reply.vectors, _DTYPES[name]).tobytes()
     return f"{{{','.join(head)}}}\n".encode() + data
 
 
@@ -222,7 +229,7 @@ def decode_reply(blob: bytes) -> Reply:
         raise Malformed("reply has no head")
     try:
         return Reply(
-            _vectors(head["shape"], data) if "shape" in head else None,
+            _vectors(head["shape"], head.get("dtype", "float32"), data) if "shape" in head else None,
             _values(head["values"]) if "values" in head else None,
             _errors(head["errors"]) if "errors" in head else {},
             _error(head["error"]) if "error" in head else None,
@@ -234,9 +241,11 @@ def decode_reply(blob: bytes) -> Reply:
         raise Malformed(f"reply: {error}") from None
 
 
-def _vectors(shape: Json, data: bytes) -> Vectors:
+def _vectors(shape: Json, dtype: Json, data: bytes) -> Encoded:
     rows, dim = cast(list[int], shape)
-    return np.frombuffer(data, _FLOATS).reshape(rows, dim)
+    if dtype not in _DTYPES:
+        raise ValueError(f"no dtype {dtype}")
+    return np.frombuffer(data, _DTYPES[dtype]).reshape(rows, dim)
 
 
 def _values(values: Json) -> list[Json] | None:

@@ -23,6 +23,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "devices": "Devices that the worker processes take in turn, instead of `device`.",
     "revision": "Branch, tag or commit on the hub.",
     "dtype": "Anything but float32 changes the vectors.",
+    "attention": "How attention is computed; auto is what the model library takes by itself.",
     "max_length": "Longest text, in tokens; by default the model's own limit.",
     "warmup": "Whether to run the model once before the first job.",
     "priority": "Which model is loaded first.",

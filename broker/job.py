@@ -17,6 +17,9 @@ from millstream.broker.errors import MillstreamError
 
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 Vectors = NDArray[np.float32]
+Scalar = np.float32 | np.float16 | np.uint8
+Encoded = NDArray[Scalar]
+"""Vectors as a caller asked for them: as float32, as float16, or as a bit a number."""
 
 
 class Priority(StrEnum):
@@ -100,11 +103,12 @@ class Claim(NamedTuple):
 class Reply(NamedTuple):
     """The answer to one job: an outcome for each row, or one `error` for all of them.
 
-    `vectors` is float32 [rows without an error, dim], in row order; `values` is the same for services whose results
-    are JSON. `errors` maps a row's index to its error. `tokens` and `truncated` are per job; `timings` is in ms.
+    `vectors` is [rows without an error, dim], in row order, float32 unless the job asked for another encoding; `values`
+    is the same for services whose results are JSON. `errors` maps a row's index to its error. `tokens` and `truncated`
+    are per job; `timings` is in ms.
     """
 
-    vectors: Vectors | None = None
+    vectors: Encoded | None = None
     values: list[Json] | None = None
     errors: Mapping[int, MillstreamError] = MappingProxyType({})
     error: MillstreamError | None = None

@@ -283,6 +283,7 @@ class ModelSpec(Settings):
     devices: tuple[str, ...] = ()
     revision: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "float32"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     max_length: Count | None = None
     warmup: bool | None = None
     priority: int | None = None
@@ -328,8 +329,11 @@ class ServiceSpec(Settings):
 
     def to_json(self) -> str:
         """The record the registry keeps, without `model.handler`. Equal specs give equal text."""
-        # Left out where it is off: the records of versions that do not know it stay equal.
-        return self.model_dump_json(exclude=None if self.replicated else {"replicated"})
+        # Left out where they are off: the records of versions that do not know them stay equal.
+        off: dict[str, bool | set[str]] = {} if self.replicated else {"replicated": True}
+        if self.model.attention == "auto":
+            off["model"] = {"attention"}
+        return self.model_dump_json(exclude=off)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> ServiceSpec:

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
+from millstream.broker.embedding import EmbedOptions, Encoding, InputType, Truncate
 from millstream.broker.errors import DeadlineExceeded, MillstreamError
 from millstream.broker.job import Json
-from millstream.client.calls import Ask, Calls, PriorityName, Truncate, vectors_of
+from millstream.client.calls import Ask, Calls, PriorityName, vectors_of
 from millstream.client.detached import Detached
 from millstream.client.handle import Handle
 from millstream.client.local import START_S, Local
@@ -135,10 +136,15 @@ class AsyncClient:
         wait: bool = True,
         truncate: Truncate | None = None,
         tenant: str = "",
+        input_type: InputType | None = None,
+        prompt: str | None = None,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        encoding: Encoding = "float32",
     ) -> Embeddings:
         """As Client.embed."""
         single = isinstance(texts, str)
-        options: dict[str, Json] = {} if truncate is None else {"truncate": truncate}
+        options = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding).json()
         name = service or await self._only("embedding")
         rows = cast(Sequence[Json], [texts] if single else texts)
         handle = await self._start(name, rows, Ask(priority, timeout, wait, tenant, options))

@@ -17,6 +17,7 @@ from millstream.broker.cache import Cached, Recipe
 from millstream.broker.codec import MAX_ROWS, JsonText, encode_inputs, encode_value
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection
+from millstream.broker.embedding import EmbedOptions, Truncate
 from millstream.broker.errors import DeadlineExceeded, InputTooLong, InvalidRequest, MillstreamError, NoWorkers
 from millstream.broker.job import Json, Priority
 from millstream.broker.registry import Registry
@@ -38,7 +39,6 @@ NO_HITS: Mapping[int, Cached] = MappingProxyType({})
 _TEXTS, _LISTS = (str, bytes), (list, Sequence, np.ndarray)
 _TENANT = re.compile(r"[A-Za-z0-9_.-]{0,64}")
 
-Truncate = Literal["none", "start", "end"]
 PriorityName = Literal["realtime", "normal", "batch"]
 _TRUNCATES: tuple[str, ...] = get_args(Truncate)
 _PRIORITIES: tuple[str, ...] = get_args(PriorityName)
@@ -122,6 +122,7 @@ class Calls:
         hits: Mapping[int, Cached] = NO_HITS,
     ) -> Handle:
         """The same for a checked `ask`, a service that was read and what `recall` found: waits for nothing."""
+        self.check_options(spec, ask.options)
         op, beside = checked(spec, ask)
         inputs = outgoing(spec, inputs, ask.options)
         parts, refused = cut(spec, inputs, hits, beside)
@@ -142,6 +143,11 @@ class Calls:
         # Where answers are kept, those of jobs under way are shared, too.
         channel = self._flights if spec.runtime.enable_cache else self.channel
         return Handle(channel, terms, inputs, parts, {**refused, **hits}, self._why_late)
+
+    def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> None:
+        """Raises InvalidRequest for options that the model of `spec` would refuse for every row."""
+        if options and spec.model.type == "embedding":
+            EmbedOptions.read(options)
 
     def leave(self, service: str, inputs: Sequence[Json], ask: Ask, idempotency_key: str | None) -> Detached:
         """Client.submit_detached."""
@@ -249,13 +255,16 @@ def row_sizes(inputs: Sequence[object], beside: int = 0) -> tuple[dict[int, int]
 
 
 def vectors_of(result: Embeddings | list[Json], single: bool) -> Embeddings:
-    """A call's result as `embed` returns it: float32 [rows, dim], [0, 0] for no rows, [dim] for a single text.
+    """A call's result as `embed` returns it: [rows, dim], [0, 0] for no rows, [dim] for a single text.
 
-    Raises InvalidRequest where it is none of vectors.
+    Raises InvalidRequest where the model gives no vectors.
     """
     if not isinstance(result, Embeddings):
         if result:
-            raise InvalidRequest("this service does not answer vectors", hint="ask it by `call` or `submit`")
+            raise InvalidRequest(
+                "this service answers values, not dense vectors",
+                hint="client.submit(SERVICE, texts).result() is a list of them",
+            )
         return Embeddings.of(np.zeros((0, 0), dtype=np.float32), 0, (), {})
     return Embeddings.of(result[0], result.usage["tokens"], result.truncated, result.timings) if single else result
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
+from millstream.broker.embedding import EmbedOptions, Encoding, InputType, Truncate
 from millstream.broker.job import Json
-from millstream.client.calls import Ask, Calls, PriorityName, Truncate, vectors_of
+from millstream.client.calls import Ask, Calls, PriorityName, vectors_of
 from millstream.client.detached import Detached
 from millstream.client.handle import Handle
 from millstream.client.local import START_S, Local
@@ -65,8 +66,20 @@ class Client:
         wait: bool = True,
         truncate: Truncate | None = None,
         tenant: str = "",
+        input_type: InputType | None = None,
+        prompt: str | None = None,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        encoding: Encoding = "float32",
     ) -> Embeddings:
         """Vectors of `texts`, float32 [len(texts), dim] in the order given; [dim] for a single str.
+
+        Without more they are what the model's `encode` gives for each text. `input_type` "query" or "document" gives
+        what its `encode_query` or `encode_document` does, with the model's own prompts; `prompt` stands before each
+        text instead of those. `dimensions` keeps the first so many of each vector, made a unit vector again where the
+        model gives unit vectors; `normalize` True makes one of any, False leaves the cut one as it is. `encoding`
+        "float16" gives float16, "binary" uint8 [len(texts), ceil(dim / 8)]: a bit for each number, set where it is
+        above zero, as ubinary of sentence-transformers. Models with sparse vectors answer `submit` and `map`.
 
         `service` may be left out where one embedding service is registered. `timeout` is seconds for the whole call;
         without it each job has the service's total_timeout. `wait=False` raises QueueFull at once instead of waiting
@@ -76,7 +89,7 @@ class Client:
         UnknownService, BrokerUnavailable; PartialFailure (errors by index) where only some texts failed.
         """
         single = isinstance(texts, str)
-        options: dict[str, Json] = {} if truncate is None else {"truncate": truncate}
+        options = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding).json()
         handle = self._calls.start(
             service or self._calls.services.only("embedding"),
             cast(Sequence[Json], [texts] if single else texts),
@@ -129,8 +142,9 @@ class Client:
     ) -> Handle:
         """Send `inputs`, one a row, and return at once; the handle's `result` waits. Raises as `embed` does.
 
-        `options` go to the model: `truncate`, and for a reranker `query`, which it must have, `scores`, `instruction`.
-        The rows of a custom service are any JSON.
+        `options` go to the model: of an embedding service those of `embed`, from `truncate` on; of a reranker `query`,
+        which it must have, `truncate`, `scores` and `instruction`. A sparse embedding model answers
+        {"indices": [...], "values": [...]} for each text, by rising index. The rows of a custom service are any JSON.
         """
         return self._calls.start(service, inputs, Ask(priority, timeout, wait, tenant, options))
 

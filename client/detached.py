@@ -77,6 +77,7 @@ class Detached:
 
         ask.check()
         spec, _ = calls.services.read(service)
+        calls.check_options(spec, ask.options)
         op, beside = checked(spec, ask)
         inputs = outgoing(spec, inputs, ask.options)
         sizes, refused = row_sizes(inputs, beside)

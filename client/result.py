@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from millstream.broker.job import Json, Vectors
+from millstream.broker.job import Encoded, Json
 
 Timings = Mapping[str, float]
 
 
-class Embeddings(np.ndarray[Any, np.dtype[np.float32]]):
-    """float32 [texts, dim], or [dim] for a single text.
+class Embeddings(np.ndarray[Any, np.dtype[Any]]):
+    """float32 [texts, dim], or [dim] for a single text; float16, or uint8 with a bit for each number, where asked.
 
     `usage["tokens"]` counts the tokens that ran, special ones included; `truncated` lists the texts that were cut;
     `timings` is in ms: `queue` and `inference` of the slowest job, `total` of the whole call.
@@ -25,7 +25,7 @@ class Embeddings(np.ndarray[Any, np.dtype[np.float32]]):
     timings: Timings = MappingProxyType({})
 
     @classmethod
-    def of(cls, vectors: Vectors, tokens: int, truncated: tuple[int, ...], timings: Timings) -> Embeddings:
+    def of(cls, vectors: Encoded, tokens: int, truncated: tuple[int, ...], timings: Timings) -> Embeddings:
         array = vectors.view(cls)
         array.usage, array.truncated, array.timings = {"tokens": tokens}, truncated, timings
         return array

@@ -10,11 +10,11 @@ import numpy as np
 
 from millstream.broker.cache import Cached
 from millstream.broker.errors import MillstreamError, ModelFailed, PartialFailure
-from millstream.broker.job import Json, Reply, Vectors
+from millstream.broker.job import Encoded, Json, Reply
 from millstream.client.result import Embeddings, Values
 from millstream.client.split import Part
 
-RowOutcome = Vectors | Json | MillstreamError
+RowOutcome = Encoded | Json | MillstreamError
 """A vector [dim], a JSON value, or the row's error."""
 
 
@@ -40,7 +40,7 @@ class Rows:
         self.left -= part.size if part.twins else len(part.rows)
         if isinstance(outcome, MillstreamError):
             outcome = Reply(error=outcome)
-        results: Sequence[RowOutcome] | Vectors
+        results: Sequence[RowOutcome] | Encoded
         results = outcome.vectors if outcome.vectors is not None else outcome.values or []
         if outcome.error or outcome.errors or len(results) != len(part.rows):
             good: Iterator[RowOutcome] = chain(results, iter(_missing, None))
@@ -78,8 +78,8 @@ class Rows:
         return Embeddings.of(_matrix(self._rows), self._tokens, truncated, timings)
 
 
-def _matrix(rows: Sequence[RowOutcome]) -> Vectors:
-    vectors = cast(Sequence[Vectors], rows)
+def _matrix(rows: Sequence[RowOutcome]) -> Encoded:
+    vectors = cast(Sequence[Encoded], rows)
     if len(vectors) == 1:
         return np.array(vectors[0], ndmin=2)
     if len({np.shape(vector) for vector in vectors}) > 1:

@@ -24,6 +24,7 @@ from millstream.broker.cache import Cached
 from millstream.broker.codec import decode_inputs, encode_reply, encode_value
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection
+from millstream.broker.embedding import EmbedOptions, shaped
 from millstream.broker.errors import BrokerUnavailable, MillstreamError, ModelFailed, UnknownService
 from millstream.broker.job import Draft, Json, Reply, Vectors
 from millstream.broker.registry import Registry
@@ -157,6 +158,10 @@ class _FakeCalls(Calls):
         self.made.append(Call(spec.name, list(inputs), ask))
         return handle
 
+    def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> None:
+        if spec.model.type == "embedding":
+            _embed_options(options)
+
     def leave(self, service: str, inputs: Sequence[Json], ask: Ask, idempotency_key: str | None) -> Detached:
         detached = super().leave(service, inputs, ask, idempotency_key)
         self.made.append(Call(service, list(inputs), ask, True, idempotency_key))
@@ -166,6 +171,11 @@ class _FakeCalls(Calls):
 
     def streams(self, service: str) -> Streams:
         return self._left.setdefault(service, cast(Streams, _FakeStreams(self._model, service)))
+
+
+def _embed_options(options: Mapping[str, Json]) -> EmbedOptions:
+    """Those of an embedding service: nobody says which service is one, and others may have any."""
+    return EmbedOptions.read({name: value for name, value in options.items() if name in EmbedOptions._fields})
 
 
 class _FakeModel:
@@ -183,8 +193,8 @@ class _FakeModel:
 
     def reply(self, service: str, draft: Draft) -> bytes:
         """The answer to one job, as a worker would send it."""
-        inputs, options = decode_inputs(draft.body, draft.rows)
-        query = str(options["query"]) if draft.op == "rerank" else None
+        inputs, asked = decode_inputs(draft.body, draft.rows)
+        query = str(asked["query"]) if draft.op == "rerank" else None
         if handler := self.handlers.get(service):
             outcomes = [_handled(handler, payload) for payload in inputs]
         else:
@@ -193,7 +203,10 @@ class _FakeModel:
         good = [each for each in outcomes if not isinstance(each, MillstreamError)]
         tokens = sum(len(str(text).split()) + 2 for row, text in enumerate(inputs) if row not in errors)
         if good and all(isinstance(each, np.ndarray) for each in good):
-            return encode_reply(Reply(vectors=np.stack(cast(list[Vectors], good)), errors=errors, tokens=tokens))
+            options = _embed_options(asked)
+            whole = np.stack(cast(list[Vectors], good))
+            vectors = shaped(whole, options.dimensions, options.unit(True), options.encoding)
+            return encode_reply(Reply(vectors=vectors, errors=errors, tokens=tokens))
         return encode_reply(Reply(values=cast(list[Json], good), errors=errors, tokens=tokens))
 
     def _outcome(self, text: str, query: str | None) -> RowOutcome:

@@ -16,7 +16,7 @@ from millstream.broker.job import Json, Reply, Vectors
 from millstream.worker.batcher import padded
 from millstream.worker.intake import expired
 from millstream.worker.memory import Fit, is_exhaustion
-from millstream.worker.models.base import Model, Prepared
+from millstream.worker.models.base import NOT_FINITE, Model, Prepared
 from millstream.worker.progress import Progress
 from millstream.worker.settler import Finished
 from millstream.worker.shared import Shared
@@ -167,7 +167,7 @@ def _failure(error: Exception) -> MillstreamError:
     return ModelFailed(f"{type(error).__name__}: {error}"[:500])
 
 
-def _checked(results: Vectors | list[Json], count: int) -> list[Outcome]:
+def _checked(results: Vectors | list[Json] | list[Outcome], count: int) -> list[Outcome]:
     if len(results) != count:
         raise ModelFailed(f"the model gave {len(results)} results for {count} rows")
     # All at once where all are sound, as they nearly always are.
@@ -189,9 +189,9 @@ def _checked_row(result: Outcome) -> Outcome:
     if isinstance(result, MillstreamError):
         return result
     if isinstance(result, np.ndarray):
-        return result if np.isfinite(result).all() else ModelFailed("the model answered NaN or infinity")
+        return result if np.isfinite(result).all() else ModelFailed(NOT_FINITE)
     if isinstance(result, float):
-        return result if math.isfinite(result) else ModelFailed("the model answered NaN or infinity")
+        return result if math.isfinite(result) else ModelFailed(NOT_FINITE)
     try:
         encode_value(result)
     except Exception as error:  # noqa: BLE001 - what a model answers may have code of its own

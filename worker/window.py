@@ -16,17 +16,15 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from millstream.broker.errors import MillstreamError, ModelFailed
-from millstream.broker.job import PRIORITIES, Claim, Job, Json, Priority, Reply, Vectors
+from millstream.broker.job import PRIORITIES, Claim, Encoded, Job, Json, Priority, Reply
 from millstream.broker.lease import entry_name
 from millstream.broker.streams import MAX_JOBS_PER_CALL, Limit
 from millstream.worker.batcher import Budget, Cut, Pool, Row
-from millstream.worker.models.base import Prepared
+from millstream.worker.models.base import Prepared, Result
 
-Outcome = NDArray[np.float32] | Json | MillstreamError
-"""What became of one row: a vector [dim], a JSON value, or its error."""
+Outcome = Result
 
 Rows = list[Row[Prepared]]
 
@@ -93,7 +91,7 @@ class Held:
         prepared = [(at, row) for at, row in enumerate(self.prepared) if isinstance(row, Prepared)]
         dense = bool(shapes) and None not in shapes
         return Reply(
-            vectors=_stacked(cast(list[Vectors], good)) if dense else None,
+            vectors=_stacked(cast(list[Encoded], good)) if dense else None,
             values=None if dense else cast(list[Json], good),
             errors=errors,
             tokens=sum([row.tokens for _, row in prepared]),
@@ -119,7 +117,7 @@ def _alike(outcomes: Sequence[Outcome | None]) -> list[Outcome | None]:
     ]
 
 
-def _stacked(vectors: list[Vectors]) -> Vectors:
+def _stacked(vectors: list[Encoded]) -> Encoded:
     # A job of one row, the most usual one, is spared the copy.
     return vectors[0][np.newaxis] if len(vectors) == 1 else np.stack(vectors)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from millstream.broker.job import Vectors
+from millstream.broker.job import Encoded, Vectors
 
 CLOSE = 1e-5
 
@@ -29,7 +29,7 @@ class Reference:
     def _rows(self) -> dict[str, int]:
         return {text: row for row, text in enumerate(TEXTS)}
 
-    def wrong(self, texts: Sequence[str], vectors: Vectors | None) -> bool:
+    def wrong(self, texts: Sequence[str], vectors: Encoded | None) -> bool:
         """Whether `vectors` are not those of `texts`."""
         expected = self.vectors[[self._rows[text] for text in texts]]
         return vectors is None or vectors.shape != expected.shape or bool(np.abs(vectors - expected).max() >= CLOSE)

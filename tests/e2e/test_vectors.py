@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from typing import Any, cast
 
 import numpy as np
 import pytest
+from embedders import alone, bits
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from support import eventually
@@ -20,9 +23,9 @@ from millstream.broker.connection import Connection
 from millstream.broker.embedded import EmbeddedServer
 from millstream.broker.errors import InputTooLong, InvalidRequest, PartialFailure
 from millstream.broker.inspector import Inspector, WorkerView
-from millstream.broker.job import Vectors
+from millstream.broker.job import Json, Vectors
 from millstream.broker.registry import Registry
-from millstream.client import Client
+from millstream.client import Client, Embeddings
 from millstream.worker.models.source import locate
 from millstream.worker.supervisor import Plan, Supervisor
 
@@ -56,10 +59,23 @@ class Stack:
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real model, and prompts for it."""
+    folder, real = tmp_path_factory.mktemp("prompted"), locate(MODEL)
+    assert isinstance(real, Path)
+    for file in real.iterdir():
+        (folder / file.name).symlink_to(file)
+    settings = folder / "config_sentence_transformers.json"
+    settings.unlink()
+    settings.write_text(json.dumps({"prompts": {"query": "question: ", "document": "answer: "}}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[Stack]:
     spec = ServiceSpec(
         name="embed",
-        model=ModelSpec(type="embedding", model_name=MODEL, device="cpu"),
+        model=ModelSpec(type="embedding", model_name=str(folder), device="cpu"),
         model_ref="minilm",
         runtime=Runtime(batch_size=64, worker_count=2, total_timeout=240),
     )
@@ -80,8 +96,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 
 @pytest.fixture(scope="module")
-def reference() -> SentenceTransformer:
-    return SentenceTransformer(str(locate(MODEL)), device="cpu")
+def reference(folder: Path) -> SentenceTransformer:
+    return SentenceTransformer(str(folder), device="cpu")
 
 
 def _texts(count: int) -> list[str]:
@@ -174,6 +190,68 @@ def test_a_too_long_text_is_cut_where_asked_and_reported(
     assert vectors.truncated == (1,)
     assert vectors.usage["tokens"] == 3 + LIMIT
     assert _difference(vectors, _alone(reference, [texts[0], " ".join(words[kept])])) < CLOSE
+
+
+ASKED: list[dict[str, Json]] = [
+    {},
+    {"input_type": "query", "truncate": "end"},
+    {"input_type": "document", "truncate": "end", "dimensions": 64},
+    {"prompt": "about mills: ", "truncate": "end", "normalize": False},
+    {"dimensions": 100, "encoding": "float16"},
+    {"input_type": "query", "encoding": "binary", "truncate": "end"},
+]
+
+
+def test_calls_that_ask_for_different_vectors_run_beside_each_other(
+    stack: Stack, reference: SentenceTransformer
+) -> None:
+    texts = _texts(20)
+    rounds = [[stack.client.submit("embed", texts, **cast(Any, asked)) for asked in ASKED] for _ in range(4)]
+
+    for asked, handles in zip(ASKED, zip(*rounds, strict=True), strict=True):
+        results = [handle.result(timeout=240) for handle in handles]
+        first = results[0]
+        assert isinstance(first, Embeddings)
+        _check(first, reference, texts, asked)
+        for got in results[1:]:
+            assert isinstance(got, Embeddings)
+            assert (got.shape, got.dtype, got.usage, got.truncated) == (
+                first.shape,
+                first.dtype,
+                first.usage,
+                first.truncated,
+            )
+            assert got.dtype == np.uint8 or np.abs(np.asarray(got, np.float64) - first).max() < 1e-3
+
+
+def _check(got: Embeddings, reference: SentenceTransformer, texts: list[str], asked: dict[str, Json]) -> None:
+    """Each row is what the library's own call gives for its text and these options alone."""
+    options = {name: value for name, value in asked.items() if name != "truncate"}
+    expected = np.stack([alone(reference, text, options, gives_units=True) for text in texts])
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+    if options.pop("encoding", "") == "binary":
+        clear = np.abs(np.stack([alone(reference, text, options, gives_units=True) for text in texts])) > CLOSE
+        assert not ((bits(got) != bits(expected)) & clear).any()
+    else:
+        near = CLOSE if got.dtype == np.float32 else 1e-3
+        assert np.abs(np.asarray(got, np.float64) - expected).max() < near
+    prompt = asked.get("prompt") or {"query": "question: ", "document": "answer: "}.get(
+        str(asked.get("input_type")), ""
+    )
+    lengths = [len(ids) for ids in reference.tokenizer([f"{prompt}{text}" for text in texts])["input_ids"]]
+    assert got.usage["tokens"] == sum(min(LIMIT, length) for length in lengths)
+    assert got.truncated == tuple(at for at, length in enumerate(lengths) if length > LIMIT)
+
+
+def test_options_of_embed_are_those_of_submit(stack: Stack) -> None:
+    submitted = stack.client.submit("embed", ["a"], input_type="query", dimensions=9, encoding="binary").result()
+
+    embedded = stack.client.embed(["a"], input_type="query", dimensions=9, encoding="binary")
+
+    assert embedded.shape == (1, 2)
+    assert np.array_equal(embedded, np.asarray(submitted))
+    with pytest.raises(InvalidRequest, match="the model gives 384"):
+        stack.client.embed("a", dimensions=385)
 
 
 def test_what_is_not_a_text_fails_alone(stack: Stack) -> None:

@@ -1,8 +1,9 @@
-"""What a fingerprint is made of: the weights' own digest, however the model was named."""
+"""What a fingerprint is made of: the weights' own digest and that of the settings, however the model was named."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from millstream.broker.config import ModelSpec
-from millstream.worker.models.source import locate, weights_digest
+from millstream.worker.models.source import locate, settings_digest, weights_digest
 
 PRINT_FINGERPRINT = """
 import sys
@@ -44,7 +45,8 @@ def hub(tmp_path: Path, tiny_model: Path) -> Path:
 
 
 def test_a_model_of_the_hub_has_the_fingerprint_of_its_folder(hub: Path, tiny_model: Path) -> None:
-    digest = hashlib.sha256((tiny_model / "model.safetensors").read_bytes()).hexdigest()[:16]
+    weights = hashlib.sha256((tiny_model / "model.safetensors").read_bytes()).hexdigest()[:16]
+    digest = f"{weights}+{settings_digest(tiny_model)[:8]}"
     offline = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
 
     assert fingerprint(str(tiny_model)) == f"{digest} float32 16"
@@ -75,6 +77,23 @@ def test_the_fingerprint_counts_the_dtype(tiny_model: Path) -> None:
 
     assert of("float32").split()[0] == of("bfloat16").split()[0]
     assert of("bfloat16").split()[1] == "bfloat16"
+
+
+def test_another_tokenizer_under_the_same_path_is_another_model(tiny_model: Path, tmp_path: Path) -> None:
+    from millstream.worker.models.embedding import EmbeddingModel
+
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    spec = ModelSpec(type="embedding", model_name=str(folder))
+    before = EmbeddingModel(spec, "cpu", 1).fingerprint
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+    after = EmbeddingModel(spec, "cpu", 1).fingerprint
+
+    assert after != before
+    assert after.partition("+")[0] == before.partition("+")[0]
 
 
 def test_the_digest_of_the_real_model_is_what_sha256sum_prints() -> None:

@@ -112,6 +112,17 @@ def test_a_vector_is_read_bit_by_bit_as_it_was_written(numbers: list[float], tru
     assert read.result.flags.aligned
 
 
+@pytest.mark.parametrize("dtype", [np.dtype(np.float16), np.dtype(np.uint8)])
+def test_a_vector_that_was_asked_for_in_another_encoding_is_kept_in_it(dtype: np.dtype[np.float16 | np.uint8]) -> None:
+    vector = np.array([1, 0, 7], dtype)
+
+    read = decode(encode(Cached(vector, True)))
+
+    assert read is not None
+    assert isinstance(read.result, np.ndarray)
+    assert (read.result.dtype, read.result.tolist(), read.truncated) == (dtype, [1, 0, 7], True)
+
+
 @given(json_values, st.booleans())
 def test_a_value_is_read_as_it_was_written(value: Json, truncated: bool) -> None:
     assert decode(encode(Cached(value, truncated))) == Cached(value, truncated)
@@ -124,7 +135,9 @@ def test_any_other_bytes_are_an_answer_or_a_miss_and_never_a_fault(blob: bytes) 
     assert read is None or isinstance(read.result, np.ndarray | str | int | float | bool | None | list | dict)
 
 
-@pytest.mark.parametrize("blob", [None, b"", b"\0", b"\0abc", b"\x04abcd", b"\xffabcd", b"\2", b"\2{", b"\2\xff"])
+@pytest.mark.parametrize(
+    "blob", [None, b"", b"\0", b"\0abc", b"\x04abcd", b"\xffabcd", b"\2", b"\2{", b"\2\xff", b"\x08abc", b"\x18ab"]
+)
 def test_what_nobody_could_have_written_is_a_miss(blob: bytes | None) -> None:
     assert decode(blob) is None
 

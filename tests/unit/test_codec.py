@@ -62,10 +62,11 @@ json_values = st.recursive(
 errors = st.builds(ModelFailed, texts, hint=texts) | st.builds(
     DeadlineExceeded, texts, phase=st.sampled_from(["queue", "total"]), retry_after=st.floats(0, 1e6) | st.none()
 )
-vectors = arrays.arrays(
-    np.float32,
-    arrays.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=8),
-    elements=st.floats(width=32, allow_nan=False),
+shapes = arrays.array_shapes(min_dims=2, max_dims=2, min_side=0, max_side=8)
+vectors = (
+    arrays.arrays(np.float32, shapes, elements=st.floats(width=32, allow_nan=False))
+    | arrays.arrays(np.float16, shapes, elements=st.floats(width=16, allow_nan=False))
+    | arrays.arrays(np.uint8, shapes)
 )
 replies = st.builds(
     Reply,
@@ -162,7 +163,7 @@ def test_a_reply_comes_back_as_it_was(reply: Reply) -> None:
     assert (again.vectors is None) == (reply.vectors is None)
     if reply.vectors is not None and again.vectors is not None:
         np.testing.assert_array_equal(again.vectors, reply.vectors)
-        assert again.vectors.dtype == np.float32
+        assert again.vectors.dtype == reply.vectors.dtype
         assert not again.vectors.flags.writeable
     assert (again.values, again.tokens, again.truncated) == (reply.values, reply.tokens, reply.truncated)
     assert again.timings == reply.timings
@@ -170,6 +171,14 @@ def test_a_reply_comes_back_as_it_was(reply: Reply) -> None:
         row: told(error) for row, error in reply.errors.items()
     }
     assert told(again.error) == told(reply.error)
+
+
+def test_only_a_reply_of_other_vectors_than_float32_names_their_type() -> None:
+    plain = encode_reply(Reply(vectors=np.array([[1.5, 2.0]], np.float32)))
+    half = encode_reply(Reply(vectors=np.array([[1.5, 2.0]], np.float16)))
+
+    assert plain == b'{"v":1,"tokens":0,"shape":[1,2]}\n' + np.array([1.5, 2.0], "<f4").tobytes()
+    assert half == b'{"v":1,"tokens":0,"shape":[1,2],"dtype":"float16"}\n' + np.array([1.5, 2.0], "<f2").tobytes()
 
 
 def told(error: MillstreamError | None) -> object:
@@ -315,7 +324,7 @@ def test_no_bytes_raise_anything_but_malformed(blob: bytes) -> None:
         return
 
 
-HEADS = ["v", "error", "errors", "values", "truncated", "timings", "tokens", "shape"]
+HEADS = ["v", "error", "errors", "values", "truncated", "timings", "tokens", "shape", "dtype"]
 wild = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3) | st.sampled_from(["code"]), inner),
@@ -349,6 +358,10 @@ def test_no_head_raises_anything_but_malformed_and_what_is_decoded_is_sound(head
         b'{"shape":[99999999999999999999999,2]}',
         b'{"shape":[2]}',
         b'{"shape":"2"}',
+        b'{"shape":[1,1],"dtype":"float64"}',
+        b'{"shape":[1,1],"dtype":"object"}',
+        b'{"shape":[1,2],"dtype":[]}',
+        b'{"shape":[1,2],"dtype":"float16"}',
         b'{"error":5}',
         b'{"error":{"code":"queue_full","retry_after":1' + b"0" * 400 + b"}}",
         b'{"errors":{"x":{}}}',

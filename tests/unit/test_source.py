@@ -1,4 +1,4 @@
-"""Weights are known by what they hold."""
+"""Weights, and what else makes vectors, are known by what they hold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from millstream.broker.errors import ModelUnavailable
-from millstream.worker.models.source import RERANKERS, locate, weights_digest
+from millstream.worker.models.source import RERANKERS, locate, settings_digest, weights_digest
 
 
 @pytest.fixture
@@ -62,3 +62,72 @@ def test_a_short_name_on_the_hub_is_of_the_organization_that_is_given(
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelUnavailable, match="cross-encoder/ms-marco"):
         locate("ms-marco-MiniLM-L6-v2", RERANKERS)
+
+
+# -- what else makes vectors ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model's folder as two hosts may have it, but for its weights."""
+    folder = tmp_path / "model"
+    files = {
+        "modules.json": '[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Router"}]',
+        "config.json": "{}",
+        "config_sentence_transformers.json": '{"prompts": {}}',
+        "sentence_bert_config.json": "{}",
+        "tokenizer.json": "{}",
+        "tokenizer_config.json": "{}",
+        "vocab.txt": "a",
+        "1_Pooling/config.json": '{"pooling_mode": "mean"}',
+        "2_Router/router_config.json": "{}",
+        "2_Router/query_0_Transformer/sentencepiece.bpe.model": "a",
+        "2_Router/query_0_Transformer/config.json": "{}",
+        "onnx/config.json": "{}",
+        "README.md": "a",
+        "data_config.json": "{}",
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "modules.json",
+        "config.json",
+        "config_sentence_transformers.json",
+        "sentence_bert_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "1_Pooling/config.json",
+        "2_Router/router_config.json",
+        "2_Router/query_0_Transformer/sentencepiece.bpe.model",
+    ],
+)
+def test_the_tokenizer_the_modules_and_the_prompts_count(model: Path, name: str) -> None:
+    before = settings_digest(model)
+
+    (model / name).write_text((model / name).read_text() + " ")
+
+    assert settings_digest(model) != before
+
+
+@pytest.mark.parametrize("name", ["README.md", "data_config.json", "onnx/config.json", "vocab.txt"])
+def test_what_makes_no_vector_does_not_count_and_may_be_missing(model: Path, name: str) -> None:
+    before = settings_digest(model)
+
+    (model / name).unlink()
+
+    assert settings_digest(model) == before
+
+
+def test_a_vocabulary_counts_where_it_is_what_is_read(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    before = settings_digest(model)
+
+    (model / "vocab.txt").write_text("b")
+
+    assert settings_digest(model) != before

@@ -94,6 +94,13 @@ def test_a_long_call_is_answered_in_its_order() -> None:
         lambda fake: fake.embed(["a"], timeout=0),
         lambda fake: fake.embed(["a"], tenant="not a name"),
         lambda fake: fake.embed(["a"], truncate="middle"),
+        lambda fake: fake.embed(["a"], input_type="question"),
+        lambda fake: fake.embed(["a"], input_type="query", prompt="q: "),
+        lambda fake: fake.embed(["a"], prompt="x" * 20_000),
+        lambda fake: fake.embed(["a"], dimensions=0),
+        lambda fake: fake.submit_detached("embed", ["a"], dimensions=1.5),
+        lambda fake: list(fake.map("embed", ["a"], normalize="yes")),
+        lambda fake: fake.submit("embed", ["a"], encoding="int8"),
         lambda fake: fake.submit("embed", "text"),
         lambda fake: fake.submit("embed", ["a"], option=object()),
         lambda fake: fake.submit("embed", ["a"], option=float("nan")),
@@ -116,6 +123,34 @@ def test_arguments_are_checked_as_the_client_checks_them(
 def test_what_cannot_be_a_service_is_unknown(fake: FakeClient) -> None:
     with pytest.raises(UnknownService):
         fake.submit("no service!", ["a"])
+
+
+def test_vectors_come_as_they_were_asked_for(fake: FakeClient) -> None:
+    whole = np.asarray(fake.embed(["a", "b"]))
+    cut = fake.embed(["a", "b"], dimensions=3)
+    raw = fake.embed(["a", "b"], dimensions=3, normalize=False)
+    half = fake.submit("embed", ["a", "b"], encoding="float16").result()
+    (bits, _) = fake.map("embed", ["a", "b"], encoding="binary")
+
+    assert np.allclose(np.linalg.norm(cut, axis=1), 1.0)
+    assert np.array_equal(raw, whole[:, :3])
+    assert isinstance(half, Embeddings)
+    assert half.dtype == np.float16
+    assert np.array_equal(half, whole.astype(np.float16))
+    assert np.array_equal(bits, np.packbits(whole[0] > 0))
+
+
+def test_a_service_of_another_kind_may_have_options_of_its_own() -> None:
+    assert FakeClient(answers=upper).submit("shout", ["a"], volume=11).result() == ["A"]
+
+
+def test_embed_says_where_a_service_answers_no_vectors() -> None:
+    fake = FakeClient(answers=lambda text: {"indices": [1], "values": [0.5]})
+
+    assert fake.submit("sparse", ["a"]).result() == [{"indices": [1], "values": [0.5]}]
+    with pytest.raises(InvalidRequest, match="submit"):
+        fake.embed(["a"], service="sparse")
+    assert fake.embed([], service="sparse").shape == (0, 0)
 
 
 def test_texts_can_be_told_to_fail() -> None:

@@ -9,7 +9,12 @@ from typing import Protocol, runtime_checkable
 
 from millstream.broker.config import Runtime
 from millstream.broker.errors import MillstreamError
-from millstream.broker.job import Json, Vectors
+from millstream.broker.job import Encoded, Json, Vectors
+
+Result = Encoded | Json | MillstreamError
+"""What becomes of one row in a forward: a vector [dim], a JSON value, or its error."""
+
+NOT_FINITE = "the model answered NaN or infinity"
 
 NO_OPTIONS: Mapping[str, Json] = MappingProxyType({})
 
@@ -39,8 +44,8 @@ class Model(Protocol):
         """Each input as a row, or the error that row alone gets: not a string, too long."""
         ...
 
-    def forward(self, rows: Sequence[Prepared]) -> Vectors | list[Json]:
-        """One result a row, in order: float32 [rows, dim], or JSON values. May raise anything."""
+    def forward(self, rows: Sequence[Prepared]) -> Vectors | list[Json] | list[Result]:
+        """One result a row, in order: float32 [rows, dim], or a list where rows differ. May raise anything."""
         ...
 
     def samples(self, tokens: int) -> Sequence[Json]:

@@ -13,7 +13,7 @@ from millstream.broker.config import ModelSpec
 from millstream.broker.errors import InvalidRequest, MillstreamError, ModelUnavailable
 from millstream.broker.job import Json
 from millstream.worker.models.base import Prepared
-from millstream.worker.models.loading import DTYPES, LOAD_ERRORS, Folder, unavailable
+from millstream.worker.models.loading import LOAD_ERRORS, Folder, model_kwargs, unavailable
 from millstream.worker.models.pairs import SAMPLE_OPTIONS, too_long, too_long_query
 from millstream.worker.models.question import Question, answer_each
 
@@ -114,7 +114,7 @@ def _load(folder: Folder, spec: ModelSpec, device: str | None) -> SentenceTransf
             device=None if device in (None, "auto") else device,
             revision=spec.revision,
             trust_remote_code=False,
-            model_kwargs={"torch_dtype": DTYPES[spec.dtype], "use_safetensors": True},
+            model_kwargs=model_kwargs(spec),
         ).eval()
     except LOAD_ERRORS as error:
         raise unavailable(error, spec, device) from error

@@ -1,104 +1,92 @@
-"""Sentence-transformers embedding models: tokenised once, padded by us, one forward a micro-batch."""
+"""Sentence-transformers embedding models, dense and sparse: one forward a micro-batch, whatever its rows ask for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
 import numpy as np
-import torch
-import transformers
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SparseEncoder
 
 from millstream.broker.config import ModelSpec
-from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError
+from millstream.broker.embedding import shaped
+from millstream.broker.errors import InvalidRequest, MillstreamError, ModelFailed
 from millstream.broker.job import Json, Vectors
-from millstream.worker.models.base import NO_OPTIONS, Prepared
-from millstream.worker.models.loading import DTYPES, LOAD_ERRORS, snapshot, unavailable
-from millstream.worker.models.source import locate, weights_digest
-
-# A worker logs one line when it is ready; bars of many processes only garble a terminal.
-transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+from millstream.worker.models.base import NO_OPTIONS, NOT_FINITE, Prepared, Result
+from millstream.worker.models.encoder import Encoder, Text, Wish
 
 
 class EmbeddingModel:
-    """One dense embedding model on one device.
+    """One embedding model on one device.
 
-    `prepare` and `forward` give what `SentenceTransformer.encode` gives for the text alone: the same tokenizer, the
-    model's own default prompt, its own pooling and normalisation.
+    `prepare` and `forward` give what the model's own `encode`, `encode_query` or `encode_document` gives for the text
+    alone. A model whose settings say SparseEncoder answers {"indices": [...], "values": [...]}, by rising index.
     """
 
     op = "embed"
     sample_options = NO_OPTIONS
 
     def __init__(self, spec: ModelSpec, device: str | None, threads: int, truncate: str = "none") -> None:
-        torch.set_num_threads(threads)
-        source = locate(spec.model_name)
-        self._model = _load(source, spec, device)
-        self._tokenizer = cast(Any, self._model.tokenizer)
-        self._limit = int(spec.max_length or self._model.max_seq_length or self._tokenizer.model_max_length)
-        self._truncate = truncate
-        self._prompt = self._model.prompts.get(self._model.default_prompt_name or "") or ""
-        self._device = self._model.device
-        self.fingerprint = self._fingerprint(source, spec.revision)
-
-    def _fingerprint(self, source: Path | str, revision: str | None) -> str:
-        folder = source if isinstance(source, Path) else snapshot(source, revision)
-        weights = weights_digest(folder)[:16] if folder else str(source)
-        dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
-        return f"{weights}{f'@{revision}' if revision else ''} {dtype} {self._model.get_embedding_dimension()}"
+        self._encoder = Encoder(spec, device, threads, truncate)
+        model = self._encoder.model
+        self._sparse = isinstance(model, SparseEncoder)
+        self._dimension = int(model.get_embedding_dimension() or 0)
+        # Where the model cuts its vectors, it does not make them unit vectors again.
+        self._own_cut = getattr(model, "truncate_dim", None)
+        self._gives_units = type(list(model.modules())[-1]).__name__ == "Normalize" and not self._own_cut
+        self._most_active = getattr(model, "max_active_dims", None)
+        # The library learns how long a sparse vector is from the first one it makes.
+        self.fingerprint = self._encoder.fingerprint("sparse" if self._sparse else str(self._dimension))
 
     def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
-        truncate = options.get("truncate", self._truncate)
-        rows: list[Prepared | MillstreamError] = [
-            InvalidRequest(f"not a string but {type(text).__name__}", hint="embed takes strings") for text in inputs
-        ]
-        texts = [(at, self._prompt + text) for at, text in enumerate(inputs) if isinstance(text, str)]
-        if not texts:
-            return rows
-        # verbose: the tokenizer warns about long texts; here they are an error or cut.
-        ids = self._tokenizer([text for _, text in texts], padding=False, truncation=False, verbose=False)["input_ids"]
-        for (at, text), tokens in zip(texts, ids, strict=True):
-            rows[at] = self._row(text, tokens, truncate)
-        return rows
+        try:
+            wish = self._encoder.wish(options)
+            self._check(wish)
+        except InvalidRequest as error:
+            return [error] * len(inputs)
+        return self._encoder.prepare(inputs, wish)
 
-    def _row(self, text: str, tokens: list[int], truncate: Json) -> Prepared | MillstreamError:
-        if len(tokens) <= self._limit:
-            return Prepared(len(tokens), tokens)
-        if truncate in ("start", "end"):
-            cut = self._cut(text, truncate)
-            return Prepared(len(cut), cut, truncated=True)
-        return InputTooLong(
-            f"{len(tokens)} tokens, the model reads {self._limit}", hint='shorten it, or pass truncate="end"'
-        )
+    def _check(self, wish: Wish) -> None:
+        asked = wish.options
+        if self._sparse and (asked.dimensions, asked.normalize, asked.encoding) != (None, None, "float32"):
+            raise InvalidRequest("the model's vectors are sparse", hint="without dimensions, normalize and encoding")
+        if asked.dimensions and asked.dimensions > self._dimension:
+            raise InvalidRequest(
+                f"dimensions={asked.dimensions}, the model gives {self._dimension}", hint="ask for at most that many"
+            )
 
-    def _cut(self, text: str, side: Json) -> list[int]:
-        """The ids of `text` within the limit, special tokens kept, cut at `side`."""
-        # Only this thread truncates; padding, in the runner's, does not read the side.
-        self._tokenizer.truncation_side = "left" if side == "start" else "right"
-        return cast(list[int], self._tokenizer(text, truncation=True, max_length=self._limit)["input_ids"])
+    def forward(self, rows: Sequence[Prepared]) -> Vectors | list[Result]:
+        vectors = self._encoder.run(rows)
+        if self._sparse:
+            return list(self._sparse_rows(vectors))
+        vectors = vectors[:, : self._own_cut]
+        wishes = {row.wish for row in cast(Sequence[Text], rows)}
+        return vectors if wishes == {self._encoder.plain} else self._as_asked(cast(Sequence[Text], rows), vectors)
 
-    def forward(self, rows: Sequence[Prepared]) -> Vectors:
-        batch = self._tokenizer.pad({"input_ids": [row.features for row in rows]}, return_tensors="pt")
-        with torch.inference_mode():
-            features = {name: tensor.to(self._device) for name, tensor in batch.items()}
-            vectors = self._model(features)["sentence_embedding"]
-            return cast(Vectors, vectors.to(torch.float32).cpu().numpy().astype(np.float32, copy=False))
+    def _as_asked(self, rows: Sequence[Text], vectors: Vectors) -> list[Result]:
+        results: list[Result] = list(vectors)
+        for wish in {row.wish for row in rows}:
+            asked = wish.options
+            places = [at for at, row in enumerate(rows) if row.wish is wish]
+            some = shaped(vectors[places], asked.dimensions, asked.unit(self._gives_units), asked.encoding)
+            for at, result in zip(places, some, strict=True):
+                results[at] = result
+        # Looked for before they were encoded: no bit tells of a NaN.
+        for at in np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist():
+            results[at] = ModelFailed(NOT_FINITE)
+        return results
+
+    def _sparse_rows(self, vectors: Vectors) -> Iterator[Result]:
+        for vector in vectors:
+            if not np.isfinite(vector).all():
+                yield ModelFailed(NOT_FINITE)
+                continue
+            (active,) = np.nonzero(vector)
+            if self._most_active is not None and len(active) > self._most_active:
+                strongest = np.argsort(-np.abs(vector[active]), kind="stable")[: self._most_active]
+                active = np.sort(active[strongest])
+            indices, values = cast(tuple[Json, Json], (active.tolist(), vector[active].tolist()))
+            yield {"indices": indices, "values": values}
 
     def samples(self, tokens: int) -> Sequence[Json]:
-        return ["a " * min(tokens, self._limit - self._tokenizer.num_special_tokens_to_add())]
-
-
-def _load(source: Path | str, spec: ModelSpec, device: str | None) -> SentenceTransformer:
-    kwargs: dict[str, Any] = {"torch_dtype": DTYPES[spec.dtype], "use_safetensors": True}
-    try:
-        return SentenceTransformer(
-            str(source),
-            device=None if device in (None, "auto") else device,
-            revision=spec.revision,
-            trust_remote_code=False,
-            model_kwargs=kwargs,
-        ).eval()
-    except LOAD_ERRORS as error:
-        raise unavailable(error, spec, device) from error
+        return self._encoder.samples(tokens)

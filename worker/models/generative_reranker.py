@@ -15,11 +15,11 @@ from millstream.broker.errors import MillstreamError, ModelUnavailable
 from millstream.broker.job import Json
 from millstream.worker.models.base import Prepared
 from millstream.worker.models.loading import (
-    DTYPES,
     LOAD_ERRORS,
     Folder,
     cache_dir,
     longest,
+    model_kwargs,
     unavailable,
 )
 from millstream.worker.models.pairs import SAMPLE_OPTIONS, Frame, Pair, Prompts, sample, scored
@@ -117,9 +117,7 @@ def _load(folder: Folder, spec: ModelSpec, device: str | None) -> tuple[Any, Any
     source = str(folder.source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, torch_dtype=DTYPES[spec.dtype], use_safetensors=True, **where
-        )
+        model: Any = AutoModelForCausalLM.from_pretrained(source, **model_kwargs(spec), **where)
         return tokenizer, model.eval().to(get_device_name() if device in (None, "auto") else device)
     except LOAD_ERRORS as error:
         raise unavailable(error, spec, device) from error

@@ -1,22 +1,32 @@
-"""What loading has in common for all kinds of models: the hub's cache, what a folder says of itself, what fails."""
+"""Loading, for all kinds of models: safetensors only, no code that a model brings; what a folder says of itself."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from safetensors import SafetensorError
+from sentence_transformers import SentenceTransformer, SparseEncoder
 from transformers.utils.hub import cached_file
 
 from millstream.broker.config import ModelSpec
 from millstream.broker.errors import ModelUnavailable
-from millstream.worker.models.source import weights_digest
+from millstream.worker.models.source import settings_digest, weights_digest
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
+# A worker logs one line when it is ready; bars of many processes only garble a terminal.
+transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+Loaded = SentenceTransformer | SparseEncoder
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
+
+_KINDS: Mapping[str, type[Loaded]] = {"SentenceTransformer": SentenceTransformer, "SparseEncoder": SparseEncoder}
 
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, SafetensorError)
 """What the model libraries raise where there is nothing they can load."""
@@ -27,7 +37,7 @@ def unavailable(error: Exception, spec: ModelSpec, device: str | None) -> ModelU
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ModelUnavailable(
         f"cannot load {spec.model_name!r} on {device or 'auto'}: {reason}",
-        hint="check model_name, revision and device",
+        hint="check model_name, revision, device and attention",
     )
 
 
@@ -43,16 +53,53 @@ def cache_dir() -> str | None:
     return os.environ.get("SENTENCE_TRANSFORMERS_HOME")
 
 
+def load(source: Path | str, spec: ModelSpec, device: str | None) -> Loaded:
+    """The sentence-transformers model, dense or sparse, in a folder or of the hub's name. Raises ModelUnavailable."""
+    try:
+        return _kind(source, spec.revision)(
+            str(source),
+            device=None if device in (None, "auto") else device,
+            revision=spec.revision,
+            trust_remote_code=False,
+            model_kwargs=model_kwargs(spec),
+        ).eval()
+    except LOAD_ERRORS as error:
+        raise unavailable(error, spec, device) from error
+
+
+def model_kwargs(spec: ModelSpec) -> dict[str, Any]:
+    """How the weights are to be loaded, as from_pretrained takes it."""
+    kwargs: dict[str, Any] = {"torch_dtype": _DTYPES[spec.dtype], "use_safetensors": True}
+    if spec.attention != "auto":
+        kwargs["attn_implementation"] = spec.attention
+    return kwargs
+
+
+def _kind(source: Path | str, revision: str | None) -> type[Loaded]:
+    """What the model's own settings say it is; dense where they say nothing."""
+    name = "SentenceTransformer"
+    # Without the hub they may be nowhere: then loading says what is the matter.
+    with suppress(OSError):
+        name = Folder(source, revision).settings().get("model_type", name)
+    if name not in _KINDS:
+        raise ModelUnavailable(f"{str(source)!r} is a {name}, no embedding model", hint=f"one of {', '.join(_KINDS)}")
+    return _KINDS[name]
+
+
 def snapshot(name: str, revision: str | None) -> Path | None:
     """The folder in the hub's cache that `name` was loaded from; None where there is none to be found."""
-    repository = name if "/" in name else f"sentence-transformers/{name}"
-    for candidate in dict.fromkeys((repository, name)):
+    for candidate in _names(name):
         for file in ("modules.json", "config.json"):
             with suppress(OSError):
                 found = cached_file(candidate, file, revision=revision, cache_dir=cache_dir(), local_files_only=True)
                 if found:
                     return Path(found).parent
     return None
+
+
+def _names(name: str) -> list[str]:
+    """A hub id as it stands, a short one first as one of sentence-transformers' own."""
+    return [name] if "/" in name else [f"sentence-transformers/{name}", name]
 
 
 class Folder(NamedTuple):
@@ -81,20 +128,27 @@ class Folder(NamedTuple):
         return kwargs.get("chat_template") or {}
 
     def weights(self) -> str:
-        """16 hex digits of the weights' digest, with the revision where one was asked for."""
+        """Digests of the weights, 16 hex digits, and of what else counts, 8; and the revision that was asked for."""
         folder = self.source if isinstance(self.source, Path) else snapshot(self.source, self.revision)
-        digest = weights_digest(folder)[:16] if folder else str(self.source)
+        digest = f"{weights_digest(folder)[:16]}+{settings_digest(folder)[:8]}" if folder else str(self.source)
         return f"{digest}@{self.revision}" if self.revision else digest
 
     def _path(self, file: str) -> Path | None:
         if isinstance(self.source, Path):
             path = self.source / file
             return path if path.is_file() else None
-        found = cached_file(
-            self.source,
-            file,
-            revision=self.revision,
-            cache_dir=cache_dir(),
-            _raise_exceptions_for_missing_entries=False,
-        )
-        return Path(found) if found else None
+        missing: OSError | None = None
+        for candidate in _names(self.source):
+            try:
+                found = cached_file(
+                    candidate,
+                    file,
+                    revision=self.revision,
+                    cache_dir=cache_dir(),
+                    _raise_exceptions_for_missing_entries=False,
+                )
+            except OSError as error:
+                missing = error
+                continue
+            return Path(found) if found else None
+        raise missing or OSError(f"no model {self.source!r}")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from millstream.broker.errors import ModelUnavailable
@@ -93,6 +95,41 @@ def weights_digest(folder: Path) -> str:
         return next(iter(digests.values()))
     listing = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
     return hashlib.sha256(listing.encode()).hexdigest()
+
+
+_SETTINGS = (
+    *("modules.json", "config.json", "config_sentence_transformers.json", "sentence_*_config.json"),
+    *("router_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja"),
+)
+_VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "*.model", "*.spm")
+"""Read where there is no tokenizer.json."""
+
+
+def settings_digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of the files that, beside its weights, decide what a model answers.
+
+    The tokenizer's, the modules' and the prompts', of the folder and of the modules below it. Others do not count: two
+    hosts have the same model where one downloaded a README or an ONNX export as well.
+    """
+    files = [file for each in _module_folders(folder) for file in _settings(each)]
+    listing = "".join(f"{_digest(file)}  {file.relative_to(folder).as_posix()}\n" for file in sorted(set(files)))
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _module_folders(folder: Path) -> Iterator[Path]:
+    """The folder, and every one in which a module of modules.json, or a part of it, is kept."""
+    yield folder
+    modules = folder / "modules.json"
+    for module in json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else ():
+        if module["path"]:
+            below = folder / module["path"]
+            yield from (below, *(each for each in below.rglob("*") if each.is_dir()))
+
+
+def _settings(folder: Path) -> Iterator[Path]:
+    names = _SETTINGS if (folder / "tokenizer.json").is_file() else (*_SETTINGS, *_VOCABULARIES)
+    return (file for file in folder.glob("*") if file.is_file() and any(file.match(name) for name in names))
 
 
 def _digest(file: Path) -> str:
