@@ -87,7 +87,7 @@ serve(
     tear_down=lambda: print("torn down", flush=True),
     device="cpu",
     batch_size=4,
-    stall_timeout=1,
+    stall_timeout=30,
 )
 print("went on", flush=True)
 """
@@ -149,7 +149,7 @@ def test_what_a_killed_one_held_is_answered_by_the_next(
 def test_one_that_is_stuck_ends_and_gives_back_what_it_held(
     client: Client, connection: Connection, service: str, serving: Serving
 ) -> None:
-    process = serving(PROGRAM, SERVICE=service)
+    process = serving(PROGRAM.replace("stall_timeout=30", "stall_timeout=1"), SERVICE=service)
     eventually(lambda: has_worker(connection, service), within_s=LONG_S)
 
     client.submit(service, ["hang"])
@@ -165,7 +165,7 @@ def test_one_that_is_stuck_ends_and_gives_back_what_it_held(
 def test_a_second_signal_ends_it_at_once_and_gives_back_what_it_held(
     client: Client, connection: Connection, service: str, serving: Serving
 ) -> None:
-    process = serving(PROGRAM.replace("stall_timeout=1", "stall_timeout=60"), SERVICE=service)
+    process = serving(PROGRAM, SERVICE=service)
     eventually(lambda: has_worker(connection, service), within_s=LONG_S)
     client.submit(service, ["hang"])
     eventually(lambda: state(connection, service).workers[0].running)
@@ -224,7 +224,7 @@ def test_two_functions_do_not_answer_one_service_at_a_time(
     assert (status, "runs weights __main__:work, this worker has __main__:other" in text) == (1, True)
     first.terminate()
     ended(first)
-    second = serving(other.replace("batch_size=4,\n    stall_timeout=1,", "replace=True,"), SERVICE=service)
+    second = serving(other.replace("batch_size=4,\n    stall_timeout=30,", "replace=True,"), SERVICE=service)
 
     assert client.call(service, "a") == ["a", second.pid]
     assert Registry(connection).read(service) == registered(service)
@@ -233,5 +233,5 @@ def test_two_functions_do_not_answer_one_service_at_a_time(
 
 def registered(service: str) -> ServiceSpec:
     """What PROGRAM registers."""
-    runtime = Runtime(batch_size=4, stall_timeout=1)
+    runtime = Runtime(batch_size=4, stall_timeout=30)
     return ServiceSpec(name=service, model=ModelSpec(type="custom"), model_ref=service, runtime=runtime)

@@ -17,6 +17,7 @@ from millstream.broker.errors import InvalidRequest, ModelFailed
 from millstream.broker.job import Json
 from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.client import Client
+from millstream.worker.memory import is_exhaustion
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -65,6 +66,17 @@ def test_bad_rows_fail_alone(client: Client, flowers: str) -> None:
 
     assert [type(each) for each in (outcomes[3], outcomes[5])] == [InvalidRequest, ModelFailed]
     assert all(isinstance(each, dict) for row, each in enumerate(outcomes) if row not in (3, 5))
+
+
+def test_what_torch_says_without_memory_is_understood() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    assert is_exhaustion(caught.value)
+    assert is_exhaustion(torch.cuda.OutOfMemoryError("CUDA"))
+    with pytest.raises(RuntimeError) as other:
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+    assert not is_exhaustion(other.value)
 
 
 def test_the_page_quotes_the_example_as_it_is() -> None:

@@ -252,10 +252,16 @@ def test_what_would_end_the_process_is_a_payloads_failure(error: BaseException) 
 # -- how it is found -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def write(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Writes a module, gives its name, and forgets it afterwards."""
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What loading a handler changes in its process is put back."""
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def write(tmp_path: Path, request: pytest.FixtureRequest) -> Write:
+    """Writes a module, gives its name, and forgets it afterwards."""
 
     def written(text: str) -> str:
         name = f"own_{abs(hash((request.node.name, text)))}"
@@ -266,9 +272,9 @@ def write(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.Mo
     return written
 
 
-def load(handler: str | None, folder: Path) -> models.Model:
+def load(handler: str | None, folder: Path, threads: int = 1) -> models.Model:
     spec = ServiceSpec(name="mill", model=ModelSpec(type="custom", handler=handler), model_ref="m", runtime=Runtime())
-    return models.load(spec, None, 1, str(folder))
+    return models.load(spec, None, threads, str(folder))
 
 
 def refusal(handler: str | None, folder: Path) -> str:
@@ -284,6 +290,21 @@ def test_a_handler_is_found_beside_the_configuration(write: Write, tmp_path: Pat
 
     assert model.fingerprint == f"{name}:Inner.run"
     assert run_rows(model, [Prepared(1, "a"), Prepared(1, "b")]) == ["b", "a"]
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "3"), ("5", "5")])
+def test_libraries_get_a_workers_share_of_the_cores(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str | None, after: str
+) -> None:
+    if before is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", before)
+    name = write("import os\nTHREADS = os.environ['OMP_NUM_THREADS']\ndef run(payloads):\n    return [THREADS]\n")
+
+    model = load(f"{name}:run", tmp_path, threads=3)
+
+    assert run_rows(model, [Prepared(1, "a")]) == [after]
 
 
 def test_without_a_handler_of_its_own_a_worker_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from millstream.broker.config import ServiceSpec
 from millstream.broker.errors import ModelUnavailable
 from millstream.worker.models.base import Model, Prepared
@@ -34,6 +36,8 @@ def load(spec: ServiceSpec, device: str | None, threads: int, folder: str = "") 
     if spec.model.type == "custom":
         from millstream.worker.models.custom import CustomModel, load_handler
 
+        # What torch and its like read as they are imported: all cores for each of several workers would be too many.
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         handler = handler_of(spec)
         return CustomModel(load_handler(handler, folder), handler, spec.runtime, device)
     raise ModelUnavailable(
