@@ -218,5 +218,5 @@ def test_options_are_refused_before_anything_is_sent(client: Client, services: d
         client.submit(services["echo"], ["a"], colour="red")
     with pytest.raises(InvalidRequest, match="a list of payloads"):
         client.submit(services["echo"], {"a": 1})  # type: ignore[arg-type]
-    with pytest.raises(InvalidRequest, match="does not answer vectors"):
+    with pytest.raises(InvalidRequest, match="not dense vectors"):
         client.embed(["a"], service=services["echo"])
