@@ -58,31 +58,33 @@ def chosen(named: Sequence[str]) -> list[str]:
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write all of it there, too."
 )
-@click.option("--write-docs", is_flag=True, help=f"Renew the measured part of {PAGE.name}; takes all suites.")
+@click.option("--write-docs", is_flag=True, help=f"Renew the parts of {PAGE.name} that these suites measured.")
 def main(
     suites: tuple[str, ...], quick: bool, repeats: int, seconds: float | None, json_file: Path | None, write_docs: bool
 ) -> None:
-    if write_docs and (quick or chosen(suites) != list(SUITES)):
-        raise click.UsageError("--write-docs is for a whole run: all suites, without --quick.")
+    if write_docs and quick:
+        raise click.UsageError("--write-docs is for what was measured at length, without --quick.")
     # Else the server and the workers would outlive this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     effort = Effort(repeats, seconds or (QUICK_S if quick else 1.0), quick)
     reports: dict[str, Report] = {}
-    head: dict[str, str] = dict(machine())
+    effort_line = f"{repeats} rounds of {effort.seconds:g} s{', quick' if quick else ''}"
+    head: dict[str, str] = {}
     for suite in chosen(suites):
         began = time.monotonic()
-        reports[suite], version = run(suite, effort)
-        head["server"] = version
+        head = dict(machine())
+        reports[suite], head["server"] = run(suite, effort)
+        head["effort"] = effort_line
+        if write_docs:
+            # At once: a run that is cut short has renewed what it measured.
+            pages.write(PAGE, head, suite, reports[suite])
         click.echo("\n\n".join(table.text() for table in reports[suite].tables))
         click.echo(f"\n[{suite}: {time.monotonic() - began:.0f} s]\n")
-    head["effort"] = f"{repeats} rounds of {effort.seconds:g} s{', quick' if quick else ''}"
     targets = [each for report in reports.values() for each in report.targets]
     click.echo(verdicts(targets).text() + "\n")
     click.echo("\n".join(f"{name}: {value}" for name, value in head.items()))
     if json_file:
         json_file.write_text(to_json(head, reports), encoding="utf-8")
-    if write_docs:
-        pages.write(PAGE, head, list(reports.values()))
 
 
 if __name__ == "__main__":

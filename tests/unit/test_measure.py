@@ -12,7 +12,7 @@ from bench_dtypes import DTYPES, WAYS, report
 from hypothesis import given
 from hypothesis import strategies as st
 from measure import Report, Rounds, Sample, Table, Target, cpu_s, digits, percentile, verdicts
-from pages import BEGIN, END, renewed, write
+from pages import marks, renewed, write
 from plots import Chart
 
 LINE = Chart("line", "Rows & seconds", "x", "y", {"ours": [(1, 10), (1_000, 90)], "theirs": [(1, 20)]}, log="x")
@@ -115,17 +115,19 @@ def test_the_higher_value_stands_higher() -> None:
     assert low > other > high
 
 
-def test_a_run_renews_what_was_measured_and_leaves_the_rest_alone(tmp_path: Path) -> None:
+def test_a_run_renews_what_its_suite_measured_and_leaves_the_rest_alone(tmp_path: Path) -> None:
     page = tmp_path / "performance.md"
-    page.write_text(f"# Performance\n\n## Findings\n\nMine.\n\n{BEGIN}\n\nold\n\n{END}\n\nThe end.\n")
+    (begin, end), (other, others_end) = marks("queue"), marks("embed")
+    mine, rest = "# Performance\n\n## Findings\n\nMine.", f"{other}\n\nkept\n\n{others_end}\n\nThe end.\n"
+    page.write_text(f"{mine}\n\n{begin}\n\nold\n\n{end}\n\n{rest}")
     report = Report([Table("Queue", ["a"], [[1]])], [Target("fast", Sample((1.0,)), ">=", 0.5)], [LINE])
 
     for _ in range(2):
-        write(page, {"machine": "2 cores"}, [report])
+        write(page, {"machine": "2 cores"}, "queue", report)
 
     text = page.read_text()
-    assert text.startswith(f"# Performance\n\n## Findings\n\nMine.\n\n{BEGIN}\n\n- machine: 2 cores\n\n### Targets")
-    assert text.endswith(f"![Rows & seconds](performance/line.svg)\n\n{END}\n\nThe end.\n")
+    assert text.startswith(f"{mine}\n\n{begin}\n\n- machine: 2 cores\n\n### Targets")
+    assert text.endswith(f"![Rows & seconds](performance/line.svg)\n\n{end}\n\n{rest}")
     assert "old" not in text
     assert (tmp_path / "performance" / "line.svg").read_text() == LINE.svg()
 
@@ -144,4 +146,4 @@ def test_dtypes_are_compared_with_plain_encode_in_float32_round_by_round() -> No
 
 def test_a_page_without_the_marks_is_refused() -> None:
     with pytest.raises(ValueError, match="lacks"):
-        renewed(f"{BEGIN} but no end", "text")
+        renewed(f"{marks('queue')[0]} but no end", "queue", "text")
