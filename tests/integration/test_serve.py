@@ -130,6 +130,18 @@ def test_a_signal_drains_it_and_the_program_goes_on(
     connection.client.srem("ms:services", service)
 
 
+def test_a_signal_before_it_is_ready_ends_it(connection: Connection, service: str, serving: Serving) -> None:
+    set_up = 'print("set up on", device, flush=True)'
+    process = serving(PROGRAM.replace(set_up, f"{set_up} or time.sleep(600)"), SERVICE=service)
+    assert process.stdout
+    assert process.stdout.readline() == "set up on cpu\n"
+
+    process.terminate()
+
+    assert ended(process) == (0, "went on\n")
+    connection.client.srem("ms:services", service)
+
+
 def test_what_a_killed_one_held_is_answered_by_the_next(
     client: Client, connection: Connection, service: str, serving: Serving
 ) -> None:
