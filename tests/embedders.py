@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from sentence_transformers.base.modules import Normalize, Router
 from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
-from sentence_transformers.sparse_encoder.modules import SpladePooling
+from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
 from sentence_transformers.util.quantization import quantize_embeddings
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
@@ -63,6 +63,16 @@ def save_sparse(tiny: Path, folder: Path, max_active_dims: int | None = None) ->
     model = SparseEncoder(modules=modules, prompts=dict(PROMPTS), max_active_dims=max_active_dims, device="cpu")
     model.save(str(folder / "model"))
     return folder / "model"
+
+
+def save_sparse_routed(tiny: Path, sparse: Path, folder: Path) -> Path:
+    """Queries are looked up, each token with a weight; documents go through the sparse model."""
+    documents = SparseEncoder(str(sparse), device="cpu")
+    weights = torch.rand(len(documents.tokenizer), generator=torch.Generator().manual_seed(3))
+    queries = SparseStaticEmbedding(BertTokenizer.from_pretrained(tiny, model_max_length=TINY_LIMIT), weight=weights)
+    router = Router.for_query_document([queries], cast(Any, list(documents.children())))
+    SparseEncoder(modules=[router], device="cpu").save(str(folder))
+    return folder
 
 
 def bits(packed: Encoded) -> Encoded:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from embedders import alone, bits, save_prompted, save_routed, save_sparse, save_static
+from embedders import alone, bits, save_prompted, save_routed, save_sparse, save_sparse_routed, save_static
 from models import TINY_DIM, TINY_LIMIT
 from sentence_transformers import SentenceTransformer, SparseEncoder
 
@@ -98,14 +98,15 @@ def compare(folder: Path | str, options: Sequence[dict[str, Json]], gives_units:
 @pytest.fixture(scope="module")
 def folders(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     at = tmp_path_factory.mktemp("embedders")
-    static = save_static(tiny_model, at / "static")
+    static, sparse = save_static(tiny_model, at / "static"), save_sparse(tiny_model, at / "sparse")
     return {
         "prompted": save_prompted(tiny_model, at / "prompted"),
         "default prompt, units": save_prompted(tiny_model, at / "default", default="other", unit=True),
         "prompt not pooled": save_prompted(tiny_model, at / "unpooled", pooled=False, default="document"),
         "static": static,
         "routed": save_routed(tiny_model, static, at / "routed"),
-        "sparse": save_sparse(tiny_model, at / "sparse"),
+        "sparse": sparse,
+        "sparse, routed": save_sparse_routed(tiny_model, sparse, at / "sparse-routed"),
         "sparse, few": save_sparse(tiny_model, at / "few", max_active_dims=5),
     }
 
@@ -269,7 +270,7 @@ def test_a_static_model_of_its_own_reads_texts_of_any_length(folders: Mapping[st
 # -- sparse ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["sparse", "sparse, few"])
+@pytest.mark.parametrize("kind", ["sparse", "sparse, few", "sparse, routed"])
 def test_a_sparse_model_answers_indices_and_values(folders: Mapping[str, Path], kind: str) -> None:
     reference = SparseEncoder(str(folders[kind]), device="cpu")
     model = of(folders[kind])

@@ -148,7 +148,7 @@ class Encoder:
         return np.concatenate(parts)[np.argsort(np.concatenate(places))]
 
     def _forward(self, texts: Sequence[Text], way: Way) -> Vectors:
-        batch = way.reader.batch([cast(Ids, text.features) for text in texts])
+        batch = way.reader.batch(cast(list[Ids], [text.features for text in texts]))
         with torch.inference_mode():
             features: dict[str, Any] = {name: tensor.to(self._device) for name, tensor in batch.items()}
             if way.unpooled:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 import tokenizers
@@ -24,7 +24,7 @@ class Reader(Protocol):
     special: int
     """Special tokens of each text."""
 
-    def read(self, texts: Sequence[str]) -> list[Ids]:
+    def read(self, texts: list[str]) -> list[Ids]:
         """The ids of each text, uncut, special ones included."""
         ...
 
@@ -39,7 +39,7 @@ class Reader(Protocol):
         """How many ids at the start of a text are there for the sake of `prompt`, a special one before it included."""
         ...
 
-    def batch(self, rows: Sequence[Ids]) -> dict[str, torch.Tensor]:
+    def batch(self, rows: list[Ids]) -> Mapping[str, torch.Tensor]:
         """What a module's forward takes, on the CPU."""
         ...
 
@@ -73,10 +73,10 @@ class PaddedReader:
         self.limit = limit
         self.special = self._tokenizer.num_special_tokens_to_add() if with_special else 0
 
-    def read(self, texts: Sequence[str]) -> list[Ids]:
+    def read(self, texts: list[str]) -> list[Ids]:
         # verbose: the tokenizer warns about long texts; here they are an error or cut.
         read = self._tokenizer(
-            list(texts), padding=False, truncation=False, verbose=False, add_special_tokens=self._with_special
+            texts, padding=False, truncation=False, verbose=False, add_special_tokens=self._with_special
         )
         return cast(list[Ids], read["input_ids"])
 
@@ -97,8 +97,8 @@ class PaddedReader:
         closed = self._with_special and ids and ids[-1] in self._tokenizer.all_special_ids
         return min(len(ids) - bool(closed), self.limit)
 
-    def batch(self, rows: Sequence[Ids]) -> dict[str, torch.Tensor]:
-        return dict(self._tokenizer.pad({"input_ids": list(rows)}, return_tensors="pt"))
+    def batch(self, rows: list[Ids]) -> Mapping[str, torch.Tensor]:
+        return cast(Mapping[str, torch.Tensor], self._tokenizer.pad({"input_ids": rows}, return_tensors="pt"))
 
 
 class BagReader:
@@ -113,8 +113,8 @@ class BagReader:
         self._tokenizer = tokenizer
         self.limit = int(max_length or own or sys.maxsize)
 
-    def read(self, texts: Sequence[str]) -> list[Ids]:
-        return [read.ids for read in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    def read(self, texts: list[str]) -> list[Ids]:
+        return [read.ids for read in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def cut(self, text: str, ids: Ids, side: str, prompt: int) -> Ids:
         return _without_middle(ids, prompt, self.limit) if side == "start" else ids[: self.limit]
@@ -122,7 +122,7 @@ class BagReader:
     def prompt_tokens(self, prompt: str) -> int:
         return min(len(self.read([prompt])[0]), self.limit)
 
-    def batch(self, rows: Sequence[Ids]) -> dict[str, torch.Tensor]:
+    def batch(self, rows: list[Ids]) -> Mapping[str, torch.Tensor]:
         lengths = torch.tensor([0, *(len(row) for row in rows[:-1])])
         ids = torch.tensor([each for row in rows for each in row], dtype=torch.long)
         return {"input_ids": ids, "offsets": lengths.cumsum(0)}
