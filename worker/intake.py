@@ -16,9 +16,9 @@ from millstream.broker.errors import (
     WorkerLost,
 )
 from millstream.broker.job import Claim, Job, Json, Reply
+from millstream.worker.held import Held
 from millstream.worker.models.base import Model, Prepared
 from millstream.worker.settler import Finished
-from millstream.worker.window import Held
 
 
 @dataclass(frozen=True, slots=True)

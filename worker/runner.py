@@ -14,13 +14,13 @@ from millstream.broker.codec import encode_value
 from millstream.broker.errors import MillstreamError, ModelFailed
 from millstream.broker.job import Json, Reply, Vectors
 from millstream.worker.batcher import padded
+from millstream.worker.held import Held, Outcome, Rows
 from millstream.worker.intake import expired
 from millstream.worker.memory import Fit, is_exhaustion
 from millstream.worker.models.base import NOT_FINITE, Model, Prepared
 from millstream.worker.progress import Progress
 from millstream.worker.settler import Finished
 from millstream.worker.shared import Shared
-from millstream.worker.window import Held, Outcome, Rows
 
 log = logging.getLogger(__name__)
 

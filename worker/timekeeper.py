@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 
 from millstream.broker.errors import DeadlineExceeded
 from millstream.broker.job import Priority, Reply
+from millstream.worker.held import Held
 from millstream.worker.settler import Finished
 from millstream.worker.shared import Shared
-from millstream.worker.window import Held
 
 IDLE_LOOK_S = 0.5
 """How soon a limit that was pushed is felt where there was none."""

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from millstream.broker.codec import encode_inputs
 from millstream.broker.errors import MillstreamError
 from millstream.broker.job import Address, Claim, Job, Json, Priority
+from millstream.worker.held import Held
 from millstream.worker.models.base import Prepared
-from millstream.worker.window import Held
 
 NOW = 1_000_000
 """Server ms at which these jobs were accepted."""

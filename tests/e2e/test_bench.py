@@ -22,6 +22,8 @@ from millstream.broker.keys import ServiceKeys
 from millstream.broker.spec import ModelSpec
 from millstream.cli.bench import QUERY
 
+pytestmark = pytest.mark.early
+
 ROOT = Path(__file__).parents[2]
 WORDS = ("--seconds", "0.3", "--concurrency", "4")
 SPEC = echo("")

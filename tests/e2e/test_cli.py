@@ -22,6 +22,8 @@ from millstream.broker.inspector import Inspector
 from millstream.broker.registry import Registry
 from millstream.client import Client
 
+pytestmark = pytest.mark.early
+
 DRAINED_S = 25.0
 """Less than a supervisor waits before it kills: a worker that did not drain by itself fails the test."""
 

@@ -19,6 +19,8 @@ from support import eventually
 
 from millstream.client import Client
 
+pytestmark = pytest.mark.early
+
 SECRET = "s3cr3t-0f-redis"
 WRONG = "wr0ng-0f-redis"
 LONG_S = 60.0

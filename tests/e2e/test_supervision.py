@@ -23,6 +23,8 @@ from millstream.broker.errors import WorkerLost
 from millstream.worker import supervisor as module
 from millstream.worker.supervisor import Plan
 
+pytestmark = pytest.mark.early
+
 Open = Callable[[ServiceSpec], Site]
 
 AWAY_S = 3.0

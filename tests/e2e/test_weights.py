@@ -18,6 +18,8 @@ from millstream.broker.registry import Registry
 from millstream.worker.orders import EXIT_PERMANENT
 from millstream.worker.supervisor import Plan
 
+pytestmark = pytest.mark.early
+
 Open = Callable[[ServiceSpec], Site]
 
 

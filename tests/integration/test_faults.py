@@ -16,6 +16,8 @@ from support import eventually
 from millstream.broker.errors import BrokerUnavailable
 from millstream.client import Client
 
+pytestmark = pytest.mark.early
+
 FAULT_S = 2.0
 """How long a fault lasts that has no length of its own."""
 

@@ -35,7 +35,7 @@ def serving(server: EmbeddedServer, tmp_path: Path) -> Iterator[Serving]:
 
         def start(program: str, **environment: str) -> subprocess.Popen[str]:
             file = tmp_path / "program.py"
-            file.write_text(program)
+            file.write_text(LISTENS + program)
             process = subprocess.Popen(
                 [sys.executable, file],
                 cwd=tmp_path,
@@ -65,6 +65,9 @@ def has_worker(connection: Connection, service: str) -> bool:
     names = Registry(connection).names()
     return service in names and bool(state(connection, service).workers)
 
+
+LISTENS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+"""Programs that a shell runs in the background ignore it, and so does all that they start."""
 
 PROGRAM = """
 import logging, os, time

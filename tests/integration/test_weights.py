@@ -15,6 +15,8 @@ import pytest
 from millstream.broker.config import ModelSpec
 from millstream.worker.models.source import locate, settings_digest, weights_digest
 
+pytestmark = pytest.mark.early
+
 PRINT_FINGERPRINT = """
 import sys
 from millstream.broker.config import ModelSpec, Runtime, ServiceSpec
@@ -65,7 +67,7 @@ def test_a_reranker_of_the_hub_is_known_by_its_files_there_and_by_its_short_name
 
     found = fingerprint("tiny", kind="reranker", HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
 
-    assert found == f"{digest} float32 cross-encoder Sigmoid"
+    assert found == f"{digest}+{settings_digest(folder)[:8]} float32 cross-encoder Sigmoid"
 
 
 def test_the_fingerprint_counts_the_dtype(tiny_model: Path) -> None:

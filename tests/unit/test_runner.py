@@ -18,13 +18,14 @@ from millstream.broker.job import Json, Vectors
 from millstream.worker.batcher import Budget
 from millstream.worker.clock import ServerClock
 from millstream.worker.counters import Counters
+from millstream.worker.held import Held
 from millstream.worker.models.base import NO_OPTIONS, Prepared
 from millstream.worker.models.echo import EchoModel
 from millstream.worker.progress import Progress
 from millstream.worker.runner import Runner, run_rows
 from millstream.worker.settler import Finished
 from millstream.worker.shared import Shared
-from millstream.worker.window import Held, Window
+from millstream.worker.window import Window
 
 
 class Fragile(EchoModel):

@@ -11,10 +11,11 @@ from contracts.held import claim_of, held_of
 from millstream.broker.errors import DeadlineExceeded
 from millstream.broker.job import Priority
 from millstream.worker.batcher import Budget
+from millstream.worker.held import Held
 from millstream.worker.settler import Finished
 from millstream.worker.shared import Shared
 from millstream.worker.timekeeper import Timekeeper
-from millstream.worker.window import Held, Window
+from millstream.worker.window import Window
 
 LIMITS = {Priority.REALTIME: 0.1, Priority.NORMAL: 0.3, Priority.BATCH: None}
 

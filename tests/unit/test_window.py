@@ -14,7 +14,8 @@ from support import eventually
 from millstream.broker.errors import ModelFailed
 from millstream.broker.job import Claim, Priority
 from millstream.worker.batcher import Budget
-from millstream.worker.window import HOLD_BATCHES, LEAST_BATCHES, Outcome, Rows, Window
+from millstream.worker.held import Outcome, Rows
+from millstream.worker.window import HOLD_BATCHES, LEAST_BATCHES, Window
 
 LONG_S = 10.0
 
