@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from bystander import Bystander
 
+from millstream.broker.cache import Cache, Cached, Recipe, encode
 from millstream.broker.codec import decode_inputs
 from millstream.broker.connection import Connection
 from millstream.broker.embedded import EmbeddedServer
 from millstream.broker.errors import InvalidRequest
 from millstream.broker.job import Encoded, Reply
+from millstream.broker.registry import Registry
 from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.client import AsyncClient, Client, Embeddings
 
@@ -72,6 +74,30 @@ def test_the_async_client_refuses_the_same(server: EmbeddedServer, embedder: Bys
                     await client.embed(["a"], service=embedder.name, **options)
 
     asyncio.run(refused())
+
+
+def test_an_answer_that_was_kept_is_found_by_those_who_ask_for_the_same(
+    client: Client, connection: Connection, embedder: Bystander
+) -> None:
+    runtime = Runtime(enable_cache=True)
+    model = ModelSpec(type="embedding", model_name="some/model")
+    spec = ServiceSpec(name=embedder.name, model=model, model_ref="m", runtime=runtime)
+    registry = Registry(connection)
+    registry.push([spec], replace=True)
+    registry.claim_fingerprint(embedder.name, "weights")
+    recipe = Recipe.of(spec, "weights", "embed")
+    kept = np.array([1, 255, 7], np.uint8)
+    (name,) = recipe.digests(["a"], {"encoding": "binary"})
+    Cache(connection.client, registry.keys(embedder.name)).keep([(name, encode(Cached(kept)))], 60.0)
+
+    found = client.embed(["a", "a"], service=embedder.name, encoding="binary")
+
+    assert found.dtype == np.uint8
+    assert found.tolist() == [[1, 255, 7]] * 2
+    assert embedder.queue.depth() == 0
+    client.submit(embedder.name, ["a"], encoding="float16")
+    client.submit(embedder.name, ["a"])
+    assert len(embedder.claim(2)) == 2
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.uint8])

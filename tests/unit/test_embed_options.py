@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as arrays
 from millstream.broker.embedding import MAX_PROMPT, EmbedOptions, shaped
 from millstream.broker.errors import InvalidRequest
 from millstream.broker.job import Json
+from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
 
 FLOATS = arrays.arrays(
     np.float32, st.tuples(st.integers(0, 4), st.integers(1, 20)), elements=st.floats(-1e3, 1e3, width=32)
@@ -107,3 +108,13 @@ def test_a_unit_vector_has_length_one_and_the_same_direction(
 
 def test_a_number_that_float16_cannot_hold_is_infinite_and_no_warning() -> None:
     assert shaped(np.array([[1e9, 1.0]], np.float32), None, False, "float16").tolist() == [[float("inf"), 1.0]]
+
+
+@pytest.mark.parametrize("attention", ["auto", "eager", "sdpa", "flash_attention_2"])
+def test_how_attention_is_computed_is_published_where_somebody_said_it(attention: str) -> None:
+    model = ModelSpec.model_validate({"type": "embedding", "model_name": "m", "attention": attention})
+    spec = ServiceSpec(name="embed", model=model, model_ref="m", runtime=Runtime())
+
+    # Records of versions that do not know it stay equal: nobody needs --replace for what did not change.
+    assert ("attention" in spec.to_json()) == (attention != "auto")
+    assert ServiceSpec.from_json(spec.to_json()) == spec
