@@ -32,7 +32,7 @@ _VERSION = 1
 _TRUNCATED, _JSON = 1, 2
 _DTYPES: Mapping[int, np.dtype[Scalar]] = {0: np.dtype("<f4"), 8: np.dtype("<f2"), 16: np.dtype("u1")}
 """Of a vector, by the flag that says so."""
-_FLAGS = {dtype: flag for flag, dtype in _DTYPES.items()}
+_FLAGS: Mapping[object, int] = {dtype: flag for flag, dtype in _DTYPES.items()}
 
 
 class Cached(NamedTuple):

@@ -48,7 +48,7 @@ _WORDS = re.compile(rb"\0".join(pattern.pattern for pattern in _PATTERNS.values(
 _FLOATS = np.dtype("<f4")
 _DTYPES: Mapping[Json, np.dtype[Scalar]] = {"float32": _FLOATS, "float16": np.dtype("<f2"), "uint8": np.dtype("u1")}
 """Of vectors, as the wire names and carries them."""
-_NAMED = {dtype: name for name, dtype in _DTYPES.items() if dtype != _FLOATS}
+_NAMED: Mapping[object, str] = {dtype: str(name) for name, dtype in _DTYPES.items() if dtype != _FLOATS}
 """Those that a head must name; any other one travels as float32."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
