@@ -192,9 +192,27 @@ def _subclasses(cls: type[MillstreamError]) -> Iterable[type[MillstreamError]]:
 _BY_CODE = {cls.code: cls for cls in _subclasses(MillstreamError) if cls is not PartialFailure}
 
 
+def described(error: BaseException) -> str:
+    """Type and message of an error that is none of ours, at most 500 characters. Raises nothing, whatever it is."""
+    return _unicode(f"{type(error).__name__}: {message_of(error)}"[:500])
+
+
+def message_of(error: BaseException) -> str:
+    """The message alone, at most 500 characters. Raises nothing."""
+    try:
+        return _unicode(str(error)[:500])
+    except Exception:  # noqa: BLE001 - the code that a user brings makes this text
+        return "its message cannot be read"
+
+
+def _unicode(text: str) -> str:
+    """`text`, with half characters, which no JSON carries, written out."""
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
+
+
 def to_wire(error: MillstreamError) -> dict[str, object]:
     """The error as it travels inside a reply."""
-    wire: dict[str, object] = {"code": error.code, "message": error.message, "hint": error.hint}
+    wire: dict[str, object] = {"code": error.code, "message": _unicode(error.message), "hint": _unicode(error.hint)}
     if error.retry_after is not None:
         wire["retry_after"] = error.retry_after
     return wire | error.details()

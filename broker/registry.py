@@ -60,9 +60,9 @@ class Registry:
             standing = _text(self._connection.client.hget(spec, "fingerprint") or fingerprint)
         if standing != fingerprint:
             raise ConfigError(
-                f"service {service!r} runs weights {standing}, this worker has {fingerprint}",
-                hint="use the same weights, revision and dtype on every host; to change them for all, stop the workers "
-                "and run `millstream config push --replace`",
+                f"service {service!r} runs {standing}, this worker has {fingerprint}",
+                hint="run the same weights, revision and dtype, or code, on every host; to change them for all, stop "
+                "the workers, then run `millstream config push --replace` or `serve(..., replace=True)`",
             )
 
     def read(self, service: str) -> ServiceSpec:

@@ -17,6 +17,7 @@ import click
 
 from millstream.broker.errors import MillstreamError, NoWorkers
 from millstream.cli import options
+from millstream.cli.options import SecondsRange
 from millstream.cli.table import aligned, number
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def percentile_ms(seconds: Sequence[float], share: float) -> float | None:
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(0, LONGEST_S, min_open=True),
+    type=SecondsRange(0, LONGEST_S, min_open=True),
     default=5.0,
     show_default=True,
     help="How long to call.",
@@ -100,7 +101,7 @@ def percentile_ms(seconds: Sequence[float], share: float) -> float | None:
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(0, LONGEST_S, min_open=True),
+    type=SecondsRange(0, LONGEST_S, min_open=True),
     default=30.0,
     show_default=True,
     help="Seconds for one call.",

@@ -13,6 +13,7 @@ import click
 
 from millstream.broker.errors import InvalidRequest, MillstreamError, NoWorkers, PartialFailure
 from millstream.cli import options
+from millstream.cli.options import SecondsRange
 
 if TYPE_CHECKING:
     from millstream.broker.job import Vectors
@@ -29,12 +30,12 @@ _POLL_S = 0.1
 @click.argument("texts", metavar="[TEXT]...", nargs=-1)
 @click.option("--service", metavar="NAME", help="By default the only embedding service there is.")
 @click.option("--priority", type=click.Choice(["realtime", "normal", "batch"]), default="normal", show_default=True)
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds for the whole call.")
+@click.option("--timeout", type=SecondsRange(min=0, min_open=True), help="Seconds for the whole call.")
 @click.option("--truncate", type=click.Choice(["none", "start", "end"]), help="Where to cut texts that are too long.")
 @click.option(
     "--wait",
     "wait_s",
-    type=click.FloatRange(min=0),
+    type=SecondsRange(min=0),
     default=DEFAULT_WAIT_S,
     show_default=True,
     help="Seconds to wait for a worker where none is alive.",

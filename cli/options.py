@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import click
@@ -111,3 +112,13 @@ def redis_cli(url: str, *words: str) -> str:
     database = parse_qs(parts.query).get("db", [])
     chosen = ["-n", database[0]] if database else []
     return shlex.join(["redis-cli", "-s", unquote(parts.path), *chosen, *words])
+
+
+class SecondsRange(click.FloatRange):
+    """A number of seconds; not-a-number, which is within any range, is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if math.isnan(seconds):
+            self.fail(f"{value!r} is not a number of seconds", param, ctx)
+        return seconds

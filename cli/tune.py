@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from millstream.broker.errors import InvalidRequest, UnknownService, did_you_mean
+from millstream.cli.options import SecondsRange
 from millstream.cli.table import aligned, bar, counted
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Subject:
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(0, LONGEST_S, min_open=True),
+    type=SecondsRange(0, LONGEST_S, min_open=True),
     default=DEFAULT_S,
     show_default=True,
     help="How long to measure.",

@@ -147,7 +147,7 @@ class AsyncClient:
         options = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding).json()
         name = service or await self._only("embedding")
         rows = cast(Sequence[Json], [texts] if single else texts)
-        handle = await self._start(name, rows, Ask(priority, timeout, wait, tenant, options))
+        handle = await self._start(name, rows, Ask(priority, timeout, wait, tenant, options, "embed"))
         return vectors_of(await AsyncHandle(handle).result(), single)
 
     async def rerank(

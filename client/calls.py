@@ -122,8 +122,8 @@ class Calls:
         hits: Mapping[int, Cached] = NO_HITS,
     ) -> Handle:
         """The same for a checked `ask`, a service that was read and what `recall` found: waits for nothing."""
-        self.check_options(spec, ask.options)
         op, beside = checked(spec, ask)
+        self.check_options(spec, ask.options)
         inputs = outgoing(spec, inputs, ask.options)
         parts, refused = cut(spec, inputs, hits, beside)
         limits = spec.runtime.limits(ask.priority)
@@ -190,7 +190,8 @@ class Calls:
 def checked(spec: ServiceSpec, ask: Ask) -> tuple[str, int]:
     """The operation of a call's jobs, and the bytes that are read with each row. Raises InvalidRequest."""
     op = op_of(spec)
-    if ask.op and ask.op != op:
+    # A user's own code may answer vectors.
+    if ask.op and ask.op != op and not (ask.op == "embed" and op in ("call", "echo")):
         raise InvalidRequest(f"service {spec.name!r} is of type {spec.model.type!r}", hint=f"it cannot {ask.op}")
     return op, check_question(ask.options) if op == "rerank" else 0
 

@@ -93,7 +93,7 @@ class Client:
         handle = self._calls.start(
             service or self._calls.services.only("embedding"),
             cast(Sequence[Json], [texts] if single else texts),
-            Ask(priority, timeout, wait, tenant, options),
+            Ask(priority, timeout, wait, tenant, options, "embed"),
         )
         return vectors_of(handle.result(), single)
 

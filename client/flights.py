@@ -79,7 +79,8 @@ class Flights:
 
     def _board(self, submission: Submission) -> Submission | None:
         """What to send for it: itself, with a flight as its sink; None where one like it is under way."""
-        if submission.jobs != 1:
+        # Who does not wait for room must not wait for one who does.
+        if submission.jobs != 1 or submission.until == 0.0:
             return submission
         (draft,) = submission.group.drafts
         key = (submission.service, submission.group.priority, draft.op, draft.tenant, draft.body)
@@ -129,12 +130,15 @@ class Flights:
                 outcomes = [found.get(job_id, "waiting") for job_id in cancellation.job_ids]
             cancellation.told(outcomes)
 
-        if sent:
-            self._channel.cancel(Cancellation(cancellation.service, sent, told))
-        else:
-            told([])
-        for flight in ended:
-            self.send(self.land(flight).values())
+        try:
+            if sent:
+                self._channel.cancel(Cancellation(cancellation.service, sent, told))
+            else:
+                told([])
+        finally:
+            # Also where the client is being closed: nobody else tells them.
+            for flight in ended:
+                self.send(self.land(flight).values())
 
     def forget(self, service: str, job_ids: Sequence[str]) -> None:
         """As Channel.forget."""

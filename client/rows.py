@@ -83,7 +83,10 @@ def _matrix(rows: Sequence[RowOutcome]) -> Encoded:
     if len(vectors) == 1:
         return np.array(vectors[0], ndmin=2)
     if len({np.shape(vector) for vector in vectors}) > 1:
-        raise ModelFailed("its workers answered vectors of different lengths", hint="do all run the same model?")
+        raise ModelFailed(
+            "its workers answered vectors of different lengths",
+            hint="do all run the same model? map and outcomes() give each as it is",
+        )
     return np.stack(vectors)
 
 

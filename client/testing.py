@@ -25,7 +25,7 @@ from millstream.broker.codec import decode_inputs, encode_reply, encode_value
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection
 from millstream.broker.embedding import EmbedOptions, shaped
-from millstream.broker.errors import BrokerUnavailable, MillstreamError, ModelFailed, UnknownService
+from millstream.broker.errors import BrokerUnavailable, MillstreamError, ModelFailed, UnknownService, described
 from millstream.broker.job import Draft, Json, Reply, Vectors
 from millstream.broker.registry import Registry
 from millstream.broker.spec import ModelSpec, ModelType, Runtime
@@ -228,7 +228,7 @@ def _handled(handler: Handler, payload: Json) -> RowOutcome:
     except MillstreamError as error:
         return error
     except Exception as error:  # noqa: BLE001 - as a worker does
-        return ModelFailed(f"{type(error).__name__}: {error}"[:500])
+        return ModelFailed(described(error))
     return cast(RowOutcome, result)
 
 

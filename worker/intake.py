@@ -14,6 +14,7 @@ from millstream.broker.errors import (
     MillstreamError,
     ModelFailed,
     WorkerLost,
+    described,
 )
 from millstream.broker.job import Claim, Job, Json, Reply
 from millstream.worker.held import Held
@@ -96,7 +97,7 @@ class Intake:
                 raise ModelFailed(f"prepare gave {len(rows)} rows for {len(inputs)} inputs")
         except BaseException as error:  # noqa: BLE001 - a tokenizer's panic is no Exception, and its neighbours must live
             if len(inputs) == 1:
-                return [ModelFailed(f"cannot be prepared: {type(error).__name__}: {error}"[:500])]
+                return [ModelFailed(f"cannot be prepared: {described(error)}")]
             half = len(inputs) // 2
             return self._rows(inputs[:half], options) + self._rows(inputs[half:], options)
         return rows

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from millstream.broker.config import Runtime, ServiceSpec
-from millstream.broker.errors import ModelUnavailable
+from millstream.broker.errors import ModelUnavailable, described
 from millstream.worker.memory import is_exhaustion
 from millstream.worker.models.base import Model, Prepared
 from millstream.worker.warmup import sample
@@ -116,4 +116,4 @@ def run(model: Model, rows: Sequence[Prepared]) -> None:
     except Exception as error:
         if is_exhaustion(error):
             raise MemoryError(str(error)) from error
-        raise ModelUnavailable(f"the model fails in its warm-up: {type(error).__name__}: {error}") from error
+        raise ModelUnavailable(f"the model fails in its warm-up: {described(error)}") from error

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection, retrying, translated
-from millstream.broker.errors import ConfigError, MillstreamError, ModelUnavailable, UnknownService
+from millstream.broker.errors import ConfigError, MillstreamError, ModelUnavailable, UnknownService, described
 from millstream.broker.lease import Lease
 from millstream.broker.registry import Registry
 from millstream.worker import models
@@ -86,7 +86,7 @@ class Worker:
             return self._failed(error, 1)
         except Exception as error:
             log.debug("unknown error", exc_info=True)
-            return self._failed(f"{type(error).__name__}: {error}", 1)
+            return self._failed(described(error), 1)
         return 0
 
     def orphaned(self) -> None:

@@ -11,7 +11,7 @@ from typing import cast
 import numpy as np
 
 from millstream.broker.codec import encode_value
-from millstream.broker.errors import MillstreamError, ModelFailed
+from millstream.broker.errors import MillstreamError, ModelFailed, described
 from millstream.broker.job import Json, Reply, Vectors
 from millstream.worker.batcher import padded
 from millstream.worker.held import Held, Outcome, Rows
@@ -164,7 +164,7 @@ def _failure(error: Exception) -> MillstreamError:
     log.debug("a forward failed", exc_info=error)
     if isinstance(error, MillstreamError):
         return error.with_traceback(None)
-    return ModelFailed(f"{type(error).__name__}: {error}"[:500])
+    return ModelFailed(described(error))
 
 
 def _checked(results: Vectors | list[Json] | list[Outcome], count: int) -> list[Outcome]:
@@ -195,5 +195,5 @@ def _checked_row(result: Outcome) -> Outcome:
     try:
         encode_value(result)
     except Exception as error:  # noqa: BLE001 - what a model answers may have code of its own
-        return ModelFailed(f"the model answered what JSON cannot carry: {error}"[:500])
+        return ModelFailed(f"the model answered what JSON cannot carry: {described(error)}")
     return result

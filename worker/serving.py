@@ -14,7 +14,7 @@ from typing import Any
 from millstream.broker.config import given_service
 from millstream.broker.connection import Connection
 from millstream.broker.connection import check as check_server
-from millstream.broker.errors import ConfigError, InvalidRequest, MillstreamError, UnknownService
+from millstream.broker.errors import ConfigError, InvalidRequest, MillstreamError, UnknownService, described
 from millstream.broker.registry import Registry
 from millstream.broker.spec import ServiceSpec
 from millstream.broker.target import find_target
@@ -138,7 +138,7 @@ def _giving_back(worker: Worker) -> Iterator[None]:
         yield
     except BaseException as error:
         if not worker.starting:
-            _give_back(worker, f"failed: {type(error).__name__}: {error}")
+            _give_back(worker, f"failed: {described(error)}")
         raise
 
 

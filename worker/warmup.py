@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from millstream.broker.errors import MillstreamError, ModelUnavailable
+from millstream.broker.errors import MillstreamError, ModelUnavailable, described
 from millstream.worker.models.base import Model, Prepared
 from millstream.worker.window import Window
 
@@ -56,6 +56,6 @@ def _seconds(model: Model, rows: list[Prepared]) -> float:
         try:
             model.forward(rows)
         except Exception as error:
-            raise ModelUnavailable(f"the model fails in its warm-up: {type(error).__name__}: {error}") from error
+            raise ModelUnavailable(f"the model fails in its warm-up: {described(error)}") from error
         best = min(best, time.perf_counter() - start)
     return best

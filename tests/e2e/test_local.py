@@ -280,7 +280,7 @@ def test_a_service_whose_workers_cannot_start_is_an_error_even_beside_one_that_r
     Client.local().close()
     spoil(home, "wheel")
 
-    with pytest.raises(ModelUnavailable, match=r"wheel.* runs weights spoilt"):
+    with pytest.raises(ModelUnavailable, match=r"wheel.* runs spoilt"):
         Client.local(timeout=STARTED_S)
 
 

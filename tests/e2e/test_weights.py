@@ -58,7 +58,7 @@ def test_a_worker_with_other_weights_is_refused_and_the_first_goes_on(
         assert site.watch.live() == workers
 
     assert status == EXIT_PERMANENT == 78
-    assert "runs weights echo:sleep:0.001, this worker has echo:sleep:0.002" in reason
+    assert "runs echo:sleep:0.001, this worker has echo:sleep:0.002" in reason
     assert "--replace" in reason
     assert second.refused
     assert said(caplog, reason, logging.ERROR)() == [f"service {site.spec.name}: {reason}"]

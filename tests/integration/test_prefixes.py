@@ -68,7 +68,7 @@ def test_weights_of_one_do_not_bind_the_other(blue: Environment, green: Environm
 
     green.registry.claim_fingerprint(SERVICE, "new weights")
 
-    with pytest.raises(ConfigError, match="runs weights old weights"):
+    with pytest.raises(ConfigError, match="runs old weights"):
         blue.registry.claim_fingerprint(SERVICE, "new weights")
 
 

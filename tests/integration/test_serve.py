@@ -236,7 +236,7 @@ def test_two_functions_do_not_answer_one_service_at_a_time(
     other = PROGRAM.replace("def work", "def other").replace(" work,", " other,")
 
     status, text = ended(serving(other, SERVICE=service))
-    assert (status, "runs weights __main__:work, this worker has __main__:other" in text) == (1, True)
+    assert (status, "runs program.py:work, this worker has program.py:other" in text) == (1, True)
     first.terminate()
     ended(first)
     second = serving(other.replace("batch_size=4,\n    stall_timeout=30,", "replace=True,"), SERVICE=service)

@@ -173,6 +173,7 @@ def test_ctrl_c_before_anything_is_measured_ends_it_without_a_word(file: Path, m
         (["echo", "--texts", "empty.txt"], 2, "has no text"),
         (["echo", "--texts", "latin1.txt"], 2, "UTF-8"),
         (["echo", "--seconds", "0"], 2, "--seconds"),
+        (["echo", "--seconds", "nan"], 2, "--seconds"),
     ],
     ids=lambda each: " ".join(each) if isinstance(each, list) else "",
 )

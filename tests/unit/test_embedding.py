@@ -313,6 +313,11 @@ def test_attention_is_computed_as_the_file_says(tiny_model: Path, attention: str
     assert model.transformers_model.config._attn_implementation == attention
 
 
+def test_a_device_that_is_not_there_is_said(tiny_model: Path) -> None:
+    with pytest.raises(ModelUnavailable, match=r"cannot load .* on cuda:99"):
+        EmbeddingModel(ModelSpec(type="embedding", model_name=str(tiny_model)), "cuda:99", 1)
+
+
 def test_an_attention_that_is_not_installed_is_said(tiny_model: Path) -> None:
     with pytest.raises(ModelUnavailable, match="cannot load"):
         of(tiny_model, attention="flash_attention_2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 
 import pytest
 
@@ -12,6 +13,7 @@ from millstream.broker.errors import (
     MillstreamError,
     PartialFailure,
     UnknownService,
+    described,
     did_you_mean,
     from_wire,
     to_wire,
@@ -77,3 +79,25 @@ def test_a_partial_failure_that_someone_sent_does_not_break_its_reader() -> None
 def test_the_nearest_name_is_offered_and_none_where_none_is_near() -> None:
     assert did_you_mean("embd", ["rerank", "embed"]) == "embed"
     assert did_you_mean("embd", ["chat"]) == ""
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("no water"), "ValueError: no water"),
+        (Unspeakable(), "Unspeakable: its message cannot be read"),
+        (ValueError("\ud800"), "ValueError: \\ud800"),
+        (ValueError("x" * 900), "ValueError: " + "x" * 488),
+    ],
+)
+def test_an_error_of_foreign_code_is_described_whatever_it_is(error: Exception, said: str) -> None:
+    assert described(error) == said
+
+
+def test_a_message_with_half_a_character_travels() -> None:
+    assert json.dumps(to_wire(MillstreamError("a \udfff", hint="\ud800")), ensure_ascii=False).encode()

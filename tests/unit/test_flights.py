@@ -50,6 +50,8 @@ class Sent:
         self.submissions += submissions
 
     def cancel(self, cancellation: Cancellation) -> None:
+        if self.closed:
+            raise BrokerUnavailable("this client is closed")
         self.cancelled += cancellation.job_ids
         cancellation.told(["running"] * len(cancellation.job_ids))
 
@@ -70,11 +72,12 @@ class Bench:
         tenant: str = "",
         options: dict[str, str] | None = None,
         for_s: float | None = 60.0,
+        wait: bool = True,
     ) -> tuple[Caller, Submission]:
         caller, body = Caller(), encode_inputs([text], options or {})
         end = None if for_s is None else time.monotonic() + for_s
         draft = Draft(secrets.token_hex(16), "echo", 1, 3, body, "me", end, tenant=tenant)
-        submission = Submission(service, Group(priority, [draft]), caller, end)
+        submission = Submission(service, Group(priority, [draft]), caller, end if wait else 0.0)
         self.flights.submit([submission])
         return caller, submission
 
@@ -183,6 +186,27 @@ def test_one_that_was_not_sent_is_cancelled_without_the_server_and_the_sent_one_
 
     bench.answer()
     assert (len(first.answers), len(second.answers)) == (1, 0)
+
+
+def test_who_does_not_wait_for_room_follows_nobody_and_leads_nobody(bench: Bench) -> None:
+    bench.call()
+
+    bench.call(wait=False)
+    bench.call("b", wait=False)
+    bench.call("b")
+
+    assert len(bench.sent) == 4
+
+
+def test_who_followed_a_job_that_is_cancelled_as_the_client_closes_is_told(bench: Bench) -> None:
+    _, first = bench.call()
+    second, _ = bench.call()
+    bench.channel.closed = True
+
+    with pytest.raises(BrokerUnavailable):
+        bench.cancel(first)
+
+    eventually(lambda: second.errors)
 
 
 def test_nobody_follows_a_job_whose_time_is_over(bench: Bench) -> None:

@@ -196,6 +196,18 @@ def test_a_row_that_no_memory_holds_says_nothing_of_how_much_fits() -> None:
     assert (told, sum(model.sizes) <= 3 * 64) == ([], True)
 
 
+def test_an_error_that_cannot_be_read_fails_its_row_and_no_more() -> None:
+    class Unspeakable(Exception):
+        def __str__(self) -> str:
+            raise ZeroDivisionError
+
+    model = Narrow(64, {"2"}, Unspeakable())
+
+    outcomes = run_rows(model, prepared("1", "2", "3"))
+
+    assert [isinstance(each, ModelFailed) for each in outcomes] == [False, True, False]
+
+
 def test_a_failed_forward_is_not_kept_alive_while_its_parts_run() -> None:
     class Big: ...
 

@@ -308,3 +308,13 @@ def test_every_error_is_a_millstream_error(fake: FakeClient) -> None:
 
     with pytest.raises(MillstreamError):
         fake.embed("a")
+
+
+def test_a_service_of_another_kind_is_named_before_anything_is_sent() -> None:
+    fake = FakeClient()
+
+    with pytest.raises(InvalidRequest, match=r"'embed' is of type 'embedding' .it cannot rerank"):
+        fake.rerank("q", ["a"], service="embed")
+    with pytest.raises(InvalidRequest, match=r"'rerank' is of type 'reranker' .it cannot embed"):
+        fake.embed("q", service="rerank")
+    assert fake.calls == []

@@ -17,7 +17,14 @@ from typing import cast
 import numpy as np
 
 from millstream.broker.config import Runtime
-from millstream.broker.errors import InvalidRequest, MillstreamError, ModelFailed, ModelUnavailable
+from millstream.broker.errors import (
+    InvalidRequest,
+    MillstreamError,
+    ModelFailed,
+    ModelUnavailable,
+    described,
+    message_of,
+)
 from millstream.broker.job import Json, Vectors
 from millstream.worker.models.base import NO_OPTIONS, Prepared
 
@@ -75,11 +82,11 @@ class CustomModel:
                 handler = handler()
             except (Exception, SystemExit) as error:
                 raise _unavailable(name, "cannot be constructed", error) from error
-        if not callable(handler) or any(map(inspect.iscoroutinefunction, (handler, type(handler).__call__))):
-            raise ModelUnavailable(
-                f"handler {name!r} is no function but {type(handler).__name__}",
-                hint="give def process(payloads), or a class with __call__(self, payloads); neither may be async",
-            )
+        how = "give def process(payloads), or a class with __call__(self, payloads)"
+        if not callable(handler):
+            raise ModelUnavailable(f"handler {name!r} is no function but {type(handler).__name__}", hint=how)
+        if any(map(inspect.iscoroutinefunction, (handler, type(handler).__call__))):
+            raise ModelUnavailable(f"handler {name!r} is async, and nobody would await it", hint=how)
         return cast(ProcessFn, handler)
 
     def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
@@ -93,13 +100,13 @@ class CustomModel:
             if hooks.check:
                 hooks.check(_copied(payload))
         except ValueError as error:
-            return InvalidRequest(str(error)[:500])
+            return InvalidRequest(message_of(error))
         except Exception as error:  # noqa: BLE001 - this payload's fault, whatever it is
-            return ModelFailed(f"check: {type(error).__name__}: {error}"[:500])
+            return ModelFailed(f"check: {described(error)}")
         try:
             tokens = hooks.cost(_copied(payload)) if hooks.cost else self._row_tokens
         except Exception as error:  # noqa: BLE001 - the same
-            return ModelFailed(f"cost: {type(error).__name__}: {error}"[:500])
+            return ModelFailed(f"cost: {described(error)}")
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
             return ModelFailed(f"cost gave {tokens!r}"[:500], hint="it gives a whole number of at least 1")
         return Prepared(tokens, payload)
@@ -113,7 +120,7 @@ class CustomModel:
             raise
         except BaseException as error:
             # sys.exit, or what a library's Rust code panics with: a payload's fault, not the end of the process.
-            raise ModelFailed(f"{type(error).__name__}: {error}"[:500]) from error
+            raise ModelFailed(described(error)) from error
 
     def adapt(self, runtime: Runtime) -> None:
         self._row_tokens = runtime.row_tokens
@@ -155,13 +162,18 @@ def load_handler(target: str, folder: str) -> object:
 
 
 def name_of(handler: object) -> str:
-    """`module:name` of a function, a class or an object's class: how a handler that is given would be written."""
+    """`module:name` of a function, a class or an object's class: how a handler that is given would be written.
+
+    Of a program's own the module is its file: each program calls itself `__main__`.
+    """
     named = handler if hasattr(handler, "__qualname__") else type(handler)
-    return f"{getattr(named, '__module__', '')}:{named.__qualname__}"
+    module = getattr(named, "__module__", "")
+    file = getattr(sys.modules.get(module), "__file__", None) if module == "__main__" else None
+    return f"{Path(file).name if file else module}:{named.__qualname__}"
 
 
 def _unavailable(name: str, what: str, error: BaseException) -> ModelUnavailable:
-    said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    said = " ".join(described(error).split())
     return ModelUnavailable(f"handler {name!r} {what}: {said}", hint=_where(error))
 
 
@@ -206,5 +218,5 @@ def _result(value: object) -> object:
             return ModelFailed(f"process_fn gave an array {value.dtype} {list(value.shape)}, not a vector [dim]")
         return np.array(value, np.float32)
     if isinstance(value, Exception) and not isinstance(value, MillstreamError):
-        return ModelFailed(f"{type(value).__name__}: {value}"[:500])
+        return ModelFailed(described(value))
     return value

@@ -28,7 +28,16 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 
 _KINDS: Mapping[str, type[Loaded]] = {"SentenceTransformer": SentenceTransformer, "SparseEncoder": SparseEncoder}
 
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, SafetensorError)
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    ImportError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    SafetensorError,
+)
 """What the model libraries raise where there is nothing they can load."""
 
 
