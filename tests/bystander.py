@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from contracts.queue import Queue
 from support import eventually
 
@@ -25,6 +29,24 @@ class Bystander:
     def live(self) -> None:
         """Beat: from now on the service has a worker."""
         self.queue.lease.beat("bystander", {}, [])
+
+    @contextmanager
+    def living(self) -> Iterator[None]:
+        """Beat as workers do: however long it takes, the service has a worker meanwhile."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(0.5):
+                self.live()
+
+        self.live()
+        beating = threading.Thread(target=beat)
+        beating.start()
+        try:
+            yield
+        finally:
+            over.set()
+            beating.join()
 
     def claim(self, count: int) -> list[Claim]:
         """Exactly `count` jobs, as soon as they are there."""

@@ -130,9 +130,8 @@ def test_what_is_refused_is_counted_by_its_code(shell: Shell, url: str) -> None:
     """The only worker answers nothing: one job fits and is given up, the other caller is refused again and again."""
     connection = Connection(url, name="tests")
     service = Bystander(connection, echo("", max_queue_size=1, total_timeout=1.0))
-    service.live()
-
-    ended = shell.run("bench", service.name, "--seconds", "1", "--timeout", "1.5", "--concurrency", "2", "--json")
+    with service.living():
+        ended = shell.run("bench", service.name, "--seconds", "1", "--timeout", "1.5", "--concurrency", "2", "--json")
 
     found = json.loads(ended.out)
     assert (ended.code, found["calls"], found["p50_ms"]) == (1, 0, None)

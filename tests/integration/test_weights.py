@@ -17,23 +17,28 @@ from millstream.worker.models.source import locate, settings_digest, weights_dig
 
 pytestmark = pytest.mark.early
 
-PRINT_FINGERPRINT = """
+PRINT_FINGERPRINTS = """
 import sys
 from millstream.broker.config import ModelSpec, Runtime, ServiceSpec
 from millstream.worker.models import load
-model = ModelSpec(type=sys.argv[3], model_name=sys.argv[1], revision=sys.argv[2] or None)
-spec = ServiceSpec(name="mill", model=model, model_ref="m", runtime=Runtime())
-print(load(spec, "cpu", 1).fingerprint)
+for name, revision in zip(sys.argv[2::2], sys.argv[3::2]):
+    model = ModelSpec(type=sys.argv[1], model_name=name, revision=revision or None)
+    spec = ServiceSpec(name="mill", model=model, model_ref="m", runtime=Runtime())
+    print(load(spec, "cpu", 1).fingerprint)
 """
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def fingerprint(model_name: str, revision: str = "", kind: str = "embedding", **environment: str) -> str:
-    """As a process of its own finds it: the hub's library reads its environment when it is imported."""
-    command = [sys.executable, "-c", PRINT_FINGERPRINT, model_name, revision, kind]
-    run = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
-    return run.stdout.strip()
+def fingerprints(hub: Path, *models: str, kind: str = "embedding") -> list[str]:
+    """Of names and revisions in turn, as a process of its own finds them without a network.
+
+    The hub's library reads its environment when it is imported.
+    """
+    command = [sys.executable, "-c", PRINT_FINGERPRINTS, kind, *models]
+    offline = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, check=True)
+    return run.stdout.splitlines()
 
 
 @pytest.fixture
@@ -49,11 +54,10 @@ def hub(tmp_path: Path, tiny_model: Path) -> Path:
 def test_a_model_of_the_hub_has_the_fingerprint_of_its_folder(hub: Path, tiny_model: Path) -> None:
     weights = hashlib.sha256((tiny_model / "model.safetensors").read_bytes()).hexdigest()[:16]
     digest = f"{weights}+{settings_digest(tiny_model)[:8]}"
-    offline = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
 
-    assert fingerprint(str(tiny_model)) == f"{digest} float32 16"
-    assert fingerprint("mill/tiny", **offline) == f"{digest} float32 16"
-    assert fingerprint("mill/tiny", COMMIT, **offline) == f"{digest}@{COMMIT} float32 16"
+    found = fingerprints(hub, str(tiny_model), "", "mill/tiny", "", "mill/tiny", COMMIT)
+
+    assert found == [f"{digest} float32 16", f"{digest} float32 16", f"{digest}@{COMMIT} float32 16"]
 
 
 def test_a_reranker_of_the_hub_is_known_by_its_files_there_and_by_its_short_name(tmp_path: Path) -> None:
@@ -65,7 +69,7 @@ def test_a_reranker_of_the_hub_is_known_by_its_files_there_and_by_its_short_name
     (repository / "refs" / "main").write_text(COMMIT)
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
 
-    found = fingerprint("tiny", kind="reranker", HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    (found,) = fingerprints(tmp_path / "hub", "tiny", "", kind="reranker")
 
     assert found == f"{digest}+{settings_digest(folder)[:8]} float32 cross-encoder Sigmoid"
 
