@@ -95,9 +95,7 @@ class FakeClient(Client):
         services: Mapping[str, ModelType] = SERVICES,
         handlers: Mapping[str, Handler] | None = None,
     ) -> None:
-        handlers = handlers or {}
-        types: dict[str, ModelType] = {**SERVICES, **services, **dict.fromkeys(handlers, _CUSTOM)}
-        self._calls = self._fake = _FakeCalls(_FakeModel(dim, answers, errors or {}, handlers), types)
+        self._calls = self._fake = _fake_calls(dim, answers, errors or {}, services, handlers or {})
 
     @property
     def calls(self) -> list[Call]:
@@ -120,9 +118,7 @@ class AsyncFakeClient(AsyncClient):
         services: Mapping[str, ModelType] = SERVICES,
         handlers: Mapping[str, Handler] | None = None,
     ) -> None:
-        handlers = handlers or {}
-        types: dict[str, ModelType] = {**SERVICES, **services, **dict.fromkeys(handlers, _CUSTOM)}
-        self._calls = self._fake = _FakeCalls(_FakeModel(dim, answers, errors or {}, handlers), types)
+        self._calls = self._fake = _fake_calls(dim, answers, errors or {}, services, handlers or {})
 
     @property
     def calls(self) -> list[Call]:
@@ -132,6 +128,17 @@ class AsyncFakeClient(AsyncClient):
     def fail(self, error: MillstreamError, *, times: int = 1) -> None:
         """As FakeClient.fail."""
         self._fake.faults.extend([error] * times)
+
+
+def _fake_calls(
+    dim: int,
+    answers: Answers | None,
+    errors: Mapping[str, MillstreamError],
+    services: Mapping[str, ModelType],
+    handlers: Mapping[str, Handler],
+) -> _FakeCalls:
+    types = {**SERVICES, **services, **dict.fromkeys(handlers, _CUSTOM)}
+    return _FakeCalls(_FakeModel(dim, answers, errors, handlers), types)
 
 
 class _FakeCalls(Calls):

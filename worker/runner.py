@@ -180,9 +180,10 @@ def _checked(results: Vectors | list[Json] | list[Outcome], count: int) -> list[
 
 def _is_unicode(texts: Sequence[str]) -> bool:
     try:
-        return bool("".join(texts).encode()) or True
+        "".join(texts).encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def _checked_row(result: Outcome) -> Outcome:

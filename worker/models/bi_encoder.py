@@ -13,7 +13,7 @@ from millstream.broker.config import ModelSpec
 from millstream.broker.errors import InvalidRequest, MillstreamError, ModelUnavailable
 from millstream.broker.job import Json
 from millstream.worker.models.base import Prepared
-from millstream.worker.models.loading import LOAD_ERRORS, Folder, model_kwargs, unavailable
+from millstream.worker.models.loading import Folder, loaded
 from millstream.worker.models.pairs import SAMPLE_OPTIONS, too_long, too_long_query
 from millstream.worker.models.question import Question, answer_each
 
@@ -38,7 +38,7 @@ class BiEncoderModel:
 
     def __init__(self, folder: Folder, spec: ModelSpec, device: str | None, threads: int, truncate: str) -> None:
         torch.set_num_threads(threads)
-        self._model = _load(folder, spec, device)
+        self._model = loaded(SentenceTransformer, folder.source, spec, device)
         if "message" in getattr(self._model[0], "modality_config", ()):
             raise ModelUnavailable(
                 f"{spec.model_name!r} puts its texts into a chat template, which rerankers do not",
@@ -105,16 +105,3 @@ class BiEncoderModel:
 
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 """Where encode_document looks for one, in this order."""
-
-
-def _load(folder: Folder, spec: ModelSpec, device: str | None) -> SentenceTransformer:
-    try:
-        return SentenceTransformer(
-            str(folder.source),
-            device=None if device in (None, "auto") else device,
-            revision=spec.revision,
-            trust_remote_code=False,
-            model_kwargs=model_kwargs(spec),
-        ).eval()
-    except LOAD_ERRORS as error:
-        raise unavailable(error, spec, device) from error

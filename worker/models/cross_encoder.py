@@ -12,7 +12,7 @@ from millstream.broker.config import ModelSpec
 from millstream.broker.errors import InvalidRequest, MillstreamError, ModelUnavailable
 from millstream.broker.job import Json
 from millstream.worker.models.base import Prepared
-from millstream.worker.models.loading import LOAD_ERRORS, Folder, longest, model_kwargs, unavailable
+from millstream.worker.models.loading import Folder, loaded, longest
 from millstream.worker.models.pairs import SAMPLE_OPTIONS, Activation, Pair, Prompts, TextPairs, sample, scored
 from millstream.worker.models.prompts import chat_frame
 from millstream.worker.models.question import Question, answer_each
@@ -29,7 +29,7 @@ class CrossEncoderModel:
 
     def __init__(self, folder: Folder, spec: ModelSpec, device: str | None, threads: int, truncate: str) -> None:
         torch.set_num_threads(threads)
-        encoder = _load(folder, spec, device)
+        encoder = loaded(CrossEncoder, folder.source, spec, device)
         self._model = cast(Any, encoder.model)
         _check_labels(self._model.config.num_labels, spec)
         self._tokenizer = cast(Any, encoder.tokenizer)
@@ -71,18 +71,3 @@ def _check_labels(labels: int, spec: ModelSpec) -> None:
             f"{spec.model_name!r} has {labels} labels; a reranker has one, the score",
             hint="give a cross-encoder with one label, such as cross-encoder/ms-marco-MiniLM-L6-v2",
         )
-
-
-def _load(folder: Folder, spec: ModelSpec, device: str | None) -> CrossEncoder:
-    try:
-        encoder: CrossEncoder = CrossEncoder(
-            str(folder.source),
-            device=None if device in (None, "auto") else device,
-            revision=spec.revision,
-            trust_remote_code=False,
-            model_kwargs=model_kwargs(spec),
-        )
-    except LOAD_ERRORS as error:
-        raise unavailable(error, spec, device) from error
-    encoder.eval()
-    return encoder

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import transformers
@@ -23,6 +23,7 @@ from millstream.worker.models.source import settings_digest, weights_digest
 transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 Loaded = SentenceTransformer | SparseEncoder
+M = TypeVar("M", bound=torch.nn.Module)
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
 
@@ -63,17 +64,28 @@ def cache_dir() -> str | None:
 
 
 def load(source: Path | str, spec: ModelSpec, device: str | None) -> Loaded:
-    """The sentence-transformers model, dense or sparse, in a folder or of the hub's name. Raises ModelUnavailable."""
+    """The embedding model, dense or sparse, in a folder or of the hub's name. Raises ModelUnavailable."""
     try:
-        return _kind(source, spec.revision)(
+        kind: Callable[..., Loaded] = _kind(source, spec.revision)
+    except LOAD_ERRORS as error:
+        raise unavailable(error, spec, device) from error
+    return loaded(kind, source, spec, device)
+
+
+def loaded(kind: Callable[..., M], source: Path | str, spec: ModelSpec, device: str | None) -> M:
+    """The same, known to be of `kind`: any that sentence-transformers has."""
+    try:
+        model = kind(
             str(source),
             device=None if device in (None, "auto") else device,
             revision=spec.revision,
             trust_remote_code=False,
             model_kwargs=model_kwargs(spec),
-        ).eval()
+        )
     except LOAD_ERRORS as error:
         raise unavailable(error, spec, device) from error
+    model.eval()
+    return model
 
 
 def model_kwargs(spec: ModelSpec) -> dict[str, Any]:
