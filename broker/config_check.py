@@ -62,6 +62,7 @@ def _problems(file: ConfigFile, document: Document) -> Found:
     for name, model in file.models.items():
         if model.device and model.devices:
             yield ("models", name, "devices"), "device is set too; keep one of them"
+        yield from _backends(name, model)
 
 
 def _validate(document: Document) -> ConfigFile:
@@ -178,6 +179,19 @@ def _unnamed_models(file: ConfigFile) -> Found:
         if not model.model_name and model.type not in ("echo", "custom"):
             fix = "name a folder, a hub model, or package:<package>/<folder>"
             yield ("models", name, "model_name"), f"missing; {fix}"
+
+
+def _backends(name: str, model: ModelSpec) -> Found:
+    path: KeyPath = ("models", name)
+    if model.backend == "torch":
+        if model.model_file:
+            yield (*path, "model_file"), "only backend onnx or openvino reads it, this is torch; change one of them"
+        return
+    if model.type not in ("embedding", "reranker"):
+        yield (*path, "backend"), f"type {model.type} runs with torch alone; leave backend out"
+    for key in ("dtype", "attention"):
+        if getattr(model, key) != ModelSpec.model_fields[key].default:
+            yield (*path, key), f"an exported file has its own {key}; leave it out, or name another model_file"
 
 
 def _unknown_models(file: ConfigFile, document: Document) -> Found:

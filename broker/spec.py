@@ -284,6 +284,9 @@ class ModelSpec(Settings):
     revision: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "float32"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    # What runs the weights; where it is not torch, `model_file` is the exported file, below the model's folder.
+    backend: Literal["torch", "onnx", "openvino"] = "torch"
+    model_file: str | None = None
     max_length: Count | None = None
     warmup: bool | None = None
     priority: int | None = None
@@ -331,8 +334,8 @@ class ServiceSpec(Settings):
         """The record the registry keeps, without `model.handler`. Equal specs give equal text."""
         # Left out where they are off: the records of versions that do not know them stay equal.
         off: dict[str, bool | set[str]] = {} if self.replicated else {"replicated": True}
-        if self.model.attention == "auto":
-            off["model"] = {"attention"}
+        newer = ("attention", "backend", "model_file")
+        off["model"] = {name for name in newer if getattr(self.model, name) == ModelSpec.model_fields[name].default}
         return self.model_dump_json(exclude=off)
 
     @classmethod

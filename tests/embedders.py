@@ -11,11 +11,11 @@ import torch
 from models import TINY_DIM, TINY_LIMIT
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer, SparseEncoder
-from sentence_transformers.base.modules import Normalize, Router
-from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
+from sentence_transformers.base.modules import Router
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding, Transformer
 from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
 from sentence_transformers.util.quantization import quantize_embeddings
-from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer
 
 from millstream.broker.job import Encoded, Json, Vectors
 
@@ -36,7 +36,7 @@ def save_prompted(
 
 def save_static(tiny: Path, folder: Path) -> Path:
     """A bag of tokens, each with a random vector."""
-    tokenizer = BertTokenizer.from_pretrained(tiny).backend_tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(tiny).backend_tokenizer
     weights = torch.randn(tokenizer.get_vocab_size(), TINY_DIM, generator=torch.Generator().manual_seed(1))
     static = StaticEmbedding(tokenizer, embedding_weights=weights)
     SentenceTransformer(modules=[static], prompts=dict(PROMPTS), device="cpu").save(str(folder))
@@ -53,7 +53,7 @@ def save_routed(tiny: Path, static: Path, folder: Path) -> Path:
 
 def save_sparse(tiny: Path, folder: Path, max_active_dims: int | None = None) -> Path:
     """A random SPLADE model over the tiny one's vocabulary."""
-    tokenizer = BertTokenizer.from_pretrained(tiny, model_max_length=TINY_LIMIT)
+    tokenizer = AutoTokenizer.from_pretrained(tiny, model_max_length=TINY_LIMIT)
     config = BertConfig.from_pretrained(tiny, vocab_size=len(tokenizer))
     with torch.random.fork_rng():
         torch.manual_seed(2)

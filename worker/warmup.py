@@ -12,7 +12,7 @@ from millstream.worker.window import Window
 SHORT_TOKENS = 16
 LONG_TOKENS = 128
 REPEATS = 2
-LEAST_OVERHEAD = 128.0
+LEAST_OVERHEAD = 64.0
 """Tokens. Below it a CPU measures no gain from cutting finer, and batches only get smaller."""
 
 

@@ -22,7 +22,7 @@ from millstream.worker.models.base import Prepared
 HOLD_S = 1.0
 """About this much predicted work is held, and half the queue timeout at most: a hoarder starves its neighbours."""
 
-LEAST_BATCHES = 3
+LEAST_BATCHES = 4
 """Held also where they take longer than that, unless a queue timeout presses: fewer rows to choose among pad more."""
 
 HOLD_BATCHES = 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,6 +17,9 @@ from millstream.broker.config import ServiceSpec
 from millstream.broker.embedded import EmbeddedServer
 from millstream.broker.engine import bundled
 from millstream.worker.models.source import locate
+
+# They install other versions of the model libraries beside these, which takes a minute.
+collect_ignore = [] if os.environ.get("MILLSTREAM_LONG") else ["test_backends.py"]
 
 Supervised = Callable[[ServiceSpec, int], Site]
 Say = Callable[[str], None]

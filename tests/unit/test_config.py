@@ -120,6 +120,20 @@ def test_a_value_comes_from_environment_then_file_then_preset_then_type_then_def
             "config.yaml:1: models.c.handler: only type custom runs code, this is echo; change one of them",
         ),
         (
+            "models: {c: {type: embedding, model_name: m, model_file: model.onnx}}",
+            "config.yaml:1: models.c.model_file: only backend onnx or openvino reads it, this is torch; "
+            "change one of them",
+        ),
+        (
+            "models: {c: {type: embedding, model_name: m, backend: onnx, dtype: bfloat16}}",
+            "config.yaml:1: models.c.dtype: an exported file has its own dtype; leave it out, or name another "
+            "model_file",
+        ),
+        (
+            "models: {c: {type: echo, backend: openvino}}",
+            "config.yaml:1: models.c.backend: type echo runs with torch alone; leave backend out",
+        ),
+        (
             "models: {c: {type: custom, handler: 'app:run'}}\nservices: {s: {model: c, runtime: {enable_cache: true}}}",
             "config.yaml:2: services.s.runtime.enable_cache: a service of type custom has no cache: "
             "nothing tells whether its code has changed; leave enable_cache out",

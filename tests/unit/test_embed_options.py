@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -110,11 +112,20 @@ def test_a_number_that_float16_cannot_hold_is_infinite_and_no_warning() -> None:
     assert shaped(np.array([[1e9, 1.0]], np.float32), None, False, "float16").tolist() == [[float("inf"), 1.0]]
 
 
-@pytest.mark.parametrize("attention", ["auto", "eager", "sdpa", "flash_attention_2"])
-def test_how_attention_is_computed_is_published_where_somebody_said_it(attention: str) -> None:
-    model = ModelSpec.model_validate({"type": "embedding", "model_name": "m", "attention": attention})
+@pytest.mark.parametrize(
+    ("said", "published"),
+    [
+        ({}, set()),
+        ({"attention": "auto", "backend": "torch"}, set()),
+        ({"attention": "eager"}, {"attention"}),
+        ({"backend": "onnx"}, {"backend"}),
+        ({"backend": "onnx", "model_file": "onnx/model_O3.onnx"}, {"backend", "model_file"}),
+    ],
+)
+def test_how_a_model_runs_is_published_where_somebody_said_it(said: dict[str, str], published: set[str]) -> None:
+    model = ModelSpec.model_validate({"type": "embedding", "model_name": "m", **said})
     spec = ServiceSpec(name="embed", model=model, model_ref="m", runtime=Runtime())
 
     # Records of versions that do not know it stay equal: nobody needs --replace for what did not change.
-    assert ("attention" in spec.to_json()) == (attention != "auto")
+    assert {"attention", "backend", "model_file"} & set(json.loads(spec.to_json())["model"]) == published
     assert ServiceSpec.from_json(spec.to_json()) == spec

@@ -13,7 +13,7 @@ from millstream.broker.config import ModelSpec
 from millstream.broker.errors import InvalidRequest, MillstreamError, ModelUnavailable
 from millstream.broker.job import Json
 from millstream.worker.models.base import Prepared
-from millstream.worker.models.loading import Folder, loaded
+from millstream.worker.models.loading import Folder, dtype_of, loaded
 from millstream.worker.models.pairs import SAMPLE_OPTIONS, too_long, too_long_query
 from millstream.worker.models.question import Question, answer_each
 
@@ -50,8 +50,9 @@ class BiEncoderModel:
         prompts = self._model.prompts
         self._query_prompt = prompts.get("query") or ""
         self._document_prompt = next((prompt for name in _DOCUMENT_PROMPTS if (prompt := prompts.get(name))), "")
-        dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
-        self.fingerprint = f"{folder.weights()} {dtype} bi-encoder {self._model.similarity_fn_name}"
+        self.fingerprint = folder.fingerprint(
+            spec, dtype_of(self._model), "bi-encoder", str(self._model.similarity_fn_name)
+        )
 
     def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
         return answer_each(inputs, options, self._truncate, self._rows)

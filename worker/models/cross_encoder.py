@@ -12,7 +12,7 @@ from millstream.broker.config import ModelSpec
 from millstream.broker.errors import InvalidRequest, MillstreamError, ModelUnavailable
 from millstream.broker.job import Json
 from millstream.worker.models.base import Prepared
-from millstream.worker.models.loading import Folder, loaded, longest
+from millstream.worker.models.loading import Folder, dtype_of, loaded, longest
 from millstream.worker.models.pairs import SAMPLE_OPTIONS, Activation, Pair, Prompts, TextPairs, sample, scored
 from millstream.worker.models.prompts import chat_frame
 from millstream.worker.models.question import Question, answer_each
@@ -36,8 +36,7 @@ class CrossEncoderModel:
         self._own = cast(Activation, encoder.activation_fn)
         self._truncate = truncate
         self._pairs = self._pairing(folder, spec)
-        dtype = str(self._model.dtype).removeprefix("torch.")
-        self.fingerprint = f"{folder.weights()} {dtype} cross-encoder {type(self._own).__name__}"
+        self.fingerprint = folder.fingerprint(spec, dtype_of(encoder), "cross-encoder", type(self._own).__name__)
 
     def _pairing(self, folder: Folder, spec: ModelSpec) -> TextPairs | Prompts:
         limit = spec.max_length or longest(self._tokenizer, self._model.config)

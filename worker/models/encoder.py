@@ -14,7 +14,7 @@ from millstream.broker.embedding import EmbedOptions, InputType
 from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError, ModelUnavailable
 from millstream.broker.job import Json, Vectors
 from millstream.worker.models.base import Prepared
-from millstream.worker.models.loading import Folder, Loaded, load
+from millstream.worker.models.loading import Folder, Loaded, dtype_of, load
 from millstream.worker.models.source import locate
 from millstream.worker.models.tokens import Ids, Reader, reader_of
 
@@ -72,8 +72,7 @@ class Encoder:
 
     def fingerprint(self, size: str) -> str:
         """Names the weights, the other files that make vectors, the dtype and `size`, the dimension."""
-        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
-        return f"{Folder(self._source, self._spec.revision).weights()} {dtype} {size}"
+        return Folder(self._source, self._spec.revision).fingerprint(self._spec, dtype_of(self.model), size)
 
     # -- the claimer's side ------------------------------------------------------------------------------------------
 

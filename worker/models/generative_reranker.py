@@ -18,6 +18,7 @@ from millstream.worker.models.loading import (
     LOAD_ERRORS,
     Folder,
     cache_dir,
+    dtype_of,
     longest,
     model_kwargs,
     unavailable,
@@ -51,8 +52,7 @@ class GenerativeReranker:
         if judge is not None:
             frame = chat_frame(self._tokenizer, folder.prompt(), folder.chat_settings(), spec.model_name)
         self._pairs = Prompts(self._tokenizer, spec.max_length or longest(self._tokenizer, self._model.config), frame)
-        dtype = str(self._model.dtype).removeprefix("torch.")
-        self.fingerprint = f"{folder.weights()} {dtype} generative {type(self._own).__name__}"
+        self.fingerprint = folder.fingerprint(spec, dtype_of(self._model), "generative", type(self._own).__name__)
 
     def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
         return answer_each(inputs, options, self._truncate, self._pairs.rows)

@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file
 
 from millstream.broker.config import ModelSpec
 from millstream.broker.errors import ModelUnavailable
+from millstream.worker.models.exports import export_digest, export_kwargs, exported
 from millstream.worker.models.source import settings_digest, weights_digest
 
 # A worker logs one line when it is ready; bars of many processes only garble a terminal.
@@ -51,6 +52,12 @@ def unavailable(error: Exception, spec: ModelSpec, device: str | None) -> ModelU
     )
 
 
+def dtype_of(model: torch.nn.Module) -> torch.dtype | None:
+    """That of the weights; None where torch holds none."""
+    first = next(model.parameters(), None)
+    return None if first is None else first.dtype
+
+
 def longest(tokenizer: Any, config: Any) -> int:
     """The most tokens a model reads."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or -1
@@ -80,12 +87,20 @@ def loaded(kind: Callable[..., M], source: Path | str, spec: ModelSpec, device: 
             device=None if device in (None, "auto") else device,
             revision=spec.revision,
             trust_remote_code=False,
-            model_kwargs=model_kwargs(spec),
+            backend=spec.backend,
+            model_kwargs=_kwargs(source, spec, device),
         )
     except LOAD_ERRORS as error:
         raise unavailable(error, spec, device) from error
     model.eval()
     return model
+
+
+def _kwargs(source: Path | str, spec: ModelSpec, device: str | None) -> dict[str, Any]:
+    if spec.backend == "torch":
+        return model_kwargs(spec)
+    file = exported(spec, Folder(source, spec.revision).path)
+    return dict(export_kwargs(spec, file, None if device == "auto" else device))
 
 
 def model_kwargs(spec: ModelSpec) -> dict[str, Any]:
@@ -131,7 +146,7 @@ class Folder(NamedTuple):
 
     def read(self, file: str) -> Any:
         """The JSON of `file`; None where the model has no such file. Raises one of LOAD_ERRORS."""
-        path = self._path(file)
+        path = self.path(file)
         return None if path is None else json.loads(path.read_text(encoding="utf-8"))
 
     def settings(self) -> dict[str, Any]:
@@ -148,13 +163,20 @@ class Folder(NamedTuple):
         kwargs = (self.read("sentence_bert_config.json") or {}).get("processing_kwargs") or {}
         return kwargs.get("chat_template") or {}
 
-    def weights(self) -> str:
-        """Digests of the weights, 16 hex digits, and of what else counts, 8; and the revision that was asked for."""
+    def fingerprint(self, spec: ModelSpec, dtype: torch.dtype | None, *what: str) -> str:
+        """Names the weights, by 16 hex digits, what else counts, by 8, the revision asked for, and how it all runs."""
         folder = self.source if isinstance(self.source, Path) else snapshot(self.source, self.revision)
-        digest = f"{weights_digest(folder)[:16]}+{settings_digest(folder)[:8]}" if folder else str(self.source)
-        return f"{digest}@{self.revision}" if self.revision else digest
+        digest = f"{self._weights(spec, folder)[:16]}+{settings_digest(folder)[:8]}" if folder else str(self.source)
+        revision = f"@{self.revision}" if self.revision else ""
+        runs = str(dtype).removeprefix("torch.") if spec.backend == "torch" else spec.backend
+        return " ".join([digest + revision, runs, *what])
 
-    def _path(self, file: str) -> Path | None:
+    def _weights(self, spec: ModelSpec, folder: Path) -> str:
+        if spec.backend == "torch":
+            return weights_digest(folder)
+        return export_digest(folder, exported(spec, self.path))
+
+    def path(self, file: str) -> Path | None:
         if isinstance(self.source, Path):
             path = self.source / file
             return path if path.is_file() else None

@@ -46,6 +46,8 @@ def load_reranker(spec: ModelSpec, device: str | None, threads: int, truncate: s
             f"{spec.model_name!r} is no reranker that can be run here",
             hint="give a cross-encoder, a sentence-transformers embedding model, or a causal language model",
         )
+    if kind is GenerativeReranker and spec.backend != "torch":
+        raise ModelUnavailable(f"{spec.model_name!r} is a language model", hint="it runs with backend torch alone")
     return kind(folder, spec, device, threads, truncate)
 
 
