@@ -84,20 +84,44 @@ class Pool(Generic[T]):
         self.add(replace(row, urgency=(to, *row.urgency[1:])) for row in moved)
         return len(moved)
 
-    def take(self, budget: Budget) -> list[Row[T]]:
+    def take(self, budget: Budget, chosen: Sequence[Row[T]] = ()) -> list[Row[T]]:
         """The next micro-batch: the most urgent row and those neighbours in length that are worth padding together.
 
         All of one rank: where time grows with tokens, the company of bulk would cost a single text its urgency. Never
-        empty unless the pool is; never over the budget but for one row that is over it by itself.
+        empty unless the pool is; never over the budget but for one row that is over it by itself. What `choose` said
+        last is taken as long as it may be: all of it waits, nothing more urgent does, and the budget allows it.
         """
-        rows = next((self._ranks[rank] for rank in sorted(self._ranks) if self._ranks[rank]), [])
-        if not rows:
-            return []
-        low, high, self.cut = _neighbours(rows, _most_urgent(rows), budget)
-        batch = rows[low : high + 1]
-        del rows[low : high + 1]
+        rows = self._first()
+        if chosen and _allowed(chosen, rows, budget):
+            batch, taken = list(chosen), set(map(id, chosen))
+            rows[:] = [row for row in rows if id(row) not in taken]
+        else:
+            low, high = self._bounds(rows, budget)
+            batch = rows[low:high]
+            del rows[low:high]
         self.tokens -= sum(row.tokens for row in batch)
         return batch
+
+    def choose(self, budget: Budget) -> list[Row[T]]:
+        """What `take` would take now."""
+        rows = self._first()
+        low, high = self._bounds(rows, budget)
+        return rows[low:high]
+
+    def _first(self) -> list[Row[T]]:
+        """The rows of the most urgent rank that has any."""
+        return next((self._ranks[rank] for rank in sorted(self._ranks) if self._ranks[rank]), [])
+
+    def _bounds(self, rows: Sequence[Row[T]], budget: Budget) -> tuple[int, int]:
+        if not rows:
+            return 0, 0
+        low, high, self.cut = _neighbours(rows, _most_urgent(rows), budget)
+        return low, high + 1
+
+
+def _allowed(chosen: Sequence[Row[T]], rows: Sequence[Row[T]], budget: Budget) -> bool:
+    fits = len(chosen) == 1 or (len(chosen) <= budget.rows and padded(chosen) <= budget.tokens)
+    return fits and set(map(id, rows)).issuperset(map(id, chosen))
 
 
 def padded(rows: Collection[Row[T]]) -> int:

@@ -20,7 +20,7 @@ from millstream.worker.beat import Heart
 from millstream.worker.claimer import SLEEP_S, Claimer, Policy, Queue
 from millstream.worker.intake import Intake
 from millstream.worker.keeper import Keeper
-from millstream.worker.models.base import Adapts, Model
+from millstream.worker.models.base import Adapts, Foresees, Model
 from millstream.worker.orders import Orders
 from millstream.worker.patience import Patience
 from millstream.worker.probe import most_tokens
@@ -62,6 +62,8 @@ class Crew:
         self._began = time.monotonic()
         self._progress = Progress(orders.progress_fd)
         self._limit(spec.runtime)
+        if isinstance(model, Foresees):
+            model.foresee(shared.window.upcoming)
 
     def work(self) -> None:
         """Run until the process drains. Raises ThreadFailed."""

@@ -46,6 +46,7 @@ class Window:
         self.cut: Cut = "arrival"
         self.auto_tokens: int | None = None
         self._pool: Pool[Prepared] = Pool()
+        self._chosen: Rows = []
         self._held: dict[str, Held] = {}
         self._unsettled: set[str] = set()
         self._running = 0
@@ -176,13 +177,20 @@ class Window:
         with self._lock:
             self._arrived.wait_for(lambda: len(self._pool) or self._closed)
             budget = self._one_forward()
-            batch = self._pool.take(budget)
+            batch = self._pool.take(budget, self._chosen)
+            self._chosen = []
             by_time = self._pool.cut == "tokens" and budget.tokens < self.budget.tokens
             self.cut = "time" if by_time else self._pool.cut
             self._running = len(batch)
             self._takes += 1
             self._taken.notify_all()
             return batch
+
+    def upcoming(self) -> Sequence[Prepared]:
+        """What the next micro-batch will be, unless something more urgent comes; empty where nothing waits."""
+        with self._lock:
+            self._chosen = self._pool.choose(self._one_forward())
+            return [row.payload for row in self._chosen]
 
     def _one_forward(self) -> Budget:
         """The budget, cut so that a forward is predicted to take at most half the inference timeout.

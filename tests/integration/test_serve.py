@@ -250,3 +250,34 @@ def registered(service: str) -> ServiceSpec:
     """What PROGRAM registers."""
     runtime = Runtime(batch_size=4, stall_timeout=30)
     return ServiceSpec(name=service, model=ModelSpec(type="custom"), model_ref=service, runtime=runtime)
+
+
+FORESEEING = """
+import os
+from millstream.worker import serving
+
+class Foreseeing(serving.CustomModel):
+    foreseen = []
+
+    def foresee(self, upcoming):
+        self.upcoming = upcoming
+
+    def forward(self, rows):
+        right, self.foreseen = self.foreseen == list(rows), list(self.upcoming())
+        return [right] * len(rows)
+
+serving.CustomModel = Foreseeing
+serving.serve(len, service=os.environ["SERVICE"], batch_size=2)
+"""
+
+
+def test_a_model_can_foresee_what_it_runs_next(
+    client: Client, connection: Connection, service: str, serving: Serving
+) -> None:
+    serving(FORESEEING, SERVICE=service)
+    eventually(lambda: has_worker(connection, service), within_s=LONG_S)
+
+    right = client.submit(service, list(range(40))).result(LONG_S)
+
+    # Nothing is foreseen where a worker holds nothing more, as at the start.
+    assert list(right).count(True) > len(right) / 2

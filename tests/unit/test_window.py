@@ -14,7 +14,8 @@ from support import eventually
 from millstream.broker.errors import ModelFailed
 from millstream.broker.job import Claim, Priority
 from millstream.worker.batcher import Budget
-from millstream.worker.held import Outcome, Rows
+from millstream.worker.held import Held, Outcome, Rows
+from millstream.worker.models.base import Prepared
 from millstream.worker.window import HOLD_BATCHES, LEAST_BATCHES, Window
 
 LONG_S = 10.0
@@ -88,6 +89,54 @@ def test_jobs_of_one_millisecond_run_one_after_the_other_in_the_order_of_their_e
     taken = [window.take()[0].owner for _ in range(9)]
 
     assert taken == [job.name for job in jobs for _ in range(3)]
+
+
+@pytest.fixture
+def first() -> Held:
+    """The oldest job."""
+    return held_of([20, 30], claim_of(["x"] * 2, at=5))
+
+
+@pytest.fixture
+def foreseen(window: Window, first: Held) -> list[Prepared]:
+    """What comes next, as the window said; then neighbours came that would have been the better company."""
+    window.hold([first, held_of([80], claim_of(at=9))])
+    upcoming = list(window.upcoming())
+    assert [row.tokens for row in upcoming] == [20, 30]
+    window.hold([held_of([20, 20, 20], claim_of(at=10))])
+    return upcoming
+
+
+def test_what_was_foreseen_comes_next_whatever_came_behind_it(window: Window, foreseen: list[Prepared]) -> None:
+    assert [row.payload for row in window.take()] == foreseen
+    assert sorted(row.tokens for _ in range(2) for row in window.take()) == [20, 20, 20, 80]
+    assert not window.waiting
+
+
+@pytest.mark.parametrize("change", ["more urgent", "ended", "fewer rows", "fewer tokens"])
+def test_what_was_foreseen_gives_way(window: Window, first: Held, foreseen: list[Prepared], change: str) -> None:
+    if change == "more urgent":
+        window.hold([held_of([50], claim_of(priority=Priority.REALTIME, at=9))])
+    elif change == "ended":
+        window.end([first.name])
+    elif change == "fewer rows":
+        window.limit(1, 100, None)
+    else:
+        window.limit(4, 40, None)
+
+    taken = [row.payload for row in window.take()]
+
+    assert taken != foreseen
+    assert [row.tokens for row in taken] == {
+        "more urgent": [50],
+        "ended": [80],
+        "fewer rows": [20],
+        "fewer tokens": [20, 20],
+    }[change]
+
+
+def test_nothing_is_foreseen_where_nothing_waits(window: Window) -> None:
+    assert list(window.upcoming()) == []
 
 
 def test_a_row_that_has_its_error_already_is_not_run(window: Window) -> None:

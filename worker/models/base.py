@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
@@ -26,6 +26,10 @@ class Prepared:
     tokens: int
     features: object
     truncated: bool = False
+
+
+Upcoming = Callable[[], Sequence[Prepared]]
+"""The rows that probably run next; none where nothing waits."""
 
 
 class Model(Protocol):
@@ -59,6 +63,15 @@ class Adapts(Protocol):
 
     def adapt(self, runtime: Runtime) -> None:
         """Take over limits that were pushed, for the rows prepared from now on. Called from any thread."""
+        ...
+
+
+@runtime_checkable
+class Foresees(Protocol):
+    """A model that can prepare its next forward while one runs."""
+
+    def foresee(self, upcoming: Upcoming) -> None:
+        """Ask `upcoming`, in the main thread, for the rows that come next. Called once, before the first forward."""
         ...
 
 

@@ -13,6 +13,7 @@ from millstream.broker.config import ModelSpec
 from millstream.broker.errors import InvalidRequest, MillstreamError, ModelUnavailable
 from millstream.broker.job import Json
 from millstream.worker.models.base import Prepared
+from millstream.worker.models.feed import sent
 from millstream.worker.models.loading import Folder, dtype_of, loaded
 from millstream.worker.models.pairs import SAMPLE_OPTIONS, too_long, too_long_query
 from millstream.worker.models.question import Question, answer_each
@@ -97,8 +98,7 @@ class BiEncoderModel:
     def _vectors(self, ids: Sequence[Ids]) -> torch.Tensor:
         """float32 [ids, dim]."""
         batch = self._tokenizer.pad({"input_ids": [list(each) for each in ids]}, return_tensors="pt")
-        features = {name: tensor.to(self._model.device) for name, tensor in batch.items()}
-        return cast(torch.Tensor, self._model(features)["sentence_embedding"]).float()
+        return cast(torch.Tensor, self._model(sent(batch, self._model.device))["sentence_embedding"]).float()
 
     def samples(self, tokens: int) -> Sequence[Json]:
         return ["a " * tokens]

@@ -12,8 +12,9 @@ from millstream.broker.config import ModelSpec
 from millstream.broker.errors import InvalidRequest, MillstreamError, ModelUnavailable
 from millstream.broker.job import Json
 from millstream.worker.models.base import Prepared
+from millstream.worker.models.feed import Feed
 from millstream.worker.models.loading import Folder, dtype_of, loaded, longest
-from millstream.worker.models.pairs import SAMPLE_OPTIONS, Activation, Pair, Prompts, TextPairs, sample, scored
+from millstream.worker.models.pairs import SAMPLE_OPTIONS, Activation, Prompts, TextPairs, pairs_of, sample, scored
 from millstream.worker.models.prompts import chat_frame
 from millstream.worker.models.question import Question, answer_each
 
@@ -36,6 +37,8 @@ class CrossEncoderModel:
         self._own = cast(Activation, encoder.activation_fn)
         self._truncate = truncate
         self._pairs = self._pairing(folder, spec)
+        self._feed = Feed(self._model.device, self._tensors)
+        self.foresee = self._feed.foresee
         self.fingerprint = folder.fingerprint(spec, dtype_of(encoder), "cross-encoder", type(self._own).__name__)
 
     def _pairing(self, folder: Folder, spec: ModelSpec) -> TextPairs | Prompts:
@@ -54,11 +57,14 @@ class CrossEncoderModel:
         return self._pairs.rows(question, documents)
 
     def forward(self, rows: Sequence[Prepared]) -> list[Json]:
-        pairs = [cast(Pair, row.features) for row in rows]
-        batch = self._tokenizer.pad([dict(pair.ids) for pair in pairs], return_tensors="pt")
         with torch.inference_mode():
-            features = {name: tensor.to(self._model.device) for name, tensor in batch.items()}
-            return scored(self._model(**features).logits[:, 0], pairs, self._own)
+            logits = self._model(**self._feed.batch(rows)).logits[:, 0]
+            self._feed.launched()
+            return scored(logits, pairs_of(rows), self._own)
+
+    def _tensors(self, rows: Sequence[Prepared]) -> Mapping[str, torch.Tensor]:
+        padded = self._tokenizer.pad([dict(pair.ids) for pair in pairs_of(rows)], return_tensors="pt")
+        return cast(Mapping[str, torch.Tensor], padded)
 
     def samples(self, tokens: int) -> Sequence[Json]:
         return [sample(self._pairs, tokens)]

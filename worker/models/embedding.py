@@ -12,7 +12,7 @@ from millstream.broker.config import ModelSpec
 from millstream.broker.embedding import shaped
 from millstream.broker.errors import InvalidRequest, MillstreamError, ModelFailed
 from millstream.broker.job import Json, Vectors
-from millstream.worker.models.base import NO_OPTIONS, NOT_FINITE, Prepared, Result
+from millstream.worker.models.base import NO_OPTIONS, NOT_FINITE, Prepared, Result, Upcoming
 from millstream.worker.models.encoder import Encoder, Text, Wish
 
 
@@ -54,6 +54,9 @@ class EmbeddingModel:
             raise InvalidRequest(
                 f"dimensions={asked.dimensions}, the model gives {self._dimension}", hint="ask for at most that many"
             )
+
+    def foresee(self, upcoming: Upcoming) -> None:
+        self._encoder.foresee(upcoming)
 
     def forward(self, rows: Sequence[Prepared]) -> Vectors | list[Result]:
         vectors = self._encoder.run(rows)

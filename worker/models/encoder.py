@@ -13,7 +13,8 @@ from millstream.broker.config import ModelSpec
 from millstream.broker.embedding import EmbedOptions, InputType
 from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError, ModelUnavailable
 from millstream.broker.job import Json, Vectors
-from millstream.worker.models.base import Prepared
+from millstream.worker.models.base import Prepared, Upcoming
+from millstream.worker.models.feed import Feed
 from millstream.worker.models.loading import Folder, Loaded, dtype_of, load
 from millstream.worker.models.source import locate
 from millstream.worker.models.tokens import Ids, Reader, reader_of
@@ -67,7 +68,7 @@ class Encoder:
         self._pools_prompt = all(getattr(module, "include_prompt", True) for module in self.model.modules())
         most_active = getattr(self.model, "max_active_dims", None)
         self._always: dict[str, Any] = {} if most_active is None else {"max_active_dims": most_active}
-        self._device = self.model.device
+        self._feed = Feed(self.model.device, _tensors)
         self.plain = self._wish(EmbedOptions())
 
     def fingerprint(self, size: str) -> str:
@@ -136,6 +137,9 @@ class Encoder:
 
     # -- the main thread's side --------------------------------------------------------------------------------------
 
+    def foresee(self, upcoming: Upcoming) -> None:
+        self._feed.foresee(lambda: _of_one_way(upcoming()))
+
     def run(self, rows: Sequence[Prepared]) -> Vectors:
         """The model's output, float32 [rows, dim], in order. One forward, but for rows that go different ways."""
         texts = cast(Sequence[Text], rows)
@@ -147,14 +151,24 @@ class Encoder:
         return np.concatenate(parts)[np.argsort(np.concatenate(places))]
 
     def _forward(self, texts: Sequence[Text], way: Way) -> Vectors:
-        batch = way.reader.batch(cast(list[Ids], [text.features for text in texts]))
         with torch.inference_mode():
-            features: dict[str, Any] = {name: tensor.to(self._device) for name, tensor in batch.items()}
+            features = self._feed.batch(texts)
             if way.unpooled:
                 features["prompt_length"] = way.unpooled
             routed = {} if way.route is None else {"task": way.route}
             vectors = self.model(features, **self._always, **routed)["sentence_embedding"]
+            self._feed.launched()
             return cast(Vectors, vectors.to(torch.float32).cpu().numpy().astype(np.float32, copy=False))
+
+
+def _of_one_way(rows: Sequence[Prepared]) -> Sequence[Prepared]:
+    """The rows, but none where they take more than one forward."""
+    return rows if len({text.wish.way for text in cast(Sequence[Text], rows)}) == 1 else ()
+
+
+def _tensors(rows: Sequence[Prepared]) -> Mapping[str, torch.Tensor]:
+    texts = cast(Sequence[Text], rows)
+    return texts[0].wish.way.reader.batch(cast(list[Ids], [text.features for text in texts]))
 
 
 def _row(text: str, ids: Ids, wish: Wish) -> Prepared | MillstreamError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from sentence_transformers.util import get_device_name
@@ -14,6 +14,7 @@ from millstream.broker.config import ModelSpec
 from millstream.broker.errors import MillstreamError, ModelUnavailable
 from millstream.broker.job import Json
 from millstream.worker.models.base import Prepared
+from millstream.worker.models.feed import Feed
 from millstream.worker.models.loading import (
     LOAD_ERRORS,
     Folder,
@@ -23,7 +24,7 @@ from millstream.worker.models.loading import (
     model_kwargs,
     unavailable,
 )
-from millstream.worker.models.pairs import SAMPLE_OPTIONS, Frame, Pair, Prompts, sample, scored
+from millstream.worker.models.pairs import SAMPLE_OPTIONS, Frame, Prompts, pairs_of, sample, scored
 from millstream.worker.models.prompts import chat_frame, qwen3_frame
 from millstream.worker.models.question import answer_each
 
@@ -43,6 +44,8 @@ class GenerativeReranker:
     def __init__(self, folder: Folder, spec: ModelSpec, device: str | None, threads: int, truncate: str) -> None:
         torch.set_num_threads(threads)
         self._tokenizer, self._model = _load(folder, spec, device)
+        self._feed = Feed(self._model.device, _left_padded)
+        self.foresee = self._feed.foresee
         self._takes = set(inspect.signature(self._model.forward).parameters)
         self._truncate = truncate
         judge = _judge(folder)
@@ -58,28 +61,27 @@ class GenerativeReranker:
         return answer_each(inputs, options, self._truncate, self._pairs.rows)
 
     def forward(self, rows: Sequence[Prepared]) -> list[Json]:
-        pairs = [cast(Pair, row.features) for row in rows]
-        batch = _left_padded([pair.ids["input_ids"] for pair in pairs])
-        features: dict[str, Any] = {name: tensor.to(self._model.device) for name, tensor in batch.items()}
-        features |= {"logits_to_keep": 1, "use_cache": False}
         with torch.inference_mode():
+            features = self._feed.batch(rows) | {"logits_to_keep": 1, "use_cache": False}
             taken = {name: value for name, value in features.items() if name in self._takes}
             logits = self._model(**taken).logits[:, -1].float()
             no = 0.0 if self._no is None else logits[:, self._no]
-            return scored(logits[:, self._yes] - no, pairs, self._own)
+            self._feed.launched()
+            return scored(logits[:, self._yes] - no, pairs_of(rows), self._own)
 
     def samples(self, tokens: int) -> Sequence[Json]:
         return [sample(self._pairs, tokens)]
 
 
-def _left_padded(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+def _left_padded(rows: Sequence[Prepared]) -> dict[str, torch.Tensor]:
     """Ids, mask and positions, int64 [rows, longest]: each row ends in the last column, where the answer is read.
 
     Positions are given, and count a row's own tokens: models that learned them would read the padding's.
     """
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    prompts = [pair.ids["input_ids"] for pair in pairs_of(rows)]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(each)) + list(each) for each in prompts])
+    mask = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in prompts])
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -25,6 +25,10 @@ class Pair:
 
     ids: Mapping[str, Sequence[int]]
     scores: str
+
+
+def pairs_of(rows: Sequence[Prepared]) -> list[Pair]:
+    return [cast(Pair, row.features) for row in rows]
 
 
 class TextPairs:
