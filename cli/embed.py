@@ -16,7 +16,7 @@ from millstream.cli import options
 from millstream.cli.options import SecondsRange
 
 if TYPE_CHECKING:
-    from millstream.broker.job import Vectors
+    from millstream.broker.job import Json, Vectors
     from millstream.client import Client
     from millstream.client.services import Services
 
@@ -32,6 +32,10 @@ _POLL_S = 0.1
 @click.option("--priority", type=click.Choice(["realtime", "normal", "batch"]), default="normal", show_default=True)
 @click.option("--timeout", type=SecondsRange(min=0, min_open=True), help="Seconds for the whole call.")
 @click.option("--truncate", type=click.Choice(["none", "start", "end"]), help="Where to cut texts that are too long.")
+@click.option("--input-type", type=click.Choice(["query", "document", "none"]), help="Take the model's prompt for it.")
+@click.option("--prompt", help="Text to put before each TEXT, instead of the model's own.")
+@click.option("--dimensions", type=click.IntRange(min=1), metavar="NUMBER", help="Keep so many of each vector.")
+@click.option("--normalize/--no-normalize", default=None, help="Unit vectors, or what was cut as it is.")
 @click.option(
     "--wait",
     "wait_s",
@@ -56,12 +60,13 @@ def embed(
     output: Path | None,
     url: str | None,
     prefix: str | None,
-    **call: str | float | None,
+    **call: str | float | bool | None,
 ) -> None:
     """Embed each TEXT, or each line of standard input, through the queue.
 
-    One line of JSON a text: {"index": 0, "embedding": [...]}. With --format text the numbers alone; with npy one
-    float32 array. A text that failed has no JSON line, an empty line or a row of NaN, and a line on standard error.
+    One line of JSON a text: {"index": 0, "embedding": [...]}, from a sparse model with {"indices": [...], "values":
+    [...]} for the numbers. With --format text the numbers alone; with npy one float32 array. A text that failed has
+    no JSON line, an empty line or a row of NaN, and a line on standard error.
     """
     _check_output(output, layout)
     rows = _texts(texts, as_json)
@@ -76,6 +81,7 @@ def embed(
         _await_worker(services, name, wait_s)
     with Client(target.url, prefix=target.prefix) as client:
         vectors, errors = _call(client, rows, {"service": name, **call})
+    _check_dense(layout, vectors)
     _write(encode(layout, vectors), output)
     for index, error in sorted(errors.items()):
         click.echo(f"millstream: text {index}: {error}", err=True)
@@ -158,7 +164,7 @@ def _await_worker(services: Services, service: str, wait_s: float) -> None:
 
 
 def _call(
-    client: Client, texts: Sequence[str], call: Mapping[str, str | float | None]
+    client: Client, texts: Sequence[str], call: Mapping[str, str | float | bool | None]
 ) -> tuple[list[Vectors | None], Mapping[int, MillstreamError]]:
     """A vector a text, None where it failed, and the errors by index. Raises where every text failed alike."""
     try:
@@ -167,12 +173,20 @@ def _call(
         return cast("list[Vectors | None]", partial.results), partial.errors
 
 
-def encode(layout: Format, vectors: Sequence[Vectors | None]) -> Iterator[bytes]:
+def _check_dense(layout: Format, vectors: Sequence[Vectors | Mapping[str, Json] | None]) -> None:
+    if layout != "json" and any(isinstance(vector, dict) for vector in vectors):
+        raise InvalidRequest("the model's vectors are sparse", hint="--format json writes them")
+
+
+def encode(layout: Format, vectors: Sequence[Vectors | Mapping[str, Json] | None]) -> Iterator[bytes]:
     """The output, piece by piece. Numbers are written with the digits that give the same float32 back."""
     if layout == "npy":
-        yield _npy(vectors)
+        yield _npy(cast("Sequence[Vectors | None]", vectors))
         return
     for index, vector in enumerate(vectors):
+        if isinstance(vector, dict):
+            yield json.dumps({"index": index, "embedding": vector}, separators=(",", ":")).encode() + b"\n"
+            continue
         numbers = [] if vector is None else [str(number) for number in vector]
         if layout == "text":
             yield " ".join(numbers).encode() + b"\n"

@@ -186,7 +186,10 @@ def test_a_waiting_text_is_shown_as_it_lies_and_embedded_once_up_runs(
         with shell.background("up") as up:
             up.says(f"ready: {name} 1/1")
             answer = handle.result(timeout=60)
+            prompted = client.embed(TEXT, service=name, prompt="query: ")
             embedded = shell.run("embed", TEXT, "and a stream", "--service", name)
+            asked = ("--prompt", "query: ", "--dimensions", "3", "--no-normalize")
+            cut = shell.run("embed", TEXT, "--service", name, *asked)
             array = shell.run("embed", "--service", name, "--format", "npy", stdin=b"one\nno \xff text\nthree\n")
             workers = up.children()
             up.interrupt()
@@ -198,6 +201,7 @@ def test_a_waiting_text_is_shown_as_it_lies_and_embedded_once_up_runs(
             vectors = [json.loads(line) for line in embedded.out.splitlines()]
             assert [vector["index"] for vector in vectors] == [0, 1]
             np.testing.assert_allclose(vectors[0]["embedding"], np.asarray(answer)[0], atol=1e-5)
+            np.testing.assert_allclose(json.loads(cut.out)["embedding"], prompted[:3], atol=1e-5)
             rows = np.load(io.BytesIO(array.out))
             assert (rows.shape, [bool(np.isnan(row).any()) for row in rows]) == ((3, 384), [False, True, False])
             assert (array.code, len(array.err.splitlines())) == (9, 1)

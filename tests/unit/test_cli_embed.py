@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from millstream.broker.errors import InvalidRequest
-from millstream.broker.job import Vectors
+from millstream.broker.job import Json, Vectors
 from millstream.cli.embed import encode, parse_json
 
 VECTORS = arrays(np.float32, (3, 4), elements=st.floats(-2, 2, width=32))
@@ -35,6 +35,14 @@ def test_a_text_that_failed_has_no_json_line_an_empty_line_or_a_row_of_nan() -> 
     assert b"".join(encode("text", [row, None, row])) == b"1.0 1.0\n\n1.0 1.0\n"
     array = np.load(io.BytesIO(b"".join(encode("npy", [row, None, row]))))
     np.testing.assert_array_equal(array, [[1, 1], [np.nan, np.nan], [1, 1]])
+
+
+def test_a_sparse_vector_is_an_object() -> None:
+    sparse: dict[str, Json] = {"indices": [3, 7], "values": [0.5, 1.0]}
+
+    assert b"".join(encode("json", [sparse, None])) == (
+        b'{"index":0,"embedding":{"indices":[3,7],"values":[0.5,1.0]}}\n'
+    )
 
 
 def test_no_text_gives_no_line_and_an_empty_array() -> None:
