@@ -125,6 +125,12 @@ def _key_prefix(prefix: str) -> str:
     return prefix
 
 
+def _below(path: str) -> str:
+    if path.startswith("/") or not {"..", ""}.isdisjoint(path.split("/")):
+        raise ValueError("must be a path below the model's folder, as in onnx/model.onnx")
+    return path
+
+
 def _handler(name: str) -> str:
     if not _HANDLER.fullmatch(name):
         raise ValueError("must be module:function, as in my_package.my_module:process")
@@ -286,7 +292,7 @@ class ModelSpec(Settings):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     # What runs the weights; where it is not torch, `model_file` is the exported file, below the model's folder.
     backend: Literal["torch", "onnx", "openvino"] = "torch"
-    model_file: str | None = None
+    model_file: Annotated[str, AfterValidator(_below)] | None = None
     max_length: Count | None = None
     warmup: bool | None = None
     priority: int | None = None

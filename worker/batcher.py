@@ -89,7 +89,7 @@ class Pool(Generic[T]):
 
         All of one rank: where time grows with tokens, the company of bulk would cost a single text its urgency. Never
         empty unless the pool is; never over the budget but for one row that is over it by itself. What `choose` said
-        last is taken as long as it may be: all of it waits, nothing more urgent does, and the budget allows it.
+        last is taken as long as it may be: all of it waits, no rank above it does, and the budget allows it.
         """
         rows = self._first()
         if chosen and _allowed(chosen, rows, budget):

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 from millstream.worker.models.base import Prepared
 
-_SIGNS = ("out of memory", "can't allocate memory", "alloc_failed")
-"""How torch and the libraries below it say it, in errors that are no type of their own."""
+_SIGNS = ("out of memory", "can't allocate memory", "failed to allocate memory", "alloc_failed")
+"""How torch, ONNX Runtime and the libraries below them say it, in errors that are no type of their own."""
 
 
 def is_exhaustion(error: BaseException) -> bool:
     """Whether a forward failed for want of memory, the host's or a device's."""
-    # By name: nothing here imports torch.
-    named = any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__)
-    said = isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
-    return isinstance(error, MemoryError) or named or said
+    # By name: nothing here imports torch, nor ONNX Runtime, whose RuntimeException is no RuntimeError.
+    names = {cls.__name__ for cls in type(error).__mro__}
+    untyped = not names.isdisjoint(("RuntimeError", "RuntimeException"))
+    said = untyped and any(sign in str(error).lower() for sign in _SIGNS)
+    return "OutOfMemoryError" in names or isinstance(error, MemoryError) or said
 
 
 class Fit:

@@ -187,9 +187,13 @@ class Window:
             return batch
 
     def upcoming(self) -> Sequence[Prepared]:
-        """What the next micro-batch will be, unless something more urgent comes; empty where nothing waits."""
+        """What the next micro-batch will be, unless something more urgent comes.
+
+        Empty where it would gain by what arrives until then: fixed now, a few rows would make a forward of their own.
+        """
         with self._lock:
-            self._chosen = self._pool.choose(self._one_forward())
+            chosen = self._pool.choose(self._one_forward())
+            self._chosen = [] if self._pool.cut == "arrival" else chosen
             return [row.payload for row in self._chosen]
 
     def _one_forward(self) -> Budget:

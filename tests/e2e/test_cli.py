@@ -295,7 +295,7 @@ def test_worker_ls_shows_what_runs_and_how_the_worker_before_ended(
     shell: Shell, connection: Connection, name: str
 ) -> None:
     configure(
-        shell, name, 'type: echo, model_name: "hang:stone"', "worker_count: 1, stall_timeout: 8s, max_attempts: 1"
+        shell, name, 'type: echo, model_name: "hang:stone"', "worker_count: 1, stall_timeout: 20s, max_attempts: 1"
     )
     inspect = Inspector(connection)
 
@@ -304,13 +304,13 @@ def test_worker_ls_shows_what_runs_and_how_the_worker_before_ended(
         client.submit(name, ["a mill", "stone"])
         eventually(lambda: any(worker.running for worker in inspect.services([name])[0].workers))
         stuck = shell.run("worker", "ls").out.decode()
-        eventually(lambda: any(worker.past for worker in inspect.services([name])[0].workers), within_s=30.0)
+        eventually(lambda: any(worker.past for worker in inspect.services([name])[0].workers), within_s=60.0)
         listed = shell.run("worker", "ls").out.decode()
         found = json.loads(shell.run("worker", "ls", "--json").out)
 
         line = rf"^{name} +\S+ +\S+ +\d+ +auto +ready +"
-        assert re.search(rf"{line}1 for \d\.\ds +0 +0\.0 +0% +- +2048 +\d\.\ds +-$", stuck, re.MULTILINE)
-        past = r"was killed by SIGKILL \(no progress for \d\.\d s, the stall_timeout is 8 s\)"
+        assert re.search(rf"{line}1 for \d+\.\ds +0 +0\.0 +0% +- +2048 +\d\.\ds +-$", stuck, re.MULTILINE)
+        past = r"was killed by SIGKILL \(no progress for \d+\.\d s, the stall_timeout is 20 s\)"
         assert re.search(rf"{line}- +\d+ +.* {past}$", listed, re.MULTILINE)
         (record,) = [each for each in found if each["service"] == name]
         assert record["pid"] in up.children()

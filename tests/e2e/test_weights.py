@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from e2e.sites import Site, echo, minilm, site_of
+from e2e.sites import Site, echo, site_of
 from e2e.supervisors import lone_worker, said, supervising
 from support import eventually
 
@@ -116,15 +116,3 @@ def train_a_little(file: Path) -> None:
     tensors = load_file(file)
     next(iter(tensors.values()))[0] += 0.001
     save_file(tensors, file, {"format": "pt"})
-
-
-def test_the_real_models_fingerprint_is_the_same_in_every_process(opened: Open) -> None:
-    site = opened(minilm())
-
-    with supervising(site.url, Plan(site.spec, 2)):
-        site.await_workers(2)
-        fingerprints = {fields[b"fingerprint"] for fields in site.watch.workers().values()}
-
-    (fingerprint,) = fingerprints
-    assert fingerprint.endswith(b" float32 384")
-    assert fingerprint == site.connection.client.hget(site.keys.spec(), "fingerprint")

@@ -74,6 +74,8 @@ def test_what_torch_says_without_memory_is_understood() -> None:
 
     assert is_exhaustion(caught.value)
     assert is_exhaustion(torch.cuda.OutOfMemoryError("CUDA"))
+    # ONNX Runtime's own, which is no RuntimeError.
+    assert is_exhaustion(type("RuntimeException", (Exception,), {})("Failed to allocate memory for requested buffer"))
     with pytest.raises(RuntimeError) as other:
         torch.zeros(2, 3) @ torch.zeros(2, 3)
     assert not is_exhaustion(other.value)

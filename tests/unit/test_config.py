@@ -125,6 +125,11 @@ def test_a_value_comes_from_environment_then_file_then_preset_then_type_then_def
             "change one of them",
         ),
         (
+            "models: {c: {type: embedding, model_name: m, backend: onnx, model_file: ../other/model.onnx}}",
+            "config.yaml:1: models.c.model_file: must be a path below the model's folder, as in onnx/model.onnx, "
+            "not '../other/model.onnx'",
+        ),
+        (
             "models: {c: {type: embedding, model_name: m, backend: onnx, dtype: bfloat16}}",
             "config.yaml:1: models.c.dtype: an exported file has its own dtype; leave it out, or name another "
             "model_file",

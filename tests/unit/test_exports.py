@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,14 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from embedders import save_static
 from rerankers import save_judge
+from sentence_transformers import SentenceTransformer
 
 from millstream.broker.errors import ModelUnavailable
 from millstream.broker.spec import ModelSpec
 from millstream.worker.models.embedding import EmbeddingModel
-from millstream.worker.models.exports import export_digest, export_kwargs, exported
+from millstream.worker.models.exports import Export, export_digest, exported, find
 from millstream.worker.models.reranker import load_reranker
 
 Files = Callable[..., Path]
@@ -34,19 +37,23 @@ def files(tmp_path: Path) -> Files:
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both libraries, as far as loading asks for them."""
+def installed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Both libraries, as far as loading asks for them; what ONNX Runtime says it runs on."""
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    runtime = {"SessionOptions": SimpleNamespace, "get_available_providers": lambda: providers}
     for name in ("optimum", "optimum.onnxruntime", "optimum.intel", "optimum.intel.openvino"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(SessionOptions=SimpleNamespace))
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(**runtime))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    return providers
 
 
 def of(backend: str, **settings: Any) -> ModelSpec:
     return ModelSpec.model_validate({"type": "embedding", "model_name": "m", "backend": backend, **settings})
 
 
-def found(spec: ModelSpec, folder: Path) -> str:
-    return exported(spec, lambda name: folder / name if (folder / name).is_file() else None)
+def asked(backend: str, folder: Path, device: str | None) -> Export:
+    return find(folder, of(backend), device, "SentenceTransformer")
 
 
 @pytest.mark.parametrize(
@@ -60,15 +67,16 @@ def found(spec: ModelSpec, folder: Path) -> str:
 def test_the_file_is_the_one_that_the_library_would_take(
     backend: str, there: list[str], file: str, files: Files
 ) -> None:
-    assert found(of(backend), files(*there)) == file
+    assert exported(files(*there), of(backend)) == file
 
 
 def test_a_file_that_is_named_is_the_one(files: Files) -> None:
     folder = files("model.onnx", "onnx/model_qint8_avx512.onnx")
 
-    assert found(of("onnx", model_file="onnx/model_qint8_avx512.onnx"), folder) == "onnx/model_qint8_avx512.onnx"
+    quantised = "onnx/model_qint8_avx512.onnx"
+    assert exported(folder, of("onnx", model_file=quantised)) == quantised
     with pytest.raises(ModelUnavailable, match=r"'m' has no onnx/model_O4.onnx, which backend onnx runs"):
-        found(of("onnx", model_file="onnx/model_O4.onnx"), folder)
+        exported(folder, of("onnx", model_file="onnx/model_O4.onnx"))
 
 
 def test_where_there_is_no_export_the_error_says_how_to_make_one(tiny_model: Path) -> None:
@@ -80,44 +88,93 @@ def test_where_there_is_no_export_the_error_says_how_to_make_one(tiny_model: Pat
     assert 'SentenceTransformer(NAME, backend="openvino").save_pretrained(FOLDER)' in caught.value.hint
 
 
+def test_a_model_of_the_hub_is_to_be_downloaded() -> None:
+    with pytest.raises(ModelUnavailable, match="runs a model from a folder") as caught:
+        find("mill/tiny", of("onnx"), None, "SentenceTransformer")
+
+    assert caught.value.hint is not None
+    assert "hf download mill/tiny --local-dir FOLDER" in caught.value.hint
+
+
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
-def test_a_library_that_is_not_installed_is_named(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_is_not_installed_is_named(backend: str, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optimum", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
 
     with pytest.raises(ModelUnavailable, match=f"backend {backend}: ") as caught:
-        export_kwargs(of(backend), "file", "cpu")
+        asked(backend, files("model.onnx", "openvino_model.xml"), "cpu")
 
     assert caught.value.hint == f"pip install 'sentence-transformers[{backend}]'"
 
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(
-    ("device", "asked"),
+    ("device", "where", "options"),
     [
-        ("cpu", {"provider": "CPUExecutionProvider"}),
-        (None, {"provider": "CPUExecutionProvider"}),
-        ("cuda", {"provider": "CUDAExecutionProvider", "provider_options": {"device_id": 0}}),
-        ("cuda:1", {"provider": "CUDAExecutionProvider", "provider_options": {"device_id": 1}}),
+        ("cpu", "cpu", {"provider": "CPUExecutionProvider"}),
+        (None, "cpu", {"provider": "CPUExecutionProvider"}),
+        ("auto", "cpu", {"provider": "CPUExecutionProvider"}),
+        ("cuda", "cuda", {"provider": "CUDAExecutionProvider", "provider_options": {"device_id": 0}}),
+        ("cuda:1", "cuda:1", {"provider": "CUDAExecutionProvider", "provider_options": {"device_id": 1}}),
     ],
 )
 def test_the_device_says_what_onnx_runs_on(
-    device: str | None, asked: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    device: str | None, where: str, options: dict[str, object], files: Files
 ) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    export = asked("onnx", files("model.onnx"), device)
 
-    kwargs = dict(export_kwargs(of("onnx"), "model.onnx", device))
-
+    kwargs = dict(export.kwargs)
+    assert export.device == where
     assert kwargs.pop("session_options").intra_op_num_threads >= 1
-    assert kwargs == {"file_name": "model.onnx", "export": False, **asked}
+    assert kwargs == {"file_name": "model.onnx", "export": False, **options}
+
+
+def test_a_gpu_needs_the_runtime_for_it(installed: list[str], files: Files) -> None:
+    installed.remove("CUDAExecutionProvider")
+
+    with pytest.raises(ModelUnavailable, match="is for the CPU") as caught:
+        asked("onnx", files("model.onnx"), "cuda:0")
+
+    assert caught.value.hint == "pip install 'sentence-transformers[onnx-gpu]'"
+    with pytest.raises(ModelUnavailable, match="onnx on mps"):
+        asked("onnx", files("model.onnx"), "mps")
 
 
 @pytest.mark.usefixtures("installed")
-def test_openvino_computes_in_float32_on_the_cpu_alone() -> None:
-    kwargs = export_kwargs(of("openvino"), "openvino_model.xml", None)
+def test_openvino_computes_in_float32_on_the_cpu_alone(files: Files) -> None:
+    folder = files("openvino_model.xml")
 
-    assert kwargs["ov_config"]["INFERENCE_PRECISION_HINT"] == "f32"
+    export = asked("openvino", folder, None)
+
+    assert export.device == "cpu", "the modules behind it belong beside it"
+    assert export.kwargs["ov_config"]["INFERENCE_PRECISION_HINT"] == "f32"
     with pytest.raises(ModelUnavailable, match="openvino on cuda:0"):
-        export_kwargs(of("openvino"), "openvino_model.xml", "cuda:0")
+        asked("openvino", folder, "cuda:0")
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_model_that_has_nothing_to_export_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = save_static(tiny_model, tmp_path / "static")
+    (folder / "model.onnx").write_text("of another model")
+
+    with pytest.raises(ModelUnavailable, match="whose first module is a StaticEmbedding"):
+        EmbeddingModel(of("onnx", model_name=str(folder)), "cpu", 1)
+
+
+@pytest.mark.usefixtures("installed")
+def test_whatever_the_library_raises_is_an_error_of_the_model(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    (folder / "model.onnx").write_text("no protobuf")
+
+    def broken(*args: object, **kwargs: object) -> object:
+        raise Exception("INVALID_PROTOBUF: Load model failed")
+
+    monkeypatch.setattr(SentenceTransformer, "__init__", broken)
+
+    with pytest.raises(ModelUnavailable, match="INVALID_PROTOBUF"):
+        EmbeddingModel(of("onnx", model_name=str(folder)), "cpu", 1)
 
 
 def test_a_language_model_runs_with_torch_alone(tmp_path: Path) -> None:
@@ -127,15 +184,22 @@ def test_a_language_model_runs_with_torch_alone(tmp_path: Path) -> None:
         load_reranker(ModelSpec(type="reranker", model_name=str(folder), backend="onnx"), "cpu", 1)
 
 
+MODULES = '[{"idx": 0, "path": "", "type": "Transformer"}, {"idx": 1, "path": "2_Dense", "type": "Dense"}]'
+
+
 @pytest.mark.parametrize(
     ("file", "counts", "does_not"),
     [
         ("onnx/model.onnx", "onnx/model.onnx_data", "onnx/model_O3.onnx"),
-        ("onnx/model.onnx", "2_Dense/model.safetensors", "model.safetensors"),
+        ("onnx/model.onnx", "onnx/onnx__MatMul_12", "README.md"),
+        ("model.onnx", "weights.data", "model.safetensors"),
+        ("onnx/model.onnx", "2_Dense/model.safetensors", "checkpoint-9/model.safetensors"),
+        ("onnx/model.onnx", "2_Dense/pytorch_model.bin", "tokenizer.json"),
         ("openvino/openvino_model.xml", "openvino/openvino_model.bin", "openvino/openvino_model_int8.bin"),
     ],
 )
 def test_what_runs_names_the_weights_and_nothing_else(file: str, counts: str, does_not: str, files: Files) -> None:
+    (files() / "modules.json").write_text(MODULES)
     before = export_digest(files(file), file)
 
     assert export_digest(files(does_not), file) == before

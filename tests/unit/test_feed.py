@@ -15,7 +15,7 @@ from millstream.broker.job import Json
 from millstream.broker.spec import ModelSpec
 from millstream.worker.models.base import Foresees, Model, Prepared
 from millstream.worker.models.embedding import EmbeddingModel
-from millstream.worker.models.feed import Feed
+from millstream.worker.models.feed import Feed, runs_by_itself
 from millstream.worker.models.reranker import load_reranker
 
 CPU = torch.device("cpu")
@@ -45,8 +45,14 @@ def make() -> Maker:
 
 
 @pytest.fixture
-def feed(make: Maker) -> Feed:
-    return Feed(CPU, make, is_ahead=True)
+def by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the CPU ran forwards while their callers do something else."""
+    monkeypatch.setattr("millstream.worker.models.feed.runs_by_itself", lambda device, backend: True)
+
+
+@pytest.fixture
+def feed(by_itself: None, make: Maker) -> Feed:
+    return Feed(CPU, make)
 
 
 def test_the_next_batch_is_made_once_a_forward_runs(feed: Feed, make: Maker) -> None:
@@ -107,11 +113,14 @@ def prepared(model: Model, texts: Sequence[Json]) -> list[Prepared]:
     return cast(list[Prepared], model.prepare(texts, model.sample_options))
 
 
+@pytest.mark.parametrize(("device", "backend", "does"), [("cuda:1", "torch", True), ("cuda", "onnx", False)])
+def test_torch_on_cuda_runs_by_itself(device: str, backend: str, does: bool) -> None:
+    assert runs_by_itself(torch.device(device), backend) is does
+
+
+@pytest.mark.usefixtures("by_itself")
 @pytest.mark.parametrize("kind", ["embedding", "cross-encoder", "qwen3"])
-def test_models_answer_the_same_ahead_of_time(
-    kind: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Feed.__init__, "__defaults__", (True,))
+def test_models_answer_the_same_ahead_of_time(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     model: Model
     if kind == "embedding":
         model = EmbeddingModel(ModelSpec(type="embedding", model_name=str(tiny_model)), "cpu", 1)

@@ -135,8 +135,13 @@ def test_what_was_foreseen_gives_way(window: Window, first: Held, foreseen: list
     }[change]
 
 
-def test_nothing_is_foreseen_where_nothing_waits(window: Window) -> None:
+def test_nothing_is_foreseen_that_more_arrivals_would_make_larger(window: Window) -> None:
     assert list(window.upcoming()) == []
+    window.hold([held_of([20, 20], claim_of(at=5))])
+    assert list(window.upcoming()) == []
+    window.hold([held_of([20], claim_of(at=6))])
+
+    assert [row.tokens for row in window.take()] == [20, 20, 20]
 
 
 def test_a_row_that_has_its_error_already_is_not_run(window: Window) -> None:

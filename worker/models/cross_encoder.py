@@ -37,7 +37,7 @@ class CrossEncoderModel:
         self._own = cast(Activation, encoder.activation_fn)
         self._truncate = truncate
         self._pairs = self._pairing(folder, spec)
-        self._feed = Feed(self._model.device, self._tensors)
+        self._feed = Feed(self._model.device, self._tensors, spec.backend)
         self.foresee = self._feed.foresee
         self.fingerprint = folder.fingerprint(spec, dtype_of(encoder), "cross-encoder", type(self._own).__name__)
 

@@ -68,7 +68,7 @@ class Encoder:
         self._pools_prompt = all(getattr(module, "include_prompt", True) for module in self.model.modules())
         most_active = getattr(self.model, "max_active_dims", None)
         self._always: dict[str, Any] = {} if most_active is None else {"max_active_dims": most_active}
-        self._feed = Feed(self.model.device, _tensors)
+        self._feed = Feed(self.model.device, _tensors, spec.backend)
         self.plain = self._wish(EmbedOptions())
 
     def fingerprint(self, size: str) -> str:

@@ -17,13 +17,13 @@ class Feed:
     """What one model's forwards take, on its device. Used by one thread.
 
     CUDA runs a forward by itself once it is launched. Between that and the wait for its results the next batch is made
-    and sent after it; where `upcoming` was wrong about it, it is made again. `is_ahead`: whether the device is such.
+    and sent after it; where `upcoming` was wrong about it, it is made again.
     """
 
-    def __init__(self, device: torch.device, make: Make, is_ahead: bool | None = None) -> None:
+    def __init__(self, device: torch.device, make: Make, backend: str = "torch") -> None:
         self._device = device
         self._make = make
-        self._is_ahead = device.type == "cuda" if is_ahead is None else is_ahead
+        self._is_ahead = runs_by_itself(device, backend)
         self._upcoming: Upcoming | None = None
         self._next: tuple[Sequence[Prepared], dict[str, Any]] = [], {}
 
@@ -49,6 +49,11 @@ class Feed:
 
     def _sent(self, rows: Sequence[Prepared]) -> dict[str, Any]:
         return sent(self._make(rows), self._device)
+
+
+def runs_by_itself(device: torch.device, backend: str) -> bool:
+    """Whether a forward goes on there while its caller does something else."""
+    return device.type == "cuda" and backend == "torch"
 
 
 def sent(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers.utils.hub import cached_file
 
 from millstream.broker.config import ModelSpec
 from millstream.broker.errors import ModelUnavailable
-from millstream.worker.models.exports import export_digest, export_kwargs, exported
+from millstream.worker.models.exports import check_runs, export_digest, exported, find
 from millstream.worker.models.source import settings_digest, weights_digest
 
 # A worker logs one line when it is ready; bars of many processes only garble a terminal.
@@ -48,7 +48,7 @@ def unavailable(error: Exception, spec: ModelSpec, device: str | None) -> ModelU
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ModelUnavailable(
         f"cannot load {spec.model_name!r} on {device or 'auto'}: {reason}",
-        hint="check model_name, revision, device and attention",
+        hint="check model_name, revision, device, attention and backend",
     )
 
 
@@ -73,34 +73,36 @@ def cache_dir() -> str | None:
 def load(source: Path | str, spec: ModelSpec, device: str | None) -> Loaded:
     """The embedding model, dense or sparse, in a folder or of the hub's name. Raises ModelUnavailable."""
     try:
-        kind: Callable[..., Loaded] = _kind(source, spec.revision)
+        kind = _kind(source, spec.revision)
     except LOAD_ERRORS as error:
         raise unavailable(error, spec, device) from error
     return loaded(kind, source, spec, device)
 
 
-def loaded(kind: Callable[..., M], source: Path | str, spec: ModelSpec, device: str | None) -> M:
+def loaded(kind: type[M], source: Path | str, spec: ModelSpec, device: str | None) -> M:
     """The same, known to be of `kind`: any that sentence-transformers has."""
+    where, kwargs = device, model_kwargs(spec)
+    if spec.backend != "torch":
+        _, _, where, kwargs = find(source, spec, device, kind.__name__)
+    make: Callable[..., M] = kind
     try:
-        model = kind(
+        model = make(
             str(source),
-            device=None if device in (None, "auto") else device,
+            device=None if where in (None, "auto") else where,
             revision=spec.revision,
             trust_remote_code=False,
             backend=spec.backend,
-            model_kwargs=_kwargs(source, spec, device),
+            model_kwargs=kwargs,
         )
-    except LOAD_ERRORS as error:
+    except Exception as error:
+        # ONNX Runtime and OpenVINO have errors of no common type.
+        if spec.backend == "torch" and not isinstance(error, LOAD_ERRORS):
+            raise
         raise unavailable(error, spec, device) from error
+    if spec.backend != "torch":
+        check_runs(model, spec)
     model.eval()
     return model
-
-
-def _kwargs(source: Path | str, spec: ModelSpec, device: str | None) -> dict[str, Any]:
-    if spec.backend == "torch":
-        return model_kwargs(spec)
-    file = exported(spec, Folder(source, spec.revision).path)
-    return dict(export_kwargs(spec, file, None if device == "auto" else device))
 
 
 def model_kwargs(spec: ModelSpec) -> dict[str, Any]:
@@ -146,7 +148,7 @@ class Folder(NamedTuple):
 
     def read(self, file: str) -> Any:
         """The JSON of `file`; None where the model has no such file. Raises one of LOAD_ERRORS."""
-        path = self.path(file)
+        path = self._path(file)
         return None if path is None else json.loads(path.read_text(encoding="utf-8"))
 
     def settings(self) -> dict[str, Any]:
@@ -174,9 +176,9 @@ class Folder(NamedTuple):
     def _weights(self, spec: ModelSpec, folder: Path) -> str:
         if spec.backend == "torch":
             return weights_digest(folder)
-        return export_digest(folder, exported(spec, self.path))
+        return export_digest(folder, exported(folder, spec))
 
-    def path(self, file: str) -> Path | None:
+    def _path(self, file: str) -> Path | None:
         if isinstance(self.source, Path):
             path = self.source / file
             return path if path.is_file() else None

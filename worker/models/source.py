@@ -89,12 +89,22 @@ def _cached(model_name: str) -> bool:
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 of the safetensors file in `folder`, as sha256sum prints it; of several, over their names and digests."""
-    digests = {file.relative_to(folder).as_posix(): _digest(file) for file in sorted(folder.rglob("*.safetensors"))}
+    """SHA-256 of the safetensors file in `folder`, as sha256sum prints it; of several, over their names and digests.
+
+    Of a module behind the first that has none, its pytorch_model.bin: sentence-transformers falls back to it.
+    """
+    files = [*folder.rglob("*.safetensors"), *_fallbacks(folder)]
+    digests = {file.relative_to(folder).as_posix(): _digest(file) for file in sorted(files)}
     if len(digests) == 1:
         return next(iter(digests.values()))
     listing = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
     return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _fallbacks(folder: Path) -> Iterator[Path]:
+    for each in set(module_folders(folder)) - {folder}:
+        if not any(each.glob("*.safetensors")):
+            yield from each.glob("pytorch_model.bin")
 
 
 _SETTINGS = (
@@ -112,12 +122,12 @@ def settings_digest(folder: Path) -> str:
     The tokenizer's, the modules' and the prompts', of the folder and of the modules below it. Others do not count: two
     hosts have the same model where one downloaded a README or an ONNX export as well.
     """
-    files = [file for each in _module_folders(folder) for file in _settings(each)]
+    files = [file for each in module_folders(folder) for file in _settings(each)]
     listing = "".join(f"{_digest(file)}  {file.relative_to(folder).as_posix()}\n" for file in sorted(set(files)))
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def _module_folders(folder: Path) -> Iterator[Path]:
+def module_folders(folder: Path) -> Iterator[Path]:
     """The folder, and every one in which a module of modules.json, or a part of it, is kept."""
     yield folder
     modules = folder / "modules.json"
