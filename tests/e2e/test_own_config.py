@@ -22,7 +22,7 @@ from millstream.client import Client
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(240)]
 
-LOAD_S = 60.0 if os.environ.get("MILLSTREAM_LONG") else 12.0
+LOAD_S = 60.0 if os.environ.get("MILLSTREAM_LONG") else 8.0
 LONGEST_S = 0.75
 """total_timeout is 0.5 s."""
 
