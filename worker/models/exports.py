@@ -22,10 +22,8 @@ _LIBRARIES = {"onnx": ("onnxruntime", "optimum.onnxruntime"), "openvino": ("opti
 
 
 class Export(NamedTuple):
-    """An exported model: its folder, the file to run, below it, and the device for it and the modules behind it."""
+    """An exported model: the device for it and the modules behind it, and its loading."""
 
-    folder: Path
-    file: str
     device: str
     kwargs: dict[str, Any]
     """How the file is to be loaded, as from_pretrained takes it."""
@@ -42,7 +40,7 @@ def find(source: Path | str, spec: ModelSpec, device: str | None, kind: str) -> 
     _check_installed(spec.backend)
     where = _onnx_device(device) if spec.backend == "onnx" else _openvino_device(device)
     options = _onnx(where) if spec.backend == "onnx" else _openvino()
-    return Export(source, file, where, {"file_name": file, "export": False, **options})
+    return Export(where, {"file_name": file, "export": False, **options})
 
 
 def exported(folder: Path, spec: ModelSpec, kind: str = "SentenceTransformer") -> str:

@@ -83,7 +83,7 @@ def loaded(kind: type[M], source: Path | str, spec: ModelSpec, device: str | Non
     """The same, known to be of `kind`: any that sentence-transformers has."""
     where, kwargs = device, model_kwargs(spec)
     if spec.backend != "torch":
-        _, _, where, kwargs = find(source, spec, device, kind.__name__)
+        where, kwargs = find(source, spec, device, kind.__name__)
     make: Callable[..., M] = kind
     try:
         model = make(
