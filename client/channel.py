@@ -23,12 +23,18 @@ from millstream.broker.errors import BrokerUnavailable, DeadlineExceeded, Millst
 from millstream.broker.registry import Registry
 from millstream.broker.replies import Replies
 from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Admission, CancelOutcome, Group, Streams
+from millstream.client.baton import baton
 
 log = logging.getLogger(__name__)
 
 READ_S = 2.0
 SWEEP_S = 10.0
 _AWAY_PAUSE_S = 0.1
+
+LINGER_S = 0.0005
+MANY = 64
+"""So long the sender waits for more than the few orders it has, while callers are being woken: a script call for each
+of them would cost the server more than they gain."""
 
 
 class Sink(Protocol):
@@ -265,6 +271,9 @@ class _Sender(threading.Thread):
                 self._waits = True
                 self._changed.wait(None if next_s is None else max(0.0, next_s))
                 self._waits = False
+            if baton.busy and len(self._ready) < MANY and not self._closed:
+                # More is on its way here, from callers that have their answers.
+                self._changed.wait(LINGER_S)
             if self._closed:
                 return []
             first = self._ready.popleft()

@@ -23,6 +23,7 @@ from millstream.broker.errors import (
 )
 from millstream.broker.job import Draft, Json, Priority, Reply
 from millstream.broker.streams import CancelOutcome, Group
+from millstream.client.baton import baton
 from millstream.client.channel import Cancellation, Channel, Submission
 from millstream.client.flights import Flights
 from millstream.client.ids import new_id
@@ -31,6 +32,9 @@ from millstream.client.rows import RowOutcome, Rows
 from millstream.client.split import Part
 
 CANCEL_S = 5.0
+
+RECHECK_S = 2.0
+"""How long a thread sleeps at most before it looks for itself: an interrupt may have cost it its wake-up."""
 
 
 class Terms(NamedTuple):
@@ -255,25 +259,26 @@ class Handle:
         for part in parts:
             self._rows.place(part, outcome)
         self._ended = time.monotonic()
-        for waiter in self._waiters:
-            waiter.release()
-        self._waiters.clear()
+        if self._waiters:
+            baton.wake(self._waiters)
+            self._waiters.clear()
         for listener in list(self._listeners):
             listener()
 
     def _change(self, timeout: float | None) -> None:
-        """Sleep, without the lock, until rows got their outcome, or for `timeout` seconds."""
+        """Sleep, without the lock, until rows got their outcome, or for `timeout` seconds, or RECHECK_S."""
         # What threading.Condition does, for a sixth of its price: every blocking call comes here.
         waiter = threading.Lock()
         waiter.acquire()
         self._waiters.append(waiter)
         self._lock.release()
         try:
-            waiter.acquire(timeout=-1 if timeout is None else timeout)
+            waiter.acquire(timeout=RECHECK_S if timeout is None else min(timeout, RECHECK_S))
         finally:
             self._lock.acquire()
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
+            baton.left(waiter)
 
     def _take_unsent(self) -> list[Part]:
         """What was not sent yet has no better prospects than what was."""
@@ -327,4 +332,4 @@ class Handle:
 def _soonest(now: float, *moments: float | None) -> float | None:
     """Seconds from `now` to the first of `moments`; None where there is none."""
     given = [moment for moment in moments if moment is not None]
-    return min(max(0.0, min(given) - now), threading.TIMEOUT_MAX) if given else None
+    return max(0.0, min(given) - now) if given else None

@@ -14,6 +14,8 @@ from millstream.broker.errors import BrokerUnavailable, MillstreamError, QueueFu
 from millstream.broker.job import Draft, Priority
 from millstream.broker.registry import Registry
 from millstream.broker.streams import Admission, CancelOutcome, Group, Streams
+from millstream.client import channel
+from millstream.client.baton import baton
 from millstream.client.channel import Cancellation, Submission, _Sender
 
 Told = Sequence[CancelOutcome] | MillstreamError
@@ -104,6 +106,28 @@ def test_submissions_of_one_service_travel_together_in_order(sender: Sender, str
 
     assert streams.accepted == [f"{n}" for n in range(300)]
     assert streams.script_calls == [128, 128, 44]
+
+
+def test_while_callers_are_being_woken_the_sender_waits_a_moment_for_more(
+    sender: Sender, streams: FakeStreams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel, "LINGER_S", 0.3)
+    answered = [threading.Lock(), threading.Lock()]
+    for each in answered:
+        each.acquire()
+    sender.start()
+
+    baton.wake(answered)
+    for name in ("a", "b", "c"):
+        sender.put([submission(name)])
+    eventually(lambda: len(streams.accepted) == 3)
+    for each in answered:
+        baton.left(each)
+    sender.put([submission("d")])
+    eventually(lambda: len(streams.accepted) == 4)
+    sender.close()
+
+    assert streams.script_calls == [3, 1]
 
 
 def test_a_cancellation_follows_what_was_submitted_before_it(sender: Sender, streams: FakeStreams) -> None:

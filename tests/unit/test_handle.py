@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import eventually
 
 from millstream.broker.codec import decode_inputs, encode_reply
 from millstream.broker.errors import (
@@ -26,6 +27,8 @@ from millstream.broker.errors import (
     QueueFull,
 )
 from millstream.broker.job import Draft, Json, Priority, Reply
+from millstream.client import handle as handle_module
+from millstream.client.baton import baton
 from millstream.client.channel import Cancellation, Channel, Submission
 from millstream.client.handle import Handle, Terms
 from millstream.client.result import Embeddings
@@ -357,6 +360,47 @@ def test_an_endless_wait_is_one() -> None:
 
     assert handle.result(timeout=float("inf")) == ["a"]
     answering.join()
+
+
+def waiting(handles: Sequence[Handle]) -> list[threading.Thread]:
+    """A thread for each call, which sleeps until that is over."""
+    threads = [threading.Thread(target=handle.result, daemon=True) for handle in handles]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: all(handle._waiters for handle in handles))
+    return threads
+
+
+def answer(channel: FakeChannel, handle: Handle) -> None:
+    draft, inputs = channel.take()
+    handle.answered(draft.id, encode_reply(Reply(values=inputs)))
+
+
+def test_every_thread_whose_call_was_answered_wakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # None of them looks for itself.
+    monkeypatch.setattr(handle_module, "RECHECK_S", 60.0)
+    channel = FakeChannel()
+    handles = [call(channel, ["a"]) for _ in range(16)]
+    threads = waiting(handles)
+
+    for handle in handles:
+        answer(channel, handle)
+
+    eventually(lambda: not any(thread.is_alive() for thread in threads))
+    assert not baton.busy
+
+
+def test_a_thread_that_missed_its_wake_up_looks_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handle_module, "RECHECK_S", 0.05)
+    monkeypatch.setattr(baton, "wake", lambda waiters: None)
+    channel = FakeChannel()
+    handle = call(channel, ["a"])
+    (thread,) = waiting([handle])
+
+    answer(channel, handle)
+    thread.join(10.0)
+
+    assert not thread.is_alive()
 
 
 def test_an_error_made_for_a_missing_row_is_made_anew() -> None:

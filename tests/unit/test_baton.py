@@ -1,0 +1,108 @@
+"""Threads are woken one after another, and one that is lost on the way holds nobody up for ever."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from support import eventually
+
+from millstream.client.baton import Baton
+
+
+@pytest.fixture
+def baton() -> Baton:
+    return Baton()
+
+
+def sleeper() -> threading.Lock:
+    waiter = threading.Lock()
+    waiter.acquire()
+    return waiter
+
+
+def woken(*waiters: threading.Lock) -> list[bool]:
+    return [not waiter.locked() for waiter in waiters]
+
+
+def test_each_wakes_the_next(baton: Baton) -> None:
+    first, second, third = sleeper(), sleeper(), sleeper()
+
+    baton.wake([first, second])
+    baton.wake([third])
+    assert woken(first, second, third) == [True, False, False]
+    assert baton.busy
+
+    baton.left(first)
+    assert woken(second, third) == [True, False]
+    baton.left(second)
+    assert woken(third) == [True]
+    assert not baton.busy
+    baton.left(third)
+
+    after = sleeper()
+    baton.wake([after])
+    assert woken(after) == [True]
+
+
+def test_one_that_leaves_before_its_turn_is_passed_over(baton: Baton) -> None:
+    first, second, third = sleeper(), sleeper(), sleeper()
+    baton.wake([first, second, third])
+
+    baton.left(second)
+    baton.left(first)
+
+    assert woken(second, third) == [False, True]
+    assert not baton.busy
+
+
+def test_one_that_never_leaves_holds_the_others_up_until_one_of_them_looks_for_itself(baton: Baton) -> None:
+    lost, second, third, fourth = sleeper(), sleeper(), sleeper(), sleeper()
+    baton.wake([lost, second, third, fourth])
+
+    baton.left(second)
+    assert woken(third, fourth) == [True, False]
+    baton.left(third)
+    assert woken(fourth) == [True]
+
+
+def test_whoever_was_not_to_be_woken_changes_nothing(baton: Baton) -> None:
+    first, second = sleeper(), sleeper()
+    baton.wake([first, second])
+
+    baton.left(sleeper())
+
+    assert woken(first, second) == [True, False]
+
+
+def test_a_forked_child_begins_anew(baton: Baton) -> None:
+    baton.wake([sleeper(), sleeper()])
+    # As a thread of the parent may have held it.
+    baton._lock.acquire()
+
+    baton.begin()
+
+    mine = sleeper()
+    baton.wake([mine])
+    assert woken(mine) == [True]
+
+
+def test_all_threads_wake_whatever_the_order_of_their_patience(baton: Baton) -> None:
+    waiters = [sleeper() for _ in range(64)]
+
+    def sleep(waiter: threading.Lock, patience_s: float) -> None:
+        waiter.acquire(timeout=patience_s)
+        baton.left(waiter)
+
+    # Every third one looks for itself just about when it is woken.
+    threads = [
+        threading.Thread(target=sleep, args=(waiter, 0.01 if at % 3 == 1 else 30.0))
+        for at, waiter in enumerate(waiters)
+    ]
+    for thread in threads:
+        thread.start()
+    for waiter in waiters:
+        baton.wake([waiter])
+
+    eventually(lambda: not any(thread.is_alive() for thread in threads))
+    assert not baton.busy
