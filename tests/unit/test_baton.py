@@ -99,10 +99,11 @@ def test_all_threads_wake_whatever_the_order_of_their_patience(baton: Baton) -> 
         threading.Thread(target=sleep, args=(waiter, 0.01 if at % 3 == 1 else 30.0))
         for at, waiter in enumerate(waiters)
     ]
-    for thread in threads:
-        thread.start()
+    # First: who has left already must not be woken.
     for waiter in waiters:
         baton.wake([waiter])
+    for thread in threads:
+        thread.start()
 
     eventually(lambda: not any(thread.is_alive() for thread in threads))
     assert not baton.busy
