@@ -25,7 +25,7 @@ from millstream.client import Client
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(240)]
 
 WORKERS, CALLERS = 2, 4
-WINDOWS, WINDOW_S = 5, 2.0
+WINDOWS, WINDOW_S = 5, 1.5
 FORGERIES = 5
 """Attempts in each window under attack."""
 

@@ -130,7 +130,7 @@ def test_jobs_outlive_all_workers_killed_at_once(mill: Mill, reference: Referenc
 
 def test_jobs_outlive_a_killed_server(mill: Mill, reference: Reference, server: EmbeddedServer, say: Say) -> None:
     with load(mill, reference) as ledger:
-        for _ in range(3):
+        for _ in range(2):
             mill.whole()
             enough = ledger.answered + FLOWING
             eventually(partial(ledger.has_answered, enough), within_s=30.0)

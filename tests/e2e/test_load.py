@@ -22,7 +22,7 @@ from millstream.worker.models.source import locate
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(240)]
 
-PROCESSES, THREADS, LOAD_S = 8, 25, 15.0
+PROCESSES, THREADS, LOAD_S = 8, 25, 6.0
 ROUNDS, CALLS = 6, 60
 LIMIT_S = 0.005
 WORKERS = 2

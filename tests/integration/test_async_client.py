@@ -25,7 +25,7 @@ from millstream.client import AsyncClient, Client
 CONNECTIONS = 3
 """Of one client to one service: for sending, for reading replies, for reading the registry."""
 
-MANY = "100000" if os.environ.get("MILLSTREAM_LONG") else "40000"
+MANY = "100000" if os.environ.get("MILLSTREAM_LONG") else "20000"
 LOAD = Path(__file__).with_name("load.py")
 
 
