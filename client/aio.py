@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Sequence
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -69,12 +69,12 @@ class AsyncHandle:
 
 async def _first_ready(handles: Sequence[Handle], until: float | None = None) -> int | None:
     """The place of a call that is complete, waiting for one; None where `until` (monotonic seconds) comes first."""
-    changed, post = asyncio.Event(), mailbox().post
-    with ExitStack() as listening:
-        for handle in handles:
-            listening.enter_context(handle.listening(lambda: post(changed.set)))
+    changed = _Changed()
+    listener = partial(mailbox().post, changed.set)
+    for handle in handles:
+        handle.listen(listener)
+    try:
         while True:
-            changed.clear()
             for place, handle in enumerate(handles):
                 if handle.ready:
                     return place
@@ -87,17 +87,37 @@ async def _first_ready(handles: Sequence[Handle], until: float | None = None) ->
                 await asyncio.gather(*(asyncio.to_thread(handle.wait, 0) for handle in overdue))
             else:
                 moments = [end for end, _ in ends] + ([] if until is None else [until])
-                await _change(changed, min(moments) - now if moments else None)
-
-
-async def _change(changed: asyncio.Event, timeout: float | None) -> None:
-    """Sleep until rows got their outcome, or for `timeout` seconds."""
-    timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, changed.set)
-    try:
-        await changed.wait()
+                await changed.wait(min(moments) - now if moments else None)
     finally:
-        if timer:
-            timer.cancel()
+        for handle in handles:
+            handle.unlisten(listener)
+
+
+class _Changed:
+    """An asyncio.Event for one who waits, with a timeout, at half its price: every awaited call comes here."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._set = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def set(self) -> None:
+        """In the loop."""
+        self._set = True
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self, timeout: float | None) -> None:
+        """Sleep until it was set since the last wait, or for `timeout` seconds."""
+        if not self._set:
+            self._waiter = self._loop.create_future()
+            timer = None if timeout is None else self._loop.call_later(timeout, self.set)
+            try:
+                await self._waiter
+            finally:
+                if timer:
+                    timer.cancel()
+        self._set = False
 
 
 class AsyncClient:

@@ -6,8 +6,8 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
@@ -179,15 +179,14 @@ class Handle:
         with self._lock:
             return self._expires_at()
 
-    @contextmanager
-    def listening(self, listener: Callable[[], None]) -> Iterator[None]:
-        """Meanwhile `listener` is called, from any thread, whenever rows get their outcome. It must be quick."""
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Have `listener` called whenever rows get their outcome, from any thread, until `unlisten`. It must be quick."""
         # Without the lock: a forked child may end this, too.
         self._listeners.append(listener)
-        try:
-            yield
-        finally:
-            self._listeners.remove(listener)
+
+    def unlisten(self, listener: Callable[[], None]) -> None:
+        """Once for each `listen`."""
+        self._listeners.remove(listener)
 
     # -- the channel's side ------------------------------------------------------------------------------------
 

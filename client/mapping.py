@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from itertools import islice
 from typing import Any, Literal, get_args
 
@@ -104,9 +104,10 @@ def _as_completed(
 def _first_ready(under_way: dict[int, Handle]) -> int:
     """The first call that is complete, waiting for one."""
     changed = threading.Event()
-    with ExitStack() as listening:
-        for handle in under_way.values():
-            listening.enter_context(handle.listening(changed.set))
+    handles = list(under_way.values())
+    for handle in handles:
+        handle.listen(changed.set)
+    try:
         while True:
             changed.clear()
             # Nobody calls us when a call's time is over: that is noticed by waiting for it.
@@ -114,6 +115,9 @@ def _first_ready(under_way: dict[int, Handle]) -> int:
                 if handle.wait(0):
                     return first
             changed.wait(LOOK_S)
+    finally:
+        for handle in handles:
+            handle.unlisten(changed.set)
 
 
 def _collect(first: int, handle: Handle) -> Iterator[tuple[int, RowOutcome]]:
