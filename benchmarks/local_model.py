@@ -66,7 +66,9 @@ class Local:
 
     def _packed(self, rows: Sequence[Prepared]) -> Batches:
         pool: Pool[Prepared] = Pool()
-        pool.add(Row(row.tokens, (0, at), "", at, row) for at, row in enumerate(rows))
+        # As a client sends a list: the long ones first.
+        order = sorted(rows, key=lambda row: -row.tokens)
+        pool.add(Row(row.tokens, (0, at), "", at, row) for at, row in enumerate(order))
         while len(pool):
             yield [row.payload for row in pool.take(self._budget)]
 

@@ -180,7 +180,7 @@ class Handle:
             return self._expires_at()
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """Have `listener` called whenever rows get their outcome, from any thread, until `unlisten`. It must be quick."""
+        """Call `listener` whenever rows get their outcome, until `unlisten`: from any thread, so it must be quick."""
         # Without the lock: a forked child may end this, too.
         self._listeners.append(listener)
 

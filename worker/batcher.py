@@ -1,17 +1,21 @@
 """Which rows run together: a pure decision over a pool kept in order of length. No I/O, no clock.
 
-A micro-batch is padded to its longest row, so rows of like length belong together; the most urgent row says around
-which length. Measured on a long-tailed mix, batches of 64 in arrival order compute 3.6 times the tokens they hold.
+Where a model pads its batches to their longest row, rows of like length belong together; the most urgent row says
+around which length. Measured on a long-tailed mix, batches of 64 in arrival order compute 3.6 times the tokens they
+hold. Where it packs them, the most urgent rows run together, whatever their lengths (see layout.py).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from heapq import nsmallest
+from itertools import accumulate
 from operator import attrgetter
 from typing import Generic, Literal, TypeVar
+
+from millstream.worker.layout import SEQUENCE_TOKENS, computed
 
 T = TypeVar("T")
 
@@ -22,14 +26,20 @@ forward of its own costs, or that nothing more of its rank was waiting."""
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Limits of one forward: rows, and padded tokens (longest x rows). One over-long row goes alone.
+    """Limits of one forward: rows, and the tokens it computes, padding included. One over-long row goes alone.
 
-    `overhead` is what a forward costs before its first token, in tokens: the price of cutting one batch in two.
+    `overhead` is what a forward costs before its first token, in tokens: the price of cutting one batch in two. A model
+    that `packs` runs short rows of different lengths without padding each to the longest.
     """
 
     rows: int
     tokens: int
     overhead: float = 128.0
+    packs: bool = False
+
+    def computed(self, rows: Iterable[Row[T]]) -> int:
+        """Tokens that one forward over `rows` computes."""
+        return computed([row.tokens for row in rows], self.packs)
 
 
 @dataclass(slots=True, eq=False)
@@ -85,48 +95,54 @@ class Pool(Generic[T]):
         return len(moved)
 
     def take(self, budget: Budget, chosen: Sequence[Row[T]] = ()) -> list[Row[T]]:
-        """The next micro-batch: the most urgent row and those neighbours in length that are worth padding together.
+        """The next micro-batch: the most urgent row and those neighbours in length that are worth padding together; or,
+        where it is short and the model packs, the most urgent short rows.
 
         All of one rank: where time grows with tokens, the company of bulk would cost a single text its urgency. Never
         empty unless the pool is; never over the budget but for one row that is over it by itself. What `choose` said
         last is taken as long as it may be: all of it waits, no rank above it does, and the budget allows it.
         """
         rows = self._first()
-        if chosen and _allowed(chosen, rows, budget):
-            batch, taken = list(chosen), set(map(id, chosen))
-            rows[:] = [row for row in rows if id(row) not in taken]
-        else:
-            low, high = self._bounds(rows, budget)
-            batch = rows[low:high]
-            del rows[low:high]
+        batch = list(chosen) if chosen and _allowed(chosen, rows, budget) else self.choose(budget)
+        taken = set(map(id, batch))
+        rows[:] = [row for row in rows if id(row) not in taken]
         self.tokens -= sum(row.tokens for row in batch)
         return batch
 
     def choose(self, budget: Budget) -> list[Row[T]]:
         """What `take` would take now."""
         rows = self._first()
-        low, high = self._bounds(rows, budget)
-        return rows[low:high]
+        if not rows:
+            return []
+        first = _most_urgent(rows)
+        if budget.packs and rows[first].tokens <= SEQUENCE_TOKENS:
+            short = rows[: bisect_right(rows, SEQUENCE_TOKENS, key=_length)]
+            batch, self.cut = _oldest(short, budget)
+            if self.cut == "arrival" and len(short) < len(rows):
+                self.cut = "padding"
+            return batch
+        low, high, self.cut = _neighbours(rows, first, budget)
+        return rows[low : high + 1]
 
     def _first(self) -> list[Row[T]]:
         """The rows of the most urgent rank that has any."""
         return next((self._ranks[rank] for rank in sorted(self._ranks) if self._ranks[rank]), [])
 
-    def _bounds(self, rows: Sequence[Row[T]], budget: Budget) -> tuple[int, int]:
-        if not rows:
-            return 0, 0
-        low, high, self.cut = _neighbours(rows, _most_urgent(rows), budget)
-        return low, high + 1
-
 
 def _allowed(chosen: Sequence[Row[T]], rows: Sequence[Row[T]], budget: Budget) -> bool:
-    fits = len(chosen) == 1 or (len(chosen) <= budget.rows and padded(chosen) <= budget.tokens)
+    fits = len(chosen) == 1 or (len(chosen) <= budget.rows and budget.computed(chosen) <= budget.tokens)
     return fits and set(map(id, rows)).issuperset(map(id, chosen))
 
 
-def padded(rows: Collection[Row[T]]) -> int:
-    """Tokens one forward over `rows` computes: the longest times their number."""
-    return max((row.tokens for row in rows), default=0) * len(rows)
+def _oldest(rows: Sequence[Row[T]], budget: Budget) -> tuple[list[Row[T]], Cut]:
+    """The most urgent rows that fit, in order, and why no more."""
+    batch = nsmallest(budget.rows, rows, key=_urgency)
+    cut: Cut = "rows" if len(batch) < len(rows) else "arrival"
+    within = sum(real <= budget.tokens for real in accumulate(row.tokens for row in batch))
+    while len(batch) > 1 and (len(batch) > within or budget.computed(batch) > budget.tokens):
+        batch.pop()
+        cut = "tokens"
+    return batch, cut
 
 
 def _neighbours(rows: Sequence[Row[T]], at: int, budget: Budget) -> tuple[int, int, Cut]:

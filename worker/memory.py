@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from millstream.worker.layout import computed
 from millstream.worker.models.base import Prepared
 
 _SIGNS = ("out of memory", "can't allocate memory", "failed to allocate memory", "alloc_failed")
@@ -20,28 +21,29 @@ def is_exhaustion(error: BaseException) -> bool:
 
 
 class Fit:
-    """How the forwards over one micro-batch's rows fared, in padded tokens.
+    """How the forwards over one micro-batch's rows fared, in tokens computed, by a model that `packs` or pads.
 
     `alone` counts rows that exhausted the memory by themselves. They say nothing of how much fits: a batch counts as
     too large only where each of its rows ran in the end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, packs: bool = False) -> None:
         self.alone = 0
+        self._packs = packs
         self._fitted: list[int] = []
         self._too_large: int | None = None
 
     def fitted(self, rows: Sequence[Prepared]) -> None:
-        self._fitted.append(_padded(rows))
+        self._fitted.append(self._computed(rows))
 
     def exceeded(self, rows: Sequence[Prepared]) -> None:
         """These ran out of memory together, and in parts they did not."""
-        size = _padded(rows)
+        size = self._computed(rows)
         self._too_large = size if self._too_large is None else min(self._too_large, size)
 
     def rules_out(self, rows: Sequence[Prepared]) -> bool:
         """Whether a forward as large as that is known to fail."""
-        return self._too_large is not None and len(rows) > 1 and _padded(rows) >= self._too_large
+        return self._too_large is not None and len(rows) > 1 and self._computed(rows) >= self._too_large
 
     @property
     def most(self) -> int | None:
@@ -50,6 +52,5 @@ class Fit:
             return None
         return max((size for size in self._fitted if size < self._too_large), default=None)
 
-
-def _padded(rows: Sequence[Prepared]) -> int:
-    return max((row.tokens for row in rows), default=0) * len(rows)
+    def _computed(self, rows: Sequence[Prepared]) -> int:
+        return computed([row.tokens for row in rows], self._packs)

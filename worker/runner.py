@@ -13,11 +13,10 @@ import numpy as np
 from millstream.broker.codec import encode_value
 from millstream.broker.errors import MillstreamError, ModelFailed, described
 from millstream.broker.job import Json, Reply, Vectors
-from millstream.worker.batcher import padded
 from millstream.worker.held import Held, Outcome, Rows
 from millstream.worker.intake import expired
 from millstream.worker.memory import Fit, is_exhaustion
-from millstream.worker.models.base import NOT_FINITE, Model, Prepared
+from millstream.worker.models.base import NOT_FINITE, Model, Prepared, packs
 from millstream.worker.progress import Progress
 from millstream.worker.settler import Finished
 from millstream.worker.shared import Shared
@@ -79,7 +78,7 @@ class Runner:
             log.warning("out of memory: batches hold at most %d tokens from now on, padding included", most)
 
     def _account(self, batch: Rows, outcomes: list[Outcome], jobs: Jobs, seconds: float) -> None:
-        tokens, computed = sum(row.tokens for row in batch), padded(batch)
+        tokens, computed = sum(row.tokens for row in batch), self._window.budget.computed(batch)
         count = self._counters
         count.forwards += 1
         count.cuts[self._window.cut] += 1
@@ -128,10 +127,10 @@ def run_rows(
 ) -> list[Outcome]:
     """One outcome a row. Where a forward fails its rows are halved until the guilty one stands alone.
 
-    `lap` is called between two forwards: each has the whole stall timeout. `too_large` is told the padded tokens that
-    fit into memory, where a forward failed for having more of them.
+    `lap` is called between two forwards: each has the whole stall timeout. `too_large` is told how many tokens, padding
+    included, fit into memory, where a forward failed for having more of them.
     """
-    fit = Fit()
+    fit = Fit(packs(model))
     outcomes = _run(model, rows, lap, fit)
     if fit.most is not None:
         too_large(fit.most)

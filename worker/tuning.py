@@ -11,6 +11,7 @@ from itertools import cycle, product
 
 from millstream.broker.errors import MillstreamError
 from millstream.worker.batcher import Budget, Pool, Row
+from millstream.worker.layout import computed
 from millstream.worker.models.base import Model, Prepared
 from millstream.worker.probe import GAIN, Clock, run
 from millstream.worker.warmup import sample
@@ -100,16 +101,17 @@ def grid(rows: Sequence[Prepared], window: Window, own: Budget) -> list[Cell]:
     cells: dict[tuple[tuple[int, int], ...], Cell] = {}
     for limits in [own, *wanted]:
         cell = _cell(rows, window, limits)
-        cells.setdefault(tuple((len(batch), _padded(batch)) for batch in cell.batches), cell)
+        cells.setdefault(tuple((len(batch), _computed(batch, cell.budget)) for batch in cell.batches), cell)
     return sorted(cells.values(), key=lambda cell: (cell.budget.tokens, cell.budget.rows))
 
 
 def _cell(rows: Sequence[Prepared], window: Window, limits: Budget) -> Cell:
-    own = Window(replace(limits, overhead=min(window.budget.overhead, limits.tokens)))
+    overhead = min(window.budget.overhead, limits.tokens)
+    own = Window(replace(limits, overhead=overhead, packs=window.budget.packs))
     own.seconds_per_token = window.seconds_per_token
     batches = packed(rows, own)
     real = sum(row.tokens for row in rows)
-    return Cell(own.budget, batches, sum(map(_padded, batches)) / real)
+    return Cell(own.budget, batches, sum(_computed(batch, own.budget) for batch in batches) / real)
 
 
 def measure(model: Model, cells: Sequence[Cell], seconds: float, clock: Clock = time.perf_counter) -> Iterator[Cell]:
@@ -140,9 +142,10 @@ def _round(model: Model, cell: Cell, forwards: Iterator[Sequence[Prepared]], unt
             cell.no_room = True
             cell.rates.clear()
             return
-        tokens += _padded(batch)
+        tokens += _computed(batch, cell.budget)
     seconds = max(clock() - began, 1e-9)
-    cell.rates.append(cell.rows * tokens / (sum(map(_padded, cell.batches)) * seconds))
+    all_tokens = sum(_computed(batch, cell.budget) for batch in cell.batches)
+    cell.rates.append(cell.rows * tokens / (all_tokens * seconds))
 
 
 def best(cells: Iterable[Cell], own: Budget) -> Cell | None:
@@ -158,5 +161,5 @@ def same(one: Budget, other: Budget) -> bool:
     return (one.rows, one.tokens) == (other.rows, other.tokens)
 
 
-def _padded(batch: Sequence[Prepared]) -> int:
-    return max(row.tokens for row in batch) * len(batch)
+def _computed(batch: Sequence[Prepared], budget: Budget) -> int:
+    return computed([row.tokens for row in batch], budget.packs)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import statistics
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millstream.worker.batcher import Budget, Pool, Row, padded
+from millstream.worker.batcher import Budget, Pool, Row
+from millstream.worker.layout import SEQUENCE_TOKENS
 
 Rows = list[Row[None]]
 
@@ -22,7 +24,9 @@ rows = st.lists(
     st.builds(row, st.integers(1, 600), st.tuples(*map(st.integers, (0, 0, 0), (2, 9, 9))), st.sampled_from("abc")),
     max_size=60,
 )
-budgets = st.builds(Budget, rows=st.integers(1, 20), tokens=st.integers(1, 2_000), overhead=st.floats(0, 2_000))
+budgets = st.builds(
+    Budget, rows=st.integers(1, 20), tokens=st.integers(1, 2_000), overhead=st.floats(0, 2_000), packs=st.booleans()
+)
 
 
 def pool_of(waiting: Rows) -> Pool[None]:
@@ -48,7 +52,7 @@ def test_batches_fit_the_budget_and_lose_nothing(waiting: Rows, budget: Budget) 
 
     assert identities(batches) == identities([waiting])
     assert all(len(batch) <= budget.rows for batch in batches)
-    assert all(padded(batch) <= budget.tokens for batch in batches if len(batch) > 1)
+    assert all(budget.computed(batch) <= budget.tokens for batch in batches if len(batch) > 1)
 
 
 @given(rows, budgets)
@@ -99,7 +103,7 @@ def test_one_over_long_row_goes_alone() -> None:
 
 def test_an_empty_pool_gives_an_empty_batch() -> None:
     assert pool_of([]).take(Budget(rows=8, tokens=100)) == []
-    assert padded([]) == 0
+    assert pool_of([]).choose(Budget(rows=8, tokens=100, packs=True)) == []
 
 
 @pytest.mark.parametrize("budget", [Budget(rows=64, tokens=1_000_000), Budget(rows=1_000, tokens=2_048)])
@@ -118,6 +122,11 @@ def test_rows_of_one_length_fill_the_budget_exactly(budget: Budget) -> None:
         ([8, 8, 8, 500], Budget(rows=64, tokens=10_000, overhead=1.0), "padding"),
         ([32] * 8, Budget(rows=8, tokens=256), "arrival"),
         ([5], Budget(rows=8, tokens=256), "arrival"),
+        ([9, 30, 200, 4], Budget(rows=3, tokens=1_000, packs=True), "rows"),
+        ([9, 30, 200, 40], Budget(rows=8, tokens=256, packs=True), "tokens"),
+        ([9, 30, 200, 4], Budget(rows=8, tokens=256, packs=True), "arrival"),
+        ([9, 30, 257, 4], Budget(rows=8, tokens=1_000, packs=True), "padding"),
+        ([400, 398, 399], Budget(rows=8, tokens=800, overhead=66.0, packs=True), "tokens"),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
 )
@@ -163,9 +172,26 @@ def long_tailed(count: int, chance: random.Random) -> Rows:
     ]
 
 
-def test_a_long_tailed_mix_pads_little_in_batches_worth_a_forward() -> None:
+@given(rows, budgets)
+def test_where_the_model_packs_no_short_row_overtakes_another(waiting: Rows, budget: Budget) -> None:
+    budget = replace(budget, packs=True)
+    pool = pool_of(waiting)
+    left = [each for each in waiting if each.tokens <= SEQUENCE_TOKENS]
+
+    while batch := pool.take(budget):
+        if min(batch, key=lambda each: each.urgency).tokens <= SEQUENCE_TOKENS:
+            rank = batch[0].urgency[0]
+            left = [each for each in left if all(each is not other for other in batch)]
+            behind = [each.urgency for each in left if each.urgency[0] == rank]
+            assert max(each.urgency for each in batch) <= min(behind, default=(rank, 99, 99))
+        else:
+            left = [each for each in left if all(each is not other for other in batch)]
+
+
+@pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])
+def test_a_long_tailed_mix_pads_little_in_batches_worth_a_forward(packs: bool) -> None:
     chance = random.Random(20)
-    budget = Budget(rows=64, tokens=2_048)
+    budget = Budget(rows=64, tokens=2_048, packs=packs)
     pool: Pool[None] = Pool()
     batches: list[Rows] = []
     arrivals = long_tailed(4_096, chance)
@@ -177,7 +203,7 @@ def test_a_long_tailed_mix_pads_little_in_batches_worth_a_forward() -> None:
             batches.append(pool.take(budget))
 
     real = sum(each.tokens for batch in batches for each in batch)
-    assert sum(padded(batch) for batch in batches) / real <= 1.15
+    assert sum(budget.computed(batch) for batch in batches) / real <= 1.15
     assert statistics.mean(len(batch) for batch in batches) >= 16
 
 

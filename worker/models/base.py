@@ -75,6 +75,11 @@ class Foresees(Protocol):
         ...
 
 
+def packs(model: Model) -> bool:
+    """Whether `model` has a true attribute `packs`: it runs rows of any lengths as worker/layout.py lays them out."""
+    return bool(getattr(model, "packs", False))
+
+
 @runtime_checkable
 class Closes(Protocol):
     """A model that holds more than memory."""

@@ -29,6 +29,7 @@ class EmbeddingModel:
     def __init__(self, spec: ModelSpec, device: str | None, threads: int, truncate: str = "none") -> None:
         self._encoder = Encoder(spec, device, threads, truncate)
         model = self._encoder.model
+        self.packs = self._encoder.packs
         self._sparse = isinstance(model, SparseEncoder)
         self._dimension = int(model.get_embedding_dimension() or 0)
         # Where the model cuts its vectors, it does not make them unit vectors again.

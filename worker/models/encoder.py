@@ -13,9 +13,11 @@ from millstream.broker.config import ModelSpec
 from millstream.broker.embedding import EmbedOptions, InputType
 from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError, ModelUnavailable
 from millstream.broker.job import Json, Vectors
+from millstream.worker.layout import layout
 from millstream.worker.models.base import Prepared, Upcoming
 from millstream.worker.models.feed import Feed
 from millstream.worker.models.loading import Folder, Loaded, dtype_of, load
+from millstream.worker.models.packing import Packing
 from millstream.worker.models.source import locate
 from millstream.worker.models.tokens import Ids, Reader, reader_of
 
@@ -69,6 +71,8 @@ class Encoder:
         most_active = getattr(self.model, "max_active_dims", None)
         self._always: dict[str, Any] = {} if most_active is None else {"max_active_dims": most_active}
         self._feed = Feed(self.model.device, _tensors, spec.backend)
+        packing = Packing.of(self.model) if spec.backend == "torch" and self._pools_prompt else None
+        self._packing = None if self._router else packing
         self.plain = self._wish(EmbedOptions())
 
     def fingerprint(self, size: str) -> str:
@@ -140,6 +144,11 @@ class Encoder:
     def foresee(self, upcoming: Upcoming) -> None:
         self._feed.foresee(lambda: _of_one_way(upcoming()))
 
+    @property
+    def packs(self) -> bool:
+        """Whether texts of different lengths share sequences."""
+        return self._packing is not None
+
     def run(self, rows: Sequence[Prepared]) -> Vectors:
         """The model's output, float32 [rows, dim], in order. One forward, but for rows that go different ways."""
         texts = cast(Sequence[Text], rows)
@@ -152,13 +161,21 @@ class Encoder:
 
     def _forward(self, texts: Sequence[Text], way: Way) -> Vectors:
         with torch.inference_mode():
-            features = self._feed.batch(texts)
-            if way.unpooled:
-                features["prompt_length"] = way.unpooled
-            routed = {} if way.route is None else {"task": way.route}
-            vectors = self.model(features, **self._always, **routed)["sentence_embedding"]
+            vectors = self._vectors(texts, way)
             self._feed.launched()
             return cast(Vectors, vectors.to(torch.float32).cpu().numpy().astype(np.float32, copy=False))
+
+    def _vectors(self, texts: Sequence[Text], way: Way) -> torch.Tensor:
+        if self._packing:
+            ids = cast(list[Ids], [text.features for text in texts])
+            laid_out = layout([text.tokens for text in texts], packs=True)
+            if len(laid_out.sequences) < len(texts):
+                return self._packing.run(ids, laid_out)
+        features = self._feed.batch(texts)
+        if way.unpooled:
+            features["prompt_length"] = way.unpooled
+        routed = {} if way.route is None else {"task": way.route}
+        return cast(torch.Tensor, self.model(features, **self._always, **routed)["sentence_embedding"])
 
 
 def _of_one_way(rows: Sequence[Prepared]) -> Sequence[Prepared]:

