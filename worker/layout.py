@@ -23,11 +23,17 @@ class Layout(NamedTuple):
 
     sequences: Sequence[Sequence[int]]
     width: int
+    is_packed: bool = False
 
     @property
     def tokens(self) -> int:
         """What a forward computes."""
         return len(self.sequences) * self.width
+
+    @property
+    def cost(self) -> float:
+        """What that costs, in tokens of a padded batch."""
+        return self.tokens * (PACKED_COST if self.is_packed else 1.0)
 
 
 def layout(lengths: Sequence[int], packs: bool) -> Layout:
@@ -37,12 +43,12 @@ def layout(lengths: Sequence[int], packs: bool) -> Layout:
     if not packs or longest > SEQUENCE_TOKENS or sum(lengths) * PACKED_COST >= padded.tokens:
         return padded
     packed = _packed(lengths, SEQUENCE_TOKENS)
-    return packed if packed.tokens * PACKED_COST < padded.tokens else padded
+    return packed if packed.cost < padded.cost else padded
 
 
 def computed(lengths: Sequence[int], packs: bool) -> int:
     """Tokens that one forward over rows of these lengths computes."""
-    return layout(lengths, packs).tokens
+    return layout(lengths, packs).tokens if packs else max(lengths, default=0) * len(lengths)
 
 
 def _packed(lengths: Sequence[int], width: int) -> Layout:
@@ -58,4 +64,4 @@ def _packed(lengths: Sequence[int], width: int) -> Layout:
         tokens, at = filled[0]
         sequences[at].append(row)
         heapreplace(filled, (tokens + lengths[row], at))
-    return Layout(sequences, max(filled)[0])
+    return Layout(sequences, max(filled)[0], is_packed=True)

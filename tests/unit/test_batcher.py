@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millstream.worker.batcher import Budget, Pool, Row
-from millstream.worker.layout import SEQUENCE_TOKENS
 
 Rows = list[Row[None]]
 
@@ -172,20 +171,31 @@ def long_tailed(count: int, chance: random.Random) -> Rows:
     ]
 
 
-@given(rows, budgets)
-def test_where_the_model_packs_no_short_row_overtakes_another(waiting: Rows, budget: Budget) -> None:
-    budget = replace(budget, packs=True)
-    pool = pool_of(waiting)
-    left = [each for each in waiting if each.tokens <= SEQUENCE_TOKENS]
+def test_where_the_model_packs_the_oldest_run_together_whatever_their_lengths() -> None:
+    chance = random.Random(8)
+    pool = pool_of([row(chance.choice((5, 30, 90, 250)), (1, at)) for at in range(60)])
 
-    while batch := pool.take(budget):
-        if min(batch, key=lambda each: each.urgency).tokens <= SEQUENCE_TOKENS:
-            rank = batch[0].urgency[0]
-            left = [each for each in left if all(each is not other for other in batch)]
-            behind = [each.urgency for each in left if each.urgency[0] == rank]
-            assert max(each.urgency for each in batch) <= min(behind, default=(rank, 99, 99))
-        else:
-            left = [each for each in left if all(each is not other for other in batch)]
+    batch = pool.take(Budget(rows=16, tokens=4_096, packs=True))
+
+    assert [each.urgency for each in batch] == [(1, at) for at in range(16)]
+
+
+def test_where_the_model_packs_rows_of_one_length_still_run_together() -> None:
+    singles = [row(tokens, (1, at)) for at, tokens in enumerate([40, 200, 7, 120, 16])]
+    of_a_list = [row(40, (1, 5, at)) for at in range(32)]
+
+    batch = pool_of([*singles, *of_a_list]).take(Budget(rows=32, tokens=40 * 32, packs=True))
+
+    assert [each.tokens for each in batch] == [40] * 32
+
+
+@given(rows, budgets)
+def test_what_packs_is_never_dearer_than_what_pads(waiting: Rows, budget: Budget) -> None:
+    packed = pool_of(waiting).take(replace(budget, packs=True))
+    padded = pool_of(waiting).take(replace(budget, packs=False))
+
+    if packed:
+        assert replace(budget, packs=True).share(packed) >= budget.share(padded)
 
 
 @pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])

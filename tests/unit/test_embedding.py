@@ -130,7 +130,7 @@ def test_rows_that_differ_only_after_the_forward_share_it(
     def counted(*given: object, **features: object) -> object:
         nonlocal forwards
         forwards += 1
-        return forward(*given, **features)  # type: ignore[arg-type]
+        return forward(*given, **features)
 
     monkeypatch.setattr(BertModel, "forward", counted)
     model.forward(read(model, mixed(COMMON)))

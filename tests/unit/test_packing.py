@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,21 +51,21 @@ def alone(model: EmbeddingModel, rows: list[Prepared]) -> Vectors:
 
 
 def is_packed(rows: list[Prepared]) -> bool:
-    return len(layout([row.tokens for row in rows], packs=True).sequences) < len(rows)
+    return layout([row.tokens for row in rows], packs=True).is_packed
 
 
 def save(bert: BertModel | RobertaModel | DistilBertModel, folder: Path, pooling: str = "mean") -> Path:
     """A random encoder in `folder`, which has a tokenizer, as a sentence-transformers model."""
     with torch.random.fork_rng():
         torch.manual_seed(4)
-        bert.init_weights()
+        bert.init_weights()  # type: ignore[no-untyped-call]
     bert.save_pretrained(folder)
     modules = [Transformer(str(folder)), Pooling(TINY_DIM, pooling)]
     SentenceTransformer(modules=modules, device="cpu").save(str(folder / "model"))
     return folder / "model"
 
 
-def small(config: BertConfig) -> dict[str, int]:
+def small(config: BertConfig) -> dict[str, Any]:
     """What the configurations of other architectures call alike."""
     return {
         "vocab_size": config.vocab_size,

@@ -169,7 +169,7 @@ class Encoder:
         if self._packing:
             ids = cast(list[Ids], [text.features for text in texts])
             laid_out = layout([text.tokens for text in texts], packs=True)
-            if len(laid_out.sequences) < len(texts):
+            if laid_out.is_packed:
                 return self._packing.run(ids, laid_out)
         features = self._feed.batch(texts)
         if way.unpooled:
