@@ -22,7 +22,7 @@ from sentence_transformers import SentenceTransformer
 from millstream.broker.job import Vectors
 from millstream.broker.spec import ServiceSpec
 from millstream.worker.batcher import Budget, Pool, Row
-from millstream.worker.models.base import Prepared
+from millstream.worker.models.base import Prepared, packs
 from millstream.worker.models.embedding import EmbeddingModel
 from millstream.worker.models.source import locate
 from millstream.worker.probe import most_tokens
@@ -40,7 +40,7 @@ class Local:
         self._spec = spec
         self._threads = threads
         self._model = EmbeddingModel(spec.model, spec.model.device, threads, spec.runtime.truncate)
-        window = Window(Budget(spec.runtime.batch_size, most_tokens(spec.runtime)))
+        window = Window(Budget(spec.runtime.batch_size, most_tokens(spec.runtime), packs=packs(self._model)))
         warm_up(self._model, window)
         self._budget = window.budget
 

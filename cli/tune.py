@@ -109,7 +109,8 @@ def _loaded(spec: ServiceSpec, device: str | None) -> Subject:
     threads = max(1, cores() // spec.runtime.worker_count)
     click.echo(f"{spec.name}: loading {spec.model.model_name or spec.model.type}", err=True)
     model = models.load(spec, place, threads)
-    own = Budget(spec.runtime.batch_size, most_tokens(spec.runtime, auto_tokens(spec, model)))
+    tokens = most_tokens(spec.runtime, auto_tokens(spec, model))
+    own = Budget(spec.runtime.batch_size, tokens, packs=models.packs(model))
     return Subject(spec, model, place or "auto", threads, own)
 
 

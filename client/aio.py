@@ -71,9 +71,9 @@ async def _first_ready(handles: Sequence[Handle], until: float | None = None) ->
     """The place of a call that is complete, waiting for one; None where `until` (monotonic seconds) comes first."""
     changed = _Changed()
     listener = partial(mailbox().post, changed.set)
-    for handle in handles:
-        handle.listen(listener)
     try:
+        for handle in handles:
+            handle.listen(listener)
         while True:
             for place, handle in enumerate(handles):
                 if handle.ready:

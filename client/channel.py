@@ -32,9 +32,10 @@ SWEEP_S = 10.0
 _AWAY_PAUSE_S = 0.1
 
 LINGER_S = 0.0005
-MANY = 64
-"""So long the sender waits for more than the few orders it has, while callers are being woken: a script call for each
-of them would cost the server more than they gain."""
+"""While callers are being woken, the sender waits so long for what they send: a script call for each costs more."""
+
+LINGER_BELOW = 64
+"""Orders. With so many it does not wait for more."""
 
 
 class Sink(Protocol):
@@ -271,7 +272,7 @@ class _Sender(threading.Thread):
                 self._waits = True
                 self._changed.wait(None if next_s is None else max(0.0, next_s))
                 self._waits = False
-            if baton.busy and len(self._ready) < MANY and not self._closed:
+            if baton.busy and len(self._ready) < LINGER_BELOW and not self._closed:
                 # More is on its way here, from callers that have their answers.
                 self._changed.wait(LINGER_S)
             if self._closed:

@@ -185,8 +185,9 @@ class Handle:
         self._listeners.append(listener)
 
     def unlisten(self, listener: Callable[[], None]) -> None:
-        """Once for each `listen`."""
-        self._listeners.remove(listener)
+        """Does nothing where it does not listen: an interrupt may have come before."""
+        if listener in self._listeners:
+            self._listeners.remove(listener)
 
     # -- the channel's side ------------------------------------------------------------------------------------
 
@@ -259,8 +260,9 @@ class Handle:
             self._rows.place(part, outcome)
         self._ended = time.monotonic()
         if self._waiters:
-            baton.wake(self._waiters)
-            self._waiters.clear()
+            # First: an interrupt must not leave them to be woken twice.
+            waiters, self._waiters = self._waiters, []
+            baton.wake(waiters)
         for listener in list(self._listeners):
             listener()
 

@@ -105,9 +105,9 @@ def _first_ready(under_way: dict[int, Handle]) -> int:
     """The first call that is complete, waiting for one."""
     changed = threading.Event()
     handles = list(under_way.values())
-    for handle in handles:
-        handle.listen(changed.set)
     try:
+        for handle in handles:
+            handle.listen(changed.set)
         while True:
             changed.clear()
             # Nobody calls us when a call's time is over: that is noticed by waiting for it.

@@ -21,8 +21,8 @@ from millstream.worker.layout import SEQUENCE_TOKENS, computed, layout
 T = TypeVar("T")
 
 Cut = Literal["rows", "tokens", "time", "padding", "arrival"]
-"""What ended a micro-batch: its rows, its padded tokens, the time it may take, that the next row would pad more than a
-forward of its own costs, or that nothing more of its rank was waiting."""
+"""What ended a micro-batch: its rows, its tokens, the time it may take, that the next row would pad more than a forward
+of its own costs or is too long to be packed, or that nothing more of its rank was waiting."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,7 @@ class Worker:
     def _serve(self, spec: ServiceSpec, model: Model) -> None:
         orders = self._orders
         measured = auto_tokens(spec, model)
-        budget = Budget(spec.runtime.batch_size, most_tokens(spec.runtime, measured))
+        budget = Budget(spec.runtime.batch_size, most_tokens(spec.runtime, measured), packs=models.packs(model))
         window = Window(budget, spec.runtime.queue_timeout)
         window.auto_tokens = measured
         warm_up(model, window)

@@ -79,7 +79,7 @@ def rows_of(model: Model, texts: Sequence[str]) -> tuple[list[Prepared], dict[in
     return rows * (-(-ROWS // len(rows)) if rows else 1), refused
 
 
-def packed(rows: Iterable[Prepared], window: Window) -> list[list[Prepared]]:
+def micro_batches(rows: Iterable[Prepared], window: Window) -> list[list[Prepared]]:
     """The micro-batches that a worker with `window`, an empty one, makes of `rows` that wait in this order."""
     room, pool, batches = window.room(1), Pool[Prepared](), list[list[Prepared]]()
     most_rows, most_tokens = (room.rows, room.tokens) if room else (1, 1)
@@ -109,7 +109,7 @@ def _cell(rows: Sequence[Prepared], window: Window, limits: Budget) -> Cell:
     overhead = min(window.budget.overhead, limits.tokens)
     own = Window(replace(limits, overhead=overhead, packs=window.budget.packs))
     own.seconds_per_token = window.seconds_per_token
-    batches = packed(rows, own)
+    batches = micro_batches(rows, own)
     real = sum(row.tokens for row in rows)
     return Cell(own.budget, batches, sum(_computed(batch, own.budget) for batch in batches) / real)
 

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 from millstream.broker.errors import MillstreamError, ModelUnavailable, described
-from millstream.worker.models.base import Model, Prepared, packs
+from millstream.worker.models.base import Model, Prepared
 from millstream.worker.window import Window
 
 SHORT_TOKENS = 16
@@ -24,7 +24,7 @@ def warm_up(model: Model, window: Window) -> None:
     """
     if not model.samples(SHORT_TOKENS):
         return
-    budget = replace(window.budget, packs=packs(model))
+    budget = window.budget
     short = sample(model, SHORT_TOKENS)
     long = sample(model, min(LONG_TOKENS, budget.tokens))
     rows = max(2, min(budget.rows, budget.tokens // long.tokens))

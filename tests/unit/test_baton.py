@@ -7,6 +7,7 @@ import threading
 import pytest
 from support import eventually
 
+from millstream.client import baton as baton_module
 from millstream.client.baton import Baton
 
 
@@ -66,6 +67,36 @@ def test_one_that_never_leaves_holds_the_others_up_until_one_of_them_looks_for_i
     assert woken(fourth) == [True]
 
 
+@pytest.mark.parametrize(("crowd_s", "at_once"), [(60.0, True), (0.0, False)])
+def test_where_threads_compute_all_are_woken_at_once_for_a_while(
+    baton: Baton, monkeypatch: pytest.MonkeyPatch, crowd_s: float, at_once: bool
+) -> None:
+    # Whoever is woken then runs too late.
+    monkeypatch.setattr(baton_module, "SLOW_S", -1.0)
+    monkeypatch.setattr(baton_module, "CROWD_S", crowd_s)
+    first, second, third = sleeper(), sleeper(), sleeper()
+    baton.wake([first, second, third])
+
+    baton.left(first)
+    assert woken(second, third) == [True, at_once]
+
+    baton.left(second)
+    baton.left(third)
+    late, later = sleeper(), sleeper()
+    baton.wake([late, later])
+    assert woken(late, later) == [True, at_once]
+
+
+def test_a_single_slow_thread_makes_no_crowd(baton: Baton, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baton_module, "SLOW_S", 60.0)
+    first, second, third = sleeper(), sleeper(), sleeper()
+    baton.wake([first, second, third])
+
+    baton.left(first)
+
+    assert woken(second, third) == [True, False]
+
+
 def test_whoever_was_not_to_be_woken_changes_nothing(baton: Baton) -> None:
     first, second = sleeper(), sleeper()
     baton.wake([first, second])
@@ -80,7 +111,7 @@ def test_a_forked_child_begins_anew(baton: Baton) -> None:
     # As a thread of the parent may have held it.
     baton._lock.acquire()
 
-    baton.begin()
+    baton.after_fork()
 
     mine = sleeper()
     baton.wake([mine])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -108,10 +108,32 @@ def test_positions_that_begin_after_the_padding_tokens(tmp_path: Path) -> None:
     settings = small(tiny_bert(tmp_path / "roberta"))
     config = RobertaConfig(**settings, max_position_embeddings=TINY_LIMIT + 2, pad_token_id=1, type_vocab_size=1)
     model = of(save(RobertaModel(config), tmp_path / "roberta"))
-    rows = rows_of(model, TINY_LIMIT - 2)
+    # Of a text's own padding tokens each has the position of padding.
+    padding = [row for row in model.prepare(["mill [UNK] stream corn", "[UNK]"], {}) if isinstance(row, Prepared)]
+    rows = padding + rows_of(model, TINY_LIMIT - 2)
 
+    assert 1 in cast(list[int], padding[0].features)
     assert model.packs
+    assert is_packed(rows)
     assert np.abs(vectors_of(model, rows) - alone(model, rows)).max() < 1e-5
+
+
+def test_what_follows_the_first_module_needs_no_more_memory_than_the_forward(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = of(tiny_model)
+    rows = rows_of(model, TINY_LIMIT - 2)
+    sizes: list[int] = []
+    pool = Pooling.forward
+
+    def noted(self: Pooling, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        sizes.append(features["attention_mask"].numel())
+        return cast(dict[str, torch.Tensor], pool(self, features))
+
+    monkeypatch.setattr(Pooling, "forward", noted)
+    model.forward(rows)
+
+    assert max(sizes) <= layout([row.tokens for row in rows], packs=True).tokens
 
 
 def test_half_the_digits_pack_too(tiny_model: Path) -> None:
@@ -139,6 +161,20 @@ def test_a_model_whose_packed_vectors_differ_pads(
 
     assert not model.packs
     assert "batches are padded" in caplog.text
+
+
+def test_a_model_that_fails_with_packed_texts_pads(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(self: Packing, texts: list[Ids], laid_out: Layout) -> torch.Tensor:
+        raise TypeError("a mask of four dimensions")
+
+    monkeypatch.setattr(Packing, "run", fails)
+    with caplog.at_level(logging.WARNING):
+        model = of(tiny_model)
+
+    assert not model.packs
+    assert "a mask of four dimensions" in caplog.text
 
 
 def test_what_cannot_pack_pads(tiny_model: Path, tmp_path: Path) -> None:

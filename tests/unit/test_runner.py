@@ -19,6 +19,7 @@ from millstream.worker.batcher import Budget
 from millstream.worker.clock import ServerClock
 from millstream.worker.counters import Counters
 from millstream.worker.held import Held
+from millstream.worker.layout import computed
 from millstream.worker.models.base import NO_OPTIONS, Prepared
 from millstream.worker.models.echo import EchoModel
 from millstream.worker.progress import Progress
@@ -169,6 +170,29 @@ def test_a_batch_that_is_too_large_for_the_memory_runs_in_parts_and_what_fits_is
     assert outcomes == [str(n) for n in range(64)]
     assert told == [16]
     assert model.sizes == [64, 32, 16, 16, 16, 16]
+
+
+class NarrowPacker(Narrow):
+    """The same for a model that packs: `fits` are the tokens it computes."""
+
+    packs = True
+
+    def forward(self, rows: Sequence[Prepared]) -> Vectors | list[Json]:
+        self.sizes.append(len(rows))
+        if computed([row.tokens for row in rows], packs=True) > self.fits:
+            raise MemoryError
+        return EchoModel.forward(self, rows)
+
+
+def test_what_fits_is_counted_as_the_model_lays_its_rows_out() -> None:
+    model, told = NarrowPacker(300), list[int]()
+    lengths = [150, *[1] * 100] * 2
+    rows = [Prepared(tokens, "a") for tokens in lengths]
+
+    run_rows(model, rows, too_large=told.append)
+
+    assert told == [computed(lengths[:101], packs=True)]
+    assert computed(lengths[:101], packs=False) > 50 * told[0]
 
 
 @given(fits=st.integers(1, 64), size=st.integers(1, 64), greedy=st.sets(st.integers(0, 63), max_size=2))

@@ -11,7 +11,7 @@ from millstream.broker.errors import InputTooLong, MillstreamError, ModelUnavail
 from millstream.broker.job import Json, Vectors
 from millstream.worker.batcher import Budget
 from millstream.worker.models.base import NO_OPTIONS, Prepared
-from millstream.worker.tuning import FORWARD_S, ROWS, TOKENS, Cell, best, grid, measure, mix, packed, rows_of
+from millstream.worker.tuning import FORWARD_S, ROWS, TOKENS, Cell, best, grid, measure, micro_batches, mix, rows_of
 from millstream.worker.window import HOLD_BATCHES, Window
 
 OWN = Budget(64, 2_048)
@@ -74,7 +74,7 @@ def test_the_mix_is_the_same_each_time_and_has_a_long_tail() -> None:
 def test_rows_are_packed_within_their_limits_and_none_is_lost() -> None:
     rows = mix(Device())
 
-    batches = packed(rows, Window(OWN))
+    batches = micro_batches(rows, Window(OWN))
 
     assert sorted(row.tokens for batch in batches for row in batch) == sorted(row.tokens for row in rows)
     assert all(len(batch) <= OWN.rows for batch in batches)
@@ -86,7 +86,7 @@ def test_no_more_rows_are_looked_at_than_a_worker_holds() -> None:
     window = Window(Budget(2, 10_000))
     early = [Prepared(length, "") for length in (5, *range(100, 100 + 2 * HOLD_BATCHES))]
 
-    first = packed([*early, Prepared(5, "late")], window)[0]
+    first = micro_batches([*early, Prepared(5, "late")], window)[0]
 
     assert "late" not in [row.features for row in first]
 

@@ -6,10 +6,10 @@ import os
 
 from millstream.broker.config import ServiceSpec
 from millstream.broker.errors import ModelUnavailable
-from millstream.worker.models.base import Model, Prepared
+from millstream.worker.models.base import Model, Prepared, packs
 from millstream.worker.models.source import handler_of
 
-__all__ = ["Model", "Prepared", "load"]
+__all__ = ["Model", "Prepared", "load", "packs"]
 
 
 def load(spec: ServiceSpec, device: str | None, threads: int, folder: str = "") -> Model:

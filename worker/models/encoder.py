@@ -71,8 +71,7 @@ class Encoder:
         most_active = getattr(self.model, "max_active_dims", None)
         self._always: dict[str, Any] = {} if most_active is None else {"max_active_dims": most_active}
         self._feed = Feed(self.model.device, _tensors, spec.backend)
-        packing = Packing.of(self.model) if spec.backend == "torch" and self._pools_prompt else None
-        self._packing = None if self._router else packing
+        self._packing = Packing.of(self.model) if spec.backend == "torch" and self._pools_prompt else None
         self.plain = self._wish(EmbedOptions())
 
     def fingerprint(self, size: str) -> str:
