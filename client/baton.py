@@ -29,7 +29,8 @@ class Baton:
     """Waiters of one process, each a lock that its thread sleeps on; thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Of the kind that its holder may take again: a signal's handler may come in between, and call.
+        self._lock = threading.RLock()
         self._due: deque[threading.Lock] = deque()
         self._waking: threading.Lock | None = None
         self._woken_at = self._crowd_until = 0.0
@@ -37,7 +38,7 @@ class Baton:
 
     def after_fork(self) -> None:
         """In a forked child: another thread may have held the lock in its parent, and nobody else lives here."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._due.clear()
         self._waking = None
 

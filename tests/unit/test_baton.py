@@ -109,7 +109,9 @@ def test_whoever_was_not_to_be_woken_changes_nothing(baton: Baton) -> None:
 def test_a_forked_child_begins_anew(baton: Baton) -> None:
     baton.wake([sleeper(), sleeper()])
     # As a thread of the parent may have held it.
-    baton._lock.acquire()
+    holder = threading.Thread(target=baton._lock.acquire)
+    holder.start()
+    holder.join()
 
     baton.after_fork()
 
