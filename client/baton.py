@@ -21,6 +21,8 @@ CROWD_S = 1.0
 """Then so long all are woken at once, as they would be without us."""
 
 _WEIGHT = 0.01
+_LONGEST_S = 0.005
+"""A hiccup of the machine is no sign of anything."""
 _CREDIT_S = 0.0005
 """After a crowd: it still stands in the queue when threads are woken one by one again."""
 
@@ -67,7 +69,8 @@ class Baton:
 
     def _ran(self, now: float) -> None:
         """The thread that was woken last runs `now`."""
-        self._mean_s += _WEIGHT * (now - self._woken_at - self._mean_s)
+        took = min(now - self._woken_at, _LONGEST_S)
+        self._mean_s += _WEIGHT * (took - self._mean_s)
         if self._mean_s > SLOW_S:
             self._mean_s, self._crowd_until = -_CREDIT_S, now + CROWD_S
 

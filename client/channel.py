@@ -31,7 +31,7 @@ READ_S = 2.0
 SWEEP_S = 10.0
 _AWAY_PAUSE_S = 0.1
 
-LINGER_S = 0.0005
+LINGER_S = 0.002
 """While callers are being woken, the sender waits so long for what they send: a script call for each costs more."""
 
 LINGER_BELOW = 64
@@ -272,9 +272,7 @@ class _Sender(threading.Thread):
                 self._waits = True
                 self._changed.wait(None if next_s is None else max(0.0, next_s))
                 self._waits = False
-            if baton.busy and len(self._ready) < LINGER_BELOW and not self._closed:
-                # More is on its way here, from callers that have their answers.
-                self._changed.wait(LINGER_S)
+            self._linger()
             if self._closed:
                 return []
             first = self._ready.popleft()
@@ -287,6 +285,12 @@ class _Sender(threading.Thread):
                 batch.append(after)
                 self._ready.popleft()
             return batch
+
+    def _linger(self) -> None:
+        """More is on its way here, from callers that have their answers."""
+        until = time.monotonic() + LINGER_S
+        while baton.busy and len(self._ready) < LINGER_BELOW and not self._closed and time.monotonic() < until:
+            self._changed.wait(LINGER_S / 4)
 
     def _due(self) -> bool:
         while self._later and self._later[0][0] <= time.monotonic():
