@@ -11,11 +11,13 @@ local SEEN_AFTER_SETTLE_MS = 20000
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
--- Two streams may use the same entry id, within one ms: only the entry itself says whose job it is.
-local function find(entry, job)
-  for stream = 1, 3 do
-    local found = redis.call('XRANGE', KEYS[stream], entry, entry)[1]
-    if found and found[2][3] == 'id' and found[2][4] == job then return stream end
+-- Where an accepted job lies: its stream and its entry there; nothing where it is settled. Clients of an older version
+-- left the stream out, and two streams may use the same entry id within one ms: the entry itself says whose job it is.
+local function find(accepted, job)
+  local named, entry = string.match(accepted, '^([123]):(.+)$')
+  for stream = tonumber(named or 1), tonumber(named or 3) do
+    local found = redis.call('XRANGE', KEYS[stream], entry or accepted, entry or accepted)[1]
+    if found and found[2][3] == 'id' and found[2][4] == job then return stream, entry or accepted end
   end
 end
 
@@ -34,8 +36,9 @@ local function answer(kind, key, job, ttl, reply)
 end
 
 local function cancel(seen, key, job, kind, ttl, reply)
-  local entry = redis.call('GET', seen)
-  local stream = entry and find(entry, job)
+  local accepted = redis.call('GET', seen)
+  if not accepted then return 0 end
+  local stream, entry = find(accepted, job)
   if not stream then return 0 end
   local owner = holder(stream, entry)
   if owner and owner ~= RETURNED then

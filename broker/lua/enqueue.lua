@@ -35,15 +35,16 @@ local function from_now(remaining)
   return remaining == '' and '0' or string.format('%.0f', now + remaining)
 end
 
-local function accept(stream, seen, at)
+local function accept(priority, seen, at)
   local remaining = ARGV[at + 4]
-  local entry = redis.call('XADD', stream, '*',
+  local entry = redis.call('XADD', KEYS[1 + priority], '*',
     'v', '1', 'id', ARGV[at], 'at', now_text, 'op', ARGV[at + 1],
     'rows', ARGV[at + 2], 'tokens', ARGV[at + 3],
     'deadline', from_now(remaining), 'queue_by', from_now(ARGV[at + 5]),
     'client', ARGV[at + 6], 'tenant', ARGV[at + 7], 'trace', ARGV[at + 8], 'body', ARGV[at + 9])
   local life = remaining == '' and SEEN_WITHOUT_DEADLINE_MS or remaining + SEEN_AFTER_DEADLINE_MS
-  redis.call('SET', seen, entry, 'PX', string.format('%.0f', life))
+  -- With its stream: within one ms another stream may have an entry of this id.
+  redis.call('SET', seen, priority .. ':' .. entry, 'PX', string.format('%.0f', life))
 end
 
 -- Known for as long as its caller repeats it, also once it is settled. And a write: WAIT counts from the last one of
@@ -128,7 +129,7 @@ for group = 1, tonumber(ARGV[1]) do
       outcomes[group] = {REFUSED, reason, retry_after}
       count_refusal(reason)
     else
-      for job = 0, jobs - 1 do accept(KEYS[1 + priority], KEYS[seen + job], arg + 10 * job) end
+      for job = 0, jobs - 1 do accept(priority, KEYS[seen + job], arg + 10 * job) end
       depths[priority] = depths[priority] + jobs
       outcomes[group] = {ACCEPTED}
     end

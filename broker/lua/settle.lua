@@ -82,9 +82,10 @@ local function answer(kind, key, job, ttl, reply)
 end
 
 -- Only the entry that was accepted under an id answers to it: another one's answer would reach the job's own caller.
-local function is_another(seen, id)
+local function is_another(seen, priority, id)
   local accepted = redis.pcall('GET', seen)
-  return type(accepted) == 'string' and accepted ~= id
+  -- Without the stream it was written by a client of an older version.
+  return type(accepted) == 'string' and accepted ~= priority .. ':' .. id and accepted ~= id
 end
 
 local outcomes, retired = {}, {{}, {}, {}}
@@ -98,7 +99,7 @@ while arg <= #ARGV do
   if redis.call('XACK', stream, GROUP, id) == 0 then
     outcomes[#outcomes + 1] = 0
   else
-    local another = is_another(KEYS[key + 1], id)
+    local another = is_another(KEYS[key + 1], priority, id)
     local answered = not another and answer(kind, KEYS[key], job, ttl, reply)
     if another then reason = 'malformed: its id is another job\'s'
     elseif not answered then reason = 'reply_unwritable' end

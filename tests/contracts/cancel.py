@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from contracts.queue import CALLER, Queue, draft, ids, names
 
 from millstream.broker.codec import decode_reply
 from millstream.broker.errors import Cancelled
 from millstream.broker.job import PRIORITIES, Draft, Priority
+from millstream.broker.keys import STREAM_INDEX
 
 
 class CancelContract:
@@ -60,9 +62,10 @@ class CancelContract:
 
         assert [reply for _, reply in queue.replies()] == [b"reply"]
 
-    def test_a_job_of_another_priority_under_the_same_entry_id_is_left_alone(self, queue: Queue) -> None:
+    @pytest.mark.parametrize("older", [False, True], ids=["", "sent by an older version"])
+    def test_a_job_of_another_priority_under_the_same_entry_id_is_left_alone(self, queue: Queue, older: bool) -> None:
         wanted, unwanted = draft(), draft()
-        (waiting, fields), *_ = self._put_at_once(queue, wanted, unwanted)
+        (waiting, fields), *_ = self._put_at_once(queue, wanted, unwanted, older)
 
         assert queue.streams.cancel([unwanted.id], CALLER) == ["waiting"]
 
@@ -70,7 +73,9 @@ class CancelContract:
         assert queue.jobs(Priority.REALTIME) == [(waiting, fields)]
         assert ids(queue.claim().claims) == [wanted.id]
 
-    def _put_at_once(self, queue: Queue, urgent: Draft, other: Draft) -> list[tuple[str, dict[bytes, bytes]]]:
+    def _put_at_once(
+        self, queue: Queue, urgent: Draft, other: Draft, older: bool
+    ) -> list[tuple[str, dict[bytes, bytes]]]:
         """One realtime and one batch job, both as entry 1-1: as where they come within one ms."""
         queue.put(urgent, priority=Priority.REALTIME)
         queue.put(other, priority=Priority.BATCH)
@@ -79,7 +84,8 @@ class CancelContract:
             stream = queue.keys.stream(priority)
             queue.client.delete(stream)
             queue.client.xadd(stream, {name.decode(): value for name, value in fields.items()}, id="1-1")
-            queue.client.set(queue.keys.seen(job.id), "1-1", px=60_000)
+            named = "1-1" if older else f"{STREAM_INDEX[priority]}:1-1"
+            queue.client.set(queue.keys.seen(job.id), named, px=60_000)
         queue.streams.create_groups()
         return queue.jobs(Priority.REALTIME)
 

@@ -56,9 +56,9 @@ class Queue:
         assert admissions == [Admission()] * len(drafts)
         return list(drafts)
 
-    def put_raw(self, fields: dict[bytes, bytes], priority: Priority = Priority.NORMAL) -> None:
+    def put_raw(self, fields: dict[bytes, bytes], priority: Priority = Priority.NORMAL, entry: str = "*") -> None:
         """An entry that no client of ours wrote."""
-        self.client.xadd(self.keys.stream(priority), {name.decode(): value for name, value in fields.items()})
+        self.client.xadd(self.keys.stream(priority), {name.decode(): value for name, value in fields.items()}, id=entry)
 
     def claim(
         self,

@@ -53,6 +53,25 @@ class SettleContract:
         assert queue.replies() == [(fields[b"id"].decode(), b"true")]
         assert (true.address.entry, queue.depth()) == (entry, 0)
 
+    def test_an_entry_of_another_stream_with_the_same_entry_id_answers_nobody(self, queue: Queue) -> None:
+        queue.put(draft())
+        ((entry, fields),) = queue.jobs()
+        # As where somebody writes it within the same ms.
+        queue.put_raw(fields, Priority.BATCH, entry)
+        true, forged = queue.claim().claims
+
+        assert queue.settle([forged], b"forged") == ["unwritable"]
+
+        assert queue.replies() == []
+        assert queue.settle([true], b"true") == ["answered"]
+        assert queue.replies() == [(true.address.job_id, b"true")]
+
+    def test_a_job_that_a_client_of_an_older_version_sent_is_answered(self, queue: Queue) -> None:
+        (claim,) = queue.hold("w1", draft())
+        queue.client.set(queue.keys.seen(claim.address.job_id), claim.address.entry, px=60_000)
+
+        assert queue.settle([claim]) == ["answered"]
+
     def test_a_job_twice_in_one_call_is_answered_once(self, queue: Queue) -> None:
         claims = queue.hold("w1", draft())
 

@@ -172,8 +172,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def _accepted(self, priority: Priority, draft: Draft, late: str) -> None:
         entry = Entry(draft.id, priority, draft.rows, draft.tokens, draft.client, late)
-        stored = cast(bytes, self.queue.client.get(self.keys.seen(draft.id)))
-        entry.name = f"{PRIORITIES.index(priority) + 1}:{stored.decode()}"
+        entry.name = cast(bytes, self.queue.client.get(self.keys.seen(draft.id))).decode()
         self.model.entries[draft.id] = entry
 
     @precondition(lambda self: self.model.entries)
