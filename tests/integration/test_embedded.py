@@ -68,8 +68,10 @@ def crash(server: EmbeddedServer) -> None:
 def end(server: EmbeddedServer) -> None:
     """End a server that nobody here owns."""
     os.kill(server.pid, signal.SIGTERM)
-    eventually(lambda: not server.alive())
-    socket_path(server.data_dir, os.environ).parent.rmdir()
+    folder = socket_path(server.data_dir, os.environ).parent
+    # It answers no more before its socket is gone.
+    eventually(lambda: not server.alive() and not any(folder.iterdir()))
+    folder.rmdir()
 
 
 def wrapper(path: Path, line: str) -> Path:

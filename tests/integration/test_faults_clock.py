@@ -86,7 +86,8 @@ def test_what_a_lost_worker_held_at_a_step_is_given_back_soon_after(tmp_path: Pa
     with milling(tmp_path, clock.server) as mill:
         mill.beaten()
         with frozen(*mill.supervisor.pids):
-            eventually(lambda: not mill.connection.client.info("clients")["blocked_clients"])
+            # Twice: by then the server has read what they sent just before.
+            eventually(lambda: not any(mill.connection.client.info("clients")["blocked_clients"] for _ in range(2)))
             mill.queue.hold("lost", draft())
 
         clock.step(step_s)
