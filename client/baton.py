@@ -45,9 +45,9 @@ class Baton:
         self._waking = None
 
     @property
-    def busy(self) -> bool:
-        """Whether threads that have their answer are still asleep."""
-        return bool(self._due)
+    def due(self) -> int:
+        """Threads that have their answer and do not run yet."""
+        return len(self._due) + (self._waking is not None)
 
     def wake(self, waiters: Iterable[threading.Lock]) -> None:
         """Wake these, in order, after those that are due already. Each must say when it `left`."""
@@ -66,6 +66,22 @@ class Baton:
                 # It ran out of patience first: the one before it may be slow, or lost in an interrupt.
                 self._due.remove(waiter)
                 self._wake_next()
+
+    def after(self, threads: int, timeout: float) -> None:
+        """Sleep until so many of those that are due run, or all of them; for `timeout` seconds at most."""
+        turn = threading.Lock()
+        turn.acquire()
+        with self._lock:
+            if self._waking is None:
+                return
+            # In the row with them: whoever is woken before it wakes it.
+            self._due.insert(threads - 1, turn)
+        turn.acquire(timeout=timeout)
+        with self._lock:
+            if turn is self._waking:
+                self._wake_next()
+            elif turn in self._due:
+                self._due.remove(turn)
 
     def _ran(self, now: float) -> None:
         """The thread that was woken last runs `now`."""

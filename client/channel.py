@@ -34,8 +34,9 @@ _AWAY_PAUSE_S = 0.1
 LINGER_S = 0.002
 """While callers are being woken, the sender waits so long for what they send: a script call for each costs more."""
 
-LINGER_BELOW = 64
-"""Orders. With so many it does not wait for more."""
+LINGER_FOR, LINGER_SHARE = 64, 3
+"""It waits for so many orders at most, and for one in so many of the jobs under way: the others keep server and workers
+busy meanwhile."""
 
 
 class Sink(Protocol):
@@ -135,11 +136,15 @@ class Channel:
             reader.close()
         self._connection.close()
 
+    def _awaited(self) -> int:
+        """Jobs whose answers have not been read."""
+        return sum([reader.awaited for reader in list(self._readers.values())])
+
     def _sending(self) -> _Sender:
         with self._lock:
             self._check_open()
             if self._sender is None:
-                self._sender = _Sender(self._connection, self._registry, self.client_id, self.forget)
+                self._sender = _Sender(self._connection, self._registry, self.client_id, self.forget, self._awaited)
                 self._sender.start()
             return self._sender
 
@@ -172,10 +177,12 @@ class _Sender(threading.Thread):
         registry: Registry,
         client_id: str,
         forget: Callable[[str, Sequence[str]], None],
+        awaited: Callable[[], int],
     ) -> None:
         super().__init__(name="millstream-sender", daemon=True)
         self._client_id = client_id
         self._forget = forget
+        self._awaited = awaited
         self._connection = connection
         self._registry = registry
         self._ready: deque[Submission | Cancellation] = deque()
@@ -288,9 +295,15 @@ class _Sender(threading.Thread):
 
     def _linger(self) -> None:
         """More is on its way here, from callers that have their answers."""
-        until = time.monotonic() + LINGER_S
-        while baton.busy and len(self._ready) < LINGER_BELOW and not self._closed and time.monotonic() < until:
-            self._changed.wait(LINGER_S / 4)
+        due = baton.due
+        missing = min(LINGER_FOR, (due + self._awaited()) // LINGER_SHARE) - len(self._ready)
+        if not due or missing <= 0:
+            return
+        self._lock.release()
+        try:
+            baton.after(missing, LINGER_S)
+        finally:
+            self._lock.acquire()
 
     def _due(self) -> bool:
         while self._later and self._later[0][0] <= time.monotonic():
@@ -349,6 +362,11 @@ class _Reader(threading.Thread):
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._closed = False
+
+    @property
+    def awaited(self) -> int:
+        """Jobs whose answers have not been read."""
+        return len(self._waiting)
 
     def expect(self, submission: Submission) -> None:
         """Raises BrokerUnavailable once closed."""

@@ -32,14 +32,15 @@ def test_each_wakes_the_next(baton: Baton) -> None:
     baton.wake([first, second])
     baton.wake([third])
     assert woken(first, second, third) == [True, False, False]
-    assert baton.busy
+    assert baton.due == 3
 
     baton.left(first)
     assert woken(second, third) == [True, False]
     baton.left(second)
     assert woken(third) == [True]
-    assert not baton.busy
+    assert baton.due == 1
     baton.left(third)
+    assert not baton.due
 
     after = sleeper()
     baton.wake([after])
@@ -54,7 +55,7 @@ def test_one_that_leaves_before_its_turn_is_passed_over(baton: Baton) -> None:
     baton.left(first)
 
     assert woken(second, third) == [False, True]
-    assert not baton.busy
+    assert baton.due == 1
 
 
 def test_one_that_never_leaves_holds_the_others_up_until_one_of_them_looks_for_itself(baton: Baton) -> None:
@@ -65,6 +66,41 @@ def test_one_that_never_leaves_holds_the_others_up_until_one_of_them_looks_for_i
     assert woken(third, fourth) == [True, False]
     baton.left(third)
     assert woken(fourth) == [True]
+
+
+@pytest.mark.parametrize(("threads", "first_of_them"), [(1, 1), (2, 2), (9, 3)])
+def test_whoever_waits_for_some_of_them_is_woken_after_these(baton: Baton, threads: int, first_of_them: int) -> None:
+    waiters = [sleeper() for _ in range(4)]
+    baton.wake(waiters[:3])
+    waiting = threading.Thread(target=baton.after, args=(threads, 60.0))
+    waiting.start()
+    eventually(lambda: baton.due == 4)
+    baton.wake(waiters[3:])
+
+    for waiter in waiters[:first_of_them]:
+        assert waiting.is_alive()
+        baton.left(waiter)
+    waiting.join(10.0)
+
+    assert not waiting.is_alive()
+    # Its turn went on to the next one.
+    assert woken(*waiters) == [at <= first_of_them for at in range(4)]
+
+
+def test_whoever_waits_for_nobody_goes_on_at_once(baton: Baton) -> None:
+    baton.after(1, 60.0)
+
+    assert not baton.due
+
+
+def test_whoever_ran_out_of_patience_before_its_turn_changes_nothing(baton: Baton) -> None:
+    first, second = sleeper(), sleeper()
+    baton.wake([first, second])
+
+    baton.after(1, 0.0)
+
+    assert woken(first, second) == [True, False]
+    assert baton.due == 2
 
 
 @pytest.mark.parametrize(("crowd_s", "at_once"), [(60.0, True), (0.0, False)])
@@ -139,4 +175,4 @@ def test_all_threads_wake_whatever_the_order_of_their_patience(baton: Baton) -> 
         thread.start()
 
     eventually(lambda: not any(thread.is_alive() for thread in threads))
-    assert not baton.busy
+    assert not baton.due

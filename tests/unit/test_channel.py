@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import pytest
@@ -70,11 +70,15 @@ class Sink:
 class Sender(_Sender):
     def __init__(self, streams: FakeStreams) -> None:
         connection = Connection("redis://nowhere")
-        super().__init__(connection, Registry(connection), "caller", lambda service, job_ids: None)
+        super().__init__(connection, Registry(connection), "caller", lambda service, job_ids: None, self._under_way)
         self._fake = streams
+        self.under_way = 0
 
     def _streams(self, service: str) -> Streams:
         return cast(Streams, self._fake)
+
+    def _under_way(self) -> int:
+        return self.under_way
 
 
 @pytest.fixture
@@ -108,26 +112,63 @@ def test_submissions_of_one_service_travel_together_in_order(sender: Sender, str
     assert streams.script_calls == [128, 128, 44]
 
 
-def test_while_callers_are_being_woken_the_sender_waits_a_moment_for_more(
-    sender: Sender, streams: FakeStreams, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(channel, "LINGER_S", 0.3)
-    answered = [threading.Lock(), threading.Lock()]
-    for each in answered:
+@pytest.fixture
+def answered() -> Iterator[list[threading.Lock]]:
+    """Two callers that are to run, and do not yet."""
+    locks = [threading.Lock(), threading.Lock()]
+    for each in locks:
         each.acquire()
+    baton.wake(locks)
+    yield locks
+    for each in locks:
+        baton.left(each)
+
+
+def test_the_sender_waits_for_what_callers_send_that_are_being_woken(
+    sender: Sender, streams: FakeStreams, answered: list[threading.Lock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel, "LINGER_S", 60.0)
+    sender.under_way = 3 * channel.LINGER_SHARE
     sender.start()
 
-    baton.wake(answered)
-    for name in ("a", "b", "c"):
-        sender.put([submission(name)])
+    sender.put([submission("a")])
+    eventually(lambda: baton.due == 3)
+    baton.left(answered[0])
+    sender.put([submission("b"), submission("c")])
+    baton.left(answered[1])
     eventually(lambda: len(streams.accepted) == 3)
-    for each in answered:
-        baton.left(each)
     sender.put([submission("d")])
     eventually(lambda: len(streams.accepted) == 4)
     sender.close()
 
     assert streams.script_calls == [3, 1]
+
+
+def test_the_sender_waits_for_a_share_of_the_jobs_under_way_only(
+    sender: Sender, streams: FakeStreams, answered: list[threading.Lock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel, "LINGER_S", 60.0)
+    sender.under_way = channel.LINGER_SHARE
+    sender.start()
+
+    sender.put([submission("a")])
+    eventually(lambda: streams.accepted)
+    sender.close()
+
+    assert baton.due == 2
+
+
+def test_the_sender_waits_for_a_moment_only(
+    sender: Sender, streams: FakeStreams, answered: list[threading.Lock]
+) -> None:
+    sender.under_way = 100
+    sender.start()
+
+    sender.put([submission("a")])
+    eventually(lambda: streams.accepted)
+    sender.close()
+
+    assert baton.due == 2
 
 
 def test_a_cancellation_follows_what_was_submitted_before_it(sender: Sender, streams: FakeStreams) -> None:

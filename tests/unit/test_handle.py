@@ -387,7 +387,7 @@ def test_every_thread_whose_call_was_answered_wakes(monkeypatch: pytest.MonkeyPa
         answer(channel, handle)
 
     eventually(lambda: not any(thread.is_alive() for thread in threads))
-    assert not baton.busy
+    assert not baton.due
 
 
 def test_a_thread_that_missed_its_wake_up_looks_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
