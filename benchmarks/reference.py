@@ -1,6 +1,6 @@
 """The raw loop that the queue is measured against: redis-py and hiredis, no product code, no promises.
 
-A sender thread pipelines XADDs of the same 12 fields, a worker process reads with XREADGROUP and pipelines XACK, XDEL
+A sender thread pipelines XADDs of the same fields, a worker process reads with XREADGROUP and pipelines XACK, XDEL
 and XADD of the answer for each job, a reader thread hands each answer to its caller. Nothing here survives a fault.
 """
 
@@ -37,7 +37,7 @@ def connect(url: str) -> redis.Redis:
 
 
 def fields(job_id: str, body: str, rows: int, client: str) -> dict[FieldT, EncodableT]:
-    """The 12 fields that a job of the product has, in the same order and of like size."""
+    """The fields that a job of the product has, in the same order and of like size."""
     return {
         "v": 1,
         "id": job_id,
@@ -46,10 +46,7 @@ def fields(job_id: str, body: str, rows: int, client: str) -> dict[FieldT, Encod
         "rows": rows,
         "tokens": 52 * rows,
         "deadline": 1_000_000_000_000,
-        "queue_by": 0,
         "client": client,
-        "tenant": "",
-        "trace": "",
         "body": body,
     }
 

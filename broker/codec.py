@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -16,6 +16,9 @@ VERSION = "1"
 FIELDS = ("v", "id", "at", "op", "rows", "tokens", "deadline", "queue_by", "client", "tenant", "trace", "body")
 """Of a stream entry, always in this order: plain words, so that XRANGE reads like a table."""
 
+OPTIONAL = frozenset({"deadline", "queue_by", "client", "tenant", "trace"})
+"""Those that are left out where there is nothing to say: each word costs the server and the worker time."""
+
 MAX_ROWS = 4096
 MAX_TOKENS = 100_000_000
 MAX_BODY = 8 * 1024 * 1024
@@ -23,7 +26,7 @@ MAX_MS = 2**53
 MAX_DEPTH = 64
 """Of the lists and objects in a body, one within another: what Python bears differs by version and by thread."""
 
-_NAMES = tuple(name.encode() for name in FIELDS)
+_MOST_WORDS = 2 * len(FIELDS)
 _NUMBER = rb"[0-9]{1,16}"
 _NAME = rb"[A-Za-z0-9_.-]{0,64}"
 _PATTERNS = {
@@ -44,7 +47,15 @@ _PATTERNS = {
 }
 """Of each field but the body."""
 
-_WORDS = re.compile(rb"\0".join(pattern.pattern for pattern in _PATTERNS.values()))
+_WORDS = re.compile(
+    "".join(
+        rf"(?:{name}\0({pattern.pattern.decode()})\0){'?' if name in OPTIONAL else ''}"
+        for name, pattern in _PATTERNS.items()
+    )
+    + "body"
+)
+"""All names and values before the body, which no pattern of a value lets the separator into."""
+
 _FLOATS = np.dtype("<f4")
 _DTYPES: Mapping[Json, np.dtype[Scalar]] = {"float32": _FLOATS, "float16": np.dtype("<f2"), "uint8": np.dtype("u1")}
 """Of vectors, as the wire names and carries them."""
@@ -61,45 +72,41 @@ _decoded = json.JSONDecoder().raw_decode
 
 def encode_entry(job: Job) -> list[str | bytes | int]:
     """The flat fields of `job`, as XADD takes them. The enqueue script writes the same ones."""
-    values: tuple[str | bytes | int, ...] = (
-        VERSION,
-        job.id,
-        job.at,
-        job.op,
-        job.rows,
-        job.tokens,
-        job.deadline,
-        job.queue_by,
-    )
-    values += (job.client, job.tenant, job.trace, job.body)
     flat: list[str | bytes | int] = []
-    for name, value in zip(FIELDS, values, strict=True):
-        flat += (name, value)
+    values = VERSION, job.id, job.at, job.op, job.rows, job.tokens, job.deadline, job.queue_by
+    named: Iterable[tuple[str, str | bytes | int]]
+    named = zip(FIELDS, (*values, job.client, job.tenant, job.trace, job.body), strict=True)
+    for name, value in named:
+        if value or name not in OPTIONAL:
+            flat += (name, value)
     return flat
 
 
 def decode_entry(flat: Sequence[bytes]) -> Job:
     """The job of an entry's flat fields. Raises Malformed."""
-    if tuple(flat[0::2]) != _NAMES or len(flat) != 2 * len(_NAMES):
-        raise Malformed(f"fields are not {' '.join(FIELDS)}")
-    *words, body = flat[1::2]
-    # All at once: this runs for every job. No pattern lets the separator through.
-    joined = b"\0".join(words)
-    if not _WORDS.fullmatch(joined) or len(body) > MAX_BODY:
-        raise Malformed(_wrong(words, body))
-    _, job_id, at, op, rows, tokens, deadline, queue_by, client, tenant, trace = joined.decode().split("\0")
-    job = Job(job_id, int(at), op, int(rows), int(tokens), int(deadline), int(queue_by), client, tenant, trace, body)
-    if job.rows > MAX_ROWS or job.tokens > MAX_TOKENS or max(job.at, job.deadline, job.queue_by) > MAX_MS:
+    # All at once: this runs for every job.
+    found = _WORDS.fullmatch(b"\0".join(flat[:-1]).decode("latin-1")) if len(flat) <= _MOST_WORDS else None
+    if not found or found[0].count("\0") != len(flat) - 2 or len(flat[-1]) > MAX_BODY:
+        raise Malformed(_wrong(flat))
+    _, job_id, at, op, rows, tokens, deadline, queue_by, client, tenant, trace = found.groups("")
+    times = int(at), int(deadline or 0), int(queue_by or 0)
+    job = Job(job_id, times[0], op, int(rows), int(tokens), *times[1:], client, tenant, trace, flat[-1])
+    if job.rows > MAX_ROWS or job.tokens > MAX_TOKENS or max(times) > MAX_MS:
         raise Malformed(f"a number is over its bound: rows {MAX_ROWS}, tokens {MAX_TOKENS}, times {MAX_MS} ms")
     return job
 
 
-def _wrong(words: Sequence[bytes], body: bytes) -> str:
+def _wrong(flat: Sequence[bytes]) -> str:
     """Which field is not as it should be."""
-    for name, word in zip(FIELDS, words, strict=False):
-        if not _PATTERNS[name].fullmatch(word):
-            return f"{name} does not match {_PATTERNS[name].pattern.decode()}"
-    return f"body of {len(body)} bytes is over {MAX_BODY}"
+    names = flat[0::2]
+    expected = [name.encode() for name in FIELDS if name not in OPTIONAL or name.encode() in names[: len(FIELDS)]]
+    if len(flat) % 2 or names != expected:
+        return f"fields are not {' '.join(f'[{name}]' if name in OPTIONAL else name for name in FIELDS)}"
+    for name, value in zip(names, flat[1::2], strict=True):
+        pattern = _PATTERNS.get(name.decode())
+        if pattern and not pattern.fullmatch(value):
+            return f"{name.decode()} does not match {pattern.pattern.decode()}"
+    return f"body of {len(flat[-1])} bytes is over {MAX_BODY}"
 
 
 def salvage(flat: Sequence[bytes]) -> tuple[str, str]:

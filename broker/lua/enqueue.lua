@@ -4,6 +4,7 @@
 -- KEYS[8..] per group: HASH its tenant's token bucket, then STRING seen, one a job
 -- ARGV[1] groups, each as: priority 1..3, jobs, calls to charge for, then per job
 --         id op rows tokens deadline_in queue_in client tenant trace body   (times in ms from now, '' for none)
+-- What is '' is left out of the entry.
 -- Returns per group {1} accepted; {2} accepted before; {0, reason, retry_after_ms} refused
 -- Refusals: unknown_service, paused, queue_full, rate_limited,
 --   over_burst (its cost is more than the limit ever lets through)
@@ -14,6 +15,7 @@ local SEEN_WITHOUT_DEADLINE_MS = 7 * 86400000
 local SEEN_AFTER_REPEAT_MS = 20000
 local REFUSED_KEPT_MS = 86400000
 local RETRY_AFTER_MS, RETRY_PAUSED_AFTER_MS = 100, 500
+local STREAM = {'1:', '2:', '3:'}
 
 -- The server's clock: callers' clocks differ, and neither deadlines nor rates must.
 local time = redis.call('TIME')
@@ -31,20 +33,35 @@ local depths = {redis.call('XLEN', KEYS[2]), redis.call('XLEN', KEYS[3]), redis.
 local depth_limits = {tonumber(spec[8]), tonumber(spec[9]), tonumber(spec[10])}
 local refusing = redis.call('GET', KEYS[6]) == 'refusing'
 
+-- Many jobs of one call of this script have the same time left.
+local moments, lives = {[''] = ''}, {[''] = string.format('%.0f', SEEN_WITHOUT_DEADLINE_MS)}
+
 local function from_now(remaining)
-  return remaining == '' and '0' or string.format('%.0f', now + remaining)
+  local moment = moments[remaining]
+  if not moment then
+    moment = string.format('%.0f', now + remaining)
+    moments[remaining], lives[remaining] = moment, string.format('%.0f', remaining + SEEN_AFTER_DEADLINE_MS)
+  end
+  return moment
+end
+
+local function add(words, name, value)
+  if value ~= '' then words[#words + 1], words[#words + 2] = name, value end
 end
 
 local function accept(priority, seen, at)
   local remaining = ARGV[at + 4]
-  local entry = redis.call('XADD', KEYS[1 + priority], '*',
-    'v', '1', 'id', ARGV[at], 'at', now_text, 'op', ARGV[at + 1],
-    'rows', ARGV[at + 2], 'tokens', ARGV[at + 3],
-    'deadline', from_now(remaining), 'queue_by', from_now(ARGV[at + 5]),
-    'client', ARGV[at + 6], 'tenant', ARGV[at + 7], 'trace', ARGV[at + 8], 'body', ARGV[at + 9])
-  local life = remaining == '' and SEEN_WITHOUT_DEADLINE_MS or remaining + SEEN_AFTER_DEADLINE_MS
+  local words = {'v', '1', 'id', ARGV[at], 'at', now_text, 'op', ARGV[at + 1],
+    'rows', ARGV[at + 2], 'tokens', ARGV[at + 3]}
+  add(words, 'deadline', from_now(remaining))
+  add(words, 'queue_by', from_now(ARGV[at + 5]))
+  add(words, 'client', ARGV[at + 6])
+  add(words, 'tenant', ARGV[at + 7])
+  add(words, 'trace', ARGV[at + 8])
+  words[#words + 1], words[#words + 2] = 'body', ARGV[at + 9]
+  local entry = redis.call('XADD', KEYS[1 + priority], '*', unpack(words))
   -- With its stream: within one ms another stream may have an entry of this id.
-  redis.call('SET', seen, priority .. ':' .. entry, 'PX', string.format('%.0f', life))
+  redis.call('SET', seen, STREAM[priority] .. entry, 'PX', lives[remaining])
 end
 
 -- Known for as long as its caller repeats it, also once it is settled. And a write: WAIT counts from the last one of

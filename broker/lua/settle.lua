@@ -11,7 +11,7 @@
 -- A reply stream that is full of unread ones takes no more: whoever should read it is dead or frozen
 
 local GROUP, DEAD_KEPT, UNREAD_BYTES = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local SEEN_AFTER_SETTLE_MS = 20000
+local SEEN_AFTER_SETTLE_MS = '20000'
 local MAX_FIELDS = 64
 local MAX_BYTES = 1048576
 local FEW_UNREAD = 16
@@ -82,10 +82,10 @@ local function answer(kind, key, job, ttl, reply)
 end
 
 -- Only the entry that was accepted under an id answers to it: another one's answer would reach the job's own caller.
-local function is_another(seen, priority, id)
+local function is_another(seen, name, id)
   local accepted = redis.pcall('GET', seen)
   -- Without the stream it was written by a client of an older version.
-  return type(accepted) == 'string' and accepted ~= priority .. ':' .. id and accepted ~= id
+  return type(accepted) == 'string' and accepted ~= name and accepted ~= id
 end
 
 local outcomes, retired = {}, {{}, {}, {}}
@@ -93,17 +93,17 @@ local arg, key = 4, 6
 while arg <= #ARGV do
   local priority, id, job = tonumber(ARGV[arg]), ARGV[arg + 1], ARGV[arg + 2]
   local kind, ttl, reply, reason = ARGV[arg + 3], ARGV[arg + 4], ARGV[arg + 5], ARGV[arg + 6]
-  local stream = KEYS[priority]
+  local stream, name = KEYS[priority], ARGV[arg] .. ':' .. id
   local past = reason ~= '' and history(stream, id) or {}
   -- XACK first: it is allowed at maxmemory, and what follows it in the script then is too.
   if redis.call('XACK', stream, GROUP, id) == 0 then
     outcomes[#outcomes + 1] = 0
   else
-    local another = is_another(KEYS[key + 1], priority, id)
+    local another = is_another(KEYS[key + 1], name, id)
     local answered = not another and answer(kind, KEYS[key], job, ttl, reply)
     if another then reason = 'malformed: its id is another job\'s'
     elseif not answered then reason = 'reply_unwritable' end
-    if trailed then end_trail(past, priority .. ':' .. id) end
+    if trailed then end_trail(past, name) end
     if reason ~= '' then bury(priority, id, reason, past) end
     retired[priority][#retired[priority] + 1] = id
     -- A detached job stays known as long as its result: its idempotency key must not run it again.

@@ -24,10 +24,18 @@ class EnqueueContract:
         assert [queue.client.xlen(stream) for stream in queue.keys.streams()] == [2, 2, 2]
 
     def test_an_entry_holds_the_fields_in_the_order_that_is_published(self, queue: Queue) -> None:
-        (job,) = queue.put(draft(rows=2, tokens=7, client="me"))
+        now = time.monotonic()
+        queue.put(draft(rows=2, tokens=7, client="me", tenant="t", deadline=now + 9, queue_by=now + 9, trace="x"))
 
         ((_, fields),) = queue.jobs()
         assert [name.decode() for name in fields] == list(FIELDS)
+        assert (fields[b"tenant"], fields[b"trace"]) == (b"t", b"x")
+
+    def test_an_entry_has_no_fields_that_say_nothing(self, queue: Queue) -> None:
+        (job,) = queue.put(draft(rows=2, tokens=7, client="me"))
+
+        ((_, fields),) = queue.jobs()
+        assert [name.decode() for name in fields] == ["v", "id", "at", "op", "rows", "tokens", "client", "body"]
         read = decode_entry([part for pair in fields.items() for part in pair])
         assert (read.id, read.op, read.rows, read.tokens, read.client) == (job.id, "echo", 2, 7, "me")
         assert (read.deadline, read.queue_by, read.body) == (0, 0, job.body)

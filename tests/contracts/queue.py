@@ -28,9 +28,10 @@ def draft(
     deadline: float | None = None,
     queue_by: float | None = None,
     tenant: str = "",
+    trace: str = "",
 ) -> Draft:
     body = encode_inputs(["a b c"] * rows, {})
-    return Draft(secrets.token_hex(16), "echo", rows, tokens, body, client, deadline, queue_by, tenant)
+    return Draft(secrets.token_hex(16), "echo", rows, tokens, body, client, deadline, queue_by, tenant, trace)
 
 
 @dataclass(frozen=True)

@@ -85,12 +85,28 @@ def flat(job: Job) -> list[bytes]:
     return [part if isinstance(part, bytes) else str(part).encode() for part in encode_entry(job)]
 
 
-JOB = Job("0123456789abcdef" * 2, 5, "embed", 2, 9, 0, 0, "client", "tenant", "trace", b"{}")
+JOB = Job("0123456789abcdef" * 2, 5, "embed", 2, 9, 8, 7, "client", "tenant", "trace", b"{}")
 
 
 @given(jobs)
 def test_an_entry_comes_back_as_it_was(job: Job) -> None:
     assert decode_entry(flat(job)) == job
+
+
+def test_what_says_nothing_is_left_out() -> None:
+    bare = JOB._replace(deadline=0, queue_by=0, client="", tenant="", trace="")
+
+    assert flat(bare)[0::2] == [b"v", b"id", b"at", b"op", b"rows", b"tokens", b"body"]
+    assert [name.decode() for name in flat(JOB)[0::2]] == list(FIELDS)
+
+
+@given(jobs)
+def test_an_entry_with_empty_fields_as_older_clients_write_it_is_read(job: Job) -> None:
+    written = dict(zip(flat(job)[0::2], flat(job)[1::2], strict=True))
+    absent = {"deadline": b"0", "queue_by": b"0"}
+    older = [(name.encode(), written.get(name.encode(), absent.get(name, b""))) for name in FIELDS]
+
+    assert decode_entry([part for pair in older for part in pair]) == job
 
 
 @given(st.lists(json_values, min_size=1), st.dictionaries(texts, json_values, max_size=3))
@@ -240,6 +256,8 @@ def test_a_bad_field_makes_the_entry_malformed(name: str, value: bytes) -> None:
         lambda fields: [*fields, b"more"],
         lambda fields: fields[2:4] + fields[:2] + fields[4:],
         lambda fields: [b"\xff", *fields[1:]],
+        lambda fields: [*fields[:6], b"\0".join(fields[6:10]), *fields[10:]],
+        lambda fields: [*fields[:4], b"\0".join(fields[4:7]), *fields[7:]],
     ],
 )
 def test_missing_more_or_reordered_fields_make_the_entry_malformed(
