@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -193,7 +193,7 @@ def _json(text: bytes) -> Json:
         if end < len(string):
             # Space around it is JSON, too.
             decoded = json.loads(string)
-        if _SURROGATE.search(text):
+        if b"\\u" in text and _SURROGATE.search(text):
             # Half a pair is no text: it could neither run nor be sent back.
             json.dumps(decoded, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -235,21 +235,26 @@ def decode_reply(blob: bytes) -> Reply:
     if not isinstance(head, dict):
         raise Malformed("reply has no head")
     try:
-        return Reply(
-            _vectors(head["shape"], head.get("dtype", "float32"), data) if "shape" in head else None,
-            _values(head["values"]) if "values" in head else None,
-            _errors(head["errors"]) if "errors" in head else {},
-            _error(head["error"]) if "error" in head else None,
-            int(cast(int, head.get("tokens", 0))),
-            tuple(map(_row, cast(list[int], head["truncated"]))) if "truncated" in head else (),
-            {name: float(ms) for name, ms in cast(dict[str, float], head.get("timings", {})).items()},
-        )
+        return _reply(head, data)
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise Malformed(f"reply: {error}") from None
 
 
-def _vectors(shape: Json, dtype: Json, data: bytes) -> Encoded:
-    rows, dim = cast(list[int], shape)
+def _reply(head: dict[str, Any], data: bytes) -> Reply:
+    """Raises whatever a head makes that nobody of ours wrote."""
+    return Reply(
+        _vectors(head["shape"], head.get("dtype", "float32"), data) if "shape" in head else None,
+        _values(head["values"]) if "values" in head else None,
+        _errors(head["errors"]) if "errors" in head else {},
+        from_wire(head["error"]) if "error" in head else None,
+        int(head.get("tokens", 0)),
+        tuple(map(_row, head["truncated"])) if "truncated" in head else (),
+        {name: float(ms) for name, ms in head["timings"].items()} if "timings" in head else {},
+    )
+
+
+def _vectors(shape: list[int], dtype: str, data: bytes) -> Encoded:
+    rows, dim = shape
     if dtype not in _DTYPES:
         raise ValueError(f"no dtype {dtype}")
     return np.frombuffer(data, _DTYPES[dtype]).reshape(rows, dim)
@@ -267,9 +272,5 @@ def _row(index: int | str) -> int:
     return int(index)
 
 
-def _errors(wire: Json) -> dict[int, MillstreamError]:
-    return {_row(row): _error(error) for row, error in cast(dict[str, Json], wire).items()}
-
-
-def _error(wire: Json) -> MillstreamError:
-    return from_wire(cast(dict[str, object], wire))
+def _errors(wire: dict[str, dict[str, object]]) -> dict[int, MillstreamError]:
+    return {_row(row): from_wire(error) for row, error in wire.items()}

@@ -16,6 +16,7 @@ from redis.retry import Retry
 from millstream.broker.access import PASSWORD_FILE, FilePassword, check_tls_files, split_password_file
 from millstream.broker.cluster import Address, ClusterClient, Slots
 from millstream.broker.ownpool import OwnPool
+from millstream.broker.packer import Packer
 from millstream.broker.sentinel import master_client, watchers
 
 ACCEPTED = (
@@ -30,6 +31,7 @@ _ASK_TIMEOUT_S = 2.0
 
 _HEALTH_CHECK_S = 30
 _MAX_CONNECTIONS = 1024
+_PACKER = Packer()
 
 Kind = Literal["single", "sentinel", "cluster"]
 _PORTS: Mapping[Kind, int] = {"single": 6379, "sentinel": 26379, "cluster": 6379}
@@ -172,6 +174,7 @@ def _settings(url: str, name: str, timeout_s: float, password: FilePassword | No
         "health_check_interval": _HEALTH_CHECK_S,
         "max_connections": _MAX_CONNECTIONS,
         "client_name": name,
+        "command_packer": _PACKER,
         **({"credential_provider": password} if password else {}),
         **keepalive,
         **_NO_SETINFO,

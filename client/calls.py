@@ -6,9 +6,8 @@ import os
 import re
 import weakref
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import numpy as np
 
@@ -41,11 +40,10 @@ _TENANT = re.compile(r"[A-Za-z0-9_.-]{0,64}")
 
 PriorityName = Literal["realtime", "normal", "batch"]
 _TRUNCATES: tuple[str, ...] = get_args(Truncate)
-_PRIORITIES: tuple[str, ...] = get_args(PriorityName)
+_PRIORITIES: Mapping[str, Priority] = {str(each): each for each in Priority}
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(NamedTuple):
     """What a caller may say about a call. `timeout` in seconds, for all of it; `options` go to the model.
 
     `op` is the operation that the service must run; an empty one is whatever it does.
@@ -55,12 +53,12 @@ class Ask:
     timeout: float | None = None
     wait: bool = True
     tenant: str = ""
-    options: Mapping[str, Json] = field(default_factory=dict)
+    options: Mapping[str, Json] = MappingProxyType({})
     op: str = ""
 
     def check(self) -> None:
         """Raises InvalidRequest."""
-        if self.priority not in _PRIORITIES:
+        if not isinstance(self.priority, str) or self.priority not in _PRIORITIES:
             raise InvalidRequest(f"no priority {self.priority!r}", hint=f"one of {', '.join(Priority)}")
         if self.timeout is not None and not (isinstance(self.timeout, int | float) and self.timeout > 0):
             raise InvalidRequest(f"timeout={self.timeout!r} is not a number of seconds above 0")
@@ -130,7 +128,7 @@ class Calls:
         terms = Terms(
             service=spec.name,
             op=op,
-            priority=Priority(ask.priority),
+            priority=_PRIORITIES[ask.priority],
             options=ask.options,
             timeout=ask.timeout,
             total_timeout=limits.total_timeout,
@@ -142,7 +140,7 @@ class Calls:
         )
         # Where answers are kept, those of jobs under way are shared, too.
         channel = self._flights if spec.runtime.enable_cache else self.channel
-        return Handle(channel, terms, inputs, parts, {**refused, **hits}, self._why_late)
+        return Handle(channel, terms, inputs, parts, {**refused, **hits} if refused or hits else {}, self._why_late)
 
     def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> None:
         """Raises InvalidRequest for options that the model of `spec` would refuse for every row."""

@@ -11,7 +11,7 @@ import numpy as np
 from millstream.broker.cache import Cached
 from millstream.broker.errors import MillstreamError, ModelFailed, PartialFailure
 from millstream.broker.job import Encoded, Json, Reply
-from millstream.client.result import Embeddings, Values
+from millstream.client.result import Embeddings, Timings, Values
 from millstream.client.split import Part
 
 RowOutcome = Encoded | Json | MillstreamError
@@ -26,10 +26,13 @@ class Rows:
         self.left = count - len(given)
         self._tokens = 0
         self._truncated: list[int] = []
-        self._timings: dict[str, float] = {}
+        self._timings: Timings = {}
+        self._failed = False
         for row, each in given.items():
             self._rows[row] = each.result if isinstance(each, Cached) else each
-            if isinstance(each, Cached) and each.truncated:
+            if not isinstance(each, Cached):
+                self._failed = True
+            elif each.truncated:
                 self._truncated.append(row)
 
     def __len__(self) -> int:
@@ -43,6 +46,7 @@ class Rows:
         results: Sequence[RowOutcome] | Encoded
         results = outcome.vectors if outcome.vectors is not None else outcome.values or []
         if outcome.error or outcome.errors or len(results) != len(part.rows):
+            self._failed = True
             good: Iterator[RowOutcome] = chain(results, iter(_missing, None))
             results = [outcome.error or outcome.errors.get(at) or next(good) for at in range(len(part.rows))]
         for row, result in zip(part.rows, results, strict=True):
@@ -50,9 +54,7 @@ class Rows:
         self._tokens += outcome.tokens
         if outcome.truncated:
             self._truncated += [part.rows[at] for at in outcome.truncated if at < len(part.rows)]
-        # Of the slowest job; most calls have one.
-        times = self._timings
-        self._timings = {**times, **{name: max(ms, times.get(name, ms)) for name, ms in outcome.timings.items()}}
+        self._timings = _slowest(self._timings, outcome.timings)
         if part.twins:
             self._place_twins(part, outcome)
 
@@ -68,9 +70,8 @@ class Rows:
 
     def value(self, total_ms: float) -> Embeddings | list[Json]:
         """The call's result. Raises PartialFailure, or the rows' own error where all failed alike."""
-        errors = {row: each for row, each in enumerate(self._rows) if isinstance(each, MillstreamError)}
-        if errors:
-            raise _failure(errors, self._rows)
+        if self._failed:
+            raise _failure(self._rows)
         truncated, timings = tuple(sorted(self._truncated)), {**self._timings, "total": total_ms}
         # Of a custom service some rows may be vectors, and some not.
         if not self._rows or not {np.ndarray}.issuperset(map(type, self._rows)):
@@ -90,12 +91,20 @@ def _matrix(rows: Sequence[RowOutcome]) -> Encoded:
     return np.stack(vectors)
 
 
+def _slowest(before: Timings, timings: Timings) -> Timings:
+    """Of the slowest job; most calls have one."""
+    if not before:
+        return timings
+    return {**before, **{name: max(ms, before.get(name, ms)) for name, ms in timings.items()}}
+
+
 def _missing() -> MillstreamError:
     # A new one each time: an error that is raised keeps what its callers held alive.
     return ModelFailed("the worker's reply has no result for this row")
 
 
-def _failure(errors: Mapping[int, MillstreamError], rows: Sequence[RowOutcome]) -> MillstreamError:
+def _failure(rows: Sequence[RowOutcome]) -> MillstreamError:
+    errors = {row: each for row, each in enumerate(rows) if isinstance(each, MillstreamError)}
     first_row, first = next(iter(errors.items()))
     if len(errors) == len(rows) and all(type(error) is type(first) for error in errors.values()):
         return first
