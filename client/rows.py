@@ -46,9 +46,9 @@ class Rows:
         results: Sequence[RowOutcome] | Encoded
         results = outcome.vectors if outcome.vectors is not None else outcome.values or []
         if outcome.error or outcome.errors or len(results) != len(part.rows):
-            self._failed = True
             good: Iterator[RowOutcome] = chain(results, iter(_missing, None))
             results = [outcome.error or outcome.errors.get(at) or next(good) for at in range(len(part.rows))]
+            self._failed |= any(isinstance(each, MillstreamError) for each in results)
         for row, result in zip(part.rows, results, strict=True):
             self._rows[row] = result
         self._tokens += outcome.tokens

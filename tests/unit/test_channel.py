@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import pytest
@@ -15,7 +15,7 @@ from millstream.broker.job import Draft, Priority
 from millstream.broker.registry import Registry
 from millstream.broker.streams import Admission, CancelOutcome, Group, Streams
 from millstream.client import channel
-from millstream.client.baton import baton
+from millstream.client.baton import Baton
 from millstream.client.channel import Cancellation, Submission, _Sender
 
 Told = Sequence[CancelOutcome] | MillstreamError
@@ -113,19 +113,29 @@ def test_submissions_of_one_service_travel_together_in_order(sender: Sender, str
 
 
 @pytest.fixture
-def answered() -> Iterator[list[threading.Lock]]:
+def baton(monkeypatch: pytest.MonkeyPatch) -> Baton:
+    """Not the one that this process's other threads are woken by."""
+    made = Baton()
+    monkeypatch.setattr(channel, "baton", made)
+    return made
+
+
+@pytest.fixture
+def answered(baton: Baton) -> list[threading.Lock]:
     """Two callers that are to run, and do not yet."""
     locks = [threading.Lock(), threading.Lock()]
     for each in locks:
         each.acquire()
     baton.wake(locks)
-    yield locks
-    for each in locks:
-        baton.left(each)
+    return locks
 
 
 def test_the_sender_waits_for_what_callers_send_that_are_being_woken(
-    sender: Sender, streams: FakeStreams, answered: list[threading.Lock], monkeypatch: pytest.MonkeyPatch
+    sender: Sender,
+    streams: FakeStreams,
+    baton: Baton,
+    answered: list[threading.Lock],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(channel, "LINGER_S", 60.0)
     sender.under_way = 3 * channel.LINGER_SHARE
@@ -144,8 +154,12 @@ def test_the_sender_waits_for_what_callers_send_that_are_being_woken(
     assert streams.script_calls == [3, 1]
 
 
+@pytest.mark.usefixtures("answered")
 def test_the_sender_waits_for_a_share_of_the_jobs_under_way_only(
-    sender: Sender, streams: FakeStreams, answered: list[threading.Lock], monkeypatch: pytest.MonkeyPatch
+    sender: Sender,
+    streams: FakeStreams,
+    baton: Baton,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(channel, "LINGER_S", 60.0)
     sender.under_way = channel.LINGER_SHARE
@@ -158,9 +172,8 @@ def test_the_sender_waits_for_a_share_of_the_jobs_under_way_only(
     assert baton.due == 2
 
 
-def test_the_sender_waits_for_a_moment_only(
-    sender: Sender, streams: FakeStreams, answered: list[threading.Lock]
-) -> None:
+@pytest.mark.usefixtures("answered")
+def test_the_sender_waits_for_a_moment_only(sender: Sender, streams: FakeStreams, baton: Baton) -> None:
     sender.under_way = 100
     sender.start()
 
