@@ -168,22 +168,31 @@ def _neighbours(rows: Sequence[Row[T]], at: int, budget: Budget) -> tuple[int, i
     low = high = at
     real = rows[at].tokens
     share = real / (budget.overhead + real)
-    while high - low + 1 < len(rows):
-        if high - low + 1 >= budget.rows:
+    for size in range(2, len(rows) + 1):
+        if size > budget.rows:
             return low, high, "rows"
-        size = high - low + 2
-        grown = []
+        # Of the rows with one more: of those that fit, and of those that are over the budget.
+        below = above = over = -1.0
         if low > 0:
-            grown.append((low - 1, high, real + rows[low - 1].tokens, size * rows[high].tokens))
+            padded = size * rows[high].tokens
+            below = (real + rows[low - 1].tokens) / (budget.overhead + padded)
+            if padded > budget.tokens:
+                below, over = -1.0, below
         if high + 1 < len(rows):
-            grown.append((low, high + 1, real + rows[high + 1].tokens, size * rows[high + 1].tokens))
-        fitting = [
-            (r / (budget.overhead + padded), lo, hi, r) for lo, hi, r, padded in grown if padded <= budget.tokens
-        ]
-        if not fitting or max(fitting)[0] < share:
-            best = max(r / (budget.overhead + padded) for *_, r, padded in grown)
-            return low, high, "tokens" if best >= share else "padding"
-        share, low, high, real = max(fitting)
+            padded = size * rows[high + 1].tokens
+            above = (real + rows[high + 1].tokens) / (budget.overhead + padded)
+            if padded > budget.tokens:
+                above, over = -1.0, max(above, over)
+        best = max(below, above)
+        if best < share:
+            return low, high, "tokens" if max(best, over) >= share else "padding"
+        if above >= below:
+            high += 1
+            real += rows[high].tokens
+        else:
+            low -= 1
+            real += rows[low].tokens
+        share = best
     return low, high, "arrival"
 
 
