@@ -15,6 +15,7 @@ from millstream.broker.errors import MillstreamError, ModelUnavailable
 from millstream.broker.job import Json
 from millstream.worker.models.base import Prepared
 from millstream.worker.models.feed import Feed
+from millstream.worker.models.linear import prepack
 from millstream.worker.models.loading import (
     LOAD_ERRORS,
     Folder,
@@ -120,6 +121,8 @@ def _load(folder: Folder, spec: ModelSpec, device: str | None) -> tuple[Any, Any
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
         model: Any = AutoModelForCausalLM.from_pretrained(source, **model_kwargs(spec), **where)
-        return tokenizer, model.eval().to(get_device_name() if device in (None, "auto") else device)
+        model.eval().to(get_device_name() if device in (None, "auto") else device)
+        prepack(model)
+        return tokenizer, model
     except LOAD_ERRORS as error:
         raise unavailable(error, spec, device) from error

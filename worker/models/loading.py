@@ -18,6 +18,7 @@ from transformers.utils.hub import cached_file
 from millstream.broker.config import ModelSpec
 from millstream.broker.errors import ModelUnavailable
 from millstream.worker.models.exports import check_runs, export_digest, exported, find
+from millstream.worker.models.linear import prepack
 from millstream.worker.models.source import settings_digest, weights_digest
 
 # A worker logs one line when it is ready; bars of many processes only garble a terminal.
@@ -102,6 +103,7 @@ def loaded(kind: type[M], source: Path | str, spec: ModelSpec, device: str | Non
     if spec.backend != "torch":
         check_runs(model, spec)
     model.eval()
+    prepack(model)
     return model
 
 
