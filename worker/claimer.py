@@ -24,7 +24,7 @@ SLEEP_S = 1.0
 """How long one wait in Redis lasts: also how late jobs that were given back are seen by an idle worker."""
 
 LOOK_S = 0.02
-"""How often a busy worker looks for jobs that came after its last claim."""
+"""How often a busy worker looks for jobs that came after its last claim, while its forward may be over soon."""
 
 LEAST_WAIT_S = 0.002
 
@@ -132,7 +132,7 @@ class Claimer(threading.Thread):
         if claimed.claims:
             self._hold(self._with_company(claimed.claims))
         elif self._window.waiting:
-            self._window.wait_for_take(LOOK_S)
+            self._wait_for_take()
         elif self._suspects:
             self._window.wait_until_empty(SLEEP_S)
         elif not self.paused:
@@ -211,7 +211,7 @@ class Claimer(threading.Thread):
 
     def _overtake(self) -> None:
         """The window is full: realtime jobs may still come, one micro-batch, ahead of what waits there."""
-        if self._window.wait_for_take(LOOK_S):
+        if self._wait_for_take():
             return
         budget = self._window.budget
         room = budget.rows - self._window.waiting_realtime
@@ -219,6 +219,13 @@ class Claimer(threading.Thread):
             limit = Limit(jobs=room, rows=room, tokens=budget.tokens, realtime_only=True)
             claimed = self._claim(limit)
             self._hold(claimed.claims)
+
+    def _wait_for_take(self) -> bool:
+        """Until a micro-batch is taken; False where it is time to look: what comes earlier cannot run earlier either.
+
+        Each look takes time from the model where it fills all cores.
+        """
+        return self._window.wait_for_take(max(LOOK_S, self._window.forward_left_s - 2 * LOOK_S))
 
     def _gather(self, claims: Sequence[Claim]) -> None:
         """Hold these entries in name until their rows are in the window, so that no beat takes them for strangers."""

@@ -50,6 +50,7 @@ class Window:
         self._held: dict[str, Held] = {}
         self._unsettled: set[str] = set()
         self._running = 0
+        self._ends_at = 0.0
         self._takes = 0
         self._closed = False
         self._arrived = threading.Condition(self._lock)
@@ -119,6 +120,11 @@ class Window:
                 self._taken.wait_for(lambda: self._takes != takes or not len(self._pool) or self._closed, timeout)
             )
 
+    @property
+    def forward_left_s(self) -> float:
+        """Seconds until the forward under way should be over, as long as those before it took; 0.0 where none is."""
+        return max(0.0, self._ends_at - time.monotonic()) if self._running else 0.0
+
     def wait_until_empty(self, timeout: float) -> bool:
         """Sleep until every held entry is settled; False after `timeout` seconds."""
         with self._lock:
@@ -182,6 +188,7 @@ class Window:
             by_time = self._pool.cut == "tokens" and budget.tokens < self.budget.tokens
             self.cut = "time" if by_time else self._pool.cut
             self._running = len(batch)
+            self._ends_at = time.monotonic() + self.seconds_per_token * (budget.computed(batch) + budget.overhead)
             self._takes += 1
             self._taken.notify_all()
             return batch

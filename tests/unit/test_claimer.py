@@ -119,6 +119,28 @@ def test_a_realtime_job_passes_a_window_that_is_full_and_nothing_else_does(bench
     assert in_hand == HOLD_BATCHES * ROWS + 1
 
 
+def test_a_busy_worker_looks_again_when_its_forward_may_be_over_soon(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = bench.shared.window
+    waits: list[float] = []
+    monkeypatch.setattr(window, "wait_for_take", waits.append)
+    window.seconds_per_token = 1.0
+    bench.put(Priority.NORMAL, 2 * ROWS)
+    # Claims them all, and has room for more.
+    bench.claimer._step()
+
+    bench.claimer._step()
+    batch = window.take()
+    bench.claimer._step()
+    window.complete(batch, ["done"] * len(batch))
+    bench.claimer._step()
+
+    idle, running, idle_again = waits
+    assert idle == idle_again == claimer.LOOK_S
+    assert 10 * claimer.LOOK_S < running < window.budget.computed(batch) + window.budget.overhead
+
+
 def test_no_class_starves_while_more_urgent_ones_saturate_the_worker(bench: Bench) -> None:
     served = dict.fromkeys(PRIORITIES, 0)
 

@@ -371,6 +371,19 @@ def test_waiting_for_a_take_ends_after_its_time(window: Window) -> None:
     assert window.waiting
 
 
+def test_how_long_a_forward_takes_is_foreseen_from_those_before(window: Window) -> None:
+    window.hold([held_of([5]), held_of([7])])
+    assert window.forward_left_s == 0.0
+
+    window.seconds_per_token = 1.0
+    batch = window.take()
+    # Two rows of seven tokens, and what a forward costs besides.
+    assert 13.0 < window.forward_left_s - window.budget.overhead <= 14.0
+
+    window.complete(batch, ["done"] * len(batch))
+    assert window.forward_left_s == 0.0
+
+
 def test_waiting_until_empty_ends_with_the_last_entry_or_its_time(window: Window) -> None:
     window.keep(["1:1-1", "1:2-2"])
     assert window.wait_until_empty(0.001) is False
