@@ -9,7 +9,8 @@ from threading import Lock, Thread
 
 from millstream.broker.errors import MillstreamError
 from millstream.broker.streams import CancelOutcome
-from millstream.client.channel import Cancellation, Channel, Sink, Submission
+from millstream.client.channel import Channel
+from millstream.client.orders import Cancellation, Sink, Submission
 
 _FAILED = b'{"v":1,"error'
 """How the reply of a job begins that failed, or of whose rows one did."""

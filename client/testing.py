@@ -32,7 +32,8 @@ from millstream.broker.spec import ModelSpec, ModelType, Runtime
 from millstream.broker.streams import Admission, CancelOutcome, Found, Group, Streams
 from millstream.client.aio import AsyncClient
 from millstream.client.calls import NO_HITS, Ask, Calls
-from millstream.client.channel import Cancellation, Channel, Submission
+from millstream.client.channel import Channel
+from millstream.client.orders import Cancellation, Submission
 from millstream.client.client import Client
 from millstream.client.detached import Detached
 from millstream.client.handle import Handle

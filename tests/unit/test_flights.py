@@ -14,7 +14,8 @@ from millstream.broker.codec import encode_inputs, encode_reply
 from millstream.broker.errors import BrokerUnavailable, DeadlineExceeded, MillstreamError, QueueFull
 from millstream.broker.job import Draft, Priority, Reply
 from millstream.broker.streams import CancelOutcome, Group
-from millstream.client.channel import Cancellation, Channel, Submission
+from millstream.client.channel import Channel
+from millstream.client.orders import Cancellation, Submission
 from millstream.client.flights import Flights
 
 ANSWER = encode_reply(Reply(values=["done"]))

@@ -14,9 +14,10 @@ from millstream.broker.errors import BrokerUnavailable, MillstreamError, QueueFu
 from millstream.broker.job import Draft, Priority
 from millstream.broker.registry import Registry
 from millstream.broker.streams import Admission, CancelOutcome, Group, Streams
-from millstream.client import channel
+from millstream.client import sender as sender_module
 from millstream.client.baton import Baton
-from millstream.client.channel import Cancellation, Submission, _Sender
+from millstream.client.orders import Cancellation, Submission
+from millstream.client.sender import Sender
 
 Told = Sequence[CancelOutcome] | MillstreamError
 
@@ -67,7 +68,7 @@ class Sink:
         self.errors |= dict.fromkeys(job_ids, error)
 
 
-class Sender(_Sender):
+class FakeSender(Sender):
     def __init__(self, streams: FakeStreams) -> None:
         connection = Connection("redis://nowhere")
         super().__init__(connection, Registry(connection), "caller", lambda service, job_ids: None, self._under_way)
@@ -87,9 +88,9 @@ def streams() -> FakeStreams:
 
 
 @pytest.fixture
-def sender(streams: FakeStreams) -> Sender:
+def sender(streams: FakeStreams) -> FakeSender:
     """Not started: a test puts what it wants first."""
-    return Sender(streams)
+    return FakeSender(streams)
 
 
 def submission(*ids: str, sink: Sink | None = None, service: str = "s", until: float | None = None) -> Submission:
@@ -101,7 +102,7 @@ def cancellation(told: list[Told], *ids: str) -> Cancellation:
     return Cancellation("s", ids, told.append)
 
 
-def test_submissions_of_one_service_travel_together_in_order(sender: Sender, streams: FakeStreams) -> None:
+def test_submissions_of_one_service_travel_together_in_order(sender: FakeSender, streams: FakeStreams) -> None:
     sender.put([submission(f"{n}") for n in range(300)])
     sender.start()
 
@@ -116,7 +117,7 @@ def test_submissions_of_one_service_travel_together_in_order(sender: Sender, str
 def baton(monkeypatch: pytest.MonkeyPatch) -> Baton:
     """Not the one that this process's other threads are woken by."""
     made = Baton()
-    monkeypatch.setattr(channel, "baton", made)
+    monkeypatch.setattr(sender_module, "baton", made)
     return made
 
 
@@ -131,14 +132,14 @@ def answered(baton: Baton) -> list[threading.Lock]:
 
 
 def test_the_sender_waits_for_what_callers_send_that_are_being_woken(
-    sender: Sender,
+    sender: FakeSender,
     streams: FakeStreams,
     baton: Baton,
     answered: list[threading.Lock],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(channel, "LINGER_S", 60.0)
-    sender.under_way = 3 * channel.LINGER_SHARE
+    monkeypatch.setattr(sender_module, "LINGER_S", 60.0)
+    sender.under_way = 3 * sender_module.LINGER_SHARE
     sender.start()
 
     sender.put([submission("a")])
@@ -156,13 +157,13 @@ def test_the_sender_waits_for_what_callers_send_that_are_being_woken(
 
 @pytest.mark.usefixtures("answered")
 def test_the_sender_waits_for_a_share_of_the_jobs_under_way_only(
-    sender: Sender,
+    sender: FakeSender,
     streams: FakeStreams,
     baton: Baton,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(channel, "LINGER_S", 60.0)
-    sender.under_way = channel.LINGER_SHARE
+    monkeypatch.setattr(sender_module, "LINGER_S", 60.0)
+    sender.under_way = sender_module.LINGER_SHARE
     sender.start()
 
     sender.put([submission("a")])
@@ -173,7 +174,7 @@ def test_the_sender_waits_for_a_share_of_the_jobs_under_way_only(
 
 
 @pytest.mark.usefixtures("answered")
-def test_the_sender_waits_for_a_moment_only(sender: Sender, streams: FakeStreams, baton: Baton) -> None:
+def test_the_sender_waits_for_a_moment_only(sender: FakeSender, streams: FakeStreams, baton: Baton) -> None:
     sender.under_way = 100
     sender.start()
 
@@ -184,7 +185,7 @@ def test_the_sender_waits_for_a_moment_only(sender: Sender, streams: FakeStreams
     assert baton.due == 2
 
 
-def test_a_cancellation_follows_what_was_submitted_before_it(sender: Sender, streams: FakeStreams) -> None:
+def test_a_cancellation_follows_what_was_submitted_before_it(sender: FakeSender, streams: FakeStreams) -> None:
     told: list[Told] = []
     streams.gate.clear()
     sender.start()
@@ -201,7 +202,7 @@ def test_a_cancellation_follows_what_was_submitted_before_it(sender: Sender, str
 
 
 def test_what_is_cancelled_before_it_was_sent_is_never_sent_and_counts_as_waiting(
-    sender: Sender, streams: FakeStreams
+    sender: FakeSender, streams: FakeStreams
 ) -> None:
     told: list[Told] = []
     streams.room, streams.retry_after = 0, 0.2
@@ -219,7 +220,7 @@ def test_what_is_cancelled_before_it_was_sent_is_never_sent_and_counts_as_waitin
     assert streams.accepted == ["patient"]
 
 
-def test_a_cancellation_also_stops_what_became_due_behind_it(sender: Sender, streams: FakeStreams) -> None:
+def test_a_cancellation_also_stops_what_became_due_behind_it(sender: FakeSender, streams: FakeStreams) -> None:
     told: list[Told] = []
     sender.put([cancellation(told, "late"), submission("late"), submission("other")])
     sender.start()
@@ -231,7 +232,7 @@ def test_a_cancellation_also_stops_what_became_due_behind_it(sender: Sender, str
     assert streams.accepted == ["other"]
 
 
-def test_cancellations_travel_together_and_each_hears_of_its_own_jobs(sender: Sender, streams: FakeStreams) -> None:
+def test_cancellations_travel_together_and_each_hears_of_its_own_jobs(sender: FakeSender, streams: FakeStreams) -> None:
     told: list[list[Told]] = [[] for _ in range(200)]
     streams.accepted = [f"{n}" for n in range(0, 200, 2)]
     sender.put([cancellation(told[n], f"{n}") for n in range(200)])
@@ -244,7 +245,7 @@ def test_cancellations_travel_together_and_each_hears_of_its_own_jobs(sender: Se
     assert streams.script_calls == [128, 72]
 
 
-def test_a_cancellation_that_cannot_be_asked_says_so_to_everyone(sender: Sender, streams: FakeStreams) -> None:
+def test_a_cancellation_that_cannot_be_asked_says_so_to_everyone(sender: FakeSender, streams: FakeStreams) -> None:
     told: list[Told] = []
     streams.away = True
     sender.put([cancellation(told, "a"), cancellation(told, "b")])
@@ -256,7 +257,7 @@ def test_a_cancellation_that_cannot_be_asked_says_so_to_everyone(sender: Sender,
     assert [type(each) for each in told] == [BrokerUnavailable] * 2
 
 
-def test_a_cancellation_that_a_closing_sender_has_left_is_told(sender: Sender) -> None:
+def test_a_cancellation_that_a_closing_sender_has_left_is_told(sender: FakeSender) -> None:
     told: list[Told] = []
     sender.put([cancellation(told, "a")])
     sender.close()
@@ -267,7 +268,7 @@ def test_a_cancellation_that_a_closing_sender_has_left_is_told(sender: Sender) -
     assert isinstance(told[0], BrokerUnavailable)
 
 
-def test_a_refusal_is_waited_out_where_there_is_time(sender: Sender, streams: FakeStreams) -> None:
+def test_a_refusal_is_waited_out_where_there_is_time(sender: FakeSender, streams: FakeStreams) -> None:
     sink = Sink()
     streams.room = 0
     sender.put([submission("hasty", sink=sink, until=0.0), submission("patient", sink=sink)])
@@ -282,7 +283,7 @@ def test_a_refusal_is_waited_out_where_there_is_time(sender: Sender, streams: Fa
     assert sink.errors == {}
 
 
-def test_what_is_sent_while_the_server_is_away_arrives_when_it_is_back(sender: Sender, streams: FakeStreams) -> None:
+def test_what_is_sent_while_the_server_is_away_arrives_when_it_is_back(sender: FakeSender, streams: FakeStreams) -> None:
     streams.away = True
     sender.put([submission("a")])
     sender.start()
@@ -293,7 +294,7 @@ def test_what_is_sent_while_the_server_is_away_arrives_when_it_is_back(sender: S
     sender.close()
 
 
-def test_a_service_that_is_gone_refuses(sender: Sender, streams: FakeStreams, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_is_gone_refuses(sender: FakeSender, streams: FakeStreams, monkeypatch: pytest.MonkeyPatch) -> None:
     sink = Sink()
     monkeypatch.setattr(streams, "_admit", lambda ids: Admission("unknown_service"))
     sender.put([submission("a", sink=sink)])
