@@ -25,9 +25,9 @@ from millstream.broker.job import Draft, Json, Priority, Reply
 from millstream.broker.streams import CancelOutcome, Group
 from millstream.client.baton import baton
 from millstream.client.channel import Channel
-from millstream.client.orders import Cancellation, Submission
 from millstream.client.flights import Flights
 from millstream.client.ids import new_id
+from millstream.client.orders import Cancellation, Submission
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome, Rows
 from millstream.client.split import Part

@@ -33,10 +33,10 @@ from millstream.broker.streams import Admission, CancelOutcome, Found, Group, St
 from millstream.client.aio import AsyncClient
 from millstream.client.calls import NO_HITS, Ask, Calls
 from millstream.client.channel import Channel
-from millstream.client.orders import Cancellation, Submission
 from millstream.client.client import Client
 from millstream.client.detached import Detached
 from millstream.client.handle import Handle
+from millstream.client.orders import Cancellation, Submission
 from millstream.client.rows import RowOutcome
 from millstream.client.services import Services
 

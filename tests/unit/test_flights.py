@@ -15,8 +15,8 @@ from millstream.broker.errors import BrokerUnavailable, DeadlineExceeded, Millst
 from millstream.broker.job import Draft, Priority, Reply
 from millstream.broker.streams import CancelOutcome, Group
 from millstream.client.channel import Channel
-from millstream.client.orders import Cancellation, Submission
 from millstream.client.flights import Flights
+from millstream.client.orders import Cancellation, Submission
 
 ANSWER = encode_reply(Reply(values=["done"]))
 

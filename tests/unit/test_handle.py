@@ -30,8 +30,8 @@ from millstream.broker.job import Draft, Json, Priority, Reply
 from millstream.client import handle as handle_module
 from millstream.client.baton import baton
 from millstream.client.channel import Channel
-from millstream.client.orders import Cancellation, Submission
 from millstream.client.handle import Handle, Terms
+from millstream.client.orders import Cancellation, Submission
 from millstream.client.result import Embeddings
 from millstream.client.split import split
 

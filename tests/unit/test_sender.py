@@ -283,7 +283,9 @@ def test_a_refusal_is_waited_out_where_there_is_time(sender: FakeSender, streams
     assert sink.errors == {}
 
 
-def test_what_is_sent_while_the_server_is_away_arrives_when_it_is_back(sender: FakeSender, streams: FakeStreams) -> None:
+def test_what_is_sent_while_the_server_is_away_arrives_when_it_is_back(
+    sender: FakeSender, streams: FakeStreams
+) -> None:
     streams.away = True
     sender.put([submission("a")])
     sender.start()
@@ -294,7 +296,9 @@ def test_what_is_sent_while_the_server_is_away_arrives_when_it_is_back(sender: F
     sender.close()
 
 
-def test_a_service_that_is_gone_refuses(sender: FakeSender, streams: FakeStreams, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_is_gone_refuses(
+    sender: FakeSender, streams: FakeStreams, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sink = Sink()
     monkeypatch.setattr(streams, "_admit", lambda ids: Admission("unknown_service"))
     sender.put([submission("a", sink=sink)])
