@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 SLEEP_S = 1.0
 """How long one wait in Redis lasts: also how late jobs that were given back are seen by an idle worker."""
 
-LOOK_S = 0.02
-"""How often a busy worker looks for jobs that came after its last claim, while its forward may be over soon."""
+LOOK_S, LONGEST_LOOK_S = 0.02, 0.25
+"""How often a busy worker looks for jobs that came after its last claim: the oftener, the sooner its forward ends."""
 
 LEAST_WAIT_S = 0.002
 
@@ -221,11 +221,12 @@ class Claimer(threading.Thread):
             self._hold(claimed.claims)
 
     def _wait_for_take(self) -> bool:
-        """Until a micro-batch is taken; False where it is time to look: what comes earlier cannot run earlier either.
+        """Until a micro-batch is taken; False where it is time to look.
 
-        Each look takes time from the model where it fills all cores.
+        What comes runs after this forward at the earliest, and each look takes time from a model that fills all cores.
+        But how long a forward takes is foreseen from others, so half of that is not relied on.
         """
-        return self._window.wait_for_take(max(LOOK_S, self._window.forward_left_s - 2 * LOOK_S))
+        return self._window.wait_for_take(min(LONGEST_LOOK_S, max(LOOK_S, self._window.forward_left_s / 2)))
 
     def _gather(self, claims: Sequence[Claim]) -> None:
         """Hold these entries in name until their rows are in the window, so that no beat takes them for strangers."""

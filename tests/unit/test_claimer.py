@@ -119,26 +119,22 @@ def test_a_realtime_job_passes_a_window_that_is_full_and_nothing_else_does(bench
     assert in_hand == HOLD_BATCHES * ROWS + 1
 
 
-def test_a_busy_worker_looks_again_when_its_forward_may_be_over_soon(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("left_s", "waits_s"), [(0.0, claimer.LOOK_S), (0.2, 0.1), (3600.0, claimer.LONGEST_LOOK_S)])
+def test_a_busy_worker_looks_the_oftener_the_sooner_its_forward_is_over(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, left_s: float, waits_s: float
 ) -> None:
     window = bench.shared.window
     waits: list[float] = []
     monkeypatch.setattr(window, "wait_for_take", waits.append)
-    window.seconds_per_token = 1.0
+    monkeypatch.setattr(Window, "forward_left_s", left_s)
     bench.put(Priority.NORMAL, 2 * ROWS)
     # Claims them all, and has room for more.
     bench.claimer._step()
+    window.take()
 
     bench.claimer._step()
-    batch = window.take()
-    bench.claimer._step()
-    window.complete(batch, ["done"] * len(batch))
-    bench.claimer._step()
 
-    idle, running, idle_again = waits
-    assert idle == idle_again == claimer.LOOK_S
-    assert 10 * claimer.LOOK_S < running < window.budget.computed(batch) + window.budget.overhead
+    assert waits == [waits_s]
 
 
 def test_no_class_starves_while_more_urgent_ones_saturate_the_worker(bench: Bench) -> None:

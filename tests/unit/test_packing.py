@@ -21,6 +21,7 @@ from millstream.broker.spec import ModelSpec
 from millstream.worker.layout import Layout, layout
 from millstream.worker.models.base import Prepared
 from millstream.worker.models.embedding import EmbeddingModel
+from millstream.worker.models.linear import Prepacked
 from millstream.worker.models.packing import Packing
 from millstream.worker.models.tokens import Ids
 
@@ -191,3 +192,7 @@ def test_what_cannot_pack_pads(tiny_model: Path, tmp_path: Path) -> None:
     }
 
     assert [name for name, model in models.items() if model.packs] == []
+
+
+def test_linear_layers_are_those_of_onednn() -> None:
+    assert any(isinstance(module, Prepacked) for module in of(MINILM)._encoder.model.modules())

@@ -122,6 +122,13 @@ def test_rows_of_any_length_and_query_score_in_one_batch_as_each_does_alone(
     assert all(type(score) is float for score in together)
 
 
+@pytest.mark.parametrize("kind", ["cross-encoder", "classifier", "bi-encoder", "qwen3", "chat"])
+def test_linear_layers_are_those_of_onednn(kind: str, loaded: Mapping[str, Any]) -> None:
+    from millstream.worker.models.linear import Prepacked
+
+    assert any(isinstance(module, Prepacked) for module in loaded[kind]._model.modules())
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [

@@ -16,6 +16,7 @@ from millstream.broker.registry import Registry
 from millstream.broker.streams import Admission, CancelOutcome, Group, Streams
 from millstream.client import sender as sender_module
 from millstream.client.baton import Baton
+from millstream.client.channel import Channel
 from millstream.client.orders import Cancellation, Submission
 from millstream.client.sender import Sender
 
@@ -183,6 +184,17 @@ def test_the_sender_waits_for_a_moment_only(sender: FakeSender, streams: FakeStr
     sender.close()
 
     assert baton.due == 2
+
+
+def test_the_sender_knows_the_jobs_under_way_of_all_services() -> None:
+    connection = Connection("redis://127.0.0.1:1")
+    client = Channel(connection, Registry(connection))
+
+    client.submit([submission("a", "b"), submission("c", service="t")])
+    under_way = client._sending()._awaited()
+    client.close()
+
+    assert under_way == 3
 
 
 def test_a_cancellation_follows_what_was_submitted_before_it(sender: FakeSender, streams: FakeStreams) -> None:

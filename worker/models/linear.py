@@ -1,6 +1,6 @@
 """Linear layers of float32 models on the CPU by oneDNN, their weights laid out once as it reads them fastest.
 
-torch multiplies float32 with MKL, from weights as they lie in the file; few rows, such as a query alone, suffer most.
+torch multiplies float32 with MKL, from weights as they lie in the file (benchmarks/linear_layers.py compares the two).
 The operators are those that torch.compile emits for a frozen model (torch._inductor.mkldnn_lowerings). They are no
 public interface, so each layer is compared with what it was before it is replaced.
 """
@@ -8,6 +8,7 @@ public interface, so each layer is compared with what it was before it is replac
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from typing import Any
 
@@ -37,6 +38,10 @@ ARCHITECTURES = frozenset(
 
 _ROWS, _CLOSE = 5, 1e-5
 
+# oneDNN makes a program for each number of rows and each shape, half a megabyte each. By itself it keeps 1,024.
+for _capacity in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+    os.environ.setdefault(_capacity, "64")
+
 
 class Prepacked(nn.Module):
     """A linear layer [.., in] -> [.., out] that holds its weights in oneDNN's own layout only."""
@@ -56,36 +61,45 @@ def prepack(model: nn.Module) -> int:
     """Replace the linear layers of `model` where that is known to work, float32 on the CPU; returns how many."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return 0
-    known = [each for each in model.modules() if isinstance(each, PreTrainedModel)]
-    holders = {
-        id(holder): holder
-        for each in known
-        if getattr(each.config, "model_type", None) in ARCHITECTURES
-        for holder in each.modules()
-    }
     # What is the weight of an embedding, too, stays where it is.
     uses = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
+    layers = [
+        (holder, name, layer)
+        for holder in _holders(model)
+        for name, layer in holder.named_children()
+        if type(layer) is nn.Linear and uses[id(layer.weight)] == 1 and _suits(layer.weight)
+    ]
     replaced = 0
-    for holder in holders.values():
-        for name, layer in holder.named_children():
-            if type(layer) is nn.Linear and uses[id(layer.weight)] == 1 and (made := _prepacked(layer)):
+    try:
+        for holder, name, layer in layers:
+            made = Prepacked(layer)
+            if _are_equal(made, layer):
                 setattr(holder, name, made)
                 replaced += 1
+    except Exception as error:  # noqa: BLE001 - whatever it is, the layers may run as they ever did
+        log.warning("oneDNN cannot take this model's linear layers: %s", described(error))
+    if replaced < len(layers):
+        log.warning("%d of %d linear layers stay as they are", len(layers) - replaced, len(layers))
     return replaced
 
 
-def _prepacked(layer: nn.Linear) -> Prepacked | None:
-    weight = layer.weight
-    if weight.dtype != torch.float32 or weight.device.type != "cpu" or not weight.numel():
-        return None
-    try:
-        with torch.inference_mode():
-            made = Prepacked(layer)
-            rows = torch.linspace(-1, 1, _ROWS * layer.in_features).view(_ROWS, -1)
-            expected: Any = layer(rows)
-            if (made(rows) - expected).norm() <= _CLOSE * expected.norm():
-                return made
-            log.warning("oneDNN's products differ from torch's: a linear layer stays as it is")
-    except Exception as error:  # noqa: BLE001 - whatever it is, the layer may run as it ever did
-        log.warning("oneDNN cannot take a linear layer, it stays as it is: %s", described(error))
-    return None
+def _holders(model: nn.Module) -> list[nn.Module]:
+    """The modules of known architectures; those that others put among them, such as adapters, may read weights."""
+    known = [
+        each
+        for each in model.modules()
+        if isinstance(each, PreTrainedModel) and getattr(each.config, "model_type", None) in ARCHITECTURES
+    ]
+    holders = {id(holder): holder for each in known for holder in each.modules()}
+    return [each for each in holders.values() if type(each).__module__.startswith("transformers.models.")]
+
+
+def _suits(weight: torch.Tensor) -> bool:
+    return weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() > 0
+
+
+def _are_equal(made: Prepacked, layer: nn.Linear) -> bool:
+    rows = torch.linspace(-1, 1, _ROWS * layer.in_features).view(_ROWS, -1)
+    with torch.inference_mode():
+        expected: Any = layer(rows)
+        return bool((made(rows) - expected).norm() <= _CLOSE * expected.norm())
