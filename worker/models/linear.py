@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -48,7 +48,6 @@ class Prepacked(nn.Module):
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias = layer.bias
         self._weights = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
 
@@ -63,23 +62,25 @@ def prepack(model: nn.Module) -> int:
         return 0
     # What is the weight of an embedding, too, stays where it is.
     uses = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
-    layers = [
-        (holder, name, layer)
+    # By their names: whoever holds a layer keeps its weights, and the model would need its memory twice.
+    places = [
+        (holder, name)
         for holder in _holders(model)
         for name, layer in holder.named_children()
         if type(layer) is nn.Linear and uses[id(layer.weight)] == 1 and _suits(layer.weight)
     ]
     replaced = 0
     try:
-        for holder, name, layer in layers:
+        for holder, name in places:
+            layer = cast(nn.Linear, getattr(holder, name))
             made = Prepacked(layer)
             if _are_equal(made, layer):
                 setattr(holder, name, made)
                 replaced += 1
     except Exception as error:  # noqa: BLE001 - whatever it is, the layers may run as they ever did
         log.warning("oneDNN cannot take this model's linear layers: %s", described(error))
-    if replaced < len(layers):
-        log.warning("%d of %d linear layers stay as they are", len(layers) - replaced, len(layers))
+    if replaced < len(places):
+        log.warning("%d of %d linear layers stay as they are", len(places) - replaced, len(places))
     return replaced
 
 
