@@ -2,7 +2,7 @@
 
 Each caller has one text under way. A worker whose model pads runs the oldest row and its neighbours in length, as it
 does, but chooses among the oldest rows alone: so many tokens of them. One whose model packs runs the oldest rows. A
-forward costs the tokens it computes and 66 more, as measured here, and packed ones cost more each.
+forward costs the tokens it computes and 66 more, as measured here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from corpus import mix
 
 from millstream.client.split import estimate_tokens
 from millstream.worker.batcher import Budget, Pool, Row
-from millstream.worker.layout import PACKED_COST
 
 BUDGET = Budget(64, 2_048, 66.0)
 CALLERS, TEXTS, SKIPPED = 128, 6_000, 1_000
@@ -35,7 +34,7 @@ def simulate(most_tokens: int, budget: Budget = BUDGET) -> tuple[float, float]:
             since, tokens = waiting.popleft()
             pool.add([Row(tokens, (0, next(numbers)), "", 0, since)])
         batch = pool.take(budget)
-        now += budget.overhead + budget.computed(batch) * (PACKED_COST if budget.packs else 1.0)
+        now += budget.overhead + budget.computed(batch)
         latencies += [now - row.payload for row in batch]
         waiting.extend((now, next(lengths)) for _ in batch)
     kept = sorted(latencies[SKIPPED:])

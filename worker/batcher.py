@@ -2,13 +2,12 @@
 
 Where a model pads its batches to their longest row, rows of like length belong together; the most urgent row says
 around which length. Measured on a long-tailed mix, batches of 64 in arrival order compute 3.6 times the tokens they
-hold. Where it packs them (see layout.py), rows of all lengths can run together: then the most urgent do, unless many of
-like length wait, as lists bring them.
+hold. Where it packs them, rows of all lengths run together with no padding: then the most urgent do.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, insort
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from heapq import nsmallest
@@ -16,13 +15,16 @@ from itertools import accumulate
 from operator import attrgetter
 from typing import Generic, Literal, TypeVar
 
-from millstream.worker.layout import SEQUENCE_TOKENS, computed, layout
-
 T = TypeVar("T")
 
 Cut = Literal["rows", "tokens", "time", "padding", "arrival"]
 """What ended a micro-batch: its rows, its tokens, the time it may take, that the next row would pad more than a forward
-of its own costs or is too long to be packed, or that nothing more of its rank was waiting."""
+of its own costs, or that nothing more of its rank was waiting."""
+
+
+def computed(lengths: Sequence[int], packs: bool) -> int:
+    """Tokens that one forward over rows of these lengths computes, in a model that `packs` them or pads."""
+    return sum(lengths) if packs else max(lengths, default=0) * len(lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Budget:
     """Limits of one forward: rows, and the tokens it computes, padding included. One over-long row goes alone.
 
     `overhead` is what a forward costs before its first token, in tokens: the price of cutting one batch in two. A model
-    that `packs` runs short rows of different lengths without padding each to the longest.
+    that `packs` runs rows of different lengths without padding each to the longest.
     """
 
     rows: int
@@ -41,11 +43,6 @@ class Budget:
     def computed(self, rows: Iterable[Row[T]]) -> int:
         """Tokens that one forward over `rows` computes."""
         return computed([row.tokens for row in rows], self.packs)
-
-    def share(self, rows: Collection[Row[T]]) -> float:
-        """The real tokens of `rows` / what one forward over them costs."""
-        lengths = [row.tokens for row in rows]
-        return sum(lengths) / (self.overhead + layout(lengths, self.packs).cost)
 
 
 @dataclass(slots=True, eq=False)
@@ -101,8 +98,8 @@ class Pool(Generic[T]):
         return len(moved)
 
     def take(self, budget: Budget, chosen: Sequence[Row[T]] = ()) -> list[Row[T]]:
-        """The next micro-batch: the most urgent row and those neighbours in length that are worth padding together. Or,
-        where the model packs and that costs no more a token, the most urgent short rows.
+        """The next micro-batch: the most urgent row and those neighbours in length that are worth padding together, or
+        the most urgent rows where the model packs.
 
         All of one rank: where time grows with tokens, the company of bulk would cost a single text its urgency. Never
         empty unless the pool is; never over the budget but for one row that is over it by itself. What `choose` said
@@ -129,18 +126,12 @@ class Pool(Generic[T]):
         """The next micro-batch of `rows`, and its place among them where it is one piece."""
         if not rows:
             return [], None
-        first = _most_urgent(rows)
-        low, high, self.cut = _neighbours(rows, first, budget)
+        if budget.packs:
+            oldest, self.cut = _oldest(rows, budget)
+            return oldest, None
+        low, high, self.cut = _neighbours(rows, _most_urgent(rows), budget)
         place = slice(low, high + 1)
-        batch = list(rows[place])
-        if not budget.packs or rows[first].tokens > SEQUENCE_TOKENS:
-            return batch, place
-        short = rows[: bisect_right(rows, SEQUENCE_TOKENS, key=_length)]
-        oldest, cut = _oldest(short, budget)
-        if budget.share(oldest) < budget.share(batch):
-            return batch, place
-        self.cut = "padding" if cut == "arrival" and len(short) < len(rows) else cut
-        return oldest, None
+        return list(rows[place]), place
 
     def _first(self) -> list[Row[T]]:
         """The rows of the most urgent rank that has any."""
@@ -155,12 +146,10 @@ def _allowed(chosen: Sequence[Row[T]], rows: Sequence[Row[T]], budget: Budget) -
 def _oldest(rows: Sequence[Row[T]], budget: Budget) -> tuple[list[Row[T]], Cut]:
     """The most urgent rows that fit, in order, and why no more."""
     batch = nsmallest(budget.rows, rows, key=_urgency)
-    cut: Cut = "rows" if len(batch) < len(rows) else "arrival"
-    within = sum(real <= budget.tokens for real in accumulate(row.tokens for row in batch))
-    while len(batch) > 1 and (len(batch) > within or budget.computed(batch) > budget.tokens):
-        batch.pop()
-        cut = "tokens"
-    return batch, cut
+    fitting = max(1, sum(tokens <= budget.tokens for tokens in accumulate(row.tokens for row in batch)))
+    if fitting < len(batch):
+        return batch[:fitting], "tokens"
+    return batch, "rows" if len(batch) < len(rows) else "arrival"
 
 
 def _neighbours(rows: Sequence[Row[T]], at: int, budget: Budget) -> tuple[int, int, Cut]:

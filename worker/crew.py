@@ -103,7 +103,7 @@ class Crew:
         window, device = self._shared.window, self._orders.device or "auto"
         how = " (measured)" if window.auto_tokens else ""
         limits = f"{window.budget.rows} rows and {window.budget.tokens} tokens{how}"
-        packed = ", short texts packed" if window.budget.packs else ""
+        packed = ", texts packed" if window.budget.packs else ""
         log.info("ready: %s on %s, at most %s a forward%s", self._model.fingerprint, device, limits, packed)
 
     def _heard(self, beat: Beat) -> None:

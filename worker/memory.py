@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from millstream.worker.layout import computed
+from millstream.worker.batcher import computed
 from millstream.worker.models.base import Prepared
 
 _SIGNS = ("out of memory", "can't allocate memory", "failed to allocate memory", "alloc_failed")

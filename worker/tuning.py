@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 from itertools import cycle, product
 
 from millstream.broker.errors import MillstreamError
-from millstream.worker.batcher import Budget, Pool, Row
-from millstream.worker.layout import computed
+from millstream.worker.batcher import Budget, Pool, Row, computed
 from millstream.worker.models.base import Model, Prepared
 from millstream.worker.probe import GAIN, Clock, run
 from millstream.worker.warmup import sample

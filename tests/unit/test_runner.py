@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 
 from millstream.broker.errors import DeadlineExceeded, InvalidRequest, MillstreamError, ModelFailed
 from millstream.broker.job import Json, Vectors
-from millstream.worker.batcher import Budget
+from millstream.worker.batcher import Budget, computed
 from millstream.worker.clock import ServerClock
 from millstream.worker.counters import Counters
 from millstream.worker.held import Held
-from millstream.worker.layout import computed
 from millstream.worker.models.base import NO_OPTIONS, Prepared
 from millstream.worker.models.echo import EchoModel
 from millstream.worker.progress import Progress

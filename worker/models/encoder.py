@@ -13,7 +13,6 @@ from millstream.broker.config import ModelSpec
 from millstream.broker.embedding import EmbedOptions, InputType
 from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError, ModelUnavailable
 from millstream.broker.job import Json, Vectors
-from millstream.worker.layout import layout
 from millstream.worker.models.base import Prepared, Upcoming
 from millstream.worker.models.feed import Feed
 from millstream.worker.models.loading import Folder, Loaded, dtype_of, load
@@ -165,11 +164,9 @@ class Encoder:
             return cast(Vectors, vectors.to(torch.float32).cpu().numpy().astype(np.float32, copy=False))
 
     def _vectors(self, texts: Sequence[Text], way: Way) -> torch.Tensor:
-        if self._packing:
-            ids = cast(list[Ids], [text.features for text in texts])
-            laid_out = layout([text.tokens for text in texts], packs=True)
-            if laid_out.is_packed:
-                return self._packing.run(ids, laid_out)
+        # One text has nothing to pad.
+        if self._packing and len(texts) > 1:
+            return self._packing.run(cast(list[Ids], [text.features for text in texts]))
         features = self._feed.batch(texts)
         if way.unpooled:
             features["prompt_length"] = way.unpooled

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import GELUActivation
 
 from millstream.broker.errors import described
 
@@ -38,21 +39,28 @@ ARCHITECTURES = frozenset(
 
 _ROWS, _CLOSE = 5, 1e-5
 
+_ACTIVATION = "intermediate_act_fn"
+
 # oneDNN makes a program for each number of rows and each shape, half a megabyte each. By itself it keeps 1,024.
 for _capacity in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
     os.environ.setdefault(_capacity, "64")
 
 
 class Prepacked(nn.Module):
-    """A linear layer [.., in] -> [.., out] that holds its weights in oneDNN's own layout only."""
+    """A linear layer [.., in] -> [.., out] that holds its weights in oneDNN's own layout only.
 
-    def __init__(self, layer: nn.Linear) -> None:
+    With `gelu` it applies that, too, while what it computed is still in the core's cache.
+    """
+
+    def __init__(self, layer: nn.Linear, *, gelu: bool = False) -> None:
         super().__init__()
         self.bias = layer.bias
         self._weights = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+        # An activation, its numbers, its kind: "tanh" is the other one of GELU.
+        self._then: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weights, self.bias, "none", [], "")
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weights, self.bias, *self._then)
         return product
 
 
@@ -72,16 +80,27 @@ def prepack(model: nn.Module) -> int:
     replaced = 0
     try:
         for holder, name in places:
-            layer = cast(nn.Linear, getattr(holder, name))
-            made = Prepacked(layer)
-            if _are_equal(made, layer):
-                setattr(holder, name, made)
-                replaced += 1
+            replaced += _replace(holder, name)
     except Exception as error:  # noqa: BLE001 - whatever it is, the layers may run as they ever did
         log.warning("oneDNN cannot take this model's linear layers: %s", described(error))
     if replaced < len(places):
         log.warning("%d of %d linear layers stay as they are", len(places) - replaced, len(places))
     return replaced
+
+
+def _replace(holder: nn.Module, name: str) -> bool:
+    """Replace that layer, with the activation after it where it is one that oneDNN has; False where they differ."""
+    layer = cast(nn.Linear, getattr(holder, name))
+    activation: Any = getattr(holder, _ACTIVATION, None)
+    # All that such a module does is one after the other.
+    gelu = type(holder).__name__.endswith("Intermediate") and name == "dense" and type(activation) is GELUActivation
+    made = Prepacked(layer, gelu=gelu)
+    if not _are_equal(made, nn.Sequential(layer, activation) if gelu else layer, layer.in_features):
+        return False
+    setattr(holder, name, made)
+    if gelu:
+        setattr(holder, _ACTIVATION, nn.Identity())
+    return True
 
 
 def _holders(model: nn.Module) -> list[nn.Module]:
@@ -99,8 +118,8 @@ def _suits(weight: torch.Tensor) -> bool:
     return weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() > 0
 
 
-def _are_equal(made: Prepacked, layer: nn.Linear) -> bool:
-    rows = torch.linspace(-1, 1, _ROWS * layer.in_features).view(_ROWS, -1)
+def _are_equal(made: Prepacked, layer: nn.Module, width: int) -> bool:
+    rows = torch.linspace(-1, 1, _ROWS * width).view(_ROWS, -1)
     with torch.inference_mode():
         expected: Any = layer(rows)
         return bool((made(rows) - expected).norm() <= _CLOSE * expected.norm())

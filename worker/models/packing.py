@@ -1,20 +1,27 @@
-"""Several texts in one sequence of an encoder: each sees itself alone and counts its positions from its own start."""
+"""Texts of any lengths in one forward of an encoder, with no padding: each sees itself alone and has its own positions.
+
+sentence-transformers does so with flash attention's kernels on CUDA, whose arguments these are; no kernel of torch does
+on the CPU. Everything but attention runs over all tokens at once.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
+from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence as padded
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from millstream.broker.errors import described
-from millstream.worker.layout import Layout
 from millstream.worker.models.tokens import Ids
 
 log = logging.getLogger(__name__)
@@ -28,10 +35,45 @@ the others are counted from there on: also where a text has that token."""
 _AFTER = ("Pooling", "Normalize", "Dense", "Dropout", "LayerNorm")
 """Modules that may follow: they read a text's own token vectors, and no other feature."""
 
-_TEXTS = ((7, 8), (9, 10, 11, 12, 13, 14, 15, 16, 17), (11,), (18, 7, 19, 20))
+_TEXTS = ((7, 8), (9, 10, 11, 12, 13, 14, 15, 16, 17), (11,), (18, 7, 19, 20), (8, 21))
 _CLOSE = {torch.float32: 1e-5}
 _CLOSE_ENOUGH = 2e-2
 """The largest relative difference to a text that runs alone; of half the digits, other kernels already make as much."""
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **settings: Any,
+) -> tuple[torch.Tensor, None]:
+    """As transformers' "sdpa". Where `cu_seq_lens_q` [texts + 1] tells the bounds of texts, each sees itself alone.
+
+    query, key, value [1, heads, tokens, dim]; returns [1, tokens, heads, dim].
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    seen = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
+    end = 0
+    for length, texts in groupby(cu_seq_lens_q.diff().tolist()):
+        # Neighbours of one length are one call, and not even copied.
+        count = len(list(texts))
+        start, end = end, end + count * length
+        q, k, v = (
+            torch.unflatten(each[0, :, start:end], 1, (count, length)).transpose(0, 1) for each in (query, key, value)
+        )
+        found = scaled_dot_product_attention(q, k, v, scale=settings.get("scaling"))
+        seen[start:end] = found.transpose(1, 2).flatten(0, 1)
+    return seen[None], None
+
+
+NAME = "millstream"
+"""Of that function among transformers' own: "sdpa", which it is but for packed texts."""
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 class Packing:
@@ -48,48 +90,51 @@ class Packing:
         """None where the model cannot pack, or does not give a few texts what it gives each alone."""
         if not isinstance(model, SentenceTransformer) or not _may_pack(model):
             return None
+        transformer = cast(Any, model[0]).auto_model
         try:
+            alone = _alone(model)
+            transformer.set_attn_implementation(NAME)
             packing = cls(model)
-            if packing._is_exact(model):
+            if packing._gives(alone):
                 return packing
             log.warning("packed texts differ from single ones in this model: batches are padded")
         except Exception as error:  # noqa: BLE001 - whatever it is, the model may run as it ever did
             log.warning("this model cannot pack texts, batches are padded: %s", described(error))
+        transformer.set_attn_implementation("sdpa")
         return None
 
-    def run(self, texts: Sequence[Ids], layout: Layout) -> torch.Tensor:
+    def run(self, texts: Sequence[Ids]) -> torch.Tensor:
         """The model's vectors [texts, dim], in order. Inside torch.inference_mode."""
-        lengths = np.array([len(text) for text in texts])
-        starts = np.zeros(len(texts), dtype=np.int64)
-        for sequence, rows in enumerate(layout.sequences):
-            starts[rows] = sequence * layout.width + np.cumsum([0, *lengths[rows][:-1]])
-        # Of each token: its text, its place there, and its place in the packed batch.
-        text = np.repeat(np.arange(len(texts)), lengths)
-        place = np.arange(len(text)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        packed = torch.from_numpy(starts[text] + place)
-        shape = len(layout.sequences), layout.width
-        tokens = np.fromiter(chain.from_iterable(texts), np.int64, len(text))
-        ids = _laid(tokens, packed, shape, self._padding)
-        positions = _laid(self._positions(tokens, place, lengths), packed, shape, 0)
-        # Empty places see one another: a token that saw nothing would be NaN.
-        owners = _laid(text, packed, shape, -1)
-        sees = (owners[:, :, None] == owners[:, None, :])[:, None]
-        features = {"input_ids": ids, "position_ids": positions, "attention_mask": sees}
-        vectors = self._first(features)["token_embeddings"].flatten(0, 1)[packed].split(lengths.tolist())
+        order = sorted(range(len(texts)), key=lambda text: len(texts[text]))
+        lengths = np.array([len(texts[text]) for text in order])
+        ends = np.cumsum(lengths)
+        tokens = np.fromiter(chain.from_iterable(texts[text] for text in order), np.int64, ends[-1])
+        # Of each token: its place in its text.
+        places = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)
+        bounds = torch.from_numpy(np.append(0, ends))
+        features = {
+            "input_ids": torch.from_numpy(tokens)[None],
+            "position_ids": torch.from_numpy(self._positions(tokens, places, lengths))[None],
+            "token_type_ids": torch.zeros(1, len(tokens), dtype=torch.long),
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": int(lengths[-1]),
+            "max_length_k": int(lengths[-1]),
+        }
+        vectors = self._first(features)["token_embeddings"][0].split(lengths.tolist())
         # The longest first, in pieces that pad little: all at once could need far more memory than the forward did.
-        order = np.argsort(-lengths, kind="stable").tolist()
-        pieces: list[list[int]] = []
-        for row in order:
-            if not pieces or len(vectors[pieces[-1][0]]) * (len(pieces[-1]) + 1) > layout.tokens:
+        pieces: list[list[torch.Tensor]] = []
+        for text in reversed(vectors):
+            if not pieces or len(pieces[-1][0]) * (len(pieces[-1]) + 1) > len(tokens):
                 pieces.append([])
-            pieces[-1].append(row)
-        pooled = torch.cat([self._pooled([vectors[row] for row in piece]) for piece in pieces])
-        return pooled[np.argsort(order)]
+            pieces[-1].append(text)
+        pooled = torch.cat([self._pooled(piece) for piece in pieces])
+        return pooled[np.argsort(order[::-1])]
 
-    def _positions(self, tokens: Ints, place: Ints, lengths: Ints) -> Ints:
+    def _positions(self, tokens: Ints, places: Ints, lengths: Ints) -> Ints:
         """Of each token, as the model itself counts them in a text of its own."""
         if not self._skips_padding:
-            return place
+            return places
         counts = tokens != self._padding
         before = np.cumsum(counts)
         firsts = np.cumsum(lengths) - lengths
@@ -107,14 +152,10 @@ class Packing:
             features = module(features)
         return features["sentence_embedding"]
 
-    def _is_exact(self, model: SentenceTransformer) -> bool:
+    def _gives(self, alone: torch.Tensor) -> bool:
         """Whether a few texts get, packed, the vectors that each gets alone."""
-        texts = [list(text) for text in _TEXTS]
-        width = sum(map(len, texts[:2]))
         with torch.inference_mode():
-            alone = torch.cat([_alone(model, text) for text in texts])
-            together = self.run(texts, Layout([[0, 1], [3, 2]], width))
-        difference = (together - alone).norm(dim=1) / alone.norm(dim=1)
+            difference = (self.run([list(text) for text in _TEXTS]) - alone).norm(dim=1) / alone.norm(dim=1)
         return bool((difference <= _CLOSE.get(alone.dtype, _CLOSE_ENOUGH)).all())
 
 
@@ -134,14 +175,9 @@ def _may_pack(model: SentenceTransformer) -> bool:
     )
 
 
-def _alone(model: SentenceTransformer, text: Ids) -> torch.Tensor:
-    ids = torch.tensor([text])
-    features: Mapping[str, torch.Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return cast(torch.Tensor, model(dict(features))["sentence_embedding"])
-
-
-def _laid(values: Ints, places: torch.Tensor, shape: tuple[int, int], empty: int) -> torch.Tensor:
-    """`values` at their `places` of a tensor of `shape`, and `empty` everywhere else."""
-    laid = torch.full((shape[0] * shape[1],), empty, dtype=torch.long)
-    laid[places] = torch.from_numpy(values)
-    return laid.view(shape)
+def _alone(model: SentenceTransformer) -> torch.Tensor:
+    """The vectors of a few texts, each in a forward of its own."""
+    ids = [torch.tensor([text]) for text in _TEXTS]
+    features: list[Mapping[str, torch.Tensor]] = [{"input_ids": each, "attention_mask": each * 0 + 1} for each in ids]
+    with torch.inference_mode():
+        return torch.cat([cast(torch.Tensor, model(dict(each))["sentence_embedding"]) for each in features])
