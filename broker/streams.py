@@ -82,12 +82,14 @@ class Claimed:
     """One claim's yield. `now`: server clock, ms. `waiting` jobs are left, by stream; `suspects` wait to run alone.
 
     `paused`: nothing is given to anybody for the time being. The first `woken` claims came to a sleeper, even so.
+    `blocked`: the next job had more rows or tokens than there was room left for.
     """
 
     now: int
     waiting: tuple[int, ...] = (0, 0, 0)
     suspects: int = 0
     paused: bool = False
+    blocked: bool = False
     claims: list[Claim] = field(default_factory=list)
     woken: int = 0
 
@@ -299,12 +301,12 @@ def _claim(
 
 
 def _claimed(woken: list[Claim], answer: Any) -> Claimed:
-    now, waiting, suspects, paused, *taken = answer
+    now, waiting, suspects, paused, blocked, *taken = answer
     claims = [
         _claim(PRIORITIES[stream - 1], entry, fields, (deliveries - 1) / 2, by_share=bool(by_share))
         for stream, entry, deliveries, fields, by_share in taken
     ]
-    return Claimed(now, tuple(waiting), suspects, bool(paused), woken + claims, len(woken))
+    return Claimed(now, tuple(waiting), suspects, bool(paused), bool(blocked), woken + claims, len(woken))
 
 
 def _flat(fields: dict[bytes, bytes]) -> list[bytes]:

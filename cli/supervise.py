@@ -17,7 +17,7 @@ from millstream.worker.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.1
+TICK_S = 0.25
 LOOK_S = 1.0
 _RATE_LOOKS = 6
 _LONGEST_PAUSE_S = 30.0

@@ -26,6 +26,9 @@ SLEEP_S = 1.0
 LOOK_S, LONGEST_LOOK_S = 0.02, 0.25
 """How often a busy worker looks for jobs that came after its last claim: the oftener, the sooner its forward ends."""
 
+RELIED_ON = 0.75
+"""After this part of what is left of a forward, as foreseen, it looks again."""
+
 LEAST_WAIT_S = 0.002
 
 PAUSED_S = 0.25
@@ -55,6 +58,7 @@ class Claimer(threading.Thread):
     """Claims until the process drains, then closes the window. `live_workers` is what the last beat heard.
 
     `paused`: the last claim was given nothing because the service is paused. `_left_nothing`: it had nothing to give.
+    `_blocked_at`: for the next job there is no room, as long as the window has had so many takes.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Claimer(threading.Thread):
         self._in_hand_s = 0.0
         self._suspects = False
         self._left_nothing = False
+        self._blocked_at: int | None = None
         self._pause_s = 0.0
         self._gathered: list[str] = []
         self.live_workers = 1
@@ -122,13 +127,18 @@ class Claimer(threading.Thread):
             self._pause_s = 0.0
 
     def _fill(self) -> None:
+        takes = self._window.takes
         limit = self._window.room(self.live_workers)
-        if limit is None or (self._suspects and not limit.empty_handed):
-            # Full; or a suspect waits to run alone, and this worker makes itself free for it.
-            self._overtake() if limit is None else self._window.wait_until_empty(SLEEP_S)
+        if limit is None or (self._blocked_at == takes and self._window.waiting):
+            self._overtake()
+            return
+        if self._suspects and not limit.empty_handed:
+            # A suspect waits to run alone, and this worker makes itself free for it.
+            self._window.wait_until_empty(SLEEP_S)
             return
         claimed = self._claim(limit)
         self._suspects = claimed.suspects > 0
+        self._blocked_at = takes if claimed.blocked and not claimed.suspects else None
         if claimed.claims:
             self._hold(self._with_company(claimed.claims))
         elif self._window.waiting:
@@ -210,7 +220,7 @@ class Claimer(threading.Thread):
         return 0
 
     def _overtake(self) -> None:
-        """The window is full: realtime jobs may still come, one micro-batch, ahead of what waits there."""
+        """Full, or too full for the next job: realtime jobs may still come, one micro-batch, ahead of what waits."""
         if self._wait_for_take():
             return
         budget = self._window.budget
@@ -224,9 +234,9 @@ class Claimer(threading.Thread):
         """Until a micro-batch is taken; False where it is time to look.
 
         What comes runs after this forward at the earliest, and each look takes time from a model that fills all cores.
-        But how long a forward takes is foreseen from others, so half of that is not relied on.
+        But how long a forward takes is foreseen from others, so a part of that is not relied on.
         """
-        return self._window.wait_for_take(min(LONGEST_LOOK_S, max(LOOK_S, self._window.forward_left_s / 2)))
+        return self._window.wait_for_take(min(LONGEST_LOOK_S, max(LOOK_S, RELIED_ON * self._window.forward_left_s)))
 
     def _gather(self, claims: Sequence[Claim]) -> None:
         """Hold these entries in name until their rows are in the window, so that no beat takes them for strangers."""

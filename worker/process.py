@@ -6,6 +6,7 @@ the supervisor is gone, and drains too.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 ORPHAN_LOOK_S = 1.0
 
+YOUNG_OBJECTS = 10_000
+"""So many more objects must there be than at the last look before the garbage collector looks for cycles among them."""
 
 Load = Callable[[ServiceSpec], Model]
 
@@ -119,7 +122,13 @@ class Worker:
 
     def _ordered(self, spec: ServiceSpec) -> Model:
         orders = self._orders
-        return models.load(spec.with_handler(orders.handler), orders.device, orders.threads, orders.folder)
+        model = models.load(spec.with_handler(orders.handler), orders.device, orders.threads, orders.folder)
+        # What was loaded stays: libraries and a model are hundreds of thousands of objects, which the garbage collector
+        # would go through again and again for the few that each job brings.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(YOUNG_OBJECTS)
+        return model
 
     def _failed(self, error: object, status: int) -> int:
         """Tell the supervisor why: it says what it makes of it."""

@@ -25,7 +25,7 @@ from millstream.worker.progress import Progress
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.05
+POLL_S = 0.1
 DRAIN_S = 30.0
 CRASH_LOOP = 5
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0

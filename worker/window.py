@@ -112,6 +112,11 @@ class Window:
         predicted = round(self._hold_s / self.seconds_per_token) if self.seconds_per_token else 0
         return max(self._least_batches * self.budget.tokens, predicted)
 
+    @property
+    def takes(self) -> int:
+        """How many micro-batches were taken so far."""
+        return self._takes
+
     def wait_for_take(self, timeout: float) -> bool:
         """Sleep until the runner takes its next micro-batch or the pool is empty; False after `timeout` seconds."""
         with self._lock:

@@ -5,9 +5,10 @@
 -- ARGV[8] 1: this worker holds nothing, so an over-large or a suspect job may go to it, alone
 -- ARGV[9] the last stream to take from: 1 for realtime only, 3 for all
 -- ARGV[10], ARGV[11] rows that normal and batch may take before their betters: their share, saved up
--- Returns {now_ms, {waiting in each stream}, suspects, 1 if paused,
+-- Returns {now_ms, {waiting in each stream}, suspects, 1 if paused, 1 if blocked,
 --   {stream, entry id, deliveries, fields, 1 if by share}, ...}
---   waiting: new jobs left in the streams; suspects: returned jobs left that wait for a worker that holds nothing
+--   waiting: new jobs left in the streams; suspects: returned jobs left that wait for a worker that holds nothing;
+--   blocked: the next new job has more rows or tokens than there was room left for
 -- Raises NOGROUP, and what its user is not allowed. What an entry holds is never trusted: without usable numbers it
 --   counts as one row.
 
@@ -17,9 +18,10 @@ local LIVE, EMPTY_HANDED, LAST_STREAM = tonumber(ARGV[7]), ARGV[8] == '1', tonum
 local SAVED_ROWS = {0, tonumber(ARGV[10]), tonumber(ARGV[11])}
 -- Deliveries count 1 + 2 x attempts + hosts lost; from one attempt on a job runs alone (see lease.py).
 local SUSPECT = 3
+local FIRST_PAGE = 4
 
 local taken = {}
-local rows, tokens, full = 0, 0, false
+local rows, tokens, full, blocked = 0, 0, false, 0
 
 local function cost(fields)
   local r, t = 1, 0
@@ -101,13 +103,29 @@ local function take_new(stream, saved)
   local ids, left = {}, saved or 0
   local most = math.min(share, MAX_JOBS - #taken)
   if most < 1 or waiting[stream] < 1 then return end
-  -- XREADGROUP knows no rows or tokens: look first, then deliver exactly what fits.
-  for _, entry in ipairs(redis.call('XRANGE', KEYS[stream], '(' .. last[stream], '+', 'COUNT', most)) do
-    local r, t = cost(entry[2])
-    if saved and left < r then break end
-    if full or not fits(r, t) then full = true break end
-    take(stream, entry[1], 1, entry[2], r, t, saved)
-    ids[#ids + 1], left = entry[1], left - r
+
+  local function take_each(entries)
+    for _, entry in ipairs(entries) do
+      local r, t = cost(entry[2])
+      if full or saved and left < r then return false end
+      if not fits(r, t) then
+        full, blocked = true, 1
+        return false
+      end
+      take(stream, entry[1], 1, entry[2], r, t, saved)
+      ids[#ids + 1], left = entry[1], left - r
+    end
+    return true
+  end
+
+  -- XREADGROUP knows no rows or tokens: look first, then deliver exactly what fits. In pages that grow: where a job has
+  -- many rows few fit, and to copy a body costs more than to look again.
+  local size, after = FIRST_PAGE, last[stream]
+  while #ids < most do
+    local count = math.min(size, most - #ids)
+    local entries = redis.call('XRANGE', KEYS[stream], '(' .. after, '+', 'COUNT', count)
+    if not take_each(entries) or #entries < count then break end
+    size, after = 2 * size, entries[#entries][1]
   end
   if #ids > 0 then deliver(stream, ids) end
   share, waiting[stream] = share - #ids, waiting[stream] - #ids
@@ -122,7 +140,7 @@ for stream = 1, 3 do
 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-if redis.call('EXISTS', KEYS[4]) == 1 then return {now, waiting, 0, 1} end
+if redis.call('EXISTS', KEYS[4]) == 1 then return {now, waiting, 0, 1, 0} end
 
 -- One worker must not hoard what its idle neighbours could run at once.
 share = math.max(1, math.ceil((waiting[1] + waiting[2] + waiting[3]) / LIVE))
@@ -134,4 +152,4 @@ for stream = 1, LAST_STREAM do
   if not full then take_new(stream) end
 end
 
-return {now, waiting, suspects, 0, unpack(taken)}
+return {now, waiting, suspects, 0, blocked, unpack(taken)}

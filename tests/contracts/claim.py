@@ -93,6 +93,32 @@ class ClaimContract:
         assert ids(claimed.claims) == [job.id for job in put[:2]]
         assert sum(claimed.waiting) == 3
 
+    @pytest.mark.parametrize(
+        ("limit", "taken", "blocked"),
+        [
+            (Limit(100, 100, 1000), 5, False),
+            (Limit(2, 100, 1000), 2, False),
+            (Limit(100, 6, 1000), 2, False),
+            (Limit(100, 8, 1000), 2, True),
+            (Limit(100, 100, 29), 2, True),
+            (Limit(100, 2, 1000), 0, True),
+        ],
+    )
+    def test_a_claim_says_whether_the_next_job_had_no_room(
+        self, queue: Queue, limit: Limit, taken: int, blocked: bool
+    ) -> None:
+        queue.put(*[draft(rows=3, tokens=10) for _ in range(5)])
+
+        claimed = queue.streams.claim("w1", limit)
+
+        assert (len(claimed.claims), claimed.blocked) == (taken, blocked)
+
+    def test_a_claim_takes_more_than_it_looks_at_in_one_go(self, queue: Queue) -> None:
+        put = queue.put(*[draft() for _ in range(30)])
+
+        assert ids(queue.streams.claim("w1", Limit(27, 100, 100_000)).claims) == [job.id for job in put[:27]]
+        assert ids(queue.streams.claim("w1", Limit(27, 100, 100_000)).claims) == [job.id for job in put[27:]]
+
     def test_what_does_not_fit_is_not_overtaken(self, queue: Queue) -> None:
         small, large, after = queue.put(draft(rows=2), draft(rows=4), draft(rows=2))
 

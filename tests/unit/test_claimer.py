@@ -119,7 +119,7 @@ def test_a_realtime_job_passes_a_window_that_is_full_and_nothing_else_does(bench
     assert in_hand == HOLD_BATCHES * ROWS + 1
 
 
-@pytest.mark.parametrize(("left_s", "waits_s"), [(0.0, claimer.LOOK_S), (0.2, 0.1), (3600.0, claimer.LONGEST_LOOK_S)])
+@pytest.mark.parametrize(("left_s", "waits_s"), [(0.0, claimer.LOOK_S), (0.2, 0.15), (3600.0, claimer.LONGEST_LOOK_S)])
 def test_a_busy_worker_looks_the_oftener_the_sooner_its_forward_is_over(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, left_s: float, waits_s: float
 ) -> None:
@@ -134,7 +134,30 @@ def test_a_busy_worker_looks_the_oftener_the_sooner_its_forward_is_over(
 
     bench.claimer._step()
 
-    assert waits == [waits_s]
+    assert waits == [pytest.approx(waits_s)]
+
+
+def test_until_a_take_makes_room_for_the_next_job_only_realtime_jobs_are_looked_for(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.shared.window, "wait_for_take", lambda timeout: False)
+    asked: list[bool] = []
+    claim = bench.streams.claim
+
+    def noted(consumer: str, limit: Limit) -> Claimed:
+        asked.append(limit.realtime_only)
+        return claim(consumer, limit)
+
+    monkeypatch.setattr(bench.streams, "claim", noted)
+    jobs = bench.queue.put(*[draft(rows=ROWS - 1) for _ in range(HOLD_BATCHES * ROWS // (ROWS - 1) + 1)])
+
+    for _ in range(3):
+        bench.claimer._step()
+    bench.shared.window.take()
+    bench.claimer._step()
+
+    assert asked == [False, True, True, False]
+    assert len(bench.shared.window.names()) == len(jobs)
 
 
 def test_no_class_starves_while_more_urgent_ones_saturate_the_worker(bench: Bench) -> None:
