@@ -78,12 +78,23 @@ class Job(NamedTuple):
 
 
 class Address(NamedTuple):
-    """Where an entry lies, and to whom its answer goes. All that settling needs."""
+    """Where an entry lies, and to whom its answer goes. All that settling needs.
 
-    priority: Priority
-    entry: str
+    `name` is how the scripts call the entry: its stream, 1 to 3, the most urgent first; a colon; the entry id.
+    """
+
+    name: str
     job_id: str = ""
     client: str = ""
+
+    @property
+    def priority(self) -> Priority:
+        return PRIORITIES[int(self.name[0]) - 1]
+
+    @property
+    def entry(self) -> str:
+        """The entry's id in its stream."""
+        return self.name[2:]
 
 
 class Claim(NamedTuple):

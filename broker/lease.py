@@ -14,15 +14,9 @@ import redis
 
 from millstream.broker import scripts
 from millstream.broker.cluster import owner
-from millstream.broker.job import Address
-from millstream.broker.keys import GROUP, RETURNED, STREAM_INDEX, ServiceKeys
+from millstream.broker.keys import GROUP, RETURNED, ServiceKeys
 
 LEASE_S = 5.0
-
-
-def entry_name(address: Address) -> str:
-    """An entry as the scripts name it: stream 1..3, a colon, the entry id."""
-    return f"{STREAM_INDEX[address.priority]}:{address.entry}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,7 +201,7 @@ class Streams:
             raise woken
         delivered = [] if isinstance(woken, Exception) else cast(Delivered, woken or [])
         claims = [
-            _claim(PRIORITIES[self._streams.index(stream.decode())], entry, flat, 0.0)
+            _claim(self._streams.index(stream.decode()) + 1, entry, flat, 0.0)
             for stream, entries in delivered
             for entry, flat in entries
         ]
@@ -216,12 +216,20 @@ class Streams:
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         """Write each job's reply and retire its entry, in one step and once: a late twin is dropped."""
         keys = [*self._streams, self._keys.dead(), self._keys.trail()]
-        args: list[scripts.Argument] = [GROUP, DEAD_LETTERS_KEPT, self._unread_bytes]
-        seen = self._keys.seen("")
+        seen, jobs = self._keys.seen(""), list[str]()
+        # Most answers of a call go the same way, to one client.
+        ways: dict[tuple[str, str, int], int] = {}
+        words: list[scripts.Argument] = []
         for address, reply, bury in settlements:
-            kind, key, ttl = self._destination(address)
-            keys += (key, seen + address.job_id)
-            args += (STREAM_INDEX[address.priority], address.entry, address.job_id, kind, ttl, reply, bury)
+            way = ways.setdefault(self._destination(address), len(ways) + 1)
+            jobs.append(seen + address.job_id)
+            words += (address.name, way, address.job_id, reply, bury)
+        args: list[scripts.Argument] = [GROUP, DEAD_LETTERS_KEPT, self._unread_bytes, len(ways)]
+        for kind, key, ttl in ways:
+            keys.append(key)
+            args += (kind, ttl)
+        keys += jobs
+        args += words
         return [_SETTLED[outcome] for outcome in scripts.run(self._client, "settle", keys, args)]
 
     def cancel(self, job_ids: Sequence[str], client: str) -> list[CancelOutcome]:
@@ -231,7 +239,7 @@ class Streams:
         keys = [*self._streams, self._keys.cancelled()]
         args: list[scripts.Argument] = [GROUP, RETURNED]
         for job_id in job_ids:
-            kind, key, ttl = self._destination(Address(PRIORITIES[0], "", job_id, client))
+            kind, key, ttl = self._destination(Address("", job_id, client))
             keys += (self._keys.seen(job_id), key)
             args += (job_id, kind, ttl, _CANCELLED)
         return [_CANCEL_OUTCOMES[outcome] for outcome in scripts.run(self._client, "cancel", keys, args)]
@@ -248,7 +256,7 @@ class Streams:
             keys = [*self._streams]
             args: list[scripts.Argument] = [GROUP, RETURNED]
             for entry, fields in page:
-                address = _claim(priority, entry, _flat(fields), 0.0).address
+                address = _claim(STREAM_INDEX[priority], entry, _flat(fields), 0.0).address
                 kind, key, ttl = self._destination(address)
                 keys += (key, self._keys.seen(address.job_id))
                 args += (STREAM_INDEX[priority], address.entry, address.job_id, kind, ttl, _PURGED)
@@ -290,20 +298,19 @@ def _admission(outcome: list[int | bytes]) -> Admission:
     return Admission(cast(Refusal, cast(bytes, outcome[1]).decode()), cast(int, outcome[2]) / 1000)
 
 
-def _claim(
-    priority: Priority, entry: bytes, flat: Sequence[bytes], attempts: float, *, by_share: bool = False
-) -> Claim:
+def _claim(stream: int, entry: bytes, flat: Sequence[bytes], attempts: float, *, by_share: bool = False) -> Claim:
+    name = f"{stream}:{entry.decode()}"
     try:
         job = decode_entry(flat)
     except Malformed as error:
-        return Claim(Address(priority, entry.decode(), *salvage(flat)), None, attempts, str(error), by_share)
-    return Claim(Address(priority, entry.decode(), job.id, job.client), job, attempts, by_share=by_share)
+        return Claim(Address(name, *salvage(flat)), None, attempts, str(error), by_share)
+    return Claim(Address(name, job.id, job.client), job, attempts, by_share=by_share)
 
 
 def _claimed(woken: list[Claim], answer: Any) -> Claimed:
     now, waiting, suspects, paused, blocked, *taken = answer
     claims = [
-        _claim(PRIORITIES[stream - 1], entry, fields, (deliveries - 1) / 2, by_share=bool(by_share))
+        _claim(stream, entry, fields, (deliveries - 1) / 2, by_share=bool(by_share))
         for stream, entry, deliveries, fields, by_share in taken
     ]
     return Claimed(now, tuple(waiting), suspects, bool(paused), bool(blocked), woken + claims, len(woken))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from millstream.broker.connection import is_transient
 from millstream.broker.job import PRIORITIES, Claim, Priority
-from millstream.broker.lease import Lease, entry_name
+from millstream.broker.lease import Lease
 from millstream.broker.streams import Claimed, Limit, Streams
 from millstream.worker.intake import Intake
 from millstream.worker.patience import Patience
@@ -240,7 +240,7 @@ class Claimer(threading.Thread):
 
     def _gather(self, claims: Sequence[Claim]) -> None:
         """Hold these entries in name until their rows are in the window, so that no beat takes them for strangers."""
-        names = [entry_name(claim.address) for claim in claims]
+        names = [claim.address.name for claim in claims]
         self._window.keep(names)
         self._gathered += names
 

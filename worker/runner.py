@@ -53,8 +53,8 @@ class Runner:
         The last check before the model. Rows whose job was dropped meanwhile go, too.
         """
         now = self._clock.now()
-        found = [(row, held) for row in batch if (held := self._window.job_of(row))]
-        missed = {held.name for _, held in found if _missed(held, now)}
+        found = [(row, held) for row, held in zip(batch, self._window.jobs_of(batch), strict=True) if held]
+        missed = {held.name for _, held in found if held.job.missed(now) and _missed(held, now)}
         for held in self._window.end(missed):
             self._finish(Finished(held.claim.address, Reply(error=expired(held.job, _missed(held, now), now))))
         left = [each for each in found if each[0].owner not in missed] if missed else found
@@ -92,8 +92,7 @@ class Runner:
         self._window.seconds_per_token = before + EWMA_WEIGHT * (rate - before)
         for held in jobs.values():
             held.running_since = None
-            held.timings["queue"] = float(max(0, held.started_at - held.job.at))
-            held.timings["inference"] = held.timings.get("inference", 0.0) + seconds * 1000
+            held.inference_ms += seconds * 1000
 
 
 def _once(batch: Rows, jobs: Jobs) -> tuple[Rows, Sequence[int]]:

@@ -12,7 +12,6 @@ from millstream.broker.codec import encode_reply
 from millstream.broker.connection import retrying
 from millstream.broker.errors import ModelFailed
 from millstream.broker.job import Address, Reply
-from millstream.broker.lease import entry_name
 from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Settlement, Streams
 from millstream.worker.shared import Shared
 
@@ -88,7 +87,7 @@ class Settler(threading.Thread):
                 log.error("job %s: its reply could not be written; it is among the dead letters", settlement.address)
             else:
                 self._counters.jobs += 1
-        self._window.forget([entry_name(settlement.address) for settlement in batch])
+        self._window.forget([settlement.address.name for settlement in batch])
 
 
 def _encoded(finished: Finished) -> Settlement:

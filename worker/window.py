@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from millstream.broker.job import PRIORITIES, Priority
 from millstream.broker.streams import MAX_JOBS_PER_CALL, Limit
-from millstream.worker.batcher import Budget, Cut, Pool, Row
+from millstream.worker.batcher import Budget, Cut, Pool
 from millstream.worker.held import BY_SHARE, Held, Outcome, Rows
 from millstream.worker.models.base import Prepared
 
@@ -219,18 +219,19 @@ class Window:
         fitting = self._inference_s / 2 / self.seconds_per_token - budget.overhead
         return replace(budget, tokens=min(budget.tokens, round(max(budget.overhead, fitting))))
 
-    def job_of(self, row: Row[Prepared]) -> Held | None:
-        """The job of a row taken; None where it was dropped or ended meanwhile."""
-        held = self._held.get(row.owner)
+    def jobs_of(self, rows: Rows) -> list[Held | None]:
+        """The job of each row taken; None where it was dropped or ended meanwhile."""
+        held_as = self._held.get
         # The same entry may be here again: lost while it ran, given back by others, and claimed anew.
-        return held if held and held.prepared[row.index] is row.payload else None
+        return [
+            held if (held := held_as(row.owner)) and held.prepared[row.index] is row.payload else None for row in rows
+        ]
 
     def complete(self, rows: Rows, outcomes: Sequence[Outcome]) -> list[Held]:
         """Put rows back with their outcomes; the jobs that are complete by it."""
         with self._lock:
             done = []
-            for row, outcome in zip(rows, outcomes, strict=True):
-                held = self.job_of(row)
+            for row, held, outcome in zip(rows, self.jobs_of(rows), outcomes, strict=True):
                 if held is None:
                     continue
                 held.outcomes[row.index] = outcome

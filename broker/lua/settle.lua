@@ -1,8 +1,9 @@
 -- Answer jobs and retire their entries, each once: the first caller wins, a late twin changes nothing.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] STREAM dead letters   KEYS[5] HASH trail
--- KEYS[6..] per job: STREAM or STRING where the reply goes, STRING seen
--- ARGV[1] group  ARGV[2] dead letters kept  ARGV[3] unread bytes a reply stream may hold; then per job:
---   stream 1..3, entry id, job id, 'stream' | 'string' | 'none', reply ttl ms, reply, reason to bury it ('' for none)
+-- KEYS[6..] per way that replies go: STREAM or STRING; then per job: STRING seen
+-- ARGV[1] group  ARGV[2] dead letters kept  ARGV[3] unread bytes a reply stream may hold  ARGV[4] ways
+-- then per way: 'stream' | 'string' | 'none', reply ttl ms
+-- then per job: stream 1..3 ':' entry id, way 1.., job id, reply, reason to bury it ('' for none)
 -- A dead letter is the entry's fields after: reason, entry, buried (ms), priority, attempts and consumer where known,
 --   history where a run did not end: a line each, as release and reclaim wrote it
 --   cut where fields were too long: how many bytes are missing at its end
@@ -10,7 +11,7 @@
 --   id: a dead letter holds it
 -- A reply stream that is full of unread ones takes no more: whoever should read it is dead or frozen
 
-local GROUP, DEAD_KEPT, UNREAD_BYTES = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local GROUP, DEAD_KEPT, UNREAD_BYTES, WAYS = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local SEEN_AFTER_SETTLE_MS = '20000'
 local MAX_FIELDS = 64
 local MAX_BYTES = 1048576
@@ -89,28 +90,29 @@ local function is_another(seen, name, id)
 end
 
 local outcomes, retired = {}, {{}, {}, {}}
-local arg, key = 4, 6
+local arg, seen = 5 + 2 * WAYS, 6 + WAYS
 while arg <= #ARGV do
-  local priority, id, job = tonumber(ARGV[arg]), ARGV[arg + 1], ARGV[arg + 2]
-  local kind, ttl, reply, reason = ARGV[arg + 3], ARGV[arg + 4], ARGV[arg + 5], ARGV[arg + 6]
-  local stream, name = KEYS[priority], ARGV[arg] .. ':' .. id
+  local name, way, job, reply, reason = ARGV[arg], tonumber(ARGV[arg + 1]), ARGV[arg + 2], ARGV[arg + 3], ARGV[arg + 4]
+  local kind, ttl = ARGV[3 + 2 * way], ARGV[4 + 2 * way]
+  local priority, id = tonumber(string.sub(name, 1, 1)), string.sub(name, 3)
+  local stream = KEYS[priority]
   local past = reason ~= '' and history(stream, id) or {}
   -- XACK first: it is allowed at maxmemory, and what follows it in the script then is too.
   if redis.call('XACK', stream, GROUP, id) == 0 then
     outcomes[#outcomes + 1] = 0
   else
-    local another = is_another(KEYS[key + 1], name, id)
-    local answered = not another and answer(kind, KEYS[key], job, ttl, reply)
+    local another = is_another(KEYS[seen], name, id)
+    local answered = not another and answer(kind, KEYS[5 + way], job, ttl, reply)
     if another then reason = 'malformed: its id is another job\'s'
     elseif not answered then reason = 'reply_unwritable' end
     if trailed then end_trail(past, name) end
     if reason ~= '' then bury(priority, id, reason, past) end
     retired[priority][#retired[priority] + 1] = id
     -- A detached job stays known as long as its result: its idempotency key must not run it again.
-    if not another then redis.call('PEXPIRE', KEYS[key + 1], kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS) end
+    if not another then redis.call('PEXPIRE', KEYS[seen], kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS) end
     outcomes[#outcomes + 1] = answered and 1 or -1
   end
-  arg, key = arg + 7, key + 2
+  arg, seen = arg + 5, seen + 1
 end
 for priority, ids in ipairs(retired) do
   if #ids > 0 then redis.call('XDEL', KEYS[priority], unpack(ids)) end

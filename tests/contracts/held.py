@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from millstream.broker.codec import encode_inputs
 from millstream.broker.errors import MillstreamError
 from millstream.broker.job import Address, Claim, Job, Json, Priority
+from millstream.broker.keys import STREAM_INDEX
 from millstream.worker.held import Held
 from millstream.worker.models.base import Prepared
 
@@ -30,7 +31,7 @@ def claim_of(
     job_id = secrets.token_hex(16)
     encoded = encode_inputs(inputs, options or {}) if body is None else body
     job = Job(job_id, at, op, len(inputs), len(inputs), deadline, queue_by, "caller", "", "", encoded)
-    return Claim(Address(priority, f"{at}-{int(job_id[:6], 16)}", job_id, "caller"), job, attempts)
+    return Claim(Address(f"{STREAM_INDEX[priority]}:{at}-{int(job_id[:6], 16)}", job_id, "caller"), job, attempts)
 
 
 def held_of(tokens: Sequence[int | MillstreamError] = (3,), claim: Claim | None = None) -> Held:

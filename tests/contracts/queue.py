@@ -13,7 +13,7 @@ from millstream.broker import scripts
 from millstream.broker.codec import encode_inputs
 from millstream.broker.job import Claim, Draft, Priority
 from millstream.broker.keys import GROUP, RETURNED, ServiceKeys
-from millstream.broker.lease import LEASE_S, Lease, entry_name
+from millstream.broker.lease import LEASE_S, Lease
 from millstream.broker.streams import Admission, Claimed, Group, Limit, Settled, Settlement, Streams
 
 CALLER = "caller"
@@ -156,4 +156,4 @@ def ids(claims: Sequence[Claim]) -> list[str]:
 
 
 def names(claims: Sequence[Claim]) -> list[str]:
-    return [entry_name(claim.address) for claim in claims]
+    return [claim.address.name for claim in claims]

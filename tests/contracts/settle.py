@@ -83,7 +83,7 @@ class SettleContract:
         queue.put(draft())
         ((entry, fields),) = queue.jobs()
 
-        address = Address(Priority.NORMAL, entry, fields[b"id"].decode(), CALLER)
+        address = Address(f"2:{entry}", fields[b"id"].decode(), CALLER)
         assert queue.streams.settle([Settlement(address, b"reply")]) == ["late"]
 
         assert (queue.replies(), queue.depth()) == ([], 1)
@@ -157,7 +157,7 @@ class SettleContract:
         assert queue.depth() == 0
 
     def test_settling_what_never_was_changes_nothing(self, queue: Queue) -> None:
-        address = Address(Priority.NORMAL, "1-1", secrets.token_hex(16), CALLER)
+        address = Address("2:1-1", secrets.token_hex(16), CALLER)
 
         assert queue.streams.settle([Settlement(address, b"reply", "reason")]) == ["late"]
 

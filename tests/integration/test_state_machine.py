@@ -35,7 +35,7 @@ from millstream.broker.connection import Connection
 from millstream.broker.errors import Cancelled
 from millstream.broker.job import PRIORITIES, Address, Claim, Draft, Priority
 from millstream.broker.keys import GROUP, ServiceKeys
-from millstream.broker.lease import Lease, entry_name
+from millstream.broker.lease import Lease
 from millstream.broker.pause import Pause, find_pause, pause, resume
 from millstream.broker.replies import KEPT, Replies
 from millstream.broker.streams import Group, Limit, Settlement
@@ -278,7 +278,7 @@ class QueueMachine(RuleBasedStateMachine):
         if not self.model.paused:
             self.count("woken")
             return
-        names = [entry_name(claim.address) for claim in claims]
+        names = [claim.address.name for claim in claims]
         assert self.lease.release(consumer, only=names) == len(names)
         self.count("woken in a pause and handed back")
         for entry in oldest:
@@ -516,7 +516,7 @@ def _draft(shape: tuple[int, int], client: str, late: str) -> Draft:
 
 
 def _address(entry: Entry) -> Address:
-    return Address(entry.priority, entry.name.partition(":")[2], entry.job_id, entry.client)
+    return Address(entry.name, entry.job_id, entry.client)
 
 
 def _plain(reply: bytes) -> bytes:

@@ -14,7 +14,6 @@ from support import eventually
 
 from millstream.broker.job import PRIORITIES, Priority
 from millstream.broker.keys import ServiceKeys
-from millstream.broker.lease import entry_name
 from millstream.broker.pause import pause
 from millstream.broker.streams import Claimed, Limit, Streams
 from millstream.worker import claimer
@@ -90,7 +89,7 @@ class Bench:
         done = window.complete(batch, ["done"] * len(batch))
         addresses = [held.claim.address for held in done]
         self.queue.settle([held.claim for held in done])
-        window.forget([entry_name(address) for address in addresses])
+        window.forget([address.name for address in addresses])
         return [address.priority for address in addresses]
 
 
@@ -188,7 +187,7 @@ def one_comes_and_one_is_given_back(bench: Bench) -> None:
 
 def one_comes_and_a_suspect_is_given_back(bench: Bench) -> None:
     claims = bench.queue.hold("w0", draft())
-    bench.queue.lease.release("w0", started=[entry_name(claim.address) for claim in claims])
+    bench.queue.lease.release("w0", started=[claim.address.name for claim in claims])
     one_comes(bench)
 
 

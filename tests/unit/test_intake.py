@@ -16,7 +16,7 @@ from millstream.broker.errors import (
     ModelFailed,
     WorkerLost,
 )
-from millstream.broker.job import Address, Claim, Json, Priority
+from millstream.broker.job import Address, Claim, Json
 from millstream.worker.intake import Intake
 from millstream.worker.models.base import Prepared
 from millstream.worker.models.echo import EchoModel
@@ -81,7 +81,7 @@ def test_rows_of_many_jobs_are_prepared_in_one_call_per_options(intake: Intake, 
 
 
 def test_a_malformed_entry_is_buried_with_its_reason_and_its_caller_is_told(intake: Intake) -> None:
-    finished = only(intake, Claim(Address(Priority.NORMAL, "1-1", "0" * 32, "caller"), None, 0.0, "id is not hex"))
+    finished = only(intake, Claim(Address("2:1-1", "0" * 32, "caller"), None, 0.0, "id is not hex"))
 
     assert finished.bury == "malformed: id is not hex"
     assert isinstance(finished.reply.error, InvalidRequest)

@@ -10,7 +10,7 @@ import pytest
 
 from millstream.broker.cache import Cache, Cached, Recipe
 from millstream.broker.errors import ModelFailed
-from millstream.broker.job import Address, Json, Priority, Reply
+from millstream.broker.job import Address, Json, Reply
 from millstream.broker.keys import ServiceKeys
 from millstream.worker.keeper import Keeper
 from millstream.worker.settler import Finished
@@ -42,7 +42,7 @@ def keeper(kept: Kept) -> Keeper:
 
 
 def finished(keeper: Keeper, texts: Sequence[Json], reply: Reply) -> Finished:
-    return Finished(Address(Priority.NORMAL, "1-1"), reply, digests=keeper.digests(texts, {}))
+    return Finished(Address("2:1-1"), reply, digests=keeper.digests(texts, {}))
 
 
 def test_rows_without_an_error_are_kept_each_under_its_own_text(keeper: Keeper, kept: Kept) -> None:

@@ -54,7 +54,7 @@ def test_a_job_that_is_too_long_in_the_model_ends_with_an_error_that_says_so(sha
 def test_what_the_model_computes_for_an_ended_job_is_dropped(shared: Shared) -> None:
     shared.window.hold([held_of([3])])
     rows = shared.window.take()
-    held = shared.window.job_of(rows[0])
+    held = shared.window.jobs_of(rows)[0]
     assert held
     held.running_since = time.monotonic() - 1.0
 
@@ -73,14 +73,14 @@ def test_the_limit_is_that_of_the_jobs_priority(shared: Shared) -> None:
 
 def test_all_forwards_over_a_jobs_rows_count(shared: Shared) -> None:
     held = running(shared, Priority.NORMAL, 0.2)
-    held.timings["inference"] = 150.0
+    held.inference_ms = 150.0
 
     assert len(look(shared)) == 1
 
 
 def test_time_spent_waiting_between_two_forwards_does_not_count(shared: Shared) -> None:
     held = running(shared, Priority.NORMAL, 1_000.0)
-    held.timings["inference"], held.running_since = 250.0, None
+    held.inference_ms, held.running_since = 250.0, None
 
     assert look(shared) == []
 

@@ -77,7 +77,7 @@ def test_the_more_urgent_priority_is_taken_first_and_then_the_older(window: Wind
 
 
 def entry_of(claim: Claim, entry: str) -> Claim:
-    return claim._replace(address=claim.address._replace(entry=entry))
+    return claim._replace(address=claim.address._replace(name=f"2:{entry}"))
 
 
 def test_jobs_of_one_millisecond_run_one_after_the_other_in_the_order_of_their_entries(window: Window) -> None:
