@@ -53,12 +53,15 @@ class Runner:
         The last check before the model. Rows whose job was dropped meanwhile go, too.
         """
         now = self._clock.now()
-        found = [(row, held) for row, held in zip(batch, self._window.jobs_of(batch), strict=True) if held]
-        missed = {held.name for _, held in found if held.job.missed(now) and _missed(held, now)}
+        found = self._window.jobs_of(batch)
+        jobs = {held.name: held for held in found if held}
+        missed = [name for name, held in jobs.items() if held.job.missed(now) and _missed(held, now)]
+        if not missed and None not in found:
+            return batch, jobs
         for held in self._window.end(missed):
             self._finish(Finished(held.claim.address, Reply(error=expired(held.job, _missed(held, now), now))))
-        left = [each for each in found if each[0].owner not in missed] if missed else found
-        return [row for row, _ in left], {held.name: held for _, held in left}
+        in_time = {name: held for name, held in jobs.items() if name not in missed}
+        return [row for row, held in zip(batch, found, strict=True) if held and held.name in in_time], in_time
 
     def _forward(self, batch: Rows, jobs: Jobs) -> list[Outcome]:
         now, start = self._clock.now(), time.monotonic()
