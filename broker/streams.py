@@ -65,7 +65,8 @@ _ACCEPTED = Admission()
 class Limit:
     """How much one claim may take. `empty_handed`: the worker holds nothing, so one job may exceed rows and tokens.
 
-    `saved` are the rows that normal and batch jobs may take before more urgent ones.
+    `saved` are the rows that normal and batch jobs may take before more urgent ones. New jobs are taken from the first
+    `streams`, the most urgent ones, and returned jobs from the first `returned`.
     """
 
     jobs: int
@@ -73,7 +74,8 @@ class Limit:
     tokens: int
     live_workers: int = 1
     empty_handed: bool = False
-    realtime_only: bool = False
+    streams: int = 3
+    returned: int = 3
     saved: tuple[int, int] = (0, 0)
 
 
@@ -82,14 +84,14 @@ class Claimed:
     """One claim's yield. `now`: server clock, ms. `waiting` jobs are left, by stream; `suspects` wait to run alone.
 
     `paused`: nothing is given to anybody for the time being. The first `woken` claims came to a sleeper, even so.
-    `blocked`: the next job had more rows or tokens than there was room left for.
+    `blocked`: the stream, 1 to 3, whose next job had more rows or tokens than there was room left for; 0 for none.
     """
 
     now: int
     waiting: tuple[int, ...] = (0, 0, 0)
     suspects: int = 0
     paused: bool = False
-    blocked: bool = False
+    blocked: int = 0
     claims: list[Claim] = field(default_factory=list)
     woken: int = 0
 
@@ -210,7 +212,7 @@ class Streams:
     def _claim_words(self, consumer: str, limit: Limit) -> tuple[list[str], list[scripts.Argument]]:
         """Keys and arguments of the claim script."""
         args: list[scripts.Argument] = [GROUP, consumer, RETURNED, limit.jobs, limit.rows, limit.tokens]
-        args += (max(1, limit.live_workers), int(limit.empty_handed), 1 if limit.realtime_only else 3, *limit.saved)
+        args += (max(1, limit.live_workers), int(limit.empty_handed), limit.streams, *limit.saved, limit.returned)
         return [*self._streams, self._keys.paused()], args
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
@@ -313,7 +315,7 @@ def _claimed(woken: list[Claim], answer: Any) -> Claimed:
         _claim(stream, entry, fields, (deliveries - 1) / 2, by_share=bool(by_share))
         for stream, entry, deliveries, fields, by_share in taken
     ]
-    return Claimed(now, tuple(waiting), suspects, bool(paused), bool(blocked), woken + claims, len(woken))
+    return Claimed(now, tuple(waiting), suspects, bool(paused), blocked, woken + claims, len(woken))
 
 
 def _flat(fields: dict[bytes, bytes]) -> list[bytes]:

@@ -27,9 +27,9 @@ def show(service: str, url: str | None, prefix: str | None, as_json: bool) -> No
     """Show the queue of SERVICE, and which limit cut the batches of its live workers.
 
     A batch ends by its rows (batch_size), its tokens with the padding (max_batch_tokens), the time it may take
-    (inference_timeout), by padding (the next row would pad more than a forward of its own costs, or is too long to be
-    packed), or by arrival: nothing more of its priority was waiting. A limit that cuts most batches is the one to
-    raise; `millstream tune` says how far that pays.
+    (inference_timeout), by padding (the next row would pad more than a forward of its own costs), or by arrival:
+    nothing more of its priority was waiting. A limit that cuts most batches is the one to raise; `millstream tune`
+    says how far that pays.
     """
     target = options.find(url, prefix)
     from millstream.broker.inspector import Inspector

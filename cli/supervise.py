@@ -52,7 +52,7 @@ def supervise(
 
 
 class Monitor(threading.Thread):
-    """Looks ten times a second at the processes, once a second at the server and its queues."""
+    """Looks four times a second at the processes, once a second at the server and its queues."""
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,6 +57,11 @@ def echo(payloads: list[Any]) -> list[Any]:
 def sizes(payloads: list[Any]) -> list[int]:
     """How many payloads ran together."""
     return [len(payloads)] * len(payloads)
+
+
+def collector(payloads: list[Any]) -> list[Any]:
+    """How many objects the garbage collector passes over here, and after how many new ones it looks."""
+    return [[gc.get_freeze_count(), gc.get_threshold()[0]]] * len(payloads)
 
 
 def vectors(payloads: list[Any]) -> list[Any]:

@@ -125,15 +125,16 @@ def check_claim(model: Model, limit: Limit, claimed: Claimed) -> None:
     if model.paused:
         assert not entries, "claimed from a paused service"
         return
-    allowed = PRIORITIES[:1] if limit.realtime_only else PRIORITIES
-    assert {entry.priority for entry in entries} <= set(allowed)
+    allowed = PRIORITIES[: limit.streams]
     back = [entry for entry in entries if entry.where == "returned"]
     new = [entry for entry in entries if entry.where == "waiting"]
+    assert {entry.priority for entry in new} <= set(allowed)
     assert entries == back + new, "new jobs before those given back, or what somebody holds"
-    _check_returned(model.returned(allowed), back, new, limit, claimed.suspects)
+    _check_returned(model.returned(PRIORITIES[: limit.returned]), back, new, limit, claimed.suspects)
     _check_budget(back, new, limit)
     _check_share(sum(len(model.waiting(priority)) for priority in PRIORITIES), new, limit)
     _check_order(model, new, claimed, limit)
+    _check_blocked(model, entries, claimed.blocked, limit)
     if limit.empty_handed and not back and any(model.waiting(priority) for priority in allowed):
         assert new, "an idle worker was given nothing of what waits"
 
@@ -185,6 +186,15 @@ def _check_order(model: Model, new: Sequence[Entry], claimed: Claimed, limit: Li
         assert sum(entry.rows for entry in mine if entry.job_id in by_share) <= saved[priority]
         if any(entry.job_id not in by_share for entry in mine):
             assert not any(claimed.waiting[:at]), "a less urgent job came first"
+
+
+def _check_blocked(model: Model, taken: Sequence[Entry], blocked: int, limit: Limit) -> None:
+    if not blocked:
+        return
+    assert blocked <= limit.streams
+    first = next(entry for entry in model.waiting(PRIORITIES[blocked - 1]) if entry not in taken)
+    rows, tokens = (sum(sizes) for sizes in zip(*[(each.rows, each.tokens) for each in [*taken, first]], strict=True))
+    assert rows > limit.rows or tokens > limit.tokens, "no room for what fits"
 
 
 def _by_stream(entries: Sequence[Entry]) -> list[Entry]:

@@ -58,7 +58,8 @@ class Claimer(threading.Thread):
     """Claims until the process drains, then closes the window. `live_workers` is what the last beat heard.
 
     `paused`: the last claim was given nothing because the service is paused. `_left_nothing`: it had nothing to give.
-    `_blocked_at`: for the next job there is no room, as long as the window has had so many takes.
+    `_streams` are those to look for new jobs in: fewer where a job of the next one has no room. `_looked_at`: as
+    long as the window has had no more takes than that, what the last look did not give is no sooner to be had.
     """
 
     def __init__(
@@ -83,7 +84,8 @@ class Claimer(threading.Thread):
         self._in_hand_s = 0.0
         self._suspects = False
         self._left_nothing = False
-        self._blocked_at: int | None = None
+        self._streams = len(PRIORITIES)
+        self._looked_at = -1
         self._pause_s = 0.0
         self._gathered: list[str] = []
         self.live_workers = 1
@@ -129,21 +131,35 @@ class Claimer(threading.Thread):
     def _fill(self) -> None:
         takes = self._window.takes
         limit = self._window.room(self.live_workers)
-        if limit is None or (self._blocked_at == takes and self._window.waiting):
+        if limit is None:
             self._overtake()
             return
         if self._suspects and not limit.empty_handed:
             # A suspect waits to run alone, and this worker makes itself free for it.
             self._window.wait_until_empty(SLEEP_S)
             return
-        claimed = self._claim(limit)
+        if not self._may_look(takes):
+            return
+        claimed = self._claim(replace(limit, streams=self._streams))
         self._suspects = claimed.suspects > 0
-        self._blocked_at = takes if claimed.blocked and not claimed.suspects else None
+        if claimed.blocked:
+            self._streams = claimed.blocked - 1
+        if claimed.blocked or not claimed.claims:
+            self._looked_at = takes
         if claimed.claims:
             self._hold(self._with_company(claimed.claims))
-        elif self._window.waiting:
-            self._wait_for_take()
-        elif self._suspects:
+        elif not self._window.waiting:
+            self._idle()
+
+    def _may_look(self, takes: int) -> bool:
+        """Whether it is time to claim; False where a micro-batch was taken meanwhile, so that there is more room."""
+        if self._looked_at != takes or not self._window.waiting:
+            self._streams = len(PRIORITIES)
+            return True
+        return not self._wait_for_take()
+
+    def _idle(self) -> None:
+        if self._suspects:
             self._window.wait_until_empty(SLEEP_S)
         elif not self.paused:
             self._sleep()
@@ -220,13 +236,13 @@ class Claimer(threading.Thread):
         return 0
 
     def _overtake(self) -> None:
-        """Full, or too full for the next job: realtime jobs may still come, one micro-batch, ahead of what waits."""
+        """The window is full: realtime jobs may still come, one micro-batch, ahead of what waits there."""
         if self._wait_for_take():
             return
         budget = self._window.budget
         room = budget.rows - self._window.waiting_realtime
         if room > 0:
-            limit = Limit(jobs=room, rows=room, tokens=budget.tokens, realtime_only=True)
+            limit = Limit(jobs=room, rows=room, tokens=budget.tokens, streams=1, returned=1)
             claimed = self._claim(limit)
             self._hold(claimed.claims)
 

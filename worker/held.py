@@ -64,7 +64,7 @@ class Held:
     def reply(self) -> Reply:
         """The answer, once every row has its outcome."""
         if len(self.outcomes) == 1 and isinstance(vector := self.outcomes[0], np.ndarray):
-            # What most jobs come to, in a third of the time.
+            # What most jobs come to, at once.
             (row,) = cast(Sequence[Prepared], self.prepared)
             return Reply(
                 vector[np.newaxis], tokens=row.tokens, truncated=(0,) if row.truncated else (), timings=self._timings()

@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 ORPHAN_LOOK_S = 1.0
 
 YOUNG_OBJECTS = 10_000
-"""So many more objects must there be than at the last look before the garbage collector looks for cycles among them."""
+"""So many new objects there may be before the garbage collector looks for cycles among them. Our own models make none;
+those of others may, with much memory in each."""
 
 Load = Callable[[ServiceSpec], Model]
 
@@ -123,11 +124,12 @@ class Worker:
     def _ordered(self, spec: ServiceSpec) -> Model:
         orders = self._orders
         model = models.load(spec.with_handler(orders.handler), orders.device, orders.threads, orders.folder)
-        # What was loaded stays: libraries and a model are hundreds of thousands of objects, which the garbage collector
-        # would go through again and again for the few that each job brings.
+        # What was loaded stays: the garbage collector would go through all of it again and again, for the few objects
+        # that each job brings.
         gc.collect()
         gc.freeze()
-        gc.set_threshold(YOUNG_OBJECTS)
+        if spec.model.type != "custom":
+            gc.set_threshold(YOUNG_OBJECTS)
         return model
 
     def _failed(self, error: object, status: int) -> int:

@@ -55,7 +55,7 @@ class Runner:
         now = self._clock.now()
         found = self._window.jobs_of(batch)
         jobs = {held.name: held for held in found if held}
-        missed = [name for name, held in jobs.items() if held.job.missed(now) and _missed(held, now)]
+        missed = [name for name, held in jobs.items() if _missed(held, now)]
         if not missed and None not in found:
             return batch, jobs
         for held in self._window.end(missed):

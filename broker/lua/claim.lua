@@ -3,18 +3,19 @@
 -- ARGV[1] group  ARGV[2] consumer  ARGV[3] consumer of returned jobs
 -- ARGV[4] jobs, ARGV[5] rows, ARGV[6] tokens at most   ARGV[7] live workers
 -- ARGV[8] 1: this worker holds nothing, so an over-large or a suspect job may go to it, alone
--- ARGV[9] the last stream to take from: 1 for realtime only, 3 for all
+-- ARGV[9] the last stream to take new jobs from, ARGV[12] the last one to take returned jobs from: 1 realtime, 3 all
 -- ARGV[10], ARGV[11] rows that normal and batch may take before their betters: their share, saved up
--- Returns {now_ms, {waiting in each stream}, suspects, 1 if paused, 1 if blocked,
+-- Returns {now_ms, {waiting in each stream}, suspects, 1 if paused, blocked,
 --   {stream, entry id, deliveries, fields, 1 if by share}, ...}
 --   waiting: new jobs left in the streams; suspects: returned jobs left that wait for a worker that holds nothing;
---   blocked: the next new job has more rows or tokens than there was room left for
+--   blocked: the stream whose next job has more rows or tokens than there was room left for, 0 for none
 -- Raises NOGROUP, and what its user is not allowed. What an entry holds is never trusted: without usable numbers it
 --   counts as one row.
 
 local GROUP, CONSUMER, RETURNED = ARGV[1], ARGV[2], ARGV[3]
 local MAX_JOBS, MAX_ROWS, MAX_TOKENS = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local LIVE, EMPTY_HANDED, LAST_STREAM = tonumber(ARGV[7]), ARGV[8] == '1', tonumber(ARGV[9])
+local LIVE, EMPTY_HANDED = tonumber(ARGV[7]), ARGV[8] == '1'
+local LAST_STREAM, LAST_RETURNED = tonumber(ARGV[9]), tonumber(ARGV[12])
 local SAVED_ROWS = {0, tonumber(ARGV[10]), tonumber(ARGV[11])}
 -- Deliveries count 1 + 2 x attempts + hosts lost; from one attempt on a job runs alone (see lease.py).
 local SUSPECT = 3
@@ -109,7 +110,7 @@ local function take_new(stream, saved)
       local r, t = cost(entry[2])
       if full or saved and left < r then return false end
       if not fits(r, t) then
-        full, blocked = true, 1
+        full, blocked = true, stream
         return false
       end
       take(stream, entry[1], 1, entry[2], r, t, saved)
@@ -121,7 +122,7 @@ local function take_new(stream, saved)
   -- XREADGROUP knows no rows or tokens: look first, then deliver exactly what fits. In pages that grow: where a job has
   -- many rows few fit, and to copy a body costs more than to look again.
   local size, after = FIRST_PAGE, last[stream]
-  while #ids < most do
+  while #ids < most and not full do
     local count = math.min(size, most - #ids)
     local entries = redis.call('XRANGE', KEYS[stream], '(' .. after, '+', 'COUNT', count)
     if not take_each(entries) or #entries < count then break end
@@ -144,7 +145,7 @@ if redis.call('EXISTS', KEYS[4]) == 1 then return {now, waiting, 0, 1, 0} end
 
 -- One worker must not hoard what its idle neighbours could run at once.
 share = math.max(1, math.ceil((waiting[1] + waiting[2] + waiting[3]) / LIVE))
-for stream = 1, LAST_STREAM do take_returned(stream) end
+for stream = 1, LAST_RETURNED do take_returned(stream) end
 for stream = LAST_STREAM, 2, -1 do
   if not full then take_new(stream, SAVED_ROWS[stream]) end
 end

@@ -72,9 +72,18 @@ class ClaimContract:
         queue.put(draft(), priority=Priority.NORMAL)
         queue.put(draft(), priority=Priority.REALTIME)
 
-        claims = queue.streams.claim("w1", Limit(jobs=8, rows=8, tokens=1_000, realtime_only=True)).claims
+        claims = queue.streams.claim("w1", Limit(jobs=8, rows=8, tokens=1_000, streams=1)).claims
 
         assert [claim.address.priority for claim in claims] == [Priority.REALTIME]
+
+    def test_what_was_given_back_may_come_from_streams_of_which_no_new_job_is_taken(self, queue: Queue) -> None:
+        queue.put(draft(), priority=Priority.BATCH)
+        lost = queue.claim("dead").claims
+        queue.lease.release("dead", gone=True)
+        queue.put(draft())
+
+        assert queue.streams.claim("w1", Limit(8, 8, 1_000, streams=1, returned=1)).claims == []
+        assert ids(queue.streams.claim("w1", Limit(8, 8, 1_000, streams=1)).claims) == ids(lost)
 
     def test_nothing_is_given_twice(self, queue: Queue) -> None:
         queue.put(*[draft() for _ in range(5)])
@@ -96,16 +105,16 @@ class ClaimContract:
     @pytest.mark.parametrize(
         ("limit", "taken", "blocked"),
         [
-            (Limit(100, 100, 1000), 5, False),
-            (Limit(2, 100, 1000), 2, False),
-            (Limit(100, 6, 1000), 2, False),
-            (Limit(100, 8, 1000), 2, True),
-            (Limit(100, 100, 29), 2, True),
-            (Limit(100, 2, 1000), 0, True),
+            (Limit(100, 100, 1000), 5, 0),
+            (Limit(2, 100, 1000), 2, 0),
+            (Limit(100, 6, 1000), 2, 0),
+            (Limit(100, 8, 1000), 2, 2),
+            (Limit(100, 100, 29), 2, 2),
+            (Limit(100, 2, 1000), 0, 2),
         ],
     )
     def test_a_claim_says_whether_the_next_job_had_no_room(
-        self, queue: Queue, limit: Limit, taken: int, blocked: bool
+        self, queue: Queue, limit: Limit, taken: int, blocked: int
     ) -> None:
         queue.put(*[draft(rows=3, tokens=10) for _ in range(5)])
 

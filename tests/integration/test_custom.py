@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,6 +58,7 @@ def services(server: EmbeddedServer) -> Iterator[dict[str, str]]:
         "short": short,
         "echo": custom("mill:echo", batch_size=8),
         "sizes": custom("mill:sizes", batch_size=4),
+        "collector": custom("mill:collector"),
         "vectors": custom("mill:vectors", batch_size=ROWS),
     }
     with working(server.url, *every.values(), folder=TESTS):
@@ -82,6 +84,15 @@ both = pytest.mark.parametrize("outcomes", [in_one_call, as_jobs])
 
 def pids(connection: Connection, service: str) -> list[int]:
     return [each.pid for each in Inspector(connection).services([service])[0].workers]
+
+
+def test_the_garbage_collector_passes_over_what_was_loaded_and_looks_at_the_rest_as_ever(
+    client: Client, services: dict[str, str]
+) -> None:
+    objects, threshold = client.call(services["collector"], None)
+
+    assert objects > 10_000
+    assert threshold == gc.get_threshold()[0]
 
 
 @both

@@ -67,7 +67,8 @@ limit = st.builds(
     tokens=st.integers(5, 120),
     live_workers=st.integers(1, 3),
     empty_handed=st.sampled_from([True, True, False]),
-    realtime_only=st.sampled_from([False, False, False, True]),
+    streams=st.sampled_from([3, 3, 3, 2, 1, 0]),
+    returned=st.sampled_from([3, 3, 3, 1]),
     saved=st.tuples(st.integers(0, 4), st.integers(0, 4)),
 )
 worker = st.sampled_from(WORKERS)

@@ -132,31 +132,40 @@ def test_a_busy_worker_looks_the_oftener_the_sooner_its_forward_is_over(
     window.take()
 
     bench.claimer._step()
+    bench.claimer._step()
 
     assert waits == [pytest.approx(waits_s)]
 
 
-def test_until_a_take_makes_room_for_the_next_job_only_realtime_jobs_are_looked_for(
+def test_until_a_take_makes_room_for_the_next_job_only_others_are_looked_for(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench.shared.window, "wait_for_take", lambda timeout: False)
-    asked: list[bool] = []
+    asked: list[int] = []
     claim = bench.streams.claim
 
     def noted(consumer: str, limit: Limit) -> Claimed:
-        asked.append(limit.realtime_only)
+        asked.append(limit.streams)
         return claim(consumer, limit)
 
     monkeypatch.setattr(bench.streams, "claim", noted)
-    jobs = bench.queue.put(*[draft(rows=ROWS - 1) for _ in range(HOLD_BATCHES * ROWS // (ROWS - 1) + 1)])
+    window = bench.shared.window
+    (lost,) = bench.queue.hold("w0", draft())
+    fitting = HOLD_BATCHES * ROWS // (ROWS - 1)
+    bench.queue.put(*[draft(rows=ROWS - 1) for _ in range(fitting + 1)], priority=Priority.BATCH)
 
-    for _ in range(3):
-        bench.claimer._step()
-    bench.shared.window.take()
     bench.claimer._step()
-
-    assert asked == [False, True, True, False]
-    assert len(bench.shared.window.names()) == len(jobs)
+    bench.claimer._step()
+    assert (asked, len(window.names())) == ([3, 2], fitting)
+    bench.put(Priority.NORMAL, 1)
+    bench.claimer._step()
+    assert (asked, len(window.names())) == ([3, 2, 2], fitting + 1)
+    bench.queue.lease.release("w0")
+    bench.claimer._step()
+    assert lost.address.name in window.names()
+    assert bench.run_one() == [Priority.NORMAL, Priority.NORMAL]
+    bench.claimer._step()
+    assert asked == [3, 2, 2, 2, 3]
 
 
 def test_no_class_starves_while_more_urgent_ones_saturate_the_worker(bench: Bench) -> None:

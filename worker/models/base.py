@@ -76,7 +76,7 @@ class Foresees(Protocol):
 
 
 def packs(model: Model) -> bool:
-    """Whether `model` has a true attribute `packs`: it runs rows of any lengths as worker/layout.py lays them out."""
+    """Whether `model` has a true attribute `packs`: it runs rows of any lengths with no padding."""
     return bool(getattr(model, "packs", False))
 
 

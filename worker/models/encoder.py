@@ -144,7 +144,7 @@ class Encoder:
 
     @property
     def packs(self) -> bool:
-        """Whether texts of different lengths share sequences."""
+        """Whether texts of different lengths run together without padding."""
         return self._packing is not None
 
     def run(self, rows: Sequence[Prepared]) -> Vectors:

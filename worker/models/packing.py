@@ -97,7 +97,9 @@ class Packing:
             packing = cls(model)
             if packing._gives(alone):
                 return packing
-            log.warning("packed texts differ from single ones in this model: batches are padded")
+            log.warning(
+                "packed texts differ from single ones in this model or with this transformers: batches are padded"
+            )
         except Exception as error:  # noqa: BLE001 - whatever it is, the model may run as it ever did
             log.warning("this model cannot pack texts, batches are padded: %s", described(error))
         transformer.set_attn_implementation("sdpa")
