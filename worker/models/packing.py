@@ -1,7 +1,7 @@
 """Texts of any lengths in one forward of an encoder, with no padding: each sees itself alone and has its own positions.
 
-sentence-transformers does so with flash attention's kernels on CUDA, whose arguments these are; no kernel of torch does
-on the CPU. Everything but attention runs over all tokens at once.
+sentence-transformers does so with flash attention's kernels on CUDA, which know the bounds of texts by the same name;
+no kernel of torch does so on the CPU. Everything but attention runs over all tokens at once.
 """
 
 from __future__ import annotations
@@ -113,15 +113,11 @@ class Packing:
         tokens = np.fromiter(chain.from_iterable(texts[text] for text in order), np.int64, ends[-1])
         # Of each token: its place in its text.
         places = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)
-        bounds = torch.from_numpy(np.append(0, ends))
         features = {
             "input_ids": torch.from_numpy(tokens)[None],
             "position_ids": torch.from_numpy(self._positions(tokens, places, lengths))[None],
             "token_type_ids": torch.zeros(1, len(tokens), dtype=torch.long),
-            "cu_seq_lens_q": bounds,
-            "cu_seq_lens_k": bounds,
-            "max_length_q": int(lengths[-1]),
-            "max_length_k": int(lengths[-1]),
+            "cu_seq_lens_q": torch.from_numpy(np.append(0, ends)),
         }
         vectors = self._first(features)["token_embeddings"][0].split(lengths.tolist())
         # The longest first, in pieces that pad little: all at once could need far more memory than the forward did.
