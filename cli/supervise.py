@@ -17,7 +17,7 @@ from millstream.worker.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.25
+TICK_S = 0.1
 LOOK_S = 1.0
 _RATE_LOOKS = 6
 _LONGEST_PAUSE_S = 30.0
@@ -52,7 +52,7 @@ def supervise(
 
 
 class Monitor(threading.Thread):
-    """Looks four times a second at the processes, once a second at the server and its queues."""
+    """Looks ten times a second at the processes, once a second at the server and its queues."""
 
     def __init__(
         self,
