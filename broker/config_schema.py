@@ -38,7 +38,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "worker_count": "Worker processes on each host that runs `millstream up`.",
     "queue_timeout": "Longest wait until a job starts to run; none: no limit.",
     "inference_timeout": "Longest time of one job in the model; none: no limit.",
-    "total_timeout": "Longest wait of a caller, unless the call gives its own timeout; none: no limit.",
+    "total_timeout": "Longest time without any answer to a call, unless it gives its own timeout; none: no limit.",
     "rate_limit": "Calls a second, or a mapping of what to limit; none: no limit.",
     "enable_cache": "Answer repeated rows from Redis, for `cache_ttl`.",
     "cache_ttl": "How long an answer is kept for repeated rows; by default 1h.",

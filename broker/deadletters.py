@@ -10,12 +10,12 @@ from typing import cast
 
 import redis
 
-from millstream.broker.admission import refusal
 from millstream.broker.codec import decode_entry, decode_inputs
 from millstream.broker.errors import InvalidRequest, Malformed
 from millstream.broker.job import Draft, Priority
 from millstream.broker.keys import ServiceKeys
 from millstream.broker.streams import Group, Streams
+from millstream.broker.submission import deliver
 
 _PAGE = 100
 _ID = re.compile("[0-9]{1,16}-[0-9]{1,16}")
@@ -46,9 +46,15 @@ class Letter:
 
 
 class DeadLetters:
-    """The dead letters of one service, over one client. `replicated` is as the service's specification says."""
+    """The dead letters of one service, over one client. `replicated` is as the service's specification says.
 
-    def __init__(self, client: redis.Redis, keys: ServiceKeys, *, replicated: bool = False) -> None:
+    `where` names the server in errors.
+    """
+
+    def __init__(
+        self, client: redis.Redis, keys: ServiceKeys, *, replicated: bool = False, where: str = "the queue's URL"
+    ) -> None:
+        self._where = where
         self._client = client
         self._replicated = replicated
         self._keys = keys
@@ -79,15 +85,15 @@ class DeadLetters:
             )
         return _letter(*cast(list[tuple[bytes, dict[bytes, bytes]]], entries)[0])
 
-    def requeue(self, letter: Letter) -> str:
+    def requeue(self, letter: Letter, wait_s: float = 0.0) -> str:
         """Run it again, as a detached job without a deadline; the new job's id. Repeated, it makes the same one job.
 
-        The letter goes when the job is accepted. Raises InvalidRequest where it is malformed, and as `enqueue` does.
+        The letter goes when the job is accepted. Waits at most `wait_s` seconds for room, or for the server. Raises
+        InvalidRequest if it is malformed, QueueFull, RateLimited, ServicePaused, BrokerUnavailable.
         """
         draft = _draft(self._keys, letter)
-        (admission,) = self._streams.enqueue([Group(letter.priority, [draft], replicated=self._replicated)])
-        if error := refusal(self._keys.service, admission):
-            raise error
+        group = Group(letter.priority, [draft], replicated=self._replicated)
+        deliver(self._streams, self._where, self._keys.service, group, wait_s)
         self.remove([letter.id])
         return draft.id
 

@@ -231,7 +231,10 @@ class Runtime(Settings):
     priorities: Section[dict[PriorityName, Section[PriorityLimits]]] = {}
 
     def limits(self, priority: PriorityName) -> PriorityLimits:
-        """The limits of one priority: its own where given, else the service's. Batch jobs are in no hurry to start."""
+        """The limits of one priority: its own if given, else the service's.
+
+        Batch jobs are in no hurry: they have no queue_timeout and no total_timeout but their own.
+        """
         return self._limits[priority]
 
     @cached_property
@@ -245,7 +248,7 @@ class Runtime(Settings):
         inherited = {
             "queue_timeout": None if priority == "batch" else self.queue_timeout,
             "inference_timeout": self.inference_timeout,
-            "total_timeout": self.total_timeout,
+            "total_timeout": None if priority == "batch" else self.total_timeout,
             "batch_timeout": self.batch_timeout,
         }
         return PriorityLimits.model_validate(inherited | own.model_dump(exclude_none=True))
@@ -331,6 +334,11 @@ class ServiceSpec(Settings):
         if self.model.type == "custom" and self.runtime.enable_cache:
             raise ValueError(NO_CACHE)
         return self
+
+    @property
+    def rate_per_tenant(self) -> bool:
+        """Whether the rate limit counts each tenant apart."""
+        return self.runtime.rate_limit is not None and self.runtime.rate_limit.per == "tenant"
 
     def with_handler(self, handler: str | None) -> ServiceSpec:
         """The same with the code that this host's own file names for it."""

@@ -39,13 +39,15 @@ class Group(NamedTuple):
     """Jobs of one call and tenant: accepted together or refused together.
 
     `calls` is what the rate limit on requests is charged: 1, or 0 for the later parts of a call. `replicated`: nothing
-    counts as accepted before a replica has it.
+    counts as accepted before a replica has it. `refusals` is by how much the count of refused calls rises if the group
+    is refused: `calls`, and 0 when it is sent again.
     """
 
     priority: Priority
     drafts: Sequence[Draft]
     calls: int = 1
     replicated: bool = False
+    refusals: int = 1
 
 
 Refusal = Literal["unknown_service", "paused", "queue_full", "rate_limited", "over_burst"]
@@ -164,10 +166,10 @@ class Streams:
         keys = [self._keys.spec(), *self._streams, bucket, self._keys.paused(), self._keys.refused()]
         args: list[scripts.Argument] = [len(groups)]
         now = time.monotonic()
-        for priority, drafts, calls, _ in groups:
+        for priority, drafts, calls, _, refusals in groups:
             tenant = drafts[0].tenant
             keys.append(self._keys.bucket(tenant) if tenant else bucket)
-            args += (STREAM_INDEX[priority], len(drafts), calls)
+            args += (STREAM_INDEX[priority], len(drafts), calls, refusals)
             for draft in drafts:
                 keys.append(seen + draft.id)
                 args += _draft_args(draft, now)

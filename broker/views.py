@@ -63,8 +63,8 @@ class ServiceView:
 
     Every unsettled job counts once: `waiting` for its first claim, `held` by a live or lost worker (by consumer), or
     `returned` from a dead one and waiting again. `oldest_ms` is the age of the oldest of them, by the server's clock.
-    While it is `paused` its workers claim nothing. `refused` counts, by reason, how often jobs were turned away, the
-    repeated tries of waiting callers included; it starts anew after a day without any.
+    While it is `paused` its workers claim nothing. `refused` counts, by reason, the calls that were turned away at
+    first; it starts anew after a day without any.
     """
 
     name: str

@@ -203,8 +203,9 @@ def _checked(target: Target, service: str) -> ServiceSpec:
 
     with options.connected(target.url) as connection:
         services = Services(connection, Registry(connection, target.prefix))
-        spec, live_workers = services.read(service)
+        spec = services.read(service)
         op_of(spec)
+        live_workers = services.live_workers(service)
     if not live_workers:
         raise NoWorkers(
             f"no worker of service {service!r} is alive",

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from millstream.broker.keys import ServiceKeys
 
 _HEADING = ("ID", "BURIED", "REASON", "PRIORITY", "OP", "ROWS", "ATTEMPTS", "CONSUMER")
+ROOM_S = 60.0
+"""Seconds that running a dead letter again waits for room in the queue at most."""
+
 _REASON_SHOWN = 60
 
 
@@ -160,14 +163,14 @@ def _letters(connection: Connection, keys: ServiceKeys) -> DeadLetters:
     from millstream.broker.registry import Registry
 
     spec = Registry(connection, keys.prefix).read(keys.service)
-    return DeadLetters(connection.client, keys, replicated=spec.replicated)
+    return DeadLetters(connection.client, keys, replicated=spec.replicated, where=connection.safe_url)
 
 
 def _requeued(letters: DeadLetters, service: str, letter: Letter) -> str:
     """Run it again; the id by which a client finds its answer."""
     from millstream.client.detached import id_of
 
-    job_id = letters.requeue(letter)
+    job_id = letters.requeue(letter, ROOM_S)
     rows = int(letter.fields[b"rows"])
     return id_of(service, rows, rows, job_id)
 

@@ -145,7 +145,7 @@ def _service(services: Services, wanted: str | None) -> str:
     """The service to call. Raises UnknownService, or InvalidRequest where it embeds nothing."""
     if wanted is None:
         return services.only("embedding")
-    spec, _ = services.read(wanted)
+    spec = services.read(wanted)
     if spec.model.type != "embedding":
         raise InvalidRequest(f"service {wanted!r} is of type {spec.model.type!r}", hint="embedding services embed")
     return wanted

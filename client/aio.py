@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Sequence
+from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 from millstream.broker.embedding import EmbedOptions, Encoding, InputType, Truncate
 from millstream.broker.errors import DeadlineExceeded, MillstreamError
 from millstream.broker.job import Json
-from millstream.client.calls import Ask, Calls, PriorityName, vectors_of
+from millstream.client.asker import Question
+from millstream.client.calls import MODEL_TYPES, NO_HITS, Ask, Calls, PriorityName, vectors_of
 from millstream.client.detached import Detached
 from millstream.client.handle import Handle
 from millstream.client.local import START_S, Local
 from millstream.client.mapping import Results, check_map, chunking
-from millstream.client.rerank import Ranking, Scores, question
+from millstream.client.rerank import Ranking, Scores, copied, question
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome
+from millstream.client.terms import Progress
 from millstream.client.wakeups import mailbox
+
+T = TypeVar("T")
 
 
 class AsyncHandle:
     """A submitted call, awaitable: `await handle` is `await handle.result()`."""
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: Handle, executor: Executor) -> None:
         self._handle = handle
+        self._executor = executor
         self.id = handle.id
 
     @property
@@ -51,7 +57,7 @@ class AsyncHandle:
 
     async def cancel(self) -> bool:
         """As Handle.cancel."""
-        return await asyncio.to_thread(self._handle.cancel)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._handle.cancel)
 
     def cancel_soon(self) -> None:
         """As Handle.cancel_soon."""
@@ -81,13 +87,11 @@ async def _first_ready(handles: Sequence[Handle], until: float | None = None) ->
             now = time.monotonic()
             if until is not None and now >= until:
                 return None
-            ends = [(end, handle) for handle in handles if (end := handle.expires_at) is not None]
-            if overdue := [handle for end, handle in ends if end <= now]:
-                # Their error is asked for, from the server.
-                await asyncio.gather(*(asyncio.to_thread(handle.wait, 0) for handle in overdue))
-            else:
-                moments = [end for end, _ in ends] + ([] if until is None else [until])
-                await changed.wait(min(moments) - now if moments else None)
+            for handle in handles:
+                handle.expire()
+            ends = [end for handle in handles if (end := handle.expires_at) is not None]
+            moments = ends if until is None else [*ends, until]
+            await changed.wait(max(0.0, min(moments) - now) if moments else None)
     finally:
         for handle in handles:
             handle.unlisten(listener)
@@ -165,10 +169,9 @@ class AsyncClient:
         """As Client.embed."""
         single = isinstance(texts, str)
         options = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding).json()
-        name = service or await self._only("embedding")
         rows = cast(Sequence[Json], [texts] if single else texts)
-        handle = await self._start(name, rows, Ask(priority, timeout, wait, tenant, options, "embed"))
-        return vectors_of(await AsyncHandle(handle).result(), single)
+        handle = await self._start(service, rows, Ask(priority, timeout, wait, tenant, options, "embed"))
+        return vectors_of(await self._handle(handle).result(), single)
 
     async def rerank(
         self,
@@ -188,10 +191,10 @@ class AsyncClient:
     ) -> Ranking:
         """As Client.rerank."""
         asked = question(query, top_n, scores, instruction, truncate)
-        name = service or await self._only("reranker")
+        texts = copied(documents)
         ask = Ask(priority, timeout, wait, tenant, asked, op="rerank")
-        handle = await self._start(name, cast(Sequence[Json], documents), ask)
-        return Ranking.of(await AsyncHandle(handle).result(), top_n, documents if return_documents else None)
+        handle = await self._start(service, cast(Sequence[Json], texts), ask)
+        return Ranking.of(await self._handle(handle).result(), top_n, texts if return_documents else None)
 
     async def submit(
         self,
@@ -205,7 +208,7 @@ class AsyncClient:
         **options: Json,
     ) -> AsyncHandle:
         """As Client.submit."""
-        return AsyncHandle(await self._start(service, inputs, Ask(priority, timeout, wait, tenant, options)))
+        return self._handle(await self._start(service, inputs, Ask(priority, timeout, wait, tenant, options)))
 
     async def call(
         self,
@@ -220,7 +223,7 @@ class AsyncClient:
         """As Client.call."""
         rows = cast(Sequence[Json], [payload])
         handle = await self._start(service, rows, Ask(priority, timeout, wait, tenant))
-        return (await AsyncHandle(handle).result())[0]
+        return (await self._handle(handle).result())[0]
 
     async def map(
         self,
@@ -238,11 +241,12 @@ class AsyncClient:
         check_map(window, results)
         ask = Ask(priority, None, True, tenant, options)
         count, size = chunking(window)
+        progress = Progress()
         under_way: list[tuple[int, Handle]] = []
         first = 0
         try:
             async for rows in _chunks(inputs, size):
-                under_way.append((first, await self._start(service, rows, ask)))
+                under_way.append((first, await self._start(service, rows, ask, progress)))
                 first += len(rows)
                 if len(under_way) == count:
                     async for pair in _collected(under_way, ordered, results):
@@ -267,7 +271,7 @@ class AsyncClient:
     ) -> Detached:
         """As Client.submit_detached; ask the result's methods in a thread, for instance with asyncio.to_thread."""
         ask = Ask(priority, timeout, True, tenant, options)
-        return await asyncio.to_thread(self._calls.leave, service, inputs, ask, idempotency_key)
+        return await self._in_thread(self._calls.leave, service, inputs, ask, idempotency_key)
 
     def job(self, job_id: str) -> Detached:
         """As Client.job; the same holds for its methods."""
@@ -275,9 +279,9 @@ class AsyncClient:
 
     async def close(self) -> None:
         """As Client.close."""
-        await asyncio.to_thread(self._calls.channel.close)
+        await self._in_thread(self._calls.close)
         if self._local:
-            await asyncio.to_thread(self._local.stop)
+            await self._in_thread(self._local.stop)
 
     async def __aenter__(self) -> Self:
         return self
@@ -287,22 +291,37 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _start(self, service: str, inputs: Sequence[Json], ask: Ask) -> Handle:
-        ask.check()
-        services = self._calls.services
-        read = services.known(service)
-        if read is None:
-            read = await asyncio.to_thread(services.read, service)
-        spec, live_workers = read
-        if not spec.runtime.enable_cache:
-            return self._calls.begin(spec, live_workers, inputs, ask)
-        hits = await asyncio.to_thread(self._calls.recall, spec, inputs, ask)
-        return self._calls.begin(spec, live_workers, inputs, ask, hits)
+    def _handle(self, handle: Handle) -> AsyncHandle:
+        return AsyncHandle(handle, self._calls.executor)
 
-    async def _only(self, model_type: str) -> str:
-        if name := self._calls.services.remembered(model_type):
-            return name
-        return await asyncio.to_thread(self._calls.services.only, model_type)
+    async def _start(
+        self, service: str | None, inputs: Sequence[Json], ask: Ask, progress: Progress | None = None
+    ) -> Handle:
+        """As Calls.start, waiting for the server without a thread."""
+        ask.check()
+        began = time.monotonic()
+        until = ask.until(began)
+        services = self._calls.services
+        name = service or services.remembered(model_type := MODEL_TYPES[ask.op])
+        if name is None:
+            name = await _answer(services.ask_only(model_type), until)
+        spec = services.known(name)
+        if spec is None:
+            spec = (await _answer(services.ask(name), until)).spec
+        hits = await self._in_thread(self._calls.recall, spec, inputs, ask) if spec.runtime.enable_cache else NO_HITS
+        return self._calls.begin(spec, inputs, ask, hits, began, progress)
+
+    async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._calls.executor, partial(function, *args))
+
+
+async def _answer(question: Question[T], until: float | None) -> T:
+    """As Question.wait and Question.answer."""
+    changed = _Changed()
+    listener = partial(mailbox().post, changed.set)
+    question.future.add_done_callback(lambda future: listener())
+    await changed.wait(question.wait_s(until))
+    return question.answer()
 
 
 async def _chunks(inputs: Iterable[Json] | AsyncIterable[Json], size: int) -> AsyncIterator[list[Json]]:

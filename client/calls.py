@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
+import copy
 import os
 import re
+import time
 import weakref
 from collections.abc import Container, Mapping, Sequence
+from concurrent.futures.thread import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Literal, NamedTuple, cast, get_args
 
 import numpy as np
 
-from millstream.broker.admission import resume_hint
 from millstream.broker.cache import Cached, Recipe
 from millstream.broker.codec import MAX_ROWS, JsonText, encode_inputs, encode_value
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection
 from millstream.broker.embedding import EmbedOptions, Truncate
-from millstream.broker.errors import DeadlineExceeded, InputTooLong, InvalidRequest, MillstreamError, NoWorkers
+from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError
 from millstream.broker.job import Json, Priority
 from millstream.broker.registry import Registry
 from millstream.broker.streams import MAX_JOBS_PER_CALL, Streams
@@ -25,14 +28,14 @@ from millstream.broker.target import find_target
 from millstream.client.channel import Channel
 from millstream.client.detached import Detached
 from millstream.client.flights import Flights
-from millstream.client.handle import Handle, Terms
+from millstream.client.handle import Handle
 from millstream.client.recall import Recall
 from millstream.client.rerank import check_question
 from millstream.client.result import Embeddings
 from millstream.client.services import Services, op_of
-from millstream.client.split import Part, split, split_evenly, split_once
+from millstream.client.split import Part, estimate_tokens, split, split_evenly, split_once
+from millstream.client.terms import Progress, Terms
 
-JOBS_PER_WORKER = 8
 MAX_ROW_BYTES = 512 * 1024
 NO_HITS: Mapping[int, Cached] = MappingProxyType({})
 _TEXTS, _LISTS = (str, bytes), (list, Sequence, np.ndarray)
@@ -40,6 +43,8 @@ _TENANT = re.compile(r"[A-Za-z0-9_.-]{0,64}")
 
 PriorityName = Literal["realtime", "normal", "batch"]
 _TRUNCATES: tuple[str, ...] = get_args(Truncate)
+MODEL_TYPES: Mapping[str, str] = {"embed": "embedding", "rerank": "reranker"}
+"""Operation -> the type of model whose only service runs it."""
 _PRIORITIES: Mapping[str, Priority] = {str(each): each for each in Priority}
 
 
@@ -55,6 +60,10 @@ class Ask(NamedTuple):
     tenant: str = ""
     options: Mapping[str, Json] = MappingProxyType({})
     op: str = ""
+
+    def until(self, began: float) -> float | None:
+        """When the time of a call is over that began at `began`, monotonic seconds."""
+        return None if self.timeout is None else began + self.timeout
 
     def check(self) -> None:
         """Raises InvalidRequest."""
@@ -89,15 +98,22 @@ class Calls:
         self.services = Services(self.connection, self.registry)
         self._recall = Recall(self.connection, self.registry)
         _living.add(self)
+        self.executor = _executor()
         # Not at exit: threads that wait then end with the process, and say nothing.
-        weakref.finalize(self, self.channel.close).atexit = False
+        weakref.finalize(self, _close, self.channel, self.services).atexit = False
 
-    def start(self, service: str, inputs: Sequence[Json], ask: Ask) -> Handle:
-        """Send `inputs`, one a row, and return at once. Raises InvalidRequest, UnknownService, BrokerUnavailable."""
+    def start(self, service: str | None, inputs: Sequence[Json], ask: Ask, progress: Progress | None = None) -> Handle:
+        """Send `inputs`, one a row, and return at once. Without a `service` it is the only one that runs `ask.op`.
+
+        Raises InvalidRequest, UnknownService, BrokerUnavailable.
+        """
         ask.check()
-        spec, live_workers = self.services.read(service)
+        # The clock starts here: reading the service, too, waits for the server.
+        began = time.monotonic()
+        until = ask.until(began)
+        spec = self.services.read(service or self.services.only(MODEL_TYPES[ask.op], until), until)
         hits = self.recall(spec, inputs, ask) if spec.runtime.enable_cache else {}
-        return self.begin(spec, live_workers, inputs, ask, hits)
+        return self.begin(spec, inputs, ask, hits, began, progress)
 
     def recall(self, spec: ServiceSpec, inputs: Sequence[Json], ask: Ask) -> Mapping[int, Cached]:
         """What the cache of a service that was read has for `inputs`, by row; nothing where the server is too slow.
@@ -114,12 +130,16 @@ class Calls:
     def begin(
         self,
         spec: ServiceSpec,
-        live_workers: int,
         inputs: Sequence[Json],
         ask: Ask,
         hits: Mapping[int, Cached] = NO_HITS,
+        began: float | None = None,
+        progress: Progress | None = None,
     ) -> Handle:
-        """The same for a checked `ask`, a service that was read and what `recall` found: waits for nothing."""
+        """As `start`, for a checked `ask`, a service that was read and what `recall` found: waits for nothing.
+
+        The call's time counts from `began`, monotonic seconds.
+        """
         op, beside = checked(spec, ask)
         self.check_options(spec, ask.options)
         inputs = outgoing(spec, inputs, ask.options)
@@ -129,18 +149,22 @@ class Calls:
             service=spec.name,
             op=op,
             priority=_PRIORITIES[ask.priority],
-            options=ask.options,
+            # A copy, too: a caller may change a list among them.
+            options=copy.deepcopy(ask.options) if ask.options else ask.options,
             timeout=ask.timeout,
             total_timeout=limits.total_timeout,
             queue_timeout=limits.queue_timeout,
             wait=ask.wait,
-            window=_window(spec, live_workers),
+            most_jobs=_most_jobs(spec),
             tenant=ask.tenant,
             replicated=spec.replicated,
+            rate_per_tenant=spec.rate_per_tenant,
+            idle_timeout=spec.runtime.total_timeout,
         )
         # Where answers are kept, those of jobs under way are shared, too.
         channel = self._flights if spec.runtime.enable_cache else self.channel
-        return Handle(channel, terms, inputs, parts, {**refused, **hits} if refused or hits else {}, self._why_late)
+        given: dict[int, MillstreamError | Cached] = {**refused, **hits} if refused or hits else {}
+        return Handle(channel, terms, inputs, parts, given, self.services, began, progress, self)
 
     def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> None:
         """Raises InvalidRequest for options that the model of `spec` would refuse for every row."""
@@ -155,34 +179,19 @@ class Calls:
         """The job streams of `service`, for calls that go past the channel."""
         return Streams(self.connection.client, self.registry.keys(service))
 
+    def close(self) -> None:
+        """End threads and connections. Calls under way in other threads get BrokerUnavailable."""
+        self.channel.flush(FLUSH_S)
+        _close(self.channel, self.services)
+
     def after_fork(self) -> None:
+        """In a forked child: connections, threads and an identity of its own."""
         self.connection.after_fork()
         self.channel.after_fork()
         self._flights.after_fork()
         self.services.after_fork()
+        self.executor = _executor()
         self._recall.begin()
-
-    def _why_late(self, service: str) -> MillstreamError:
-        """The error of a call whose time is over: is the server gone, every worker dead, or all of them busy?"""
-        try:
-            live = self.services.live_workers(service)
-        except MillstreamError as error:
-            return error
-        paused = self.services.paused(service)
-        if not live:
-            start = "start one with `millstream up` or `millstream worker run`"
-            return NoWorkers(
-                f"no worker of service {service!r} is alive; the job was accepted and waited in vain",
-                hint=f"{start}; paused, too: {resume_hint(service)}" if paused else start,
-            )
-        if paused:
-            return DeadlineExceeded(
-                f"no answer from service {service!r} in time: it is paused", hint=resume_hint(service)
-            )
-        return DeadlineExceeded(
-            f"no answer from service {service!r} in time, with {live} workers alive",
-            hint="see `millstream queue ls`; raise the timeout or add workers",
-        )
 
 
 def checked(spec: ServiceSpec, ask: Ask) -> tuple[str, int]:
@@ -210,6 +219,13 @@ def cut(
         return split(sizes, rows, most_tokens), refused
     misses = {row: size for row, size in sizes.items() if row not in hits}
     return split_once(misses, inputs, rows, most_tokens), refused
+
+
+def tokens_of(spec: ServiceSpec, sizes: Sequence[int]) -> int:
+    """About how many tokens rows of these sizes, UTF-8 bytes, have for the model of `spec`."""
+    if spec.model.type == "custom":
+        return spec.runtime.row_tokens * len(sizes)
+    return sum(map(estimate_tokens, sizes))
 
 
 def outgoing(spec: ServiceSpec, inputs: Sequence[Json], options: Mapping[str, Json]) -> Sequence[Json]:
@@ -285,18 +301,44 @@ def _size(text: object, beside: int) -> int | MillstreamError:
     return size
 
 
-def _window(spec: ServiceSpec, live_workers: int) -> int:
-    """Jobs one call keeps under way: enough to keep every worker busy, never most of the queue."""
-    jobs = JOBS_PER_WORKER * max(1, live_workers)
-    return max(1, min(jobs, spec.runtime.max_queue_size // 4, MAX_JOBS_PER_CALL))
+def _most_jobs(spec: ServiceSpec) -> int:
+    """Jobs one call keeps in flight at most: never most of the queue."""
+    return max(1, min(spec.runtime.max_queue_size // 4, MAX_JOBS_PER_CALL))
 
 
 _living: weakref.WeakSet[Calls] = weakref.WeakSet()
 
 
+EXECUTOR_THREADS = 8
+"""Of the async client: for the few things that wait for the server and have no answer to listen for."""
+
+FLUSH_S = 1.0
+"""Seconds the end of a client, or of its process, waits at most until its last cancellations are sent."""
+
+
+def _close(channel: Channel, services: Services) -> None:
+    services.close()
+    channel.close()
+
+
+def _executor() -> ThreadPoolExecutor:
+    # Not asyncio's default one: its few threads are everybody's.
+    return ThreadPoolExecutor(EXECUTOR_THREADS, thread_name_prefix="millstream-async")
+
+
 def _forked() -> None:
     for calls in list(_living):
         calls.after_fork()
+
+
+def _flush() -> None:
+    """At exit: jobs that were cancelled a moment ago must not run for nobody."""
+    until = time.monotonic() + FLUSH_S
+    for calls in list(_living):
+        calls.channel.flush(max(0.0, until - time.monotonic()))
+
+
+atexit.register(_flush)
 
 
 os.register_at_fork(after_in_child=_forked)

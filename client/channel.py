@@ -7,9 +7,11 @@ import threading
 from collections.abc import Sequence
 
 from millstream.broker.connection import Connection
+from millstream.broker.errors import BrokerUnavailable, MillstreamError
 from millstream.broker.registry import Registry
 from millstream.broker.replies import Replies
-from millstream.client.orders import Cancellation, Submission, client_closed
+from millstream.broker.submission import Submission
+from millstream.client.orders import NO_THREAD, Cancellation, client_closed
 from millstream.client.reader import READ_S, Reader
 from millstream.client.sender import Sender
 
@@ -37,9 +39,26 @@ class Channel:
             reader.expect(submission)
         (self._sender or self._sending()).put(submissions)
 
+    def leave(self, submissions: Sequence[Submission]) -> None:
+        """Send detached jobs, whose answers nobody here waits for. Returns at once. Raises BrokerUnavailable."""
+        (self._sender or self._sending()).put(submissions)
+
+    def refusal_of(self, job_id: str) -> MillstreamError | None:
+        """Why a job was not accepted yet and waits to be sent again; None if it does not."""
+        return self._sender.refusal_of(job_id) if self._sender else None
+
+    def flush(self, timeout: float) -> None:
+        """Wait until the server has heard of every cancellation, for at most `timeout` seconds."""
+        if self._sender:
+            self._sender.flush(timeout)
+
     def cancel(self, cancellation: Cancellation) -> None:
         """Stop jobs; in order with what was submitted before, so that none slips in behind. Returns at once."""
         self.forget(cancellation.service, cancellation.job_ids)
+        self.withdraw(cancellation)
+
+    def withdraw(self, cancellation: Cancellation) -> None:
+        """The same for detached jobs."""
         (self._sender or self._sending()).put([cancellation])
 
     def forget(self, service: str, job_ids: Sequence[str]) -> None:
@@ -72,8 +91,9 @@ class Channel:
         with self._lock:
             self._check_open()
             if self._sender is None:
-                self._sender = Sender(self._connection, self._registry, self.client_id, self.forget, self._awaited)
-                self._sender.start()
+                sender = Sender(self._connection, self._registry, self.client_id, self.forget, self._awaited)
+                start(sender)
+                self._sender = sender
             return self._sender
 
     def _reader(self, service: str) -> Reader:
@@ -83,10 +103,21 @@ class Channel:
             if reader is None:
                 client = self._connection.blocking(READ_S)
                 replies = Replies(client, self._registry.keys(service), self.client_id)
-                reader = self._readers[service] = Reader(service, replies)
-                reader.start()
+                reader = Reader(service, replies)
+                start(reader)
+                self._readers[service] = reader
             return reader
 
     def _check_open(self) -> None:
         if self._closed:
             raise client_closed()
+
+
+def start(thread: threading.Thread) -> None:
+    """Start it. Raises BrokerUnavailable if the system has no thread left; the next call tries again."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise BrokerUnavailable(
+            f"the client cannot start its thread {thread.name!r}: {error}", hint=NO_THREAD
+        ) from error

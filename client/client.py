@@ -14,8 +14,9 @@ from millstream.client.detached import Detached
 from millstream.client.handle import Handle
 from millstream.client.local import START_S, Local
 from millstream.client.mapping import Results, map_rows
-from millstream.client.rerank import Ranking, Scores, question
+from millstream.client.rerank import Ranking, Scores, copied, question
 from millstream.client.result import Embeddings
+from millstream.client.terms import Progress
 
 
 class Client:
@@ -81,21 +82,19 @@ class Client:
         "float16" gives float16, "binary" uint8 [len(texts), ceil(dim / 8)]: a bit for each number, set where it is
         above zero, as ubinary of sentence-transformers. Models with sparse vectors answer `submit` and `map`.
 
-        `service` may be left out where one embedding service is registered. `timeout` is seconds for the whole call;
-        without it each job has the service's total_timeout. `wait=False` raises QueueFull at once instead of waiting
-        for room. `truncate` "start" or "end" cuts texts that are too long, and reports them in `.truncated`.
+        `service` may be left out if one embedding service is registered. `timeout` is seconds for the whole call;
+        without it the call ends when nothing of it was answered for the service's total_timeout. `wait=False` raises
+        QueueFull at once instead of waiting for room. `truncate` "start" or "end" cuts texts that are too long, and
+        reports them in `.truncated`.
 
         Raises DeadlineExceeded, NoWorkers, QueueFull (with retry_after, seconds), InvalidRequest, InputTooLong,
         UnknownService, BrokerUnavailable; PartialFailure (errors by index) where only some texts failed.
         """
         single = isinstance(texts, str)
         options = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding).json()
-        handle = self._calls.start(
-            service or self._calls.services.only("embedding"),
-            cast(Sequence[Json], [texts] if single else texts),
-            Ask(priority, timeout, wait, tenant, options, "embed"),
-        )
-        return vectors_of(handle.result(), single)
+        rows = cast(Sequence[Json], [texts] if single else texts)
+        handle = self._calls.start(service, rows, Ask(priority, timeout, wait, tenant, options, "embed"))
+        return vectors_of(handle.finish(), single)
 
     def rerank(
         self,
@@ -122,12 +121,11 @@ class Client:
         documents' scores as its results, by index.
         """
         asked = question(query, top_n, scores, instruction, truncate)
+        texts = copied(documents)
         handle = self._calls.start(
-            service or self._calls.services.only("reranker"),
-            cast(Sequence[Json], documents),
-            Ask(priority, timeout, wait, tenant, asked, op="rerank"),
+            service, cast(Sequence[Json], texts), Ask(priority, timeout, wait, tenant, asked, op="rerank")
         )
-        return Ranking.of(handle.result(), top_n, documents if return_documents else None)
+        return Ranking.of(handle.finish(), top_n, texts if return_documents else None)
 
     def submit(
         self,
@@ -164,7 +162,7 @@ class Client:
         ModelFailed where the function failed on this payload.
         """
         rows = cast(Sequence[Json], [payload])
-        return self._calls.start(service, rows, Ask(priority, timeout, wait, tenant)).result()[0]
+        return self._calls.start(service, rows, Ask(priority, timeout, wait, tenant)).finish()[0]
 
     def map(
         self,
@@ -185,7 +183,8 @@ class Client:
         generator's `close`, cancels the rest.
         """
         ask = Ask(priority, None, True, tenant, options)
-        return map_rows(lambda rows: self._calls.start(service, rows, ask), inputs, window, ordered, results)
+        progress = Progress()
+        return map_rows(lambda rows: self._calls.start(service, rows, ask, progress), inputs, window, ordered, results)
 
     def submit_detached(
         self,
@@ -217,7 +216,7 @@ class Client:
 
     def close(self) -> None:
         """End the client's threads and connections. Calls under way in other threads get BrokerUnavailable."""
-        self._calls.channel.close()
+        self._calls.close()
         if self._local:
             self._local.stop()
 

@@ -6,12 +6,13 @@ import hashlib
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from millstream.broker.admission import refusal
 from millstream.broker.codec import MAX_ROWS, decode_reply, encode_inputs
-from millstream.broker.connection import retrying, translated
+from millstream.broker.config import ServiceSpec
+from millstream.broker.connection import translated
 from millstream.broker.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -21,7 +22,10 @@ from millstream.broker.errors import (
     ResultExpired,
 )
 from millstream.broker.job import Draft, Json, Priority, Reply
-from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Group, Streams
+from millstream.broker.streams import MAX_JOBS_PER_CALL, Group, Streams
+from millstream.broker.submission import Submission
+from millstream.client.acceptance import Acceptance
+from millstream.client.orders import Cancellation
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome, Rows
 from millstream.client.split import MAX_PART_BYTES, Part
@@ -73,10 +77,11 @@ class Detached:
         cls, calls: Calls, service: str, inputs: Sequence[Json], ask: Ask, idempotency_key: str | None
     ) -> Detached:
         """Client.submit_detached."""
-        from millstream.client.calls import checked, outgoing, row_sizes
+        from millstream.client.calls import checked, outgoing, row_sizes, tokens_of
 
         ask.check()
-        spec, _ = calls.services.read(service)
+        began = time.monotonic()
+        spec = calls.services.read(service, ask.until(began))
         calls.check_options(spec, ask.options)
         op, beside = checked(spec, ask)
         inputs = outgoing(spec, inputs, ask.options)
@@ -92,20 +97,20 @@ class Detached:
         key = f"{service}\0{ask.tenant}\0{len(inputs)}x{per_job}\0{idempotency_key}"
         call = secrets.token_hex(16) if idempotency_key is None else hashlib.sha256(key.encode()).hexdigest()[:32]
         detached = cls(calls, service, len(inputs), per_job, call)
-        deadline = None if ask.timeout is None else time.monotonic() + ask.timeout
+        deadline = ask.until(began)
         drafts = [
             Draft(
                 id=job_id,
                 op=op,
                 rows=len(part.rows),
-                tokens=0,
+                tokens=tokens_of(spec, [sizes[row] for row in part.rows]),
                 body=encode_inputs([inputs[row] for row in part.rows], ask.options),
                 deadline=deadline,
                 tenant=ask.tenant,
             )
             for job_id, part in detached._parts.items()
         ]
-        detached._enqueue(Priority(ask.priority), drafts, spec.replicated)
+        detached._enqueue(spec, Priority(ask.priority), drafts)
         return detached
 
     def done(self) -> bool:
@@ -170,19 +175,30 @@ class Detached:
             rows.place(part, self._replies[job_id])
         return rows
 
-    def _enqueue(self, priority: Priority, drafts: Sequence[Draft], replicated: bool) -> None:
-        """Every job, a script call at a time; sent again through cuts, which changes nothing."""
-        until = min([time.monotonic() + _ROOM_S, *(draft.deadline for draft in drafts[:1] if draft.deadline)])
-        for first, batch in enumerate(_script_calls(drafts)):
-            group = Group(priority, batch, int(first == 0), replicated)
-            with translated(self._calls.connection.safe_url):
-                while error := self._refused(group, until):
-                    if time.monotonic() > until or not error.retryable:
-                        raise error
-                    time.sleep(error.retry_after or _FIRST_LOOK_S)
-
-    def _refused(self, group: Group, until: float) -> MillstreamError | None:
-        return refusal(self._service, retrying(lambda: self._streams().enqueue([group]), until=until)[0])
+    def _enqueue(self, spec: ServiceSpec, priority: Priority, drafts: Sequence[Draft]) -> None:
+        """Block until the server has accepted every job. If it does not in time, none of them stays behind."""
+        ends = [time.monotonic() + _ROOM_S, *(draft.deadline for draft in drafts[:1] if draft.deadline)]
+        acceptance = Acceptance([draft.id for draft in drafts], until := min(ends))
+        tenant = drafts[0].tenant if spec.rate_per_tenant else ""
+        submissions = [
+            Submission(
+                spec.name,
+                Group(priority, [draft], int(not at), spec.replicated, refusals=int(not at)),
+                acceptance,
+                until,
+                tenant,
+                partial(acceptance.accepted, draft.id),
+            )
+            for at, draft in enumerate(drafts)
+        ]
+        channel = self._calls.channel
+        channel.leave(submissions)
+        try:
+            acceptance.wait(channel.refusal_of)
+        except BaseException:
+            # In order behind the submissions: what waits to be sent is withdrawn, what was accepted is cancelled.
+            channel.withdraw(Cancellation(spec.name, acceptance.job_ids, lambda outcomes: None, detached=True))
+            raise
 
     def _streams(self) -> Streams:
         return self._calls.streams(self._service)
@@ -196,18 +212,6 @@ def _check_jobs(rows: int, per_job: int) -> None:
 
 def _job_id(call: str, first: int) -> str:
     return call if first == 0 else hashlib.sha256(f"{call}/{first}".encode()).hexdigest()[:32]
-
-
-def _script_calls(drafts: Sequence[Draft]) -> Iterator[list[Draft]]:
-    batch: list[Draft] = []
-    size = 0
-    for draft in drafts:
-        if batch and (len(batch) == MAX_JOBS_PER_CALL or size + len(draft.body) > MAX_BYTES_PER_CALL):
-            yield batch
-            batch, size = [], 0
-        batch.append(draft)
-        size += len(draft.body)
-    yield batch
 
 
 def _decoded(reply: bytes) -> Reply | MillstreamError:

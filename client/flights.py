@@ -9,8 +9,9 @@ from threading import Lock, Thread
 
 from millstream.broker.errors import MillstreamError
 from millstream.broker.streams import CancelOutcome
+from millstream.broker.submission import Sink, Submission
 from millstream.client.channel import Channel
-from millstream.client.orders import Cancellation, Sink, Submission
+from millstream.client.orders import Cancellation
 
 _FAILED = b'{"v":1,"error'
 """How the reply of a job begins that failed, or of whose rows one did."""
@@ -140,6 +141,11 @@ class Flights:
             # Also where the client is being closed: nobody else tells them.
             for flight in ended:
                 self.send(self.land(flight).values())
+
+    def refusal_of(self, job_id: str) -> MillstreamError | None:
+        """As Channel.refusal_of. A job that follows another one waits for what that one waits for."""
+        flight = self._followed.get(job_id)
+        return self._channel.refusal_of(flight.job_id if flight else job_id)
 
     def forget(self, service: str, job_ids: Sequence[str]) -> None:
         """As Channel.forget."""

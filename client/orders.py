@@ -1,55 +1,28 @@
-"""What a process asks its channel for: jobs to be accepted together, or not to run any more; and who is told."""
+"""What a process asks its channel for beside submissions: jobs not to run any more, and who is told."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 from millstream.broker.errors import BrokerUnavailable, MillstreamError
-from millstream.broker.streams import CancelOutcome, Group
+from millstream.broker.streams import CancelOutcome
 
-AWAY_PAUSE_S = 0.1
-"""Between two tries while the server is away."""
-
-
-class Sink(Protocol):
-    """Who waits for jobs. Called from the channel's threads: must be quick and raise nothing."""
-
-    def answered(self, job_id: str, reply: bytes) -> None: ...
-
-    def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None: ...
-
-
-class Submission(NamedTuple):
-    """Jobs to be accepted together. Refusals are waited out until `until` (monotonic seconds; None: for ever)."""
-
-    service: str
-    group: Group
-    sink: Sink
-    until: float | None
-
-    @property
-    def job_ids(self) -> list[str]:
-        return [draft.id for draft in self.group.drafts]
-
-    @property
-    def jobs(self) -> int:
-        return len(self.group.drafts)
-
-    @property
-    def size(self) -> int:
-        """Bytes of the bodies."""
-        return sum([len(draft.body) for draft in self.group.drafts])
+NO_THREAD = "raise the limit on threads of this user or container (ulimit -u, pids.max)"
+"""What to do if a thread of the client cannot start."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cancellation:
-    """Jobs nobody wants any more. `told` gets one outcome a job, or the error that kept us from asking."""
+    """Jobs nobody wants any more. `told` gets one outcome a job, or the error that kept us from asking.
+
+    `detached` jobs are those of no client.
+    """
 
     service: str
     job_ids: Sequence[str]
     told: Callable[[Sequence[CancelOutcome] | MillstreamError], None]
+    detached: bool = False
 
     @property
     def jobs(self) -> int:

@@ -8,9 +8,10 @@ import time
 from collections.abc import Sequence
 
 from millstream.broker.connection import is_transient
-from millstream.broker.errors import BrokerUnavailable, DeadlineExceeded
+from millstream.broker.errors import BrokerUnavailable, DeadlineExceeded, MillstreamError, ModelFailed, described
 from millstream.broker.replies import Replies
-from millstream.client.orders import AWAY_PAUSE_S, Sink, Submission, client_closed
+from millstream.broker.submission import AWAY_PAUSE_S, Sink, Submission
+from millstream.client.orders import client_closed
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Reader(threading.Thread):
             waiting, self._waiting = self._waiting, {}
         closed = BrokerUnavailable("this client was closed", hint="the job goes on without anybody waiting")
         for job_id, (sink, _) in waiting.items():
-            sink.refused([job_id], closed)
+            _refuse(sink, job_id, closed)
 
     def run(self) -> None:
         while self._wanted():
@@ -78,7 +79,7 @@ class Reader(threading.Thread):
             sinks = [self._waiting.pop(job_id, _NOBODY)[0] for job_id, _ in answers]
         for sink, (job_id, reply) in zip(sinks, answers, strict=True):
             if sink:
-                sink.answered(job_id, reply)
+                _answer(sink, job_id, reply)
             else:
                 self.strays += 1
         self._sweep()
@@ -98,7 +99,7 @@ class Reader(threading.Thread):
             over = [job for job, (_, end) in self._waiting.items() if end is not None and now > end + SWEEP_S]
             sinks = [self._waiting.pop(job_id)[0] for job_id in over]
         for job_id, sink in zip(over, sinks, strict=True):
-            sink.refused([job_id], DeadlineExceeded("no answer in time"))
+            _refuse(sink, job_id, DeadlineExceeded("no answer in time"))
 
     def _away(self, error: Exception) -> None:
         # A closed socket ends a read in many ways.
@@ -106,3 +107,21 @@ class Reader(threading.Thread):
             log.error("reading replies failed, trying again: %s", error)
         with self._lock:
             self._changed.wait_for(lambda: self._closed, AWAY_PAUSE_S)
+
+
+# One caller's fault must not end the thread that serves all others.
+
+
+def _answer(sink: Sink, job_id: str, reply: bytes) -> None:
+    try:
+        sink.answered(job_id, reply)
+    except Exception as error:
+        log.exception("a reply could not be handed to its caller")
+        _refuse(sink, job_id, ModelFailed(f"its reply cannot be used: {described(error)}"))
+
+
+def _refuse(sink: Sink, job_id: str, error: MillstreamError) -> None:
+    try:
+        sink.refused([job_id], error)
+    except Exception:
+        log.exception("an error could not be handed to its caller")

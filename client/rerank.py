@@ -58,6 +58,14 @@ def question(
     return {name: value for name, value in options.items() if value is not None}
 
 
+def copied(documents: Sequence[str]) -> Sequence[str]:
+    """A list of its own for a call: what is ranked is what was sent, whatever the caller does to its list meanwhile.
+
+    What is no list is left as it is, for the call to refuse.
+    """
+    return list(documents) if isinstance(documents, list | tuple) else documents
+
+
 def check_question(options: Mapping[str, Json]) -> int:
     """The UTF-8 bytes of what is read with each document. Raises InvalidRequest."""
     for name in options:

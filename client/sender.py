@@ -6,28 +6,29 @@ is over.
 
 from __future__ import annotations
 
-import heapq
-import itertools
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from millstream.broker.admission import refusal
-from millstream.broker.connection import Connection, is_transient, translated
+from millstream.broker.connection import Connection, translated
 from millstream.broker.errors import BrokerUnavailable, MillstreamError
 from millstream.broker.registry import Registry
-from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Admission, Streams
+from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, CancelOutcome, Streams
+from millstream.broker.submission import Submission, Submitter
 from millstream.client.baton import baton
-from millstream.client.orders import AWAY_PAUSE_S, Cancellation, Submission, client_closed
+from millstream.client.orders import Cancellation, client_closed
+
+log = logging.getLogger(__name__)
 
 LINGER_S = 0.002
-"""While callers are being woken, the sender waits so long for what they send: a script call for each costs more."""
+"""Seconds the sender waits at most for what callers send that are being woken: a script call for each costs more."""
 
 LINGER_FOR, LINGER_SHARE = 64, 3
-"""It waits for so many orders at most, and for one in so many of the jobs under way: the others keep server and workers
-busy meanwhile."""
+"""It waits for at most LINGER_FOR submissions, and at most 1/LINGER_SHARE of the jobs in flight: the others keep server
+and workers busy meanwhile."""
 
 
 class Sender(threading.Thread):
@@ -48,14 +49,14 @@ class Sender(threading.Thread):
         self._connection = connection
         self._registry = registry
         self._ready: deque[Submission | Cancellation] = deque()
-        self._later: list[tuple[float, int, Submission]] = []
-        self._count = itertools.count()
         self._client = connection.own()
         self._services: dict[str, Streams] = {}
+        self._submitter = Submitter(lambda service: self._streams(service), connection.safe_url, self._refuse)
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._waits = False
         self._closed = False
+        self._cancelling = 0
 
     def put(self, orders: Sequence[Submission | Cancellation]) -> None:
         """Raises BrokerUnavailable once closed."""
@@ -63,85 +64,78 @@ class Sender(threading.Thread):
             if self._closed:
                 raise client_closed()
             self._ready.extend(orders)
+            if orders and isinstance(orders[0], Cancellation):
+                self._cancelling += 1
             if self._waits:
                 self._changed.notify()
 
     def close(self) -> None:
+        """End the thread."""
         with self._lock:
             self._closed = True
             self._changed.notify()
 
+    def flush(self, timeout: float) -> None:
+        """Wait until the server has heard of every cancellation, for at most `timeout` seconds."""
+        with self._lock:
+            self._changed.wait_for(lambda: not self._cancelling or self._closed, timeout)
+
+    def refusal_of(self, job_id: str) -> MillstreamError | None:
+        """Why a job waits here to be sent again; None if it does not."""
+        return self._submitter.refusal_of(job_id)
+
     def run(self) -> None:
-        while self._step():
-            pass
+        while not self._closed:
+            self._step()
         for order in self._ready:
             if isinstance(order, Cancellation):
-                order.told(BrokerUnavailable("this client was closed", hint="its jobs go on"))
+                _tell(order, BrokerUnavailable("this client was closed", hint="its jobs go on"))
 
-    def _step(self) -> bool:
+    def _step(self) -> None:
         # A call of its own: what it held must not stay alive while the next step waits.
-        batch = self._gather()
+        self._submitter.retry()
+        batch = self._gather(self._submitter.next_at)
         if batch and isinstance(batch[0], Cancellation):
             self._cancel(cast(list[Cancellation], batch))
         elif batch:
-            self._enqueue(cast(list[Submission], batch))
-        return bool(batch)
+            self._submitter.submit(cast(list[Submission], batch))
 
     def _streams(self, service: str) -> Streams:
         if service not in self._services:
             self._services[service] = Streams(self._client, self._registry.keys(service))
         return self._services[service]
 
-    def _enqueue(self, batch: Sequence[Submission]) -> None:
-        try:
-            with translated(self._connection.safe_url):
-                admissions = self._streams(batch[0].service).enqueue([submission.group for submission in batch])
-        except Exception as error:  # noqa: BLE001 - every caller hears of it; the sender serves the next
-            self._failed(batch, error)
-        else:
-            for submission, admission in zip(batch, admissions, strict=True):
-                if admission.refused:
-                    self._refused(submission, admission)
-
     def _cancel(self, batch: Sequence[Cancellation]) -> None:
         job_ids = [job_id for each in batch for job_id in each.job_ids]
-        unsent = self._withdraw(job_ids)
+        # In order behind their submissions: those that the server does not have wait to be sent again.
+        unsent = self._submitter.withdraw(job_ids)
         try:
             with translated(self._connection.safe_url):
-                found = self._streams(batch[0].service).cancel(job_ids, self._client_id)
+                found = self._streams(batch[0].service).cancel(job_ids, "" if batch[0].detached else self._client_id)
         except Exception as error:  # noqa: BLE001 - every caller hears of it; the sender serves the next
             for cancellation in batch:
-                cancellation.told(_ours(error, "cancel"))
-            return
-        outcomes = dict(zip(job_ids, found, strict=True))
-        # What the server never had was waiting here.
-        outcomes |= {job_id: "waiting" for job_id in unsent if outcomes[job_id] == "gone"}
-        for cancellation in batch:
-            cancellation.told([outcomes[job_id] for job_id in cancellation.job_ids])
-
-    def _withdraw(self, job_ids: Sequence[str]) -> set[str]:
-        """Do not send these jobs any more; those that were still to be sent, or to be sent again."""
-        unwanted = set(job_ids)
-
-        def wanted(order: Submission | Cancellation) -> bool:
-            return isinstance(order, Cancellation) or unwanted.isdisjoint(order.job_ids)
-
+                _tell(cancellation, _ours(error))
+        else:
+            outcomes = dict(zip(job_ids, found, strict=True))
+            outcomes |= {job_id: "waiting" for job_id in unsent if outcomes[job_id] == "gone"}
+            for cancellation in batch:
+                _tell(cancellation, [outcomes[job_id] for job_id in cancellation.job_ids])
         with self._lock:
-            waiting = [*self._ready, *(submission for *_, submission in self._later)]
-            self._ready = deque(filter(wanted, self._ready))
-            self._later = [each for each in self._later if wanted(each[2])]
-            heapq.heapify(self._later)
-        return unwanted & {job_id for order in waiting if not wanted(order) for job_id in order.job_ids}
+            self._cancelling -= len(batch)
+            self._changed.notify_all()
 
-    def _gather(self) -> list[Submission | Cancellation]:
-        """What is ready for one script call: submissions of one service, or cancellations; nothing when closed."""
+    def _gather(self, next_at: float | None) -> list[Submission | Cancellation]:
+        """What is ready for one script call: submissions of one service, or cancellations; nothing at `next_at`."""
         with self._lock:
-            while not self._closed and not self._due():
-                next_s = self._later[0][0] - time.monotonic() if self._later else None
+            while not self._closed and not self._ready:
+                left_s = None if next_at is None else next_at - time.monotonic()
+                if left_s is not None and left_s <= 0:
+                    return []
                 self._waits = True
-                self._changed.wait(None if next_s is None else max(0.0, next_s))
+                self._changed.wait(left_s)
                 self._waits = False
-            self._linger()
+            if not self._closed:
+                self._linger()
             if self._closed:
                 return []
             first = self._ready.popleft()
@@ -167,43 +161,29 @@ class Sender(threading.Thread):
         finally:
             self._lock.acquire()
 
-    def _due(self) -> bool:
-        while self._later and self._later[0][0] <= time.monotonic():
-            self._ready.append(heapq.heappop(self._later)[2])
-        return bool(self._ready)
-
-    def _refused(self, submission: Submission, admission: Admission) -> None:
-        error = refusal(submission.service, admission)
-        if error and error.retryable:
-            self._again(submission, error, admission.retry_after)
-        elif error:
-            self._refuse(submission, error)
-
-    def _failed(self, batch: Sequence[Submission], error: Exception) -> None:
-        ours = _ours(error, "enqueue")
-        pause = ours.retry_after or (AWAY_PAUSE_S if is_transient(error) else None)
-        for submission in batch:
-            self._again(submission, ours, pause)
-
-    def _again(self, submission: Submission, error: MillstreamError, pause: float | None) -> None:
-        """Send again after `pause` seconds, or tell the sink where there is no time or no hope."""
-        at = time.monotonic() + (pause or 0.0)
-        if pause is None or (submission.until is not None and at >= submission.until):
-            self._refuse(submission, error)
-            return
-        with self._lock:
-            heapq.heappush(self._later, (at, next(self._count), submission))
-
     def _refuse(self, submission: Submission, error: MillstreamError) -> None:
         self._forget(submission.service, submission.job_ids)
-        submission.sink.refused(submission.job_ids, error)
+        try:
+            submission.sink.refused(submission.job_ids, error)
+        except Exception:
+            # One caller's fault must not end the thread that serves all others.
+            log.exception("a refusal could not be handed to its caller")
+
+
+def _tell(cancellation: Cancellation, outcomes: Sequence[CancelOutcome] | MillstreamError) -> None:
+    try:
+        cancellation.told(outcomes)
+    except Exception:
+        log.exception("the outcome of a cancellation could not be handed to its caller")
 
 
 def _alike(one: Submission | Cancellation, other: Submission | Cancellation) -> bool:
+    if isinstance(one, Cancellation) and isinstance(other, Cancellation) and one.detached != other.detached:
+        return False
     return type(one) is type(other) and one.service == other.service
 
 
-def _ours(error: Exception, doing: str) -> MillstreamError:
+def _ours(error: Exception) -> MillstreamError:
     if isinstance(error, MillstreamError):
         return error
-    return BrokerUnavailable(f"{doing} failed: {type(error).__name__}: {error}")
+    return BrokerUnavailable(f"cancel failed: {type(error).__name__}: {error}")

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-import threading
+import copy
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
+from millstream.broker.admission import resume_hint
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection, translated
-from millstream.broker.errors import BrokerUnavailable, InvalidRequest, UnknownService
+from millstream.broker.errors import (
+    BrokerUnavailable,
+    DeadlineExceeded,
+    InvalidRequest,
+    MillstreamError,
+    NoWorkers,
+    UnknownService,
+)
 from millstream.broker.lease import Lease
 from millstream.broker.pause import find_pause
 from millstream.broker.registry import Registry
+from millstream.client.asker import PATIENCE_S, Asker, Question
 
 FRESH_S = 1.0
 _OPS = {"embedding": "embed", "reranker": "rerank", "custom": "call", "echo": "echo"}
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class Known:
     """One service, as the server described it at `read_at`, monotonic seconds."""
 
     spec: ServiceSpec
@@ -26,12 +37,45 @@ class _Known:
     live_workers: int
     paused: bool
     read_at: float
-    away: BrokerUnavailable | None = None
-    """Why the server could not be asked, where this is what it said before."""
+    away: MillstreamError | None = None
+    """Why the server could not be asked at `read_at`; the rest is what it said before."""
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it is good enough to begin a call."""
+        return time.monotonic() - self.read_at <= FRESH_S
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a call without a time limit waits for nobody: no worker lives, and no pause says why."""
+        return self.away is not None or not (self.live_workers or self.paused)
+
+    def why_late(self) -> MillstreamError:
+        """The error of a call whose time is over: is the server gone, every worker dead, or all of them busy?"""
+        if self.away:
+            return copy.copy(self.away)
+        if not self.live_workers:
+            start = "start one with `millstream up` or `millstream worker run`"
+            return NoWorkers(
+                f"no worker of service {self.name!r} is alive; the job was accepted and waited in vain",
+                hint=f"{start}; paused, too: {resume_hint(self.name)}" if self.paused else start,
+            )
+        if self.paused:
+            return DeadlineExceeded(
+                f"no answer from service {self.name!r} in time: it is paused", hint=resume_hint(self.name)
+            )
+        return DeadlineExceeded(
+            f"no answer from service {self.name!r} in time, with {self.live_workers} workers alive",
+            hint="see `millstream queue ls`; raise the timeout or add workers",
+        )
 
 
 def op_of(spec: ServiceSpec) -> str:
-    """The operation that jobs of this service name. Raises InvalidRequest where this version has none for its type."""
+    """The operation that jobs of this service name. Raises InvalidRequest if this version has none for its type."""
     op = _OPS.get(spec.model.type)
     if op is None:
         raise InvalidRequest(
@@ -47,69 +91,106 @@ class Services:
     def __init__(self, connection: Connection, registry: Registry) -> None:
         self._connection = connection
         self._registry = registry
-        self._lock = threading.RLock()
-        self._known: dict[str, _Known] = {}
+        self._asker = Asker()
+        self._known: dict[str, Known] = {}
         self._only: dict[str, tuple[str, float]] = {}
 
-    def read(self, service: str) -> tuple[ServiceSpec, int]:
-        """The specification of `service`, and how many of its workers live; both at most FRESH_S old.
+    def after_fork(self) -> None:
+        """In a forked child: threads of its own."""
+        self._asker.after_fork()
 
-        Raises UnknownService, BrokerUnavailable.
-        """
-        if known := self.known(service):
-            return known
-        read = self._read_since(service, time.monotonic() - FRESH_S)
-        return read.spec, read.live_workers
+    def close(self) -> None:
+        """Ask the server nothing any more."""
+        self._asker.close()
 
-    def known(self, service: str) -> tuple[ServiceSpec, int] | None:
-        """What `read` would answer without asking the server."""
+    def known(self, service: str) -> ServiceSpec | None:
+        """The specification if it was read within FRESH_S; asks nobody."""
         known = self._known.get(service)
-        return (known.spec, known.live_workers) if known and time.monotonic() - known.read_at <= FRESH_S else None
+        return known.spec if known and known.fresh else None
+
+    def read(self, service: str, until: float | None = None) -> ServiceSpec:
+        """The specification of `service`; at most FRESH_S old if the server answers in time.
+
+        Waits until `until`, monotonic seconds, at most, and for a newer description of a known service at most
+        PATIENCE_S. Raises UnknownService, BrokerUnavailable.
+        """
+        if spec := self.known(service):
+            return spec
+        question = self.ask(service)
+        question.wait(until)
+        return question.answer().spec
+
+    def ask(self, service: str) -> Question[Known]:
+        """Ask the server about `service`; calls that ask meanwhile share its answer."""
+        return self._asker.ask(service, lambda: self._ask(service), self._known.get(service))
 
     def fingerprint(self, service: str) -> str:
-        """The weights of `service` as last read; "" where no worker has said them, or the server is away."""
+        """The weights of `service` as last read; "" if no worker has said them, or the server is away."""
         known = self._known.get(service)
         return known.fingerprint if known and not known.away else ""
 
-    def after_fork(self) -> None:
-        """In a forked child: the lock may have been held in the parent."""
-        self._lock = threading.RLock()
-
     def remembered(self, model_type: str) -> str | None:
-        """What `only` answered a moment ago."""
+        """What `only` answered within FRESH_S; asks nobody."""
         name, asked_at = self._only.get(model_type, (None, 0.0))
         return name if time.monotonic() - asked_at <= FRESH_S else None
 
-    def only(self, model_type: str) -> str:
-        """The one service of `model_type`. Raises UnknownService where there is none, or more than one to list."""
-        # Under the lock: of a thousand threads that ask at once, one asks the server.
-        with self._lock:
-            if name := self.remembered(model_type):
-                return name
-            try:
-                name = self._find_only(model_type)
-            except BrokerUnavailable:
-                if model_type not in self._only:
-                    raise
-                name, _ = self._only[model_type]
-            self._only[model_type] = (name, time.monotonic())
+    def only(self, model_type: str, until: float | None = None) -> str:
+        """The one service of `model_type`. Waits as `read` does.
+
+        Raises UnknownService if there is none, or more than one to list; BrokerUnavailable.
+        """
+        if name := self.remembered(model_type):
             return name
+        question = self.ask_only(model_type)
+        question.wait(until)
+        return question.answer()
+
+    def ask_only(self, model_type: str) -> Question[str]:
+        """Ask the server which service is the only one of `model_type`."""
+        before, _ = self._only.get(model_type, (None, 0.0))
+        return self._asker.ask(("type", model_type), lambda: self._find_only(model_type), before)
+
+    def live(self, service: str) -> int:
+        """Workers that lived when the server was last asked, at least 1. Waits for nothing, and keeps it fresh."""
+        known = self._known.get(service)
+        if known is None or not known.fresh:
+            self.ask(service)
+        return max(1, known.live_workers) if known else 1
+
+    def explain(self, service: str, tell: Callable[[Known], None]) -> None:
+        """Call `tell` with what the server says of `service` now, soon and from any thread; at once if it just did."""
+        known = self._known.get(service)
+        if known and time.monotonic() - known.read_at <= PATIENCE_S:
+            tell(known)
+            return
+
+        def answered(future: Future[Known]) -> None:
+            error, word = future.exception(), self.last_word(service)
+            tell(replace(word, away=error) if isinstance(error, MillstreamError) else word)
+
+        self.ask(service).future.add_done_callback(answered)
+
+    def last_word(self, service: str) -> Known:
+        """What the server last said of a service that was read; `away` if a question to it has no answer yet."""
+        known = self._known[service]
+        if time.monotonic() - known.read_at <= PATIENCE_S:
+            return known
+        silent = BrokerUnavailable(
+            f"Redis at {self._connection.safe_url} did not answer in time", hint="it is overloaded, frozen or cut off"
+        )
+        return known if known.away else replace(known, away=silent)
 
     def live_workers(self, service: str) -> int:
         """Workers with a beat younger than a lease, asked now. Raises UnknownService, BrokerUnavailable."""
-        known = self._read_since(service, time.monotonic())
+        known = self.ask(service).future.result()
         if known.away:
             raise known.away
         return known.live_workers
 
-    def paused(self, service: str) -> bool:
-        """Whether the service was paused when the server was last asked."""
-        known = self._known.get(service)
-        return known is not None and known.paused
-
     def _find_only(self, model_type: str) -> str:
-        names = [name for name in self._registry.names() if self.read(name)[0].model.type == model_type]
+        names = [name for name in self._registry.names() if self._fresh(name).spec.model.type == model_type]
         if len(names) == 1:
+            self._only[model_type] = (names[0], time.monotonic())
             return names[0]
         if names:
             raise UnknownService(f"{len(names)} {model_type} services", hint=f"say service=, one of {', '.join(names)}")
@@ -118,15 +199,12 @@ class Services:
             hint="run `millstream up` or `millstream config push`",
         )
 
-    def _read_since(self, service: str, since: float) -> _Known:
-        """What the server said after `since`. Threads that ask at the same time share its answer."""
-        with self._lock:
-            known = self._known.get(service)
-            if known is None or known.read_at < since:
-                known = self._known[service] = self._ask(service, known)
-            return known
+    def _fresh(self, service: str) -> Known:
+        known = self._known.get(service)
+        return known if known and known.fresh else self._ask(service)
 
-    def _ask(self, service: str, before: _Known | None) -> _Known:
+    def _ask(self, service: str) -> Known:
+        """In the asker's thread. Raises UnknownService; BrokerUnavailable if the service was never read."""
         try:
             spec, fingerprint = self._registry.describe(service)
             with translated(self._connection.safe_url):
@@ -134,7 +212,11 @@ class Services:
                 live = Lease(self._connection.client, keys).live_workers()
                 paused = find_pause(self._connection.client, keys) is not None
         except BrokerUnavailable as error:
+            before = self._known.get(service)
             if before is None:
                 raise
-            return replace(before, read_at=time.monotonic(), away=error)
-        return _Known(spec, fingerprint, live, paused, time.monotonic())
+            known = replace(before, read_at=time.monotonic(), away=error.with_traceback(None))
+        else:
+            known = Known(spec, fingerprint, live, paused, time.monotonic())
+        self._known[service] = known
+        return known

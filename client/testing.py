@@ -14,6 +14,7 @@ import hashlib
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures.thread import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, cast
@@ -30,15 +31,17 @@ from millstream.broker.job import Draft, Json, Reply, Vectors
 from millstream.broker.registry import Registry
 from millstream.broker.spec import ModelSpec, ModelType, Runtime
 from millstream.broker.streams import Admission, CancelOutcome, Found, Group, Streams
+from millstream.broker.submission import Submission
 from millstream.client.aio import AsyncClient
 from millstream.client.calls import NO_HITS, Ask, Calls
 from millstream.client.channel import Channel
 from millstream.client.client import Client
 from millstream.client.detached import Detached
 from millstream.client.handle import Handle
-from millstream.client.orders import Cancellation, Submission
+from millstream.client.orders import Cancellation
 from millstream.client.rows import RowOutcome
 from millstream.client.services import Services
+from millstream.client.terms import Progress
 
 Answers = Callable[[str], RowOutcome]
 """The outcome of one text: a vector [dim], a JSON value such as a score, or an error, returned or raised."""
@@ -150,19 +153,21 @@ class _FakeCalls(Calls):
         # It is named by error messages, and never connects.
         self.connection = Connection("redis://fake")
         self.registry = Registry(self.connection)
-        self.channel = cast(Channel, _FakeChannel(model, self.faults))
-        self.services = cast(Services, _FakeServices(types))
         self._left: dict[str, Streams] = {}
+        self.channel = cast(Channel, _FakeChannel(model, self.faults, self.streams))
+        self.services = cast(Services, _FakeServices(types))
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="millstream-fake")
 
     def begin(
         self,
         spec: ServiceSpec,
-        live_workers: int,
         inputs: Sequence[Json],
         ask: Ask,
         hits: Mapping[int, Cached] = NO_HITS,
+        began: float | None = None,
+        progress: Progress | None = None,
     ) -> Handle:
-        handle = super().begin(spec, live_workers, inputs, ask, hits)
+        handle = super().begin(spec, inputs, ask, hits, began, progress)
         self.made.append(Call(spec.name, list(inputs), ask))
         return handle
 
@@ -244,9 +249,10 @@ class _FakeChannel:
     client_id = "fake"
     stray_replies = 0
 
-    def __init__(self, model: _FakeModel, faults: deque[MillstreamError]) -> None:
+    def __init__(self, model: _FakeModel, faults: deque[MillstreamError], streams: Callable[[str], Streams]) -> None:
         self._model = model
         self._faults = faults
+        self._streams = streams
         self._closed = False
         self._turn = threading.local()
 
@@ -272,10 +278,23 @@ class _FakeChannel:
                 submission.sink.answered(draft.id, self._model.reply(submission.service, draft))
             queue.popleft()
 
+    def leave(self, submissions: Sequence[Submission]) -> None:
+        for submission in submissions:
+            self._streams(submission.service).enqueue([submission.group])
+            if submission.accepted:
+                submission.accepted()
+
     def cancel(self, cancellation: Cancellation) -> None:
         cancellation.told(["gone"] * len(cancellation.job_ids))
 
+    withdraw = cancel
+
+    def refusal_of(self, job_id: str) -> MillstreamError | None:
+        return None
+
     def forget(self, service: str, job_ids: Sequence[str]) -> None: ...
+
+    def flush(self, timeout: float) -> None: ...
 
     def close(self) -> None:
         self._closed = True
@@ -287,25 +306,24 @@ class _FakeServices:
     def __init__(self, types: Mapping[str, ModelType]) -> None:
         self._types = types
 
-    def known(self, service: str) -> tuple[ServiceSpec, int]:
+    def known(self, service: str, until: float | None = None) -> ServiceSpec:
         model = ModelSpec(type=self._types.get(service, "embedding"), model_name="fake")
         try:
-            return ServiceSpec(name=service, model=model, model_ref="fake", runtime=Runtime()), 1
+            return ServiceSpec(name=service, model=model, model_ref="fake", runtime=Runtime())
         except ValueError:
             raise UnknownService(f"no service {service!r}", hint="it is no name of a service") from None
 
     read = known
 
-    def only(self, model_type: str) -> str:
+    def only(self, model_type: str, until: float | None = None) -> str:
         return RERANKER if model_type == "reranker" else SERVICE
 
     remembered = only
 
-    def live_workers(self, service: str) -> int:
+    def live(self, service: str) -> int:
         return 1
 
-    def paused(self, service: str) -> bool:
-        return False
+    def close(self) -> None: ...
 
 
 class _FakeStreams:

@@ -1,8 +1,9 @@
--- Accept jobs, in groups: a group enters whole or not at all, once, however often its caller sends it.
+-- Accept jobs, in groups: a group enters whole or not at all, once, however often its caller sends it. First come,
+-- first served: a group is refused with an earlier one of its priority, or of its rate limit, that was refused.
 -- KEYS[1] HASH the service   KEYS[2..4] STREAM realtime, normal, batch   KEYS[5] HASH the service's token bucket
--- KEYS[6] STRING paused: 'refusing' turns new jobs away   KEYS[7] HASH refused: reason -> how many groups were
+-- KEYS[6] STRING paused: 'refusing' turns new jobs away   KEYS[7] HASH refused: reason -> how many calls were
 -- KEYS[8..] per group: HASH its tenant's token bucket, then STRING seen, one a job
--- ARGV[1] groups, each as: priority 1..3, jobs, calls to charge for, then per job
+-- ARGV[1] groups, each as: priority 1..3, jobs, calls to charge for, calls to count if refused, then per job
 --         id op rows tokens deadline_in queue_in client tenant trace body   (times in ms from now, '' for none)
 -- What is '' is left out of the entry.
 -- Returns per group {1} accepted; {2} accepted before; {0, reason, retry_after_ms} refused
@@ -121,30 +122,45 @@ local function refusal(priority, bucket, arg, calls, jobs)
   if not known then return 'unknown_service', 0 end
   if refusing then return 'paused', RETRY_PAUSED_AFTER_MS end
   if is_full(priority, jobs) then return 'queue_full', RETRY_AFTER_MS end
-  if limited then return charge(per_tenant and bucket or KEYS[5], cost_of(arg, calls, jobs)) end
+  if limited then return charge(bucket, cost_of(arg, calls, jobs)) end
 end
 
 -- pcall: a server whose memory is full has other worries than this count.
-local function count_refusal(reason)
-  if reason == 'unknown_service' then return end
-  redis.pcall('HINCRBY', KEYS[7], reason, 1)
+local function count_refusals(reason, calls)
+  if reason == 'unknown_service' or calls == '0' then return end
+  redis.pcall('HINCRBY', KEYS[7], reason, calls)
   redis.pcall('PEXPIRE', KEYS[7], REFUSED_KEPT_MS)
+end
+
+-- The first refusals: of a priority that has no room, of a priority's jobs whose token bucket is empty.
+local closed = {}
+
+local function decide(priority, bucket, arg, calls, jobs)
+  local line = priority .. bucket
+  local earlier = closed[priority] or closed[line]
+  if earlier then return earlier[1], earlier[2] end
+  local reason, retry_after = refusal(priority, bucket, arg, calls, jobs)
+  -- Jobs that must enter together need more room than those behind them, and hold nobody up.
+  if jobs == 1 and reason == 'rate_limited' then closed[line] = {reason, retry_after} end
+  if jobs == 1 and reason == 'queue_full' then closed[priority] = {reason, retry_after} end
+  return reason, retry_after
 end
 
 local outcomes = {}
 local arg, key = 2, 8
 for group = 1, tonumber(ARGV[1]) do
   local priority, jobs, calls = tonumber(ARGV[arg]), tonumber(ARGV[arg + 1]), tonumber(ARGV[arg + 2])
-  local bucket, seen = KEYS[key], key + 1
-  arg = arg + 3
+  local to_count = ARGV[arg + 3]
+  local bucket, seen = per_tenant and KEYS[key] or KEYS[5], key + 1
+  arg = arg + 4
   if redis.call('EXISTS', KEYS[seen]) == 1 then
     for job = 0, jobs - 1 do repeated(KEYS[seen + job]) end
     outcomes[group] = {ACCEPTED_BEFORE}
   else
-    local reason, retry_after = refusal(priority, bucket, arg, calls, jobs)
+    local reason, retry_after = decide(priority, bucket, arg, calls, jobs)
     if reason then
       outcomes[group] = {REFUSED, reason, retry_after}
-      count_refusal(reason)
+      count_refusals(reason, to_count)
     else
       for job = 0, jobs - 1 do accept(priority, KEYS[seen + job], arg + 10 * job) end
       depths[priority] = depths[priority] + jobs

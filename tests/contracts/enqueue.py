@@ -125,6 +125,25 @@ class EnqueueContract:
 
         assert queue.streams.enqueue(groups) == [ACCEPTED, FULL, ACCEPTED]
 
+    def test_a_job_behind_a_refused_one_of_its_priority_does_not_pass_it(self, queue: Queue) -> None:
+        queue.client.hset(queue.keys.spec(), mapping={"max_queue_normal": 1})
+        queue.put(draft())
+        first, second = draft(), draft()
+        before = queue.streams.enqueue([Group(Priority.NORMAL, [first]), Group(Priority.NORMAL, [second])])
+        queue.client.hdel(queue.keys.spec(), "max_queue_normal")
+
+        assert before == [FULL, FULL]
+        assert queue.streams.enqueue([Group(Priority.NORMAL, [second]), Group(Priority.NORMAL, [first])])
+
+    def test_a_call_that_is_sent_again_is_not_counted_again(self, queue: Queue) -> None:
+        queue.client.hset(queue.keys.spec(), mapping={"max_queue_size": 0})
+        group = Group(Priority.NORMAL, [draft()])
+
+        queue.streams.enqueue([group])
+        queue.streams.enqueue([group._replace(refusals=0)])
+
+        assert queue.client.hgetall(queue.keys.refused()) == {b"queue_full": b"1"}
+
     def test_refusals_are_counted_by_their_reason(self, queue: Queue) -> None:
         queue.client.hset(queue.keys.spec(), mapping={"max_queue_size": 1})
         queue.put(draft())

@@ -54,6 +54,27 @@ class RateContract:
         assert self.send(queue, draft(rows=3), calls=0) == ACCEPTED
         assert self.send(queue, draft(rows=1), calls=0).refused == "rate_limited"
 
+    def test_the_later_jobs_of_a_call_do_not_pass_its_first_one(self, queue: Queue) -> None:
+        self.limit(queue, requests=1)
+        self.send(queue)
+        call = [Group(Priority.NORMAL, [draft()], calls) for calls in (1, 0, 0)]
+
+        refused = queue.streams.enqueue(call)
+        self.passes(queue, 1)
+
+        assert [each.refused for each in refused] == ["rate_limited"] * 3
+        assert queue.streams.enqueue(call) == [ACCEPTED] * 3
+
+    def test_a_job_refused_for_the_rate_holds_up_its_own_priority_and_tenant_only(self, queue: Queue) -> None:
+        self.limit(queue, rows=2, per="tenant")
+        groups = [
+            Group(Priority.NORMAL, [draft(rows=2, tenant="a")]),
+            Group(Priority.NORMAL, [draft(rows=2, tenant="a")]),
+            Group(Priority.NORMAL, [draft(rows=2, tenant="b")]),
+        ]
+
+        assert [each.refused for each in queue.streams.enqueue(groups)] == ["", "rate_limited", ""]
+
     def test_tokens_are_limited_too(self, queue: Queue) -> None:
         self.limit(queue, tokens=10)
 

@@ -184,7 +184,7 @@ def with_locks_held(url: str, service: str, idle: str) -> None:
     pool = calls.connection.client.connection_pool
     locks: list[AbstractContextManager[object]] = [
         calls.channel._lock,
-        calls.services._lock,
+        calls.services._asker._lock,
         pool._lock,
         pool._fork_lock,
         handle._lock,

@@ -8,6 +8,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import pytest
 from bystander import Bystander
@@ -26,7 +27,7 @@ from millstream.broker.errors import (
     ResultExpired,
     UnknownService,
 )
-from millstream.broker.job import Json
+from millstream.broker.job import Json, Priority
 from millstream.broker.keys import ServiceKeys
 from millstream.client import AsyncClient, Client
 from millstream.client.detached import Detached
@@ -246,3 +247,40 @@ def test_an_async_client_leaves_calls_and_finds_them(server: EmbeddedServer, ech
             return await asyncio.to_thread(client.job(detached.id).result, LONG_S)
 
     assert asyncio.run(run()) == ["a"]
+
+
+def test_a_call_of_more_jobs_than_the_queue_holds_enters_as_room_appears(
+    server: EmbeddedServer, client: Client
+) -> None:
+    narrow = echo_spec("test-narrow", batch_size=1, max_queue_size=20)
+    rows: list[Json] = [f"{n}" for n in range(110)]
+    with working(server.url, narrow):
+        assert client.submit_detached("test-narrow", rows).result(LONG_S) == rows
+    remove(server.url, "test-narrow")
+
+
+def test_a_call_that_found_no_room_leaves_no_job_behind(
+    client: Client, connection: Connection, service: str, bystander: Callable[..., Bystander]
+) -> None:
+    bystander(batch_size=1, max_queue_size=200)
+    stream = ServiceKeys(service).stream(Priority.BATCH)
+
+    with pytest.raises(QueueFull):
+        client.submit_detached(service, [f"{n}" for n in range(300)], timeout=0.5)
+
+    eventually(lambda: connection.client.xlen(stream) == 0)
+
+
+def test_a_detached_job_says_how_many_tokens_it_has(
+    client: Client, connection: Connection, service: str, bystander: Callable[..., Bystander]
+) -> None:
+    bystander(rate_limit={"tokens": 100})
+
+    with pytest.raises(InvalidRequest, match="rate limit"):
+        client.submit_detached(service, ["four words of text " * 100])
+    client.submit_detached(service, ["x" * 40])
+
+    ((_, fields),) = cast(
+        list[tuple[bytes, dict[bytes, bytes]]], connection.client.xrange(ServiceKeys(service).stream(Priority.BATCH))
+    )
+    assert fields[b"tokens"] == b"12"

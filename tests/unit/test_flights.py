@@ -14,9 +14,10 @@ from millstream.broker.codec import encode_inputs, encode_reply
 from millstream.broker.errors import BrokerUnavailable, DeadlineExceeded, MillstreamError, QueueFull
 from millstream.broker.job import Draft, Priority, Reply
 from millstream.broker.streams import CancelOutcome, Group
+from millstream.broker.submission import Submission
 from millstream.client.channel import Channel
 from millstream.client.flights import Flights
-from millstream.client.orders import Cancellation, Submission
+from millstream.client.orders import Cancellation
 
 ANSWER = encode_reply(Reply(values=["done"]))
 

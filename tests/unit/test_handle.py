@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
@@ -27,13 +28,20 @@ from millstream.broker.errors import (
     QueueFull,
 )
 from millstream.broker.job import Draft, Json, Priority, Reply
+from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.submission import Submission
 from millstream.client import handle as handle_module
 from millstream.client.baton import baton
 from millstream.client.channel import Channel
-from millstream.client.handle import Handle, Terms
-from millstream.client.orders import Cancellation, Submission
+from millstream.client.flow import JOBS_PER_WORKER
+from millstream.client.handle import Handle
+from millstream.client.orders import Cancellation
 from millstream.client.result import Embeddings
+from millstream.client.services import Known
 from millstream.client.split import split
+from millstream.client.terms import Progress, Terms
+from millstream.client.testing import FakeClient
+from millstream.client.transfer import VERDICT_S
 
 
 class FakeChannel:
@@ -59,6 +67,9 @@ class FakeChannel:
     def forget(self, service: str, job_ids: Sequence[str]) -> None:
         self.forgotten += job_ids
 
+    def refusal_of(self, job_id: str) -> MillstreamError | None:
+        return None
+
     def cancel(self, cancellation: Cancellation) -> None:
         self.cancelled += cancellation.job_ids
 
@@ -67,6 +78,27 @@ class FakeChannel:
         draft = self.waiting.pop(at)
         inputs, _ = decode_inputs(draft.body, draft.rows)
         return draft, inputs
+
+
+SPEC = ServiceSpec(name="echo", model=ModelSpec(type="echo"), model_ref="echo", runtime=Runtime())
+
+
+class FakeWatch:
+    """A service with as many live workers as it says; says at once why a call is late."""
+
+    def __init__(self, live_workers: int = 0) -> None:
+        self.live_workers = live_workers
+        self.silent = False
+
+    def live(self, service: str) -> int:
+        return max(1, self.live_workers)
+
+    def explain(self, service: str, tell: Callable[[Known], None]) -> None:
+        if not self.silent:
+            tell(self.last_word(service))
+
+    def last_word(self, service: str) -> Known:
+        return Known(SPEC, "", self.live_workers, False, 0.0)
 
 
 def terms(
@@ -82,18 +114,18 @@ def call(
     *,
     rows_a_job: int = 2,
     refused: Mapping[int, MillstreamError] | None = None,
-    why_late: Callable[[str], MillstreamError] = lambda service: NoWorkers("nobody"),
+    watch: FakeWatch | None = None,
 ) -> Handle:
     refused = refused or {}
     sizes = {row: len(str(text)) for row, text in enumerate(inputs) if row not in refused}
     parts = split(sizes, rows_a_job, 10_000)
-    return Handle(cast(Channel, channel), given_terms or terms(), inputs, parts, refused, why_late)
+    return Handle(cast(Channel, channel), given_terms or terms(), inputs, parts, refused, watch or FakeWatch())
 
 
 def echo_all(channel: FakeChannel, handle: Handle, chance: random.Random) -> None:
     while channel.waiting:
         draft, inputs = channel.take(chance.randrange(len(channel.waiting)))
-        handle.answered(draft.id, encode_reply(Reply(values=inputs)))
+        handle._transfer.answered(draft.id, encode_reply(Reply(values=inputs)))
 
 
 texts = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), max_size=40)
@@ -121,7 +153,7 @@ def test_vectors_are_stacked_in_the_order_of_the_texts_and_what_they_cost_is_add
         draft, inputs = channel.take(-1)
         vectors = np.array([[float(str(text)), 0.5] for text in inputs], dtype=np.float32)
         reply = Reply(vectors=vectors, tokens=3, truncated=(0,), timings={"queue": float(draft.rows)})
-        handle.answered(draft.id, encode_reply(reply))
+        handle._transfer.answered(draft.id, encode_reply(reply))
 
     result = handle.result(0)
     assert isinstance(result, Embeddings)
@@ -144,9 +176,9 @@ def test_failures_are_told_by_row_beside_the_results_of_the_others() -> None:
     handle = call(channel, ["a", "b", "c", "d", 5], refused={4: InvalidRequest("no string")})
 
     first, _ = channel.take()
-    handle.answered(first.id, encode_reply(Reply(values=["A"], errors={1: ModelFailed("NaN")})))
+    handle._transfer.answered(first.id, encode_reply(Reply(values=["A"], errors={1: ModelFailed("NaN")})))
     second, _ = channel.take()
-    handle.answered(second.id, encode_reply(Reply(error=DeadlineExceeded("late", phase="queue"))))
+    handle._transfer.answered(second.id, encode_reply(Reply(error=DeadlineExceeded("late", phase="inference"))))
 
     with pytest.raises(PartialFailure) as caught:
         handle.result(0)
@@ -175,7 +207,7 @@ def test_a_reply_that_does_not_fit_its_job_fails_or_is_read_but_breaks_nothing(r
     channel = FakeChannel()
     handle = call(channel, ["a", "b"])
 
-    handle.answered(channel.take()[0].id, reply)
+    handle._transfer.answered(channel.take()[0].id, reply)
 
     try:
         assert handle.result(0) == ["a", "b"]
@@ -189,7 +221,7 @@ def test_vectors_of_different_lengths_are_the_models_failure() -> None:
 
     for dim in (2, 3):
         draft, inputs = channel.take()
-        handle.answered(draft.id, encode_reply(Reply(vectors=np.ones((len(inputs), dim), dtype=np.float32))))
+        handle._transfer.answered(draft.id, encode_reply(Reply(vectors=np.ones((len(inputs), dim), dtype=np.float32))))
 
     with pytest.raises(ModelFailed):
         handle.result(0)
@@ -200,8 +232,8 @@ def test_an_answer_that_comes_twice_counts_once() -> None:
     handle = call(channel, ["a", "b", "c"])
     draft, inputs = channel.take()
 
-    handle.answered(draft.id, encode_reply(Reply(values=inputs)))
-    handle.answered(draft.id, encode_reply(Reply(values=["other", "other"])))
+    handle._transfer.answered(draft.id, encode_reply(Reply(values=inputs)))
+    handle._transfer.answered(draft.id, encode_reply(Reply(values=["other", "other"])))
 
     assert not handle.done()
     echo_all(channel, handle, random.Random(1))
@@ -214,7 +246,7 @@ def test_without_patience_what_the_window_holds_is_one_submission_accepted_whole
 
     (submission,) = channel.submissions
     assert (len(submission.group.drafts), submission.until) == (3, 0.0)
-    handle.refused([draft.id for draft in submission.group.drafts], QueueFull("full", retry_after=0.1))
+    handle._transfer.refused([draft.id for draft in submission.group.drafts], QueueFull("full", retry_after=0.1))
 
     with pytest.raises(QueueFull) as caught:
         handle.result(0)
@@ -225,7 +257,7 @@ def test_a_refusal_ends_what_was_not_sent_yet() -> None:
     channel = FakeChannel()
     handle = call(channel, ["a", "b", "c"], terms(window=1), rows_a_job=1)
 
-    handle.refused([channel.take()[0].id], BrokerUnavailable("away"))
+    handle._transfer.refused([channel.take()[0].id], BrokerUnavailable("away"))
 
     assert channel.waiting == []
     with pytest.raises(BrokerUnavailable):
@@ -248,7 +280,7 @@ def test_a_channel_closed_between_two_jobs_fails_the_rest() -> None:
     draft, inputs = channel.take()
     channel.closed = True
 
-    handle.answered(draft.id, encode_reply(Reply(values=inputs)))
+    handle._transfer.answered(draft.id, encode_reply(Reply(values=inputs)))
 
     with pytest.raises(PartialFailure):
         handle.result(0)
@@ -300,14 +332,15 @@ def test_with_a_timeout_every_job_ends_with_the_call() -> None:
 
 
 def test_a_call_whose_end_was_interrupted_is_over_all_the_same() -> None:
-    def interrupted(service: str) -> MillstreamError:
-        raise KeyboardInterrupt
+    class Interrupted(FakeWatch):
+        def explain(self, service: str, tell: Callable[[Known], None]) -> None:
+            raise KeyboardInterrupt
 
-    handle = call(FakeChannel(), ["a", "b"], terms(window=1, timeout=1e-9), rows_a_job=1, why_late=interrupted)
+    handle = call(FakeChannel(), ["a", "b"], terms(window=1, timeout=1e-9), rows_a_job=1, watch=Interrupted())
 
     with pytest.raises(KeyboardInterrupt):
         handle.result()
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(NoWorkers):
         handle.result()
 
 
@@ -337,7 +370,7 @@ def test_a_cancellation_does_not_overtake_what_another_thread_is_sending() -> No
     draft, inputs = channel.take()
     channel.gate.clear()
     channel.entered.clear()
-    sending = threading.Thread(target=lambda: handle.answered(draft.id, encode_reply(Reply(values=inputs))))
+    sending = threading.Thread(target=lambda: handle._transfer.answered(draft.id, encode_reply(Reply(values=inputs))))
     cancelling = threading.Thread(target=handle.cancel_soon)
 
     sending.start()
@@ -356,7 +389,7 @@ def test_an_endless_wait_is_one() -> None:
     channel = FakeChannel()
     handle = call(channel, ["a"], terms(timeout=float("inf")))
     draft, inputs = channel.take()
-    answering = threading.Timer(0.02, lambda: handle.answered(draft.id, encode_reply(Reply(values=inputs))))
+    answering = threading.Timer(0.02, lambda: handle._transfer.answered(draft.id, encode_reply(Reply(values=inputs))))
     answering.start()
 
     assert handle.result(timeout=float("inf")) == ["a"]
@@ -368,13 +401,13 @@ def waiting(handles: Sequence[Handle]) -> list[threading.Thread]:
     threads = [threading.Thread(target=handle.result, daemon=True) for handle in handles]
     for thread in threads:
         thread.start()
-    eventually(lambda: all(handle._waiters for handle in handles))
+    eventually(lambda: all(handle._transfer.waiters for handle in handles))
     return threads
 
 
 def answer(channel: FakeChannel, handle: Handle) -> None:
     draft, inputs = channel.take()
-    handle.answered(draft.id, encode_reply(Reply(values=inputs)))
+    handle._transfer.answered(draft.id, encode_reply(Reply(values=inputs)))
 
 
 def test_every_thread_whose_call_was_answered_wakes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,7 +443,7 @@ def test_an_error_made_for_a_missing_row_is_made_anew() -> None:
     for _ in range(2):
         channel = FakeChannel()
         handle = call(channel, ["a"])
-        handle.answered(channel.take()[0].id, encode_reply(Reply(values=[])))
+        handle._transfer.answered(channel.take()[0].id, encode_reply(Reply(values=[])))
         with pytest.raises(ModelFailed) as caught:
             handle.result(0)
         errors.append(caught.value)
@@ -434,3 +467,181 @@ def test_a_forked_child_goes_on_with_names_of_its_own() -> None:
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 
     assert said.stdout == "True\n"
+
+
+def expired() -> bytes:
+    return encode_reply(Reply(error=DeadlineExceeded("not started in time", phase="total")))
+
+
+def test_what_the_caller_does_to_its_list_later_does_not_travel() -> None:
+    channel, rows = FakeChannel(), ["a", "b", "c"]
+    handle = call(channel, cast(list[Json], rows), terms(window=1), rows_a_job=1)
+    rows.clear()
+
+    echo_all(channel, handle, random.Random(1))
+
+    assert handle.result(0) == ["a", "b", "c"]
+
+
+def test_what_the_caller_does_to_its_options_later_does_not_travel() -> None:
+    fake = FakeClient(handlers={})
+    words = ["stop"]
+    handle = fake.submit("embed", ["a"], words=cast(Json, words))
+
+    words.append("changed")
+
+    assert handle._transfer._terms.options == {"words": ["stop"]}
+
+
+def test_a_part_that_cannot_be_sent_has_its_own_error() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", cast(Json, {"no", "json"}), "c"], rows_a_job=1)
+
+    echo_all(channel, handle, random.Random(1))
+
+    a, bad, c = handle.outcomes(0)
+    assert (a, c) == ("a", "c")
+    assert isinstance(bad, InvalidRequest)
+
+
+def test_a_job_whose_time_is_over_goes_on_with_its_call_while_that_is_answered() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b"], terms(total_timeout=60), rows_a_job=1)
+    answer(channel, handle)
+    late, _ = channel.take()
+
+    handle._transfer.answered(late.id, expired())
+
+    (again,) = channel.waiting
+    assert again.id != late.id
+    echo_all(channel, handle, random.Random(1))
+    assert handle.result(0) == ["a", "b"]
+
+
+def test_a_job_whose_time_is_over_fails_alone_if_nothing_else_was_answered() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b", "c"], terms(window=1, total_timeout=60), rows_a_job=1)
+    late, _ = channel.take()
+
+    handle._transfer.answered(late.id, expired())
+    echo_all(channel, handle, random.Random(1))
+
+    first, *others = handle.outcomes(0)
+    assert isinstance(first, DeadlineExceeded)
+    assert others == ["b", "c"]
+
+
+def test_a_job_that_found_no_room_in_its_time_is_sent_again_while_its_call_is_answered() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b"], terms(total_timeout=60), rows_a_job=1)
+    answer(channel, handle)
+    late, _ = channel.take()
+
+    handle._transfer.refused([late.id], QueueFull("full"))
+    echo_all(channel, handle, random.Random(1))
+
+    assert handle.result(0) == ["a", "b"]
+
+
+def test_a_call_with_a_timeout_of_its_own_is_not_given_more() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b"], terms(timeout=60), rows_a_job=1)
+    answer(channel, handle)
+    late, _ = channel.take()
+
+    handle._transfer.answered(late.id, expired())
+
+    assert channel.waiting == []
+    with pytest.raises(PartialFailure):
+        handle.result(0)
+
+
+def test_a_call_that_is_answered_nothing_for_its_total_time_ends() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b"], terms(window=1, total_timeout=0.05), rows_a_job=1)
+
+    with pytest.raises(NoWorkers):
+        handle.result()
+
+    assert channel.cancelled == [channel.waiting[0].id]
+
+
+def test_a_call_without_a_limit_ends_when_nobody_is_there_to_answer_it() -> None:
+    endless = terms()._replace(idle_timeout=0.02)
+    idle = call(FakeChannel(), ["a"], endless, watch=FakeWatch(live_workers=0))
+    served = call(FakeChannel(), ["a"], endless, watch=FakeWatch(live_workers=1))
+
+    with pytest.raises(NoWorkers):
+        idle.result()
+    assert not served.wait(0.1)
+
+
+def test_calls_of_one_map_share_their_progress() -> None:
+    channel, progress = FakeChannel(), Progress()
+    limits = terms(total_timeout=0.2)
+    first, second = (
+        Handle(channel, limits, ["a"], split({0: 1}, 1, 100), {}, FakeWatch(1), progress=progress) for _ in range(2)
+    )
+
+    progress.at += 60.0
+
+    assert not second.wait(0.4)
+    assert not first.wait(0)
+
+
+def test_a_call_that_is_late_asks_without_waiting_and_ends_though_nobody_says_why() -> None:
+    watch = FakeWatch()
+    watch.silent = True
+    handle = call(FakeChannel(), ["a"], terms(timeout=0.01), watch=watch)
+    began = time.monotonic()
+
+    with pytest.raises(NoWorkers):
+        handle.result()
+
+    assert time.monotonic() - began < 0.01 + VERDICT_S + 0.5
+
+
+def test_a_late_call_whose_job_was_never_accepted_says_why() -> None:
+    class Full(FakeChannel):
+        def refusal_of(self, job_id: str) -> MillstreamError | None:
+            return QueueFull("full", retry_after=0.1)
+
+    handle = call(Full(), ["a", "b", "c"], terms(window=1, timeout=0.01), rows_a_job=1)
+
+    with pytest.raises(QueueFull):
+        handle.result()
+
+
+def test_a_call_that_does_not_wait_waits_for_room_later_neither() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b"], terms(window=1, wait=False), rows_a_job=1)
+
+    answer(channel, handle)
+
+    assert [submission.until for submission in channel.submissions] == [0.0, 0.0]
+
+
+def test_a_worker_that_joins_in_the_middle_of_a_call_gets_jobs_of_it() -> None:
+    channel, watch = FakeChannel(), FakeWatch(live_workers=1)
+    rows = [f"{n}" for n in range(100)]
+    handle = call(channel, cast(list[Json], rows), terms(window=128), rows_a_job=1, watch=watch)
+    assert len(channel.waiting) == JOBS_PER_WORKER
+
+    watch.live_workers = 3
+    answer(channel, handle)
+
+    assert len(channel.waiting) == 3 * JOBS_PER_WORKER
+
+
+def test_an_interrupt_while_a_call_begins_leaves_nothing_running() -> None:
+    class Interrupted(FakeChannel):
+        def submit(self, submissions: Sequence[Submission]) -> None:
+            super().submit(submissions)
+            raise KeyboardInterrupt
+
+    channel = Interrupted()
+
+    with pytest.raises(KeyboardInterrupt):
+        call(channel, ["a"])
+
+    assert channel.cancelled == [channel.waiting[0].id]

@@ -79,10 +79,10 @@ def test_threads_that_ask_at_once_share_an_answer(services: Services, registry: 
 
 def test_what_was_read_a_moment_ago_is_known(services: Services, registry: FakeRegistry) -> None:
     assert services.known("embed") is None
-    spec, live = services.read("embed")
+    spec = services.read("embed")
 
-    assert services.known("embed") == services.read("embed") == (spec, live)
-    assert live == 2
+    assert services.known("embed") == services.read("embed") == spec
+    assert services.live("embed") == 2
     assert registry.asked == 1
 
 
@@ -94,7 +94,7 @@ def test_what_was_read_stays_good_while_the_server_is_away(
     registry.away = True
     monkeypatch.setattr(module, "FRESH_S", -1.0)
 
-    assert services.read("embed")[1] == 2
+    assert services.read("embed").name == "embed"
     assert services.only("embedding") == "embed"
     with pytest.raises(BrokerUnavailable):
         services.live_workers("embed")

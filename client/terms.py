@@ -1,0 +1,69 @@
+"""What a call is made of: its terms, and the interfaces of the channel and of the services it needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from millstream.broker.errors import MillstreamError
+from millstream.broker.job import Json, Priority
+from millstream.broker.submission import Submission
+from millstream.client.orders import Cancellation
+from millstream.client.services import Known
+
+
+class Terms(NamedTuple):
+    """How a call is to be run. Times in seconds; None is no limit.
+
+    `timeout` bounds the whole call. Without it the call ends when nothing of it was answered for `total_timeout`: a
+    call of any length goes on as long as it makes progress. Without both it ends when nothing was answered for
+    `idle_timeout` and no worker lives. `most_jobs` is how many jobs may be in flight at most.
+    """
+
+    service: str
+    op: str
+    priority: Priority
+    options: Mapping[str, Json]
+    timeout: float | None
+    total_timeout: float | None
+    queue_timeout: float | None
+    wait: bool
+    most_jobs: int
+    tenant: str = ""
+    replicated: bool = False
+    rate_per_tenant: bool = False
+    idle_timeout: float | None = None
+
+
+class Progress:
+    """When something of one call, or of the calls of one map, was last answered; monotonic seconds."""
+
+    def __init__(self, at: float | None = None) -> None:
+        self.at = time.monotonic() if at is None else at
+
+
+class Watch(Protocol):
+    """What a call asks about its service. No method waits for the server."""
+
+    def live(self, service: str) -> int:
+        """Workers that lived when the server was last asked, at least 1."""
+
+    def explain(self, service: str, tell: Callable[[Known], None]) -> None:
+        """Calls `tell` with the state of the service, soon, from any thread."""
+
+    def last_word(self, service: str) -> Known:
+        """The state of the service as last heard."""
+
+
+class Lane(Protocol):
+    """The part of a channel that a call uses."""
+
+    @property
+    def client_id(self) -> str: ...
+
+    def submit(self, submissions: Sequence[Submission]) -> None: ...
+
+    def cancel(self, cancellation: Cancellation) -> None: ...
+
+    def refusal_of(self, job_id: str) -> MillstreamError | None: ...

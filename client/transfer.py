@@ -1,0 +1,262 @@
+"""The jobs of one call: sent a window at a time, answered, sent again if they ran out of time, given up together."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+from millstream.broker.cache import Cached
+from millstream.broker.codec import decode_reply, encode_inputs
+from millstream.broker.errors import (
+    BrokerUnavailable,
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    Malformed,
+    MillstreamError,
+    ModelFailed,
+    QueueFull,
+    RateLimited,
+    ServicePaused,
+    described,
+)
+from millstream.broker.job import Draft, Json, Reply
+from millstream.broker.streams import CancelOutcome, Group
+from millstream.broker.submission import Submission
+from millstream.client.baton import baton
+from millstream.client.flow import Flow
+from millstream.client.ids import new_id
+from millstream.client.orders import Cancellation
+from millstream.client.rows import Rows
+from millstream.client.services import Known
+from millstream.client.split import Part
+from millstream.client.terms import Lane, Progress, Terms, Watch
+
+VERDICT_S = 0.25
+"""Seconds after its time that a call waits at most for the server to say why it is late."""
+
+
+class _Sent(NamedTuple):
+    """A job in flight, sent at `at`, monotonic seconds."""
+
+    part: Part
+    at: float
+
+
+class Transfer:
+    """One call's jobs, as the sink of the channel. Wakes `waiters` and calls `listeners` when rows have an outcome."""
+
+    def __init__(
+        self,
+        channel: Lane,
+        watch: Watch,
+        terms: Terms,
+        inputs: Sequence[Json],
+        parts: Sequence[Part],
+        given: Mapping[int, MillstreamError | Cached],
+        began: float,
+        progress: Progress,
+    ) -> None:
+        self.id = self._first_id = new_id()
+        self.lock = threading.RLock()
+        self.rows = Rows(len(inputs), given)
+        self.began = self.ended = began
+        self._channel = channel
+        self._watch = watch
+        self._terms = terms
+        # A copy: what the caller does to its list later is not for us.
+        self._inputs = list(inputs)
+        self._unsent = deque(parts)
+        self._sent: dict[str, _Sent] = {}
+        self._sendable = self.rows.left
+        self._end = None if terms.timeout is None else began + terms.timeout
+        self._progress = progress
+        # To be begun is progress, too: a map begins its later calls long after its first.
+        progress.at = max(progress.at, began)
+        self._flow = Flow(terms.most_jobs, terms.total_timeout if terms.timeout is None else None, began)
+        self._looked_at = began
+        self._verdict_by: float | None = None
+        self.waiters: list[threading.Lock] = []
+        self.listeners: list[Callable[[], None]] = []
+
+    @property
+    def untouched(self) -> bool:
+        """Whether rows were sent and none has an outcome yet."""
+        return 0 < self.rows.left == self._sendable
+
+    # -- sending -----------------------------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """Send what the window has room for."""
+        # The channel's turn too is under the lock: a cancellation must not overtake what it cancels.
+        with self.lock:
+            drafts: list[Draft] = []
+            window = self._flow.window(self._watch.live(self._terms.service)) if self._unsent else 0
+            while self._unsent and len(self._sent) < window:
+                if draft := self._draft(self._unsent.popleft()):
+                    drafts.append(draft)
+            if not drafts:
+                return
+            try:
+                self._channel.submit(self._submissions(drafts))
+            except MillstreamError as error:
+                self.refused([draft.id for draft in drafts], error)
+
+    def _submissions(self, drafts: Sequence[Draft]) -> list[Submission]:
+        """One a job, each waiting out refusals by itself; if the call does not wait, one for all, accepted or not."""
+        terms = self._terms
+        tenant = terms.tenant if terms.rate_per_tenant else ""
+        if not terms.wait:
+            return [Submission(terms.service, self._group(drafts), self, 0.0, tenant)]
+        return [Submission(terms.service, self._group([draft]), self, draft.deadline, tenant) for draft in drafts]
+
+    def _group(self, drafts: Sequence[Draft]) -> Group:
+        # The call is charged with its first job, which has the call's id.
+        calls = int(drafts[0].id == self.id)
+        return Group(self._terms.priority, drafts, calls, self._terms.replicated, refusals=calls)
+
+    def _draft(self, part: Part) -> Draft | None:
+        """The job that carries `part`; None, and its rows have their error, if it cannot be encoded."""
+        terms, now = self._terms, time.monotonic()
+        try:
+            body = encode_inputs([self._inputs[row] for row in part.rows], terms.options)
+        except (TypeError, ValueError, RecursionError) as error:
+            self._place([part], InvalidRequest(f"cannot be sent: {described(error)}"))
+            return None
+        own_end = None if terms.total_timeout is None else now + terms.total_timeout
+        end = self._end if self._end is not None else own_end
+        queue_by = None if terms.queue_timeout is None else now + terms.queue_timeout
+        job_id, client = self._first_id or new_id(), self._channel.client_id
+        draft = Draft(job_id, terms.op, len(part.rows), part.tokens, body, client, end, queue_by, terms.tenant)
+        self._first_id = ""
+        self._sent[draft.id] = _Sent(part, now)
+        return draft
+
+    # -- the channel's side ------------------------------------------------------------------------------------
+
+    def answered(self, job_id: str, reply: bytes) -> None:
+        """A job's reply came. Called by the channel."""
+        outcome: Reply | MillstreamError
+        try:
+            outcome = decode_reply(reply)
+        except Malformed as error:
+            outcome = ModelFailed(f"its reply cannot be read: {error}", hint="client and worker of different versions?")
+        with self.lock:
+            if sent := self._sent.pop(job_id, None):
+                self._settle(sent, outcome)
+        if self._unsent:
+            self._flow.answered(time.monotonic())
+            self.pump()
+
+    def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
+        """Jobs were not accepted, or nobody listens for their answers any more. Called by the channel."""
+        with self.lock:
+            sent = [self._sent.pop(job_id) for job_id in job_ids if job_id in self._sent]
+            lost = [each.part for each in sent if not self._may_run_again(each, error)]
+            self._unsent.extendleft(each.part for each in sent if self._may_run_again(each, error))
+            if lost and not isinstance(error, DeadlineExceeded):
+                # Unsent jobs would fail for the same reason, so they get the same outcome.
+                lost += self._take_unsent()
+            self._place(lost, error)
+        if self._unsent:
+            self.pump()
+
+    def _settle(self, sent: _Sent, outcome: Reply | MillstreamError) -> None:
+        error = outcome.error if isinstance(outcome, Reply) else None
+        if self._may_run_again(sent, error):
+            self._unsent.appendleft(sent.part)
+            return
+        if not isinstance(error, DeadlineExceeded):
+            self._progress.at = time.monotonic()
+        self._place([sent.part], outcome)
+
+    def _may_run_again(self, sent: _Sent, error: MillstreamError | None) -> bool:
+        """Whether a job that ran out of time goes on with its call: others were answered since it was sent."""
+        if error is None or self._end is not None or self._progress.at <= sent.at:
+            return False
+        if isinstance(error, DeadlineExceeded):
+            return error.phase != "inference"
+        return self._terms.wait and isinstance(error, QueueFull | RateLimited | ServicePaused)
+
+    def _place(self, parts: Sequence[Part], outcome: Reply | MillstreamError) -> None:
+        if parts:
+            for part in parts:
+                self.rows.place(part, outcome)
+            self.ended = time.monotonic()
+            self._tell()
+
+    def _tell(self) -> None:
+        if self.waiters:
+            # First: an interrupt must not leave them to be woken twice.
+            waiters, self.waiters = self.waiters, []
+            baton.wake(waiters)
+        for listener in list(self.listeners):
+            listener()
+
+    def _take_unsent(self) -> list[Part]:
+        parts = list(self._unsent)
+        self._unsent.clear()
+        return parts
+
+    # -- the end of its time -----------------------------------------------------------------------------------
+
+    def expires_at(self) -> float | None:
+        """When the call is late: its verdict is due, its time is over, or nothing was answered for too long."""
+        if self._verdict_by is not None:
+            return self._verdict_by
+        if self._end is not None:
+            return self._end
+        if self._terms.total_timeout is not None:
+            return self._progress.at + self._terms.total_timeout
+        if self._terms.idle_timeout is not None:
+            return max(self._progress.at, self._looked_at) + self._terms.idle_timeout
+        return None
+
+    def expire(self, now: float) -> None:
+        """Ask, without waiting, why the call is late; or end it, if it has waited for the answer long enough."""
+        if self._verdict_by is None:
+            self._verdict_by = now + VERDICT_S
+            self._watch.explain(self._terms.service, self._judge)
+        elif now >= self._verdict_by:
+            self._judge(self._watch.last_word(self._terms.service))
+
+    def _judge(self, known: Known) -> None:
+        """End the call, if it is still late, with what is known of its service."""
+        with self.lock:
+            if self._verdict_by is None:
+                return
+            self._verdict_by, now = None, time.monotonic()
+            end = self.expires_at()
+            if not self.rows.left or end is None or now < end:
+                return
+            self._looked_at = now
+            endless = self._end is None and self._terms.total_timeout is None
+            if known.stuck or not endless:
+                self._give_up(known)
+
+    def _give_up(self, known: Known) -> None:
+        """Give each row its error: why its job was not accepted, if it waits for that, else why the service is late."""
+        sent, self._sent = self._sent, {}
+        refusals = {job_id: self._channel.refusal_of(job_id) for job_id in sent}
+        with suppress(BrokerUnavailable):
+            # Nobody waits: off the queue, where dead work would keep others out.
+            self._channel.cancel(Cancellation(self._terms.service, list(sent), lambda outcomes: None))
+        for job_id, each in sent.items():
+            self._place([each.part], refusals[job_id] or known.why_late())
+        refusal = next((each for each in refusals.values() if each), None)
+        self._place(self._take_unsent(), refusal or known.why_late())
+
+    def drop(self, told: Callable[[Sequence[CancelOutcome] | MillstreamError], None]) -> bool:
+        """Give every row that is not answered its Cancelled, and cancel what was sent; False if nothing was."""
+        with self.lock:
+            sent, self._sent = self._sent, {}
+            self._place(
+                [each.part for each in sent.values()] + self._take_unsent(), Cancelled("cancelled by its caller")
+            )
+            if sent:
+                self._channel.cancel(Cancellation(self._terms.service, list(sent), told))
+            return bool(sent)

@@ -1,0 +1,88 @@
+"""One caller's fault, or a thread that cannot start, ends nobody else's calls."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import cast
+
+import pytest
+from support import eventually
+
+from millstream.broker.connection import Connection
+from millstream.broker.errors import BrokerUnavailable, MillstreamError
+from millstream.broker.job import Draft, Priority
+from millstream.broker.registry import Registry
+from millstream.broker.replies import Replies
+from millstream.broker.streams import Group
+from millstream.broker.submission import Submission
+from millstream.client.channel import Channel
+from millstream.client.reader import Reader
+
+
+class Sink:
+    """Keeps what it hears; raises first if it is `broken`."""
+
+    def __init__(self, *, broken: bool = False) -> None:
+        self.broken = broken
+        self.heard: list[object] = []
+
+    def answered(self, job_id: str, reply: bytes) -> None:
+        if self.broken:
+            raise IndexError("a fault of this call alone")
+        self.heard.append(reply)
+
+    def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
+        self.heard.append(error)
+        if self.broken:
+            raise IndexError("once more")
+
+
+class FakeReplies:
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[str, bytes]]] = []
+
+    def read(self, wait_s: float) -> list[tuple[str, bytes]]:
+        return self.batches.pop(0) if self.batches else []
+
+
+def submission(job_id: str, sink: Sink) -> Submission:
+    return Submission("s", Group(Priority.NORMAL, [Draft(job_id, "echo", 1, 1, b"{}")]), sink, None)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_call_that_fails_on_its_reply_is_told_and_its_neighbours_are_answered() -> None:
+    replies, bad, good = FakeReplies(), Sink(broken=True), Sink()
+    reader = Reader("s", cast(Replies, replies))
+    reader.expect(submission("bad", bad))
+    reader.expect(submission("good", good))
+    replies.batches.append([("bad", b"reply"), ("good", b"reply")])
+
+    reader.start()
+    eventually(lambda: good.heard)
+    reader.close()
+
+    assert good.heard == [b"reply"]
+    assert len(bad.heard) == 1
+    assert isinstance(bad.heard[0], MillstreamError)
+
+
+@pytest.mark.parametrize("first", ["millstream-sender", "millstream-reader-s"])
+def test_a_thread_that_cannot_start_is_started_by_the_next_call(monkeypatch: pytest.MonkeyPatch, first: str) -> None:
+    connection = Connection("redis://127.0.0.1:1")
+    channel = Channel(connection, Registry(connection))
+    start, failures = threading.Thread.start, [first]
+
+    def failing(thread: threading.Thread) -> None:
+        if thread.name in failures:
+            failures.remove(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", failing)
+    with pytest.raises(BrokerUnavailable, match="cannot start"):
+        channel.submit([submission("a", Sink())])
+    channel.submit([submission("b", Sink())])
+
+    assert all(thread.is_alive() for thread in (channel._sending(), channel._reader("s")))
+    channel.close()
