@@ -140,6 +140,23 @@ class ModelUnavailable(ModelFailed):
     code = "model_unavailable"
 
 
+class ReplyTooLarge(MillstreamError):
+    """The job's answer has more bytes than a reply may have; the job ran, and would end so again."""
+
+    code = "reply_too_large"
+    fault = "caller"
+    exit_code = 9
+
+
+class ReaderTooSlow(MillstreamError):
+    """The client leaves so many answers unread that this job's answer was dropped; the job ran."""
+
+    code = "reader_too_slow"
+    retryable = True
+    fault = "caller"
+    exit_code = 9
+
+
 class WorkerLost(MillstreamError):
     """Workers died each time they ran this job: it was buried among the dead letters."""
 
