@@ -3,8 +3,8 @@
 -- KEYS[4..] per job: STREAM or STRING where its reply goes, STRING seen
 -- ARGV[1] group  ARGV[2] consumer of returned jobs  ARGV[3] unread bytes a reply stream may hold; then per job:
 --   stream 1..3, entry id, job id, 'stream' | 'string' | 'none', reply ttl ms, deadline in server ms or 0, reply
--- A client gets no reply to a job whose deadline has passed, for it has given the job up, nor into a stream that is full
--- of unread replies
+-- A client gets no reply to a job whose deadline has passed, for it has given the job up, nor into a stream that
+-- is full of unread replies
 -- Returns per job: 1 gone and answered; 0 a worker holds it, or it is settled
 
 local GROUP, RETURNED, UNREAD_BYTES = ARGV[1], ARGV[2], tonumber(ARGV[3])
