@@ -140,6 +140,21 @@ class ModelUnavailable(ModelFailed):
     code = "model_unavailable"
 
 
+class MixedModels(ModelFailed):
+    """Parts of one call were answered by different models, such as while weights are being changed."""
+
+    code = "mixed_models"
+    retryable = True
+
+
+class UnsupportedVersion(MillstreamError):
+    """The job was written by a newer client than the worker that got it can read: update the workers."""
+
+    code = "unsupported_version"
+    fault = "infrastructure"
+    exit_code = 9
+
+
 class ReplyTooLarge(MillstreamError):
     """The job's answer has more bytes than a reply may have; the job ran, and would end so again."""
 
@@ -194,6 +209,10 @@ class Malformed(ValueError):
     """Bytes from the wire that are not what they should be; buried, never raised to a caller."""
 
 
+class NewerVersion(Malformed):
+    """An entry of a version that this program does not read: not malformed, but for newer workers."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The known name closest to `name`, or an empty string."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), "")
@@ -243,6 +262,7 @@ def from_wire(wire: Mapping[str, object]) -> MillstreamError:
     return cls(
         str(wire.get("message", "")),
         hint=str(wire.get("hint", "")),
-        retry_after=float(retry_after) if isinstance(retry_after, int | float) else None,
+        # Callers sleep for it: neither negative nor without end.
+        retry_after=float(retry_after) if isinstance(retry_after, int | float) and 0 <= retry_after < 1e9 else None,
         **extra,
     )

@@ -11,7 +11,7 @@ import redis
 
 from millstream.broker import scripts
 from millstream.broker.codec import decode_entry, encode_reply, salvage
-from millstream.broker.errors import BrokerUnavailable, Cancelled, Malformed, ReaderTooSlow, ReplyTooLarge
+from millstream.broker.errors import BrokerUnavailable, Cancelled, Malformed, NewerVersion, ReaderTooSlow, ReplyTooLarge
 from millstream.broker.job import PRIORITIES, Address, Claim, Draft, Priority, Reply
 from millstream.broker.keys import GROUP, RETURNED, STREAM_INDEX, ServiceKeys
 from millstream.broker.lease import LEASE_MS
@@ -335,7 +335,8 @@ def _claim(stream: int, entry: bytes, flat: Sequence[bytes], attempts: float, *,
     try:
         job = decode_entry(flat)
     except Malformed as error:
-        return Claim(Address(name, *salvage(flat)), None, attempts, str(error), by_share)
+        newer = isinstance(error, NewerVersion)
+        return Claim(Address(name, *salvage(flat)), None, attempts, str(error), by_share, newer)
     return Claim(Address(name, job.id, job.client), job, attempts, by_share=by_share)
 
 

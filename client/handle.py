@@ -88,7 +88,7 @@ class Handle:
         self._unsent = deque(parts)
         self._sent: dict[str, _Sent] = {}
         self._patient = terms.wait
-        self._rows = Rows(len(inputs), given)
+        self._rows = Rows(len(inputs), given, terms.op)
         self._sendable = self._rows.left
         self._pid = os.getpid()
         self._began = time.monotonic()
