@@ -10,16 +10,20 @@ from millstream.broker.errors import (
     ServicePaused,
     UnknownService,
 )
+from millstream.broker.job import PRIORITIES
 from millstream.broker.spec import RateLimit, Runtime
 from millstream.broker.streams import Admission
 
 
 def limit_fields(runtime: Runtime) -> dict[str, str | int | float]:
-    """The fields of a service's hash that the enqueue script reads; "" where there is no limit."""
+    """The fields of a service's hash that the enqueue script reads, "" for no limit.
+
+    Each push writes all of them: a limit that is left out of config.yaml must not stay in force.
+    """
     rate = runtime.rate_limit or RateLimit()
     return {
         "max_queue_size": runtime.max_queue_size,
-        **{f"max_queue_{name}": limits.max_queue_size or "" for name, limits in runtime.priorities.items()},
+        **{f"max_queue_{each}": runtime.limits(each.value).max_queue_size or "" for each in PRIORITIES},
         "rate_requests": rate.requests or "",
         "rate_rows": rate.rows or "",
         "rate_tokens": rate.tokens or "",

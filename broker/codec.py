@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 
-from millstream.broker.errors import Malformed, MillstreamError, from_wire, to_wire
+from millstream.broker.errors import Malformed, MillstreamError, NewerVersion, from_wire, to_wire
 from millstream.broker.job import Encoded, Job, Json, Reply, Scalar
 
 VERSION = "1"
 FIELDS = ("v", "id", "at", "op", "rows", "tokens", "deadline", "queue_by", "client", "tenant", "trace", "body")
-"""Of a stream entry, always in this order: plain words, so that XRANGE reads like a table."""
+"""Of a stream entry, always in this order: plain words, so that XRANGE reads like a table. See docs/protocol.md."""
 
 OPTIONAL = frozenset({"deadline", "queue_by", "client", "tenant", "trace"})
 """Those that are left out where there is nothing to say: each word costs the server and the worker time."""
+
+MAX_UNKNOWN = 16
+"""Fields of newer clients that an entry may have beside FIELDS; they are ignored."""
+
+MAX_UNKNOWN_BYTES = 4096
+"""Bytes of their names and values in all."""
 
 MAX_ROWS = 4096
 MAX_TOKENS = 100_000_000
@@ -46,6 +52,12 @@ _PATTERNS = {
     }.items()
 }
 """Of each field but the body."""
+_NAMES = frozenset(name.encode() for name in FIELDS)
+_NEW_NAME = re.compile(rb"[a-z][a-z0-9_]{0,31}")
+"""Of a field that newer clients may add."""
+_NEWER = re.compile(rb"[1-9][0-9]{0,8}")
+_MAX_NAME = 512
+"""Characters of a fingerprint or of a version in a reply."""
 
 _WORDS = re.compile(
     "".join(
@@ -65,9 +77,19 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 # One of each, not one a call. Not escaped, so that redis-cli shows a Chinese text as it is.
 _body = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-_value = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_value = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 _quoted = json.encoder.encode_basestring
-_decoded = json.JSONDecoder().raw_decode
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
+
+
+_decoder = json.JSONDecoder(parse_constant=_refuse)
+_decoded = _decoder.raw_decode
+_ZEROS = bytes.maketrans(b"123456789E+", b"000000000ee")
+_HUGE = (b"e000", b"ee000", b"0" * 300)
+"""What a number that Python may read as infinite has, with _ZEROS for its digits."""
 
 
 def encode_entry(job: Job) -> list[str | bytes | int]:
@@ -83,17 +105,35 @@ def encode_entry(job: Job) -> list[str | bytes | int]:
 
 
 def decode_entry(flat: Sequence[bytes]) -> Job:
-    """The job of an entry's flat fields. Raises Malformed."""
+    """The job of an entry's flat fields; fields of newer clients are passed over. Raises Malformed, or NewerVersion."""
     # All at once: this runs for every job.
     found = _WORDS.fullmatch(b"\0".join(flat[:-1]).decode("latin-1")) if len(flat) <= _MOST_WORDS else None
     if not found or found[0].count("\0") != len(flat) - 2 or len(flat[-1]) > MAX_BODY:
-        raise Malformed(_wrong(flat))
+        return _decode_unusual(flat)
     _, job_id, at, op, rows, tokens, deadline, queue_by, client, tenant, trace = found.groups("")
     times = int(at), int(deadline or 0), int(queue_by or 0)
     job = Job(job_id, times[0], op, int(rows), int(tokens), *times[1:], client, tenant, trace, flat[-1])
     if job.rows > MAX_ROWS or job.tokens > MAX_TOKENS or max(times) > MAX_MS:
         raise Malformed(f"a number is over its bound: rows {MAX_ROWS}, tokens {MAX_TOKENS}, times {MAX_MS} ms")
     return job
+
+
+def _decode_unusual(flat: Sequence[bytes]) -> Job:
+    """The job of an entry that has more fields than we know. Raises NewerVersion or Malformed for any other one."""
+    if flat[:1] == [b"v"] and len(flat) > 1 and _NEWER.fullmatch(flat[1]) and int(flat[1]) > int(VERSION):
+        raise NewerVersion(f"the entry has version {flat[1].decode()}, this program reads up to {VERSION}")
+    unknown = [at for at in range(0, len(flat), 2) if flat[at] not in _NAMES]
+    if not unknown or len(flat) % 2:
+        raise Malformed(_wrong(flat))
+    size = sum([len(flat[at]) + len(flat[at + 1]) for at in unknown])
+    if len(unknown) > MAX_UNKNOWN or size > MAX_UNKNOWN_BYTES:
+        raise Malformed(
+            f"{len(unknown)} unknown fields of {size} bytes are more than {MAX_UNKNOWN} or {MAX_UNKNOWN_BYTES}"
+        )
+    if not all(_NEW_NAME.fullmatch(flat[at]) for at in unknown):
+        raise Malformed(f"an unknown field's name does not match {_NEW_NAME.pattern.decode()}")
+    dropped = set(unknown)
+    return decode_entry([part for at, part in enumerate(flat) if at - at % 2 not in dropped])
 
 
 def _wrong(flat: Sequence[bytes]) -> str:
@@ -192,7 +232,7 @@ def _json(text: bytes) -> Json:
         decoded, end = _decoded(string)
         if end < len(string):
             # Space around it is JSON, too.
-            decoded = json.loads(string)
+            decoded = _decoder.decode(string)
         if b"\\u" in text and _SURROGATE.search(text):
             # Half a pair is no text: it could neither run nor be sent back.
             json.dumps(decoded, ensure_ascii=False).encode()
@@ -201,8 +241,17 @@ def _json(text: bytes) -> Json:
     return cast(Json, decoded)
 
 
-def encode_reply(reply: Reply) -> bytes:
-    """One line of JSON, then the vectors' raw little-endian bytes: float32 where the line names no other `dtype`."""
+def origin_of(fingerprint: str, version: str = "") -> str:
+    """The part of a reply's head that is the same for all replies of a worker: what made them. Empty for nothing."""
+    named = {"fingerprint": fingerprint, "version": version}
+    return ",".join([f'"{name}":{_quoted(value[:_MAX_NAME])}' for name, value in named.items() if value])
+
+
+def encode_reply(reply: Reply, origin: str = "") -> bytes:
+    """One line of JSON, then the vectors' raw little-endian bytes: float32 where the line names no other `dtype`.
+
+    `origin`, from `origin_of`, is written in place of the reply's own fingerprint and version.
+    """
     # Written piece by piece: most replies have these few numbers only, and one is made for every job.
     head = ['"v":1']
     if reply.error is not None:
@@ -217,6 +266,8 @@ def encode_reply(reply: Reply) -> bytes:
         timings = [f"{_quoted(name)}:{ms:.3f}" for name, ms in reply.timings.items()]
         head.append(f'"timings":{{{",".join(timings)}}}')
     head.append(f'"tokens":{reply.tokens}')
+    if origin or reply.fingerprint or reply.version:
+        head.append(origin or origin_of(reply.fingerprint, reply.version))
     data = b""
     if reply.vectors is not None:
         rows, dim = reply.vectors.shape
@@ -229,27 +280,45 @@ def encode_reply(reply: Reply) -> bytes:
 
 
 def decode_reply(blob: bytes) -> Reply:
-    """The reply encode_reply wrote; its vectors are a read-only view of `blob`. Raises Malformed."""
+    """The reply encode_reply wrote; its vectors are a read-only view of `blob`. Raises Malformed.
+
+    Fields of newer workers are passed over. Numbers in `values` are finite; those of vectors are the reader's to check.
+    """
     line, _, data = blob.partition(b"\n")
     head = _json(line)
     if not isinstance(head, dict):
         raise Malformed("reply has no head")
     try:
-        return _reply(head, data)
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        reply = _reply(head, data)
+        if reply.values and _has_huge(line):
+            _value(reply.values)
+    except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise Malformed(f"reply: {error}") from None
+    return reply
+
+
+def _has_huge(text: bytes) -> bool:
+    """Whether JSON may hold a number beyond what a float holds; quick, and wrong only by saying yes."""
+    zeros = text.translate(_ZEROS)
+    return any(sign in zeros for sign in _HUGE)
 
 
 def _reply(head: dict[str, Any], data: bytes) -> Reply:
     """Raises whatever a head makes that nobody of ours wrote."""
+    if head.get("v", 1) != 1:
+        raise ValueError(f"its version is {str(head['v'])[:20]}, this client reads version 1: update the client")
+    if "shape" in head and "values" in head:
+        raise ValueError("both vectors and values")
     return Reply(
         _vectors(head["shape"], head.get("dtype", "float32"), data) if "shape" in head else None,
         _values(head["values"]) if "values" in head else None,
         _errors(head["errors"]) if "errors" in head else {},
         from_wire(head["error"]) if "error" in head else None,
-        int(head.get("tokens", 0)),
+        _tokens(head.get("tokens", 0)),
         tuple(map(_row, head["truncated"])) if "truncated" in head else (),
-        {name: float(ms) for name, ms in head["timings"].items()} if "timings" in head else {},
+        {name: ms + 0.0 for name, ms in head["timings"].items()} if "timings" in head else {},
+        _name(head["fingerprint"]) if "fingerprint" in head else "",
+        _name(head["version"]) if "version" in head else "",
     )
 
 
@@ -257,6 +326,9 @@ def _vectors(shape: list[int], dtype: str, data: bytes) -> Encoded:
     rows, dim = shape
     if dtype not in _DTYPES:
         raise ValueError(f"no dtype {dtype}")
+    if rows < 0 or dim < 0:
+        # reshape takes -1 for whatever fits.
+        raise ValueError(f"shape {rows} x {dim}")
     return np.frombuffer(data, _DTYPES[dtype]).reshape(rows, dim)
 
 
@@ -264,6 +336,18 @@ def _values(values: Json) -> list[Json] | None:
     if values is not None and not isinstance(values, list):
         raise ValueError("values are no list")
     return values
+
+
+def _tokens(tokens: int) -> int:
+    if type(tokens) is not int or not 0 <= tokens < MAX_MS:
+        raise ValueError("tokens are no count")
+    return tokens
+
+
+def _name(name: object) -> str:
+    if not isinstance(name, str) or len(name) > _MAX_NAME:
+        raise ValueError("a fingerprint or version is no short text")
+    return name
 
 
 def _row(index: int | str) -> int:

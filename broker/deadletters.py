@@ -107,7 +107,10 @@ class DeadLetters:
 
 
 def _draft(keys: ServiceKeys, letter: Letter) -> Draft:
+    """The job as a new one. What newer clients added to the entry is left out: it is optional."""
     try:
+        if b"cut" in letter.fields:
+            raise Malformed("the letter does not hold all of its entry")
         job = decode_entry([part for pair in letter.fields.items() for part in pair])
         decode_inputs(job.body, job.rows)
     except Malformed as error:

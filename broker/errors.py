@@ -140,6 +140,38 @@ class ModelUnavailable(ModelFailed):
     code = "model_unavailable"
 
 
+class MixedModels(ModelFailed):
+    """Parts of one call were answered by different models, such as while weights are being changed."""
+
+    code = "mixed_models"
+    retryable = True
+
+
+class UnsupportedVersion(MillstreamError):
+    """The job was written by a newer client than the worker that got it can read: update the workers."""
+
+    code = "unsupported_version"
+    fault = "infrastructure"
+    exit_code = 9
+
+
+class ReplyTooLarge(MillstreamError):
+    """The job's answer has more bytes than a reply may have; the job ran, and would end so again."""
+
+    code = "reply_too_large"
+    fault = "caller"
+    exit_code = 9
+
+
+class ReaderTooSlow(MillstreamError):
+    """The client leaves so many answers unread that this job's answer was dropped; the job ran."""
+
+    code = "reader_too_slow"
+    retryable = True
+    fault = "caller"
+    exit_code = 9
+
+
 class WorkerLost(MillstreamError):
     """Workers died each time they ran this job: it was buried among the dead letters."""
 
@@ -175,6 +207,10 @@ class PartialFailure(MillstreamError):
 
 class Malformed(ValueError):
     """Bytes from the wire that are not what they should be; buried, never raised to a caller."""
+
+
+class NewerVersion(Malformed):
+    """An entry of a version that this program does not read: not malformed, but for newer workers."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -226,6 +262,7 @@ def from_wire(wire: Mapping[str, object]) -> MillstreamError:
     return cls(
         str(wire.get("message", "")),
         hint=str(wire.get("hint", "")),
-        retry_after=float(retry_after) if isinstance(retry_after, int | float) else None,
+        # Callers sleep for it: neither negative nor without end.
+        retry_after=float(retry_after) if isinstance(retry_after, int | float) and 0 <= retry_after < 1e9 else None,
         **extra,
     )

@@ -13,7 +13,7 @@ import redis
 from millstream.broker.connection import Connection, translated
 from millstream.broker.job import PRIORITIES, Priority
 from millstream.broker.keys import DEFAULT_PREFIX, GROUP, RETURNED, ServiceKeys
-from millstream.broker.lease import LEASE_S
+from millstream.broker.lease import is_live
 from millstream.broker.pause import Pause, queue_pause, read_pause
 from millstream.broker.registry import Registry
 from millstream.broker.views import ServiceView, WorkerView
@@ -140,7 +140,7 @@ class _Queue:
         time, dead_letters, beats, refusals, pause, left_ms = islice(answers, 6)
         now = _ms(time)
         refused = {_text(reason): _count(cast(Fields, refusals), reason) for reason in cast(Fields, refusals)}
-        live = [name for name, beat in cast(list[tuple[bytes, float]], beats) if now - beat <= LEASE_S * 1000]
+        live = [name for name, beat in cast(list[tuple[bytes, float]], beats) if is_live(beat, now)]
         depth = cast(int, dead_letters)
         return cls(now, waiting, pending, min(oldest, default=None), live, depth, refused, read_pause(pause, left_ms))
 

@@ -101,7 +101,8 @@ class Claim(NamedTuple):
     """An entry this worker holds. `job` is None where the entry is malformed; `malformed` then says how.
 
     `attempts` counts starts that did not end: 0.5 for each host lost while it held the job (nobody can say what ran).
-    `by_share`: it was taken before more urgent ones, and runs before them.
+    `by_share`: it was taken before more urgent ones, and runs before them. `newer`: `job` is None because the entry has
+    a version that only newer workers read.
     """
 
     address: Address
@@ -109,6 +110,7 @@ class Claim(NamedTuple):
     attempts: float = 0.0
     malformed: str = ""
     by_share: bool = False
+    newer: bool = False
 
 
 class Reply(NamedTuple):
@@ -116,7 +118,8 @@ class Reply(NamedTuple):
 
     `vectors` is [rows without an error, dim], in row order, float32 unless the job asked for another encoding; `values`
     is the same for services whose results are JSON. `errors` maps a row's index to its error. `tokens` and `truncated`
-    are per job; `timings` is in ms.
+    are per job; `timings` is in ms. `fingerprint` names the weights that made the answer, `version` the version of the
+    model; either is empty if the worker does not say.
     """
 
     vectors: Encoded | None = None
@@ -126,3 +129,5 @@ class Reply(NamedTuple):
     tokens: int = 0
     truncated: tuple[int, ...] = ()
     timings: Mapping[str, float] = MappingProxyType({})
+    fingerprint: str = ""
+    version: str = ""

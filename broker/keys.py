@@ -78,7 +78,7 @@ class ServiceKeys:
         return self._key(f"worker:{consumer}")
 
     def cancelled(self) -> str:
-        """ZSET: claimed entries their callers no longer want -> when, server ms; ttl an hour after the last."""
+        """ZSET: claimed entries their callers no longer want -> when, server ms; ttl two leases after the last."""
         return self._key("cancelled")
 
     def trail(self) -> str:

@@ -17,6 +17,17 @@ from millstream.broker.cluster import owner
 from millstream.broker.keys import GROUP, RETURNED, ServiceKeys
 
 LEASE_S = 5.0
+LEASE_MS = round(LEASE_S * 1000)
+
+
+def is_live(beat: float, now: float, lease_ms: int = LEASE_MS) -> bool:
+    """The one rule of who lives: a worker whose last beat is at most one lease from now, in either direction.
+
+    Both are ms of the server's clock. A beat can be ahead: it came after `now` was read, or the clock stepped back
+    since. A step of less than a lease leaves everybody alive until their next beats; after a larger one nobody lives
+    until then. beat.lua and reclaim.lua quote this rule.
+    """
+    return abs(now - beat) <= lease_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +99,8 @@ class Lease:
         return int(seconds) * 1000 + int(micros) // 1000
 
     def live_workers(self) -> int:
-        """Workers whose last beat is younger than a lease, by the server's clock."""
+        """Counts the workers that live by the rule of `is_live`."""
         now = self.now()
-        # Up to a lease ahead: a beat may fall between the two commands. Beyond that the clock stepped back since.
         return int(self._client.zcount(self._keys.workers(), now - self._lease_ms, now + self._lease_ms))
 
 

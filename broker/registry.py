@@ -112,13 +112,18 @@ class Registry:
         return True
 
     def _write(self, spec: ServiceSpec) -> None:
+        """Publish one service. A push that is cut off leaves the old specification; the next one completes it."""
         keys = self.keys(spec.name)
         fields: dict[FieldT, EncodableT] = {"version": SPEC_VERSION, "spec": spec.to_json()}
         fields.update(limit_fields(spec.runtime))
-        Streams(self._connection.client, keys).create_groups()
-        self._connection.client.hset(keys.spec(), mapping=fields)
-        self._connection.client.hincrby(keys.spec(), "revision", 1)
+        # The specification comes last: only from then on does the service count as registered. On a Cluster the set of
+        # names is in another slot, so it cannot be part of the transaction.
         self._connection.client.sadd(services_key(self._prefix), spec.name)
+        Streams(self._connection.client, keys).create_groups()
+        with owner(self._connection.client, keys.spec()).pipeline() as pipe:
+            pipe.hset(keys.spec(), mapping=fields)
+            pipe.hincrby(keys.spec(), "revision", 1)
+            pipe.execute()
 
     def _forget_fingerprint(self, keys: ServiceKeys) -> None:
         """Where no worker runs, the next one may bring other weights."""

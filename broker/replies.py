@@ -55,7 +55,8 @@ class Replies:
         self._last = entries[-1][0]
         self._kept += [entry for entry, _ in entries]
         self._kept_bytes += sum([len(part) for _, fields in entries for part in fields])
-        # Entries that are no replies were not written by a worker: passed over, and deleted with the rest.
+        # Entries that are no replies were not written by a worker: passed over, and deleted with the rest. Fields that
+        # newer workers add come behind ours.
         return [
-            (fields[1].decode(errors="replace"), fields[3]) for _, fields in entries if tuple(fields[::2]) == _NAMES
+            (fields[1].decode(errors="replace"), fields[3]) for _, fields in entries if tuple(fields[0:4:2]) == _NAMES
         ]

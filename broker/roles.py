@@ -62,7 +62,7 @@ _CALL = (
 
 _WORK = (
     Grant("script|load"),
-    Grant("evalsha", write=f"service {_JOBS} paused dead trail reply:* seen:* result:*"),
+    Grant("evalsha", write=f"service {_JOBS} paused dead trail cancelled reply:* seen:* result:*"),
     Grant("evalsha", write=f"service {_JOBS} workers worker:* cancelled reclaim trail"),
     Grant("hsetnx", write="service"),
     Grant("xreadgroup xack xclaim xdel xgroup|create xgroup|setid xgroup|delconsumer", write=_JOBS),

@@ -11,9 +11,10 @@ import redis
 
 from millstream.broker import scripts
 from millstream.broker.codec import decode_entry, encode_reply, salvage
-from millstream.broker.errors import BrokerUnavailable, Cancelled, Malformed
+from millstream.broker.errors import BrokerUnavailable, Cancelled, Malformed, NewerVersion, ReaderTooSlow, ReplyTooLarge
 from millstream.broker.job import PRIORITIES, Address, Claim, Draft, Priority, Reply
 from millstream.broker.keys import GROUP, RETURNED, STREAM_INDEX, ServiceKeys
+from millstream.broker.lease import LEASE_MS
 
 MAX_JOBS_PER_CALL = 128
 MAX_BYTES_PER_CALL = 1024 * 1024
@@ -23,7 +24,13 @@ REPLICA_MS = 500
 """How long a replica may take to confirm jobs: one sender waits meanwhile for all of a process."""
 
 UNREAD_BYTES = 128 * 1024 * 1024
-"""A client that leaves more unread in its reply stream is dead or frozen: answers beyond it become dead letters."""
+"""A client that leaves more unread in its reply stream is dead or slow: each further job gets a small error instead."""
+
+MAX_REPLY_BYTES = 60 * 1024 * 1024
+"""A larger reply is replaced by an error: a server with `proto-max-bulk-len 64mb` would cut the worker's connection."""
+
+MARKS_KEPT_MS = 2 * LEASE_MS
+"""How long the mark of a cancelled job lives: its worker reads it at its next beat, or has lost the job by then."""
 
 LONGEST_MS = 100 * 366 * 86_400_000
 """A longer time, or an infinite one, is sent as this: no server can keep a key for longer than it can count."""
@@ -114,12 +121,29 @@ class Found:
     known: bool
 
 
-Settled = Literal["answered", "late", "unwritable"]
-_SETTLED: dict[int, Settled] = {1: "answered", 0: "late", -1: "unwritable"}
+Settled = Literal["answered", "unread", "late", "unwritable"]
+"""`unread`: its client reads too slowly, and got an error in place of the reply."""
+_SETTLED: dict[int, Settled] = {1: "answered", 2: "unread", 0: "late", -1: "unwritable"}
 
 CancelOutcome = Literal["waiting", "running", "gone"]
 _CANCEL_OUTCOMES: dict[int, CancelOutcome] = {2: "waiting", 1: "running", 0: "gone"}
 _CANCELLED = encode_reply(Reply(error=Cancelled("cancelled by its caller before it ran")))
+_UNREAD = encode_reply(
+    Reply(
+        error=ReaderTooSlow(
+            f"the answer was dropped: {UNREAD_BYTES >> 20} MiB of answers wait unread by this client",
+            hint="keep its process and its event loop from blocking, or have fewer and smaller calls under way",
+        )
+    )
+)
+_TOO_LARGE = encode_reply(
+    Reply(
+        error=ReplyTooLarge(
+            f"the answer has more than {MAX_REPLY_BYTES >> 20} MiB",
+            hint="lower batch_size, or ask for fewer rows, fewer dimensions or encoding=float16",
+        )
+    )
+)
 _PURGED = encode_reply(Reply(error=Cancelled("purged from the queue before it ran", hint="an operator did it")))
 
 
@@ -219,7 +243,7 @@ class Streams:
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         """Write each job's reply and retire its entry, in one step and once: a late twin is dropped."""
-        keys = [*self._streams, self._keys.dead(), self._keys.trail()]
+        keys = [*self._streams, self._keys.dead(), self._keys.trail(), self._keys.cancelled()]
         seen, jobs = self._keys.seen(""), list[str]()
         # Most answers of a call go the same way, to one client.
         ways: dict[tuple[str, str, int], int] = {}
@@ -227,8 +251,10 @@ class Streams:
         for address, reply, bury in settlements:
             way = ways.setdefault(self._destination(address), len(ways) + 1)
             jobs.append(seen + address.job_id)
+            if len(reply) > MAX_REPLY_BYTES:
+                reply = _TOO_LARGE
             words += (address.name, way, address.job_id, reply, bury)
-        args: list[scripts.Argument] = [GROUP, DEAD_LETTERS_KEPT, self._unread_bytes, len(ways)]
+        args: list[scripts.Argument] = [GROUP, DEAD_LETTERS_KEPT, self._unread_bytes, _UNREAD, len(ways)]
         for kind, key, ttl in ways:
             keys.append(key)
             args += (kind, ttl)
@@ -237,15 +263,18 @@ class Streams:
         return [_SETTLED[outcome] for outcome in scripts.run(self._client, "settle", keys, args)]
 
     def cancel(self, job_ids: Sequence[str], client: str) -> list[CancelOutcome]:
-        """Stop jobs of `client` (empty: detached ones), each by its id: "waiting" ones are gone and answered as
-        Cancelled, "running" ones end at their worker's next beat, "gone" ones are settled or never were.
+        """Stop jobs of `client` (empty: detached ones), each by its id: "waiting" ones are gone, "running" ones end at
+        their worker's next beat, "gone" ones are settled or never were.
+
+        A detached job that waited has Cancelled as its result. A client is told by this outcome alone: it waits for no
+        reply to what it cancels.
         """
         keys = [*self._streams, self._keys.cancelled()]
-        args: list[scripts.Argument] = [GROUP, RETURNED]
+        args: list[scripts.Argument] = [GROUP, RETURNED, MARKS_KEPT_MS]
+        result = b"" if client else _CANCELLED
         for job_id in job_ids:
-            kind, key, ttl = self._destination(Address("", job_id, client))
-            keys += (self._keys.seen(job_id), key)
-            args += (job_id, kind, ttl, _CANCELLED)
+            keys += (self._keys.seen(job_id), self._keys.result(job_id))
+            args += (job_id, self._result_ttl_ms, result)
         return [_CANCEL_OUTCOMES[outcome] for outcome in scripts.run(self._client, "cancel", keys, args)]
 
     def purge(self) -> int:
@@ -258,12 +287,13 @@ class Streams:
         stream, purged, after = self._keys.stream(priority), 0, "-"
         while page := cast(Entries, self._client.xrange(stream, after, last, count=MAX_JOBS_PER_CALL)):
             keys = [*self._streams]
-            args: list[scripts.Argument] = [GROUP, RETURNED]
+            args: list[scripts.Argument] = [GROUP, RETURNED, self._unread_bytes]
             for entry, fields in page:
-                address = _claim(STREAM_INDEX[priority], entry, _flat(fields), 0.0).address
+                address, job, *_ = _claim(STREAM_INDEX[priority], entry, _flat(fields), 0.0)
                 kind, key, ttl = self._destination(address)
                 keys += (key, self._keys.seen(address.job_id))
-                args += (STREAM_INDEX[priority], address.entry, address.job_id, kind, ttl, _PURGED)
+                deadline = job.deadline if job else 0
+                args += (STREAM_INDEX[priority], address.entry, address.job_id, kind, ttl, deadline, _PURGED)
             purged += sum(scripts.run(self._client, "purge", keys, args))
             after = f"({page[-1][0].decode()}"
         return purged
@@ -307,7 +337,8 @@ def _claim(stream: int, entry: bytes, flat: Sequence[bytes], attempts: float, *,
     try:
         job = decode_entry(flat)
     except Malformed as error:
-        return Claim(Address(name, *salvage(flat)), None, attempts, str(error), by_share)
+        newer = isinstance(error, NewerVersion)
+        return Claim(Address(name, *salvage(flat)), None, attempts, str(error), by_share, newer)
     return Claim(Address(name, job.id, job.client), job, attempts, by_share=by_share)
 
 

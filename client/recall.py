@@ -39,13 +39,13 @@ class Recall:
         once = list(dict.fromkeys(texts.values()))
         digests = recipe.digests(once, options)
         with self._free:
-            hits = self._look_up(service, digests) if time.monotonic() >= self._not_before else ()
+            hits = self._look_up(service, digests, recipe.fingerprint) if time.monotonic() >= self._not_before else ()
         found = {text: hit for text, hit in zip(once, hits, strict=False) if hit is not None}
         return {row: found[text] for row, text in texts.items() if text in found}
 
-    def _look_up(self, service: str, digests: Sequence[str]) -> Sequence[Cached | None]:
+    def _look_up(self, service: str, digests: Sequence[str], fingerprint: str) -> Sequence[Cached | None]:
         cache = Cache(self._client, self._registry.keys(service))
-        hits = cache.look_up(digests)
+        hits = cache.look_up(digests, fingerprint)
         if cache.faults:
             self._not_before = time.monotonic() + LOOK_UP_S
         return hits

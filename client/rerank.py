@@ -29,12 +29,14 @@ class Ranking(list[Ranked]):
     """The best documents first; equal scores keep the documents' order.
 
     `usage["tokens"]` counts the tokens that ran for all documents, with the query where it was read beside each of
-    them; `truncated` lists the documents that were cut, by their place in the call; `timings` is as of Embeddings.
+    them; `truncated` lists the documents that were cut, by their place in the call; `timings` and `fingerprint` are as
+    of Embeddings.
     """
 
     usage: Mapping[str, int] = MappingProxyType({})
     truncated: tuple[int, ...] = ()
     timings: Timings = MappingProxyType({})
+    fingerprint: str = ""
 
     @classmethod
     def of(cls, result: Embeddings | list[Json], top_n: int | None, documents: Sequence[str] | None) -> Ranking:
@@ -45,6 +47,7 @@ class Ranking(list[Ranked]):
         ranking = cls(Ranked(index, scores[index], texts[index]) for index in order)
         if isinstance(result, Values):
             ranking.usage, ranking.truncated, ranking.timings = result.usage, result.truncated, result.timings
+            ranking.fingerprint = result.fingerprint
         return ranking
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import numpy as np
 
 from millstream.broker.cache import Cached
-from millstream.broker.errors import MillstreamError, ModelFailed, PartialFailure
+from millstream.broker.errors import MillstreamError, MixedModels, ModelFailed, PartialFailure
 from millstream.broker.job import Encoded, Json, Reply
 from millstream.client.result import Embeddings, Timings, Values
 from millstream.client.split import Part
@@ -19,20 +18,28 @@ RowOutcome = Encoded | Json | MillstreamError
 
 
 class Rows:
-    """Outcomes by row, filled part by part; those of `given` are there from the start. `left` rows have none yet."""
+    """Outcomes by row, filled part by part; those of `given` are there from the start. `left` rows have none yet.
 
-    def __init__(self, count: int, given: Mapping[int, MillstreamError | Cached]) -> None:
+    `op` is the operation that was asked for: results it cannot have are their rows' errors. An empty one has any.
+    """
+
+    def __init__(self, count: int, given: Mapping[int, MillstreamError | Cached], op: str = "") -> None:
         self._rows: list[RowOutcome] = [None] * count
         self.left = count - len(given)
         self._tokens = 0
         self._truncated: list[int] = []
         self._timings: Timings = {}
         self._failed = False
+        self._op = op
+        self._fingerprint: str | None = None
+        self._others: set[str] = set()
         for row, each in given.items():
             self._rows[row] = each.result if isinstance(each, Cached) else each
             if not isinstance(each, Cached):
                 self._failed = True
-            elif each.truncated:
+                continue
+            self._note(each.fingerprint)
+            if each.truncated:
                 self._truncated.append(row)
 
     def __len__(self) -> int:
@@ -44,19 +51,46 @@ class Rows:
         if isinstance(outcome, MillstreamError):
             outcome = Reply(error=outcome)
         results: Sequence[RowOutcome] | Encoded
-        results = outcome.vectors if outcome.vectors is not None else outcome.values or []
-        if outcome.error or outcome.errors or len(results) != len(part.rows):
-            good: Iterator[RowOutcome] = chain(results, iter(_missing, None))
-            results = [outcome.error or outcome.errors.get(at) or next(good) for at in range(len(part.rows))]
-            self._failed |= any(isinstance(each, MillstreamError) for each in results)
+        vectors = outcome.vectors
+        # At once what most replies are.
+        if (
+            vectors is not None
+            and len(vectors) == len(part.rows)
+            and not (outcome.errors or outcome.error or self._op == "rerank")
+            and _is_finite(vectors)
+        ):
+            results = vectors
+        else:
+            results = _checked(outcome, len(part.rows))
+            if self._op == "rerank":
+                results = [_score(each) for each in results]
+            self._failed = self._failed or any(isinstance(each, MillstreamError) for each in results)
         for row, result in zip(part.rows, results, strict=True):
             self._rows[row] = result
+        if outcome.fingerprint != self._fingerprint and outcome.error is None:
+            self._note(outcome.fingerprint)
         self._tokens += outcome.tokens
         if outcome.truncated:
             self._truncated += [part.rows[at] for at in outcome.truncated if at < len(part.rows)]
         self._timings = _slowest(self._timings, outcome.timings)
         if part.twins:
             self._place_twins(part, outcome)
+
+    def _note(self, fingerprint: str) -> None:
+        """Remember which weights made rows; there is one fingerprint as a rule."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint
+        elif fingerprint != self._fingerprint:
+            self._others.add(fingerprint)
+
+    def _check_fingerprints(self) -> None:
+        # An empty one comes from a worker of an older version, and says nothing.
+        named = {self._fingerprint or "", *self._others} - {""}
+        if len(named) > 1:
+            raise MixedModels(
+                f"its rows were answered by different models: {', '.join(sorted(named))}"[:500],
+                hint="call again once all workers run the same weights; map and outcomes() give each row as it is",
+            )
 
     def _place_twins(self, part: Part, outcome: Reply) -> None:
         truncated = {part.rows[at] for at in outcome.truncated if at < len(part.rows)}
@@ -69,14 +103,22 @@ class Rows:
         return list(self._rows)
 
     def value(self, total_ms: float) -> Embeddings | list[Json]:
-        """The call's result. Raises PartialFailure, or the rows' own error where all failed alike."""
+        """The call's result. Raises PartialFailure, the rows' own error if all failed alike, or MixedModels."""
+        if self._others:
+            self._check_fingerprints()
         if self._failed:
             raise _failure(self._rows)
+        fingerprint = "" if self._others else self._fingerprint or ""
         truncated, timings = tuple(sorted(self._truncated)), {**self._timings, "total": total_ms}
         # Of a custom service some rows may be vectors, and some not.
-        if not self._rows or not {np.ndarray}.issuperset(map(type, self._rows)):
-            return Values.of(cast(list[Json], self._rows), self._tokens, truncated, timings)
-        return Embeddings.of(_matrix(self._rows), self._tokens, truncated, timings)
+        kinds = set(map(type, self._rows))
+        if kinds != {np.ndarray}:
+            if self._op == "embed" and np.ndarray in kinds:
+                raise ModelFailed(
+                    "its workers answered dense vectors and sparse ones", hint="do all run the same model?"
+                )
+            return Values.of(cast(list[Json], self._rows), self._tokens, truncated, timings, fingerprint)
+        return Embeddings.of(_matrix(self._rows), self._tokens, truncated, timings, fingerprint)
 
 
 def _matrix(rows: Sequence[RowOutcome]) -> Encoded:
@@ -98,9 +140,46 @@ def _slowest(before: Timings, timings: Timings) -> Timings:
     return {**before, **{name: max(ms, before.get(name, ms)) for name, ms in timings.items()}}
 
 
-def _missing() -> MillstreamError:
-    # A new one each time: an error that is raised keeps what its callers held alive.
-    return ModelFailed("the worker's reply has no result for this row")
+def _checked(reply: Reply, rows: int) -> Sequence[RowOutcome]:
+    """One outcome for each of a job's `rows`.
+
+    A reply that answers more or fewer rows answers none: whose results those are nobody knows.
+    """
+    vectors, values, errors, error, *_ = reply
+    if error is not None:
+        return [error] * rows
+    results: Sequence[RowOutcome] = list(vectors) if vectors is not None else values or ()
+    if len(results) + len(errors) != rows or (errors and max(errors) >= rows):
+        # A new error for each row: one that is raised keeps what its callers held alive.
+        return [_unusable(len(results), len(errors), rows) for _ in range(rows)]
+    if vectors is not None and not _is_finite(vectors):
+        results = [vector if np.isfinite(vector).all() else _not_finite() for vector in vectors]
+    good = iter(results)
+    return [errors.get(row) or next(good) for row in range(rows)] if errors else results
+
+
+def _is_finite(vectors: Encoded) -> bool:
+    """Whether no number is NaN or infinite."""
+    # Half the time of all(), which is made for arrays of any shape.
+    return vectors.dtype.kind == "u" or b"\0" not in np.isfinite(vectors).tobytes()
+
+
+def _score(result: RowOutcome) -> RowOutcome:
+    """A row's outcome of `rerank`: a number, or an error."""
+    if isinstance(result, float | int | MillstreamError) and not isinstance(result, bool):
+        return result
+    return ModelFailed(f"the worker's reply has a score of type {type(result).__name__}")
+
+
+def _not_finite() -> MillstreamError:
+    return ModelFailed("the worker's reply has NaN or infinity in this row's vector")
+
+
+def _unusable(results: int, errors: int, rows: int) -> MillstreamError:
+    return ModelFailed(
+        f"the worker's reply has {results} results and {errors} errors for {rows} rows",
+        hint="client and worker of different versions?",
+    )
 
 
 def _failure(rows: Sequence[RowOutcome]) -> MillstreamError:

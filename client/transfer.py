@@ -63,7 +63,7 @@ class Transfer:
     ) -> None:
         self.id = self._first_id = new_id()
         self.lock = threading.RLock()
-        self.rows = Rows(len(inputs), given)
+        self.rows = Rows(len(inputs), given, terms.op)
         self.began = self.ended = began
         self._channel = channel
         self._watch = watch

@@ -16,7 +16,7 @@ MAX_BATCH_JOBS = 8
 """Limits of the service: on all jobs, and on those of the batch stream."""
 
 CANCELLED = b"cancelled"
-"""Stands for the reply that a cancellation or a purge writes."""
+"""Stands for the reply that a purge writes, and for the result that the cancellation of a detached job writes."""
 
 SUSPECT = 1.0
 """From so many attempts on a job runs alone."""
@@ -111,9 +111,11 @@ class Model:
         entry.where, entry.idle = "returned", False
         entry.attempts += attempts
 
-    def end(self, entry: Entry, reply: bytes, now: float) -> None:
+    def end(self, entry: Entry, reply: bytes | None, now: float) -> None:
+        """The job is over; `reply` is None when its caller gets none."""
         entry.where, entry.ended_at = "ended", now
-        self.replies.setdefault(entry.client, []).append((entry.job_id, reply))
+        if reply is not None:
+            self.replies.setdefault(entry.client, []).append((entry.job_id, reply))
 
 
 def check_claim(model: Model, limit: Limit, claimed: Claimed) -> None:

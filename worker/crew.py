@@ -51,7 +51,7 @@ class Crew:
         self._keeper = Keeper(Cache(connection.client, keys), recipe)
         self._intake = Intake(model, spec.runtime.max_attempts, self._keeper.digests)
         self._policy = Policy(Patience(0.0), {}, Shares({}, 0))
-        self._settler = Settler(shared, self._streams, self._keeper.keep)
+        self._settler = Settler(shared, self._streams, self._keeper.keep, model.fingerprint)
         queue = Queue(Streams(connection.blocking(SLEEP_S), keys), self._lease)
         self._claimer = Claimer(shared, queue, self._intake, self._policy, self._settler.put)
         self._inference_timeouts: dict[Priority, float | None] = {}

@@ -13,6 +13,7 @@ from millstream.broker.errors import (
     Malformed,
     MillstreamError,
     ModelFailed,
+    UnsupportedVersion,
     WorkerLost,
     described,
 )
@@ -61,7 +62,7 @@ class Intake:
     def _read(self, claim: Claim, now: int) -> _Request | Finished:
         job = claim.job
         if job is None:
-            return _malformed(claim, claim.malformed)
+            return _newer(claim) if claim.newer else _malformed(claim, claim.malformed)
         if claim.attempts >= self.max_attempts:
             lost = WorkerLost(f"its worker died {claim.attempts:g} times while it ran", hint="see the dead letters")
             return Finished(claim.address, Reply(error=lost), bury="max_attempts")
@@ -106,6 +107,12 @@ class Intake:
 def _malformed(claim: Claim, reason: str) -> Finished:
     error = InvalidRequest(f"the entry is malformed: {reason}", hint="it was not written by a millstream client")
     return Finished(claim.address, Reply(error=error), bury=f"malformed: {reason}")
+
+
+def _newer(claim: Claim) -> Finished:
+    """The answer to an entry that only newer workers read. Its copy can be run again when they are there."""
+    error = UnsupportedVersion(f"it was written by a newer client: {claim.malformed}", hint="update the workers")
+    return Finished(claim.address, Reply(error=error), bury=f"newer version: {claim.malformed}")
 
 
 def expired(job: Job, phase: str, now: int) -> DeadlineExceeded:

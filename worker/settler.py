@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from millstream.broker.codec import encode_reply
+from millstream.broker.codec import encode_reply, origin_of
 from millstream.broker.connection import retrying
 from millstream.broker.errors import ModelFailed
 from millstream.broker.job import Address, Reply
@@ -34,9 +34,14 @@ class Settler(threading.Thread):
     """Writes what is `put`, until `finish`; nothing put is dropped while the process lives."""
 
     def __init__(
-        self, shared: Shared, streams: Streams, keep: Callable[[Sequence[Finished]], None] = lambda finished: None
+        self,
+        shared: Shared,
+        streams: Streams,
+        keep: Callable[[Sequence[Finished]], None] = lambda finished: None,
+        fingerprint: str = "",
     ) -> None:
         super().__init__(name="settler", daemon=True)
+        self._origin = origin_of(fingerprint)
         self._streams = streams
         self._keep = keep
         self._window = shared.window
@@ -59,7 +64,7 @@ class Settler(threading.Thread):
 
     def _settle(self, first: Finished) -> bool:
         """Settle `first` and what else is ready. True when the end was reached."""
-        batch, to_keep = [_encoded(first)], [first]
+        batch, to_keep = [_encoded(first, self._origin)], [first]
         size, ended = len(batch[0].reply), False
         while len(batch) < MAX_JOBS_PER_CALL and size < MAX_BYTES_PER_CALL:
             try:
@@ -69,7 +74,7 @@ class Settler(threading.Thread):
             if finished is None:
                 ended = True
                 break
-            batch.append(_encoded(finished))
+            batch.append(_encoded(finished, self._origin))
             to_keep.append(finished)
             size += len(batch[-1].reply)
         # First: whoever has this answer and asks again finds it.
@@ -90,9 +95,9 @@ class Settler(threading.Thread):
         self._window.forget([settlement.address.name for settlement in batch])
 
 
-def _encoded(finished: Finished) -> Settlement:
+def _encoded(finished: Finished, origin: str) -> Settlement:
     try:
-        reply = encode_reply(finished.reply)
+        reply = encode_reply(finished.reply, origin)
     except (TypeError, ValueError, RecursionError) as error:
         # What JSON cannot carry is one job's fault, not the end of the process and of all it holds.
         reply = encode_reply(Reply(error=ModelFailed(f"the answer cannot be sent: {type(error).__name__}")))

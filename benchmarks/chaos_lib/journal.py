@@ -9,22 +9,25 @@ from pathlib import Path
 
 import hiredis
 
-from millstream.broker.keys import ServiceKeys
+from millstream.broker.keys import RETURNED, ServiceKeys
 
 _CHUNK = 1024 * 1024
 
 Command = Sequence[bytes]
+_RETURNED = RETURNED.encode()
 
 
 @dataclass
 class Journal:
     """The life of every job of one service: `jobs` and `replies` count entries by job id, `results` too.
 
+    `withdrawn` are jobs that went while no worker held them and no reply was written: their callers cancelled them.
     `deliveries` are those that count more than the first: (server ms, job id, delivery count).
     """
 
     jobs: Counter[str] = field(default_factory=Counter)
     replies: Counter[str] = field(default_factory=Counter)
+    withdrawn: set[str] = field(default_factory=set)
     deliveries: list[tuple[int, str, int]] = field(default_factory=list)
 
     def attempts_before(self, moment: int) -> list[str]:
@@ -48,6 +51,7 @@ def replay(commands: Iterable[Command], keys: ServiceKeys) -> Journal:
     streams = {stream.encode() for stream in keys.streams()}
     reply, result = keys.reply("").encode(), keys.result("").encode()
     entries: defaultdict[bytes, dict[bytes, str]] = defaultdict(dict)
+    holders: dict[tuple[bytes, bytes], bytes] = {}
     for command in commands:
         name, key = command[0].upper(), command[1] if len(command) > 1 else b""
         if name == b"XADD" and key in streams:
@@ -58,7 +62,13 @@ def replay(commands: Iterable[Command], keys: ServiceKeys) -> Journal:
             journal.replies[_field(command, b"id")] += 1
         elif name == b"SET" and key.startswith(result):
             journal.replies[key.removeprefix(result).decode()] += 1
-        elif name == b"XCLAIM" and key in streams and (count := int(_option(command, b"RETRYCOUNT"))) > 1:
+        elif name == b"XDEL" and key in streams:
+            waiting = [entry for entry in command[2:] if holders.get((key, entry), _RETURNED) == _RETURNED]
+            jobs = {entries[key].get(entry, "unknown") for entry in waiting}
+            journal.withdrawn |= {job for job in jobs if not journal.replies[job]}
+        if name == b"XCLAIM" and key in streams:
+            holders[key, command[5]] = command[3]
+        if name == b"XCLAIM" and key in streams and (count := int(_option(command, b"RETRYCOUNT"))) > 1:
             journal.deliveries.append((int(_option(command, b"TIME")), entries[key].get(command[5], "unknown"), count))
     return journal
 

@@ -29,6 +29,9 @@ THREADS = 4
 READ_S = 1.0
 CANCELLED_SHARE = 0.08
 
+GONE_S = 60.0
+"""A reply that has not come this long after its job was gone was never written: the job was cancelled."""
+
 
 @dataclass(eq=False)
 class Job:
@@ -66,7 +69,11 @@ class RawCallers:
         self._book.accepted(job.id, job.id)
         if chance.random() < CANCELLED_SHARE:
             job.cancelled = True
-            retrying(lambda: self._streams.cancel([job.id], self._id))
+            (outcome,) = retrying(lambda: self._streams.cancel([job.id], self._id))
+            # Nobody answers a job that was cancelled while it waited; if the first try's answer was lost, it is "gone".
+            if outcome == "waiting" or (outcome == "gone" and not job.replied.wait(GONE_S)):
+                self._book.answered(job.id, CANCELLED)
+                return
         job.replied.wait()
 
     def in_turn(self, name: str, pace_s: float) -> None:

@@ -126,8 +126,8 @@ def _jobs(evidence: Evidence) -> Iterator[Finding]:
         yield Finding("the server knows every acknowledged job", sum(len(a.accepted) for a in evidence.accounts), lost)
     twice = [job for job, entries in journal.jobs.items() if entries > 1]
     yield Finding("no job entered twice", len(journal.jobs), twice)
-    silent = [job for job in journal.jobs if not journal.replies[job]]
-    yield Finding("every job was answered", len(journal.jobs), silent)
+    silent = [job for job in journal.jobs if not journal.replies[job] and job not in journal.withdrawn]
+    yield Finding("every job was answered, or cancelled before it ran", len(journal.jobs), silent)
     again = [job for job, replies in journal.replies.items() if replies > 1]
     yield Finding("no job was answered twice", sum(journal.replies.values()), again)
     charged = journal.attempts_before(evidence.quiet_until)

@@ -47,11 +47,12 @@ end
 for entry in pairs(mine) do
   if not held[entry] and #strangers < 1000 then strangers[#strangers + 1] = entry end
 end
-for _, entry in ipairs(redis.call('ZRANGE', KEYS[7], 0, -1)) do
-  if mine[entry] then
-    cancelled[#cancelled + 1] = entry
-    redis.call('ZREM', KEYS[7], entry)
+-- One look-up for each entry held, not one for each mark: others' marks may be 100,000.
+if redis.call('EXISTS', KEYS[7]) == 1 then
+  for entry in pairs(held) do
+    if mine[entry] and redis.call('ZREM', KEYS[7], entry) == 1 then cancelled[#cancelled + 1] = entry end
   end
 end
 local revision = tonumber(redis.call('HGET', KEYS[8], 'revision') or 0)
-return {now, redis.call('ZCOUNT', KEYS[4], now - LEASE, now), due, revision, lost, strangers, cancelled}
+-- The rule of lease.py, is_live: the last beat is at most one lease from now, in either direction.
+return {now, redis.call('ZCOUNT', KEYS[4], now - LEASE, now + LEASE), due, revision, lost, strangers, cancelled}

@@ -1,11 +1,11 @@
--- Stop jobs that nobody wants any more: one that waits is gone and answered, one that a worker holds is marked for it.
+-- Stop jobs that nobody wants any more: one that waits is gone, one that a worker holds is marked for it.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET cancelled
--- KEYS[5..] per job: STRING seen, STREAM or STRING where its reply goes
--- ARGV[1] group  ARGV[2] consumer of returned jobs; then per job: job id, 'stream' | 'string', reply ttl ms, reply
+-- KEYS[5..] per job: STRING seen, STRING where its result goes
+-- ARGV[1] group  ARGV[2] consumer of returned jobs  ARGV[3] how long a mark lives, ms
+-- then per job: job id, result ttl ms, result; a result of '' is not written: the client that cancels waits for none
 -- Returns per job: 2 it waited and will not run; 1 its worker is told at its next beat; 0 settled, or never was
 
-local GROUP, RETURNED = ARGV[1], ARGV[2]
-local MARKS_KEPT_MS = 3600000
+local GROUP, RETURNED, MARKS_KEPT_MS = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local SEEN_AFTER_SETTLE_MS = 20000
 
 local time = redis.call('TIME')
@@ -26,16 +26,7 @@ local function holder(stream, entry)
   return pending and pending[2]
 end
 
-local function answer(kind, key, job, ttl, reply)
-  if kind == 'string' then
-    redis.pcall('SET', key, reply, 'PX', ttl)
-  else
-    redis.pcall('XADD', key, '*', 'id', job, 'reply', reply)
-    redis.call('PEXPIRE', key, ttl)
-  end
-end
-
-local function cancel(seen, key, job, kind, ttl, reply)
+local function cancel(seen, key, job, ttl, result)
   local accepted = redis.call('GET', seen)
   if not accepted then return 0 end
   local stream, entry = find(accepted, job)
@@ -49,16 +40,18 @@ local function cancel(seen, key, job, kind, ttl, reply)
   -- pcall: callers need no right to XACK, with which they could settle what others hold; claim acknowledges it then.
   if owner then redis.pcall('XACK', KEYS[stream], GROUP, entry) end
   redis.call('XDEL', KEYS[stream], entry)
-  answer(kind, key, job, ttl, reply)
+  if result ~= '' then redis.pcall('SET', key, result, 'PX', ttl) end
   -- As settle: a detached job stays known as long as its result, and no longer.
-  redis.call('PEXPIRE', seen, kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS)
+  redis.call('PEXPIRE', seen, result ~= '' and ttl or SEEN_AFTER_SETTLE_MS)
   return 2
 end
 
+-- Also what lies ahead of the clock, which stepped back since.
 redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', now - MARKS_KEPT_MS)
+redis.call('ZREMRANGEBYSCORE', KEYS[4], now + MARKS_KEPT_MS, '+inf')
 local outcomes, key = {}, 5
-for arg = 3, #ARGV, 4 do
-  outcomes[#outcomes + 1] = cancel(KEYS[key], KEYS[key + 1], ARGV[arg], ARGV[arg + 1], ARGV[arg + 2], ARGV[arg + 3])
+for arg = 4, #ARGV, 3 do
+  outcomes[#outcomes + 1] = cancel(KEYS[key], KEYS[key + 1], ARGV[arg], ARGV[arg + 1], ARGV[arg + 2])
   key = key + 2
 end
 return outcomes

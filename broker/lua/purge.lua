@@ -1,32 +1,47 @@
 -- Take jobs off the queue before anybody runs them, and answer each; what a worker holds is left alone.
 -- KEYS[1..3] STREAM realtime, normal, batch
 -- KEYS[4..] per job: STREAM or STRING where its reply goes, STRING seen
--- ARGV[1] group  ARGV[2] consumer of returned jobs; then per job:
---   stream 1..3, entry id, job id, 'stream' | 'string' | 'none', reply ttl ms, reply
+-- ARGV[1] group  ARGV[2] consumer of returned jobs  ARGV[3] unread bytes a reply stream may hold; then per job:
+--   stream 1..3, entry id, job id, 'stream' | 'string' | 'none', reply ttl ms, deadline in server ms or 0, reply
+-- A client gets no reply to a job whose deadline has passed, for it has given the job up, nor into a stream that
+-- is full of unread replies
 -- Returns per job: 1 gone and answered; 0 a worker holds it, or it is settled
 
-local GROUP, RETURNED = ARGV[1], ARGV[2]
+local GROUP, RETURNED, UNREAD_BYTES = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local SEEN_AFTER_SETTLE_MS = 20000
+
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
 local function holder(stream, entry)
   local pending = redis.call('XPENDING', stream, GROUP, entry, entry, 1)[1]
   return pending and pending[2]
 end
 
-local function answer(kind, key, job, ttl, reply)
+local full = {}
+
+local function is_full(key)
+  if full[key] == nil then
+    local size = redis.pcall('MEMORY', 'USAGE', key, 'SAMPLES', '16')
+    full[key] = type(size) == 'number' and size >= UNREAD_BYTES
+  end
+  return full[key]
+end
+
+local function answer(kind, key, job, ttl, deadline, reply)
   if kind == 'string' then
     redis.pcall('SET', key, reply, 'PX', ttl)
-  elseif kind == 'stream' then
+  elseif kind == 'stream' and (deadline == 0 or now < deadline) and not is_full(key) then
     redis.pcall('XADD', key, '*', 'id', job, 'reply', reply)
     redis.call('PEXPIRE', key, ttl)
   end
 end
 
 local outcomes = {}
-local arg, key = 3, 4
+local arg, key = 4, 4
 while arg <= #ARGV do
   local stream, entry, job = KEYS[tonumber(ARGV[arg])], ARGV[arg + 1], ARGV[arg + 2]
-  local kind, ttl, reply = ARGV[arg + 3], ARGV[arg + 4], ARGV[arg + 5]
+  local kind, ttl, deadline, reply = ARGV[arg + 3], ARGV[arg + 4], tonumber(ARGV[arg + 5]), ARGV[arg + 6]
   local owner = holder(stream, entry)
   local gone = 0
   if not owner or owner == RETURNED then
@@ -35,11 +50,11 @@ while arg <= #ARGV do
     gone = redis.call('XDEL', stream, entry)
   end
   if gone == 1 then
-    answer(kind, KEYS[key], job, ttl, reply)
+    answer(kind, KEYS[key], job, ttl, deadline, reply)
     -- As settle: a detached job stays known as long as its result, and no longer.
     redis.call('PEXPIRE', KEYS[key + 1], kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS)
   end
   outcomes[#outcomes + 1] = gone
-  arg, key = arg + 6, key + 2
+  arg, key = arg + 7, key + 2
 end
 return outcomes

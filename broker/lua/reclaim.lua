@@ -5,7 +5,7 @@
 -- Returns {state, entries given back}; state 'early', 'holding' or 'done'
 
 local GROUP, RETURNED, LEASE = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local EVERY_MS, HOUR_MS, PER_PASS = 900, 3600000, 1000
+local EVERY_MS, HOUR_MS, PER_PASS, SPARE_CONSUMERS = 900, 3600000, 1000, 16
 -- Nobody can say what a lost host was running: half an attempt for all it held.
 local HALF_ATTEMPT = 1
 local TRAIL_KEPT_MS, TRAIL_BYTES = 86400000, 4096
@@ -37,13 +37,26 @@ if now < last then
 end
 if now < hold_until then return {'holding', 0} end
 
--- A beat in the future was the last one before the clock stepped back.
+-- The rule of lease.py, is_live: the last beat is at most one lease from now, in either direction.
 local function lives(consumer)
   local beat = tonumber(redis.call('ZSCORE', KEYS[4], consumer))
-  return beat and beat <= now and now - beat <= LEASE
+  return beat and math.abs(now - beat) <= LEASE
 end
 
-local returned, gone = 0, {}
+local function field_of(info, field)
+  for i = 1, #info, 2 do
+    if info[i] == field then return info[i + 1] end
+  end
+end
+
+local function count_consumers(key)
+  for _, group in ipairs(redis.call('XINFO', 'GROUPS', key)) do
+    if field_of(group, 'name') == GROUP then return field_of(group, 'consumers') end
+  end
+  return 0
+end
+
+local returned, holders, streams = 0, {}, {}
 
 local function note(name, consumer)
   local line = string.format('%.0f %s was lost with its host', now, consumer)
@@ -63,26 +76,43 @@ local function give_back(stream, key, consumer)
   returned = returned + #pending
 end
 
+local function forget(consumer)
+  for _, key in ipairs(streams) do redis.call('XGROUP', 'DELCONSUMER', key, GROUP, consumer) end
+  redis.call('ZREM', KEYS[4], consumer)
+end
+
+-- A pass costs what holders and the dead cost. XINFO CONSUMERS lists all who live, too: 25 ms at 4,000 consumers.
 for stream = 1, 3 do
   local key = KEYS[stream]
   if redis.call('EXISTS', key) == 1 then
-    for _, info in ipairs(redis.call('XINFO', 'CONSUMERS', key, GROUP)) do
-      local consumer = {}
-      for i = 1, #info, 2 do consumer[info[i]] = info[i + 1] end
-      local name = consumer['name']
-      if name ~= RETURNED and not lives(name) then
-        if consumer['pending'] > 0 then
-          give_back(stream, key, name)
-          gone[name] = false
-        else
-          redis.call('XGROUP', 'DELCONSUMER', key, GROUP, name)
-          if gone[name] == nil then gone[name] = true end
-        end
-      end
+    streams[#streams + 1] = key
+    for _, holder in ipairs(redis.call('XPENDING', key, GROUP)[4] or {}) do
+      local name = holder[1]
+      if holders[name] == nil then holders[name] = lives(name) or false end
+      if name ~= RETURNED and not holders[name] then give_back(stream, key, name) end
     end
   end
 end
-for name, empty in pairs(gone) do
-  if empty then redis.call('ZREM', KEYS[4], name) end
+
+local function forget_the_dead(lowest, highest)
+  for _, name in ipairs(redis.call('ZRANGE', KEYS[4], lowest, highest, 'BYSCORE', 'LIMIT', 0, PER_PASS)) do
+    if holders[name] == nil then forget(name) end
+  end
+end
+forget_the_dead('-inf', string.format('(%.0f', now - LEASE))
+forget_the_dead(string.format('(%.0f', now + LEASE), '+inf')
+
+-- Consumers that hold nothing and never beat, such as those a read created after its worker was released. Looking for
+-- them lists everybody, so it waits until they are more than the others.
+local known = redis.call('ZCOUNT', KEYS[4], '-inf', '+inf')
+for _, key in ipairs(streams) do
+  if count_consumers(key) > 2 * known + SPARE_CONSUMERS then
+    for _, info in ipairs(redis.call('XINFO', 'CONSUMERS', key, GROUP)) do
+      local name = field_of(info, 'name')
+      if name ~= RETURNED and field_of(info, 'pending') == 0 and not lives(name) then
+        redis.call('XGROUP', 'DELCONSUMER', key, GROUP, name)
+      end
+    end
+  end
 end
 return {'done', returned}

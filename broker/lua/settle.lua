@@ -1,21 +1,26 @@
 -- Answer jobs and retire their entries, each once: the first caller wins, a late twin changes nothing.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] STREAM dead letters   KEYS[5] HASH trail
--- KEYS[6..] per way that replies go: STREAM or STRING; then per job: STRING seen
--- ARGV[1] group  ARGV[2] dead letters kept  ARGV[3] unread bytes a reply stream may hold  ARGV[4] ways
+-- KEYS[6] ZSET cancelled   KEYS[7..] per way that replies go: STREAM or STRING; then per job: STRING seen
+-- ARGV[1] group  ARGV[2] dead letters kept  ARGV[3] unread bytes a reply stream may hold
+-- ARGV[4] the small error reply that stands in for replies beyond that  ARGV[5] ways
 -- then per way: 'stream' | 'string' | 'none', reply ttl ms
 -- then per job: stream 1..3 ':' entry id, way 1.., job id, reply, reason to bury it ('' for none)
 -- A dead letter is the entry's fields after: reason, entry, buried (ms), priority, attempts and consumer where known,
 --   history where a run did not end: a line each, as release and reclaim wrote it
 --   cut where fields were too long: how many bytes are missing at its end
--- Returns per job: 1 answered; 0 settled before; -1 its reply could not be written, or it calls itself by another job's
---   id: a dead letter holds it
--- A reply stream that is full of unread ones takes no more: whoever should read it is dead or frozen
+-- Returns per job: 1 answered; 2 its client reads too slowly and got the error in place of the reply; 0 settled before;
+--   -1 nothing could be written, or it calls itself by another job's id: a dead letter holds it
+-- A reply stream that is full of unread replies takes errors only, and a bounded number of them: whoever should read it
+-- is slow, and must hear of it, or dead
 
-local GROUP, DEAD_KEPT, UNREAD_BYTES, WAYS = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local GROUP, DEAD_KEPT, UNREAD_BYTES, UNREAD, WAYS =
+  ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
 local SEEN_AFTER_SETTLE_MS = '20000'
 local MAX_FIELDS = 64
 local MAX_BYTES = 1048576
 local FEW_UNREAD = 16
+-- A full stream takes errors while it has fewer entries than this, or until it is an eighth above its limit.
+local MOST_ERRORS = 4096
 local PRIORITIES = {'realtime', 'normal', 'batch'}
 local OURS = {reason = true, entry = true, buried = true, priority = true, attempts = true, consumer = true,
   history = true, cut = true}
@@ -60,26 +65,32 @@ end
 local expiring, sizes, lengths = {}, {}, {}
 
 -- Asked once a call, and only where much is unread: the streams of clients that read are short.
-local function is_full(key)
+local function size_of(key)
   if sizes[key] == nil then
     local size = redis.pcall('MEMORY', 'USAGE', key, 'SAMPLES', '16')
     sizes[key] = type(size) == 'number' and size or 0
   end
-  return sizes[key] >= UNREAD_BYTES
+  return sizes[key]
 end
 
+local ANSWERED, UNREAD_INSTEAD, UNWRITABLE = 1, 2, -1
+
 local function answer(kind, key, job, ttl, reply)
-  if kind == 'none' then return true end
+  if kind == 'none' then return ANSWERED end
   if kind == 'string' then
-    return not redis.pcall('SET', key, reply, 'PX', ttl).err
+    return redis.pcall('SET', key, reply, 'PX', ttl).err and UNWRITABLE or ANSWERED
   end
   -- pcall: whatever else may lie under its key.
   if not expiring[key] then lengths[key] = tonumber(redis.pcall('XLEN', key)) or 0 end
-  if lengths[key] > FEW_UNREAD and is_full(key) then return false end
+  local outcome = ANSWERED
+  if lengths[key] > FEW_UNREAD and size_of(key) >= UNREAD_BYTES then
+    if lengths[key] >= MOST_ERRORS and size_of(key) >= UNREAD_BYTES * 9 / 8 then return UNWRITABLE end
+    reply, outcome = UNREAD, UNREAD_INSTEAD
+  end
   local written = redis.pcall('XADD', key, '*', 'id', job, 'reply', reply)
-  if type(written) == 'table' and written.err then return false end
+  if type(written) == 'table' and written.err then return UNWRITABLE end
   expiring[key], lengths[key] = ttl, lengths[key] + 1
-  return true
+  return outcome
 end
 
 -- Only the entry that was accepted under an id answers to it: another one's answer would reach the job's own caller.
@@ -89,11 +100,12 @@ local function is_another(seen, name, id)
   return type(accepted) == 'string' and accepted ~= name and accepted ~= id
 end
 
+local marked = redis.call('EXISTS', KEYS[6]) == 1
 local outcomes, retired = {}, {{}, {}, {}}
-local arg, seen = 5 + 2 * WAYS, 6 + WAYS
+local arg, seen = 6 + 2 * WAYS, 7 + WAYS
 while arg <= #ARGV do
   local name, way, job, reply, reason = ARGV[arg], tonumber(ARGV[arg + 1]), ARGV[arg + 2], ARGV[arg + 3], ARGV[arg + 4]
-  local kind, ttl = ARGV[3 + 2 * way], ARGV[4 + 2 * way]
+  local kind, ttl = ARGV[4 + 2 * way], ARGV[5 + 2 * way]
   local priority, id = tonumber(string.sub(name, 1, 1)), string.sub(name, 3)
   local stream = KEYS[priority]
   local past = reason ~= '' and history(stream, id) or {}
@@ -102,15 +114,16 @@ while arg <= #ARGV do
     outcomes[#outcomes + 1] = 0
   else
     local another = is_another(KEYS[seen], name, id)
-    local answered = not another and answer(kind, KEYS[5 + way], job, ttl, reply)
+    local outcome = another and UNWRITABLE or answer(kind, KEYS[6 + way], job, ttl, reply)
     if another then reason = 'malformed: its id is another job\'s'
-    elseif not answered then reason = 'reply_unwritable' end
+    elseif outcome == UNWRITABLE then reason = 'reply_unwritable' end
+    if marked then redis.call('ZREM', KEYS[6], name) end
     if trailed then end_trail(past, name) end
     if reason ~= '' then bury(priority, id, reason, past) end
     retired[priority][#retired[priority] + 1] = id
     -- A detached job stays known as long as its result: its idempotency key must not run it again.
     if not another then redis.call('PEXPIRE', KEYS[seen], kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS) end
-    outcomes[#outcomes + 1] = answered and 1 or -1
+    outcomes[#outcomes + 1] = outcome
   end
   arg, seen = arg + 5, seen + 1
 end

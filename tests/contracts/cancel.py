@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from contracts.queue import CALLER, Queue, draft, ids, names
+from contracts.queue import CALLER, LEASE_MS, Queue, draft, ids, names
 
 from millstream.broker.codec import decode_reply
 from millstream.broker.errors import Cancelled
@@ -14,17 +14,14 @@ from millstream.broker.keys import STREAM_INDEX
 class CancelContract:
     """A subclass gives the fixture `queue`."""
 
-    def test_a_job_that_waits_is_gone_and_answered(self, queue: Queue) -> None:
+    def test_a_job_that_waits_is_gone_and_its_client_which_waits_for_no_reply_gets_none(self, queue: Queue) -> None:
         for priority in PRIORITIES:
             unwanted, wanted = queue.put(draft(), draft(), priority=priority)
 
             assert queue.streams.cancel([unwanted.id], CALLER) == ["waiting"]
 
             assert ids(queue.claim().claims) == [wanted.id]
-            job_id, reply = queue.replies()[-1]
-            assert job_id == unwanted.id
-            assert isinstance(decode_reply(reply).error, Cancelled)
-            assert queue.client.pttl(queue.keys.reply(CALLER)) > 0
+            assert not queue.client.exists(queue.keys.reply(CALLER), queue.keys.result(unwanted.id))
 
     def test_a_detached_jobs_cancellation_is_its_result(self, queue: Queue) -> None:
         (job,) = queue.put(draft(client=""))
@@ -89,14 +86,28 @@ class CancelContract:
         queue.streams.create_groups()
         return queue.jobs(Priority.REALTIME)
 
-    def test_cancelling_again_answers_once(self, queue: Queue) -> None:
+    def test_cancelling_again_changes_nothing(self, queue: Queue) -> None:
         (job,) = queue.put(draft())
 
         assert queue.streams.cancel([job.id, job.id], CALLER) == ["waiting", "gone"]
 
-        assert len(queue.replies()) == 1
+    def test_a_mark_lives_two_leases_whatever_else_is_cancelled(self, queue: Queue) -> None:
+        first, ahead, last = queue.hold("w1", draft(), draft(), draft())
+        queue.streams.cancel(ids([first, ahead]), CALLER)
+        now = queue.now()
+        # Ahead: as after a step back of the clock.
+        moments = {first.address.name: now - 2 * LEASE_MS - 1, ahead.address.name: now + 3 * LEASE_MS}
+        queue.client.zadd(queue.keys.cancelled(), moments)
 
-    def test_marks_do_not_stay_for_ever(self, queue: Queue) -> None:
-        queue.streams.cancel(ids(queue.hold("w1", draft())), CALLER)
+        queue.streams.cancel(ids([last]), CALLER)
 
-        assert queue.client.pttl(queue.keys.cancelled()) > 0
+        assert queue.client.zrange(queue.keys.cancelled(), 0, -1) == [last.address.name.encode()]
+        assert 0 < queue.client.pttl(queue.keys.cancelled()) <= 2 * LEASE_MS
+
+    def test_a_job_that_is_settled_takes_its_mark_with_it_and_leaves_the_others(self, queue: Queue) -> None:
+        settled, marked = claims = queue.hold("w1", draft(), draft())
+        queue.streams.cancel(ids(claims), CALLER)
+
+        assert queue.settle([settled]) == ["answered"]
+
+        assert queue.client.zrange(queue.keys.cancelled(), 0, -1) == [marked.address.name.encode()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import redis
-from contracts.queue import Queue, draft, ids, names
+from contracts.queue import CALLER, Queue, draft, ids, names
 
 from millstream.broker.codec import encode_entry
 from millstream.broker.job import PRIORITIES, Draft, Job, Priority
@@ -211,6 +211,35 @@ class ClaimContract:
 
         assert ids(queue.claim().claims) == ids([kept])
         assert queue.client.xpending(queue.keys.stream(Priority.NORMAL), GROUP)["pending"] == 1
+
+    def test_a_job_of_a_newer_client_is_counted_claimed_and_cancelled_as_any_other(self, queue: Queue) -> None:
+        job = draft(rows=7, tokens=70)
+        queue.put(job)
+        ((entry, fields),) = queue.jobs()
+        queue.client.xdel(queue.keys.stream(Priority.NORMAL), entry)
+        # As the protocol has it: behind the known fields, before the body.
+        body = fields.pop(b"body")
+        for _ in range(2):
+            queue.put_raw({**fields, b"affinity": b"gpu0", b"body": body})
+        at = queue.jobs()[1][0]
+        queue.client.set(queue.keys.seen(job.id), f"2:{at}", px=60_000)
+
+        (claim,) = queue.claim(rows=13, empty_handed=False).claims
+
+        assert claim.job is not None
+        assert (claim.job.rows, claim.job.tokens, claim.job.body) == (7, 70, body)
+        assert queue.streams.cancel([job.id], CALLER) == ["waiting"]
+        assert len(queue.jobs()) == 1
+
+    def test_an_entry_of_a_newer_version_says_so_and_whom_to_tell(self, queue: Queue) -> None:
+        job_id = draft().id
+        queue.put_raw({b"v": b"2", b"id": job_id.encode(), b"client": CALLER.encode(), b"anything": b"\xff"})
+
+        (claim,) = queue.claim().claims
+
+        assert (claim.job, claim.newer) == (None, True)
+        assert (claim.address.job_id, claim.address.client) == (job_id, CALLER)
+        assert "version 2" in claim.malformed
 
     @pytest.mark.parametrize("fields", MALFORMED.values(), ids=MALFORMED.keys())
     def test_a_malformed_entry_comes_marked_costs_one_row_and_hurts_nobody(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from contracts.queue import Queue, draft, names
 
@@ -193,6 +195,36 @@ class DeadLettersContract:
         assert int(letter[b"cut"]) == 2 * 2**20 - kept + len(b"more")
         with pytest.raises(InvalidRequest, match="malformed"):
             letters(queue).requeue(letters(queue).page()[0])
+
+    def test_what_a_newer_client_added_is_kept_in_the_letter_and_does_not_keep_it_from_running(
+        self, queue: Queue
+    ) -> None:
+        (job,) = queue.put(draft())
+        ((entry, fields),) = queue.jobs()
+        queue.client.xdel(queue.keys.stream(Priority.NORMAL), entry)
+        queue.put_raw({**fields, b"affinity": b"gpu0"})
+        queue.client.set(queue.keys.seen(job.id), f"2:{queue.jobs()[0][0]}", px=60_000)
+        queue.settle(queue.claim().claims, bury="max_attempts")
+        (letter,) = letters(queue).page()
+
+        letters(queue).requeue(letter)
+
+        assert letter.fields[b"affinity"] == b"gpu0"
+        (again,) = queue.claim().claims
+        assert again.job is not None
+        assert again.job.body == job.body
+
+    def test_a_letter_that_was_cut_within_an_optional_field_is_not_run_as_if_it_were_whole(self, queue: Queue) -> None:
+        queue.put(draft())
+        ((_, fields),) = queue.jobs()
+        added = {f"new{at}".encode(): b"" for at in range(30)}
+        queue.put_raw({**fields, **added})
+        queue.settle(queue.claim().claims[1:], bury="malformed")
+        (letter,) = letters(queue).page()
+        whole = {name: value for name, value in letter.fields.items() if not name.startswith(b"new")}
+
+        with pytest.raises(InvalidRequest, match="all of its entry"):
+            letters(queue).requeue(replace(letter, fields={b"cut": b"7", **whole}))
 
     def test_a_letter_of_an_ordinary_job_is_whole(self, queue: Queue) -> None:
         whole = Draft(draft().id, "echo", 1, 3, encode_inputs(["a" * (2**20 - 1000)], {}))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from contracts.queue import LEASE_MS, Queue, draft, ids, names
 
 from millstream.broker.job import Priority
 from millstream.broker.keys import GROUP, RETURNED
+from millstream.broker.lease import is_live
 
 
 class BeatContract:
@@ -144,6 +146,23 @@ class ReleaseContract:
         assert queue.lease.release("dead", gone=True) == 1
 
 
+class LivenessContract:
+    """A subclass gives the fixture `queue`. Beats ahead of the clock are what a step back of the clock leaves."""
+
+    @pytest.mark.parametrize("age_ms", [-720 * LEASE_MS, -2 * LEASE_MS, -LEASE_MS // 2, 0, LEASE_MS // 2, LEASE_MS + 1])
+    def test_beat_lease_reclaim_and_inspector_agree_on_who_lives(self, queue: Queue, age_ms: int) -> None:
+        lives = is_live(queue.now() - age_ms, queue.now())
+        claims = queue.hold("w1", draft())
+        queue.age("w1", claims)
+        queue.passed(1000)
+        queue.client.zadd(queue.keys.workers(), {"w1": queue.now() - age_ms})
+
+        assert queue.lease.beat("w2", {}, []).live_workers == 1 + lives
+        assert queue.lease.live_workers() == 1 + lives
+        assert {worker.consumer for worker in queue.view().workers} == ({"w1", "w2"} if lives else {"w2"})
+        assert queue.reclaim() == ("done", 0 if lives else 1)
+
+
 class ReclaimContract:
     """A subclass gives the fixture `queue`."""
 
@@ -260,6 +279,33 @@ class ReclaimContract:
         assert queue.client.zscore(queue.keys.workers(), "gone") is None
         consumers = queue.client.xinfo_consumers(queue.keys.stream(Priority.NORMAL), GROUP)
         assert b"gone" not in [consumer["name"] for consumer in consumers]
+
+    def test_consumers_that_never_beat_and_hold_nothing_are_forgotten_once_they_are_many(self, queue: Queue) -> None:
+        (held,) = queue.hold("w1", draft())
+        queue.lease.beat("idle", {}, [])
+        for name in ("w1", "idle", *(f"late read {at}" for at in range(30))):
+            queue.client.xgroup_createconsumer(queue.keys.stream(Priority.NORMAL), GROUP, name)
+        queue.passed(1000)
+
+        assert queue.reclaim() == ("done", 0)
+
+        consumers = queue.client.xinfo_consumers(queue.keys.stream(Priority.NORMAL), GROUP)
+        assert {consumer["name"] for consumer in consumers} == {b"w1", b"idle"}
+        assert queue.held_by("w1") == names([held])
+
+    def test_a_silent_worker_that_holds_a_job_of_one_priority_stays_until_it_is_given_back(self, queue: Queue) -> None:
+        claims = queue.hold("quiet", draft())
+        queue.silence("quiet")
+        queue.passed(1000)
+
+        assert queue.reclaim() == ("done", 0)
+        assert queue.client.zscore(queue.keys.workers(), "quiet") is not None
+        queue.age("quiet", claims)
+        queue.passed(1000)
+        assert queue.reclaim() == ("done", 1)
+        queue.passed(1000)
+        assert queue.reclaim() == ("done", 0)
+        assert queue.client.zscore(queue.keys.workers(), "quiet") is None
 
     def test_a_pass_leaves_a_key_that_expires(self, queue: Queue) -> None:
         queue.reclaim()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import redis
 from contracts.queue import CALLER, Queue, draft, ids, names
@@ -106,6 +108,13 @@ class PurgeContract:
         assert sorted(job_id for job_id, _ in queue.replies()) == sorted(each.id for each in put)
         assert all(isinstance(decode_reply(reply).error, Cancelled) for _, reply in queue.replies())
         assert queue.client.pttl(queue.keys.reply(CALLER)) > 0
+
+    def test_a_caller_whose_deadline_has_passed_waits_no_more_and_gets_no_reply(self, queue: Queue) -> None:
+        _, waits = queue.put(draft(deadline=time.monotonic()), draft(deadline=time.monotonic() + 60))
+
+        assert queue.streams.purge() == 2
+
+        assert [job_id for job_id, _ in queue.replies()] == [waits.id]
 
     def test_more_than_one_page_is_purged(self, queue: Queue) -> None:
         queue.put(*[draft() for _ in range(300)])

@@ -5,12 +5,15 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import cast
 
 import redis
 
 from millstream.broker import scripts
 from millstream.broker.codec import encode_inputs
+from millstream.broker.connection import Connection
+from millstream.broker.inspector import Inspector, ServiceView
 from millstream.broker.job import Claim, Draft, Priority
 from millstream.broker.keys import GROUP, RETURNED, ServiceKeys
 from millstream.broker.lease import LEASE_S, Lease
@@ -117,6 +120,12 @@ class Queue:
     def idle_ms(self, claim: Claim) -> int:
         entry, stream = claim.address.entry, self.keys.stream(claim.address.priority)
         return int(self.client.xpending_range(stream, GROUP, entry, entry, 1)[0]["time_since_delivered"])
+
+    def view(self) -> ServiceView:
+        """The service as the inspector sees it."""
+        connection = cast(Connection, SimpleNamespace(client=self.client, safe_url="here"))
+        (seen,) = Inspector(connection, self.keys.prefix).services([self.keys.service])
+        return seen
 
     # -- what only time does otherwise -------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from millstream.broker.errors import (
     InputTooLong,
     InvalidRequest,
     MillstreamError,
+    ModelFailed,
     NoWorkers,
     PartialFailure,
     QueueFull,
@@ -31,6 +32,7 @@ from millstream.broker.errors import (
 from millstream.broker.job import Json
 from millstream.broker.keys import ServiceKeys
 from millstream.client import Client
+from millstream.client.result import Values
 
 
 def failing(call: Callable[[], object]) -> MillstreamError:
@@ -44,6 +46,40 @@ def failing(call: Callable[[], object]) -> MillstreamError:
 
 def test_a_list_is_answered_in_its_order(client: Client, echo: str) -> None:
     assert client.submit(echo, ["b", "", "a b c", "水车 🌊"]).result() == ["b", "", "a b c", "水车 🌊"]
+
+
+def test_a_result_names_the_weights_that_made_it(client: Client, echo: str) -> None:
+    result = client.submit(echo, ["a", "b"]).result()
+
+    assert isinstance(result, Values)
+    assert result.fingerprint.startswith("echo:")
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        b"",
+        b'{"v":1,"shape":[2,3]}\n' + b"\0" * 24,
+        b'{"v":1,"shape":[1,2]}\n' + b"\0\0\xc0\x7f" * 2,
+        b'{"v":1,"values":[NaN]}\n',
+        b'{"v":1,"values":["a","b"]}\n',
+        b'{"v":1,"truncated":[99],"errors":{"99":{}}}\n',
+        b'{"v":9,"values":["a"]}\n',
+    ],
+)
+def test_a_forged_reply_is_the_failure_of_its_call_and_the_next_one_is_answered(
+    client: Client, bystander: Callable[..., Bystander], forged: bytes
+) -> None:
+    service = bystander()
+    handle = client.submit(service.name, ["a"])
+    (claim,) = service.claim(1)
+
+    service.queue.settle([claim], forged)
+
+    assert isinstance(failing(lambda: handle.result(LONG_S)), ModelFailed)
+    after = client.submit(service.name, ["b"])
+    service.answer(*service.claim(1))
+    assert after.result(LONG_S) == ["b"]
 
 
 def test_nothing_is_answered_with_nothing_and_sends_no_job(client: Client, echo: str) -> None:

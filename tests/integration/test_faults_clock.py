@@ -14,6 +14,7 @@ from integration.faults import SERVICE, Mill, frozen, let_pass, milling
 from support import eventually
 
 from millstream.broker.errors import DeadlineExceeded, MillstreamError, RateLimited
+from millstream.broker.lease import LEASE_S
 
 HOUR_S = 3600
 
@@ -95,6 +96,24 @@ def test_what_a_lost_worker_held_at_a_step_is_given_back_soon_after(tmp_path: Pa
         eventually(lambda: not mill.queue.held_by("lost"), within_s=30.0)
         eventually(mill.queue.replies)
         eventually(lambda: mill.queue.lease.live_workers() == 1)
+        eventually(lambda: [worker.state for worker in mill.queue.view().workers] == ["ready"])
+
+
+@pytest.mark.parametrize(("step_s", "living"), [(-HOUR_S, 0), (-LEASE_S // 2, 1)])
+def test_all_agree_on_who_lives_before_the_first_beat_after_a_step_back(
+    tmp_path: Path, clock: Clock, step_s: int, living: int
+) -> None:
+    with milling(tmp_path, clock.server) as mill:
+        mill.beaten()
+        with frozen(*mill.supervisor.pids):
+            clock.step(int(step_s))
+
+            assert mill.queue.lease.live_workers() == living
+            assert len(mill.queue.view().workers) == living
+            # This beat counts itself.
+            assert mill.queue.lease.beat("w2", {}, []).live_workers == living + 1
+            assert len(mill.queue.view().workers) == living + 1
+        mill.queue.lease.release("w2", gone=True)
 
 
 @pytest.mark.parametrize("step_s", [-HOUR_S, 2 * HOUR_S])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from typing import NoReturn
 
 import pytest
+import redis
 from contracts.queue import Queue, draft
 
 from millstream.broker.connection import Connection
-from millstream.broker.errors import ConfigError, UnknownService
+from millstream.broker.errors import BrokerUnavailable, ConfigError, UnknownService
 from millstream.broker.job import Priority
 from millstream.broker.keys import services_key
 from millstream.broker.registry import Registry
@@ -113,6 +115,59 @@ def test_a_limit_that_was_replaced_holds_from_then_on(registry: Registry, connec
 
     assert queue.streams.enqueue(again) == [Admission()]
     assert queue.depth() == 2
+
+
+def test_a_limit_that_was_taken_out_holds_no_more(registry: Registry, connection: Connection) -> None:
+    limits = {"realtime": {"max_queue_size": 1}, "normal": {"max_queue_size": 1}, "batch": {"max_queue_size": 1}}
+    registry.push([spec(priorities=limits, rate_limit={"requests": 1, "rows": 1, "tokens": 1, "per": "tenant"})])
+    registry.push([spec(priorities={"normal": {"max_queue_size": 2}})], replace=True)
+    queue = Queue(connection.client, registry.keys("embed"))
+
+    queue.put(*[draft() for _ in range(5)], priority=Priority.REALTIME)
+    queue.put(*[draft() for _ in range(5)], priority=Priority.BATCH)
+    queue.put(draft(), draft())
+    assert queue.streams.enqueue([Group(Priority.NORMAL, [draft()])]) == [Admission("queue_full", 0.1)]
+
+    registry.push([spec()], replace=True)
+    queue.put(*[draft() for _ in range(5)])
+
+
+@pytest.mark.parametrize("step", ["sadd", "xgroup_create", "pipeline"])
+def test_a_push_that_was_cut_off_is_completed_by_the_next(
+    registry: Registry, connection: Connection, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    with monkeypatch.context() as cut:
+        cut.setattr(connection.client, step, lambda *_, **__: _cut_off())
+        with pytest.raises(BrokerUnavailable):
+            registry.push([spec(batch_size=7)])
+
+    registry.push([spec(batch_size=7)])
+
+    assert registry.names() == ["embed"]
+    assert registry.read("embed").runtime.batch_size == 7
+    Queue(connection.client, registry.keys("embed")).put(draft())
+
+
+def test_limits_and_revision_change_with_the_specification_or_not_at_all(
+    registry: Registry, connection: Connection
+) -> None:
+    registry.push([spec()])
+    with connection.client.monitor() as seen:  # type: ignore[no-untyped-call]
+        registry.push([spec(max_queue_size=7)], replace=True)
+        connection.client.echo("over")
+        commands: list[str] = []
+        while not any("over" in command for command in commands):
+            commands.append(str(seen.next_command()["command"]))
+    key = registry.keys("embed").spec()
+    writes = [at for at, command in enumerate(commands) if command.startswith(("HSET", "HINCRBY")) and key in command]
+
+    first = commands.index("MULTI")
+    assert set(writes) <= set(range(first, commands.index("EXEC", first)))
+    assert len(writes) == 2
+
+
+def _cut_off() -> NoReturn:
+    raise redis.ConnectionError("cut")
 
 
 def test_code_is_neither_published_nor_taken_from_the_server(registry: Registry, connection: Connection) -> None:

@@ -206,7 +206,7 @@ class QueueMachine(RuleBasedStateMachine):
             if outcome == "running":
                 entry.unwanted = True
             elif outcome == "waiting":
-                self.model.end(entry, CANCELLED, time.monotonic())
+                self.model.end(entry, None if entry.client else CANCELLED, time.monotonic())
 
     @precondition(lambda self: any(self._written(client) for client in self.readers))
     @rule(data=st.data(), doubt=st.booleans())
@@ -295,7 +295,8 @@ class QueueMachine(RuleBasedStateMachine):
 
         model.beating.add(consumer)
         lost, strangers = model.lost(consumer), model.strangers(consumer)
-        unwanted = [entry for entry in held if entry.unwanted]
+        # A beat asks for the marks of what the worker knows it holds.
+        unwanted = [entry for entry in held if entry.unwanted and entry in hands]
         assert sorted(beat.lost) == sorted(entry.name for entry in lost)
         assert sorted(beat.strangers) == sorted(entry.name for entry in strangers)
         assert sorted(beat.cancelled) == sorted(entry.name for entry in unwanted)
@@ -306,7 +307,9 @@ class QueueMachine(RuleBasedStateMachine):
         self.count("beat: extended", times=any(entry.idle for entry in held))
         model.hands[consumer].difference_update(entry.job_id for entry in lost)
         for entry in held:
-            entry.idle = entry.unwanted = False
+            entry.idle = False
+        for entry in unwanted:
+            entry.unwanted = False
 
     @precondition(lambda self: any(self.model.hands.values()))
     @rule(data=st.data(), twice=st.booleans())
@@ -459,7 +462,8 @@ class QueueMachine(RuleBasedStateMachine):
 
         self.count("purged", times=bool(waiting))
         for entry in waiting:
-            self.model.end(entry, CANCELLED, time.monotonic())
+            given_up = entry.client and entry.phase == "total"
+            self.model.end(entry, None if given_up else CANCELLED, time.monotonic())
 
     # -- what is true after every step -------------------------------------------------------------------------
 

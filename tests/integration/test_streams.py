@@ -11,11 +11,13 @@ import redis
 from contracts.queue import CALLER, Queue, draft, ids, names
 from support import eventually
 
+from millstream.broker import streams
+from millstream.broker.codec import decode_reply
 from millstream.broker.connection import Connection, translated
 from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import QueueFull
+from millstream.broker.errors import MillstreamError, QueueFull, ReaderTooSlow, ReplyTooLarge
 from millstream.broker.job import PRIORITIES, Claim, Priority
-from millstream.broker.keys import ServiceKeys
+from millstream.broker.keys import GROUP, ServiceKeys
 from millstream.broker.streams import Group, Limit, Settlement, Streams
 
 LONG_S = 30.0
@@ -175,7 +177,12 @@ def test_after_a_service_was_used_every_key_expires_but_streams_specification_an
     assert len(keys) > len(kept) + 10
 
 
-def test_a_reply_stream_nobody_reads_is_bounded_in_bytes_and_the_answers_are_buried(queue: Queue) -> None:
+def errors_read(queue: Queue) -> list[MillstreamError | None]:
+    """The errors among a client's unread replies; those that say x are answers."""
+    return [decode_reply(reply).error for _, reply in queue.replies() if not reply.startswith(b"x")]
+
+
+def test_a_client_that_leaves_too_much_unread_gets_a_small_error_for_each_further_job(queue: Queue) -> None:
     bounded = Streams(queue.client, queue.keys, unread_bytes=1_000_000)
     queue.put(*[draft() for _ in range(60)])
     claims = queue.claim().claims
@@ -183,10 +190,77 @@ def test_a_reply_stream_nobody_reads_is_bounded_in_bytes_and_the_answers_are_bur
     settled = [bounded.settle([Settlement(claim.address, b"x" * 100_000)])[0] for claim in claims]
 
     # Up to 16 are written without asking how long they are.
-    assert settled == ["answered"] * 17 + ["unwritable"] * 43
-    assert len(queue.dead_letters()) == 43
+    assert settled == ["answered"] * 17 + ["unread"] * 43
+    assert {type(error) for error in errors_read(queue)} == {ReaderTooSlow}
+    assert len(errors_read(queue)) == 43
+    assert (queue.depth(), queue.dead_letters()) == (0, [])
+
+
+@pytest.mark.parametrize(("size", "errors"), [(100_000, 4096 - 17), (300, 1300)])
+def test_a_reply_stream_nobody_reads_is_bounded_with_its_errors_and_then_jobs_are_buried(
+    queue: Queue, size: int, errors: int
+) -> None:
+    bounded = Streams(queue.client, queue.keys, unread_bytes=1_700_000)
+    queue.open(max_queue_size=10_000)
+
+    settled = []
+    while "unwritable" not in settled:
+        queue.put(*[draft() for _ in range(100)])
+        claims = queue.claim(rows=1000).claims
+        settled += bounded.settle([Settlement(claim.address, b"x" * size) for claim in claims])
+        assert len(settled) < 20_000
+
+    assert settled.count("unread") <= errors + 200
+    held = queue.client.memory_usage(queue.keys.reply(CALLER), samples=0)
+    assert held is not None
+    assert held < 2 * 1_700_000
     assert {letter[b"reason"] for letter in queue.dead_letters()} == {b"reply_unwritable"}
     assert queue.depth() == 0
+
+
+def test_an_answer_larger_than_a_reply_may_be_is_told_and_never_sent(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "MAX_REPLY_BYTES", 1000)
+    large, small = queue.hold("w1", draft(), draft(client=""))
+
+    assert queue.settle([large, small], b"x" * 1001) == ["answered"] * 2
+
+    assert [type(error) for error in errors_read(queue)] == [ReplyTooLarge]
+    (found,) = queue.streams.look_up([small.address.job_id])
+    assert found.reply is not None
+    assert isinstance(decode_reply(found.reply).error, ReplyTooLarge)
+
+
+def counted(queue: Queue, command: str) -> int:
+    """How often the server ran `command`, by scripts too."""
+    stats = queue.client.info("commandstats")
+    return int(stats.get(f"cmdstat_{command}", {}).get("calls", 0))
+
+
+def test_a_reclaim_pass_looks_at_those_who_hold_something_and_at_the_dead_alone(queue: Queue) -> None:
+    queue.hold("w1", draft())
+    for worker in range(200):
+        queue.lease.beat(f"idle{worker}", {}, [])
+        queue.client.xgroup_createconsumer(queue.keys.stream(Priority.NORMAL), GROUP, f"idle{worker}")
+    queue.passed(1000)
+    before = counted(queue, "zscore")
+
+    assert queue.reclaim() == ("done", 0)
+
+    assert counted(queue, "zscore") - before <= 1
+    assert len(queue.client.xinfo_consumers(queue.keys.stream(Priority.NORMAL), GROUP)) == 201
+
+
+def test_a_beat_reads_no_marks_but_those_of_what_its_worker_holds(queue: Queue) -> None:
+    claims = queue.hold("w1", draft())
+    queue.client.zadd(queue.keys.cancelled(), {f"2:1-{at}": queue.now() for at in range(1000)})
+    queue.client.pexpire(queue.keys.cancelled(), 60_000)
+    before = counted(queue, "zrange")
+
+    assert queue.lease.beat("w1", {}, names(claims)).cancelled == []
+
+    assert counted(queue, "zrange") == before
 
 
 def test_a_client_that_reads_is_answered_again(queue: Queue) -> None:

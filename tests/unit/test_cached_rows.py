@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import cast
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from millstream.broker.cache import Cached
-from millstream.broker.errors import InvalidRequest, MillstreamError
+from millstream.broker.errors import InvalidRequest, MillstreamError, MixedModels
 from millstream.broker.job import Reply
 from millstream.client.result import Embeddings
 from millstream.client.rows import Rows
@@ -50,6 +51,20 @@ def test_twins_share_an_error_and_a_cut() -> None:
         [1],
         [3],
     ]
+
+
+def test_kept_answers_and_new_ones_of_another_model_are_not_mixed() -> None:
+    kept = Cached(np.array([3], np.float32), fingerprint="w1")
+    same, other = Rows(2, {1: kept}), Rows(2, {1: kept})
+
+    same.place(Part((0,), 2), Reply(vectors=np.array([[1]], np.float32), fingerprint="w1"))
+    other.place(Part((0,), 2), Reply(vectors=np.array([[1]], np.float32), fingerprint="w2"))
+
+    value = same.value(1.0)
+    assert isinstance(value, Embeddings)
+    assert value.fingerprint == "w1"
+    with pytest.raises(MixedModels):
+        other.value(1.0)
 
 
 def test_a_call_tells_of_each_text_that_was_cut_and_of_the_tokens_that_ran() -> None:

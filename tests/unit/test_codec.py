@@ -18,12 +18,15 @@ from millstream.broker.codec import (
     MAX_MS,
     MAX_ROWS,
     MAX_TOKENS,
+    MAX_UNKNOWN,
+    MAX_UNKNOWN_BYTES,
     decode_entry,
     decode_inputs,
     decode_reply,
     encode_entry,
     encode_inputs,
     encode_reply,
+    origin_of,
     salvage,
 )
 from millstream.broker.errors import (
@@ -32,6 +35,7 @@ from millstream.broker.errors import (
     Malformed,
     MillstreamError,
     ModelFailed,
+    NewerVersion,
     QueueFull,
     to_wire,
 )
@@ -68,15 +72,20 @@ vectors = (
     | arrays.arrays(np.float16, shapes, elements=st.floats(width=16, allow_nan=False))
     | arrays.arrays(np.uint8, shapes)
 )
+some_values = st.none() | st.lists(json_values, max_size=5)
 replies = st.builds(
     Reply,
     vectors=st.none() | vectors,
-    values=st.none() | st.lists(json_values, max_size=5),
+    values=st.none(),
     errors=st.dictionaries(st.integers(0, 100), errors, max_size=3),
     error=st.none() | errors,
     tokens=st.integers(0, 2**40),
     truncated=st.lists(st.integers(0, 100), max_size=5).map(tuple),
     timings=st.dictionaries(texts, st.integers(0, 10**6).map(float), max_size=3),
+    fingerprint=texts,
+    version=texts,
+).flatmap(
+    lambda reply: st.just(reply) if reply.vectors is not None else some_values.map(lambda v: reply._replace(values=v))
 )
 
 
@@ -182,6 +191,7 @@ def test_a_reply_comes_back_as_it_was(reply: Reply) -> None:
         assert again.vectors.dtype == reply.vectors.dtype
         assert not again.vectors.flags.writeable
     assert (again.values, again.tokens, again.truncated) == (reply.values, reply.tokens, reply.truncated)
+    assert (again.fingerprint, again.version) == (reply.fingerprint, reply.version)
     assert again.timings == reply.timings
     assert {row: told(error) for row, error in again.errors.items()} == {
         row: told(error) for row, error in reply.errors.items()
@@ -215,7 +225,7 @@ def test_a_newline_in_a_value_does_not_end_the_head() -> None:
 
 BAD_NUMBERS = [b"", b"-1", b"1.0", b"1e3", b" 1", b"1 ", b"nan", b"inf", b"0x10", b"1_0", b"9" * 400, b"\xd9\xa1"]
 BAD_VALUES = {
-    "v": [b"", b"0", b"2", b"1 ", b"x" * 5000],
+    "v": [b"", b"0", b"2", b"1 ", b"02", b"2" * 400, b"x" * 5000],
     "id": [b"", b"0" * 31, b"0" * 33, b"g" * 32, b"A" * 32, b"0" * 32 + b"\n", b"\xff" * 32, b"../" + b"0" * 29],
     "at": [*BAD_NUMBERS, str(MAX_MS + 1).encode()],
     "rows": [*BAD_NUMBERS, str(MAX_ROWS + 1).encode()],
@@ -252,8 +262,9 @@ def test_a_bad_field_makes_the_entry_malformed(name: str, value: bytes) -> None:
         lambda fields: [],
         lambda fields: fields[2:],
         lambda fields: fields[:-1],
-        lambda fields: [*fields, b"more", b"x"],
         lambda fields: [*fields, b"more"],
+        lambda fields: [*fields, *fields[-2:]],
+        lambda fields: [*fields[:2], *fields],
         lambda fields: fields[2:4] + fields[:2] + fields[4:],
         lambda fields: [b"\xff", *fields[1:]],
         lambda fields: [*fields[:6], b"\0".join(fields[6:10]), *fields[10:]],
@@ -285,6 +296,49 @@ def test_no_value_raises_anything_but_malformed(field: int, value: bytes) -> Non
         decode_entry(fields)
     except Malformed:
         return
+
+
+# -- entries of newer clients --------------------------------------------------------------------------------------
+
+new_names = st.from_regex(r"[a-z][a-z0-9_]{0,31}", fullmatch=True).filter(lambda name: name not in FIELDS)
+new_fields = st.lists(st.tuples(new_names.map(str.encode), st.binary(max_size=200)), max_size=MAX_UNKNOWN)
+
+
+@given(jobs, new_fields, st.data())
+def test_fields_that_nobody_knows_yet_are_passed_over_wherever_they_stand(
+    job: Job, added: list[tuple[bytes, bytes]], data: st.DataObject
+) -> None:
+    written = flat(job)
+    pairs = list(zip(written[0::2], written[1::2], strict=True))
+    for new in added:
+        pairs.insert(data.draw(st.integers(1, len(pairs))), new)
+
+    assert decode_entry([part for pair in pairs for part in pair]) == job
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        [(f"new{at}".encode(), b"") for at in range(MAX_UNKNOWN + 1)],
+        [(b"new", b"x" * MAX_UNKNOWN_BYTES)],
+        [(b"New", b"")],
+        [(b"x" * 33, b"")],
+        [(b"\xff", b"")],
+        [(b"", b"")],
+    ],
+    ids=["too many", "too large", "no word", "too long a name", "no text", "no name"],
+)
+def test_what_nobody_knows_is_bounded(added: list[tuple[bytes, bytes]]) -> None:
+    with pytest.raises(Malformed) as malformed:
+        decode_entry([*(part for pair in added for part in pair), *flat(JOB)])
+
+    assert not isinstance(malformed.value, NewerVersion)
+
+
+@given(st.lists(st.binary(max_size=40), max_size=40))
+def test_an_entry_of_a_newer_version_is_told_apart_whatever_else_it_holds(rest: list[bytes]) -> None:
+    with pytest.raises(NewerVersion, match="version 2"):
+        decode_entry([b"v", b"2", *rest])
 
 
 # -- bodies --------------------------------------------------------------------------------------------------------
@@ -381,7 +435,21 @@ def test_no_head_raises_anything_but_malformed_and_what_is_decoded_is_sound(head
         b'{"shape":[1,2],"dtype":[]}',
         b'{"shape":[1,2],"dtype":"float16"}',
         b'{"error":5}',
-        b'{"error":{"code":"queue_full","retry_after":1' + b"0" * 400 + b"}}",
+        b'{"v":2}',
+        b'{"shape":[-1,2]}',
+        b'{"shape":[1,-1]}',
+        b'{"shape":[1,2],"values":[1]}',
+        b'{"values":[NaN]}',
+        b'{"values":[{"score":-Infinity}]}',
+        b'{"values":[1e999]}',
+        b'{"values":[1E+400]}',
+        b'{"values":[-1' + b"0" * 310 + b".0]}",
+        b'{"tokens":-1}',
+        b'{"tokens":"3"}',
+        b'{"timings":{"queue":"nan"}}',
+        b'{"fingerprint":5}',
+        b'{"fingerprint":"' + b"x" * 513 + b'"}',
+        b'{"version":[]}',
         b'{"errors":{"x":{}}}',
         b'{"errors":{"-1":{}}}',
         b'{"errors":[]}',
@@ -398,6 +466,40 @@ def test_no_head_raises_anything_but_malformed_and_what_is_decoded_is_sound(head
 def test_a_reply_nobody_of_ours_wrote_is_malformed(head: bytes) -> None:
     with pytest.raises(Malformed):
         decode_reply(head + b"\n" + b"\0" * 8)
+
+
+def test_an_error_says_to_wait_no_longer_than_anybody_can() -> None:
+    for forged in (b"1" + b"0" * 400, b"-1", b"1e300", b'"soon"', b"true0"[:4]):
+        error = decode_reply(b'{"error":{"code":"queue_full","retry_after":' + forged + b"}}").error
+        assert isinstance(error, QueueFull)
+        assert error.retry_after in (None, 1.0)
+
+
+def test_a_number_that_only_looks_huge_is_a_value() -> None:
+    values: list[Json] = [1e-300, 1e99, "e999", "0" * 400, 10**299]
+
+    assert decode_reply(encode_reply(Reply(values=values))).values == values
+
+
+@given(replies, st.dictionaries(st.from_regex(r"[a-z]{6,9}", fullmatch=True), json_values, max_size=3))
+def test_what_a_newer_worker_adds_to_a_reply_is_passed_over(reply: Reply, added: dict[str, Json]) -> None:
+    assume(not added.keys() & {*HEADS, "fingerprint", "version"})
+    head, _, data = encode_reply(reply).partition(b"\n")
+    newer = json.dumps({**json.loads(head), **added}).encode() + b"\n" + data
+
+    again = decode_reply(newer)
+
+    assert (again.values, again.tokens, again.fingerprint) == (reply.values, reply.tokens, reply.fingerprint)
+
+
+def test_a_reply_names_what_made_it_in_its_own_words_or_in_those_of_its_worker() -> None:
+    own = encode_reply(Reply(values=[1], fingerprint='we"ights', version="v2"))
+    workers = encode_reply(Reply(values=[1]), origin_of('we"ights', "v2"))
+
+    assert own == workers
+    assert decode_reply(own)[-2:] == ('we"ights', "v2")
+    assert decode_reply(encode_reply(Reply(values=[1])))[-2:] == ("", "")
+    assert origin_of("") == ""
 
 
 # -- what is left of a malformed entry -----------------------------------------------------------------------------

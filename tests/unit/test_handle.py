@@ -16,16 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import eventually
 
-from millstream.broker.codec import decode_inputs, encode_reply
+from millstream.broker.codec import decode_inputs, encode_reply, origin_of
 from millstream.broker.errors import (
     BrokerUnavailable,
     DeadlineExceeded,
     InvalidRequest,
     MillstreamError,
+    MixedModels,
     ModelFailed,
     NoWorkers,
     PartialFailure,
     QueueFull,
+    WorkerLost,
 )
 from millstream.broker.job import Draft, Json, Priority, Reply
 from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
@@ -36,7 +38,7 @@ from millstream.client.channel import Channel
 from millstream.client.flow import JOBS_PER_WORKER
 from millstream.client.handle import Handle
 from millstream.client.orders import Cancellation
-from millstream.client.result import Embeddings
+from millstream.client.result import Embeddings, Values
 from millstream.client.services import Known
 from millstream.client.split import split
 from millstream.client.terms import Progress, Terms
@@ -102,9 +104,14 @@ class FakeWatch:
 
 
 def terms(
-    *, window: int = 4, timeout: float | None = None, total_timeout: float | None = None, wait: bool = True
+    *,
+    window: int = 4,
+    timeout: float | None = None,
+    total_timeout: float | None = None,
+    wait: bool = True,
+    op: str = "echo",
 ) -> Terms:
-    return Terms("echo", "echo", Priority.NORMAL, {}, timeout, total_timeout, None, wait, window)
+    return Terms("echo", op, Priority.NORMAL, {}, timeout, total_timeout, None, wait, window)
 
 
 def call(
@@ -198,21 +205,142 @@ def test_failures_are_told_by_row_beside_the_results_of_the_others() -> None:
         b"not a reply\n",
         encode_reply(Reply(values=["only one"])),
         encode_reply(Reply()),
-        encode_reply(Reply(values=["a", "b"], truncated=(7,))),
         encode_reply(Reply(values=["a", "b", "c"])),
+        encode_reply(Reply(vectors=np.ones((3, 2), np.float32))),
+        encode_reply(Reply(vectors=np.ones((1, 2), np.float32))),
+        encode_reply(Reply(values=["a", "b"], errors={1: ModelFailed("no")})),
+        encode_reply(Reply(values=["a"], errors={2: ModelFailed("no")})),
+        b'{"v":1,"shape":[-1,2]}\n' + b"\0" * 16,
+        b'{"v":1,"shape":[2,4611686018427387904]}\n' + b"\0" * 16,
+        b'{"v":1,"values":["a",NaN]}\n',
+        b'{"v":1,"values":["a",1e999]}\n',
+        b'{"v":2,"values":["a","b"]}\n',
+        encode_reply(Reply(vectors=np.ones((2, 2), np.float32), error=ModelFailed("no"))),
     ],
-    ids=["nothing", "no JSON", "a row short", "no rows", "a row that is not there", "a row too many"],
 )
-def test_a_reply_that_does_not_fit_its_job_fails_or_is_read_but_breaks_nothing(reply: bytes) -> None:
+def test_a_reply_that_does_not_fit_its_job_answers_no_row_of_it(reply: bytes) -> None:
     channel = FakeChannel()
     handle = call(channel, ["a", "b"])
 
     handle._transfer.answered(channel.take()[0].id, reply)
 
-    try:
-        assert handle.result(0) == ["a", "b"]
-    except (ModelFailed, PartialFailure):
-        return
+    with pytest.raises(ModelFailed):
+        handle.result(0)
+    assert [type(outcome) for outcome in handle.outcomes(0)] == [ModelFailed, ModelFailed]
+
+
+def test_a_row_that_was_not_there_cannot_have_been_cut() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b"])
+
+    handle._transfer.answered(channel.take()[0].id, encode_reply(Reply(values=["a", "b"], truncated=(7,))))
+
+    result = handle.result(0)
+    assert isinstance(result, Values)
+    assert (result, result.truncated) == (["a", "b"], ())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_vector_that_is_not_finite_is_its_rows_error_and_no_other_rows(
+    dtype: type[np.float32 | np.float16], bad: float
+) -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b"])
+    vectors = np.ones((2, 3), dtype)
+    vectors[1, 2] = bad
+
+    handle._transfer.answered(channel.take()[0].id, encode_reply(Reply(vectors=vectors)))
+
+    good, failed = handle.outcomes(0)
+    assert isinstance(good, np.ndarray)
+    assert isinstance(failed, ModelFailed)
+    with pytest.raises(PartialFailure):
+        handle.result(0)
+
+
+def test_numbers_that_are_large_or_bits_are_a_vector() -> None:
+    for vectors in (np.full((1, 3), 3e38, np.float32), np.full((1, 3), 255, np.uint8)):
+        channel = FakeChannel()
+        handle = call(channel, ["a"])
+
+        handle._transfer.answered(channel.take()[0].id, encode_reply(Reply(vectors=vectors)))
+
+        np.testing.assert_array_equal(cast(Embeddings, handle.result(0)), vectors)
+
+
+@pytest.mark.parametrize(
+    "reply", [*(Reply(values=[value]) for value in ("0.5", True, None)), Reply(vectors=np.ones((1, 3), np.float32))]
+)
+def test_a_score_that_is_no_number_is_the_models_failure(reply: Reply) -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a"], terms(op="rerank"))
+
+    handle._transfer.answered(channel.take()[0].id, encode_reply(reply))
+
+    with pytest.raises(ModelFailed, match="score"):
+        handle.result(0)
+
+
+def test_sparse_vectors_and_scores_are_results() -> None:
+    for op, values in (("embed", [{"indices": [1], "values": [0.5]}]), ("rerank", [3])):
+        channel = FakeChannel()
+        handle = call(channel, ["a"], terms(op=op))
+
+        handle._transfer.answered(channel.take()[0].id, encode_reply(Reply(values=cast(list[Json], values))))
+
+        assert handle.result(0) == values
+
+
+def test_dense_and_sparse_vectors_are_not_mixed_in_one_answer() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b"], terms(op="embed"), rows_a_job=1)
+
+    handle._transfer.answered(channel.take()[0].id, encode_reply(Reply(values=[{"indices": [], "values": []}])))
+    handle._transfer.answered(channel.take()[0].id, encode_reply(Reply(vectors=np.ones((1, 3), np.float32))))
+
+    with pytest.raises(ModelFailed, match="sparse"):
+        handle.result(0)
+
+
+def answered_by(*fingerprints: str) -> Handle:
+    channel = FakeChannel()
+    handle = call(channel, [str(each) for each in range(len(fingerprints))], rows_a_job=1)
+    for fingerprint in fingerprints:
+        draft, _ = channel.take()
+        handle._transfer.answered(draft.id, encode_reply(Reply(np.ones((1, 3), np.float32)), origin_of(fingerprint)))
+    return handle
+
+
+def test_a_result_names_the_weights_that_made_all_of_it() -> None:
+    result = answered_by("w1", "w1").result(0)
+
+    assert isinstance(result, Embeddings)
+    assert result.fingerprint == result[0].fingerprint == "w1"
+    # A worker of an older version does not say.
+    older = answered_by("w1", "").result(0)
+    assert isinstance(older, Embeddings)
+    assert older.fingerprint == ""
+
+
+@pytest.mark.parametrize("fingerprints", [("w1", "w2"), ("", "w1", "w2"), ("w1", "w1", "w2")])
+def test_the_answers_of_two_models_are_not_mixed_in_one_call(fingerprints: tuple[str, ...]) -> None:
+    handle = answered_by(*fingerprints)
+
+    with pytest.raises(MixedModels, match="w1, w2"):
+        handle.result(0)
+    assert all(isinstance(outcome, np.ndarray) for outcome in handle.outcomes(0))
+
+
+def test_a_failure_has_no_weights_that_could_differ() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b"], rows_a_job=1)
+
+    handle._transfer.answered(channel.take()[0].id, encode_reply(Reply(error=WorkerLost("died")), origin_of("w1")))
+    handle._transfer.answered(channel.take()[0].id, encode_reply(Reply(values=["b"]), origin_of("w2")))
+
+    with pytest.raises(PartialFailure):
+        handle.result(0)
 
 
 def test_vectors_of_different_lengths_are_the_models_failure() -> None:

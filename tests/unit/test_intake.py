@@ -14,6 +14,7 @@ from millstream.broker.errors import (
     InvalidRequest,
     MillstreamError,
     ModelFailed,
+    UnsupportedVersion,
     WorkerLost,
 )
 from millstream.broker.job import Address, Claim, Json
@@ -85,6 +86,15 @@ def test_a_malformed_entry_is_buried_with_its_reason_and_its_caller_is_told(inta
 
     assert finished.bury == "malformed: id is not hex"
     assert isinstance(finished.reply.error, InvalidRequest)
+
+
+def test_an_entry_that_only_newer_workers_read_is_refused_as_such_and_kept_for_them(intake: Intake) -> None:
+    address = Address("2:1-1", "0" * 32, "caller")
+    finished = only(intake, Claim(address, None, 0.0, "the entry has version 2", newer=True))
+
+    assert finished.bury == "newer version: the entry has version 2"
+    assert isinstance(finished.reply.error, UnsupportedVersion)
+    assert "update the workers" in finished.reply.error.hint
 
 
 @pytest.mark.parametrize("body", [b"", b"\xff", b"[]", b'{"inputs":["a","b"]}', b'{"inputs":["\\ud800"]}'])

@@ -10,7 +10,7 @@ from contracts.cancel import CancelContract
 from contracts.claim import ClaimContract
 from contracts.dead import DeadLettersContract
 from contracts.enqueue import EnqueueContract
-from contracts.lease import BeatContract, ReclaimContract, ReleaseContract
+from contracts.lease import BeatContract, LivenessContract, ReclaimContract, ReleaseContract
 from contracts.pause import PauseContract, PurgeContract
 from contracts.queue import Queue
 from contracts.rate import RateContract
@@ -44,6 +44,10 @@ class TestSettle(SettleContract):
 
 
 class TestBeat(BeatContract):
+    pass
+
+
+class TestLiveness(LivenessContract):
     pass
 
 

@@ -1,0 +1,91 @@
+"""docs/protocol.md says of the wire what the code does."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from millstream.broker import codec, errors, streams
+from millstream.broker.codec import FIELDS, OPTIONAL, encode_reply
+from millstream.broker.errors import ModelFailed
+from millstream.broker.job import Reply
+from millstream.broker.keys import ServiceKeys, services_key
+from millstream.broker.roles import _SCRIPTS
+from millstream.broker.scripts import Name
+
+TEXT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
+
+
+def table(heading: str) -> list[Sequence[str]]:
+    """The rows of the first table under `heading`, without its head."""
+    section = TEXT.split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\|(.*)\|$", section, re.MULTILINE)[2:]
+    return [[cell.strip() for cell in row.split("|")] for row in rows]
+
+
+def test_every_field_of_an_entry_is_there_in_its_order_and_says_whether_it_may_be_left_out() -> None:
+    rows = table("Entry")
+
+    assert [name.strip("`") for name, *_ in rows] == list(FIELDS)
+    assert {name.strip("`") for name, _, optional in rows if optional} == OPTIONAL
+
+
+def test_every_field_of_a_replys_head_is_there_in_its_order() -> None:
+    error = ModelFailed("no")
+    full = Reply(
+        np.ones((1, 1), np.float16), [1], {1: error}, error, 1, (0,), {"queue": 1.0}, fingerprint="w", version="v2"
+    )
+
+    head = json.loads(encode_reply(full).partition(b"\n")[0])
+
+    assert [name.strip("`") for name, _ in table("Reply")] == list(head)
+
+
+def test_every_key_is_there() -> None:
+    named = set(re.findall(r"`([^`]+)`", "".join(row[0] for row in table("Keys"))))
+    keys = ServiceKeys("service")
+    samples = {"client": "<client>", "job_id": "<job id>", "digest": "<digest>", "consumer": "<consumer>"}
+    made = {services_key(), *keys.streams(), keys.bucket("<tenant>")}
+    for name, method in inspect.getmembers(keys, inspect.ismethod):
+        if name.startswith("_") or name in ("stream", "streams"):
+            continue
+        wanted = [each for each in inspect.signature(method).parameters.values() if each.default is each.empty]
+        made.add(method(*(samples[each.name] for each in wanted)))
+
+    assert named == made
+
+
+def test_every_script_is_there_with_who_may_call_it() -> None:
+    rows = {verb.strip("`"): who for verb, who, _ in table("Scripts")}
+
+    assert set(rows) == set(get_args(Name))
+    assert rows == _SCRIPTS
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        f"at most {codec.MAX_ROWS:,} ",
+        f"at most {codec.MAX_BODY >> 20} MiB, {codec.MAX_DEPTH} deep",
+        f"at most {codec.MAX_UNKNOWN} fields they do not know, of {codec.MAX_UNKNOWN_BYTES:,} bytes",
+        f"at most {streams.MAX_REPLY_BYTES >> 20} MiB: a larger one",
+        f"leaves {streams.UNREAD_BYTES >> 20} MiB unread",
+    ],
+)
+def test_the_bounds_are_those_of_the_code(said: str) -> None:
+    assert said in " ".join(TEXT.replace("|", "").split()) + " "
+
+
+def test_every_error_it_names_exists() -> None:
+    codes = {cls.code for _, cls in inspect.getmembers(errors, inspect.isclass) if hasattr(cls, "code")}
+
+    named = set(re.findall(r"`([a-z]+_[a-z_]+)`", TEXT)) - {*FIELDS, "retry_after"}
+    assert named <= codes
+    assert {"reply_too_large", "reader_too_slow", "unsupported_version", "mixed_models"} <= named
