@@ -21,8 +21,8 @@ from millstream.broker import cache as module
 from millstream.broker.cache import Cache, Cached, Recipe, encode
 from millstream.broker.connection import Connection
 from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import Cancelled, PartialFailure
-from millstream.broker.job import PRIORITIES, Json
+from millstream.broker.errors import Cancelled, ModelFailed, PartialFailure, WorkerLost
+from millstream.broker.job import PRIORITIES, Json, Reply
 from millstream.broker.keys import ServiceKeys
 from millstream.broker.pause import pause, resume
 from millstream.broker.registry import Registry
@@ -149,6 +149,42 @@ def test_like_calls_of_one_client_under_way_run_once(client: Client, bystander: 
     assert [handle.result(LONG_S) for handle in (*handles[:1], *handles[2:], other)] == [["a"]] * 4 + [["b"]]
     with pytest.raises(Cancelled):
         handles[1].result()
+
+
+def test_like_calls_share_a_failure_of_their_input_and_run_at_once_after_any_other(
+    client: Client, bystander: Callable[..., Bystander]
+) -> None:
+    service = bystander(enable_cache=True)
+    handles = [client.submit(service.name, ["a"]) for _ in range(20)]
+    service.settle(service.claim_one(), Reply(error=WorkerLost("died")))
+
+    others = service.claim(19)
+    assert isinstance(handles[0].outcomes(LONG_S)[0], WorkerLost)
+    service.answer(*others)
+    assert [handle.result(LONG_S) for handle in handles[1:]] == [["a"]] * 19
+
+    again = [client.submit(service.name, ["b"]) for _ in range(20)]
+    service.settle(service.claim_one(), Reply(error=ModelFailed("no")))
+    assert {type(handle.outcomes(LONG_S)[0]) for handle in again} == {ModelFailed}
+    assert service.queue.depth() == 0
+
+
+def test_a_job_that_its_caller_cancels_is_answered_to_those_who_asked_alike(
+    client: Client, bystander: Callable[..., Bystander]
+) -> None:
+    service = bystander(enable_cache=True)
+    first, second, third = [client.submit(service.name, ["a"]) for _ in range(3)]
+    claim = service.claim_one()
+
+    assert not first.cancel()
+    with pytest.raises(Cancelled):
+        first.result()
+    assert third.cancel()
+    assert service.queue.lease.beat("bystander", {}, [claim.address.name]).cancelled == []
+    service.answer(claim)
+
+    assert second.result(LONG_S) == ["a"]
+    assert service.queue.depth() == 0
 
 
 # -- and what is no second pass ------------------------------------------------------------------------------------

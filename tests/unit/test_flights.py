@@ -11,7 +11,17 @@ import pytest
 from support import eventually
 
 from millstream.broker.codec import encode_inputs, encode_reply
-from millstream.broker.errors import BrokerUnavailable, DeadlineExceeded, MillstreamError, QueueFull
+from millstream.broker.errors import (
+    BrokerUnavailable,
+    Cancelled,
+    DeadlineExceeded,
+    InputTooLong,
+    InvalidRequest,
+    MillstreamError,
+    ModelFailed,
+    QueueFull,
+    WorkerLost,
+)
 from millstream.broker.job import Draft, Priority, Reply
 from millstream.broker.streams import CancelOutcome, Group
 from millstream.client.channel import Channel
@@ -138,40 +148,119 @@ def test_jobs_that_differ_are_all_sent(bench: Bench, other: dict[str, object]) -
     assert len(bench.sent) == 2
 
 
-@pytest.mark.parametrize(
-    "failed", [Reply(error=DeadlineExceeded("late")), Reply(values=[], errors={0: DeadlineExceeded("late")})]
-)
-def test_a_failure_is_not_shared_the_others_are_sent(bench: Bench, failed: Reply) -> None:
+def failed(error: MillstreamError, *, whole: bool) -> bytes:
+    """The reply of a job that failed as a whole, or of one whose only row failed."""
+    return encode_reply(Reply(error=error) if whole else Reply(values=[], errors={0: error}))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("error", [DeadlineExceeded, WorkerLost, Cancelled, MillstreamError])
+def test_a_failure_that_may_be_the_sent_jobs_own_sends_all_others_at_once(
+    bench: Bench, error: type[MillstreamError], whole: bool
+) -> None:
     leader, _ = bench.call()
-    second, job = bench.call()
-    third, _ = bench.call()
+    others = [bench.call() for _ in range(3)]
 
-    bench.answer(encode_reply(failed))
+    bench.answer(failed(error("not now"), whole=whole))
 
-    assert [len(each.answers) for each in (leader, second, third)] == [1, 0, 0]
-    assert bench.sent[1:] == job.job_ids
-    bench.answer(at=1)
-    assert [len(each.answers) for each in (leader, second, third)] == [1, 1, 1]
+    assert bench.sent[1:] == [job_id for _, job in others for job_id in job.job_ids]
+    assert [len(each.answers) for each in (leader, *(caller for caller, _ in others))] == [1, 0, 0, 0]
+    bench.answer(at=2)
+    assert [len(caller.answers) for caller, _ in others] == [0, 1, 0]
 
 
-def test_a_refusal_is_not_shared(bench: Bench) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("error", [InvalidRequest, InputTooLong, ModelFailed])
+def test_an_error_of_the_input_is_shared(bench: Bench, error: type[MillstreamError], whole: bool) -> None:
+    calls = [bench.call() for _ in range(3)]
+    reply = failed(error("bad"), whole=whole)
+
+    bench.answer(reply)
+
+    assert [caller.answers for caller, _ in calls] == [[(job.job_ids[0], reply)] for _, job in calls]
+    assert len(bench.sent) == 1
+
+
+def test_a_caller_that_raises_costs_the_others_nothing(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    broken, _ = bench.call()
+    broken.answers = cast(list[tuple[str, bytes]], None)
+    other, _ = bench.call()
+
+    bench.answer()
+
+    assert len(other.answers) == 1
+    assert "could not be handed over" in caplog.text
+
+
+def test_a_refusal_is_not_shared_and_all_others_are_sent_at_once(bench: Bench) -> None:
     leader, submission = bench.call()
-    _, job = bench.call()
+    _, second = bench.call()
+    _, third = bench.call()
 
     bench.channel.submissions[0].sink.refused(submission.job_ids, QueueFull("full"))
 
     assert len(leader.errors) == 1
-    assert bench.sent[1:] == job.job_ids
+    assert bench.sent[1:] == second.job_ids + third.job_ids
 
 
-def test_where_the_sent_one_is_cancelled_the_next_is_sent(bench: Bench) -> None:
-    _, first = bench.call()
-    second, job = bench.call()
+def test_a_sent_job_that_its_caller_cancels_goes_on_for_the_others(bench: Bench) -> None:
+    first, leader = bench.call()
+    others = [bench.call() for _ in range(2)]
 
-    assert bench.cancel(first) == ["running"]
+    assert bench.cancel(leader) == ["running"]
+    late, _ = bench.call()
 
-    assert bench.channel.cancelled == first.job_ids
-    assert bench.sent == first.job_ids + job.job_ids
+    assert (bench.channel.cancelled, bench.sent) == ([], leader.job_ids)
+    bench.answer()
+    assert [len(each.answers) for each in (first, late, *(caller for caller, _ in others))] == [0, 1, 1, 1]
+
+
+def test_the_last_one_who_leaves_a_job_cancels_it_on_the_server(bench: Bench) -> None:
+    _, leader = bench.call()
+    _, second = bench.call()
+    _, third = bench.call()
+
+    assert bench.cancel(leader) == ["running"]
+    assert bench.cancel(second) == ["waiting"]
+    assert bench.channel.cancelled == []
+    assert bench.cancel(third) == ["running"]
+
+    assert (bench.channel.cancelled, bench.sent) == (leader.job_ids, leader.job_ids)
+
+
+def test_a_failure_of_a_job_whose_caller_left_it_sends_all_others_at_once(bench: Bench) -> None:
+    first, leader = bench.call()
+    _, second = bench.call()
+    _, third = bench.call()
+    bench.cancel(leader)
+
+    bench.answer(encode_reply(Reply(error=DeadlineExceeded("late"))))
+
+    assert first.answers == []
+    assert bench.sent[1:] == second.job_ids + third.job_ids
+
+
+def test_a_sent_job_whose_time_is_over_is_cancelled_and_all_others_are_sent(bench: Bench) -> None:
+    _, leader = bench.call(for_s=0.01)
+    _, second = bench.call()
+    _, third = bench.call()
+    eventually(lambda: time.monotonic() > (leader.until or 0.0))
+
+    assert bench.cancel(leader) == ["running"]
+
+    assert bench.channel.cancelled == leader.job_ids
+    assert bench.sent[1:] == second.job_ids + third.job_ids
+
+
+def test_a_job_whose_caller_left_it_is_waited_for_no_longer_than_its_own_time(bench: Bench) -> None:
+    _, leader = bench.call(for_s=0.2)
+    second, job = bench.call(for_s=60.0)
+    bench.cancel(leader)
+    assert bench.channel.cancelled == []
+
+    eventually(lambda: bench.channel.cancelled == leader.job_ids)
+
+    assert bench.sent == leader.job_ids + job.job_ids
     bench.answer(at=1)
     assert len(second.answers) == 1
 
@@ -199,9 +288,10 @@ def test_who_does_not_wait_for_room_follows_nobody_and_leads_nobody(bench: Bench
     assert len(bench.sent) == 4
 
 
-def test_who_followed_a_job_that_is_cancelled_as_the_client_closes_is_told(bench: Bench) -> None:
-    _, first = bench.call()
+def test_who_followed_a_job_that_is_given_up_as_the_client_closes_is_told(bench: Bench) -> None:
+    _, first = bench.call(for_s=0.01)
     second, _ = bench.call()
+    eventually(lambda: time.monotonic() > (first.until or 0.0))
     bench.channel.closed = True
 
     with pytest.raises(BrokerUnavailable):
@@ -239,4 +329,4 @@ def test_nothing_is_kept_of_what_is_over(bench: Bench) -> None:
     bench.cancel(first, second)
 
     flights = bench.flights
-    assert (flights._flights, flights._led, flights._followed) == ({}, {}, {})
+    assert (flights._flights, flights._led, flights._followed, flights._left) == ({}, {}, {}, set())
