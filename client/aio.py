@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -21,7 +20,7 @@ from millstream.client.mapping import Results, check_map, chunking
 from millstream.client.rerank import Ranking, Scores, question
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome
-from millstream.client.wakeups import mailbox
+from millstream.client.wakeups import listener
 
 
 class AsyncHandle:
@@ -70,10 +69,10 @@ class AsyncHandle:
 async def _first_ready(handles: Sequence[Handle], until: float | None = None) -> int | None:
     """The place of a call that is complete, waiting for one; None where `until` (monotonic seconds) comes first."""
     changed = _Changed()
-    listener = partial(mailbox().post, changed.set)
+    told = listener(changed.set)
     try:
         for handle in handles:
-            handle.listen(listener)
+            handle.listen(told)
         while True:
             for place, handle in enumerate(handles):
                 if handle.ready:
@@ -90,7 +89,7 @@ async def _first_ready(handles: Sequence[Handle], until: float | None = None) ->
                 await changed.wait(min(moments) - now if moments else None)
     finally:
         for handle in handles:
-            handle.unlisten(listener)
+            handle.unlisten(told)
 
 
 class _Changed:
