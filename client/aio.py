@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -20,7 +21,7 @@ from millstream.client.mapping import Results, check_map, chunking
 from millstream.client.rerank import Ranking, Scores, question
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome
-from millstream.client.wakeups import listener
+from millstream.client.wakeups import arrival, listener
 
 
 class AsyncHandle:
@@ -295,7 +296,7 @@ class AsyncClient:
         spec, live_workers = read
         if not spec.runtime.enable_cache:
             return self._calls.begin(spec, live_workers, inputs, ask)
-        hits = await asyncio.to_thread(self._calls.recall, spec, inputs, ask)
+        hits = await arrival(partial(self._calls.recall_soon, spec, inputs, ask))
         return self._calls.begin(spec, live_workers, inputs, ask, hits)
 
     async def _only(self, model_type: str) -> str:

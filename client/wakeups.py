@@ -6,6 +6,10 @@ import asyncio
 import weakref
 from collections import deque
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar, cast
+
+T = TypeVar("T")
 
 
 class Mailbox:
@@ -78,3 +82,15 @@ def mailbox() -> Mailbox:
 def listener(action: Callable[[], object]) -> Listener:
     """Has `action` called in the running event loop, after each call of it from any thread."""
     return Listener(mailbox(), action)
+
+
+async def arrival(ask: Callable[[Callable[[T], object]], object]) -> T:
+    """What `ask` hands to the function that it is given, once and from any thread."""
+    box, future = mailbox(), asyncio.get_running_loop().create_future()
+
+    def arrive(value: T) -> None:
+        if not future.done():
+            future.set_result(value)
+
+    ask(lambda value: box.post(partial(arrive, value)))
+    return cast(T, await future)

@@ -108,6 +108,28 @@ def test_an_async_client_and_map_find_what_is_kept(
     assert service.queue.depth() == 0
 
 
+def test_many_async_calls_at_once_are_looked_up_in_few_commands_and_by_no_executor(
+    server: EmbeddedServer, bystander: Callable[..., Bystander], connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = planted(bystander, connection, ["a", "b"])
+
+    def commands() -> int:
+        return int(connection.client.info("commandstats").get("cmdstat_mget", {}).get("calls", 0))
+
+    async def ask() -> list[object]:
+        async with AsyncClient(server.url) as client:
+            await client.submit(service.name, ["a"])
+            with monkeypatch.context() as patched:
+                patched.setattr(asyncio, "to_thread", None)
+                handles = await asyncio.gather(*(client.submit(service.name, ["b", "a"]) for _ in range(200)))
+                return [await handle for handle in handles]
+
+    before = commands()
+    assert asyncio.run(ask()) == [["B", "A"]] * 200
+    assert commands() - before <= 50
+    assert service.queue.depth() == 0
+
+
 def test_a_cut_text_is_reported_when_it_is_found_too(server: EmbeddedServer, registered: str, tiny_model: Path) -> None:
     model = ModelSpec(type="embedding", model_name=str(tiny_model), device="cpu")
     spec = caching(registered).model_copy(update={"model": model})
