@@ -15,7 +15,7 @@ from millstream.broker.codec import decode_entry, decode_inputs
 from millstream.broker.errors import InvalidRequest, Malformed
 from millstream.broker.job import Draft, Priority
 from millstream.broker.keys import ServiceKeys
-from millstream.broker.streams import Group, Streams
+from millstream.broker.streams import DetachedCall, Group, Streams
 
 _PAGE = 100
 _ID = re.compile("[0-9]{1,16}-[0-9]{1,16}")
@@ -80,12 +80,14 @@ class DeadLetters:
         return _letter(*cast(list[tuple[bytes, dict[bytes, bytes]]], entries)[0])
 
     def requeue(self, letter: Letter) -> str:
-        """Run it again, as a detached job without a deadline; the new job's id. Repeated, it makes the same one job.
+        """Run it again, as a detached call of one job without a deadline; the id of both. Repeated, it makes one job.
 
         The letter goes when the job is accepted. Raises InvalidRequest where it is malformed, and as `enqueue` does.
         """
         draft = _draft(self._keys, letter)
-        (admission,) = self._streams.enqueue([Group(letter.priority, [draft], replicated=self._replicated)])
+        call = DetachedCall(draft.id, 1, f"{draft.rows}x{draft.rows}")
+        group = Group(letter.priority, [draft], replicated=self._replicated, call=call)
+        (admission,) = self._streams.enqueue([group])
         if error := refusal(self._keys.service, admission):
             raise error
         self.remove([letter.id])

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from millstream.broker.admission import refusal
-from millstream.broker.codec import MAX_ROWS, decode_reply, encode_inputs
+from millstream.broker.codec import MAX_ROWS, JsonText, decode_reply, encode_inputs
 from millstream.broker.connection import retrying, translated
 from millstream.broker.errors import (
     DeadlineExceeded,
@@ -21,7 +23,7 @@ from millstream.broker.errors import (
     ResultExpired,
 )
 from millstream.broker.job import Draft, Json, Priority, Reply
-from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Group, Streams
+from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, DetachedCall, Group, Streams
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome, Rows
 from millstream.client.split import MAX_PART_BYTES, Part
@@ -33,10 +35,15 @@ _ID = re.compile(
     r"(?P<service>[A-Za-z0-9][A-Za-z0-9_.-]{0,63}):(?P<rows>[1-9]\d{0,8})x(?P<per_job>[1-9]\d{0,3}):(?P<call>[0-9a-f]{32})"
 )
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.005, 0.5
-_LOOK_UP = 1_000
+_LOOK_UP = 128
+"""Jobs whose replies one command reads: each may be as large as MAX_PART_BYTES."""
+
 _ROOM_S = 60.0
 MAX_JOBS = 100_000
 """Of one detached call."""
+
+_PAYLOAD = re.compile(r"(?P<rows>\d+)x(?P<per_job>\d+) (?P<digest>[0-9a-f]*)")
+"""How the server knows what was submitted: shape and digest; no digest for calls without an idempotency key."""
 
 
 def id_of(service: str, rows: int, per_job: int, call: str) -> str:
@@ -51,6 +58,7 @@ class Detached:
         self.id = id_of(service, rows, per_job, call)
         self._calls = calls
         self._service = service
+        self._call = call
         self._parts = {
             _job_id(call, first): Part(tuple(range(first, min(first + per_job, rows))), 0)
             for first in range(0, rows, per_job)
@@ -88,24 +96,21 @@ class Detached:
             raise InvalidRequest("no rows", hint="a detached call needs at least one")
         per_job = max(1, min(spec.runtime.batch_size, MAX_ROWS, MAX_PART_BYTES // max(1, *sizes.values())))
         _check_jobs(len(inputs), per_job)
-        # With the shape of the call: jobs of another one would answer other rows.
-        key = f"{service}\0{ask.tenant}\0{len(inputs)}x{per_job}\0{idempotency_key}"
-        call = secrets.token_hex(16) if idempotency_key is None else hashlib.sha256(key.encode()).hexdigest()[:32]
-        detached = cls(calls, service, len(inputs), per_job, call)
-        deadline = None if ask.timeout is None else time.monotonic() + ask.timeout
-        drafts = [
-            Draft(
-                id=job_id,
-                op=op,
-                rows=len(part.rows),
-                tokens=0,
-                body=encode_inputs([inputs[row] for row in part.rows], ask.options),
-                deadline=deadline,
-                tenant=ask.tenant,
-            )
-            for job_id, part in detached._parts.items()
-        ]
-        detached._enqueue(Priority(ask.priority), drafts, spec.replicated)
+        asked = _Asked(service, op, inputs, ask, round(spec.result_ttl * 1000), spec.replicated, idempotency_key)
+        try:
+            return cls._submit(calls, asked, per_job)
+        except InvalidRequest:
+            accepted = asked.accepted_per_job(calls.streams(service)) if idempotency_key is not None else None
+            if accepted in (None, per_job):
+                raise
+        # The key names this very payload, which was cut into jobs before the service's batch size was changed.
+        return cls._submit(calls, asked, accepted)
+
+    @classmethod
+    def _submit(cls, calls: Calls, asked: _Asked, per_job: int) -> Detached:
+        detached = cls(calls, asked.service, len(asked.inputs), per_job, asked.call)
+        drafts = asked.drafts(detached._parts)
+        detached._enqueue(Priority(asked.ask.priority), drafts, asked.replicated, asked.record(per_job, len(drafts)))
         return detached
 
     def done(self) -> bool:
@@ -133,7 +138,7 @@ class Detached:
             outcomes = [
                 outcome
                 for at in range(0, len(job_ids), MAX_JOBS_PER_CALL)
-                for outcome in self._streams().cancel(job_ids[at : at + MAX_JOBS_PER_CALL], client="")
+                for outcome in self._streams().cancel(job_ids[at : at + MAX_JOBS_PER_CALL], "", self._call)
             ]
         return all(outcome == "waiting" for outcome in outcomes)
 
@@ -147,18 +152,25 @@ class Detached:
             pause = min(_LAST_LOOK_S, pause * 1.5)
 
     def _look(self) -> None:
-        """Collect the answers that have come."""
-        job_ids = self._missing()[:_LOOK_UP]
+        """Collect the answers that have come. Raises ResultExpired, BrokerUnavailable."""
+        missing = self._missing()
+        if not missing:
+            return
+        streams = self._streams()
         with translated(self._calls.connection.safe_url):
-            found = self._streams().look_up(job_ids)
-        for job_id, each in zip(job_ids, found, strict=True):
-            if each.reply is not None:
-                self._replies[job_id] = _decoded(each.reply)
-            elif not each.known:
+            submitted = streams.submitted(self._call)
+            if submitted is None:
                 raise ResultExpired(
                     f"no call {self.id!r}: its result has expired, or it was never submitted here",
                     hint="results are kept for redis.result_ttl",
                 )
+            if submitted.answered <= len(self._parts) - len(missing):
+                return
+            for at in range(0, len(missing), _LOOK_UP):
+                page = missing[at : at + _LOOK_UP]
+                for job_id, reply in zip(page, streams.results(self._call, page), strict=True):
+                    if reply is not None:
+                        self._replies[job_id] = _decoded(reply)
 
     def _missing(self) -> list[str]:
         return [job_id for job_id in self._parts if job_id not in self._replies]
@@ -170,11 +182,11 @@ class Detached:
             rows.place(part, self._replies[job_id])
         return rows
 
-    def _enqueue(self, priority: Priority, drafts: Sequence[Draft], replicated: bool) -> None:
+    def _enqueue(self, priority: Priority, drafts: Sequence[Draft], replicated: bool, call: DetachedCall) -> None:
         """Every job, a script call at a time; sent again through cuts, which changes nothing."""
         until = min([time.monotonic() + _ROOM_S, *(draft.deadline for draft in drafts[:1] if draft.deadline)])
         for first, batch in enumerate(_script_calls(drafts)):
-            group = Group(priority, batch, int(first == 0), replicated)
+            group = Group(priority, batch, int(first == 0), replicated, call)
             with translated(self._calls.connection.safe_url):
                 while error := self._refused(group, until):
                     if time.monotonic() > until or not error.retryable:
@@ -186,6 +198,65 @@ class Detached:
 
     def _streams(self) -> Streams:
         return self._calls.streams(self._service)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A detached call as its caller asked for it, before it is cut into jobs."""
+
+    service: str
+    op: str
+    inputs: Sequence[Json]
+    ask: Ask
+    result_ttl_ms: int
+    replicated: bool
+    key: str | None
+    call: str = field(init=False)
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        """`call` is the id of the call: the same for the same key."""
+        named = f"{self.service}\0{self.ask.tenant}\0{self.key}".encode()
+        call = secrets.token_hex(16) if self.key is None else hashlib.sha256(named).hexdigest()[:32]
+        object.__setattr__(self, "call", call)
+        object.__setattr__(self, "digest", "" if self.key is None else self._digest())
+
+    def _digest(self) -> str:
+        """The name of what is asked for, however it is cut into jobs."""
+        digest = hashlib.sha256(json.dumps([self.op, dict(self.ask.options)], sort_keys=True).encode())
+        for row in self.inputs:
+            digest.update(b"\0" + encode_inputs([_sorted(row)], {}))
+        return digest.hexdigest()[:32]
+
+    def record(self, per_job: int, jobs: int) -> DetachedCall:
+        payload = f"{len(self.inputs)}x{per_job} {self.digest}"
+        return DetachedCall(self.call, jobs, payload, self.result_ttl_ms)
+
+    def accepted_per_job(self, streams: Streams) -> int | None:
+        """Rows a job of this very payload, as it was accepted under its key; None if another one was."""
+        submitted = streams.submitted(self.call)
+        match = _PAYLOAD.fullmatch(submitted.payload) if submitted else None
+        return int(match["per_job"]) if match and match["digest"] == self.digest else None
+
+    def drafts(self, parts: Mapping[str, Part]) -> list[Draft]:
+        deadline = None if self.ask.timeout is None else time.monotonic() + self.ask.timeout
+        return [
+            Draft(
+                id=job_id,
+                op=self.op,
+                rows=len(part.rows),
+                tokens=0,
+                body=encode_inputs([self.inputs[row] for row in part.rows], self.ask.options),
+                deadline=deadline,
+                tenant=self.ask.tenant,
+            )
+            for job_id, part in parts.items()
+        ]
+
+
+def _sorted(row: Json) -> Json:
+    """A payload with the names of its objects in order: they say the same in any."""
+    return json.dumps(json.loads(row), sort_keys=True) if isinstance(row, JsonText) else row
 
 
 def _check_jobs(rows: int, per_job: int) -> None:

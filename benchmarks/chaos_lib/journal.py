@@ -15,6 +15,9 @@ _CHUNK = 1024 * 1024
 
 Command = Sequence[bytes]
 
+_ONE_FIELD = 4
+"""Words of an HSET that answers a job of a detached call; one that accepts jobs sets several fields."""
+
 
 @dataclass
 class Journal:
@@ -46,7 +49,7 @@ def replay(commands: Iterable[Command], keys: ServiceKeys) -> Journal:
     """What the write commands in `commands` say of the jobs of one service."""
     journal = Journal()
     streams = {stream.encode() for stream in keys.streams()}
-    reply, result = keys.reply("").encode(), keys.result("").encode()
+    reply, call = keys.reply("").encode(), keys.call("").encode()
     entries: defaultdict[bytes, dict[bytes, str]] = defaultdict(dict)
     for command in commands:
         name, key = command[0].upper(), command[1] if len(command) > 1 else b""
@@ -56,8 +59,8 @@ def replay(commands: Iterable[Command], keys: ServiceKeys) -> Journal:
             journal.jobs[job] += 1
         elif name == b"XADD" and key.startswith(reply):
             journal.replies[_field(command, b"id")] += 1
-        elif name == b"SET" and key.startswith(result):
-            journal.replies[key.removeprefix(result).decode()] += 1
+        elif name == b"HSET" and key.startswith(call) and len(command) == _ONE_FIELD:
+            journal.replies[command[2].decode()] += 1
         elif name == b"XCLAIM" and key in streams and (count := int(_option(command, b"RETRYCOUNT"))) > 1:
             journal.deliveries.append((int(_option(command, b"TIME")), entries[key].get(command[5], "unknown"), count))
     return journal

@@ -1,12 +1,15 @@
 -- Stop jobs that nobody wants any more: one that waits is gone and answered, one that a worker holds is marked for it.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET cancelled
--- KEYS[5..] per job: STRING seen, STREAM or STRING where its reply goes
--- ARGV[1] group  ARGV[2] consumer of returned jobs; then per job: job id, 'stream' | 'string', reply ttl ms, reply
+-- KEYS[5..] per job: STRING seen, STREAM, HASH or STRING where its reply goes
+-- ARGV[1] group  ARGV[2] consumer of returned jobs; then per job:
+--   job id, 'stream' | 'hash' | 'string', reply ttl ms, reply
 -- Returns per job: 2 it waited and will not run; 1 its worker is told at its next beat; 0 settled, or never was
 
 local GROUP, RETURNED = ARGV[1], ARGV[2]
 local MARKS_KEPT_MS = 3600000
 local SEEN_AFTER_SETTLE_MS = 20000
+-- The fields of a detached call's hash that are no job's; how long its caller may take to submit the rest of it.
+local CALL_FIELDS, SUBMITTING_MS = 4, 3600000
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -26,8 +29,24 @@ local function holder(stream, entry)
   return pending and pending[2]
 end
 
+-- As in settle: a result of a detached call, whose hash enqueue describes. All its results expire together, a ttl after
+-- the last one; an answer that is there is not replaced.
+local function keep(key, job, ttl, reply)
+  local length = redis.pcall('HSTRLEN', key, job)
+  if length ~= 0 then return false end
+  local new = redis.call('HSET', key, job, reply)
+  if redis.call('HINCRBY', key, 'left', new - 1) > 0 then return true end
+  local jobs, own_ttl = unpack(redis.call('HMGET', key, 'jobs', 'ttl'))
+  ttl = tonumber(own_ttl) or tonumber(ttl)
+  if jobs and redis.call('HLEN', key) < CALL_FIELDS + jobs then ttl = math.max(ttl, SUBMITTING_MS) end
+  redis.call('PEXPIRE', key, string.format('%.0f', ttl))
+  return true
+end
+
 local function answer(kind, key, job, ttl, reply)
-  if kind == 'string' then
+  if kind == 'hash' then
+    keep(key, job, ttl, reply)
+  elseif kind == 'string' then
     redis.pcall('SET', key, reply, 'PX', ttl)
   else
     redis.pcall('XADD', key, '*', 'id', job, 'reply', reply)
