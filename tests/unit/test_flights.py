@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support import eventually
 
 from millstream.broker.codec import encode_inputs, encode_reply
@@ -43,6 +45,10 @@ class Caller:
 
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
         self.errors.append((job_ids, error))
+
+    @property
+    def outcomes(self) -> int:
+        return len(self.answers) + len(self.errors)
 
 
 class Sent:
@@ -329,4 +335,71 @@ def test_nothing_is_kept_of_what_is_over(bench: Bench) -> None:
     bench.cancel(first, second)
 
     flights = bench.flights
+    assert (flights._flights, flights._led, flights._followed, flights._left) == ({}, {}, {}, set())
+
+
+DEEDS = ("call", "call", "call", "cancel", "answer", "fail", "fail alike", "refuse")
+REPLIES = {
+    "answer": ANSWER,
+    "fail": failed(WorkerLost("died"), whole=True),
+    "fail alike": failed(ModelFailed("NaN"), whole=True),
+}
+
+
+class World(Bench):
+    """Any number of callers, whose sent jobs end in any order and way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Caller, Submission]] = []
+        self.gone: set[str] = set()
+        self._over: set[int] = set()
+
+    def do(self, deed: str, text: str, number: int) -> None:
+        if deed == "call":
+            self.calls.append(self.call(text))
+        elif deed == "cancel" and (waiting := [job for caller, job in self._staying() if not caller.outcomes]):
+            job = waiting[number % len(waiting)]
+            self.gone.add(job.job_ids[0])
+            assert len(self.cancel(job)) == 1
+        elif deed != "cancel" and (jobs := self.open_jobs()):
+            self.end(jobs[number % len(jobs)], deed)
+
+    def end(self, at: int, deed: str) -> None:
+        self._over.add(at)
+        submission = self.channel.submissions[at]
+        if deed == "refuse":
+            submission.sink.refused(submission.job_ids, QueueFull("full"))
+        else:
+            self.answer(REPLIES[deed], at)
+
+    def open_jobs(self) -> list[int]:
+        """The places of jobs that the server has and nobody cancelled."""
+        ended = self.channel.cancelled
+        return [at for at, job_id in enumerate(self.sent) if at not in self._over and job_id not in ended]
+
+    def outcomes(self, *, gone: bool) -> list[int]:
+        """How many outcomes each caller had: of those that cancelled, or of the others."""
+        return [caller.outcomes for caller, job in self.calls if (job.job_ids[0] in self.gone) == gone]
+
+    def _staying(self) -> list[tuple[Caller, Submission]]:
+        return [(caller, job) for caller, job in self.calls if job.job_ids[0] not in self.gone]
+
+
+@given(st.lists(st.tuples(st.sampled_from(DEEDS), st.sampled_from("ab"), st.integers(0, 1_000)), max_size=40))
+def test_whatever_happens_each_caller_that_stays_has_one_outcome_and_nothing_runs_for_nobody(
+    deeds: list[tuple[str, str, int]],
+) -> None:
+    world = World()
+
+    for deed in deeds:
+        world.do(*deed)
+        assert world.open_jobs() or 0 not in world.outcomes(gone=False)
+        assert 0 in world.outcomes(gone=False) or not world.open_jobs()
+    while jobs := world.open_jobs():
+        world.end(jobs[0], "answer")
+
+    assert set(world.outcomes(gone=False)) <= {1}
+    assert set(world.outcomes(gone=True)) <= {0}
+    flights = world.flights
     assert (flights._flights, flights._led, flights._followed, flights._left) == ({}, {}, {}, set())
