@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 WATCH_S = 0.1
 """Seconds between two checks of jobs whose own caller left: their time may be over before that of their followers."""
 
-_FAILED = b'{"v":1,"error'
-"""How the reply of a job begins that failed, or of which a row did."""
+_FAILED = b'"error'
+"""Stands in the first line of the reply of a job that failed, or of which a row did."""
 
 _OF_THE_INPUT = (InvalidRequest, ModelFailed)
 """Errors that a like job would get as well: its input causes them."""
@@ -63,7 +63,8 @@ class _Flight:
 
 def _is_shared(reply: bytes) -> bool:
     """Whether followers get this reply: an answer, or errors that their own jobs would get as well."""
-    if not reply.startswith(_FAILED):
+    # Most replies are answers, and need not be decoded once more.
+    if reply.find(_FAILED, 0, reply.find(b"\n")) < 0:
         return True
     try:
         decoded = decode_reply(reply)

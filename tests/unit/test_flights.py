@@ -187,6 +187,25 @@ def test_an_error_of_the_input_is_shared(bench: Bench, error: type[MillstreamErr
     assert len(bench.sent) == 1
 
 
+@pytest.mark.parametrize("head", [b'{"v":1,"by":"new","error":', b'{"error":'])
+def test_a_failure_is_known_wherever_its_reply_says_so(bench: Bench, head: bytes) -> None:
+    bench.call()
+    _, other = bench.call()
+
+    bench.answer(head + b'{"code":"worker_lost","message":"","hint":""}}\n')
+
+    assert bench.sent[1:] == other.job_ids
+
+
+def test_an_answer_that_speaks_of_errors_is_an_answer(bench: Bench) -> None:
+    calls = [bench.call() for _ in range(2)]
+    reply = encode_reply(Reply(values=[{"error": {"code": "worker_lost"}}]))
+
+    bench.answer(reply)
+
+    assert [caller.answers for caller, _ in calls] == [[(job.job_ids[0], reply)] for _, job in calls]
+
+
 def test_a_caller_that_raises_costs_the_others_nothing(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     broken, _ = bench.call()
     broken.answers = cast(list[tuple[str, bytes]], None)
