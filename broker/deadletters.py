@@ -85,7 +85,7 @@ class DeadLetters:
         The letter goes when the job is accepted. Raises InvalidRequest where it is malformed, and as `enqueue` does.
         """
         draft = _draft(self._keys, letter)
-        call = DetachedCall(draft.id, 1, f"{draft.rows}x{draft.rows}")
+        call = DetachedCall(draft.id, 1, f"{draft.rows}x{draft.rows} ")
         group = Group(letter.priority, [draft], replicated=self._replicated, call=call)
         (admission,) = self._streams.enqueue([group])
         if error := refusal(self._keys.service, admission):

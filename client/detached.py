@@ -59,6 +59,7 @@ class Detached:
         self._calls = calls
         self._service = service
         self._call = call
+        self._shape = f"{rows}x{per_job} "
         self._parts = {
             _job_id(call, first): Part(tuple(range(first, min(first + per_job, rows))), 0)
             for first in range(0, rows, per_job)
@@ -96,12 +97,14 @@ class Detached:
             raise InvalidRequest("no rows", hint="a detached call needs at least one")
         per_job = max(1, min(spec.runtime.batch_size, MAX_ROWS, MAX_PART_BYTES // max(1, *sizes.values())))
         _check_jobs(len(inputs), per_job)
-        asked = _Asked(service, op, inputs, ask, round(spec.result_ttl * 1000), spec.replicated, idempotency_key)
+        asked = _Asked(
+            service, op, inputs, ask, max(1, round(spec.result_ttl * 1000)), spec.replicated, idempotency_key
+        )
         try:
             return cls._submit(calls, asked, per_job)
         except InvalidRequest:
-            accepted = asked.accepted_per_job(calls.streams(service)) if idempotency_key is not None else None
-            if accepted in (None, per_job):
+            accepted = None if idempotency_key is None else asked.accepted_per_job(calls)
+            if accepted is None or accepted == per_job:
                 raise
         # The key names this very payload, which was cut into jobs before the service's batch size was changed.
         return cls._submit(calls, asked, accepted)
@@ -121,7 +124,7 @@ class Detached:
     def result(self, timeout: float | None = None) -> Embeddings | list[Json]:
         """The results in the order of the inputs, waiting for at most `timeout` seconds.
 
-        Raises as Handle.result, and ResultExpired where the answer's lifetime is over or there never was such a call.
+        Raises as Handle.result, and ResultExpired if the results' lifetime is over or there never was such a call.
         """
         self._wait(timeout)
         return self._collected().value((time.monotonic() - self._began) * 1000)
@@ -132,7 +135,7 @@ class Detached:
         return self._collected().outcomes()
 
     def cancel(self) -> bool:
-        """Stop what is not answered; True where no worker had taken any of it. Raises BrokerUnavailable."""
+        """Stop what is not answered; True if no worker had taken any of it. Raises BrokerUnavailable."""
         job_ids = list(self._parts)
         with translated(self._calls.connection.safe_url):
             outcomes = [
@@ -159,7 +162,8 @@ class Detached:
         streams = self._streams()
         with translated(self._calls.connection.safe_url):
             submitted = streams.submitted(self._call)
-            if submitted is None:
+            # Of a call of another shape the id names jobs that nobody submitted.
+            if submitted is None or not submitted.payload.startswith(self._shape):
                 raise ResultExpired(
                     f"no call {self.id!r}: its result has expired, or it was never submitted here",
                     hint="results are kept for redis.result_ttl",
@@ -232,9 +236,10 @@ class _Asked:
         payload = f"{len(self.inputs)}x{per_job} {self.digest}"
         return DetachedCall(self.call, jobs, payload, self.result_ttl_ms)
 
-    def accepted_per_job(self, streams: Streams) -> int | None:
+    def accepted_per_job(self, calls: Calls) -> int | None:
         """Rows a job of this very payload, as it was accepted under its key; None if another one was."""
-        submitted = streams.submitted(self.call)
+        with translated(calls.connection.safe_url):
+            submitted = calls.streams(self.service).submitted(self.call)
         match = _PAYLOAD.fullmatch(submitted.payload) if submitted else None
         return int(match["per_job"]) if match and match["digest"] == self.digest else None
 

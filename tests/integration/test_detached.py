@@ -241,6 +241,15 @@ def test_an_id_that_was_never_given_out_has_expired(client: Client, echo: str) -
         client.job(f"{echo}:4x4:{'0' * 32}").result(LONG_S)
 
 
+def test_an_id_that_says_another_shape_has_expired(client: Client, bystander: Callable[..., Bystander]) -> None:
+    service = bystander(batch_size=2)
+    detached = client.submit_detached(service.name, ["a", "b", "c"])
+
+    for shape in ("3x1", "4x2", "30x2"):
+        with pytest.raises(ResultExpired):
+            client.job(f"{service.name}:{shape}:{detached._call}").done()
+
+
 @pytest.mark.parametrize(
     "wrong", ["", "9f86d081", "embed:0x8:" + "0" * 32, "embed:8x8:" + "g" * 32, "a b:1x1:" + "0" * 32]
 )
