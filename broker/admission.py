@@ -54,5 +54,8 @@ def refusal(service: str, admission: Admission) -> MillstreamError | None:
         case "over_burst":
             message = f"this call costs more than the rate limit of service {service!r} ever lets through at once"
             return InvalidRequest(message, hint="split it, or raise rate_limit.burst")
+        case "reused_key":
+            message = f"its idempotency key names a call of service {service!r} with another payload"
+            return InvalidRequest(message, hint="send the same rows and options, or use another key")
         case "unknown_service":
             return UnknownService(f"service {service!r} is not registered", hint="run `millstream config push`")

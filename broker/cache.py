@@ -87,19 +87,19 @@ def encode(cached: Cached) -> bytes:
     return bytes((flags | _JSON,)) + json.dumps(cached.result, ensure_ascii=False, allow_nan=False).encode()
 
 
-def decode(blob: bytes | None, fingerprint: str = "") -> Cached | None:
-    """What `encode` wrote under a name of `fingerprint`, its vector read-only; None, a miss, for anything else."""
+def decode(blob: bytes | None) -> Cached | None:
+    """What `encode` wrote, its vector read-only; None, a miss, for anything else."""
     if not blob:
         return None
     kind, truncated = blob[0] & ~_TRUNCATED, bool(blob[0] & _TRUNCATED)
     if kind in _DTYPES:
         whole = len(blob) > 1 and (len(blob) - 1) % _DTYPES[kind].itemsize == 0
         # Cut off, not skipped: behind one byte the numbers would not be aligned.
-        return Cached(np.frombuffer(blob[1:], _DTYPES[kind]), truncated, fingerprint) if whole else None
+        return Cached(np.frombuffer(blob[1:], _DTYPES[kind]), truncated) if whole else None
     if kind != _JSON:
         return None
     try:
-        return Cached(json.loads(blob[1:]), truncated, fingerprint)
+        return Cached(json.loads(blob[1:]), truncated)
     except (ValueError, RecursionError):
         return None
 
@@ -118,17 +118,14 @@ class Cache:
         self.faults = 0
         self.fault: redis.RedisError | None = None
 
-    def look_up(self, digests: Sequence[str], fingerprint: str = "") -> list[Cached | None]:
-        """What is kept under each of `digests`, which `fingerprint` is part of, None for nothing.
-
-        After a fault nothing more is asked for.
-        """
+    def look_up(self, digests: Sequence[str]) -> list[Cached | None]:
+        """What is kept under each of `digests`, None for nothing; after a fault nothing more is asked for."""
         found: list[Cached | None] = []
         try:
             for at in range(0, len(digests), CHUNK):
                 names = [self._keys.cache(digest) for digest in digests[at : at + CHUNK]]
                 blobs = cast(list[bytes | None], self._client.mget(names))
-                found += [decode(blob, fingerprint) for blob in blobs]
+                found += map(decode, blobs)
         except redis.RedisError as error:
             self._note(error)
         return found + [None] * (len(digests) - len(found))

@@ -13,10 +13,10 @@ from millstream.broker.errors import Malformed, MillstreamError, NewerVersion, f
 from millstream.broker.job import Encoded, Job, Json, Reply, Scalar
 
 VERSION = "1"
-FIELDS = ("v", "id", "at", "op", "rows", "tokens", "deadline", "queue_by", "client", "tenant", "trace", "body")
+FIELDS = ("v", "id", "at", "op", "rows", "tokens", "deadline", "queue_by", "client", "tenant", "trace", "call", "body")
 """Of a stream entry, always in this order: plain words, so that XRANGE reads like a table. See docs/protocol.md."""
 
-OPTIONAL = frozenset({"deadline", "queue_by", "client", "tenant", "trace"})
+OPTIONAL = frozenset({"deadline", "queue_by", "client", "tenant", "trace", "call"})
 """Those that are left out where there is nothing to say: each word costs the server and the worker time."""
 
 MAX_UNKNOWN = 16
@@ -49,6 +49,7 @@ _PATTERNS = {
         "client": _NAME,
         "tenant": _NAME,
         "trace": rb"[\x20-\x7e]{0,128}",
+        "call": rb"(?:[0-9a-f]{32})?",
     }.items()
 }
 """Of each field but the body."""
@@ -97,7 +98,7 @@ def encode_entry(job: Job) -> list[str | bytes | int]:
     flat: list[str | bytes | int] = []
     values = VERSION, job.id, job.at, job.op, job.rows, job.tokens, job.deadline, job.queue_by
     named: Iterable[tuple[str, str | bytes | int]]
-    named = zip(FIELDS, (*values, job.client, job.tenant, job.trace, job.body), strict=True)
+    named = zip(FIELDS, (*values, job.client, job.tenant, job.trace, job.call, job.body), strict=True)
     for name, value in named:
         if value or name not in OPTIONAL:
             flat += (name, value)
@@ -110,9 +111,9 @@ def decode_entry(flat: Sequence[bytes]) -> Job:
     found = _WORDS.fullmatch(b"\0".join(flat[:-1]).decode("latin-1")) if len(flat) <= _MOST_WORDS else None
     if not found or found[0].count("\0") != len(flat) - 2 or len(flat[-1]) > MAX_BODY:
         return _decode_unusual(flat)
-    _, job_id, at, op, rows, tokens, deadline, queue_by, client, tenant, trace = found.groups("")
+    _, job_id, at, op, rows, tokens, deadline, queue_by, client, tenant, trace, call = found.groups("")
     times = int(at), int(deadline or 0), int(queue_by or 0)
-    job = Job(job_id, times[0], op, int(rows), int(tokens), *times[1:], client, tenant, trace, flat[-1])
+    job = Job(job_id, times[0], op, int(rows), int(tokens), *times[1:], client, tenant, trace, flat[-1], call)
     if job.rows > MAX_ROWS or job.tokens > MAX_TOKENS or max(times) > MAX_MS:
         raise Malformed(f"a number is over its bound: rows {MAX_ROWS}, tokens {MAX_TOKENS}, times {MAX_MS} ms")
     return job
@@ -149,13 +150,14 @@ def _wrong(flat: Sequence[bytes]) -> str:
     return f"body of {len(flat[-1])} bytes is over {MAX_BODY}"
 
 
-def salvage(flat: Sequence[bytes]) -> tuple[str, str]:
-    """The job id and client of a malformed entry, each empty unless it is well formed: enough to answer it."""
+def salvage(flat: Sequence[bytes]) -> tuple[str, str, str]:
+    """Job id, client and detached call of a malformed entry: enough to answer it. Empty unless all are well formed."""
     fields = dict(zip(flat[0:64:2], flat[1:64:2], strict=False))
-    job_id, client = fields.get(b"id", b""), fields.get(b"client", b"")
-    if not _PATTERNS["id"].fullmatch(job_id) or not _PATTERNS["client"].fullmatch(client):
-        return "", ""
-    return job_id.decode(), client.decode()
+    named = [(name, fields.get(name.encode(), b"")) for name in ("id", "client", "call")]
+    if not all(_PATTERNS[name].fullmatch(value) for name, value in named):
+        return "", "", ""
+    job_id, client, call = (value.decode() for _, value in named)
+    return job_id, client, call
 
 
 class JsonText(str):

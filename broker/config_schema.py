@@ -61,7 +61,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "password_file": "A file whose first line is the password, which then stands nowhere else.",
     "insecure": "Use a server on another host without TLS and password.",
     "key_prefix": "Start of every key, to share a server.",
-    "result_ttl": "How long the result of a detached job is kept.",
+    "result_ttl": "How long the results of a detached call are kept after the last one.",
     "durability": "How soon the server that `millstream up` starts syncs a write to disk; replicated, for a server "
     "with replicas: jobs are accepted once a replica has them.",
     "data_dir": "Where the server that `millstream up` starts keeps its data.",

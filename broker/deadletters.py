@@ -14,7 +14,7 @@ from millstream.broker.codec import decode_entry, decode_inputs
 from millstream.broker.errors import InvalidRequest, Malformed
 from millstream.broker.job import Draft, Priority
 from millstream.broker.keys import ServiceKeys
-from millstream.broker.streams import Group, Streams
+from millstream.broker.streams import DetachedCall, Group, Streams
 from millstream.broker.submission import deliver
 
 _PAGE = 100
@@ -86,13 +86,14 @@ class DeadLetters:
         return _letter(*cast(list[tuple[bytes, dict[bytes, bytes]]], entries)[0])
 
     def requeue(self, letter: Letter, wait_s: float = 0.0) -> str:
-        """Run it again, as a detached job without a deadline; the new job's id. Repeated, it makes the same one job.
+        """Run it again, as a detached call of one job without a deadline; the id of both. Repeated, it makes one job.
 
         The letter goes when the job is accepted. Waits at most `wait_s` seconds for room, or for the server. Raises
         InvalidRequest if it is malformed, QueueFull, RateLimited, ServicePaused, BrokerUnavailable.
         """
         draft = _draft(self._keys, letter)
-        group = Group(letter.priority, [draft], replicated=self._replicated)
+        call = DetachedCall(draft.id, 1, f"{draft.rows}x{draft.rows} ")
+        group = Group(letter.priority, [draft], replicated=self._replicated, call=call)
         deliver(self._streams, self._where, self._keys.service, group, wait_s)
         self.remove([letter.id])
         return draft.id

@@ -67,6 +67,8 @@ class Job(NamedTuple):
     tenant: str
     trace: str
     body: bytes
+    call: str = ""
+    """The detached call that it is part of."""
 
     def missed(self, now: int) -> str:
         """The phase whose limit has passed at `now` (server ms): "total", "queue", or "" where there is still time."""
@@ -86,6 +88,7 @@ class Address(NamedTuple):
     name: str
     job_id: str = ""
     client: str = ""
+    call: str = ""
 
     @property
     def priority(self) -> Priority:

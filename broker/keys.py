@@ -49,8 +49,12 @@ class ServiceKeys:
         """STREAM of replies to one client process, which deletes what it read; ttl set by settle."""
         return self._key(f"reply:{client}")
 
+    def call(self, call: str) -> str:
+        """HASH of a detached call: what was submitted, and each job's reply; ttl result_ttl after the last reply."""
+        return self._key(f"call:{call}")
+
     def result(self, job_id: str) -> str:
-        """STRING: the reply of a detached job; ttl result_ttl."""
+        """STRING: the reply of a detached job that a client of an older version sent; ttl result_ttl."""
         return self._key(f"result:{job_id}")
 
     def cache(self, digest: str) -> str:
@@ -58,7 +62,7 @@ class ServiceKeys:
         return self._key(f"cache:{digest}")
 
     def seen(self, job_id: str) -> str:
-        """STRING: the entry id of an accepted job; ttl the job's life, then 20 s, or result_ttl where detached."""
+        """STRING: the entry id of an accepted job; ttl the job's life, then 20 s."""
         return self._key(f"seen:{job_id}")
 
     def bucket(self, tenant: str = "") -> str:

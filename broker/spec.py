@@ -318,8 +318,8 @@ class RedisSettings(Settings):
 class ServiceSpec(Settings):
     """One service, fully resolved: every default is filled in. `model_ref` is the model's name in config.yaml.
 
-    `result_ttl` is how long the result of a detached job is kept, seconds. `replicated`: no job counts as accepted
-    before a replica of the server has it.
+    `result_ttl` is how long the results of a detached call are kept after the last one, seconds. `replicated`: no job
+    counts as accepted before a replica of the server has it.
     """
 
     name: ServiceName

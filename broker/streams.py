@@ -42,12 +42,27 @@ _XREADGROUP = b"XREADGROUP"
 """As bytes the library has no callback for it, and does not make a dict of each entry: doubled fields would merge."""
 
 
+class DetachedCall(NamedTuple):
+    """A detached call that a group of jobs is part of: `jobs` in all.
+
+    `payload` says in at most about 100 characters what was submitted, in which shape: a call is accepted under its id
+    only with the payload that it was first accepted with. Its results live for `result_ttl_ms` after the last one, or
+    as long as the worker that writes it says.
+    """
+
+    id: str
+    jobs: int
+    payload: str
+    result_ttl_ms: int | None = None
+
+
 class Group(NamedTuple):
     """Jobs of one call and tenant: accepted together or refused together.
 
     `calls` is what the rate limit on requests is charged: 1, or 0 for the later parts of a call. `replicated`: nothing
     counts as accepted before a replica has it. `refusals` is by how much the count of refused calls rises if the group
-    is refused: `calls`, and 0 when it is sent again.
+    is refused: `calls`, and 0 when it is sent again. Jobs of a detached `call` that were accepted before are passed
+    over.
     """
 
     priority: Priority
@@ -55,9 +70,10 @@ class Group(NamedTuple):
     calls: int = 1
     replicated: bool = False
     refusals: int = 1
+    call: DetachedCall | None = None
 
 
-Refusal = Literal["unknown_service", "paused", "queue_full", "rate_limited", "over_burst"]
+Refusal = Literal["unknown_service", "paused", "queue_full", "rate_limited", "over_burst", "reused_key"]
 
 
 class Admission(NamedTuple):
@@ -113,13 +129,15 @@ class Settlement(NamedTuple):
     bury: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A detached job, looked up. Without a `reply` a `known` one is under way; an unknown one expired or never was."""
+class Submitted(NamedTuple):
+    """What is known of a detached call: the `payload` it was accepted with, and how many jobs are `answered`."""
 
-    reply: bytes | None
-    known: bool
+    payload: str
+    answered: int
 
+
+CALL_FIELDS = 4
+"""Fields of a detached call's hash that are no job's."""
 
 Settled = Literal["answered", "unread", "late", "unwritable"]
 """`unread`: its client reads too slowly, and got an error in place of the reply."""
@@ -190,10 +208,15 @@ class Streams:
         keys = [self._keys.spec(), *self._streams, bucket, self._keys.paused(), self._keys.refused()]
         args: list[scripts.Argument] = [len(groups)]
         now = time.monotonic()
-        for priority, drafts, calls, _, refusals in groups:
+        for priority, drafts, calls, _, refusals, call in groups:
             tenant = drafts[0].tenant
             keys.append(self._keys.bucket(tenant) if tenant else bucket)
             args += (STREAM_INDEX[priority], len(drafts), calls, refusals)
+            if call is None:
+                args.append("")
+            else:
+                keys.append(self._keys.call(call.id))
+                args += (call.id, call.jobs, call.payload, "" if call.result_ttl_ms is None else call.result_ttl_ms)
             for draft in drafts:
                 keys.append(seen + draft.id)
                 args += _draft_args(draft, now)
@@ -262,9 +285,9 @@ class Streams:
         args += words
         return [_SETTLED[outcome] for outcome in scripts.run(self._client, "settle", keys, args)]
 
-    def cancel(self, job_ids: Sequence[str], client: str) -> list[CancelOutcome]:
-        """Stop jobs of `client` (empty: detached ones), each by its id: "waiting" ones are gone, "running" ones end at
-        their worker's next beat, "gone" ones are settled or never were.
+    def cancel(self, job_ids: Sequence[str], client: str, call: str = "") -> list[CancelOutcome]:
+        """Stop jobs of `client`, or of the detached `call`, each by its id: "waiting" ones are gone, "running" ones end
+        at their worker's next beat, "gone" ones are settled or never were.
 
         A detached job that waited has Cancelled as its result. A client is told by this outcome alone: it waits for no
         reply to what it cancels.
@@ -273,8 +296,10 @@ class Streams:
         args: list[scripts.Argument] = [GROUP, RETURNED, MARKS_KEPT_MS]
         result = b"" if client else _CANCELLED
         for job_id in job_ids:
-            keys += (self._keys.seen(job_id), self._keys.result(job_id))
-            args += (job_id, self._result_ttl_ms, result)
+            kind, key, ttl = self._destination(Address("", job_id, client, call))
+            # Every job names a key of its service, also if nothing is written there.
+            keys += (self._keys.seen(job_id), key)
+            args += (job_id, "none" if client else kind, ttl, result)
         return [_CANCEL_OUTCOMES[outcome] for outcome in scripts.run(self._client, "cancel", keys, args)]
 
     def purge(self) -> int:
@@ -298,14 +323,18 @@ class Streams:
             after = f"({page[-1][0].decode()}"
         return purged
 
-    def look_up(self, job_ids: Sequence[str]) -> list[Found]:
-        """What is known of detached jobs: each one's encoded reply, or how far it is."""
+    def submitted(self, call: str) -> Submitted | None:
+        """What is known of a detached call; None if its results have expired, or there never was such a call."""
         pipe = self._client.pipeline(transaction=False)
-        for job_id in job_ids:
-            pipe.get(self._keys.result(job_id))
-            pipe.exists(self._keys.seen(job_id))
-        answers = pipe.execute()
-        return [Found(reply=reply, known=bool(known)) for reply, known in zip(answers[::2], answers[1::2], strict=True)]
+        pipe.hmget(self._keys.call(call), ["payload", "left"])
+        pipe.hlen(self._keys.call(call))
+        (payload, left), fields = pipe.execute()
+        return Submitted(payload.decode(), fields - CALL_FIELDS - int(left)) if payload and left else None
+
+    def results(self, call: str, job_ids: Sequence[str]) -> list[bytes | None]:
+        """The encoded replies of jobs of a detached call, None for those that are not answered."""
+        found = cast(list[bytes | None], self._client.hmget(self._keys.call(call), list(job_ids)))
+        return [reply or None for reply in found]
 
     def _destination(self, address: Address) -> tuple[str, str, int]:
         # Built from ids that were checked: a key taken from the entry would make the worker write anywhere.
@@ -313,6 +342,8 @@ class Streams:
             return "none", self._keys.dead(), 0
         if address.client:
             return "stream", self._keys.reply(address.client), REPLY_TTL_MS
+        if address.call:
+            return "hash", self._keys.call(address.call), self._result_ttl_ms
         return "string", self._keys.result(address.job_id), self._result_ttl_ms
 
 
@@ -339,7 +370,7 @@ def _claim(stream: int, entry: bytes, flat: Sequence[bytes], attempts: float, *,
     except Malformed as error:
         newer = isinstance(error, NewerVersion)
         return Claim(Address(name, *salvage(flat)), None, attempts, str(error), by_share, newer)
-    return Claim(Address(name, job.id, job.client), job, attempts, by_share=by_share)
+    return Claim(Address(name, job.id, job.client, job.call), job, attempts, by_share=by_share)
 
 
 def _claimed(woken: list[Claim], answer: Any) -> Claimed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -99,6 +99,8 @@ class Backlog:
     def __init__(self) -> None:
         self._queues: dict[tuple[str, Priority], _Queue] = {}
         self._line_of: dict[str, _Line] = {}
+        # Calls of one idempotency key have the same jobs: how often each waits.
+        self._times: Counter[str] = Counter()
 
     @property
     def next_at(self) -> float | None:
@@ -171,8 +173,8 @@ class Backlog:
     def withdraw(self, job_ids: Sequence[str]) -> set[str]:
         """Take out the submissions of these jobs; those that waited here."""
         found = {job_id: line for job_id in job_ids if (line := self._line_of.pop(job_id, None))}
-        for line in found.values():
-            line.live -= 1
+        for job_id, line in found.items():
+            line.live -= self._times.pop(job_id)
         for key, queue in list(self._queues.items()) if found else ():
             self._tidy(key, queue)
         return set(found)
@@ -202,10 +204,15 @@ class Backlog:
 
     def _name(self, submission: Submission, line: _Line) -> None:
         self._line_of.update(dict.fromkeys(submission.job_ids, line))
+        self._times.update(submission.job_ids)
         line.live += submission.jobs
 
     def _forget(self, submission: Submission, line: _Line) -> None:
-        line.live -= sum(self._line_of.pop(job_id, None) is not None for job_id in submission.job_ids)
+        for job_id in filter(self._line_of.__contains__, submission.job_ids):
+            line.live -= 1
+            self._times[job_id] -= 1
+            if not self._times[job_id]:
+                del self._line_of[job_id], self._times[job_id]
 
     def _tidy(self, key: tuple[str, Priority], queue: _Queue) -> None:
         for tenant in [tenant for tenant, line in queue.lines.items() if not line.live]:

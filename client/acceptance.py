@@ -17,7 +17,7 @@ class Acceptance:
 
     def __init__(self, job_ids: Sequence[str], until: float) -> None:
         self.job_ids = job_ids
-        self._until = until
+        self.until = until
         self._left = set(job_ids)
         self._error: MillstreamError | None = None
         self._over = threading.Event()
@@ -41,7 +41,7 @@ class Acceptance:
 
         Raises the refusal; BrokerUnavailable if the server says nothing in time.
         """
-        self._over.wait(max(0.0, self._until - time.monotonic()) + GRACE_S)
+        self._over.wait(max(0.0, self.until - time.monotonic()) + GRACE_S)
         if self._error:
             raise self._error
         if left := next(iter(self._left), None):

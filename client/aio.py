@@ -24,7 +24,7 @@ from millstream.client.rerank import Ranking, Scores, copied, question
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome
 from millstream.client.terms import Progress
-from millstream.client.wakeups import mailbox
+from millstream.client.wakeups import arrival, listener
 
 T = TypeVar("T")
 
@@ -76,10 +76,10 @@ class AsyncHandle:
 async def _first_ready(handles: Sequence[Handle], until: float | None = None) -> int | None:
     """The place of a call that is complete, waiting for one; None where `until` (monotonic seconds) comes first."""
     changed = _Changed()
-    listener = partial(mailbox().post, changed.set)
+    told = listener(changed.set)
     try:
         for handle in handles:
-            handle.listen(listener)
+            handle.listen(told)
         while True:
             for place, handle in enumerate(handles):
                 if handle.ready:
@@ -94,7 +94,7 @@ async def _first_ready(handles: Sequence[Handle], until: float | None = None) ->
             await changed.wait(max(0.0, min(moments) - now) if moments else None)
     finally:
         for handle in handles:
-            handle.unlisten(listener)
+            handle.unlisten(told)
 
 
 class _Changed:
@@ -308,7 +308,8 @@ class AsyncClient:
         spec = services.known(name)
         if spec is None:
             spec = (await _answer(services.ask(name), until)).spec
-        hits = await self._in_thread(self._calls.recall, spec, inputs, ask) if spec.runtime.enable_cache else NO_HITS
+        cached = spec.runtime.enable_cache
+        hits = await arrival(partial(self._calls.recall_soon, spec, inputs, ask)) if cached else NO_HITS
         return self._calls.begin(spec, inputs, ask, hits, began, progress)
 
     async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
@@ -318,8 +319,8 @@ class AsyncClient:
 async def _answer(question: Question[T], until: float | None) -> T:
     """As Question.wait and Question.answer."""
     changed = _Changed()
-    listener = partial(mailbox().post, changed.set)
-    question.future.add_done_callback(lambda future: listener())
+    told = listener(changed.set)
+    question.future.add_done_callback(lambda future: told())
     await changed.wait(question.wait_s(until))
     return question.answer()
 

@@ -8,7 +8,7 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures.thread import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Literal, NamedTuple, cast, get_args
@@ -120,12 +120,25 @@ class Calls:
 
         Waits for the server: LOOK_UP_S at most for each CHUNK of rows.
         """
+        recipe, texts = self._kept_rows(spec, inputs)
+        return self._recall.rows(spec.name, recipe, texts, ask.options) if recipe and texts else {}
+
+    def recall_soon(
+        self, spec: ServiceSpec, inputs: Sequence[Json], ask: Ask, told: Callable[[Mapping[int, Cached]], object]
+    ) -> None:
+        """Hand what `recall` finds to `told`, from another thread. Returns at once."""
+        recipe, texts = self._kept_rows(spec, inputs)
+        if recipe and texts:
+            self._recall.soon(spec.name, recipe, texts, ask.options, told)
+        else:
+            told({})
+
+    def _kept_rows(self, spec: ServiceSpec, inputs: Sequence[Json]) -> tuple[Recipe | None, dict[int, str]]:
+        """The recipe and texts, by row, of answers that may be kept; no recipe while the weights are unknown."""
         fingerprint = self.services.fingerprint(spec.name)
         sizes, _ = row_sizes(inputs)
-        if not fingerprint or not sizes:
-            return {}
-        recipe = Recipe.of(spec, fingerprint, op_of(spec))
-        return self._recall.rows(spec.name, recipe, {row: str(inputs[row]) for row in sizes}, ask.options)
+        recipe = Recipe.of(spec, fingerprint, op_of(spec)) if fingerprint else None
+        return recipe, {row: str(inputs[row]) for row in sizes}
 
     def begin(
         self,

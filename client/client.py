@@ -197,10 +197,11 @@ class Client:
         idempotency_key: str | None = None,
         **options: Json,
     ) -> Detached:
-        """Send `inputs` and leave: the results wait in Redis for result_ttl, for any process that asks by the id.
+        """Send `inputs` and leave: the results wait in Redis for any process that asks by the id.
 
-        Blocks until the server has accepted all of it. With an `idempotency_key` a second submission under the same key
-        is the first one. Raises QueueFull, InvalidRequest, UnknownService, BrokerUnavailable.
+        They live until `result_ttl` after the last one. Blocks until the server has accepted all of it. A second
+        submission under the same `idempotency_key` is the first one; with other inputs or options it is InvalidRequest.
+        Raises QueueFull, InvalidRequest, UnknownService, BrokerUnavailable.
         """
         ask = Ask(priority, timeout, True, tenant, options)
         return self._calls.leave(service, inputs, ask, idempotency_key)

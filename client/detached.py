@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from millstream.broker.codec import MAX_ROWS, decode_reply, encode_inputs
+from millstream.broker.codec import MAX_ROWS, JsonText, decode_reply, encode_inputs
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import translated
 from millstream.broker.errors import (
@@ -22,7 +24,7 @@ from millstream.broker.errors import (
     ResultExpired,
 )
 from millstream.broker.job import Draft, Json, Priority, Reply
-from millstream.broker.streams import MAX_JOBS_PER_CALL, Group, Streams
+from millstream.broker.streams import MAX_JOBS_PER_CALL, DetachedCall, Group, Streams
 from millstream.broker.submission import Submission
 from millstream.client.acceptance import Acceptance
 from millstream.client.orders import Cancellation
@@ -37,10 +39,15 @@ _ID = re.compile(
     r"(?P<service>[A-Za-z0-9][A-Za-z0-9_.-]{0,63}):(?P<rows>[1-9]\d{0,8})x(?P<per_job>[1-9]\d{0,3}):(?P<call>[0-9a-f]{32})"
 )
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.005, 0.5
-_LOOK_UP = 1_000
+_LOOK_UP = 128
+"""Jobs whose replies one command reads: each may be as large as MAX_PART_BYTES."""
+
 _ROOM_S = 60.0
 MAX_JOBS = 100_000
 """Of one detached call."""
+
+_PAYLOAD = re.compile(r"(?P<rows>\d+)x(?P<per_job>\d+) (?P<digest>[0-9a-f]*)")
+"""How the server knows what was submitted: shape and digest; no digest for calls without an idempotency key."""
 
 
 def id_of(service: str, rows: int, per_job: int, call: str) -> str:
@@ -55,6 +62,8 @@ class Detached:
         self.id = id_of(service, rows, per_job, call)
         self._calls = calls
         self._service = service
+        self._call = call
+        self._shape = f"{rows}x{per_job} "
         self._parts = {
             _job_id(call, first): Part(tuple(range(first, min(first + per_job, rows))), 0)
             for first in range(0, rows, per_job)
@@ -77,7 +86,7 @@ class Detached:
         cls, calls: Calls, service: str, inputs: Sequence[Json], ask: Ask, idempotency_key: str | None
     ) -> Detached:
         """Client.submit_detached."""
-        from millstream.client.calls import checked, outgoing, row_sizes, tokens_of
+        from millstream.client.calls import checked, outgoing, row_sizes
 
         ask.check()
         began = time.monotonic()
@@ -93,24 +102,20 @@ class Detached:
             raise InvalidRequest("no rows", hint="a detached call needs at least one")
         per_job = max(1, min(spec.runtime.batch_size, MAX_ROWS, MAX_PART_BYTES // max(1, *sizes.values())))
         _check_jobs(len(inputs), per_job)
-        # With the shape of the call: jobs of another one would answer other rows.
-        key = f"{service}\0{ask.tenant}\0{len(inputs)}x{per_job}\0{idempotency_key}"
-        call = secrets.token_hex(16) if idempotency_key is None else hashlib.sha256(key.encode()).hexdigest()[:32]
-        detached = cls(calls, service, len(inputs), per_job, call)
-        deadline = ask.until(began)
-        drafts = [
-            Draft(
-                id=job_id,
-                op=op,
-                rows=len(part.rows),
-                tokens=tokens_of(spec, [sizes[row] for row in part.rows]),
-                body=encode_inputs([inputs[row] for row in part.rows], ask.options),
-                deadline=deadline,
-                tenant=ask.tenant,
-            )
-            for job_id, part in detached._parts.items()
-        ]
-        detached._enqueue(spec, Priority(ask.priority), drafts)
+        asked = _Asked(spec, op, inputs, sizes, ask, ask.until(began), idempotency_key)
+        try:
+            return cls._submit(calls, asked, per_job)
+        except InvalidRequest:
+            accepted = None if idempotency_key is None else asked.accepted_per_job(calls)
+            if accepted is None or accepted == per_job:
+                raise
+        # The key names this very payload, which was cut into jobs before the service's batch size was changed.
+        return cls._submit(calls, asked, accepted)
+
+    @classmethod
+    def _submit(cls, calls: Calls, asked: _Asked, per_job: int) -> Detached:
+        detached = cls(calls, asked.spec.name, len(asked.inputs), per_job, asked.call)
+        detached._enqueue(asked, asked.drafts(detached._parts), per_job)
         return detached
 
     def done(self) -> bool:
@@ -121,7 +126,7 @@ class Detached:
     def result(self, timeout: float | None = None) -> Embeddings | list[Json]:
         """The results in the order of the inputs, waiting for at most `timeout` seconds.
 
-        Raises as Handle.result, and ResultExpired where the answer's lifetime is over or there never was such a call.
+        Raises as Handle.result, and ResultExpired if the results' lifetime is over or there never was such a call.
         """
         self._wait(timeout)
         return self._collected().value((time.monotonic() - self._began) * 1000)
@@ -132,13 +137,13 @@ class Detached:
         return self._collected().outcomes()
 
     def cancel(self) -> bool:
-        """Stop what is not answered; True where no worker had taken any of it. Raises BrokerUnavailable."""
+        """Stop what is not answered; True if no worker had taken any of it. Raises BrokerUnavailable."""
         job_ids = list(self._parts)
         with translated(self._calls.connection.safe_url):
             outcomes = [
                 outcome
                 for at in range(0, len(job_ids), MAX_JOBS_PER_CALL)
-                for outcome in self._streams().cancel(job_ids[at : at + MAX_JOBS_PER_CALL], client="")
+                for outcome in self._streams().cancel(job_ids[at : at + MAX_JOBS_PER_CALL], "", self._call)
             ]
         return all(outcome == "waiting" for outcome in outcomes)
 
@@ -152,18 +157,26 @@ class Detached:
             pause = min(_LAST_LOOK_S, pause * 1.5)
 
     def _look(self) -> None:
-        """Collect the answers that have come."""
-        job_ids = self._missing()[:_LOOK_UP]
+        """Collect the answers that have come. Raises ResultExpired, BrokerUnavailable."""
+        missing = self._missing()
+        if not missing:
+            return
+        streams = self._streams()
         with translated(self._calls.connection.safe_url):
-            found = self._streams().look_up(job_ids)
-        for job_id, each in zip(job_ids, found, strict=True):
-            if each.reply is not None:
-                self._replies[job_id] = _decoded(each.reply)
-            elif not each.known:
+            submitted = streams.submitted(self._call)
+            # Of a call of another shape the id names jobs that nobody submitted.
+            if submitted is None or not submitted.payload.startswith(self._shape):
                 raise ResultExpired(
                     f"no call {self.id!r}: its result has expired, or it was never submitted here",
                     hint="results are kept for redis.result_ttl",
                 )
+            if submitted.answered <= len(self._parts) - len(missing):
+                return
+            for at in range(0, len(missing), _LOOK_UP):
+                page = missing[at : at + _LOOK_UP]
+                for job_id, reply in zip(page, streams.results(self._call, page), strict=True):
+                    if reply is not None:
+                        self._replies[job_id] = _decoded(reply)
 
     def _missing(self) -> list[str]:
         return [job_id for job_id in self._parts if job_id not in self._replies]
@@ -175,33 +188,107 @@ class Detached:
             rows.place(part, self._replies[job_id])
         return rows
 
-    def _enqueue(self, spec: ServiceSpec, priority: Priority, drafts: Sequence[Draft]) -> None:
-        """Block until the server has accepted every job. If it does not in time, none of them stays behind."""
-        ends = [time.monotonic() + _ROOM_S, *(draft.deadline for draft in drafts[:1] if draft.deadline)]
-        acceptance = Acceptance([draft.id for draft in drafts], until := min(ends))
-        tenant = drafts[0].tenant if spec.rate_per_tenant else ""
-        submissions = [
+    def _enqueue(self, asked: _Asked, drafts: Sequence[Draft], per_job: int) -> None:
+        """Block until the server has accepted every job. If it does not in time, none of them stays behind.
+
+        But those of a call with an idempotency key stay: another client may wait for them, and a repeat completes it.
+        """
+        ends = [time.monotonic() + _ROOM_S] + ([] if asked.deadline is None else [asked.deadline])
+        acceptance = Acceptance([draft.id for draft in drafts], min(ends))
+        channel = self._calls.channel
+        channel.leave(asked.submissions(drafts, per_job, acceptance))
+        try:
+            acceptance.wait(channel.refusal_of)
+        except BaseException:
+            if asked.key is None:
+                self._withdraw(acceptance.job_ids)
+            raise
+
+    def _withdraw(self, job_ids: Sequence[str]) -> None:
+        """In order behind their submissions: what waits to be sent is not sent, what was accepted is cancelled."""
+        for at in range(0, len(job_ids), MAX_JOBS_PER_CALL):
+            page = job_ids[at : at + MAX_JOBS_PER_CALL]
+            self._calls.channel.withdraw(Cancellation(self._service, page, lambda outcomes: None, call=self._call))
+
+    def _streams(self) -> Streams:
+        return self._calls.streams(self._service)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A detached call as its caller asked for it, before it is cut into jobs."""
+
+    spec: ServiceSpec
+    op: str
+    inputs: Sequence[Json]
+    sizes: Mapping[int, int]
+    ask: Ask
+    deadline: float | None
+    key: str | None
+    call: str = field(init=False)
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        """`call` is the id of the call: the same for the same key."""
+        named = f"{self.spec.name}\0{self.ask.tenant}\0{self.key}".encode()
+        call = secrets.token_hex(16) if self.key is None else hashlib.sha256(named).hexdigest()[:32]
+        object.__setattr__(self, "call", call)
+        object.__setattr__(self, "digest", "" if self.key is None else self._digest())
+
+    def _digest(self) -> str:
+        """The name of what is asked for, however it is cut into jobs."""
+        digest = hashlib.sha256(json.dumps([self.op, dict(self.ask.options)], sort_keys=True).encode())
+        for row in self.inputs:
+            digest.update(b"\0" + encode_inputs([_sorted(row)], {}))
+        return digest.hexdigest()[:32]
+
+    def record(self, per_job: int, jobs: int) -> DetachedCall:
+        payload = f"{len(self.inputs)}x{per_job} {self.digest}"
+        return DetachedCall(self.call, jobs, payload, max(1, round(self.spec.result_ttl * 1000)))
+
+    def accepted_per_job(self, calls: Calls) -> int | None:
+        """Rows a job of this very payload, as it was accepted under its key; None if another one was."""
+        with translated(calls.connection.safe_url):
+            submitted = calls.streams(self.spec.name).submitted(self.call)
+        match = _PAYLOAD.fullmatch(submitted.payload) if submitted else None
+        return int(match["per_job"]) if match and match["digest"] == self.digest else None
+
+    def drafts(self, parts: Mapping[str, Part]) -> list[Draft]:
+        from millstream.client.calls import tokens_of
+
+        return [
+            Draft(
+                id=job_id,
+                op=self.op,
+                rows=len(part.rows),
+                tokens=tokens_of(self.spec, [self.sizes[row] for row in part.rows]),
+                body=encode_inputs([self.inputs[row] for row in part.rows], self.ask.options),
+                deadline=self.deadline,
+                tenant=self.ask.tenant,
+            )
+            for job_id, part in parts.items()
+        ]
+
+    def submissions(self, drafts: Sequence[Draft], per_job: int, acceptance: Acceptance) -> list[Submission]:
+        """A submission a job: they enter one by one, as room appears. The first one is charged for the call."""
+        record, priority = self.record(per_job, len(drafts)), Priority(self.ask.priority)
+        tenant = self.ask.tenant if self.spec.rate_per_tenant else ""
+        return [
             Submission(
-                spec.name,
-                Group(priority, [draft], int(not at), spec.replicated, refusals=int(not at)),
+                self.spec.name,
+                Group(priority, [draft], int(not at), self.spec.replicated, int(not at), record),
                 acceptance,
-                until,
+                acceptance.until,
                 tenant,
                 partial(acceptance.accepted, draft.id),
             )
             for at, draft in enumerate(drafts)
         ]
-        channel = self._calls.channel
-        channel.leave(submissions)
-        try:
-            acceptance.wait(channel.refusal_of)
-        except BaseException:
-            # In order behind the submissions: what waits to be sent is withdrawn, what was accepted is cancelled.
-            channel.withdraw(Cancellation(spec.name, acceptance.job_ids, lambda outcomes: None, detached=True))
-            raise
 
-    def _streams(self) -> Streams:
-        return self._calls.streams(self._service)
+
+def _sorted(row: Json) -> Json:
+    """A payload with the names of its objects in order: they say the same in any."""
+    return json.dumps(json.loads(row), sort_keys=True) if isinstance(row, JsonText) else row
 
 
 def _check_jobs(rows: int, per_job: int) -> None:

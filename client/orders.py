@@ -16,13 +16,13 @@ NO_THREAD = "raise the limit on threads of this user or container (ulimit -u, pi
 class Cancellation:
     """Jobs nobody wants any more. `told` gets one outcome a job, or the error that kept us from asking.
 
-    `detached` jobs are those of no client.
+    Those of a detached call have its id as `call`.
     """
 
     service: str
     job_ids: Sequence[str]
     told: Callable[[Sequence[CancelOutcome] | MillstreamError], None]
-    detached: bool = False
+    call: str = ""
 
     @property
     def jobs(self) -> int:

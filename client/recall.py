@@ -2,20 +2,60 @@
 
 from __future__ import annotations
 
+import logging
+import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 
-from millstream.broker.cache import Cache, Cached, Recipe
+from millstream.broker.cache import CHUNK, Cache, Cached, Recipe
 from millstream.broker.connection import Connection
 from millstream.broker.job import Json
 from millstream.broker.registry import Registry
 
-LOOK_UP_S = 1.0
-"""A look-up that takes longer is given up, and none is tried for as long: the rows are computed instead."""
+log = logging.getLogger(__name__)
+
+LOOK_UP_S = 0.25
+"""Seconds, of the call's own time, after which a look-up is given up: the rows are computed instead. For as long after
+it none is tried."""
 
 AT_ONCE = 4
-"""Look-ups of one process, each on a connection of its own: more threads would only wait for one another."""
+"""Blocking calls that look up at once, each on its own connection: more threads would only wait for one another."""
+
+IDLE_S = 1.0
+"""Seconds without a question after which the thread that looks up for event loops ends; the next one starts another."""
+
+
+@dataclass(slots=True, eq=False)
+class _Question:
+    """Rows of one call (row -> text), whose kept answers `told` gets, by row, from any thread."""
+
+    service: str
+    recipe: Recipe
+    texts: Mapping[int, str]
+    options: Mapping[str, Json]
+    told: Callable[[dict[int, Cached]], object]
+    once: list[str] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+    found: list[Cached | None] = field(default_factory=list)
+
+    def name(self) -> None:
+        """Find the names of the answers. A text that comes twice is asked for once."""
+        self.once = list(dict.fromkeys(self.texts.values()))
+        self.digests = self.recipe.digests(self.once, self.options)
+
+    @property
+    def missing(self) -> int:
+        return len(self.digests) - len(self.found)
+
+    def rows(self) -> dict[int, Cached]:
+        made_by = self.recipe.fingerprint
+        hits = zip(self.once, self.found, strict=False)
+        found = {text: hit._replace(fingerprint=made_by) for text, hit in hits if hit is not None}
+        return {row: found[text] for row, text in self.texts.items() if text in found}
 
 
 class Recall:
@@ -27,25 +67,132 @@ class Recall:
         self.begin()
 
     def begin(self) -> None:
-        """Also in a forked child: a client of its own."""
+        """Also in a forked child: a client and a thread of its own."""
         self._client = self._connection.within(LOOK_UP_S)
         self._free = threading.Semaphore(AT_ONCE)
         self._not_before = 0.0
+        self._lock = threading.Lock()
+        self._gatherer: _Gatherer | None = None
 
     def rows(
         self, service: str, recipe: Recipe, texts: Mapping[int, str], options: Mapping[str, Json]
     ) -> dict[int, Cached]:
-        """The kept answers of `texts` (row -> text), by row. A text that comes twice is asked for once."""
-        once = list(dict.fromkeys(texts.values()))
-        digests = recipe.digests(once, options)
+        """The kept answers of `texts` (row -> text), by row. Waits for the server."""
+        question = _Question(service, recipe, texts, options, told=len)
+        question.name()
         with self._free:
-            hits = self._look_up(service, digests, recipe.fingerprint) if time.monotonic() >= self._not_before else ()
-        found = {text: hit for text, hit in zip(once, hits, strict=False) if hit is not None}
-        return {row: found[text] for row, text in texts.items() if text in found}
+            question.found += self._look_up(service, question.digests)
+        return question.rows()
 
-    def _look_up(self, service: str, digests: Sequence[str], fingerprint: str) -> Sequence[Cached | None]:
+    def soon(
+        self,
+        service: str,
+        recipe: Recipe,
+        texts: Mapping[int, str],
+        options: Mapping[str, Json],
+        told: Callable[[dict[int, Cached]], object],
+    ) -> None:
+        """As `rows`, but returns at once: `told` gets the answers, from another thread."""
+        question = _Question(service, recipe, texts, options, told)
+        with self._lock, suppress(RuntimeError):
+            if self._gatherer is None or not self._gatherer.ask(question):
+                gatherer = _Gatherer(self._look_up)
+                gatherer.ask(question)
+                gatherer.start()
+                self._gatherer = gatherer
+            return
+        # No thread could be started: the rows are computed.
+        told({})
+
+    def _look_up(self, service: str, digests: Sequence[str]) -> Sequence[Cached | None]:
+        if time.monotonic() < self._not_before:
+            return [None] * len(digests)
         cache = Cache(self._client, self._registry.keys(service))
-        hits = cache.look_up(digests, fingerprint)
+        hits = cache.look_up(digests)
         if cache.faults:
             self._not_before = time.monotonic() + LOOK_UP_S
         return hits
+
+
+class _Gatherer(threading.Thread):
+    """Looks up what many calls of event loops ask for in one command. Ends after IDLE_S without a question."""
+
+    def __init__(self, look_up: Callable[[str, Sequence[str]], Sequence[Cached | None]]) -> None:
+        super().__init__(name="millstream-recall", daemon=True)
+        self._look_up = look_up
+        self._new: queue.SimpleQueue[_Question] = queue.SimpleQueue()
+        self._open: deque[_Question] = deque()
+        self._lock = threading.Lock()
+        self._ended = False
+
+    def ask(self, question: _Question) -> bool:
+        """Answer `question` soon; False if this thread has ended."""
+        with self._lock:
+            if not self._ended:
+                self._new.put(question)
+            return not self._ended
+
+    def run(self) -> None:
+        while self._gather():
+            self._answer()
+
+    def _gather(self) -> bool:
+        """Take what was asked; False if nothing was for IDLE_S."""
+        with suppress(queue.Empty):
+            if not self._open:
+                self._open.append(_named(self._new.get(timeout=IDLE_S)))
+            while len(self._open) < CHUNK:
+                self._open.append(_named(self._new.get_nowait()))
+        with self._lock:
+            self._ended = not self._open and self._new.empty()
+            return not self._ended
+
+    def _answer(self) -> None:
+        """Ask the server for one share of the questions, and tell those that are complete."""
+        share = self._share()
+        digests = [digest for question, size in share for digest in question.digests[len(question.found) :][:size]]
+        try:
+            found = self._look_up(share[0][0].service, digests) if digests else []
+        except Exception:
+            # This thread serves all calls: whatever happened, their rows are computed instead.
+            log.exception("looking up kept answers failed")
+            found = [None] * len(digests)
+        at = 0
+        for question, size in share:
+            question.found += found[at : at + size]
+            at += size
+            if question.missing:
+                self._open.append(question)
+            else:
+                _tell(question)
+
+    def _share(self) -> list[tuple[_Question, int]]:
+        """Questions about one service, and how many names of each, CHUNK in all: those of long lists take turns."""
+        share: list[tuple[_Question, int]] = []
+        room, others = CHUNK, list[_Question]()
+        while self._open and room:
+            question = self._open.popleft()
+            if share and question.service != share[0][0].service:
+                others.append(question)
+                continue
+            size = min(room, question.missing)
+            share.append((question, size))
+            room -= size
+        self._open.extendleft(reversed(others))
+        return share
+
+
+def _named(question: _Question) -> _Question:
+    try:
+        question.name()
+    except Exception:
+        # Its rows have no names, and are computed.
+        log.exception("naming kept answers failed")
+    return question
+
+
+def _tell(question: _Question) -> None:
+    try:
+        question.told(question.rows())
+    except Exception:
+        log.exception("a call could not be told of its kept answers")

@@ -111,7 +111,8 @@ class Sender(threading.Thread):
         unsent = self._submitter.withdraw(job_ids)
         try:
             with translated(self._connection.safe_url):
-                found = self._streams(batch[0].service).cancel(job_ids, "" if batch[0].detached else self._client_id)
+                call = batch[0].call
+                found = self._streams(batch[0].service).cancel(job_ids, "" if call else self._client_id, call)
         except Exception as error:  # noqa: BLE001 - every caller hears of it; the sender serves the next
             for cancellation in batch:
                 _tell(cancellation, _ours(error))
@@ -178,7 +179,7 @@ def _tell(cancellation: Cancellation, outcomes: Sequence[CancelOutcome] | Millst
 
 
 def _alike(one: Submission | Cancellation, other: Submission | Cancellation) -> bool:
-    if isinstance(one, Cancellation) and isinstance(other, Cancellation) and one.detached != other.detached:
+    if isinstance(one, Cancellation) and isinstance(other, Cancellation) and one.call != other.call:
         return False
     return type(one) is type(other) and one.service == other.service
 

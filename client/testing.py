@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from millstream.broker.admission import refusal
 from millstream.broker.cache import Cached
 from millstream.broker.codec import decode_inputs, encode_reply, encode_value
 from millstream.broker.config import ServiceSpec
@@ -30,7 +31,7 @@ from millstream.broker.errors import BrokerUnavailable, MillstreamError, ModelFa
 from millstream.broker.job import Draft, Json, Reply, Vectors
 from millstream.broker.registry import Registry
 from millstream.broker.spec import ModelSpec, ModelType, Runtime
-from millstream.broker.streams import Admission, CancelOutcome, Found, Group, Streams
+from millstream.broker.streams import Admission, CancelOutcome, Group, Streams, Submitted
 from millstream.broker.submission import Submission
 from millstream.client.aio import AsyncClient
 from millstream.client.calls import NO_HITS, Ask, Calls
@@ -280,8 +281,10 @@ class _FakeChannel:
 
     def leave(self, submissions: Sequence[Submission]) -> None:
         for submission in submissions:
-            self._streams(submission.service).enqueue([submission.group])
-            if submission.accepted:
+            (admission,) = self._streams(submission.service).enqueue([submission.group])
+            if error := refusal(submission.service, admission):
+                submission.sink.refused(submission.job_ids, error)
+            elif submission.accepted:
                 submission.accepted()
 
     def cancel(self, cancellation: Cancellation) -> None:
@@ -333,17 +336,29 @@ class _FakeStreams:
         self._model = model
         self._service = service
         self._lock = threading.Lock()
-        self._replies: dict[str, bytes] = {}
+        self._calls: dict[str, tuple[str, dict[str, bytes]]] = {}
 
     def enqueue(self, groups: Sequence[Group]) -> list[Admission]:
         with self._lock:
-            for draft in (draft for group in groups for draft in group.drafts):
-                if draft.id not in self._replies:
-                    self._replies[draft.id] = self._model.reply(self._service, draft)
-        return [Admission() for _ in groups]
+            return [self._accept(group) for group in groups]
 
-    def look_up(self, job_ids: Sequence[str]) -> list[Found]:
-        return [Found(self._replies.get(job_id), job_id in self._replies) for job_id in job_ids]
+    def _accept(self, group: Group) -> Admission:
+        assert group.call
+        payload, replies = self._calls.setdefault(group.call.id, (group.call.payload, {}))
+        if payload != group.call.payload:
+            return Admission("reused_key")
+        for draft in group.drafts:
+            if draft.id not in replies:
+                replies[draft.id] = self._model.reply(self._service, draft)
+        return Admission()
 
-    def cancel(self, job_ids: Sequence[str], client: str) -> list[CancelOutcome]:
+    def submitted(self, call: str) -> Submitted | None:
+        payload, replies = self._calls.get(call, ("", {}))
+        return Submitted(payload, len(replies)) if replies else None
+
+    def results(self, call: str, job_ids: Sequence[str]) -> list[bytes | None]:
+        _, replies = self._calls[call]
+        return [replies.get(job_id) for job_id in job_ids]
+
+    def cancel(self, job_ids: Sequence[str], client: str, call: str = "") -> list[CancelOutcome]:
         return ["gone"] * len(job_ids)

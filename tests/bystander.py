@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from contracts.queue import Queue
@@ -22,7 +22,8 @@ class Bystander:
     """Claims and answers when the test wants it."""
 
     def __init__(self, connection: Connection, registered: ServiceSpec) -> None:
-        Registry(connection).push([registered])
+        self._registry, self._spec = Registry(connection), registered
+        self._registry.push([registered])
         self.name = registered.name
         self.queue = Queue(connection.client, ServiceKeys(registered.name))
 
@@ -60,6 +61,10 @@ class Bystander:
         assert len(claims) == count
         return claims
 
+    def push(self, **changes: object) -> None:
+        """Register the service anew, with `changes`."""
+        self._registry.push([self._spec.model_copy(update=changes)], replace=True)
+
     def claim_one(self) -> Claim:
         """The oldest job that waits, alone."""
         claims: list[Claim] = []
@@ -77,6 +82,15 @@ class Bystander:
             assert claim.job is not None
             inputs, _ = decode_inputs(claim.job.body, claim.job.rows)
             self.settle(claim, Reply(values=inputs))
+
+    def answer_all(self, claims: Sequence[Claim]) -> None:
+        """The same in few calls, for jobs of one row."""
+        for at in range(0, len(claims), 128):
+            page = claims[at : at + 128]
+            jobs = [claim.job for claim in page if claim.job]
+            replies = [encode_reply(Reply(values=decode_inputs(job.body, job.rows)[0])) for job in jobs]
+            settlements = [Settlement(claim.address, reply) for claim, reply in zip(page, replies, strict=True)]
+            assert set(self.queue.streams.settle(settlements)) == {"answered"}
 
     def settle(self, claim: Claim, reply: Reply) -> None:
         assert self.queue.streams.settle([Settlement(claim.address, encode_reply(reply))]) == ["answered"]

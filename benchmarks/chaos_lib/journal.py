@@ -16,6 +16,9 @@ _CHUNK = 1024 * 1024
 Command = Sequence[bytes]
 _RETURNED = RETURNED.encode()
 
+_ONE_FIELD = 4
+"""Words of an HSET that answers a job of a detached call; one that accepts jobs sets several fields."""
+
 
 @dataclass
 class Journal:
@@ -49,7 +52,7 @@ def replay(commands: Iterable[Command], keys: ServiceKeys) -> Journal:
     """What the write commands in `commands` say of the jobs of one service."""
     journal = Journal()
     streams = {stream.encode() for stream in keys.streams()}
-    reply, result = keys.reply("").encode(), keys.result("").encode()
+    reply, call = keys.reply("").encode(), keys.call("").encode()
     entries: defaultdict[bytes, dict[bytes, str]] = defaultdict(dict)
     holders: dict[tuple[bytes, bytes], bytes] = {}
     for command in commands:
@@ -60,8 +63,8 @@ def replay(commands: Iterable[Command], keys: ServiceKeys) -> Journal:
             journal.jobs[job] += 1
         elif name == b"XADD" and key.startswith(reply):
             journal.replies[_field(command, b"id")] += 1
-        elif name == b"SET" and key.startswith(result):
-            journal.replies[key.removeprefix(result).decode()] += 1
+        elif name == b"HSET" and key.startswith(call) and len(command) == _ONE_FIELD:
+            journal.replies[command[2].decode()] += 1
         elif name == b"XDEL" and key in streams:
             waiting = [entry for entry in command[2:] if holders.get((key, entry), _RETURNED) == _RETURNED]
             jobs = {entries[key].get(entry, "unknown") for entry in waiting}

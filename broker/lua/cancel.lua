@@ -1,12 +1,14 @@
 -- Stop jobs that nobody wants any more: one that waits is gone, one that a worker holds is marked for it.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET cancelled
--- KEYS[5..] per job: STRING seen, STRING where its result goes
+-- KEYS[5..] per job: STRING seen, HASH or STRING where its result goes
 -- ARGV[1] group  ARGV[2] consumer of returned jobs  ARGV[3] how long a mark lives, ms
--- then per job: job id, result ttl ms, result; a result of '' is not written: the client that cancels waits for none
+-- then per job: job id, 'hash' | 'string' | 'none' (the client that cancels waits for no reply), result ttl ms, result
 -- Returns per job: 2 it waited and will not run; 1 its worker is told at its next beat; 0 settled, or never was
 
 local GROUP, RETURNED, MARKS_KEPT_MS = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local SEEN_AFTER_SETTLE_MS = 20000
+-- The fields of a detached call's hash that are no job's; how long its caller may take to submit the rest of it.
+local CALL_FIELDS, SUBMITTING_MS = 4, 3600000
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -26,7 +28,29 @@ local function holder(stream, entry)
   return pending and pending[2]
 end
 
-local function cancel(seen, key, job, ttl, result)
+-- As in settle: a result of a detached call, whose hash enqueue describes. All its results expire together, a ttl after
+-- the last one; an answer that is there is not replaced.
+local function keep(key, job, ttl, reply)
+  local length = redis.pcall('HSTRLEN', key, job)
+  if length ~= 0 then return false end
+  local new = redis.call('HSET', key, job, reply)
+  if redis.call('HINCRBY', key, 'left', new - 1) > 0 then return true end
+  local jobs, own_ttl = unpack(redis.call('HMGET', key, 'jobs', 'ttl'))
+  ttl = tonumber(own_ttl) or tonumber(ttl)
+  if jobs and redis.call('HLEN', key) < CALL_FIELDS + jobs then ttl = math.max(ttl, SUBMITTING_MS) end
+  redis.call('PEXPIRE', key, string.format('%.0f', ttl))
+  return true
+end
+
+local function answer(kind, key, job, ttl, result)
+  if kind == 'hash' then
+    keep(key, job, ttl, result)
+  elseif kind == 'string' then
+    redis.pcall('SET', key, result, 'PX', ttl)
+  end
+end
+
+local function cancel(seen, key, job, kind, ttl, result)
   local accepted = redis.call('GET', seen)
   if not accepted then return 0 end
   local stream, entry = find(accepted, job)
@@ -40,9 +64,9 @@ local function cancel(seen, key, job, ttl, result)
   -- pcall: callers need no right to XACK, with which they could settle what others hold; claim acknowledges it then.
   if owner then redis.pcall('XACK', KEYS[stream], GROUP, entry) end
   redis.call('XDEL', KEYS[stream], entry)
-  if result ~= '' then redis.pcall('SET', key, result, 'PX', ttl) end
-  -- As settle: a detached job stays known as long as its result, and no longer.
-  redis.call('PEXPIRE', seen, result ~= '' and ttl or SEEN_AFTER_SETTLE_MS)
+  answer(kind, key, job, ttl, result)
+  -- As settle: a detached job stays known as long as its result, of newer clients by the hash of its call.
+  redis.call('PEXPIRE', seen, kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS)
   return 2
 end
 
@@ -50,8 +74,8 @@ end
 redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', now - MARKS_KEPT_MS)
 redis.call('ZREMRANGEBYSCORE', KEYS[4], now + MARKS_KEPT_MS, '+inf')
 local outcomes, key = {}, 5
-for arg = 4, #ARGV, 3 do
-  outcomes[#outcomes + 1] = cancel(KEYS[key], KEYS[key + 1], ARGV[arg], ARGV[arg + 1], ARGV[arg + 2])
+for arg = 4, #ARGV, 4 do
+  outcomes[#outcomes + 1] = cancel(KEYS[key], KEYS[key + 1], ARGV[arg], ARGV[arg + 1], ARGV[arg + 2], ARGV[arg + 3])
   key = key + 2
 end
 return outcomes

@@ -2,17 +2,22 @@
 -- first served: a group is refused with an earlier one of its priority, or of its rate limit, that was refused.
 -- KEYS[1] HASH the service   KEYS[2..4] STREAM realtime, normal, batch   KEYS[5] HASH the service's token bucket
 -- KEYS[6] STRING paused: 'refusing' turns new jobs away   KEYS[7] HASH refused: reason -> how many calls were
--- KEYS[8..] per group: HASH its tenant's token bucket, then STRING seen, one a job
--- ARGV[1] groups, each as: priority 1..3, jobs, calls to charge for, calls to count if refused, then per job
+-- KEYS[8..] per group: HASH its tenant's token bucket; HASH its detached call, if it has one; STRING seen, one a job
+-- ARGV[1] groups, each as: priority 1..3, jobs, calls to charge for, calls to count if refused, id of the detached call
+--         ('' for none); for a detached call: jobs in all, payload, result ttl ms ('' for the worker's); then per job
 --         id op rows tokens deadline_in queue_in client tenant trace body   (times in ms from now, '' for none)
 -- What is '' is left out of the entry.
+-- The hash of a detached call has the fields payload, jobs, left (accepted and not answered), ttl, and one a job: ''
+--   until it is answered, then its reply. All of it expires together, see settle. Its jobs that were accepted before
+--   are passed over, the others of the group enter together.
 -- Returns per group {1} accepted; {2} accepted before; {0, reason, retry_after_ms} refused
 -- Refusals: unknown_service, paused, queue_full, rate_limited,
---   over_burst (its cost is more than the limit ever lets through)
+--   over_burst (its cost is more than the limit ever lets through), reused_key (the call has another payload)
 
 local ACCEPTED, ACCEPTED_BEFORE, REFUSED = 1, 2, 0
 local SEEN_AFTER_DEADLINE_MS = 60000
-local SEEN_WITHOUT_DEADLINE_MS = 7 * 86400000
+-- A job may wait for as long as its service is paused. What ends it also shortens the life of what it is known by.
+local SEEN_WITHOUT_DEADLINE_MS = 366 * 86400000
 local SEEN_AFTER_REPEAT_MS = 20000
 local REFUSED_KEPT_MS = 86400000
 local RETRY_AFTER_MS, RETRY_PAUSED_AFTER_MS = 100, 500
@@ -50,7 +55,7 @@ local function add(words, name, value)
   if value ~= '' then words[#words + 1], words[#words + 2] = name, value end
 end
 
-local function accept(priority, seen, at)
+local function accept(priority, seen, at, call)
   local remaining = ARGV[at + 4]
   local words = {'v', '1', 'id', ARGV[at], 'at', now_text, 'op', ARGV[at + 1],
     'rows', ARGV[at + 2], 'tokens', ARGV[at + 3]}
@@ -59,10 +64,11 @@ local function accept(priority, seen, at)
   add(words, 'client', ARGV[at + 6])
   add(words, 'tenant', ARGV[at + 7])
   add(words, 'trace', ARGV[at + 8])
+  add(words, 'call', call)
   words[#words + 1], words[#words + 2] = 'body', ARGV[at + 9]
   local entry = redis.call('XADD', KEYS[1 + priority], '*', unpack(words))
   -- With its stream: within one ms another stream may have an entry of this id.
-  redis.call('SET', seen, STREAM[priority] .. entry, 'PX', lives[remaining])
+  redis.call('SET', seen, STREAM[priority] .. entry, 'PX', lives[call == '' and remaining or ''])
 end
 
 -- Known for as long as its caller repeats it, also once it is settled. And a write: WAIT counts from the last one of
@@ -70,6 +76,38 @@ end
 local function repeated(seen)
   local left = redis.call('PTTL', seen)
   if left >= 0 then redis.call('PEXPIRE', seen, string.format('%.0f', math.max(left, SEEN_AFTER_REPEAT_MS))) end
+end
+
+-- Which jobs of a group were not accepted before, counted from 0. A group without a call entered whole: if one job is
+-- known, all were accepted, and those that are not known any more were answered.
+local function new_jobs(record, arg, seen, jobs)
+  local found = {}
+  if not record and redis.call('EXISTS', unpack(KEYS, seen, seen + jobs - 1)) > 0 then return found end
+  for job = 0, jobs - 1 do
+    if not record or redis.call('HEXISTS', record.key, ARGV[arg + 10 * job]) == 0 then found[#found + 1] = job end
+  end
+  return found
+end
+
+local function note(record, arg, accepted)
+  local fields = {'payload', record.payload, 'jobs', record.jobs, 'ttl', record.ttl}
+  for _, job in ipairs(accepted) do
+    fields[#fields + 1], fields[#fields + 2] = ARGV[arg + 10 * job], ''
+  end
+  redis.call('HSET', record.key, unpack(fields))
+  redis.call('HINCRBY', record.key, 'left', #accepted)
+  redis.call('PEXPIRE', record.key, lives[''])
+end
+
+-- Results live on for those who ask again; a write, as for the jobs of other groups.
+local function renew(record)
+  local ttl = math.max(redis.call('PTTL', record.key), tonumber(record.ttl) or SEEN_AFTER_REPEAT_MS)
+  redis.call('PEXPIRE', record.key, string.format('%.0f', ttl))
+end
+
+local function is_reused(record)
+  local payload = record and redis.call('HGET', record.key, 'payload')
+  return payload and payload ~= record.payload
 end
 
 -- A token bucket for each rate: `burst_s` seconds' worth at most, refilled as time passes.
@@ -150,20 +188,28 @@ local outcomes = {}
 local arg, key = 2, 8
 for group = 1, tonumber(ARGV[1]) do
   local priority, jobs, calls = tonumber(ARGV[arg]), tonumber(ARGV[arg + 1]), tonumber(ARGV[arg + 2])
-  local to_count = ARGV[arg + 3]
-  local bucket, seen = per_tenant and KEYS[key] or KEYS[5], key + 1
-  arg = arg + 4
-  if redis.call('EXISTS', KEYS[seen]) == 1 then
-    for job = 0, jobs - 1 do repeated(KEYS[seen + job]) end
+  local to_count, call = ARGV[arg + 3], ARGV[arg + 4]
+  local bucket, seen, record = per_tenant and KEYS[key] or KEYS[5], key + 1, nil
+  arg = arg + 5
+  if call ~= '' then
+    record = {key = KEYS[key + 1], jobs = ARGV[arg], payload = ARGV[arg + 1], ttl = ARGV[arg + 2]}
+    arg, seen = arg + 3, key + 2
+  end
+  local new = new_jobs(record, arg, seen, jobs)
+  if is_reused(record) then
+    outcomes[group] = {REFUSED, 'reused_key', 0}
+  elseif #new == 0 then
+    if record then renew(record) else for job = 0, jobs - 1 do repeated(KEYS[seen + job]) end end
     outcomes[group] = {ACCEPTED_BEFORE}
   else
-    local reason, retry_after = decide(priority, bucket, arg, calls, jobs)
+    local reason, retry_after = decide(priority, bucket, arg, calls, #new)
     if reason then
       outcomes[group] = {REFUSED, reason, retry_after}
       count_refusals(reason, to_count)
     else
-      for job = 0, jobs - 1 do accept(priority, KEYS[seen + job], arg + 10 * job) end
-      depths[priority] = depths[priority] + jobs
+      for _, job in ipairs(new) do accept(priority, KEYS[seen + job], arg + 10 * job, call) end
+      if record then note(record, arg, new) end
+      depths[priority] = depths[priority] + #new
       outcomes[group] = {ACCEPTED}
     end
   end

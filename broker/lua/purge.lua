@@ -1,14 +1,17 @@
 -- Take jobs off the queue before anybody runs them, and answer each; what a worker holds is left alone.
 -- KEYS[1..3] STREAM realtime, normal, batch
--- KEYS[4..] per job: STREAM or STRING where its reply goes, STRING seen
+-- KEYS[4..] per job: STREAM, HASH or STRING where its reply goes, STRING seen
 -- ARGV[1] group  ARGV[2] consumer of returned jobs  ARGV[3] unread bytes a reply stream may hold; then per job:
---   stream 1..3, entry id, job id, 'stream' | 'string' | 'none', reply ttl ms, deadline in server ms or 0, reply
+--   stream 1..3, entry id, job id, 'stream' | 'hash' | 'string' | 'none', reply ttl ms, deadline in server ms or 0,
+--   reply
 -- A client gets no reply to a job whose deadline has passed, for it has given the job up, nor into a stream that
 -- is full of unread replies
 -- Returns per job: 1 gone and answered; 0 a worker holds it, or it is settled
 
 local GROUP, RETURNED, UNREAD_BYTES = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local SEEN_AFTER_SETTLE_MS = 20000
+-- The fields of a detached call's hash that are no job's; how long its caller may take to submit the rest of it.
+local CALL_FIELDS, SUBMITTING_MS = 4, 3600000
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -28,8 +31,24 @@ local function is_full(key)
   return full[key]
 end
 
+-- As in settle: a result of a detached call, whose hash enqueue describes. All its results expire together, a ttl after
+-- the last one; an answer that is there is not replaced.
+local function keep(key, job, ttl, reply)
+  local length = redis.pcall('HSTRLEN', key, job)
+  if length ~= 0 then return false end
+  local new = redis.call('HSET', key, job, reply)
+  if redis.call('HINCRBY', key, 'left', new - 1) > 0 then return true end
+  local jobs, own_ttl = unpack(redis.call('HMGET', key, 'jobs', 'ttl'))
+  ttl = tonumber(own_ttl) or tonumber(ttl)
+  if jobs and redis.call('HLEN', key) < CALL_FIELDS + jobs then ttl = math.max(ttl, SUBMITTING_MS) end
+  redis.call('PEXPIRE', key, string.format('%.0f', ttl))
+  return true
+end
+
 local function answer(kind, key, job, ttl, deadline, reply)
-  if kind == 'string' then
+  if kind == 'hash' then
+    keep(key, job, ttl, reply)
+  elseif kind == 'string' then
     redis.pcall('SET', key, reply, 'PX', ttl)
   elseif kind == 'stream' and (deadline == 0 or now < deadline) and not is_full(key) then
     redis.pcall('XADD', key, '*', 'id', job, 'reply', reply)

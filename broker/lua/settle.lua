@@ -1,9 +1,10 @@
 -- Answer jobs and retire their entries, each once: the first caller wins, a late twin changes nothing.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] STREAM dead letters   KEYS[5] HASH trail
--- KEYS[6] ZSET cancelled   KEYS[7..] per way that replies go: STREAM or STRING; then per job: STRING seen
+-- KEYS[6] ZSET cancelled
+-- KEYS[7..] per way that replies go: STREAM, HASH of a detached call or STRING; then per job: STRING seen
 -- ARGV[1] group  ARGV[2] dead letters kept  ARGV[3] unread bytes a reply stream may hold
 -- ARGV[4] the small error reply that stands in for replies beyond that  ARGV[5] ways
--- then per way: 'stream' | 'string' | 'none', reply ttl ms
+-- then per way: 'stream' | 'hash' | 'string' (detached jobs of older clients) | 'none', reply ttl ms
 -- then per job: stream 1..3 ':' entry id, way 1.., job id, reply, reason to bury it ('' for none)
 -- A dead letter is the entry's fields after: reason, entry, buried (ms), priority, attempts and consumer where known,
 --   history where a run did not end: a line each, as release and reclaim wrote it
@@ -16,6 +17,8 @@
 local GROUP, DEAD_KEPT, UNREAD_BYTES, UNREAD, WAYS =
   ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
 local SEEN_AFTER_SETTLE_MS = '20000'
+-- The fields of a detached call's hash that are no job's; how long its caller may take to submit the rest of it.
+local CALL_FIELDS, SUBMITTING_MS = 4, 3600000
 local MAX_FIELDS = 64
 local MAX_BYTES = 1048576
 local FEW_UNREAD = 16
@@ -73,10 +76,25 @@ local function size_of(key)
   return sizes[key]
 end
 
+-- A result of a detached call, whose hash enqueue describes. All its results expire together, a ttl after the last one;
+-- an answer that is there is not replaced.
+local function keep(key, job, ttl, reply)
+  local length = redis.pcall('HSTRLEN', key, job)
+  if length ~= 0 then return false end
+  local new = redis.call('HSET', key, job, reply)
+  if redis.call('HINCRBY', key, 'left', new - 1) > 0 then return true end
+  local jobs, own_ttl = unpack(redis.call('HMGET', key, 'jobs', 'ttl'))
+  ttl = tonumber(own_ttl) or tonumber(ttl)
+  if jobs and redis.call('HLEN', key) < CALL_FIELDS + jobs then ttl = math.max(ttl, SUBMITTING_MS) end
+  redis.call('PEXPIRE', key, string.format('%.0f', ttl))
+  return true
+end
+
 local ANSWERED, UNREAD_INSTEAD, UNWRITABLE = 1, 2, -1
 
 local function answer(kind, key, job, ttl, reply)
   if kind == 'none' then return ANSWERED end
+  if kind == 'hash' then return keep(key, job, ttl, reply) and ANSWERED or UNWRITABLE end
   if kind == 'string' then
     return redis.pcall('SET', key, reply, 'PX', ttl).err and UNWRITABLE or ANSWERED
   end
@@ -121,7 +139,7 @@ while arg <= #ARGV do
     if trailed then end_trail(past, name) end
     if reason ~= '' then bury(priority, id, reason, past) end
     retired[priority][#retired[priority] + 1] = id
-    -- A detached job stays known as long as its result: its idempotency key must not run it again.
+    -- A detached job stays known as long as its result, of newer clients by the hash of its call.
     if not another then redis.call('PEXPIRE', KEYS[seen], kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS) end
     outcomes[#outcomes + 1] = outcome
   end

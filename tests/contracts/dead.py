@@ -139,7 +139,7 @@ class DeadLettersContract:
         assert (again.deadline, again.queue_by) == (0, 0)
         assert len(letters(queue)) == 0
         queue.settle([claim], b"answer")
-        assert queue.streams.look_up([job_id])[0].reply == b"answer"
+        assert queue.streams.results(job_id, [job_id]) == [b"answer"]
 
     def test_a_letter_that_was_not_accepted_stays(self, queue: Queue) -> None:
         (letter,) = buried(queue, draft())

@@ -147,9 +147,9 @@ class PurgeContract:
 
         queue.streams.purge()
 
-        (found,) = queue.streams.look_up([job.id])
-        assert found.reply is not None
-        assert isinstance(decode_reply(found.reply).error, Cancelled)
+        reply = queue.client.get(queue.keys.result(job.id))
+        assert isinstance(reply, bytes)
+        assert isinstance(decode_reply(reply).error, Cancelled)
         assert 0 < queue.client.pttl(queue.keys.result(job.id)) <= 60_000
         assert 0 < queue.client.pttl(queue.keys.seen(job.id)) <= 60_000
 

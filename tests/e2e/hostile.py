@@ -75,6 +75,7 @@ def entry(op: str, /, **values: bytes) -> Flat:
         "client": CLIENT,
         "tenant": b"",
         "trace": b"",
+        "call": b"",
         "body": b'{"inputs":["a"]}',
     }
     return [part for name in FIELDS for part in (name.encode(), (good | values)[name])]
@@ -96,6 +97,8 @@ def small(op: str) -> Iterator[Flat]:
     yield from (entry(op, v=value) for value in (b"0", b"2", b"1.0", b"one"))
     yield from (entry(op, trace=value) for value in (b"a\nb", b"a" * 129, b"\xff"))
     yield from (entry(op, body=value) for value in _BODIES)
+    # Of detached calls that nobody made.
+    yield from (entry(op, client=b"", call=value, body=body) for value in (*_IDS, b"0" * 32) for body in _BODIES[:3])
     # For nobody, and under a key of its own.
     yield from (entry(op, client=b"", body=value) for value in _BODIES)
     yield from (entry(op, rows=value) for value in (b"0", b"2", b"4096", b"4097", b"1000000000"))

@@ -77,8 +77,8 @@ class Attacker:
         self._client = site.connection.client
         self._keys = site.keys
         self._op = op
-        self.sent: dict[tuple[bytes, bytes], tuple[str, str]] = {}
-        """By priority and entry id: job id and client, each empty where it could not be answered."""
+        self.sent: dict[tuple[bytes, bytes], tuple[str, str, str]] = {}
+        """By priority and entry id: job id, client and detached call, each empty where it could not be answered."""
         self.forged = 0
         self.flat: dict[tuple[bytes, bytes], bytes] = {}
         """The beginning of each."""
@@ -129,11 +129,13 @@ class Attacker:
         buried = {(fields[b"priority"], fields[b"entry"]) for _, fields in letters}
         return [
             self.flat[entry]
-            for entry, (job, client) in self.sent.items()
-            if entry not in buried and not (job and self._answered(job, client))
+            for entry, (job, client, call) in self.sent.items()
+            if entry not in buried and not (job and self._answered(job, client, call))
         ]
 
-    def _answered(self, job: str, client: str) -> bool:
+    def _answered(self, job: str, client: str, call: str) -> bool:
+        if call and not client:
+            return bool(self._client.hexists(self._keys.call(call), job))
         if not client:
             return bool(self._client.exists(self._keys.result(job)))
         replies = cast(list[tuple[bytes, dict[bytes, bytes]]], self._client.xrange(self._keys.reply(client)))

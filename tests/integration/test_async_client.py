@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from millstream.broker.embedded import EmbeddedServer
 from millstream.broker.errors import Cancelled, DeadlineExceeded, MillstreamError, NoWorkers, QueueFull
 from millstream.broker.job import Json
 from millstream.client import AsyncClient, Client
+from millstream.client.aio import AsyncHandle
 
 CONNECTIONS = 3
 """Of one client to one service: for sending, for reading replies, for reading the registry."""
@@ -214,6 +217,34 @@ def test_a_cancelled_call_says_so_to_whoever_else_waits(
                 await waiting
 
     asyncio.run(run())
+
+
+def test_a_late_answer_does_not_keep_an_event_loop_that_was_closed_while_it_waited(
+    server: EmbeddedServer, bystander: Callable[..., Bystander]
+) -> None:
+    service = bystander()
+    client, loop = AsyncClient(server.url), asyncio.new_event_loop()
+
+    async def begin() -> AsyncHandle:
+        handle = await client.submit(service.name, ["a"])
+        waiting.append(asyncio.ensure_future(handle.result()))
+        await asyncio.sleep(0)
+        return handle
+
+    waiting: list[asyncio.Future[object]] = []
+    handle = loop.run_until_complete(begin())
+    waiting[0]._log_destroy_pending = False  # type: ignore[attr-defined]
+    waiting.clear()
+    loop.close()
+    closed = weakref.ref(loop)
+    del loop
+
+    service.answer(service.claim_one())
+    eventually(lambda: handle.rows_done)
+    gc.collect()
+
+    assert closed() is None
+    asyncio.run(client.close())
 
 
 def test_several_event_loops_share_a_client(server: EmbeddedServer, echo: str) -> None:

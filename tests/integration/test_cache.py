@@ -21,8 +21,8 @@ from millstream.broker import cache as module
 from millstream.broker.cache import Cache, Cached, Recipe, encode
 from millstream.broker.connection import Connection
 from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import Cancelled, PartialFailure
-from millstream.broker.job import PRIORITIES, Json
+from millstream.broker.errors import Cancelled, ModelFailed, PartialFailure, WorkerLost
+from millstream.broker.job import PRIORITIES, Json, Reply
 from millstream.broker.keys import ServiceKeys
 from millstream.broker.pause import pause, resume
 from millstream.broker.registry import Registry
@@ -108,6 +108,28 @@ def test_an_async_client_and_map_find_what_is_kept(
     assert service.queue.depth() == 0
 
 
+def test_many_async_calls_at_once_are_looked_up_in_few_commands_and_by_no_executor(
+    server: EmbeddedServer, bystander: Callable[..., Bystander], connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = planted(bystander, connection, ["a", "b"])
+
+    def commands() -> int:
+        return int(connection.client.info("commandstats").get("cmdstat_mget", {}).get("calls", 0))
+
+    async def ask() -> list[object]:
+        async with AsyncClient(server.url) as client:
+            await client.submit(service.name, ["a"])
+            with monkeypatch.context() as patched:
+                patched.setattr(asyncio, "to_thread", None)
+                handles = await asyncio.gather(*(client.submit(service.name, ["b", "a"]) for _ in range(200)))
+                return [await handle for handle in handles]
+
+    before = commands()
+    assert asyncio.run(ask()) == [["B", "A"]] * 200
+    assert commands() - before <= 50
+    assert service.queue.depth() == 0
+
+
 def test_a_cut_text_is_reported_when_it_is_found_too(server: EmbeddedServer, registered: str, tiny_model: Path) -> None:
     model = ModelSpec(type="embedding", model_name=str(tiny_model), device="cpu")
     spec = caching(registered).model_copy(update={"model": model})
@@ -149,6 +171,42 @@ def test_like_calls_of_one_client_under_way_run_once(client: Client, bystander: 
     assert [handle.result(LONG_S) for handle in (*handles[:1], *handles[2:], other)] == [["a"]] * 4 + [["b"]]
     with pytest.raises(Cancelled):
         handles[1].result()
+
+
+def test_like_calls_share_a_failure_of_their_input_and_run_at_once_after_any_other(
+    client: Client, bystander: Callable[..., Bystander]
+) -> None:
+    service = bystander(enable_cache=True)
+    handles = [client.submit(service.name, ["a"]) for _ in range(20)]
+    service.settle(service.claim_one(), Reply(error=WorkerLost("died")))
+
+    others = service.claim(19)
+    assert isinstance(handles[0].outcomes(LONG_S)[0], WorkerLost)
+    service.answer(*others)
+    assert [handle.result(LONG_S) for handle in handles[1:]] == [["a"]] * 19
+
+    again = [client.submit(service.name, ["b"]) for _ in range(20)]
+    service.settle(service.claim_one(), Reply(error=ModelFailed("no")))
+    assert {type(handle.outcomes(LONG_S)[0]) for handle in again} == {ModelFailed}
+    assert service.queue.depth() == 0
+
+
+def test_a_job_that_its_caller_cancels_is_answered_to_those_who_asked_alike(
+    client: Client, bystander: Callable[..., Bystander]
+) -> None:
+    service = bystander(enable_cache=True)
+    first, second, third = [client.submit(service.name, ["a"]) for _ in range(3)]
+    claim = service.claim_one()
+
+    assert not first.cancel()
+    with pytest.raises(Cancelled):
+        first.result()
+    assert third.cancel()
+    assert service.queue.lease.beat("bystander", {}, [claim.address.name]).cancelled == []
+    service.answer(claim)
+
+    assert second.result(LONG_S) == ["a"]
+    assert service.queue.depth() == 0
 
 
 # -- and what is no second pass ------------------------------------------------------------------------------------

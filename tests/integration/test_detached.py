@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import cast
@@ -29,6 +30,7 @@ from millstream.broker.errors import (
 )
 from millstream.broker.job import Json, Priority
 from millstream.broker.keys import ServiceKeys
+from millstream.broker.spec import Runtime
 from millstream.client import AsyncClient, Client
 from millstream.client.detached import Detached
 
@@ -113,35 +115,140 @@ def test_a_key_runs_once_however_often_it_is_submitted(client: Client, bystander
     assert submit(["a", "b", "c"], tenant="other").id != first.id
 
 
-def test_a_key_used_for_more_rows_is_another_call(client: Client, bystander: Callable[..., Bystander]) -> None:
+@pytest.mark.parametrize(
+    ("rows", "options"), [(["b"], {}), (["a", "b"], {}), (["a"], {"truncate": "end"}), (["\x00a"], {})]
+)
+def test_a_key_used_for_another_payload_is_refused(
+    client: Client, bystander: Callable[..., Bystander], rows: list[Json], options: dict[str, Json]
+) -> None:
     service = bystander(batch_size=8)
     first = client.submit_detached(service.name, ["a"], idempotency_key="k")
-    longer = client.submit_detached(service.name, ["a", "b"], idempotency_key="k")
 
-    service.answer(*service.claim(2))
+    with pytest.raises(InvalidRequest):
+        client.submit_detached(service.name, rows, idempotency_key="k", **options)  # type: ignore[arg-type]
 
+    service.answer(*service.claim(1))
     assert first.result(LONG_S) == ["a"]
-    assert longer.result(LONG_S) == ["a", "b"]
+    with pytest.raises(InvalidRequest):
+        client.submit_detached(service.name, rows, idempotency_key="k", **options)  # type: ignore[arg-type]
+    assert service.queue.depth() == 0
+
+
+def test_a_key_names_its_payload_however_the_service_cuts_it_into_jobs_by_now(
+    client: Client, bystander: Callable[..., Bystander]
+) -> None:
+    service = bystander(batch_size=2)
+    first = client.submit_detached(service.name, ["a", "b", "c"], idempotency_key="k")
+    service.answer(*service.claim(2))
+    service.push(runtime=Runtime(batch_size=8))
+
+    with Client(client._calls.connection.url) as later:
+        again = later.submit_detached(service.name, ["a", "b", "c"], idempotency_key="k")
+
+        assert again.id == first.id
+        assert again.result(LONG_S) == ["a", "b", "c"]
+        assert service.queue.depth() == 0
+        with pytest.raises(InvalidRequest, match="another payload"):
+            later.submit_detached(service.name, ["a", "b", "d"], idempotency_key="k")
+
+
+def test_several_clients_that_submit_a_key_at_once_make_one_call(
+    server: EmbeddedServer, bystander: Callable[..., Bystander]
+) -> None:
+    service = bystander(batch_size=1)
+    rows: list[Json] = [str(row) for row in range(500)]
+    ids: list[str] = []
+
+    def submit() -> None:
+        with Client(server.url) as client:
+            ids.append(client.submit_detached(service.name, rows, idempotency_key="k").id)
+
+    threads = [threading.Thread(target=submit) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG_S)
+
+    assert len(ids) == 4
+    assert len(set(ids)) == 1
+    assert service.queue.depth() == 500
+
+
+def test_a_key_runs_again_once_its_results_have_expired(client: Client, brief: str) -> None:
+    first = client.submit_detached(brief, ["a"], idempotency_key="k")
+    assert first.result(LONG_S) == ["a"]
+    eventually(lambda: expired(client, first.id))
+
+    again = client.submit_detached(brief, ["b"], idempotency_key="k")
+
+    assert again.result(LONG_S) == ["b"]
+
+
+def test_results_of_one_call_expire_together_after_the_last_one(
+    client: Client, connection: Connection, bystander: Callable[..., Bystander]
+) -> None:
+    service = bystander(batch_size=1)
+    service.push(result_ttl=1.0)
+    detached = client.submit_detached(service.name, ["a", "b", "c"])
+    claims = service.claim(3)
+    seconds = time.monotonic()
+
+    service.answer(claims[0])
+    assert not client.job(detached.id).done()
+    eventually(lambda: time.monotonic() - seconds > 2.0)
+    service.answer(claims[1])
+    eventually(lambda: time.monotonic() - seconds > 3.5)
+    service.answer(claims[2])
+
+    assert client.job(detached.id).result(0) == ["a", "b", "c"]
+    eventually(lambda: expired(client, detached.id))
+
+
+def test_a_call_of_thousands_of_jobs_is_done_when_all_are_answered(
+    client: Client, bystander: Callable[..., Bystander]
+) -> None:
+    service = bystander(batch_size=1, max_queue_size=5_000)
+    rows: list[Json] = [str(row) for row in range(2_500)]
+    detached = client.submit_detached(service.name, rows)
+    claims = [claim for _ in range(25) for claim in service.claim(100)]
+    service.answer_all(claims[:-1])
+    assert not client.job(detached.id).done()
+
+    service.answer_all(claims[-1:])
+
+    found = client.job(detached.id)
+    assert found.done()
+    assert found.result(0) == rows
+
+
+def expired(client: Client, job_id: str) -> bool:
+    try:
+        client.job(job_id).done()
+    except ResultExpired:
+        return True
+    return False
 
 
 def test_a_result_expires(client: Client, brief: str) -> None:
     detached = client.submit_detached(brief, ["a"])
     assert detached.result(LONG_S) == ["a"]
 
-    def expired() -> bool:
-        try:
-            client.job(detached.id).done()
-        except ResultExpired:
-            return True
-        return False
-
-    eventually(expired)
+    eventually(lambda: expired(client, detached.id))
     assert detached.result() == ["a"], "who had it keeps it"
 
 
 def test_an_id_that_was_never_given_out_has_expired(client: Client, echo: str) -> None:
     with pytest.raises(ResultExpired):
         client.job(f"{echo}:4x4:{'0' * 32}").result(LONG_S)
+
+
+def test_an_id_that_says_another_shape_has_expired(client: Client, bystander: Callable[..., Bystander]) -> None:
+    service = bystander(batch_size=2)
+    detached = client.submit_detached(service.name, ["a", "b", "c"])
+
+    for shape in ("3x1", "4x2", "30x2"):
+        with pytest.raises(ResultExpired):
+            client.job(f"{service.name}:{shape}:{detached._call}").done()
 
 
 @pytest.mark.parametrize(
@@ -157,7 +264,7 @@ def test_an_id_cannot_claim_more_rows_than_a_call_may_have(client: Client) -> No
         client.job(f"embed:999999999x1:{'0' * 32}")
 
 
-def test_what_waits_can_be_cancelled_and_is_then_forgotten_with_its_result(
+def test_what_waits_can_be_cancelled_and_its_result_says_so_for_its_lifetime(
     client: Client, connection: Connection, bystander: Callable[..., Bystander]
 ) -> None:
     service = bystander(batch_size=1)
@@ -168,10 +275,8 @@ def test_what_waits_can_be_cancelled_and_is_then_forgotten_with_its_result(
     assert service.queue.depth() == 0
     with pytest.raises(Cancelled):
         detached.result(LONG_S)
-    keys = ServiceKeys(service.name)
-    for job_id in detached._parts:
-        kept, known = connection.client.pttl(keys.result(job_id)), connection.client.pttl(keys.seen(job_id))
-        assert abs(kept - known) < 1_000
+    kept_ms = connection.client.pttl(ServiceKeys(service.name).call(detached._call))
+    assert 3_590_000 < kept_ms <= 3_600_000
 
 
 def test_what_was_taken_or_is_over_is_not_cancelled_without_trace(

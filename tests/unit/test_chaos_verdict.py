@@ -153,7 +153,8 @@ XADD ms:{{other}}:q:normal 1-0 v 1 id b body x
 XCLAIM {STREAM} workers w1 0 1-0 TIME 700 RETRYCOUNT 1 FORCE JUSTID
 XCLAIM {STREAM} workers returned 0 1-0 TIME 800 RETRYCOUNT 3 FORCE JUSTID
 XADD {REPLIES} 2-0 id a reply x
-SET {KEYS.result("c")} x PXAT 900
+HSET {KEYS.call("d")} payload x jobs 1 ttl 9 c x
+HSET {KEYS.call("d")} c x
 SET {KEYS.seen("c")} x PXAT 900"""
 
     journal = replay([line.encode().split() for line in text.splitlines()], KEYS)

@@ -56,6 +56,7 @@ jobs = st.builds(
     client=names,
     tenant=names,
     trace=st.from_regex(r"[\x20-\x7e]{0,128}", fullmatch=True),
+    call=st.from_regex(r"([0-9a-f]{32})?", fullmatch=True),
     body=st.binary(max_size=200),
 )
 texts = st.text(st.characters(exclude_categories=["Cs"]))
@@ -94,7 +95,7 @@ def flat(job: Job) -> list[bytes]:
     return [part if isinstance(part, bytes) else str(part).encode() for part in encode_entry(job)]
 
 
-JOB = Job("0123456789abcdef" * 2, 5, "embed", 2, 9, 8, 7, "client", "tenant", "trace", b"{}")
+JOB = Job("0123456789abcdef" * 2, 5, "embed", 2, 9, 8, 7, "client", "tenant", "trace", b"{}", "c" * 32)
 
 
 @given(jobs)
@@ -103,7 +104,7 @@ def test_an_entry_comes_back_as_it_was(job: Job) -> None:
 
 
 def test_what_says_nothing_is_left_out() -> None:
-    bare = JOB._replace(deadline=0, queue_by=0, client="", tenant="", trace="")
+    bare = JOB._replace(deadline=0, queue_by=0, client="", tenant="", trace="", call="")
 
     assert flat(bare)[0::2] == [b"v", b"id", b"at", b"op", b"rows", b"tokens", b"body"]
     assert [name.decode() for name in flat(JOB)[0::2]] == list(FIELDS)
@@ -236,6 +237,7 @@ BAD_VALUES = {
     "client": [b"a:b", b"\xff\xfe", b"x" * 65, b"a\n", b"*"],
     "tenant": [b"a b", b"\xff", b"x" * 65, b"a\n"],
     "trace": [b"\x00", b"\x7f", b"\xc3\xa9", b"x" * 129, b"a\n"],
+    "call": [b"0" * 31, b"0" * 33, b"g" * 32, b"A" * 32, b"0" * 32 + b"\n", b"../" + b"0" * 29],
     "body": [b"x" * (MAX_BODY + 1)],
 }
 BAD = [
@@ -284,7 +286,7 @@ def test_no_fields_raise_anything_but_malformed(fields: list[bytes]) -> None:
 
     with pytest.raises(Malformed):
         decode_entry(fields)
-    assert salvage(fields) == ("", "")
+    assert salvage(fields) == ("", "", "")
 
 
 @given(st.sampled_from(range(len(FIELDS))), st.binary(max_size=200))
@@ -509,16 +511,18 @@ def test_a_malformed_entry_can_still_be_answered_where_id_and_client_are_sound()
     fields = flat(JOB)
     fields[2 * FIELDS.index("rows") + 1] = b"many"
 
-    assert salvage(fields) == (JOB.id, "client")
-    assert salvage([b"id", JOB.id.encode()]) == (JOB.id, "")
+    assert salvage(fields) == (JOB.id, "client", "c" * 32)
+    assert salvage([b"id", JOB.id.encode()]) == (JOB.id, "", "")
 
 
-@pytest.mark.parametrize(("name", "value"), [("id", b"../etc"), ("client", b"a:b"), ("client", b"\xff")])
-def test_an_id_or_client_that_is_not_sound_names_no_key(name: str, value: bytes) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"), [("id", b"../etc"), ("client", b"a:b"), ("client", b"\xff"), ("call", b"a:b")]
+)
+def test_an_id_client_or_call_that_is_not_sound_names_no_key(name: str, value: bytes) -> None:
     fields = flat(JOB)
     fields[2 * FIELDS.index(name) + 1] = value
 
-    assert salvage(fields) == ("", "")
+    assert salvage(fields) == ("", "", "")
 
 
 def test_input_too_long_stays_what_it_is_through_a_reply() -> None:

@@ -8,10 +8,22 @@ from collections.abc import Sequence
 from typing import cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support import eventually
 
 from millstream.broker.codec import encode_inputs, encode_reply
-from millstream.broker.errors import BrokerUnavailable, DeadlineExceeded, MillstreamError, QueueFull
+from millstream.broker.errors import (
+    BrokerUnavailable,
+    Cancelled,
+    DeadlineExceeded,
+    InputTooLong,
+    InvalidRequest,
+    MillstreamError,
+    ModelFailed,
+    QueueFull,
+    WorkerLost,
+)
 from millstream.broker.job import Draft, Priority, Reply
 from millstream.broker.streams import CancelOutcome, Group
 from millstream.broker.submission import Submission
@@ -34,6 +46,10 @@ class Caller:
 
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
         self.errors.append((job_ids, error))
+
+    @property
+    def outcomes(self) -> int:
+        return len(self.answers) + len(self.errors)
 
 
 class Sent:
@@ -139,40 +155,138 @@ def test_jobs_that_differ_are_all_sent(bench: Bench, other: dict[str, object]) -
     assert len(bench.sent) == 2
 
 
-@pytest.mark.parametrize(
-    "failed", [Reply(error=DeadlineExceeded("late")), Reply(values=[], errors={0: DeadlineExceeded("late")})]
-)
-def test_a_failure_is_not_shared_the_others_are_sent(bench: Bench, failed: Reply) -> None:
+def failed(error: MillstreamError, *, whole: bool) -> bytes:
+    """The reply of a job that failed as a whole, or of one whose only row failed."""
+    return encode_reply(Reply(error=error) if whole else Reply(values=[], errors={0: error}))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("error", [DeadlineExceeded, WorkerLost, Cancelled, MillstreamError])
+def test_a_failure_that_may_be_the_sent_jobs_own_sends_all_others_at_once(
+    bench: Bench, error: type[MillstreamError], whole: bool
+) -> None:
     leader, _ = bench.call()
-    second, job = bench.call()
-    third, _ = bench.call()
+    others = [bench.call() for _ in range(3)]
 
-    bench.answer(encode_reply(failed))
+    bench.answer(failed(error("not now"), whole=whole))
 
-    assert [len(each.answers) for each in (leader, second, third)] == [1, 0, 0]
-    assert bench.sent[1:] == job.job_ids
-    bench.answer(at=1)
-    assert [len(each.answers) for each in (leader, second, third)] == [1, 1, 1]
+    assert bench.sent[1:] == [job_id for _, job in others for job_id in job.job_ids]
+    assert [len(each.answers) for each in (leader, *(caller for caller, _ in others))] == [1, 0, 0, 0]
+    bench.answer(at=2)
+    assert [len(caller.answers) for caller, _ in others] == [0, 1, 0]
 
 
-def test_a_refusal_is_not_shared(bench: Bench) -> None:
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("error", [InvalidRequest, InputTooLong, ModelFailed])
+def test_an_error_of_the_input_is_shared(bench: Bench, error: type[MillstreamError], whole: bool) -> None:
+    calls = [bench.call() for _ in range(3)]
+    reply = failed(error("bad"), whole=whole)
+
+    bench.answer(reply)
+
+    assert [caller.answers for caller, _ in calls] == [[(job.job_ids[0], reply)] for _, job in calls]
+    assert len(bench.sent) == 1
+
+
+@pytest.mark.parametrize("head", [b'{"v":1,"by":"new","error":', b'{"error":'])
+def test_a_failure_is_known_wherever_its_reply_says_so(bench: Bench, head: bytes) -> None:
+    bench.call()
+    _, other = bench.call()
+
+    bench.answer(head + b'{"code":"worker_lost","message":"","hint":""}}\n')
+
+    assert bench.sent[1:] == other.job_ids
+
+
+def test_an_answer_that_speaks_of_errors_is_an_answer(bench: Bench) -> None:
+    calls = [bench.call() for _ in range(2)]
+    reply = encode_reply(Reply(values=[{"error": {"code": "worker_lost"}}]))
+
+    bench.answer(reply)
+
+    assert [caller.answers for caller, _ in calls] == [[(job.job_ids[0], reply)] for _, job in calls]
+
+
+def test_a_caller_that_raises_costs_the_others_nothing(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    broken, _ = bench.call()
+    broken.answers = cast(list[tuple[str, bytes]], None)
+    other, _ = bench.call()
+
+    bench.answer()
+
+    assert len(other.answers) == 1
+    assert "could not be handed over" in caplog.text
+
+
+def test_a_refusal_is_not_shared_and_all_others_are_sent_at_once(bench: Bench) -> None:
     leader, submission = bench.call()
-    _, job = bench.call()
+    _, second = bench.call()
+    _, third = bench.call()
 
     bench.channel.submissions[0].sink.refused(submission.job_ids, QueueFull("full"))
 
     assert len(leader.errors) == 1
-    assert bench.sent[1:] == job.job_ids
+    assert bench.sent[1:] == second.job_ids + third.job_ids
 
 
-def test_where_the_sent_one_is_cancelled_the_next_is_sent(bench: Bench) -> None:
-    _, first = bench.call()
-    second, job = bench.call()
+def test_a_sent_job_that_its_caller_cancels_goes_on_for_the_others(bench: Bench) -> None:
+    first, leader = bench.call()
+    others = [bench.call() for _ in range(2)]
 
-    assert bench.cancel(first) == ["running"]
+    assert bench.cancel(leader) == ["running"]
+    late, _ = bench.call()
 
-    assert bench.channel.cancelled == first.job_ids
-    assert bench.sent == first.job_ids + job.job_ids
+    assert (bench.channel.cancelled, bench.sent) == ([], leader.job_ids)
+    bench.answer()
+    assert [len(each.answers) for each in (first, late, *(caller for caller, _ in others))] == [0, 1, 1, 1]
+
+
+def test_the_last_one_who_leaves_a_job_cancels_it_on_the_server(bench: Bench) -> None:
+    _, leader = bench.call()
+    _, second = bench.call()
+    _, third = bench.call()
+
+    assert bench.cancel(leader) == ["running"]
+    assert bench.cancel(second) == ["waiting"]
+    assert bench.channel.cancelled == []
+    assert bench.cancel(third) == ["running"]
+
+    assert (bench.channel.cancelled, bench.sent) == (leader.job_ids, leader.job_ids)
+
+
+def test_a_failure_of_a_job_whose_caller_left_it_sends_all_others_at_once(bench: Bench) -> None:
+    first, leader = bench.call()
+    _, second = bench.call()
+    _, third = bench.call()
+    bench.cancel(leader)
+
+    bench.answer(encode_reply(Reply(error=DeadlineExceeded("late"))))
+
+    assert first.answers == []
+    assert bench.sent[1:] == second.job_ids + third.job_ids
+
+
+def test_a_sent_job_whose_time_is_over_is_cancelled_and_all_others_are_sent(bench: Bench) -> None:
+    _, leader = bench.call(for_s=0.01)
+    _, second = bench.call()
+    _, third = bench.call()
+    eventually(lambda: time.monotonic() > (leader.until or 0.0))
+
+    assert bench.cancel(leader) == ["running"]
+
+    assert bench.channel.cancelled == leader.job_ids
+    assert bench.sent[1:] == second.job_ids + third.job_ids
+
+
+def test_a_job_whose_caller_left_it_is_waited_for_no_longer_than_its_own_time(bench: Bench) -> None:
+    _, leader = bench.call(for_s=0.2)
+    second, job = bench.call(for_s=60.0)
+    bench.cancel(leader)
+    assert bench.channel.cancelled == []
+
+    eventually(lambda: bench.channel.cancelled == leader.job_ids)
+
+    assert bench.sent == leader.job_ids + job.job_ids
     bench.answer(at=1)
     assert len(second.answers) == 1
 
@@ -200,9 +314,10 @@ def test_who_does_not_wait_for_room_follows_nobody_and_leads_nobody(bench: Bench
     assert len(bench.sent) == 4
 
 
-def test_who_followed_a_job_that_is_cancelled_as_the_client_closes_is_told(bench: Bench) -> None:
-    _, first = bench.call()
+def test_who_followed_a_job_that_is_given_up_as_the_client_closes_is_told(bench: Bench) -> None:
+    _, first = bench.call(for_s=0.01)
     second, _ = bench.call()
+    eventually(lambda: time.monotonic() > (first.until or 0.0))
     bench.channel.closed = True
 
     with pytest.raises(BrokerUnavailable):
@@ -240,4 +355,71 @@ def test_nothing_is_kept_of_what_is_over(bench: Bench) -> None:
     bench.cancel(first, second)
 
     flights = bench.flights
-    assert (flights._flights, flights._led, flights._followed) == ({}, {}, {})
+    assert (flights._flights, flights._led, flights._followed, flights._left) == ({}, {}, {}, set())
+
+
+DEEDS = ("call", "call", "call", "cancel", "answer", "fail", "fail alike", "refuse")
+REPLIES = {
+    "answer": ANSWER,
+    "fail": failed(WorkerLost("died"), whole=True),
+    "fail alike": failed(ModelFailed("NaN"), whole=True),
+}
+
+
+class World(Bench):
+    """Any number of callers, whose sent jobs end in any order and way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Caller, Submission]] = []
+        self.gone: set[str] = set()
+        self._over: set[int] = set()
+
+    def do(self, deed: str, text: str, number: int) -> None:
+        if deed == "call":
+            self.calls.append(self.call(text))
+        elif deed == "cancel" and (waiting := [job for caller, job in self._staying() if not caller.outcomes]):
+            job = waiting[number % len(waiting)]
+            self.gone.add(job.job_ids[0])
+            assert len(self.cancel(job)) == 1
+        elif deed != "cancel" and (jobs := self.open_jobs()):
+            self.end(jobs[number % len(jobs)], deed)
+
+    def end(self, at: int, deed: str) -> None:
+        self._over.add(at)
+        submission = self.channel.submissions[at]
+        if deed == "refuse":
+            submission.sink.refused(submission.job_ids, QueueFull("full"))
+        else:
+            self.answer(REPLIES[deed], at)
+
+    def open_jobs(self) -> list[int]:
+        """The places of jobs that the server has and nobody cancelled."""
+        ended = self.channel.cancelled
+        return [at for at, job_id in enumerate(self.sent) if at not in self._over and job_id not in ended]
+
+    def outcomes(self, *, gone: bool) -> list[int]:
+        """How many outcomes each caller had: of those that cancelled, or of the others."""
+        return [caller.outcomes for caller, job in self.calls if (job.job_ids[0] in self.gone) == gone]
+
+    def _staying(self) -> list[tuple[Caller, Submission]]:
+        return [(caller, job) for caller, job in self.calls if job.job_ids[0] not in self.gone]
+
+
+@given(st.lists(st.tuples(st.sampled_from(DEEDS), st.sampled_from("ab"), st.integers(0, 1_000)), max_size=40))
+def test_whatever_happens_each_caller_that_stays_has_one_outcome_and_nothing_runs_for_nobody(
+    deeds: list[tuple[str, str, int]],
+) -> None:
+    world = World()
+
+    for deed in deeds:
+        world.do(*deed)
+        assert world.open_jobs() or 0 not in world.outcomes(gone=False)
+        assert 0 in world.outcomes(gone=False) or not world.open_jobs()
+    while jobs := world.open_jobs():
+        world.end(jobs[0], "answer")
+
+    assert set(world.outcomes(gone=False)) <= {1}
+    assert set(world.outcomes(gone=True)) <= {0}
+    flights = world.flights
+    assert (flights._flights, flights._led, flights._followed, flights._left) == ({}, {}, {}, set())

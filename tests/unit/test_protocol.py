@@ -51,7 +51,13 @@ def test_every_field_of_a_replys_head_is_there_in_its_order() -> None:
 def test_every_key_is_there() -> None:
     named = set(re.findall(r"`([^`]+)`", "".join(row[0] for row in table("Keys"))))
     keys = ServiceKeys("service")
-    samples = {"client": "<client>", "job_id": "<job id>", "digest": "<digest>", "consumer": "<consumer>"}
+    samples = {
+        "client": "<client>",
+        "job_id": "<job id>",
+        "call": "<call>",
+        "digest": "<digest>",
+        "consumer": "<consumer>",
+    }
     made = {services_key(), *keys.streams(), keys.bucket("<tenant>")}
     for name, method in inspect.getmembers(keys, inspect.ismethod):
         if name.startswith("_") or name in ("stream", "streams"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 
 import fakeredis
 import pytest
 import redis
+from support import eventually
 
 from millstream.broker.cache import Cached, Recipe, encode
 from millstream.broker.connection import Connection
@@ -16,6 +18,7 @@ from millstream.client import recall as module
 from millstream.client.recall import Recall
 
 RECIPE = Recipe("weights", "echo", "none", None)
+HIT = Cached("A", fingerprint="weights")
 
 
 class Asked(fakeredis.FakeRedis):
@@ -26,10 +29,15 @@ class Asked(fakeredis.FakeRedis):
         (name,) = RECIPE.digests(["a"], {})
         self.set(ServiceKeys("echo").cache(name), encode(Cached("A")))
         self.asked: list[int] = []
-        self.away = False
+        self.away = self.broken = False
+        self.go = threading.Event()
+        self.go.set()
 
     def mget(self, keys: Sequence[str], *more: str) -> list[bytes | None]:  # type: ignore[override]
         self.asked.append(len(keys))
+        assert self.go.wait(10.0)
+        if self.broken:
+            raise ValueError("broken")
         if self.away:
             raise redis.TimeoutError("away")
         return super().mget(keys, *more)  # type: ignore[return-value]
@@ -52,7 +60,7 @@ def test_every_row_with_a_kept_text_has_its_answer_and_each_text_is_asked_for_on
 ) -> None:
     hits = recall.rows("echo", RECIPE, {0: "b", 2: "a", 3: "b", 5: "a"}, {})
 
-    assert hits == dict.fromkeys((2, 5), Cached("A", fingerprint="weights"))
+    assert hits == dict.fromkeys((2, 5), HIT)
     assert server.asked == [2]
 
 
@@ -68,4 +76,126 @@ def test_after_a_look_up_that_failed_none_is_tried_for_a_moment(
     assert recall.rows("echo", RECIPE, {0: "a"}, {}) == {}
     assert server.asked == [1]
     now += module.LOOK_UP_S
-    assert recall.rows("echo", RECIPE, {0: "a"}, {}) == {0: Cached("A", fingerprint="weights")}
+    assert recall.rows("echo", RECIPE, {0: "a"}, {}) == {0: HIT}
+
+
+class Loops:
+    """Asks as event loops do, and notes each answer in the order of their coming."""
+
+    def __init__(self, recall: Recall) -> None:
+        self._recall = recall
+        self.answers: list[tuple[str, Mapping[int, Cached]]] = []
+
+    def ask(self, name: str, texts: Mapping[int, str], service: str = "echo") -> None:
+        self._recall.soon(service, RECIPE, texts, {}, lambda hits: self.answers.append((name, hits)))
+
+    def answered(self, count: int) -> list[tuple[str, Mapping[int, Cached]]]:
+        eventually(lambda: len(self.answers) >= count)
+        return self.answers
+
+
+@pytest.fixture
+def loops(recall: Recall) -> Loops:
+    return Loops(recall)
+
+
+def test_what_many_calls_ask_for_while_the_server_is_busy_is_one_command(loops: Loops, server: Asked) -> None:
+    server.go.clear()
+    loops.ask("first", {0: "a"})
+    eventually(lambda: server.asked)
+    for number in range(50):
+        loops.ask(str(number), {0: "a", 7: f"b{number}"})
+    server.go.set()
+
+    assert [hits for _, hits in loops.answered(51)] == [{0: HIT}] * 51
+    assert server.asked == [1, 100]
+
+
+def test_a_long_list_does_not_keep_the_others_waiting(
+    loops: Loops, server: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK", 10)
+    server.go.clear()
+    loops.ask("first", {0: "a"})
+    eventually(lambda: server.asked)
+    loops.ask("long", {row: f"text {row}" if row % 8 else "a" for row in range(100)})
+    loops.ask("short", {0: "a"})
+    server.go.set()
+
+    answers = loops.answered(3)
+    assert [name for name, _ in answers] == ["first", "short", "long"]
+    assert answers[2][1] == dict.fromkeys(range(0, 100, 8), HIT)
+    assert max(server.asked) == 10
+
+
+def test_services_are_asked_for_each_by_itself_and_in_order(loops: Loops, server: Asked) -> None:
+    server.go.clear()
+    loops.ask("first", {0: "a"})
+    eventually(lambda: server.asked)
+    for name, service in (("b", "other"), ("c", "echo"), ("d", "other")):
+        loops.ask(name, {0: "a"}, service)
+    server.go.set()
+
+    assert loops.answered(4) == [
+        ("first", {0: HIT}),
+        ("b", {}),
+        ("d", {}),
+        ("c", {0: HIT}),
+    ]
+    assert server.asked == [1, 2, 1]
+
+
+def test_a_server_that_is_away_has_nothing_and_is_asked_once(loops: Loops, server: Asked) -> None:
+    server.go.clear()
+    server.away = True
+    for number in range(5):
+        loops.ask(str(number), {0: "a"})
+        eventually(lambda: server.asked)
+    server.go.set()
+
+    assert [hits for _, hits in loops.answered(5)] == [{}] * 5
+    assert server.asked == [1]
+
+
+def test_a_call_that_raises_and_a_look_up_that_breaks_cost_no_other_call_its_answer(
+    loops: Loops, recall: Recall, server: Asked, caplog: pytest.LogCaptureFixture
+) -> None:
+    recall.soon("echo", RECIPE, {0: "a"}, {}, lambda hits: 1 / 0)
+    recall.soon("echo", RECIPE, {0: 5}, {}, lambda hits: None)  # type: ignore[dict-item]
+    loops.ask("whole", {0: "a"})
+    assert loops.answered(1) == [("whole", {0: HIT})]
+
+    server.broken = True
+    loops.ask("broken", {0: "a"})
+    assert loops.answered(2)[1] == ("broken", {})
+    assert "division by zero" in caplog.text
+
+
+def test_the_thread_ends_when_nothing_is_asked_and_begins_again(
+    loops: Loops, recall: Recall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IDLE_S", 0.01)
+    loops.ask("first", {0: "a"})
+    loops.answered(1)
+    thread = recall._gatherer
+    assert thread is not None
+    eventually(lambda: not thread.is_alive())
+
+    loops.ask("second", {0: "a"})
+
+    assert loops.answered(2)[1] == ("second", {0: HIT})
+
+
+def test_where_no_thread_can_start_the_rows_are_computed(
+    loops: Loops, recall: Recall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", cannot)
+        loops.ask("first", {0: "a"})
+    assert loops.answers == [("first", {})]
+
+    loops.ask("second", {0: "a"})
+    assert loops.answered(2)[1] == ("second", {0: HIT})

@@ -9,6 +9,7 @@ import pytest
 from contracts.cancel import CancelContract
 from contracts.claim import ClaimContract
 from contracts.dead import DeadLettersContract
+from contracts.detached import DetachedContract
 from contracts.enqueue import EnqueueContract
 from contracts.lease import BeatContract, LivenessContract, ReclaimContract, ReleaseContract
 from contracts.pause import PauseContract, PurgeContract
@@ -60,6 +61,10 @@ class TestReclaim(ReclaimContract):
 
 
 class TestCancel(CancelContract):
+    pass
+
+
+class TestDetached(DetachedContract):
     pass
 
 

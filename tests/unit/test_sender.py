@@ -51,7 +51,7 @@ class FakeStreams:
         self.accepted += ids
         return Admission()
 
-    def cancel(self, job_ids: Sequence[str], client: str) -> list[CancelOutcome]:
+    def cancel(self, job_ids: Sequence[str], client: str, call: str = "") -> list[CancelOutcome]:
         self.script_calls.append(len(job_ids))
         if self.away:
             raise BrokerUnavailable("away")

@@ -307,6 +307,20 @@ def test_in_any_order_nothing_is_lost_sent_twice_or_out_of_turn(steps: list[tupl
     assert sends.next_at is None
 
 
+def test_one_job_that_two_callers_submit_is_accepted_for_both() -> None:
+    server, told = FakeServer(), list[str]()
+    sends = submitter(server)
+    for caller in ("first", "second"):
+        sends.submit([submission("same")._replace(accepted=lambda caller=caller: told.append(caller))])  # type: ignore[misc]
+    server.room = 2
+
+    wait_and_retry(sends)
+    retry(sends)
+
+    assert told == ["first", "second"]
+    assert sends.next_at is None
+
+
 def test_a_line_that_nobody_waits_in_any_more_is_forgotten() -> None:
     backlog = Backlog()
     backlog.put_back([submission("a"), submission("b")], lambda: QueueFull("full"), 1.0, whole_queue=True)

@@ -234,6 +234,8 @@ def test_detached_calls_are_found_by_their_id(fake: FakeClient) -> None:
     detached = fake.submit_detached("embed", ["a", "b"], idempotency_key="k")
 
     assert fake.submit_detached("embed", ["a", "b"], idempotency_key="k").id == detached.id
+    with pytest.raises(InvalidRequest, match="another payload"):
+        fake.submit_detached("embed", ["a", "c"], idempotency_key="k")
     found = fake.job(detached.id)
     assert found.done()
     assert np.array_equal(np.asarray(found.result()), fake.embed(["a", "b"]))

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 
-from millstream.client.wakeups import Mailbox, mailbox
+from millstream.client.wakeups import Listener, Mailbox, listener, mailbox
 
 
 class Loop(asyncio.SelectorEventLoop):
@@ -67,13 +67,71 @@ def test_each_loop_has_one_mailbox() -> None:
     assert third is not one
 
 
-def test_a_closed_loop_takes_no_harm() -> None:
+class Held:
+    """Something that what is posted holds."""
+
+    def called(self) -> None: ...
+
+
+def test_what_is_posted_to_a_closed_loop_is_not_kept() -> None:
     async def mine() -> Mailbox:
         return mailbox()
 
     box = asyncio.run(mine())
+    held = [Held() for _ in range(3)]
+    posted = [weakref.ref(each) for each in held]
 
-    box.post(lambda: None)
+    assert [box.post(each.called) for each in held] == [False] * 3
+    held.clear()
+
+    assert [each() for each in posted] == [None] * 3
+
+
+def test_what_a_loop_did_not_do_before_it_was_closed_is_not_kept_beyond_the_next_post() -> None:
+    loop = asyncio.new_event_loop()
+    box, first, second = Mailbox(loop), Held(), Held()
+    posted = [weakref.ref(first), weakref.ref(second)]
+
+    assert box.post(first.called)
+    loop.close()
+    assert not box.post(second.called)
+    del first, second
+
+    assert [each() for each in posted] == [None, None]
+
+
+def test_an_answer_that_comes_too_late_does_not_keep_the_closed_loop() -> None:
+    loop = asyncio.new_event_loop()
+
+    async def listen() -> Listener:
+        return listener(asyncio.get_running_loop().time)
+
+    told = loop.run_until_complete(listen())
+    told()
+    loop.close()
+    told()
+    closed = weakref.ref(loop)
+    del loop
+    gc.collect()
+
+    assert closed() is None
+
+
+def test_what_a_closed_loop_did_not_do_does_not_keep_it() -> None:
+    loop = asyncio.new_event_loop()
+
+    async def post() -> None:
+        mailbox().post(asyncio.get_running_loop().time)
+        asyncio.get_running_loop().stop()
+
+    task = loop.create_task(post())
+    loop.run_forever()
+    loop.close()
+    closed = weakref.ref(loop)
+    del loop, task
+    gc.collect()
+
+    assert closed() is None
 
 
 def test_a_mailbox_does_not_keep_its_loop() -> None:
