@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple, NoReturn, cast
 
 import numpy as np
 import redis
@@ -23,6 +23,12 @@ CHUNK = 512
 
 MOST_MEMORY = 0.75
 """Of the server's maxmemory: nothing is kept beyond it, the rest is for jobs."""
+
+MOST_OF_HOST = 0.5
+"""Of the memory of the server's host, if the server has no maxmemory: nothing is kept beyond it."""
+
+MOST_UNKNOWN = 1024**3
+"""Bytes, if the server says neither."""
 
 LOOK_S = 1.0
 """How long what was seen of the server's memory holds."""
@@ -93,15 +99,28 @@ def decode(blob: bytes | None) -> Cached | None:
         return None
     kind, truncated = blob[0] & ~_TRUNCATED, bool(blob[0] & _TRUNCATED)
     if kind in _DTYPES:
-        whole = len(blob) > 1 and (len(blob) - 1) % _DTYPES[kind].itemsize == 0
+        if len(blob) == 1 or (len(blob) - 1) % _DTYPES[kind].itemsize:
+            return None
         # Cut off, not skipped: behind one byte the numbers would not be aligned.
-        return Cached(np.frombuffer(blob[1:], _DTYPES[kind]), truncated) if whole else None
+        vector = np.frombuffer(blob[1:], _DTYPES[kind])
+        return Cached(vector, truncated) if b"\0" not in np.isfinite(vector).tobytes() else None
     if kind != _JSON:
         return None
     try:
-        return Cached(json.loads(blob[1:]), truncated)
+        return Cached(json.loads(blob[1:], parse_constant=_refuse), truncated)
     except (ValueError, RecursionError):
         return None
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no answer")
+
+
+def _has_room(memory: Mapping[str, int]) -> bool:
+    """Whether more may be kept, by what INFO says of the server's memory."""
+    limit, host = memory.get("maxmemory", 0), memory.get("total_system_memory", 0)
+    most = limit * MOST_MEMORY or host * MOST_OF_HOST or MOST_UNKNOWN
+    return memory["used_memory"] < most
 
 
 class Cache:
@@ -149,9 +168,7 @@ class Cache:
     def _has_room(self, digest: str) -> bool:
         if time.monotonic() - self._looked_at > LOOK_S:
             node = owner(self._client, self._keys.cache(digest))
-            memory = cast(Mapping[str, int], node.info("memory"))
-            most = memory.get("maxmemory", 0) * MOST_MEMORY
-            self._room = not most or memory["used_memory"] < most
+            self._room = _has_room(cast(Mapping[str, int], node.info("memory")))
             self._looked_at = time.monotonic()
         return self._room
 

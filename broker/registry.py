@@ -118,8 +118,8 @@ class Registry:
         fields.update(limit_fields(spec.runtime))
         # The specification comes last: only from then on does the service count as registered. On a Cluster the set of
         # names is in another slot, so it cannot be part of the transaction.
-        self._connection.client.sadd(services_key(self._prefix), spec.name)
         Streams(self._connection.client, keys).create_groups()
+        self._connection.client.sadd(services_key(self._prefix), spec.name)
         with owner(self._connection.client, keys.spec()).pipeline() as pipe:
             pipe.hset(keys.spec(), mapping=fields)
             pipe.hincrby(keys.spec(), "revision", 1)

@@ -100,7 +100,7 @@ def test_the_settings_of_a_service_that_change_an_answer_are_in_its_recipe() -> 
 # -- values ----------------------------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.floats(width=32), min_size=1, max_size=9), st.booleans())
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=9), st.booleans())
 def test_a_vector_is_read_bit_by_bit_as_it_was_written(numbers: list[float], truncated: bool) -> None:
     vector = np.array(numbers, dtype=np.float32)
 
@@ -136,7 +136,11 @@ def test_any_other_bytes_are_an_answer_or_a_miss_and_never_a_fault(blob: bytes) 
 
 
 @pytest.mark.parametrize(
-    "blob", [None, b"", b"\0", b"\0abc", b"\x04abcd", b"\xffabcd", b"\2", b"\2{", b"\2\xff", b"\x08abc", b"\x18ab"]
+    "blob",
+    [
+        *(None, b"", b"\0", b"\0abc", b"\x04abcd", b"\xffabcd", b"\2", b"\2{", b"\2\xff", b"\x08abc", b"\x18ab"),
+        *(b"\2NaN", b'\2{"a":[Infinity]}', b"\0" + np.float32(np.nan).tobytes(), b"\0" + np.float32(np.inf).tobytes()),
+    ],
 )
 def test_what_nobody_could_have_written_is_a_miss(blob: bytes | None) -> None:
     assert decode(blob) is None
@@ -148,11 +152,12 @@ def test_what_nobody_could_have_written_is_a_miss(blob: bytes | None) -> None:
 class Memory(fakeredis.FakeRedis):
     """Says of its memory what it is told to."""
 
-    used, most, asked = 0, 0, 0
+    used, most, host, asked = 0, 0, 1_000_000, 0
 
     def info(self, section: str | None = None, *args: str, **kwargs: object) -> dict[str, int]:
         self.asked += 1
-        return {"used_memory": self.used, "maxmemory": self.most}
+        said = {"used_memory": self.used, "maxmemory": self.most, "total_system_memory": self.host}
+        return {name: number for name, number in said.items() if number or name != "total_system_memory"}
 
 
 @pytest.fixture
@@ -196,6 +201,20 @@ def test_nothing_is_kept_in_the_last_quarter_of_the_servers_memory(
     server.most = 1_000
 
     for server.used, name in [(749, "fits"), (750, "full"), (10, "again")]:
+        cache.keep([(name, b"\2null")], 60.0)
+
+    assert cache.look_up(["fits", "full", "again"]) == [Cached(None), None, Cached(None)]
+
+
+@pytest.mark.parametrize(("host", "most"), [(1_000, 500), (0, 1024**3)])
+def test_without_a_limit_of_the_server_the_cache_has_one_all_the_same(
+    server: Memory, monkeypatch: pytest.MonkeyPatch, host: int, most: int
+) -> None:
+    monkeypatch.setattr(module, "LOOK_S", 0.0)
+    cache = Cache(server, KEYS)
+    server.host = host
+
+    for server.used, name in [(most - 1, "fits"), (most, "full"), (10, "again")]:
         cache.keep([(name, b"\2null")], 60.0)
 
     assert cache.look_up(["fits", "full", "again"]) == [Cached(None), None, Cached(None)]
