@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from millstream.broker.codec import decode_inputs
@@ -19,6 +20,7 @@ from millstream.broker.errors import (
 from millstream.broker.job import Claim, Job, Json, Reply
 from millstream.worker.held import Held
 from millstream.worker.models.base import Model, Prepared
+from millstream.worker.progress import Progress, Stage, Track
 from millstream.worker.settler import Finished
 
 
@@ -37,12 +39,32 @@ Digests = Callable[[Sequence[Json], Mapping[str, Json]], Sequence[str]]
 
 
 class Intake:
-    """Turns one claim's entries into jobs with prepared rows; the rest is finished at once, each by its own error."""
+    """Turns one claim's entries into jobs with prepared rows; the rest is finished at once, each by its own error.
 
-    def __init__(self, model: Model, max_attempts: int, digests: Digests = lambda inputs, options: ()) -> None:
+    `track` tells the supervisor what is being read and prepared.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        max_attempts: int,
+        digests: Digests = lambda inputs, options: (),
+        track: Track | None = None,
+    ) -> None:
         self._model = model
         self._digests = digests
+        self._track = track or Progress.alone().claimer
         self.max_attempts = max_attempts
+
+    @contextmanager
+    def admitted(self, claims: Sequence[Claim], now: int) -> Iterator[tuple[list[Held], list[Finished]]]:
+        """What `admit` gives, to be handed on within: until then the death of the process is charged to these claims.
+
+        After an error in here they stay on the page: the process ends by it, and they may be its cause.
+        """
+        self._track.start([claim.address.name for claim in claims], Stage.CLAIM)
+        yield self.admit(claims, now)
+        self._track.stop()
 
     def admit(self, claims: Sequence[Claim], now: int) -> tuple[list[Held], list[Finished]]:
         """The jobs to run and the answers to settle, at `now`, server ms."""
@@ -63,7 +85,9 @@ class Intake:
         if job is None:
             return _malformed(claim, claim.malformed)
         if claim.attempts >= self.max_attempts:
-            lost = WorkerLost(f"its worker died {claim.attempts:g} times while it ran", hint="see the dead letters")
+            lost = WorkerLost(
+                f"its worker died {claim.attempts:g} times while it had it in work", hint="see the dead letters"
+            )
             return Finished(claim.address, Reply(error=lost), bury="max_attempts")
         if phase := job.missed(now):
             return Finished(claim.address, Reply(error=expired(job, phase, now)))
@@ -91,6 +115,8 @@ class Intake:
         return held
 
     def _rows(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
+        # Each part has the whole stall timeout.
+        self._track.move(Stage.PREPARE)
         try:
             rows = self._model.prepare(inputs, options)
             if len(rows) != len(inputs):

@@ -13,6 +13,7 @@ from millstream.broker.connection import retrying
 from millstream.broker.errors import ModelFailed
 from millstream.broker.job import Address, Reply
 from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Settlement, Streams
+from millstream.worker.progress import Stage
 from millstream.worker.shared import Shared
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,10 @@ class Settler(threading.Thread):
         self._window = shared.window
         self._counters = shared.counters
         self._life = shared.life
+        self._track = shared.page.settler
         self._queue: queue.SimpleQueue[Finished | None] = queue.SimpleQueue()
+        self._left: list[Finished] = []
+        self._ended = False
 
     def put(self, finished: Finished) -> None:
         self._queue.put(finished)
@@ -53,29 +57,39 @@ class Settler(threading.Thread):
 
     def run(self) -> None:
         with self._life.guard():
-            ended = False
-            while not ended and (first := self._queue.get()) is not None:
-                ended = self._settle(first)
+            while ready := self._next():
+                self._settle(ready)
 
-    def _settle(self, first: Finished) -> bool:
-        """Settle `first` and what else is ready. True when the end was reached."""
-        batch, to_keep = [_encoded(first)], [first]
-        size, ended = len(batch[0].reply), False
-        while len(batch) < MAX_JOBS_PER_CALL and size < MAX_BYTES_PER_CALL:
-            try:
-                finished = self._queue.get_nowait()
-            except queue.Empty:
-                break
+    def _next(self) -> list[Finished]:
+        """What the last call had no room for and what else is put, waiting for the first; nothing after `finish`."""
+        ready, self._left = self._left, []
+        while not self._ended and len(ready) < MAX_JOBS_PER_CALL and not (ready and self._queue.empty()):
+            finished = self._queue.get()
             if finished is None:
-                ended = True
+                self._ended = True
+            else:
+                ready.append(finished)
+        return ready
+
+    def _settle(self, ready: list[Finished]) -> None:
+        batch = self._encode(ready)
+        settled, self._left = ready[: len(batch)], ready[len(batch) :]
+        # First: whoever has this answer and asks again finds it.
+        self._keep(settled)
+        self._write(batch)
+
+    def _encode(self, ready: Sequence[Finished]) -> list[Settlement]:
+        """As many of these as go into one call. A stage ends before the write: that may wait for the server."""
+        self._track.start([each.address.name for each in ready], Stage.SETTLE)
+        batch: list[Settlement] = []
+        size = 0
+        for finished in ready:
+            if size >= MAX_BYTES_PER_CALL:
                 break
             batch.append(_encoded(finished))
-            to_keep.append(finished)
             size += len(batch[-1].reply)
-        # First: whoever has this answer and asks again finds it.
-        self._keep(to_keep)
-        self._write(batch)
-        return ended
+        self._track.stop()
+        return batch
 
     def _write(self, batch: list[Settlement]) -> None:
         # Settling again what was settled changes nothing, so a cut connection is simply tried again.
@@ -93,7 +107,6 @@ class Settler(threading.Thread):
 def _encoded(finished: Finished) -> Settlement:
     try:
         reply = encode_reply(finished.reply)
-    except (TypeError, ValueError, RecursionError) as error:
-        # What JSON cannot carry is one job's fault, not the end of the process and of all it holds.
+    except BaseException as error:  # noqa: BLE001 - a result may have code of its own, and its neighbours must live
         reply = encode_reply(Reply(error=ModelFailed(f"the answer cannot be sent: {type(error).__name__}")))
     return Settlement(finished.address, reply, finished.bury)

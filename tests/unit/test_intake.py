@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -20,6 +21,7 @@ from millstream.broker.job import Address, Claim, Json
 from millstream.worker.intake import Intake
 from millstream.worker.models.base import Prepared
 from millstream.worker.models.echo import EchoModel
+from millstream.worker.progress import Look, Progress, Stage
 from millstream.worker.settler import Finished
 
 
@@ -151,6 +153,62 @@ def test_a_row_that_makes_prepare_fail_fails_alone(intake: Intake, guilty: str) 
         [True],
     ]
     assert isinstance(held[0].prepared[3], ModelFailed)
+
+
+def test_what_is_read_and_prepared_is_on_the_page_until_it_was_handed_on(model: Recording) -> None:
+    page = Progress.alone()
+    intake = Intake(model, 3, lambda inputs, options: seen.append(page.looks()) or (), page.claimer)  # type: ignore[func-returns-value]
+    claims = [claim_of(["a"]), claim_of(body=b"{"), claim_of(["b"])]
+    seen: list[list[Look]] = []
+    read = intake._read
+
+    def watched(claim: Claim, now: int) -> object:
+        seen.append(page.looks())
+        return read(claim, now)
+
+    intake._read = watched  # type: ignore[method-assign,assignment]
+    with intake.admitted(claims, NOW) as (held, finished):
+        seen.append(page.looks())
+
+    entries = [claim.address.name for claim in claims]
+    assert (len(held), len(finished)) == (2, 1)
+    assert [look.stage for (look,) in seen] == [Stage.CLAIM] * 3 + [Stage.PREPARE] * 3
+    assert all(look.entries == entries for (look,) in seen)
+    assert page.looks() == []
+
+
+def test_what_an_unknown_error_ended_the_process_over_stays_on_the_page(model: Recording) -> None:
+    page = Progress.alone()
+    intake = Intake(model, 3, lambda inputs, options: 1 / 0, page.claimer)  # type: ignore[arg-type,return-value]
+    claim = claim_of(["a"])
+
+    with pytest.raises(ZeroDivisionError), intake.admitted([claim], NOW):
+        raise AssertionError
+
+    assert [look.entries for look in page.looks()] == [[claim.address.name]]
+
+
+def test_each_attempt_to_prepare_has_the_whole_stall_timeout(model: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Progress.alone()
+    page.stall_s = 10.0
+    intake = Intake(model, 3, track=page.claimer)
+    now = 0.0
+    stuck: list[bool] = []
+    prepare = model.prepare
+
+    def slow(inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
+        nonlocal now
+        now += 9.0
+        stuck.append(page.is_stuck)
+        return prepare(inputs, options)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    model.prepare = slow  # type: ignore[method-assign]
+    with intake.admitted([claim_of(["a", "raise", "b"]), claim_of(["c"], options={"truncate": "end"})], NOW):
+        pass
+
+    assert stuck == [False] * len(model.calls)
+    assert len(stuck) > 3
 
 
 def test_every_entry_is_held_or_answered_once(intake: Intake) -> None:
