@@ -71,7 +71,7 @@ class Crew:
         if isinstance(model, Foresees):
             model.foresee(shared.window.upcoming)
         if isinstance(model, Laps):
-            model.lap_by(self._page.claimer.lap)
+            model.lap_by(self._intake.lap)
 
     def work(self) -> None:
         """Run until the process drains. Raises ThreadFailed."""

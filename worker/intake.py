@@ -26,8 +26,9 @@ from millstream.worker.settler import Finished
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """A job whose body was read."""
+    """A job whose body was read; `place` is its claim's among those admitted together, from 1."""
 
+    place: int
     claim: Claim
     job: Job
     inputs: list[Json]
@@ -54,6 +55,7 @@ class Intake:
         self._model = model
         self._digests = digests
         self._track = track or Progress.alone().claimer
+        self._places: Iterator[int] = iter(())
         self.max_attempts = max_attempts
 
     @contextmanager
@@ -70,8 +72,8 @@ class Intake:
         """The jobs to run and the answers to settle, at `now`, server ms."""
         requests: list[_Request] = []
         finished: list[Finished] = []
-        for claim in claims:
-            read = self._read(claim, now)
+        for place, claim in enumerate(claims, 1):
+            read = self._read(place, claim, now)
             if isinstance(read, Finished):
                 finished.append(read)
             else:
@@ -80,7 +82,11 @@ class Intake:
         finished += [Finished(each.claim.address, each.reply()) for each in held if not each.left]
         return [each for each in held if each.left], finished
 
-    def _read(self, claim: Claim, now: int) -> _Request | Finished:
+    def lap(self) -> None:
+        """Note that the model turns to its next row. Called by a model that prepares row by row, before each."""
+        self._track.point(next(self._places, 0))
+
+    def _read(self, place: int, claim: Claim, now: int) -> _Request | Finished:
         job = claim.job
         if job is None:
             return _malformed(claim, claim.malformed)
@@ -98,7 +104,7 @@ class Intake:
             inputs, options = decode_inputs(job.body, job.rows)
         except Malformed as error:
             return _malformed(claim, str(error))
-        return _Request(claim, job, inputs, options)
+        return _Request(place, claim, job, inputs, options)
 
     def _prepare(self, requests: Sequence[_Request]) -> list[Held]:
         """Prepare all rows that share their options in one call: one tokenizer call a claim, not one a job."""
@@ -108,15 +114,21 @@ class Intake:
             groups.setdefault(key, []).append(request)
         held = []
         for group in groups.values():
-            rows = iter(self._rows([each for request in group for each in request.inputs], group[0].options))
+            inputs = [each for request in group for each in request.inputs]
+            places = [request.place for request in group for _ in request.inputs]
+            rows = iter(self._rows(inputs, group[0].options, places))
             held += [Held(each.claim, each.job, [next(rows) for _ in each.inputs]) for each in group]
             for job, request in zip(held[-len(group) :], group, strict=True):
                 job.digests = self._digests(request.inputs, request.options)
+        self._track.move(Stage.PREPARE)
         return held
 
-    def _rows(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
-        # Each part has the whole stall timeout.
+    def _rows(
+        self, inputs: Sequence[Json], options: Mapping[str, Json], places: Sequence[int]
+    ) -> list[Prepared | MillstreamError]:
+        """The inputs as rows; `places` are those of their entries. Each part has the whole stall timeout."""
         self._track.move(Stage.PREPARE)
+        self._places = iter(places)
         try:
             rows = self._model.prepare(inputs, options)
             if len(rows) != len(inputs):
@@ -125,7 +137,8 @@ class Intake:
             if len(inputs) == 1:
                 return [ModelFailed(f"cannot be prepared: {described(error)}")]
             half = len(inputs) // 2
-            return self._rows(inputs[:half], options) + self._rows(inputs[half:], options)
+            first = self._rows(inputs[:half], options, places[:half])
+            return first + self._rows(inputs[half:], options, places[half:])
         return rows
 
 

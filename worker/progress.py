@@ -26,10 +26,11 @@ _STATE, _STALL = 0, 1
 _REASON, _REASON_BYTES = 1024, 1024
 _LISTS = 4096
 _WORDS = 4
-"""Header words of a track: sequence and stage, stamp, and the lengths of its two lists."""
+"""Header words of a track: sequence and stage, stamp, and for each of its two lists its length and place."""
 
 _FIRST_WORD = 8
 _STAGE_BITS = 8
+_LENGTH_BITS = 32
 _TRACKS = 3
 SIZE = _LISTS + _TRACKS * 2 * _SLOT
 """Bytes of the mapping. Memory is taken only by the parts that were written."""
@@ -74,6 +75,7 @@ class Track:
         self._lengths = self._word + 2
         self._lists = _LISTS + 2 * _SLOT * index
         self._sequence = self._words[self._word] >> _STAGE_BITS
+        self._length = 0
 
     def start(self, entries: Iterable[str], stage: Stage) -> None:
         """Begin `stage` with these entries: until `stop`, the process's death counts as an attempt for them.
@@ -89,13 +91,18 @@ class Track:
         self._page[at : at + len(text)] = text
         self._words[self._lengths + other] = len(text)
         self._seconds[self._stamp] = time.monotonic()
-        self._sequence = sequence
+        self._sequence, self._length = sequence, len(text)
         self._words[self._word] = sequence << _STAGE_BITS | stage
 
     def move(self, stage: Stage) -> None:
-        """Go on to `stage` with the same entries."""
-        self._seconds[self._stamp] = time.monotonic()
+        """Go on to `stage` with the same entries, all of them."""
+        self.point(0)
         self._words[self._word] = self._sequence << _STAGE_BITS | stage
+
+    def point(self, place: int) -> None:
+        """Note progress, and that only the entry at `place` is in work now, counted from 1; 0: all of them are."""
+        self._words[self._lengths + (self._sequence & 1)] = place << _LENGTH_BITS | self._length
+        self._seconds[self._stamp] = time.monotonic()
 
     def lap(self) -> None:
         """Note progress within the stage: the stall timeout counts anew."""
@@ -125,11 +132,13 @@ class Track:
             if not stage:
                 return None
             at = self._lists + (sequence & 1) * _SLOT
-            text = self._page[at : at + self._words[self._lengths + (sequence & 1)]]
+            place, length = divmod(self._words[self._lengths + (sequence & 1)], 1 << _LENGTH_BITS)
+            text = self._page[at : at + length]
             idle_s = time.monotonic() - self._seconds[self._stamp]
             # The writer may have begun this list's place anew only after it changed the word.
             if self._words[self._word] == word:
-                return Look(Stage(stage), text.decode().split(), idle_s)
+                entries = text.decode().split()
+                return Look(Stage(stage), entries[place - 1 : place] if place else entries, idle_s)
 
 
 class Progress:

@@ -83,9 +83,10 @@ class Settler(threading.Thread):
         self._track.start([each.address.name for each in ready], Stage.SETTLE)
         batch: list[Settlement] = []
         size = 0
-        for finished in ready:
+        for place, finished in enumerate(ready, 1):
             if size >= MAX_BYTES_PER_CALL:
                 break
+            self._track.point(place)
             batch.append(_encoded(finished))
             size += len(batch[-1].reply)
         self._track.stop()

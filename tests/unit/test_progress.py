@@ -161,17 +161,22 @@ def test_the_threads_lists_do_not_touch_each_other(progress: Progress) -> None:
     assert progress.state == State.DRAINING
 
 
-@given(st.lists(st.sampled_from(["start", "move", "lap", "stop"]), max_size=30))
+@given(st.lists(st.sampled_from(["start", "move", "point", "lap", "stop"]), max_size=30))
 def test_a_track_says_what_its_thread_did_last(does: list[str]) -> None:
     track = Progress.alone().claimer
     expected: tuple[Stage, list[str]] | None = None
+    entries: list[str] = []
     for number, each in enumerate(does):
         if each == "start":
-            expected = (Stage.CLAIM, [f"1:{number}-{n}" for n in range(number)])
-            track.start(expected[1], Stage.CLAIM)
+            entries = [f"1:{number}-{n}" for n in range(number)]
+            expected = (Stage.CLAIM, entries)
+            track.start(entries, Stage.CLAIM)
         elif each == "move" and expected:
-            expected = (Stage.PREPARE, expected[1])
+            expected = (Stage.PREPARE, entries)
             track.move(Stage.PREPARE)
+        elif each == "point" and expected and entries:
+            expected = (expected[0], entries[len(entries) // 2 :][:1])
+            track.point(len(entries) // 2 + 1)
         elif each == "lap":
             track.lap()
         elif each == "stop":

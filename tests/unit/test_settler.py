@@ -129,7 +129,7 @@ def test_an_answer_that_cannot_be_sent_is_its_own_jobs_error(bench: Bench, value
     assert bench.replies()[good.address.job_id].values == ["fine"]
 
 
-def test_what_is_encoded_is_on_the_page_and_what_waits_for_the_server_is_not(
+def test_each_answer_is_on_the_page_while_it_is_encoded_and_not_while_it_waits_for_the_server(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claims = bench.hold(3)
@@ -144,7 +144,7 @@ def test_what_is_encoded_is_on_the_page_and_what_waits_for_the_server_is_not(
     bench.settle(*[Finished(claim.address, Reply(values=["a"])) for claim in claims])
 
     *encoding, writing = seen
-    assert [(look.stage, look.entries) for (look,) in encoding] == [(Stage.SETTLE, names(claims))] * 3
+    assert [(look.stage, look.entries) for (look,) in encoding] == [(Stage.SETTLE, [name]) for name in names(claims)]
     assert writing == []
 
 

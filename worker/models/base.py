@@ -80,7 +80,10 @@ class Laps(Protocol):
     """A model that prepares its rows one by one, each of which may take long."""
 
     def lap_by(self, lap: Callable[[], None]) -> None:
-        """Call `lap` before each row that is prepared: each has the whole stall timeout. Called once, before any."""
+        """Call `lap` before each row of `prepare`, in order: it has the whole stall timeout, and a death is its own.
+
+        Called once, before any.
+        """
         ...
 
 
