@@ -47,7 +47,7 @@ class Child:
     def failures(self, before: int) -> int:
         """Early deaths in a row with this one, after `before` of them.
 
-        Where it had done any work its device is sound, and a job may be what it died of: the row starts again. Poison
+        If it had done any work its device is sound, and a job may be what it died of: the row starts again. Poison
         jobs must not slow a service down, which a device that answers nothing does.
         """
         if self.steady:
@@ -90,7 +90,7 @@ class Child:
             self.process.wait(KILLED_S)
 
     def close(self) -> None:
-        """Let go of its pipe and its page. Where it lives, it takes that for the end of its supervisor."""
+        """Close its pipe and its page. If it lives, it takes that for the end of its supervisor."""
         if self.process.stdin:
             self.process.stdin.close()
         self.progress.close()

@@ -55,8 +55,9 @@ def serve(
     of `runtime` in config.yaml: batch_size, batch_timeout, max_queue_size, total_timeout, stall_timeout and so on. Of
     one that is, they stay what they are; other `limits` need `replace`, as does another function.
 
-    Nobody watches this process. Where it fails or exceeds stall_timeout (it then ends, with status 1), it gives back
-    what it held itself; where it is killed, other workers of the service, or its next one, do so a lease later, 5 s.
+    Nobody watches this process. If it fails or exceeds stall_timeout (it then ends, with status 1), it gives back what
+    it held itself; if it is killed, other workers of the service, or its next one, do so a lease later, 5 s. A second
+    signal ends it at once, and does what it did before.
 
     Raises ConfigError for limits that are wrong or not those registered, ModelUnavailable where the function cannot be
     set up, InvalidRequest outside of the main thread, BrokerUnavailable.
@@ -122,12 +123,14 @@ class _Signals:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         self.second = 0
 
     @contextmanager
     def handled(self) -> Iterator[None]:
         self._relay = Relay(self._worker.drain)
-        self._before = {number: signal.signal(number, self._drain) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in self._before:
+            signal.signal(number, self._drain)
         try:
             yield
         finally:

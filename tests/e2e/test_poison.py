@@ -163,6 +163,21 @@ def buried_alone(
     assert site.watch.depth() == 0
 
 
+def test_every_job_of_a_forward_of_thousands_is_charged_with_its_death(url: str, tmp_path: Path) -> None:
+    spec = echo("sleep:1.5,crash:poison", batch_size=1_000_000, max_batch_tokens=100_000, max_attempts=2)
+    with site_of(url, spec, tmp_path / "site") as site, supervising(url, Plan(spec, 1)), site.ledger() as ledger:
+        site.await_workers(1)
+        send_at_once(site, ledger, [["neighbour"]] * 2_500 + [["poison"]])
+
+        # The first forward has what one claim gave, the next one all the rest.
+        eventually(lambda: site.watch.counted("running"), within_s=5.0)
+        eventually(lambda: max(site.watch.counted("running").values(), default=0) > 2_000, within_s=20.0)
+        pause(site.connection.client, site.keys)
+        eventually(lambda: site.watch.attempts() == 1)
+
+        assert site.watch.charged(1.0) == site.watch.depth() > 2_000
+
+
 # -- what the supervisor makes of it -------------------------------------------------------------------------------
 
 
