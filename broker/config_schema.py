@@ -46,7 +46,7 @@ DESCRIPTIONS: Mapping[str, str] = {
         f"{name}: {values['batch_size']} rows, {values['batch_timeout']} s" for name, values in PRESETS.items()
     ),
     "max_batch_tokens": "Most tokens in one forward pass, padding included; auto: measured when a worker starts.",
-    "stall_timeout": "A worker whose forward has not ended for this long is killed and started again.",
+    "stall_timeout": "A worker that makes no progress with its jobs for this long is killed and started again.",
     "max_attempts": "Starts that ended in a crash before a job goes to the dead letters.",
     "memory_limit": "Most memory of one worker process.",
     "truncate": "Texts that are too long: none is an error, start cuts their start off, end their end.",

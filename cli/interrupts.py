@@ -12,12 +12,11 @@ from typing import Protocol
 
 
 class Stoppable(Protocol):
-    """What an interrupt ends: `stop` asks for a drain, `pids` are what a second interrupt kills."""
+    """What an interrupt ends: `stop` asks for a drain, `kill` ends everything at once."""
 
     def stop(self) -> None: ...
 
-    @property
-    def pids(self) -> list[int]: ...
+    def kill(self) -> None: ...
 
 
 def interrupt_at_eof(patience_s: float) -> None:
@@ -91,6 +90,5 @@ class Interrupts:
             if self._attached is None:
                 continue
             self._attached.stop()
-            for pid in self._attached.pids if self.kills else ():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            if self.kills:
+                self._attached.kill()

@@ -290,12 +290,12 @@ class Claimer(threading.Thread):
         self._in_hand_s = in_hand_s
 
     def _hold(self, claims: list[Claim]) -> None:
-        held, finished = self._intake.admit(claims, self._clock.now())
-        for each in finished:
-            self._finish(each)
-        self._window.hold(held)
+        with self._intake.admitted(claims, self._clock.now()) as (held, finished):
+            for each in finished:
+                self._finish(each)
+            self._window.hold(held)
         self._gathered.clear()
 
 
 def _rows(claim: Claim) -> int:
-    return claim.job.rows if claim.job else 0
+    return claim.job.rows if claim.job else 1

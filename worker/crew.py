@@ -15,16 +15,16 @@ from millstream.broker.errors import Cancelled, ConfigError, UnknownService
 from millstream.broker.job import PRIORITIES, Priority, Reply
 from millstream.broker.lease import Beat, Lease
 from millstream.broker.registry import Registry
-from millstream.broker.streams import Streams
+from millstream.broker.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.worker.beat import Heart
 from millstream.worker.claimer import SLEEP_S, Claimer, Policy, Queue
 from millstream.worker.intake import Intake
 from millstream.worker.keeper import Keeper
-from millstream.worker.models.base import Adapts, Foresees, Model
+from millstream.worker.models.base import Adapts, Foresees, Laps, Model
 from millstream.worker.orders import Orders
 from millstream.worker.patience import Patience
 from millstream.worker.probe import most_tokens
-from millstream.worker.progress import Progress, State
+from millstream.worker.progress import MOST_ENTRIES, State
 from millstream.worker.runner import Runner
 from millstream.worker.settler import Finished, Settler
 from millstream.worker.shared import Shared
@@ -32,6 +32,12 @@ from millstream.worker.shares import Shares
 from millstream.worker.timekeeper import Timekeeper
 
 log = logging.getLogger(__name__)
+
+MOST_ROWS = MOST_ENTRIES - 2 * MAX_JOBS_PER_CALL
+"""Most rows in a forward, whatever batch_size says: so many jobs, and a claim on top of them, fit the page."""
+
+SETTLE_S = 2.0
+"""Seconds that a failing process waits until the answers it has are written."""
 
 
 class Crew:
@@ -49,45 +55,49 @@ class Crew:
         # As it was loaded, not as it is pushed later: those settings made its answers.
         recipe = Recipe.of(spec, model.fingerprint, model.op)
         self._keeper = Keeper(Cache(connection.client, keys), recipe)
-        self._intake = Intake(model, spec.runtime.max_attempts, self._keeper.digests)
+        self._page = shared.page
+        self._intake = Intake(model, spec.runtime.max_attempts, self._keeper.digests, self._page.claimer)
         self._policy = Policy(Patience(0.0), {}, Shares({}, 0))
         self._settler = Settler(shared, self._streams, self._keeper.keep, model.fingerprint)
         queue = Queue(Streams(connection.blocking(SLEEP_S), keys), self._lease)
         self._claimer = Claimer(shared, queue, self._intake, self._policy, self._settler.put)
         self._inference_timeouts: dict[Priority, float | None] = {}
         self._timekeeper = Timekeeper(shared, self._inference_timeouts, self._settler.put)
-        self._heart = Heart(shared, self._lease, self._status, self._heard, lambda: self._progress.stuck)
+        self._heart = Heart(shared, self._lease, self._status, self._heard, lambda: self._page.is_stuck)
         self._revision = 0
         self._strangers: set[str] = set()
         self._began = time.monotonic()
-        self._progress = Progress(orders.progress_fd)
         self._limit(spec.runtime)
         if isinstance(model, Foresees):
             model.foresee(shared.window.upcoming)
+        if isinstance(model, Laps):
+            model.lap_by(self._intake.lap)
 
     def work(self) -> None:
         """Run until the process drains. Raises ThreadFailed."""
         try:
             self._work()
         finally:
-            # Where it failed in a program that goes on, a beat would keep what it holds from everybody else.
+            # If it failed in a program that goes on, a beat would keep what it holds from everybody else.
             self._heart.stop()
             self._timekeeper.stop()
             self._settler.finish()
             self._shared.life.drain()
+            if self._settler.is_alive():
+                self._settler.join(SETTLE_S)
 
     def _work(self) -> None:
         shared = self._shared
         retrying(self._streams.create_groups, stop=shared.life.stopped)
-        self._progress.enter(State.READY)
+        self._page.enter(State.READY)
         # Beat before the first claim: a consumer without a beat would count as lost.
         self._heart.beat()
         for thread in (self._heart, self._settler, self._timekeeper, self._claimer):
             thread.start()
         self._say_ready()
-        Runner(shared, self._model, self._progress, self._settler.put).run()
+        Runner(shared, self._model, self._settler.put).run()
         shared.life.check()
-        self._progress.enter(State.DRAINING)
+        self._page.enter(State.DRAINING)
         self._timekeeper.stop()
         self._timekeeper.join()
         self._settler.finish()
@@ -147,13 +157,13 @@ class Crew:
         shortest = min((each for each in self._inference_timeouts.values() if each), default=None)
         window = self._shared.window
         tokens = most_tokens(runtime, window.auto_tokens)
-        window.limit(runtime.batch_size, tokens, runtime.queue_timeout, shortest)
+        window.limit(min(runtime.batch_size, MOST_ROWS), tokens, runtime.queue_timeout, shortest)
         self._policy.shares.change({each: runtime.shares[each.value] for each in PRIORITIES}, 2 * runtime.batch_size)
         self._intake.max_attempts = runtime.max_attempts
         self._keeper.ttl_s = runtime.cache_s
         if isinstance(self._model, Adapts):
             self._model.adapt(runtime)
-        self._progress.stall_s = runtime.stall_s
+        self._page.stall_s = runtime.stall_s
 
     def _leave(self) -> None:
         try:
@@ -169,7 +179,6 @@ class Crew:
         return "paused" if self._claimer.paused else "ready"
 
     def _status(self) -> Mapping[str, str | int]:
-        running = len(self._progress.running())
         return {
             "state": self._state(),
             "service": self._spec.name,
@@ -179,8 +188,8 @@ class Crew:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "age_ms": round((time.monotonic() - self._began) * 1000),
-            "running": running,
-            "running_ms": round(self._progress.running_s() * 1000),
+            "running": len(self._page.running()),
+            "running_ms": round(self._page.runner.idle_s * 1000),
             "past": self._orders.past,
             "batch_tokens": self._shared.window.budget.tokens,
             **self._shared.counters.fields(),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from millstream.broker.codec import decode_inputs
@@ -20,13 +21,15 @@ from millstream.broker.errors import (
 from millstream.broker.job import Claim, Job, Json, Reply
 from millstream.worker.held import Held
 from millstream.worker.models.base import Model, Prepared
+from millstream.worker.progress import Progress, Stage, Track
 from millstream.worker.settler import Finished
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """A job whose body was read."""
+    """A job whose body was read; `place` is its claim's among those admitted together, from 1."""
 
+    place: int
     claim: Claim
     job: Job
     inputs: list[Json]
@@ -38,19 +41,40 @@ Digests = Callable[[Sequence[Json], Mapping[str, Json]], Sequence[str]]
 
 
 class Intake:
-    """Turns one claim's entries into jobs with prepared rows; the rest is finished at once, each by its own error."""
+    """Turns one claim's entries into jobs with prepared rows; the rest is finished at once, each by its own error.
 
-    def __init__(self, model: Model, max_attempts: int, digests: Digests = lambda inputs, options: ()) -> None:
+    `track` tells the supervisor what is being read and prepared.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        max_attempts: int,
+        digests: Digests = lambda inputs, options: (),
+        track: Track | None = None,
+    ) -> None:
         self._model = model
         self._digests = digests
+        self._track = track or Progress.alone().claimer
+        self._places: Iterator[int] = iter(())
         self.max_attempts = max_attempts
+
+    @contextmanager
+    def admitted(self, claims: Sequence[Claim], now: int) -> Iterator[tuple[list[Held], list[Finished]]]:
+        """What `admit` gives, to be handed on within: until then the death of the process is charged to these claims.
+
+        After an error in here they stay on the page: the process ends by it, and they may be its cause.
+        """
+        self._track.start([claim.address.name for claim in claims], Stage.CLAIM)
+        yield self.admit(claims, now)
+        self._track.stop()
 
     def admit(self, claims: Sequence[Claim], now: int) -> tuple[list[Held], list[Finished]]:
         """The jobs to run and the answers to settle, at `now`, server ms."""
         requests: list[_Request] = []
         finished: list[Finished] = []
-        for claim in claims:
-            read = self._read(claim, now)
+        for place, claim in enumerate(claims, 1):
+            read = self._read(place, claim, now)
             if isinstance(read, Finished):
                 finished.append(read)
             else:
@@ -59,12 +83,18 @@ class Intake:
         finished += [Finished(each.claim.address, each.reply()) for each in held if not each.left]
         return [each for each in held if each.left], finished
 
-    def _read(self, claim: Claim, now: int) -> _Request | Finished:
+    def lap(self) -> None:
+        """Note that the model turns to its next row. Called by a model that prepares row by row, before each."""
+        self._track.point(next(self._places, 0))
+
+    def _read(self, place: int, claim: Claim, now: int) -> _Request | Finished:
         job = claim.job
         if job is None:
             return _newer(claim) if claim.newer else _malformed(claim, claim.malformed)
         if claim.attempts >= self.max_attempts:
-            lost = WorkerLost(f"its worker died {claim.attempts:g} times while it ran", hint="see the dead letters")
+            lost = WorkerLost(
+                f"its worker died {claim.attempts:g} times while it had it in work", hint="see the dead letters"
+            )
             return Finished(claim.address, Reply(error=lost), bury="max_attempts")
         if phase := job.missed(now):
             return Finished(claim.address, Reply(error=expired(job, phase, now)))
@@ -75,7 +105,7 @@ class Intake:
             inputs, options = decode_inputs(job.body, job.rows)
         except Malformed as error:
             return _malformed(claim, str(error))
-        return _Request(claim, job, inputs, options)
+        return _Request(place, claim, job, inputs, options)
 
     def _prepare(self, requests: Sequence[_Request]) -> list[Held]:
         """Prepare all rows that share their options in one call: one tokenizer call a claim, not one a job."""
@@ -85,13 +115,21 @@ class Intake:
             groups.setdefault(key, []).append(request)
         held = []
         for group in groups.values():
-            rows = iter(self._rows([each for request in group for each in request.inputs], group[0].options))
+            inputs = [each for request in group for each in request.inputs]
+            places = [request.place for request in group for _ in request.inputs]
+            rows = iter(self._rows(inputs, group[0].options, places))
             held += [Held(each.claim, each.job, [next(rows) for _ in each.inputs]) for each in group]
             for job, request in zip(held[-len(group) :], group, strict=True):
                 job.digests = self._digests(request.inputs, request.options)
+        self._track.move(Stage.PREPARE)
         return held
 
-    def _rows(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
+    def _rows(
+        self, inputs: Sequence[Json], options: Mapping[str, Json], places: Sequence[int]
+    ) -> list[Prepared | MillstreamError]:
+        """The inputs as rows; `places` are those of their entries. Each part has the whole stall timeout."""
+        self._track.move(Stage.PREPARE)
+        self._places = iter(places)
         try:
             rows = self._model.prepare(inputs, options)
             if len(rows) != len(inputs):
@@ -100,7 +138,8 @@ class Intake:
             if len(inputs) == 1:
                 return [ModelFailed(f"cannot be prepared: {described(error)}")]
             half = len(inputs) // 2
-            return self._rows(inputs[:half], options) + self._rows(inputs[half:], options)
+            first = self._rows(inputs[:half], options, places[:half])
+            return first + self._rows(inputs[half:], options, places[half:])
         return rows
 
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection, retrying, translated
@@ -23,11 +24,12 @@ from millstream.broker.registry import Registry
 from millstream.worker import models
 from millstream.worker.batcher import Budget
 from millstream.worker.crew import Crew
-from millstream.worker.life import Life, ThreadFailed
+from millstream.worker.givingback import End, give_back
+from millstream.worker.life import Life, Relay, ThreadFailed
 from millstream.worker.models.base import Closes, Model
 from millstream.worker.orders import EXIT_PERMANENT, URL_VARIABLE, Orders
 from millstream.worker.probe import auto_tokens, most_tokens
-from millstream.worker.progress import Progress, State
+from millstream.worker.progress import Look, Progress, State
 from millstream.worker.shared import Shared
 from millstream.worker.warmup import warm_up
 from millstream.worker.window import Window
@@ -35,6 +37,8 @@ from millstream.worker.window import Window
 log = logging.getLogger(__name__)
 
 ORPHAN_LOOK_S = 1.0
+
+STALLED = "made no progress for longer than stall_timeout"
 
 YOUNG_OBJECTS = 10_000
 """So many new objects there may be before the garbage collector looks for cycles among them. Our own models make none;
@@ -55,7 +59,7 @@ class Worker:
         self._life = Life()
 
     def drain(self) -> None:
-        """Claim no more; settle what is held; end. Safe in a signal handler."""
+        """Claim no more; settle what is held; end. Not in a signal handler: it takes locks."""
         if self.starting:
             # A model can take minutes to load.
             os._exit(0)
@@ -66,16 +70,19 @@ class Worker:
         """Whether it holds nothing yet: the model is being loaded."""
         return self._progress.state is State.STARTING
 
-    @property
-    def stuck(self) -> bool:
-        """Whether the forward under way takes longer than stall_timeout."""
-        return self._progress.stuck
+    def stuck(self) -> list[Look]:
+        """What the threads have in hand that make no progress for longer than stall_timeout."""
+        return self._progress.stuck()
 
-    def give_back(self, how: str) -> None:
-        """Hand what it holds to the queue, as a supervisor does for a dead child; `how` says how it ended."""
+    def in_hand(self) -> list[Look]:
+        """What the threads have in hand: one of these may be the cause if the process fails."""
+        return self._progress.looks()
+
+    def give_back(self, end: End) -> None:
+        """Hand what it holds to the queue, as a supervisor does for a dead child. Raises BrokerUnavailable."""
         lease = Lease(self._connection.client, self._registry.keys(self._orders.service))
         with translated(self._connection.safe_url):
-            lease.release(self._orders.consumer, started=self._progress.running(), gone=True, how=how)
+            give_back(lease, self._orders.consumer, end)
 
     def close(self) -> None:
         self._connection.close()
@@ -94,10 +101,12 @@ class Worker:
         return 0
 
     def orphaned(self) -> None:
-        """Drain, and end where a forward is stuck: the supervisor that would end this process is gone."""
+        """Drain, and end if a thread is stuck: the supervisor that would end this process is gone."""
         self.drain()
-        while not self.stuck:
+        while not (stuck := self.stuck()):
             time.sleep(ORPHAN_LOOK_S)
+        with suppress(MillstreamError):
+            self.give_back(End(STALLED, stuck, "its supervisor is gone"))
         os._exit(1)
 
     def work(self) -> None:
@@ -119,7 +128,8 @@ class Worker:
         window.auto_tokens = measured
         warm_up(model, window)
         retrying(lambda: self._registry.claim_fingerprint(spec.name, model.fingerprint), stop=self._life.stopped)
-        Crew(Shared(orders.consumer, window, life=self._life), orders, self._connection, spec, model).work()
+        shared = Shared(orders.consumer, window, life=self._life, page=self._progress)
+        Crew(shared, orders, self._connection, spec, model).work()
 
     def _ordered(self, spec: ServiceSpec) -> Model:
         orders = self._orders
@@ -146,6 +156,12 @@ def _drain_at_eof(worker: Worker) -> None:
     worker.orphaned()
 
 
+def drain_on_signals(worker: Worker) -> None:
+    relay = Relay(worker.drain)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, relay.ring)
+
+
 def main() -> int:
     orders = Orders.from_json(sys.argv[1])
     level = logging.DEBUG if os.environ.get("MILLSTREAM_DEBUG") else logging.INFO
@@ -153,8 +169,7 @@ def main() -> int:
     for noisy in ("httpx", "sentence_transformers", "transformers", "torch"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     worker = Worker(orders, os.environ[URL_VARIABLE])
-    signal.signal(signal.SIGTERM, lambda *_: worker.drain())
-    signal.signal(signal.SIGINT, lambda *_: worker.drain())
+    drain_on_signals(worker)
     threading.Thread(target=_drain_at_eof, args=(worker,), name="parent", daemon=True).start()
     return worker.run()
 

@@ -15,9 +15,10 @@ from millstream.broker.errors import MillstreamError, ModelFailed, described
 from millstream.broker.job import Json, Reply, Vectors
 from millstream.worker.held import Held, Outcome, Rows
 from millstream.worker.intake import expired
+from millstream.worker.life import Ended
 from millstream.worker.memory import Fit, is_exhaustion
 from millstream.worker.models.base import NOT_FINITE, Model, Prepared, packs
-from millstream.worker.progress import Progress
+from millstream.worker.progress import Stage
 from millstream.worker.settler import Finished
 from millstream.worker.shared import Shared
 
@@ -32,12 +33,12 @@ Jobs = dict[str, Held]
 class Runner:
     """Runs the window's rows until it is closed and empty."""
 
-    def __init__(self, shared: Shared, model: Model, progress: Progress, finish: Callable[[Finished], None]) -> None:
+    def __init__(self, shared: Shared, model: Model, finish: Callable[[Finished], None]) -> None:
         self._window = shared.window
         self._clock = shared.clock
         self._counters = shared.counters
         self._model = model
-        self._progress = progress
+        self._track = shared.page.runner
         self._finish = finish
 
     def run(self) -> None:
@@ -46,6 +47,8 @@ class Runner:
             outcomes = self._forward(batch, jobs) if batch else []
             for held in self._window.complete(batch, outcomes):
                 self._finish(Finished(held.claim.address, held.reply(), digests=held.digests))
+            # Only now: to make a reply of large results may be what ends the process.
+            self._track.stop()
 
     def _in_time(self, batch: Rows) -> tuple[Rows, Jobs]:
         """The rows that may still start, and their jobs; the callers of the others are told.
@@ -68,10 +71,9 @@ class Runner:
         for held in jobs.values():
             held.started_at = held.started_at or now
             held.running_since = start
-        self._progress.start(jobs)
+        self._track.start(jobs, Stage.RUN)
         once, places = _once(batch, jobs)
-        outcomes = run_rows(self._model, [row.payload for row in once], self._progress.lap, self._too_large)
-        self._progress.stop()
+        outcomes = run_rows(self._model, [row.payload for row in once], self._track.lap, self._too_large)
         self._account(once, outcomes, jobs, time.monotonic() - start)
         return [outcomes[place] for place in places]
 
@@ -146,7 +148,9 @@ def _run(model: Model, rows: Sequence[Prepared], lap: Callable[[], None], fit: F
             outcomes = _checked(model.forward(rows), len(rows))
             fit.fitted(rows)
             return outcomes
-        except Exception as error:  # noqa: BLE001 - a model may raise anything, and its neighbours must live
+        except Ended:
+            raise
+        except BaseException as error:  # noqa: BLE001 - a user's sys.exit or a panic ends neither neighbours nor worker
             exhausted, failure = is_exhaustion(error), _failure(error)
     # Only now: an error that is being handled keeps alive what its forward had allocated.
     if failure and len(rows) == 1:
@@ -161,7 +165,7 @@ def _run(model: Model, rows: Sequence[Prepared], lap: Callable[[], None], fit: F
     return outcomes
 
 
-def _failure(error: Exception) -> MillstreamError:
+def _failure(error: BaseException) -> MillstreamError:
     log.debug("a forward failed", exc_info=error)
     if isinstance(error, MillstreamError):
         return error.with_traceback(None)
@@ -196,6 +200,8 @@ def _checked_row(result: Outcome) -> Outcome:
         return result if math.isfinite(result) else ModelFailed(NOT_FINITE)
     try:
         encode_value(result)
-    except Exception as error:  # noqa: BLE001 - what a model answers may have code of its own
+    except Ended:
+        raise
+    except BaseException as error:  # noqa: BLE001 - what a model answers may have code of its own
         return ModelFailed(f"the model answered what JSON cannot carry: {described(error)}")
     return result

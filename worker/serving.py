@@ -18,19 +18,17 @@ from millstream.broker.errors import ConfigError, InvalidRequest, MillstreamErro
 from millstream.broker.registry import Registry
 from millstream.broker.spec import ServiceSpec
 from millstream.broker.target import find_target
+from millstream.worker.givingback import End
+from millstream.worker.life import Ended, Relay
 from millstream.worker.models.custom import CustomModel, Hooks, name_of
 from millstream.worker.orders import Orders, new_consumer
-from millstream.worker.process import Worker
+from millstream.worker.process import STALLED, Worker
 from millstream.worker.progress import Progress
 
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.5
 """How often it is looked at whether the function is stuck."""
-
-
-class _Ended(BaseException):
-    """A signal came before anything was claimed."""
 
 
 def serve(
@@ -57,8 +55,9 @@ def serve(
     of `runtime` in config.yaml: batch_size, batch_timeout, max_queue_size, total_timeout, stall_timeout and so on. Of
     one that is, they stay what they are; other `limits` need `replace`, as does another function.
 
-    Nobody watches this process. Where it fails or exceeds stall_timeout (it then ends, with status 1), it gives back
-    what it held itself; where it is killed, other workers of the service, or its next one, do so a lease later, 5 s.
+    Nobody watches this process. If it fails or exceeds stall_timeout (it then ends, with status 1), it gives back what
+    it held itself; if it is killed, other workers of the service, or its next one, do so a lease later, 5 s. A second
+    signal ends it at once, and does what it did before.
 
     Raises ConfigError for limits that are wrong or not those registered, ModelUnavailable where the function cannot be
     set up, InvalidRequest outside of the main thread, BrokerUnavailable.
@@ -74,14 +73,17 @@ def serve(
 
     progress = Progress.create()
     worker = Worker(Orders(service, target.prefix, new_consumer(), device, 1, progress.fd), target.url, load)
+    signals = _Signals(worker)
     with ExitStack() as ends:
         ends.callback(progress.close)
         ends.callback(worker.close)
-        ends.enter_context(suppress(_Ended))
+        ends.enter_context(suppress(Ended))
         ends.enter_context(_giving_back(worker))
         ends.enter_context(_watched(worker))
-        ends.enter_context(_drained_by_signals(worker))
+        ends.enter_context(signals.handled())
         worker.work()
+    if signals.second:
+        signal.raise_signal(signals.second)
 
 
 def _register(connection: Connection, prefix: str, service: str, limits: Mapping[str, object], replace: bool) -> None:
@@ -113,22 +115,42 @@ def _wanted(service: str, registered: ServiceSpec | None, limits: Mapping[str, o
     return registered.model_copy(update={"runtime": runtime})
 
 
-@contextmanager
-def _drained_by_signals(worker: Worker) -> Iterator[None]:
-    """The first signal drains; the next one does what it did before."""
+class _Signals:
+    """The first signal drains; the second one, kept as `second`, ends what runs, and a third does what it did before.
 
-    def drain(number: int, frame: FrameType | None) -> None:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-        if worker.starting:
-            raise _Ended
-        worker.drain()
+    Before anything was claimed the first one ends it at once.
+    """
 
-    before = {number: signal.signal(number, drain) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.second = 0
+
+    @contextmanager
+    def handled(self) -> Iterator[None]:
+        self._relay = Relay(self._worker.drain)
+        for number in self._before:
+            signal.signal(number, self._drain)
+        try:
+            yield
+        finally:
+            self._restore()
+            self._relay.close()
+
+    def _drain(self, number: int, frame: FrameType | None) -> None:
+        for each, before in self._before.items():
+            signal.signal(each, before if before == signal.SIG_IGN else self._end)
+        if self._worker.starting:
+            raise Ended
+        self._relay.ring()
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self._restore()
+        self.second = number
+        raise Ended
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
 
@@ -138,20 +160,23 @@ def _giving_back(worker: Worker) -> Iterator[None]:
         yield
     except BaseException as error:
         if not worker.starting:
-            _give_back(worker, f"failed: {described(error)}")
+            ordered = isinstance(error, Ended)
+            _give_back(
+                worker, End("was ended by a signal") if ordered else End("failed", worker.in_hand(), described(error))
+            )
         raise
 
 
 @contextmanager
 def _watched(worker: Worker) -> Iterator[None]:
-    """Meanwhile a thread ends this process where the function is stuck: nobody else would."""
+    """Meanwhile a thread ends this process if the function or a hook is stuck: nobody else would."""
     ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(LOOK_S):
-            if worker.stuck:
+            if stuck := worker.stuck():
                 log.error("no progress for longer than stall_timeout: this process ends")
-                _give_back(worker, "made no progress for longer than stall_timeout")
+                _give_back(worker, End(STALLED, stuck))
                 logging.shutdown()
                 os._exit(1)
 
@@ -164,8 +189,8 @@ def _watched(worker: Worker) -> Iterator[None]:
         thread.join()
 
 
-def _give_back(worker: Worker, how: str) -> None:
+def _give_back(worker: Worker, end: End) -> None:
     try:
-        worker.give_back(how)
+        worker.give_back(end)
     except MillstreamError as error:
         log.warning("what this worker held waits for the end of its lease: %s", error)

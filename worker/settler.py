@@ -13,6 +13,7 @@ from millstream.broker.connection import retrying
 from millstream.broker.errors import ModelFailed
 from millstream.broker.job import Address, Reply
 from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Settlement, Streams
+from millstream.worker.progress import Stage
 from millstream.worker.shared import Shared
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,10 @@ class Settler(threading.Thread):
         self._window = shared.window
         self._counters = shared.counters
         self._life = shared.life
+        self._track = shared.page.settler
         self._queue: queue.SimpleQueue[Finished | None] = queue.SimpleQueue()
+        self._left: list[Finished] = []
+        self._ended = False
 
     def put(self, finished: Finished) -> None:
         self._queue.put(finished)
@@ -58,29 +62,40 @@ class Settler(threading.Thread):
 
     def run(self) -> None:
         with self._life.guard():
-            ended = False
-            while not ended and (first := self._queue.get()) is not None:
-                ended = self._settle(first)
+            while ready := self._next():
+                self._settle(ready)
 
-    def _settle(self, first: Finished) -> bool:
-        """Settle `first` and what else is ready. True when the end was reached."""
-        batch, to_keep = [_encoded(first, self._origin)], [first]
-        size, ended = len(batch[0].reply), False
-        while len(batch) < MAX_JOBS_PER_CALL and size < MAX_BYTES_PER_CALL:
-            try:
-                finished = self._queue.get_nowait()
-            except queue.Empty:
-                break
+    def _next(self) -> list[Finished]:
+        """What the last call had no room for and what else is put, waiting for the first; nothing after `finish`."""
+        ready, self._left = self._left, []
+        while not self._ended and len(ready) < MAX_JOBS_PER_CALL and not (ready and self._queue.empty()):
+            finished = self._queue.get()
             if finished is None:
-                ended = True
-                break
-            batch.append(_encoded(finished, self._origin))
-            to_keep.append(finished)
-            size += len(batch[-1].reply)
+                self._ended = True
+            else:
+                ready.append(finished)
+        return ready
+
+    def _settle(self, ready: list[Finished]) -> None:
+        batch = self._encode(ready)
+        settled, self._left = ready[: len(batch)], ready[len(batch) :]
         # First: whoever has this answer and asks again finds it.
-        self._keep(to_keep)
+        self._keep(settled)
         self._write(batch)
-        return ended
+
+    def _encode(self, ready: Sequence[Finished]) -> list[Settlement]:
+        """As many of these as go into one call. A stage ends before the write: that may wait for the server."""
+        self._track.start([each.address.name for each in ready], Stage.SETTLE)
+        batch: list[Settlement] = []
+        size = 0
+        for place, finished in enumerate(ready, 1):
+            if size >= MAX_BYTES_PER_CALL:
+                break
+            self._track.point(place)
+            batch.append(_encoded(finished, self._origin))
+            size += len(batch[-1].reply)
+        self._track.stop()
+        return batch
 
     def _write(self, batch: list[Settlement]) -> None:
         # Settling again what was settled changes nothing, so a cut connection is simply tried again.
@@ -98,7 +113,6 @@ class Settler(threading.Thread):
 def _encoded(finished: Finished, origin: str) -> Settlement:
     try:
         reply = encode_reply(finished.reply, origin)
-    except (TypeError, ValueError, RecursionError) as error:
-        # What JSON cannot carry is one job's fault, not the end of the process and of all it holds.
+    except BaseException as error:  # noqa: BLE001 - a result may have code of its own, and its neighbours must live
         reply = encode_reply(Reply(error=ModelFailed(f"the answer cannot be sent: {type(error).__name__}")))
     return Settlement(finished.address, reply, finished.bury)

@@ -7,15 +7,20 @@ from dataclasses import dataclass, field
 from millstream.worker.clock import ServerClock
 from millstream.worker.counters import Counters
 from millstream.worker.life import Life
+from millstream.worker.progress import Progress
 from millstream.worker.window import Window
 
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """One process's name in the queue, what it holds, the server's clock, its counts and its end."""
+    """One process's name in the queue, what it holds, the server's clock, its counts, its end and its page.
+
+    `page` is read by a supervisor, if the process has one.
+    """
 
     consumer: str
     window: Window
     clock: ServerClock = field(default_factory=ServerClock)
     counters: Counters = field(default_factory=Counters)
     life: Life = field(default_factory=Life)
+    page: Progress = field(default_factory=Progress.alone)

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from millstream.broker.errors import ModelUnavailable
 from millstream.broker.keys import ServiceKeys
 from millstream.broker.lease import Lease
 from millstream.worker.child import Child
+from millstream.worker.givingback import End, give_back
 from millstream.worker.models.source import RERANKERS, handler_of, locate
 from millstream.worker.orders import EXIT_PERMANENT, URL_VARIABLE, Orders, new_consumer
 from millstream.worker.progress import Progress
@@ -58,8 +58,7 @@ class Death:
 
     service: str
     consumer: str
-    started: Sequence[str]
-    how: str
+    end: End
 
 
 @dataclass(slots=True, eq=False)
@@ -105,7 +104,10 @@ def _check_libraries(spec: ServiceSpec) -> None:
 
 
 class Supervisor:
-    """Keeps the planned processes alive until `drain`. Not thread-safe but for `stop` and the read-only properties."""
+    """Keeps the planned processes alive until `drain`.
+
+    Not thread-safe but for `stop`, `kill` and the read-only properties.
+    """
 
     def __init__(self, url: str, prefix: str, plans: Sequence[Plan], *, drain_s: float = DRAIN_S) -> None:
         self._url = url
@@ -115,21 +117,27 @@ class Supervisor:
         self._slots = [Slot(plan, plan.device_of(index)) for plan in plans for index in range(plan.count)]
         self._deaths: list[Death] = []
         self._said: set[tuple[str, str]] = set()
-        self._stop = threading.Event()
+        self._stopping = False
         self.restarts = 0
 
     def run(self) -> None:
         """Start the processes, watch over them until `stop`, drain. Raises ModelUnavailable if none can start."""
         try:
-            while not self._stop.is_set():
+            while not self._stopping:
                 self.step()
-                self._stop.wait(POLL_S)
+                time.sleep(POLL_S)
         finally:
             self.drain()
 
     def stop(self) -> None:
-        """End `run` from a signal handler or another thread."""
-        self._stop.set()
+        """End `run`, from another thread or a signal handler, which must take no lock."""
+        self._stopping = True
+
+    def kill(self) -> None:
+        """Kill all children at once, from another thread. That is ordered: it costs no job an attempt."""
+        for child in [slot.child for slot in self._slots]:
+            if child:
+                child.kill("the drain was cut short")
 
     def step(self) -> None:
         """One look at every child: start what is missing, end what is stuck, bury what died."""
@@ -190,7 +198,8 @@ class Supervisor:
             time.sleep(POLL_S)
         for child in left:
             log.warning("worker %s did not drain in %g s: killed", child.consumer, self._drain_s)
-            child.kill()
+            child.kill(f"it did not drain in {self._drain_s:g} s")
+            child.await_end()
         for slot in self._slots:
             if slot.child:
                 self._bury(slot, slot.child)
@@ -237,7 +246,7 @@ class Supervisor:
         return Child(consumer, process, progress)
 
     def _died(self, slot: Slot, child: Child) -> None:
-        slot.past, failures = child.ended, child.failures(slot.failures)
+        slot.past, failures = str(child.end), child.failures(slot.failures)
         reason = child.progress.reason or slot.past
         self._bury(slot, child)
         if child.process.returncode == EXIT_PERMANENT:
@@ -269,7 +278,7 @@ class Supervisor:
             )
 
     def _bury(self, slot: Slot, child: Child) -> None:
-        self._deaths.append(Death(slot.plan.spec.name, child.consumer, child.progress.running(), child.ended))
+        self._deaths.append(Death(slot.plan.spec.name, child.consumer, child.end))
         child.close()
         slot.child, slot.ready = None, False
 
@@ -278,7 +287,7 @@ class Supervisor:
         for death in list(self._deaths):
             lease = Lease(self._connection.client, ServiceKeys(death.service, self._prefix))
             try:
-                returned = lease.release(death.consumer, started=death.started, gone=True, how=death.how)
+                returned = give_back(lease, death.consumer, death.end)
             except Exception as error:  # noqa: BLE001 - one service's broken keys must not end the workers of all others
                 if is_transient(error):
                     return

@@ -37,6 +37,10 @@ def echo(model_name: str, **runtime: object) -> ServiceSpec:
     return _spec(ModelSpec(type="echo", model_name=model_name), runtime)
 
 
+def custom(handler: str, **runtime: object) -> ServiceSpec:
+    return _spec(ModelSpec(type="custom", handler=handler), runtime)
+
+
 def _spec(model: ModelSpec, runtime: dict[str, object]) -> ServiceSpec:
     name = f"test-{uuid.uuid4().hex[:12]}"
     return ServiceSpec(name=name, model=model, model_ref="model", runtime=Runtime.model_validate(runtime))
@@ -106,7 +110,7 @@ class Site:
 
     @contextmanager
     def ledger(self) -> Iterator[Ledger]:
-        op = "echo" if self.spec.model.type == "echo" else "embed"
+        op = {"echo": "echo", "custom": "call"}.get(self.spec.model.type, "embed")
         with opened(self.connection, self.keys, op) as ledger:
             yield ledger
 

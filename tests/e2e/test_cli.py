@@ -310,7 +310,7 @@ def test_worker_ls_shows_what_runs_and_how_the_worker_before_ended(
 
         line = rf"^{name} +\S+ +\S+ +\d+ +auto +ready +"
         assert re.search(rf"{line}1 for \d+\.\ds +0 +0\.0 +0% +- +2048 +\d\.\ds +-$", stuck, re.MULTILINE)
-        past = r"was killed by SIGKILL \(no progress for \d+\.\d s, the stall_timeout is 20 s\)"
+        past = r"was killed by SIGKILL during run \(no progress for \d+\.\d s, the stall_timeout is 20 s\)"
         assert re.search(rf"{line}- +\d+ +.* {past}$", listed, re.MULTILINE)
         (record,) = [each for each in found if each["service"] == name]
         assert record["pid"] in up.children()

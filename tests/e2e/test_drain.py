@@ -12,7 +12,10 @@ from e2e.hosts import Host, gone
 from e2e.ledger import Ledger, Load
 from e2e.reference import TEXTS
 from e2e.sites import Site, echo, site_of
+from e2e.supervisors import supervising
 from support import eventually
+
+from millstream.worker.supervisor import Plan
 
 JOBS = 2000
 """More than two workers run within seconds: each test ends them amid their work."""
@@ -79,6 +82,59 @@ def test_workers_drain_by_themselves_where_their_supervisor_was_killed(site: Sit
     eventually(lambda: ledger.answered + site.watch.depth() == len(ledger.sent))
     assert host.rows_run() == ledger.answered
     assert ledger.answered_more_than_once() == []
+
+
+# -- ends that were ordered ----------------------------------------------------------------------------------------
+
+
+def test_three_drains_that_are_cut_short_cost_a_long_job_no_attempt(url: str, tmp_path: Path) -> None:
+    with site_of(url, echo("sleep:4", max_attempts=1), tmp_path / "site") as site, site.ledger() as ledger:
+        ids = ledger.send([["long"]])
+        attempts = []
+        for _ in range(3):
+            with supervising(url, Plan(site.spec, 1), drain_s=0.2):
+                eventually(lambda: running(site) == 1, within_s=30.0)
+            attempts.append((site.watch.attempts(), len(site.watch.held("returned"))))
+        with supervising(url, Plan(site.spec, 1)):
+            ledger.wait_for(ids)
+
+        assert attempts == [(0.0, 1)] * 3
+        assert [reply.values for reply in ledger.replies[ids[0]]] == [["long"]]
+        assert site.watch.dead_letters() == []
+
+
+def test_a_job_that_ends_its_worker_while_this_drains_has_one_attempt_behind_it(url: str, tmp_path: Path) -> None:
+    with site_of(url, echo("sleep:2,crash:poison"), tmp_path / "site") as site, site.ledger() as ledger:
+        ledger.send([["poison"]])
+        with supervising(url, Plan(site.spec, 1)):
+            eventually(lambda: running(site) == 1, within_s=30.0)
+
+        assert (site.watch.attempts(), site.watch.workers()) == (1.0, {})
+
+
+def test_a_drain_that_a_second_interrupt_cuts_short_costs_no_attempt(url: str, tmp_path: Path) -> None:
+    with site_of(url, echo("hang:long"), tmp_path / "site") as site, site.ledger() as ledger:
+        host = site.start_host(2)
+        site.await_workers(2)
+        ledger.send([["long"]])
+        eventually(lambda: running(site) == 1)
+
+        host.interrupt()
+        eventually(lambda: "draining" in states(site))
+        host.interrupt()
+
+        assert host.wait(10.0) != 0
+        assert site.watch.attempts() == 0
+        assert (len(site.watch.held("returned")), site.watch.workers()) == (1, {})
+
+
+def running(site: Site) -> int:
+    """Jobs whose forward is under way, as the workers say."""
+    return sum(site.watch.counted("running").values())
+
+
+def states(site: Site) -> set[str]:
+    return {fields[b"state"].decode() for fields in site.watch.workers().values()}
 
 
 def test_a_worker_from_elsewhere_with_only_the_url_takes_its_share(site: Site, ledger: Ledger, say: Say) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from e2e.conftest import Supervised
 from e2e.ledger import Ledger, Load
-from e2e.sites import Site, echo, site_of
+from e2e.sites import Site, custom, echo, site_of
 from e2e.supervisors import said, supervising
 from support import eventually
 
@@ -19,6 +19,7 @@ from millstream.broker.pause import pause, resume
 from millstream.worker import supervisor as module
 from millstream.worker.supervisor import Plan
 
+TESTS = Path(__file__).parents[1]
 WORKERS, WINDOW, MAX_ATTEMPTS = 4, 16, 3
 ENDS = {"exit": "crash:exit", "segfault": "segfault:segv", "memory": "memory:oom"}
 """How a forward can end its process, by an echo model's habit and the word it does it at."""
@@ -88,9 +89,93 @@ def test_wherever_a_poison_job_lies_it_alone_is_buried_after_three_deaths(
     assert isinstance(replies[at].error, WorkerLost)
     (letter,) = site.watch.dead_letters()[buried:]
     assert letter[b"id"].decode() == ids[at]
-    assert [line.split(" ", 2)[2] for line in letter[b"history"].decode().splitlines()] == [HOW[end]] * MAX_ATTEMPTS
+    assert history(letter) == [f"{HOW[end]} during run"] * MAX_ATTEMPTS
     assert host.deaths() - deaths == MAX_ATTEMPTS
     assert site.watch.depth() == 0
+
+
+def history(letter: Mapping[bytes, bytes]) -> list[str]:
+    """How each start of a buried job ended."""
+    return [line.split(" ", 2)[2] for line in letter[b"history"].decode().splitlines()]
+
+
+# -- before and after the forward ----------------------------------------------------------------------------------
+
+STAGES = {
+    "exit in check": ("prepare", "exited with status 7"),
+    "leave in check": ("prepare", "exited with status 0"),
+    "hang in check": ("prepare", "was killed by SIGKILL"),
+    "exhaust in cost": ("prepare", "was killed by SIGKILL"),
+    "exit in cost": ("prepare", "exited with status 7"),
+    "exit in settle": ("settle", "exited with status 7"),
+    "hang in settle": ("settle", "was killed by SIGKILL"),
+}
+"""How a payload ends its worker, in which stage, and what its supervisor sees of it."""
+
+
+@pytest.mark.parametrize("poison", STAGES)
+def test_a_job_that_ends_its_worker_outside_of_a_forward_alone_is_buried(
+    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, poison: str
+) -> None:
+    spec = custom("deadly:Deadly", batch_size=WINDOW, max_attempts=MAX_ATTEMPTS, stall_timeout=2)
+    jobs = [[f"neighbour-{number}"] for number in range(12)]
+    jobs[5] = [poison]
+
+    with site_of(url, spec, tmp_path / "site") as site:
+        buried_alone(site, jobs, poison, STAGES[poison], caplog)
+
+
+def test_a_job_that_ends_its_worker_in_the_tokenizer_alone_is_buried(
+    url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = echo("tokenizer:heavy", batch_size=WINDOW, max_attempts=MAX_ATTEMPTS)
+    jobs = [[f"neighbour-{number}"] for number in range(12)]
+    jobs[5] = ["heavy"]
+
+    with site_of(url, spec, tmp_path / "site") as site:
+        buried_alone(site, jobs, "heavy", ("prepare", "was killed by SIGKILL"), caplog)
+
+
+def buried_alone(
+    site: Site, jobs: list[list[str]], poison: str, ends: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Run `jobs` and those that come afterwards by one worker; only `poison` costs it its life, and only in `ends`."""
+    stage, how = ends
+    with supervising(site.url, Plan(site.spec, 1, folder=str(TESTS))) as supervision, site.ledger() as ledger:
+        site.await_workers(1)
+        ids = send_at_once(site, ledger, jobs)
+        ledger.wait_for(ids)
+        ledger.wait_for(ledger.send([["afterwards"]]), within_s=5.0)
+        (past,) = [fields[b"past"].decode() for fields in site.watch.workers().values()]
+        restarts = supervision.supervisor.restarts
+
+    replies = [reply for job in ids for reply in ledger.replies[job]]
+    at = jobs.index([poison])
+    assert [n for n, reply in enumerate(replies) if reply.error or reply.errors] == [at]
+    assert isinstance(replies[at].error, WorkerLost)
+    (letter,) = site.watch.dead_letters()
+    assert letter[b"id"].decode() == ids[at]
+    assert len(history(letter)) == MAX_ATTEMPTS
+    assert all(line.startswith(f"{how} during {stage}") for line in history(letter))
+    assert past.startswith(f"{how} during {stage}")
+    assert restarts == MAX_ATTEMPTS
+    assert said(caplog, "died young", logging.ERROR)() == []
+    assert site.watch.depth() == 0
+
+
+def test_every_job_of_a_forward_of_thousands_is_charged_with_its_death(url: str, tmp_path: Path) -> None:
+    spec = echo("sleep:1.5,crash:poison", batch_size=1_000_000, max_batch_tokens=100_000, max_attempts=2)
+    with site_of(url, spec, tmp_path / "site") as site, supervising(url, Plan(spec, 1)), site.ledger() as ledger:
+        site.await_workers(1)
+        send_at_once(site, ledger, [["neighbour"]] * 2_500 + [["poison"]])
+
+        # The first forward has what one claim gave, the next one all the rest.
+        eventually(lambda: site.watch.counted("running"), within_s=5.0)
+        eventually(lambda: max(site.watch.counted("running").values(), default=0) > 2_000, within_s=20.0)
+        pause(site.connection.client, site.keys)
+        eventually(lambda: site.watch.attempts() == 1)
+
+        assert site.watch.charged(1.0) == site.watch.depth() > 2_000
 
 
 # -- what the supervisor makes of it -------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from e2e.sites import Site, echo, site_of
+from e2e.sites import Site, custom, echo, site_of
 from e2e.supervisors import beaten, said, supervising
 from e2e.watch import freeze_with_work
 from support import eventually
@@ -28,6 +28,7 @@ pytestmark = pytest.mark.early
 Open = Callable[[ServiceSpec], Site]
 
 AWAY_S = 3.0
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_a_stuck_worker_and_its_successor_say_what_happens(opened: Open) -> None
         ledger.wait_for(ids)
 
     (second,) = site.watch.workers().values()
-    assert b"was killed by SIGKILL (no progress for 3." in second[b"past"]
+    assert b"was killed by SIGKILL during run (no progress for 3." in second[b"past"]
     assert b"the stall_timeout is 3 s" in second[b"past"]
     assert field(site, "running") == [0]
     assert host.deaths() == 1
@@ -104,6 +105,16 @@ def test_forwards_within_the_stall_timeout_are_left_alone(opened: Open) -> None:
     assert host.deaths() == 0
 
 
+def test_hooks_that_are_slow_in_all_but_not_each_are_left_alone(opened: Open) -> None:
+    site = opened(custom("deadly:Deadly", batch_size=16, stall_timeout=2))
+
+    with supervising(site.url, Plan(site.spec, 1, folder=str(TESTS))) as supervision, site.ledger() as ledger:
+        ledger.wait_for(ledger.send([["slow in check"]] * 8))
+        restarts = supervision.supervisor.restarts
+
+    assert restarts == 0
+
+
 def test_a_stuck_worker_without_a_supervisor_ends_itself(opened: Open) -> None:
     site = opened(echo("hang:poison", stall_timeout=2))
     host = site.start_host(1)
@@ -115,6 +126,9 @@ def test_a_stuck_worker_without_a_supervisor_ends_itself(opened: Open) -> None:
         eventually(lambda: field(site, "running") == [1])
         host.kill()
         eventually(lambda: not os.path.exists(f"/proc/{worker}/exe"), within_s=15.0)
+
+    assert site.watch.attempts() == 1
+    assert (len(site.watch.held("returned")), site.watch.workers()) == (1, {})
 
 
 def test_a_drain_waits_for_no_stuck_worker(opened: Open) -> None:

@@ -112,3 +112,20 @@ def train_a_little(file: Path) -> None:
     tensors = load_file(file)
     next(iter(tensors.values()))[0] += 0.001
     save_file(tensors, file, {"format": "pt"})
+
+
+def test_a_worker_that_ends_over_other_weights_costs_what_it_held_no_attempt(opened: Open) -> None:
+    site = opened(echo("sleep:0.5", batch_size=2))
+
+    with supervising(site.url, Plan(site.spec, 1)) as supervision, site.ledger() as ledger:
+        site.await_workers(1)
+        ids = ledger.send([[f"text {number}"] for number in range(40)])
+        eventually(lambda: ledger.answered > 2)
+        site.connection.client.hset(site.keys.spec(), "fingerprint", "others")
+        site.connection.client.hincrby(site.keys.spec(), "revision", 1)
+        eventually(lambda: not supervision.is_alive(), within_s=60.0)
+
+        answered = sum(1 for job in ids if job in ledger.replies)
+        assert 2 < answered < len(ids)
+        assert (site.watch.attempts(), site.watch.dead_letters()) == (0, [])
+        assert answered + site.watch.depth() == len(ids)

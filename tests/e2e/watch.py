@@ -51,6 +51,10 @@ class Watch:
         """The most attempts that any pending job has behind it."""
         return max(((deliveries - 1) / 2 for _, deliveries in retrying(lambda: self._pending(None))), default=0.0)
 
+    def charged(self, attempts: float) -> int:
+        """How many pending jobs have just so many attempts behind them."""
+        return sum(1 for _, deliveries in retrying(lambda: self._pending(None)) if (deliveries - 1) / 2 == attempts)
+
     def held_s(self, consumer: str) -> float:
         """Seconds since `consumer` took what it holds; 0 where it holds nothing."""
         pending = [

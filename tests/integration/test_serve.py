@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 import pytest
 from support import eventually
@@ -18,6 +19,7 @@ from workers import LONG_S, remove
 from millstream.broker.connection import Connection
 from millstream.broker.embedded import EmbeddedServer
 from millstream.broker.inspector import Inspector, ServiceView
+from millstream.broker.keys import GROUP, ServiceKeys
 from millstream.broker.registry import Registry
 from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.client import Client
@@ -59,6 +61,16 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 def state(connection: Connection, service: str) -> ServiceView:
     return Inspector(connection).services([service])[0]
+
+
+def attempts(connection: Connection, service: str) -> float:
+    """The most attempts that any job in hand or given back has behind it."""
+    deliveries = [
+        cast(int, each["times_delivered"])
+        for stream in ServiceKeys(service).streams()
+        for each in connection.client.xpending_range(stream, GROUP, "-", "+", 100)
+    ]
+    return (max(deliveries, default=1) - 1) / 2
 
 
 def has_worker(connection: Connection, service: str) -> bool:
@@ -161,10 +173,11 @@ def test_what_a_killed_one_held_is_answered_by_the_next(
     connection.client.srem("ms:services", service)
 
 
+@pytest.mark.parametrize("hook", ["", "check=lambda each: work([each]), ", "cost=lambda each: work([each]) and 1, "])
 def test_one_that_is_stuck_ends_and_gives_back_what_it_held(
-    client: Client, connection: Connection, service: str, serving: Serving
+    client: Client, connection: Connection, service: str, serving: Serving, hook: str
 ) -> None:
-    process = serving(PROGRAM.replace("stall_timeout=30", "stall_timeout=1"), SERVICE=service)
+    process = serving(PROGRAM.replace("stall_timeout=30", f"{hook}stall_timeout=1"), SERVICE=service)
     eventually(lambda: has_worker(connection, service), within_s=LONG_S)
 
     client.submit(service, ["hang"])
@@ -174,24 +187,28 @@ def test_one_that_is_stuck_ends_and_gives_back_what_it_held(
     assert "no progress for longer than stall_timeout: this process ends" in said
     seen = state(connection, service)
     assert (seen.in_flight, seen.returned, seen.workers) == (0, 1, [])
+    assert attempts(connection, service) == 1
     connection.client.srem("ms:services", service)
 
 
-def test_a_second_signal_ends_it_at_once_and_gives_back_what_it_held(
-    client: Client, connection: Connection, service: str, serving: Serving
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "")])
+def test_a_second_signal_ends_it_at_once_and_what_it_held_is_given_back_without_an_attempt(
+    client: Client, connection: Connection, service: str, serving: Serving, number: signal.Signals, ends: str
 ) -> None:
     process = serving(PROGRAM, SERVICE=service)
     eventually(lambda: has_worker(connection, service), within_s=LONG_S)
     client.submit(service, ["hang"])
     eventually(lambda: state(connection, service).workers[0].running)
 
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     eventually(lambda: state(connection, service).workers[0].state == "draining")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
 
     status, said = ended(process)
-    assert (status != 0, "KeyboardInterrupt" in said, "torn down" in said) == (True, True, True)
+    assert status == (-signal.SIGTERM if number == signal.SIGTERM else -signal.SIGINT)
+    assert (ends in said, "torn down" in said) == (True, True)
     assert (state(connection, service).returned, state(connection, service).workers) == (1, [])
+    assert attempts(connection, service) == 0
     connection.client.srem("ms:services", service)
 
 

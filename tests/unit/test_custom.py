@@ -14,7 +14,8 @@ import pytest
 from millstream.broker.config import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.errors import InvalidRequest, ModelFailed, ModelUnavailable
 from millstream.worker import models
-from millstream.worker.models.base import Prepared
+from millstream.worker.life import Ended
+from millstream.worker.models.base import Laps, Prepared
 from millstream.worker.models.custom import CustomModel, Hooks, name_of
 from millstream.worker.runner import run_rows
 from millstream.worker.supervisor import preflight
@@ -159,6 +160,47 @@ def test_a_hook_that_raises_fails_its_payload_alone(hook: str, hooks: Hooks) -> 
     assert bad.message == f"{hook}: KeyError: 'text'"
 
 
+@pytest.mark.parametrize("error", [SystemExit(1), GeneratorExit(), KeyboardInterrupt()])
+@pytest.mark.parametrize("which", ["check", "cost"])
+def test_a_hook_that_would_end_the_process_fails_its_payload_alone(which: str, error: BaseException) -> None:
+    def leave(payload: Any) -> int:
+        if payload == "bad":
+            raise error
+        return 1
+
+    model = model_of(list.copy, Hooks(**{which: leave}))  # type: ignore[arg-type]
+
+    assert [type(row) for row in model.prepare(["a", "bad", "b"], {})] == [Prepared, ModelFailed, Prepared]
+
+
+@pytest.mark.parametrize("error", [SystemExit("no"), KeyboardInterrupt("no"), RuntimeError("no")])
+def test_whatever_a_set_up_raises_says_that_the_model_cannot_start(error: BaseException) -> None:
+    def set_up(device: str | None) -> None:
+        raise error
+
+    with pytest.raises(ModelUnavailable, match="cannot be set up"):
+        model_of(list.copy, Hooks(set_up=set_up))
+
+
+def test_a_signal_that_ends_the_process_passes_a_set_up() -> None:
+    def set_up(device: str | None) -> None:
+        raise Ended
+
+    with pytest.raises(Ended):
+        model_of(list.copy, Hooks(set_up=set_up))
+
+
+def test_each_payload_has_the_whole_stall_timeout_for_its_hooks() -> None:
+    laps: list[str] = []
+    model = model_of(list.copy, Hooks(check=lambda payload: laps.append(str(payload))))
+    assert isinstance(model, Laps)
+    model.lap_by(lambda: laps.append("lap"))
+
+    model.prepare(["a", "b"], {})
+
+    assert laps == ["lap", "a", "lap", "b"]
+
+
 def test_options_are_refused_row_by_row() -> None:
     assert [type(row) for row in model_of(list.copy).prepare(["a", "b"], {"x": 1})] == [InvalidRequest] * 2
 
@@ -239,7 +281,7 @@ def test_a_function_that_changes_its_payloads_is_given_whole_ones_when_it_is_cal
     assert got[1:] == [10 // n for n in range(1, 8)]
 
 
-@pytest.mark.parametrize("error", [SystemExit(1), GeneratorExit()])
+@pytest.mark.parametrize("error", [SystemExit(1), GeneratorExit(), KeyboardInterrupt()])
 def test_what_would_end_the_process_is_a_payloads_failure(error: BaseException) -> None:
     def leave(payloads: list[Any]) -> list[Any]:
         if "bad" in payloads:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 from contracts.held import NOW, claim_of
 
+from millstream.broker.config import Runtime
 from millstream.broker.errors import (
     DeadlineExceeded,
     InputTooLong,
@@ -20,7 +22,9 @@ from millstream.broker.errors import (
 from millstream.broker.job import Address, Claim, Json
 from millstream.worker.intake import Intake
 from millstream.worker.models.base import Prepared
+from millstream.worker.models.custom import CustomModel, Hooks
 from millstream.worker.models.echo import EchoModel
+from millstream.worker.progress import Look, Progress, Stage
 from millstream.worker.settler import Finished
 
 
@@ -161,6 +165,122 @@ def test_a_row_that_makes_prepare_fail_fails_alone(intake: Intake, guilty: str) 
         [True],
     ]
     assert isinstance(held[0].prepared[3], ModelFailed)
+
+
+def test_what_is_read_and_prepared_is_on_the_page_until_it_was_handed_on(model: Recording) -> None:
+    page = Progress.alone()
+    intake = Intake(model, 3, lambda inputs, options: seen.append(page.looks()) or (), page.claimer)  # type: ignore[func-returns-value]
+    claims = [claim_of(["a"]), claim_of(body=b"{"), claim_of(["b"])]
+    seen: list[list[Look]] = []
+    read = intake._read
+
+    def watched(place: int, claim: Claim, now: int) -> object:
+        seen.append(page.looks())
+        return read(place, claim, now)
+
+    intake._read = watched  # type: ignore[method-assign,assignment]
+    with intake.admitted(claims, NOW) as (held, finished):
+        seen.append(page.looks())
+
+    entries = [claim.address.name for claim in claims]
+    assert (len(held), len(finished)) == (2, 1)
+    assert [look.stage for (look,) in seen] == [Stage.CLAIM] * 3 + [Stage.PREPARE] * 3
+    assert all(look.entries == entries for (look,) in seen)
+    assert page.looks() == []
+
+
+def test_a_model_that_prepares_row_by_row_charges_each_row_to_its_own_entry() -> None:
+    page = Progress.alone()
+    seen: list[tuple[Json, list[list[str]]]] = []
+
+    def check(payload: Json) -> None:
+        seen.append((payload, [look.entries for look in page.looks()]))
+        if payload == "leave":
+            raise SystemExit
+
+    model = CustomModel(list.copy, "here:copy", Runtime(), None, Hooks(check=check))
+    intake = Intake(model, 3, track=page.claimer)
+    model.lap_by(intake.lap)
+    jobs = {
+        "a": claim_of(["a", "b"], op="call"),
+        "leave": claim_of(["leave"], op="call"),
+        "c": claim_of(["c"], op="call"),
+    }
+
+    with intake.admitted([claim_of(body=b"{", op="call"), *jobs.values()], NOW):
+        at_the_end = [look.entries for look in page.looks()]
+
+    owner = {"b": "a"}
+    assert seen == [(each, [[jobs[owner.get(each, each)].address.name]]) for each in ("a", "b", "leave", "c")]
+    assert len(at_the_end[0]) == 4
+
+
+class Halved(EchoModel):
+    """Prepares row by row, and not what is more than one row with a "raise" among them."""
+
+    lap: Callable[[], None]
+
+    def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
+        rows = []
+        for each in inputs:
+            self.lap()
+            rows += super().prepare([each], options)
+            if each == "raise":
+                raise RuntimeError("the tokenizer")
+        return rows
+
+
+def test_rows_that_are_prepared_again_are_charged_to_their_own_entries_again() -> None:
+    page = Progress.alone()
+    model = Halved()
+    intake = Intake(model, 3, track=page.claimer)
+    seen: list[str] = []
+
+    def lap() -> None:
+        intake.lap()
+        seen.extend(entry for look in page.looks() for entry in look.entries)
+
+    model.lap = lap
+    claims = [claim_of([each]) for each in ("a", "raise", "b", "c")]
+    with intake.admitted(claims, NOW):
+        pass
+
+    a, bad, b, c = (claim.address.name for claim in claims)
+    assert seen == [a, bad, a, bad, a, bad, b, c]
+
+
+def test_what_an_unknown_error_ended_the_process_over_stays_on_the_page(model: Recording) -> None:
+    page = Progress.alone()
+    intake = Intake(model, 3, lambda inputs, options: 1 / 0, page.claimer)  # type: ignore[arg-type,return-value]
+    claim = claim_of(["a"])
+
+    with pytest.raises(ZeroDivisionError), intake.admitted([claim], NOW):
+        raise AssertionError
+
+    assert [look.entries for look in page.looks()] == [[claim.address.name]]
+
+
+def test_each_attempt_to_prepare_has_the_whole_stall_timeout(model: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Progress.alone()
+    page.stall_s = 10.0
+    intake = Intake(model, 3, track=page.claimer)
+    now = 0.0
+    stuck: list[bool] = []
+    prepare = model.prepare
+
+    def slow(inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
+        nonlocal now
+        now += 9.0
+        stuck.append(page.is_stuck)
+        return prepare(inputs, options)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    model.prepare = slow  # type: ignore[method-assign]
+    with intake.admitted([claim_of(["a", "raise", "b"]), claim_of(["c"], options={"truncate": "end"})], NOW):
+        pass
+
+    assert stuck == [False] * len(model.calls)
+    assert len(stuck) > 3
 
 
 def test_every_entry_is_held_or_answered_once(intake: Intake) -> None:

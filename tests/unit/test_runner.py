@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,9 +19,9 @@ from millstream.worker.batcher import Budget, computed
 from millstream.worker.clock import ServerClock
 from millstream.worker.counters import Counters
 from millstream.worker.held import Held
+from millstream.worker.life import Ended
 from millstream.worker.models.base import NO_OPTIONS, Prepared
 from millstream.worker.models.echo import EchoModel
-from millstream.worker.progress import Progress
 from millstream.worker.runner import Runner, run_rows
 from millstream.worker.settler import Finished
 from millstream.worker.shared import Shared
@@ -44,6 +44,10 @@ class Fragile(EchoModel):
                 raise RuntimeError("CUDA error")
             return super().forward(rows)[1:]
         return super().forward(rows)
+
+
+class Panic(BaseException):
+    """As a library's Rust code raises where it panics: no Exception."""
 
 
 class Dense:
@@ -271,10 +275,10 @@ class Bench:
     clock: ServerClock = field(default_factory=ServerClock)
     counters: Counters = field(default_factory=Counters)
     finished: dict[str, Finished] = field(default_factory=dict)
-    progress: Progress = field(default_factory=Progress.create)
 
     def __post_init__(self) -> None:
         self.clock.heard(NOW)
+        self.shared = Shared("w1", self.window, self.clock, self.counters)
 
     def finish(self, finished: Finished) -> None:
         assert finished.address.job_id not in self.finished, "answered twice"
@@ -286,17 +290,15 @@ class Bench:
     def run_with(self, model: EchoModel, *jobs: Held) -> None:
         self.window.hold(jobs)
         self.window.close()
-        Runner(Shared("w1", self.window, self.clock, self.counters), model, self.progress, self.finish).run()
+        Runner(self.shared, model, self.finish).run()
 
     def error_of(self, held: Held) -> MillstreamError | None:
         return self.finished[held.claim.address.job_id].reply.error
 
 
 @pytest.fixture
-def bench() -> Iterator[Bench]:
-    opened = Bench()
-    yield opened
-    opened.progress.close()
+def bench() -> Bench:
+    return Bench()
 
 
 def test_every_job_is_answered_once_with_its_own_rows(bench: Bench) -> None:
@@ -387,20 +389,54 @@ def test_a_poisoned_row_spares_its_neighbours_in_the_batch(bench: Bench) -> None
     assert bench.finished[bad.claim.address.job_id].reply.values == ["row 0"]
 
 
-def test_what_runs_is_on_the_page_during_the_forward_and_not_after(bench: Bench) -> None:
+def test_what_runs_is_on_the_page_from_its_forward_until_its_reply_is_handed_on(bench: Bench) -> None:
     job = held_of([3])
     seen: list[list[str]] = []
-    forward = bench.model.forward
+    forward, finish = bench.model.forward, bench.finish
 
     def watched(rows: Sequence[Prepared]) -> Vectors | list[Json]:
-        seen.append(bench.progress.running())
+        seen.append(bench.shared.page.running())
         return forward(rows)
 
+    def watched_finish(finished: Finished) -> None:
+        seen.append(bench.shared.page.running())
+        finish(finished)
+
     bench.model.forward = watched  # type: ignore[method-assign]
+    bench.finish = watched_finish  # type: ignore[method-assign]
     bench.run(job)
 
-    assert seen == [[job.name]]
-    assert bench.progress.running() == []
+    assert seen == [[job.name], [job.name]]
+    assert bench.shared.page.running() == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, Panic])
+def test_whatever_a_forward_raises_fails_its_own_rows_alone(bench: Bench, error: type[BaseException]) -> None:
+    forward = bench.model.forward
+
+    def raising(rows: Sequence[Prepared]) -> Vectors | list[Json]:
+        if any(row.features == "row 1" for row in rows):
+            raise error("mine")
+        return forward(rows)
+
+    bench.model.forward = raising  # type: ignore[method-assign]
+    job = held_of([3, 3, 3])
+    bench.run(job)
+
+    reply = bench.finished[job.claim.address.job_id].reply
+    assert {at: str(each) for at, each in reply.errors.items()} == {1: f"{error.__name__}: mine"}
+    assert reply.values == ["row 0", "row 2"]
+
+
+def test_a_signal_that_ends_the_process_is_no_fault_of_the_rows_it_interrupts(bench: Bench) -> None:
+    def interrupted(rows: Sequence[Prepared]) -> Vectors | list[Json]:
+        raise Ended
+
+    bench.model.forward = interrupted  # type: ignore[method-assign]
+
+    with pytest.raises(Ended):
+        bench.run(held_of([3, 3]))
+    assert bench.finished == {}
 
 
 def test_each_forward_is_counted_by_what_ended_its_batch_and_no_other_is(bench: Bench) -> None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import NoReturn, cast
 
 import fakeredis
 import pytest
 import redis
 from contracts.queue import Queue, draft, ids, names
 
-from millstream.broker.codec import decode_reply
+from millstream.broker.codec import decode_reply, encode_reply
 from millstream.broker.errors import ModelFailed
 from millstream.broker.job import Claim, Json, Reply
 from millstream.broker.keys import ServiceKeys
 from millstream.broker.streams import MAX_JOBS_PER_CALL, Settled, Settlement, Streams
+from millstream.worker import settler as module
 from millstream.worker.batcher import Budget
 from millstream.worker.counters import Counters
 from millstream.worker.life import Life
+from millstream.worker.progress import Look, Stage
 from millstream.worker.settler import Finished, Settler
 from millstream.worker.shared import Shared
 from millstream.worker.window import Window
@@ -52,9 +54,8 @@ class Bench:
         self.window = Window(Budget(rows=8, tokens=100))
         self.counters = Counters()
         self.life = Life()
-        self.settler = Settler(
-            Shared("w1", self.window, counters=self.counters, life=self.life), cast(Streams, self.streams), keep
-        )
+        self.shared = Shared("w1", self.window, counters=self.counters, life=self.life)
+        self.settler = Settler(self.shared, cast(Streams, self.streams), keep)
 
     def hold(self, count: int) -> list[Claim]:
         claims: list[Claim] = []
@@ -109,7 +110,16 @@ def test_answers_are_kept_before_they_are_written() -> None:
     assert order == ["kept [0]", "kept [1]", "settled"]
 
 
-@pytest.mark.parametrize("value", [object(), "\ud800", {1j: 2}], ids=["object", "surrogate", "key"])
+class Hostile(dict[str, Json]):
+    """A result with code of its own, which runs as it is encoded."""
+
+    def items(self) -> NoReturn:
+        raise SystemExit("mine")
+
+
+@pytest.mark.parametrize(
+    "value", [object(), "\ud800", {1j: 2}, Hostile(a=1)], ids=["object", "surrogate", "key", "its own code"]
+)
 def test_an_answer_that_cannot_be_sent_is_its_own_jobs_error(bench: Bench, value: Json) -> None:
     bad, good = bench.hold(2)
 
@@ -117,6 +127,39 @@ def test_an_answer_that_cannot_be_sent_is_its_own_jobs_error(bench: Bench, value
 
     assert isinstance(bench.replies()[bad.address.job_id].error, ModelFailed)
     assert bench.replies()[good.address.job_id].values == ["fine"]
+
+
+def test_each_answer_is_on_the_page_while_it_is_encoded_and_not_while_it_waits_for_the_server(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims = bench.hold(3)
+    seen: list[Sequence[Look]] = []
+
+    def encode(reply: Reply) -> bytes:
+        seen.append(bench.shared.page.looks())
+        return encode_reply(reply)
+
+    monkeypatch.setattr(module, "encode_reply", encode)
+    bench.streams.on_settle = lambda: seen.append(bench.shared.page.looks())
+    bench.settle(*[Finished(claim.address, Reply(values=["a"])) for claim in claims])
+
+    *encoding, writing = seen
+    assert [(look.stage, look.entries) for (look,) in encoding] == [(Stage.SETTLE, [name]) for name in names(claims)]
+    assert writing == []
+
+
+def test_an_answer_behind_a_large_one_waits_for_the_next_call_and_is_charged_with_nothing_meanwhile(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large, small = bench.hold(2)
+    seen: list[list[str]] = []
+    bench.streams.on_settle = lambda: seen.append([each for look in bench.shared.page.looks() for each in look.entries])
+
+    bench.settle(Finished(large.address, Reply(values=["x" * 2_000_000])), Finished(small.address, Reply(values=["a"])))
+
+    assert bench.streams.calls == [1, 1]
+    assert seen == [[], []]
+    assert len(bench.queue.replies()) == 2
 
 
 def test_a_call_whose_answer_was_lost_is_sent_again_and_answers_once(bench: Bench) -> None:

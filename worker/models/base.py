@@ -75,6 +75,18 @@ class Foresees(Protocol):
         ...
 
 
+@runtime_checkable
+class Laps(Protocol):
+    """A model that prepares its rows one by one, each of which may take long."""
+
+    def lap_by(self, lap: Callable[[], None]) -> None:
+        """Call `lap` before each row of `prepare`, in order: it has the whole stall timeout, and a death is its own.
+
+        Called once, before any.
+        """
+        ...
+
+
 def packs(model: Model) -> bool:
     """Whether `model` has a true attribute `packs`: it runs rows of any lengths with no padding."""
     return bool(getattr(model, "packs", False))

@@ -26,6 +26,7 @@ from millstream.broker.errors import (
     message_of,
 )
 from millstream.broker.job import Json, Vectors
+from millstream.worker.life import Ended
 from millstream.worker.models.base import NO_OPTIONS, Prepared
 
 log = logging.getLogger(__name__)
@@ -68,19 +69,24 @@ class CustomModel:
     ) -> None:
         self._process = self._begun(handler, name)
         self._hooks = (hooks or Hooks()).beside(self._process)
+        self._lap: Callable[[], None] = lambda: None
         self.adapt(runtime)
         self.fingerprint = name
         if self._hooks.set_up:
             try:
                 self._hooks.set_up(device)
-            except (Exception, SystemExit) as error:
+            except Ended:
+                raise
+            except BaseException as error:
                 raise _unavailable(name, "cannot be set up", error) from error
 
     def _begun(self, handler: object, name: str) -> ProcessFn:
         if isinstance(handler, type):
             try:
                 handler = handler()
-            except (Exception, SystemExit) as error:
+            except Ended:
+                raise
+            except BaseException as error:
                 raise _unavailable(name, "cannot be constructed", error) from error
         how = "give def process(payloads), or a class with __call__(self, payloads)"
         if not callable(handler):
@@ -96,16 +102,17 @@ class CustomModel:
 
     def _row(self, payload: Json) -> Prepared | MillstreamError:
         hooks = self._hooks
+        self._lap()
         try:
             if hooks.check:
                 hooks.check(_copied(payload))
         except ValueError as error:
             return InvalidRequest(message_of(error))
-        except Exception as error:  # noqa: BLE001 - this payload's fault, whatever it is
+        except BaseException as error:  # noqa: BLE001 - this payload's fault, whatever it is: a sys.exit, a panic
             return ModelFailed(f"check: {described(error)}")
         try:
             tokens = hooks.cost(_copied(payload)) if hooks.cost else self._row_tokens
-        except Exception as error:  # noqa: BLE001 - the same
+        except BaseException as error:  # noqa: BLE001 - the same
             return ModelFailed(f"cost: {described(error)}")
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
             return ModelFailed(f"cost gave {tokens!r}"[:500], hint="it gives a whole number of at least 1")
@@ -114,13 +121,10 @@ class CustomModel:
     def forward(self, rows: Sequence[Prepared]) -> Vectors | list[Json]:
         # Copies: a function that changes its payloads and then fails is called again with the same ones.
         payloads = [_copied(cast(Json, row.features)) for row in rows]
-        try:
-            return _results(self._process(payloads))
-        except (Exception, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            # sys.exit, or what a library's Rust code panics with: a payload's fault, not the end of the process.
-            raise ModelFailed(described(error)) from error
+        return _results(self._process(payloads))
+
+    def lap_by(self, lap: Callable[[], None]) -> None:
+        self._lap = lap
 
     def adapt(self, runtime: Runtime) -> None:
         self._row_tokens = runtime.row_tokens
@@ -132,7 +136,7 @@ class CustomModel:
         if self._hooks.tear_down:
             try:
                 self._hooks.tear_down()
-            except Exception:
+            except (Exception, SystemExit):
                 log.exception("tear_down failed")
 
 

@@ -27,8 +27,8 @@ class EchoModel:
     Its `model_name` can give it habits. `sleep:0.05`: each forward takes 0.05 s; `sleep:0.05+0.001`: and 0.001 s more
     for each row. `vector:384`: it answers float32 [384] instead. `crash:WORD` and `raise:WORD`: a forward over a row
     that contains WORD ends the process, or raises. `segfault:` and `memory:`: such a forward reads where nothing is, or
-    takes memory until the process is killed. `hang:`, `spin:` and `hold:`: it never ends; it sleeps, loops in Python,
-    or waits in C without letting another thread run. A comma joins several.
+    takes memory until the process is killed; `tokenizer:`: preparing such a row does. `hang:`, `spin:` and `hold:`: it
+    never ends; it sleeps, loops in Python, or waits in C without letting another thread run. A comma joins several.
     """
 
     op = "echo"
@@ -43,6 +43,7 @@ class EchoModel:
         self._misbehaves = [
             (word, _MISBEHAVIOUR[kind]) for kind, word in orders.items() if word and kind in _MISBEHAVIOUR
         ]
+        self._heavy = orders.get("tokenizer", "")
         self._max_length = max_length
         self.fingerprint = f"echo:{model_name}"
 
@@ -52,6 +53,8 @@ class EchoModel:
     def _row(self, value: Json) -> Prepared | MillstreamError:
         if not isinstance(value, str):
             return InvalidRequest(f"not a string but {type(value).__name__}")
+        if self._heavy and self._heavy in value:
+            exhaust_memory()
         tokens = max(1, value.count(" ") + 1)
         if self._max_length is not None and tokens > self._max_length:
             return InputTooLong(f"{tokens} tokens, the model reads {self._max_length}", hint="truncate: end")
@@ -80,7 +83,7 @@ def _read_nowhere() -> None:
     ctypes.string_at(0)
 
 
-def _exhaust_memory() -> None:
+def exhaust_memory() -> None:
     """Take memory until there is no more, then end as the system's out-of-memory killer ends a process."""
     # A limit of its own, just above what is in use: the machine's own memory is not in danger.
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -116,7 +119,7 @@ def _wait_with_the_lock() -> None:
 _MISBEHAVIOUR: Mapping[str, Callable[[], object]] = {
     "crash": lambda: os._exit(1),
     "segfault": _read_nowhere,
-    "memory": _exhaust_memory,
+    "memory": exhaust_memory,
     "raise": _raise,
     "hang": _sleep,
     "spin": _loop,
