@@ -270,7 +270,7 @@ class Claimer(threading.Thread):
             since = time.monotonic()
             wait_s = self._patience.wait_s(since - first, since - last)
             # What company saves is a forward: one that is over sooner than the shortest wait is not worth any.
-            if not wait_s or self._window.forward_s < LEAST_WAIT_S or self._life.draining:
+            if not wait_s or self._window.cost.smallest_s < LEAST_WAIT_S or self._life.draining:
                 break
             # Not a blocking read: an idle server ends one up to 100 ms late (its timer runs 10 times a second).
             self._life.pause(max(LEAST_WAIT_S, wait_s / 4))

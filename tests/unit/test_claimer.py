@@ -293,7 +293,7 @@ class Counted(Patience):
 @pytest.mark.parametrize(("forward_s", "claims"), [(0.0001, 1), (0.01, 3)])
 def test_company_is_waited_for_only_where_a_forward_takes_longer(forward_s: float, claims: int) -> None:
     bench = Bench(SHARES, patience=Counted(LONG_S))
-    bench.shared.window.forward_s = forward_s
+    bench.shared.window.cost.smallest_s = forward_s
     bench.put(Priority.NORMAL, 1)
 
     bench.claimer._step()

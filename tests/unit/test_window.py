@@ -238,7 +238,7 @@ def test_held_entries_are_named_until_they_are_forgotten(window: Window) -> None
 
 
 def test_a_window_has_room_for_some_batches_and_then_none(window: Window) -> None:
-    window.seconds_per_token = 1e-6
+    window.cost.seconds_per_token = 1e-6
     most = HOLD_BATCHES * window.budget.rows
     room = window.room(live_workers=3)
     assert room is not None
@@ -262,10 +262,10 @@ def tokens_of(window: Window) -> int:
 
 
 def test_a_window_holds_about_a_second_of_work_and_at_least_a_few_batches(window: Window) -> None:
-    window.seconds_per_token = 1 / 500
+    window.cost.seconds_per_token = 1 / 500
     assert tokens_of(window) == 500
 
-    window.seconds_per_token = 1.0
+    window.cost.seconds_per_token = 1.0
     assert tokens_of(window) == LEAST_BATCHES * window.budget.tokens
     window.hold([held_of([100]) for _ in range(LEAST_BATCHES)])
     assert window.room(1) is None
@@ -274,9 +274,9 @@ def test_a_window_holds_about_a_second_of_work_and_at_least_a_few_batches(window
 def test_a_queue_timeout_bounds_what_a_window_holds() -> None:
     window = Window(Budget(rows=4, tokens=100), queue_timeout_s=0.5)
 
-    window.seconds_per_token = 1 / 2_000
+    window.cost.seconds_per_token = 1 / 2_000
     assert tokens_of(window) == 500
-    window.seconds_per_token = 1.0
+    window.cost.seconds_per_token = 1.0
     assert tokens_of(window) == 100
 
 
@@ -375,7 +375,7 @@ def test_how_long_a_forward_takes_is_foreseen_from_those_before(window: Window) 
     window.hold([held_of([5]), held_of([7])])
     assert window.forward_left_s == 0.0
 
-    window.seconds_per_token = 1.0
+    window.cost.seconds_per_token = 1.0
     batch = window.take()
     # Two rows of seven tokens, and what a forward costs besides.
     assert 13.0 < window.forward_left_s - window.budget.overhead <= 14.0
@@ -397,7 +397,7 @@ def test_waiting_until_empty_ends_with_the_last_entry_or_its_time(window: Window
 
 def test_a_forward_is_predicted_to_take_at_most_half_the_inference_timeout() -> None:
     window = Window(Budget(rows=64, tokens=2_048, overhead=10.0))
-    window.seconds_per_token = 0.001
+    window.cost.seconds_per_token = 0.001
     window.limit(64, 2_048, None, inference_timeout_s=0.1)
     window.hold([held_of([10] * 20)])
 
@@ -406,7 +406,7 @@ def test_a_forward_is_predicted_to_take_at_most_half_the_inference_timeout() -> 
 
 def test_a_batch_cut_by_its_predicted_time_says_so() -> None:
     window = Window(Budget(rows=64, tokens=2_048, overhead=10.0))
-    window.seconds_per_token = 0.001
+    window.cost.seconds_per_token = 0.001
     window.hold([held_of([10] * 300)])
 
     window.limit(64, 2_048, None, inference_timeout_s=0.1)
@@ -423,7 +423,7 @@ def test_a_batch_cut_by_its_predicted_time_says_so() -> None:
 
 def test_no_forward_is_cut_finer_than_its_fixed_cost_is_worth() -> None:
     window = Window(Budget(rows=64, tokens=2_048, overhead=100.0))
-    window.seconds_per_token = 0.001
+    window.cost.seconds_per_token = 0.001
     window.limit(64, 2_048, None, inference_timeout_s=0.1)
     window.hold([held_of([10] * 20)])
 
