@@ -72,7 +72,7 @@ class Lease:
         """
         named = ("but", *keep) if only is None else ("only", *only)
         keys = [*self._keys.streams(), self._keys.workers(), self._keys.worker(consumer), self._keys.trail()]
-        args: list[scripts.Argument] = [GROUP, consumer, RETURNED, int(gone), _line(how)]
+        args: list[scripts.Argument] = [GROUP, consumer, RETURNED, self._lease_ms, int(gone), _line(how)]
         args += (len(started), *started, *named)
         return int(scripts.run(self._client, "release", keys, args))
 

@@ -46,7 +46,7 @@ _LOOK = (
 # No script|load: who may load scripts may load one that never ends. Workers load them all, see scripts.py.
 # No xack: it would settle jobs that workers hold. `cancel` does without.
 _CALL = (
-    Grant("evalsha", write=f"service {_JOBS} bucket bucket:* paused refused seen:* cancelled reply:* result:*"),
+    Grant("evalsha", write=f"service {_JOBS} bucket bucket:* paused refused seen:* cancelled trail reply:* result:*"),
     Grant("hget hmget", read="service bucket bucket:*"),
     Grant("get pttl exists", read="paused seen:* result:*"),
     Grant("mget", read="cache:*"),
@@ -63,7 +63,7 @@ _CALL = (
 _WORK = (
     Grant("script|load"),
     Grant("evalsha", write=f"service {_JOBS} paused dead trail reply:* seen:* result:*"),
-    Grant("evalsha", write=f"service {_JOBS} workers worker:* cancelled reclaim trail"),
+    Grant("evalsha", write=f"service {_JOBS} paused workers worker:* cancelled reclaim trail"),
     Grant("hsetnx", write="service"),
     Grant("xreadgroup xack xclaim xdel xgroup|create xgroup|setid xgroup|delconsumer", write=_JOBS),
     Grant("zadd zrem pexpire", write="workers cancelled"),

@@ -1,6 +1,6 @@
 -- Take jobs off the queue before anybody runs them, and answer each; what a worker holds is left alone.
--- KEYS[1..3] STREAM realtime, normal, batch
--- KEYS[4..] per job: STREAM or STRING where its reply goes, STRING seen
+-- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] HASH trail
+-- KEYS[5..] per job: STREAM or STRING where its reply goes, STRING seen
 -- ARGV[1] group  ARGV[2] consumer of returned jobs; then per job:
 --   stream 1..3, entry id, job id, 'stream' | 'string' | 'none', reply ttl ms, reply
 -- Returns per job: 1 gone and answered; 0 a worker holds it, or it is settled
@@ -23,7 +23,7 @@ local function answer(kind, key, job, ttl, reply)
 end
 
 local outcomes = {}
-local arg, key = 3, 4
+local arg, key = 3, 5
 while arg <= #ARGV do
   local stream, entry, job = KEYS[tonumber(ARGV[arg])], ARGV[arg + 1], ARGV[arg + 2]
   local kind, ttl, reply = ARGV[arg + 3], ARGV[arg + 4], ARGV[arg + 5]
@@ -33,6 +33,8 @@ while arg <= #ARGV do
     -- Both are allowed at maxmemory, and what follows them in the script then is too.
     redis.call('XACK', stream, GROUP, entry)
     gone = redis.call('XDEL', stream, entry)
+    local name = ARGV[arg] .. ':' .. entry
+    if owner then redis.call('HDEL', KEYS[4], name, name .. ':batch') end
   end
   if gone == 1 then
     answer(kind, KEYS[key], job, ttl, reply)
