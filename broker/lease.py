@@ -2,7 +2,8 @@
 
 The delivery count of a pending entry is 1 + 2 x attempts + hosts lost, and only `release` and `reclaim` raise it: an
 attempt is a start that did not end, not a delivery. Where nobody can say what was running, because the whole host is
-gone, each job it held takes half an attempt. From one attempt on a job runs alone; at `max_attempts` it is buried.
+gone, each job it held takes half an attempt. From one attempt on a job is a suspect: it runs alone, or in a group of
+those it died with, which both scripts note in `trail`. At `max_attempts` it is buried.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from millstream.broker.cluster import owner
 from millstream.broker.keys import GROUP, RETURNED, ServiceKeys
 
 LEASE_S = 5.0
+
+SUSPECT_ATTEMPTS = 1.0
+"""Attempts from which on a job runs alone, or in a group of those it died with."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,10 +84,10 @@ class Window:
             self._unsettled.update(names)
 
     def room(self, live_workers: int) -> Limit | None:
-        """What may be claimed now on top of what waits; None where the window is full."""
+        """What may be claimed now on top of what waits; None if the window is full."""
         with self._lock:
-            most_rows = HOLD_BATCHES * self.budget.rows
-            rows, tokens = most_rows - len(self._pool), self._most_tokens() - self._pool.tokens
+            budget, waiting = self.budget, len(self._pool)
+            rows, tokens = HOLD_BATCHES * budget.rows - waiting, self._most_tokens() - self._pool.tokens
             if rows <= 0 or tokens <= 0:
                 return None
             return Limit(
@@ -96,7 +96,16 @@ class Window:
                 tokens=tokens,
                 live_workers=live_workers,
                 empty_handed=not self._unsettled,
+                held=len(self._unsettled),
+                next_rows=max(0, budget.rows - waiting) if self._pool.tokens < budget.tokens else 0,
             )
+
+    def urgent_room(self) -> Limit | None:
+        """What may be claimed of realtime jobs though the window is full: one micro-batch waits at most."""
+        with self._lock:
+            budget = self.budget
+            rows = budget.rows - self.waiting_of(Priority.REALTIME)
+            return Limit(jobs=rows, rows=rows, tokens=budget.tokens, streams=1, returned=1) if rows > 0 else None
 
     def _most_tokens(self) -> int:
         return max(self._least_batches * self.budget.tokens, self.cost.tokens_in(self._hold_s))
@@ -131,15 +140,15 @@ class Window:
             return not self._running and not len(self._pool)
 
     @property
+    def empty(self) -> bool:
+        """Whether every held entry is settled."""
+        return not self._unsettled
+
+    @property
     def waiting(self) -> bool:
         """Whether prepared rows wait for the runner."""
         with self._lock:
             return bool(len(self._pool))
-
-    @property
-    def waiting_realtime(self) -> int:
-        """Prepared realtime rows that wait for the runner."""
-        return self.waiting_of(Priority.REALTIME)
 
     def waiting_of(self, priority: Priority) -> int:
         """Prepared rows of `priority` that wait for the runner, but for those that spend its share."""

@@ -122,9 +122,9 @@ local function group_size(batch_size, deliveries)
   return math.max(1, math.floor(batch_size ^ ((MAX_ATTEMPTS - 1 - attempts) / (MAX_ATTEMPTS - 1)) + 1e-9))
 end
 
--- Out of what a class has saved at least a micro-batch is paid.
+-- Out of what its class has saved a group runs once that is a micro-batch: it costs a forward of its own.
 local function suspect_fits(r, t)
-  if #taken == 0 then return allowance >= math.min(r, math.max(1, NEXT_ROWS)) end
+  if #taken == 0 then return allowance >= NEXT_ROWS end
   return #taken < MAX_JOBS and rows + r <= MAX_ROWS and tokens + t <= MAX_TOKENS and r <= allowance
 end
 

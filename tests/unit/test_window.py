@@ -255,6 +255,32 @@ def test_a_window_has_room_for_some_batches_and_then_none(window: Window) -> Non
     assert window.room(1) is not None
 
 
+def test_room_says_what_is_held_and_what_the_next_micro_batch_lacks(window: Window) -> None:
+    def said() -> tuple[int, int]:
+        room = window.room(2)
+        assert room is not None
+        return room.held, room.next_rows
+
+    assert said() == (0, 4)
+    window.hold([held_of([2, 2]), held_of([2])])
+    assert said() == (2, 1)
+    window.take()
+    assert said() == (2, 4)
+    # As many tokens as a micro-batch may have.
+    window.hold([held_of([100])])
+    assert said() == (3, 0)
+
+
+def test_a_full_window_has_room_for_one_micro_batch_of_realtime_rows(window: Window) -> None:
+    urgent = window.urgent_room()
+    assert urgent is not None
+    assert (urgent.rows, urgent.tokens, urgent.streams, urgent.returned) == (4, 100, 1, 1)
+
+    window.hold([held_of([3] * 4, claim_of(priority=Priority.REALTIME))])
+
+    assert window.urgent_room() is None
+
+
 def tokens_of(window: Window) -> int:
     room = window.room(1)
     assert room is not None
