@@ -184,6 +184,7 @@ end
 
 -- XREADGROUP knows no rows or tokens: look first, then deliver exactly what fits.
 local function take_new(stream)
+  if full or fresh[stream] < 1 then return end
   local ids, size, after = {}, FIRST_PAGE, last[stream]
   local function take_each(entries)
     for _, entry in ipairs(entries) do
@@ -225,13 +226,15 @@ local function find_group(key)
 end
 
 local function find_returned(stream)
-  innocents[stream], suspects[stream] = {}, {}
   local given_back = redis.call('XPENDING', KEYS[stream], GROUP, '-', '+', MAX_JOBS + 64, RETURNED)
+  innocents[stream], suspects[stream] = given_back, given_back
+  if #given_back == 0 then return end
+  innocents[stream], suspects[stream] = {}, {}
   for _, pending in ipairs(given_back) do
     local list = pending[4] >= SUSPECT and suspects or innocents
     table.insert(list[stream], pending)
   end
-  waiting[stream] = fresh[stream] + #given_back
+  waiting[stream] = waiting[stream] + #given_back
 end
 
 for stream = 1, 3 do
@@ -240,6 +243,7 @@ for stream = 1, 3 do
   if not group then return redis.error_reply('NOGROUP no group ' .. GROUP .. ' on ' .. KEYS[stream]) end
   groups[stream], last[stream] = group, group['last-delivered-id']
   fresh[stream] = math.max(0, redis.call('XLEN', KEYS[stream]) - group['pending'])
+  waiting[stream] = fresh[stream]
   find_returned(stream)
 end
 local time = redis.call('TIME')

@@ -68,13 +68,16 @@ class Bench:
         shares: dict[Priority, float],
         wakes: Sequence[Callable[[Bench], object]] = (),
         patience: Patience | None = None,
+        beside: Bench | None = None,
     ) -> None:
-        client = fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2)
+        """A worker of a queue of its own, or of that of the one `beside` it."""
+        self.server: fakeredis.FakeServer = beside.server if beside else fakeredis.FakeServer()
+        client = fakeredis.FakeRedis(server=self.server, protocol=2)
         self.queue = Queue(client, ServiceKeys("echo"))
         self.queue.open()
-        self.shared = Shared("w1", Window(Budget(ROWS, tokens=1_000)))
+        self.shared = Shared("w2" if beside else "w1", Window(Budget(ROWS, tokens=1_000)))
         self.finished: list[Finished] = []
-        self.streams = Scripted(client, self.queue.keys, [partial(wake, self) for wake in wakes])
+        self.streams: Scripted = Scripted(client, self.queue.keys, [partial(wake, self) for wake in wakes])
         self.claimer = Claimer(
             self.shared,
             claimer.Queue(self.streams, self.queue.lease),
@@ -193,6 +196,41 @@ def test_no_class_starves_while_more_urgent_ones_saturate_the_worker(bench: Benc
     assert served[Priority.NORMAL] >= 0.1 * total
     assert served[Priority.BATCH] >= 0.05 * total
     assert served[Priority.REALTIME] >= 0.5 * total
+
+
+def test_a_worker_that_joins_is_left_what_waits_beyond_the_next_micro_batch_of_the_other(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Bench(SHARES, beside=bench)
+    for each in (bench, other):
+        monkeypatch.setattr(each.shared.window, "wait_for_take", lambda timeout: False)
+    bench.put(Priority.NORMAL, 5 * ROWS)
+    bench.claim()
+    assert len(bench.shared.window.names()) == 5 * ROWS
+    bench.claimer.live_workers = other.claimer.live_workers = 2
+
+    # As a caller whose window follows the live workers: it sends as many again.
+    bench.put(Priority.NORMAL, 5 * ROWS)
+    bench.claim()
+    assert len(bench.shared.window.names()) == 5 * ROWS
+    for _ in range(3):
+        other.claim()
+    assert len(other.shared.window.names()) == 2.5 * ROWS
+
+    ran = dict.fromkeys((bench, other), 0)
+    while bench.queue.depth():
+        for worker in (bench, other):
+            ran[worker] += len(worker.run_one()) if worker.shared.window.waiting else 0
+            worker.claim()
+    assert 0.4 <= ran[other] / sum(ran.values()) <= 0.6
+
+
+def test_a_lone_worker_holds_a_full_window(bench: Bench) -> None:
+    bench.put(Priority.NORMAL, 2 * HOLD_BATCHES * ROWS)
+
+    bench.claim()
+
+    assert len(bench.shared.window.names()) == HOLD_BATCHES * ROWS
 
 
 def test_a_suspect_does_not_starve_while_more_urgent_jobs_saturate_the_worker(
