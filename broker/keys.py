@@ -86,7 +86,9 @@ class ServiceKeys:
         return self._key("cancelled")
 
     def trail(self) -> str:
-        """HASH: 'stream:entry id' -> a line for each run of it that did not end; ttl a day after the last."""
+        """HASH: 'stream:entry id' -> a line for each run of it that did not end; the same with ':batch' -> the batch it
+        ran in last, its size, and the server ms until which it waits for a second worker; ttl a day after the last.
+        """
         return self._key("trail")
 
     def refused(self) -> str:

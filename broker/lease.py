@@ -2,7 +2,8 @@
 
 The delivery count of a pending entry is 1 + 2 x attempts + hosts lost, and only `release` and `reclaim` raise it: an
 attempt is a start that did not end, not a delivery. Where nobody can say what was running, because the whole host is
-gone, each job it held takes half an attempt. From one attempt on a job runs alone; at `max_attempts` it is buried.
+gone, each job it held takes half an attempt. From one attempt on a job is a suspect: it runs alone, or in a group of
+those it died with, which both scripts note in `trail`. At `max_attempts` it is buried.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ def is_live(beat: float, now: float, lease_ms: int = LEASE_MS) -> bool:
     until then. beat.lua and reclaim.lua quote this rule.
     """
     return abs(now - beat) <= lease_ms
+
+
+SUSPECT_ATTEMPTS = 1.0
+"""Attempts from which on a job runs alone, or in a group of those it died with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +88,7 @@ class Lease:
         """
         named = ("but", *keep) if only is None else ("only", *only)
         keys = [*self._keys.streams(), self._keys.workers(), self._keys.worker(consumer), self._keys.trail()]
-        args: list[scripts.Argument] = [GROUP, consumer, RETURNED, int(gone), _line(how)]
+        args: list[scripts.Argument] = [GROUP, consumer, RETURNED, self._lease_ms, int(gone), _line(how)]
         args += (len(started), *started, *named)
         return int(scripts.run(self._client, "release", keys, args))
 

@@ -46,7 +46,10 @@ _LOOK = (
 # No script|load: who may load scripts may load one that never ends. Workers load them all, see scripts.py.
 # No xack: it would settle jobs that workers hold. `cancel` does without.
 _CALL = (
-    Grant("evalsha", write=f"service {_JOBS} bucket bucket:* paused refused seen:* cancelled reply:* result:* call:*"),
+    Grant(
+        "evalsha",
+        write=f"service {_JOBS} bucket bucket:* paused refused seen:* cancelled trail reply:* result:* call:*",
+    ),
     Grant("hget hmget", read="service bucket bucket:* call:*"),
     Grant("hset hincrby hexists hstrlen hlen pttl pexpire", write="call:*"),
     Grant("get pttl exists", read="paused seen:* result:*"),
@@ -65,7 +68,7 @@ _WORK = (
     Grant("script|load"),
     Grant("evalsha", write=f"service {_JOBS} paused dead trail cancelled reply:* seen:* result:* call:*"),
     Grant("hset hincrby hmget hstrlen hlen pexpire", write="call:*"),
-    Grant("evalsha", write=f"service {_JOBS} workers worker:* cancelled reclaim trail"),
+    Grant("evalsha", write=f"service {_JOBS} paused workers worker:* cancelled reclaim trail"),
     Grant("hsetnx", write="service"),
     Grant("xreadgroup xack xclaim xdel xgroup|create xgroup|setid xgroup|delconsumer", write=_JOBS),
     Grant("zadd zrem pexpire", write="workers cancelled"),

@@ -91,7 +91,9 @@ class Limit:
     """How much one claim may take. `empty_handed`: the worker holds nothing, so one job may exceed rows and tokens.
 
     `saved` are the rows that normal and batch jobs may take before more urgent ones. New jobs are taken from the first
-    `streams`, the most urgent ones, and returned jobs from the first `returned`.
+    `streams`, the most urgent ones, and returned jobs from the first `returned`. `held`: jobs in this worker's hand, a
+    part of its share of all that waits; beyond its share it takes `next_rows`, those missing in its next micro-batch.
+    `max_attempts` bounds groups of suspects; `job`: rows and tokens of the job it took last.
     """
 
     jobs: int
@@ -102,12 +104,17 @@ class Limit:
     streams: int = 3
     returned: int = 3
     saved: tuple[int, int] = (0, 0)
+    held: int = 0
+    next_rows: int = 0
+    max_attempts: int = 3
+    job: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """One claim's yield. `now`: server clock, ms. `waiting` jobs are left, by stream; `suspects` wait to run alone.
+    """One claim's yield. `now`: server clock, ms. `waiting`: jobs left, new and returned ones, by stream.
 
+    `suspects`: the most urgent stream, 1 to 3, with suspects left for a worker that holds nothing; 0 for none.
     `paused`: nothing is given to anybody for the time being. The first `woken` claims came to a sleeper, even so.
     `blocked`: the stream, 1 to 3, whose next job had more rows or tokens than there was room left for; 0 for none.
     """
@@ -261,8 +268,9 @@ class Streams:
     def _claim_words(self, consumer: str, limit: Limit) -> tuple[list[str], list[scripts.Argument]]:
         """Keys and arguments of the claim script."""
         args: list[scripts.Argument] = [GROUP, consumer, RETURNED, limit.jobs, limit.rows, limit.tokens]
-        args += (max(1, limit.live_workers), int(limit.empty_handed), limit.streams, *limit.saved, limit.returned)
-        return [*self._streams, self._keys.paused()], args
+        args += (max(1, limit.live_workers), limit.held, limit.next_rows, int(limit.empty_handed))
+        args += (limit.streams, limit.returned, *limit.saved, limit.max_attempts, LEASE_MS, *limit.job)
+        return [*self._streams, self._keys.paused(), self._keys.workers(), self._keys.trail()], args
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         """Write each job's reply and retire its entry, in one step and once: a late twin is dropped."""
@@ -292,7 +300,7 @@ class Streams:
         A detached job that waited has Cancelled as its result. A client is told by this outcome alone: it waits for no
         reply to what it cancels.
         """
-        keys = [*self._streams, self._keys.cancelled()]
+        keys = [*self._streams, self._keys.cancelled(), self._keys.trail()]
         args: list[scripts.Argument] = [GROUP, RETURNED, MARKS_KEPT_MS]
         result = b"" if client else _CANCELLED
         for job_id in job_ids:
@@ -311,7 +319,7 @@ class Streams:
     def _purge(self, priority: Priority, last: bytes) -> int:
         stream, purged, after = self._keys.stream(priority), 0, "-"
         while page := cast(Entries, self._client.xrange(stream, after, last, count=MAX_JOBS_PER_CALL)):
-            keys = [*self._streams]
+            keys = [*self._streams, self._keys.trail()]
             args: list[scripts.Argument] = [GROUP, RETURNED, self._unread_bytes]
             for entry, fields in page:
                 address, job, *_ = _claim(STREAM_INDEX[priority], entry, _flat(fields), 0.0)

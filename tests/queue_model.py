@@ -19,12 +19,15 @@ CANCELLED = b"cancelled"
 """Stands for the reply that a purge writes, and for the result that the cancellation of a detached job writes."""
 
 SUSPECT = 1.0
-"""From so many attempts on a job runs alone."""
+"""Attempts from which on a job runs in a group of suspects alone."""
 
 
 @dataclass(eq=False)
 class Entry:
-    """One accepted job. `phase` is the limit that had passed when it was sent; `idle`: not renewed for a lease."""
+    """One accepted job. `phase` is the limit that had passed when it was sent; `idle`: not renewed for a lease.
+
+    `batch`: that in which it ran when its worker died, of `batch_size` jobs; `waits`: others lived then.
+    """
 
     job_id: str
     priority: Priority
@@ -37,6 +40,9 @@ class Entry:
     holder: str = ""
     attempts: float = 0.0
     idle: bool = False
+    batch: str = ""
+    batch_size: int = 1
+    waits: bool = False
     unwanted: bool = False
     ended_at: float = 0.0
 
@@ -67,6 +73,7 @@ class Model:
     replies: dict[str, list[tuple[str, bytes]]] = field(default_factory=dict)
     letters: list[tuple[str, str, float, str]] = field(default_factory=list)
     paused: Literal["", "accepting", "refusing"] = ""
+    deaths: int = 0
 
     def live(self, priority: Priority | None = None) -> list[Entry]:
         """Accepted and not settled."""
@@ -111,6 +118,18 @@ class Model:
         entry.where, entry.idle = "returned", False
         entry.attempts += attempts
 
+    def die(self, entries: Sequence[Entry], consumer: str, attempts: float) -> None:
+        """Give back what `consumer` ran, or held with its host; it beats no more."""
+        self.deaths += 1
+        for entry in entries:
+            self.give_back(entry, attempts)
+            entry.batch, entry.batch_size = f"{consumer} {self.deaths}", len(entries)
+            entry.waits = bool(self.beating - {consumer})
+
+    def may_run(self, entry: Entry) -> bool:
+        """Whether a suspect is given out at all: else it waits for a second live worker."""
+        return entry.priority == PRIORITIES[0] or len(self.beating) >= 2 or not entry.waits
+
     def end(self, entry: Entry, reply: bytes | None, now: float) -> None:
         """The job is over; `reply` is None when its caller gets none."""
         entry.where, entry.ended_at = "ended", now
@@ -130,15 +149,18 @@ def check_claim(model: Model, limit: Limit, claimed: Claimed) -> None:
     allowed = PRIORITIES[: limit.streams]
     back = [entry for entry in entries if entry.where == "returned"]
     new = [entry for entry in entries if entry.where == "waiting"]
+    assert len(back) + len(new) == len(entries), "what somebody holds"
     assert {entry.priority for entry in new} <= set(allowed)
-    assert entries == back + new, "new jobs before those given back, or what somebody holds"
-    _check_returned(model.returned(PRIORITIES[: limit.returned]), back, new, limit, claimed.suspects)
-    _check_budget(back, new, limit)
-    _check_share(sum(len(model.waiting(priority)) for priority in PRIORITIES), new, limit)
-    _check_order(model, new, claimed, limit)
+    assert {entry.priority for entry in back} <= set(PRIORITIES[: limit.returned])
+    _check_suspects(model, entries, claimed, limit)
+    _check_budget(entries, limit)
+    _check_share(model, entries, limit)
+    _check_order(model, entries, claimed, limit)
     _check_blocked(model, entries, claimed.blocked, limit)
-    if limit.empty_handed and not back and any(model.waiting(priority) for priority in allowed):
-        assert new, "an idle worker was given nothing of what waits"
+    waiting = [e for each in allowed for e in model.waiting(each)]
+    returned = [e for e in model.returned(PRIORITIES[: limit.returned]) if not e.suspect or model.may_run(e)]
+    if limit.empty_handed and (waiting or returned):
+        assert entries, "an idle worker was given nothing"
 
 
 def _check_as_accepted(entry: Entry, claim: Claim, now: int) -> None:
@@ -149,55 +171,69 @@ def _check_as_accepted(entry: Entry, claim: Claim, now: int) -> None:
     assert job.missed(now) == entry.phase
 
 
-def _check_returned(
-    pool: Sequence[Entry], back: Sequence[Entry], new: Sequence[Entry], limit: Limit, left_suspects: int
-) -> None:
-    """All that were given back come, but for suspects: one of those, alone, to a worker that holds nothing."""
-    suspects = [entry for entry in back if entry.suspect]
-    if suspects:
+def _check_suspects(model: Model, taken: Sequence[Entry], claimed: Claimed, limit: Limit) -> None:
+    """Suspects of one batch, no more than the attempts left allow, in no other company, for a worker with nothing."""
+    group = [entry for entry in taken if entry.suspect]
+    if group:
         assert limit.empty_handed
-        assert (len(back), len(new)) == (1, 0), "a suspect in company"
-    else:
-        innocents = [entry for entry in _by_stream(pool) if not entry.suspect]
-        assert back == innocents[: limit.jobs], "given back and passed over"
-    assert left_suspects == sum(1 for entry in pool if entry.suspect) - len(suspects)
-    assert back or not pool or not limit.empty_handed, "an idle worker was given nothing of what was given back"
+        assert len(group) == len(taken), "a suspect in company"
+        assert len({(entry.priority, entry.batch) for entry in group}) == 1, "suspects of two batches"
+        assert any(map(model.may_run, group)), "the last worker was given a suspect"
+        assert len(group) <= min(_group_size(entry, limit.max_attempts) for entry in group)
+    left = [e for e in model.returned() if e.suspect and e not in group and model.may_run(e)]
+    assert claimed.suspects == min((PRIORITIES.index(entry.priority) + 1 for entry in left), default=0)
 
 
-def _check_budget(back: Sequence[Entry], new: Sequence[Entry], limit: Limit) -> None:
-    assert len(back) + len(new) <= limit.jobs
-    rows = sum(entry.rows for entry in [*back, *new])
-    tokens = sum(entry.tokens for entry in [*back, *new])
-    over_large = len(new) == 1 and not back and limit.empty_handed
-    assert not new or over_large or (rows <= limit.rows and tokens <= limit.tokens), "beyond the budget"
+def _group_size(entry: Entry, max_attempts: int) -> int:
+    left = (max_attempts - 1 - entry.attempts) / (max_attempts - 1)
+    return max(1, int(entry.batch_size**left + 1e-9))
 
 
-def _check_share(waiting: int, new: Sequence[Entry], limit: Limit) -> None:
-    assert len(new) <= max(1, ceil(waiting / limit.live_workers)), "hoarded"
+def _check_budget(taken: Sequence[Entry], limit: Limit) -> None:
+    assert len(taken) <= limit.jobs
+    rows, tokens = sum(entry.rows for entry in taken), sum(entry.tokens for entry in taken)
+    over_large = len(taken) == 1 and limit.empty_handed
+    assert not taken or over_large or (rows <= limit.rows and tokens <= limit.tokens), "beyond the budget"
 
 
-def _check_order(model: Model, new: Sequence[Entry], claimed: Claimed, limit: Limit) -> None:
-    """Each stream in its order; a less urgent job before a more urgent one only out of what its class has saved."""
+def _check_share(model: Model, taken: Sequence[Entry], limit: Limit) -> None:
+    if any(entry.suspect for entry in taken):
+        return
+    waiting = len(model.returned()) + sum(len(model.waiting(priority)) for priority in PRIORITIES)
+    share = max(1, ceil((waiting + limit.held) / limit.live_workers) - limit.held)
+    assert len(taken) <= share or sum(entry.rows for entry in taken[:-1]) < limit.next_rows, "hoarded"
+
+
+def _check_order(model: Model, taken: Sequence[Entry], claimed: Claimed, limit: Limit) -> None:
+    """Each stream in its order, innocents that were given back first; a less urgent job before a more urgent one only
+    out of what its class has saved.
+    """
     by_share = {claim.address.job_id for claim in claimed.claims if claim.by_share}
     saved = {Priority.REALTIME: 0, Priority.NORMAL: limit.saved[0], Priority.BATCH: limit.saved[1]}
+    ready = 0
     for at, priority in enumerate(PRIORITIES):
-        mine = [entry for entry in new if entry.priority == priority]
-        waited = model.waiting(priority)
-        assert mine == waited[: len(mine)], "overtaken within its stream"
-        assert claimed.waiting[at] == len(waited) - len(mine)
-        assert sum(entry.rows for entry in mine if entry.job_id in by_share) <= saved[priority]
+        mine = [entry for entry in taken if entry.priority == priority]
+        returned = model.returned([priority])
+        waited = [entry for entry in returned if not entry.suspect] if at < limit.returned else []
+        waited += model.waiting(priority)
+        plain = [entry for entry in mine if not entry.suspect]
+        assert plain == waited[: len(plain)], "overtaken within its stream"
+        assert claimed.waiting[at] == len(returned) + len(model.waiting(priority)) - len(mine)
+        paid = sum(entry.rows for entry in plain if entry.job_id in by_share)
+        assert paid <= saved[priority]
         if any(entry.job_id not in by_share for entry in mine):
-            assert not any(claimed.waiting[:at]), "a less urgent job came first"
+            assert not ready, "a less urgent job came first"
+        left = waited if at < limit.streams else [e for e in waited if e.where == "returned"]
+        ready += len([entry for entry in left if entry not in plain])
 
 
 def _check_blocked(model: Model, taken: Sequence[Entry], blocked: int, limit: Limit) -> None:
     if not blocked:
         return
-    assert blocked <= limit.streams
-    first = next(entry for entry in model.waiting(PRIORITIES[blocked - 1]) if entry not in taken)
+    assert blocked <= max(limit.streams, limit.returned)
+    priority = PRIORITIES[blocked - 1]
+    innocents = [entry for entry in model.returned([priority]) if not entry.suspect]
+    queued = (innocents if blocked <= limit.returned else []) + model.waiting(priority)
+    first = next(entry for entry in queued if entry not in taken)
     rows, tokens = (sum(sizes) for sizes in zip(*[(each.rows, each.tokens) for each in [*taken, first]], strict=True))
     assert rows > limit.rows or tokens > limit.tokens, "no room for what fits"
-
-
-def _by_stream(entries: Sequence[Entry]) -> list[Entry]:
-    return sorted(entries, key=lambda entry: PRIORITIES.index(entry.priority))

@@ -34,6 +34,6 @@ class Patience:
         return max(0.0, min(left, 2 * gap - since_last_s)) if gap <= left else 0.0
 
     def waited_in_vain(self) -> None:
-        """Nobody came to a job that was waited with: the crowd may be gone, trust what it taught a quarter as much."""
+        """The wait ended without a second job. Traffic may have dropped, so past arrivals weigh a quarter."""
         self._arrivals /= 4
         self._busy_s /= 4

@@ -24,8 +24,6 @@ from millstream.worker.shared import Shared
 
 log = logging.getLogger(__name__)
 
-EWMA_WEIGHT = 0.2
-
 Jobs = dict[str, Held]
 """By name."""
 
@@ -79,7 +77,7 @@ class Runner:
 
     def _too_large(self, most: int) -> None:
         """Begin the next batch with what fitted into this one's memory."""
-        if self._window.cap(most):
+        if self._window.cost.cap(most):
             log.warning("out of memory: batches hold at most %d tokens from now on, padding included", most)
 
     def _account(self, batch: Rows, outcomes: list[Outcome], jobs: Jobs, seconds: float) -> None:
@@ -92,9 +90,7 @@ class Runner:
         count.padded += computed
         count.errors += sum(1 for outcome in outcomes if isinstance(outcome, MillstreamError))
         count.busy_ms += round(seconds * 1000)
-        rate = seconds / (computed + self._window.budget.overhead)
-        before = self._window.seconds_per_token or rate
-        self._window.seconds_per_token = before + EWMA_WEIGHT * (rate - before)
+        self._window.cost.observe(computed, seconds)
         for held in jobs.values():
             held.running_since = None
             held.inference_ms += seconds * 1000

@@ -1,7 +1,7 @@
 """How less urgent jobs keep moving while more urgent ones saturate the workers: a pure deficit count, in rows.
 
 After deficit round robin (Shreedhar and Varghese, 1995): a class that waits saves its share of all rows served, and may
-spend what it saved before its betters.
+spend what it saved before more urgent classes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from millstream.broker.job import PRIORITIES, Claim, Priority
 
 CLASSES = (Priority.NORMAL, Priority.BATCH)
-"""Those that can starve; realtime is always served first."""
+"""The classes that can starve; realtime is always served first."""
 
 
 class Shares:
@@ -32,11 +32,11 @@ class Shares:
         return normal, batch
 
     def spent(self, priority: Priority, rows: int) -> None:
-        """So many rows, claimed before, run now ahead of their betters."""
+        """Charge `rows`, claimed before, that run now ahead of more urgent ones."""
         self._saved[priority] = max(0.0, self._saved[priority] - rows * (1 - self._shares[priority]))
 
     def served(self, claims: Sequence[Claim], waiting: Sequence[int]) -> None:
-        """Note what a claim took, and how much of each priority waits on, in the streams or in hand."""
+        """Note what a claim took, and how much of each priority still waits, in the streams or in hand."""
         rows = dict.fromkeys(PRIORITIES, 0)
         for claim in claims:
             rows[claim.address.priority] += claim.job.rows if claim.job else 1

@@ -94,7 +94,7 @@ def micro_batches(rows: Iterable[Prepared], window: Window) -> list[list[Prepare
 
 def grid(rows: Sequence[Prepared], window: Window, own: Budget) -> list[Cell]:
     """The cells to measure, by tokens and rows: `own`, and all that pack otherwise. `window` is warmed up."""
-    cost = window.seconds_per_token
+    cost = window.cost.seconds_per_token
     fast_enough = [tokens for at, tokens in enumerate(TOKENS) if at < LEAST_OF_TOKENS or cost * tokens <= FORWARD_S]
     wanted = [Budget(*pair) for pair in product(BATCH_SIZES, fast_enough)]
     cells: dict[tuple[tuple[int, int], ...], Cell] = {}
@@ -107,7 +107,7 @@ def grid(rows: Sequence[Prepared], window: Window, own: Budget) -> list[Cell]:
 def _cell(rows: Sequence[Prepared], window: Window, limits: Budget) -> Cell:
     overhead = min(window.budget.overhead, limits.tokens)
     own = Window(replace(limits, overhead=overhead, packs=window.budget.packs))
-    own.seconds_per_token = window.seconds_per_token
+    own.cost.seconds_per_token = window.cost.seconds_per_token
     batches = micro_batches(rows, own)
     real = sum(row.tokens for row in rows)
     return Cell(own.budget, batches, sum(_computed(batch, own.budget) for batch in batches) / real)

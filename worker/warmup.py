@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 from millstream.broker.errors import MillstreamError, ModelUnavailable, described
 from millstream.worker.models.base import Model, Prepared
@@ -32,9 +31,7 @@ def warm_up(model: Model, window: Window) -> None:
     grown = rows * long.tokens - short.tokens
     token_s = max((long_s - short_s) / grown, 1e-9)
     overhead = max(LEAST_OVERHEAD, min(budget.tokens, short_s / token_s - short.tokens))
-    window.budget = replace(budget, overhead=overhead)
-    window.seconds_per_token = token_s
-    window.forward_s = short_s
+    window.cost.measured(token_s, overhead, short_s)
 
 
 def sample(model: Model, tokens: int) -> Prepared:

@@ -6,16 +6,14 @@ jobs whose answer is written.
 
 from __future__ import annotations
 
-import math
-import sys
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 
 from millstream.broker.job import PRIORITIES, Priority
 from millstream.broker.streams import MAX_JOBS_PER_CALL, Limit
 from millstream.worker.batcher import Budget, Cut, Pool
+from millstream.worker.forward_cost import ForwardCost
 from millstream.worker.held import BY_SHARE, Held, Outcome, Rows
 from millstream.worker.models.base import Prepared
 
@@ -29,7 +27,7 @@ HOLD_BATCHES = 8
 
 
 class Window:
-    """What one worker process holds; thread-safe. `forward_s` is what the smallest forward takes, if that is known.
+    """What one worker process holds; thread-safe. `cost` says what its forwards cost and how large they may be.
 
     `cut` says, in the runner's thread, what ended the micro-batch taken last. `auto_tokens` is what the device was
     measured to make of `max_batch_tokens: auto`.
@@ -38,11 +36,8 @@ class Window:
     def __init__(self, budget: Budget, queue_timeout_s: float | None = None) -> None:
         # One lock; who waits for what is woken by that alone, and not by each job that another thread settles.
         self._lock = threading.RLock()
-        self.budget = budget
-        self._cap = sys.maxsize
+        self.cost = ForwardCost(budget)
         self.limit(budget.rows, budget.tokens, queue_timeout_s)
-        self.seconds_per_token = 0.0
-        self.forward_s = math.inf
         self.cut: Cut = "arrival"
         self.auto_tokens: int | None = None
         self._pool: Pool[Prepared] = Pool()
@@ -63,19 +58,14 @@ class Window:
         self, rows: int, tokens: int, queue_timeout_s: float | None, inference_timeout_s: float | None = None
     ) -> None:
         """Take over changed limits, from the next micro-batch on."""
-        with self._lock:
-            self.budget = replace(self.budget, rows=rows, tokens=min(tokens, self._cap))
-        self._inference_s = inference_timeout_s
+        self.cost.limit(rows, tokens, inference_timeout_s)
         self._hold_s = HOLD_S if queue_timeout_s is None else min(HOLD_S, queue_timeout_s / 2)
         self._least_batches = LEAST_BATCHES if queue_timeout_s is None else 1
 
-    def cap(self, tokens: int) -> bool:
-        """No micro-batch has more padded tokens from now on, whatever is pushed; True where that is news."""
-        with self._lock:
-            is_news = tokens < self._cap
-            self._cap = min(self._cap, tokens)
-            self.budget = replace(self.budget, tokens=min(self.budget.tokens, self._cap))
-            return is_news
+    @property
+    def budget(self) -> Budget:
+        """The limits of a forward."""
+        return self.cost.budget
 
     # -- the claimer's side ------------------------------------------------------------------------------------
 
@@ -94,10 +84,10 @@ class Window:
             self._unsettled.update(names)
 
     def room(self, live_workers: int) -> Limit | None:
-        """What may be claimed now on top of what waits; None where the window is full."""
+        """What may be claimed now on top of what waits; None if the window is full."""
         with self._lock:
-            most_rows = HOLD_BATCHES * self.budget.rows
-            rows, tokens = most_rows - len(self._pool), self._most_tokens() - self._pool.tokens
+            budget, waiting = self.budget, len(self._pool)
+            rows, tokens = HOLD_BATCHES * budget.rows - waiting, self._most_tokens() - self._pool.tokens
             if rows <= 0 or tokens <= 0:
                 return None
             return Limit(
@@ -106,11 +96,19 @@ class Window:
                 tokens=tokens,
                 live_workers=live_workers,
                 empty_handed=not self._unsettled,
+                held=len(self._unsettled),
+                next_rows=max(0, budget.rows - waiting) if self._pool.tokens < budget.tokens else 0,
             )
 
+    def urgent_room(self) -> Limit | None:
+        """What may be claimed of realtime jobs though the window is full: one micro-batch waits at most."""
+        with self._lock:
+            budget = self.budget
+            rows = budget.rows - self.waiting_of(Priority.REALTIME)
+            return Limit(jobs=rows, rows=rows, tokens=budget.tokens, streams=1, returned=1) if rows > 0 else None
+
     def _most_tokens(self) -> int:
-        predicted = round(self._hold_s / self.seconds_per_token) if self.seconds_per_token else 0
-        return max(self._least_batches * self.budget.tokens, predicted)
+        return max(self._least_batches * self.budget.tokens, self.cost.tokens_in(self._hold_s))
 
     @property
     def takes(self) -> int:
@@ -142,15 +140,15 @@ class Window:
             return not self._running and not len(self._pool)
 
     @property
+    def empty(self) -> bool:
+        """Whether every held entry is settled."""
+        return not self._unsettled
+
+    @property
     def waiting(self) -> bool:
         """Whether prepared rows wait for the runner."""
         with self._lock:
             return bool(len(self._pool))
-
-    @property
-    def waiting_realtime(self) -> int:
-        """Prepared realtime rows that wait for the runner."""
-        return self.waiting_of(Priority.REALTIME)
 
     def waiting_of(self, priority: Priority) -> int:
         """Prepared rows of `priority` that wait for the runner, but for those that spend its share."""
@@ -187,13 +185,13 @@ class Window:
         """The next micro-batch, waiting for one; empty when the window is closed and nothing is left."""
         with self._lock:
             self._arrived.wait_for(lambda: len(self._pool) or self._closed)
-            budget = self._one_forward()
+            budget = self.cost.one_forward()
             batch = self._pool.take(budget, self._chosen)
             self._chosen = []
             by_time = self._pool.cut == "tokens" and budget.tokens < self.budget.tokens
             self.cut = "time" if by_time else self._pool.cut
             self._running = len(batch)
-            self._ends_at = time.monotonic() + self.seconds_per_token * (budget.computed(batch) + budget.overhead)
+            self._ends_at = time.monotonic() + self.cost.predicted_s(budget.computed(batch))
             self._takes += 1
             self._taken.notify_all()
             return batch
@@ -204,20 +202,9 @@ class Window:
         Empty where it would gain by what arrives until then: fixed now, a few rows would make a forward of their own.
         """
         with self._lock:
-            chosen = self._pool.choose(self._one_forward())
+            chosen = self._pool.choose(self.cost.one_forward())
             self._chosen = [] if self._pool.cut == "arrival" else chosen
             return [row.payload for row in self._chosen]
-
-    def _one_forward(self) -> Budget:
-        """The budget, cut so that a forward is predicted to take at most half the inference timeout.
-
-        But not below the tokens that a forward's fixed cost is worth: finer cuts would only make each job slower.
-        """
-        budget = self.budget
-        if self._inference_s is None or not self.seconds_per_token:
-            return budget
-        fitting = self._inference_s / 2 / self.seconds_per_token - budget.overhead
-        return replace(budget, tokens=min(budget.tokens, round(max(budget.overhead, fitting))))
 
     def jobs_of(self, rows: Rows) -> list[Held | None]:
         """The job of each row taken; None where it was dropped or ended meanwhile."""

@@ -1,6 +1,6 @@
 -- Stop jobs that nobody wants any more: one that waits is gone, one that a worker holds is marked for it.
--- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET cancelled
--- KEYS[5..] per job: STRING seen, HASH or STRING where its result goes
+-- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET cancelled   KEYS[5] HASH trail
+-- KEYS[6..] per job: STRING seen, HASH or STRING where its result goes
 -- ARGV[1] group  ARGV[2] consumer of returned jobs  ARGV[3] how long a mark lives, ms
 -- then per job: job id, 'hash' | 'string' | 'none' (the client that cancels waits for no reply), result ttl ms, result
 -- Returns per job: 2 it waited and will not run; 1 its worker is told at its next beat; 0 settled, or never was
@@ -61,8 +61,11 @@ local function cancel(seen, key, job, kind, ttl, result)
     redis.call('PEXPIRE', KEYS[4], MARKS_KEPT_MS)
     return 1
   end
-  -- pcall: callers need no right to XACK, with which they could settle what others hold; claim acknowledges it then.
-  if owner then redis.pcall('XACK', KEYS[stream], GROUP, entry) end
+  if owner then
+    -- pcall: callers need no right to XACK, with which they could settle what others hold; claim does both then.
+    redis.pcall('XACK', KEYS[stream], GROUP, entry)
+    redis.pcall('HDEL', KEYS[5], stream .. ':' .. entry, stream .. ':' .. entry .. ':batch')
+  end
   redis.call('XDEL', KEYS[stream], entry)
   answer(kind, key, job, ttl, result)
   -- As settle: a detached job stays known as long as its result, of newer clients by the hash of its call.
@@ -73,7 +76,7 @@ end
 -- Also what lies ahead of the clock, which stepped back since.
 redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', now - MARKS_KEPT_MS)
 redis.call('ZREMRANGEBYSCORE', KEYS[4], now + MARKS_KEPT_MS, '+inf')
-local outcomes, key = {}, 5
+local outcomes, key = {}, 6
 for arg = 4, #ARGV, 4 do
   outcomes[#outcomes + 1] = cancel(KEYS[key], KEYS[key + 1], ARGV[arg], ARGV[arg + 1], ARGV[arg + 2], ARGV[arg + 3])
   key = key + 2

@@ -1,6 +1,6 @@
 -- Take jobs off the queue before anybody runs them, and answer each; what a worker holds is left alone.
--- KEYS[1..3] STREAM realtime, normal, batch
--- KEYS[4..] per job: STREAM, HASH or STRING where its reply goes, STRING seen
+-- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] HASH trail
+-- KEYS[5..] per job: STREAM, HASH or STRING where its reply goes, STRING seen
 -- ARGV[1] group  ARGV[2] consumer of returned jobs  ARGV[3] unread bytes a reply stream may hold; then per job:
 --   stream 1..3, entry id, job id, 'stream' | 'hash' | 'string' | 'none', reply ttl ms, deadline in server ms or 0,
 --   reply
@@ -57,7 +57,7 @@ local function answer(kind, key, job, ttl, deadline, reply)
 end
 
 local outcomes = {}
-local arg, key = 4, 4
+local arg, key = 4, 5
 while arg <= #ARGV do
   local stream, entry, job = KEYS[tonumber(ARGV[arg])], ARGV[arg + 1], ARGV[arg + 2]
   local kind, ttl, deadline, reply = ARGV[arg + 3], ARGV[arg + 4], tonumber(ARGV[arg + 5]), ARGV[arg + 6]
@@ -67,6 +67,8 @@ while arg <= #ARGV do
     -- Both are allowed at maxmemory, and what follows them in the script then is too.
     redis.call('XACK', stream, GROUP, entry)
     gone = redis.call('XDEL', stream, entry)
+    local name = ARGV[arg] .. ':' .. entry
+    if owner then redis.call('HDEL', KEYS[4], name, name .. ':batch') end
   end
   if gone == 1 then
     answer(kind, KEYS[key], job, ttl, deadline, reply)

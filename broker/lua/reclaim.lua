@@ -1,6 +1,6 @@
 -- Give back what workers held whose host is gone: no beat and no renewed entry for a whole lease.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET workers   KEYS[5] STRING reclaim: 'last pass:hold off until'
--- KEYS[6] HASH trail: how the runs of an entry ended
+-- KEYS[6] HASH trail: how the runs of an entry ended, and the batch it ran in last
 -- ARGV[1] group  ARGV[2] consumer of returned jobs  ARGV[3] lease ms
 -- Returns {state, entries given back}; state 'early', 'holding' or 'done'
 
@@ -9,6 +9,8 @@ local EVERY_MS, HOUR_MS, PER_PASS, SPARE_CONSUMERS = 900, 3600000, 1000, 16
 -- Nobody can say what a lost host was running: half an attempt for all it held.
 local HALF_ATTEMPT = 1
 local TRAIL_KEPT_MS, TRAIL_BYTES = 86400000, 4096
+-- As release: how long suspects wait for a second live worker, where there is one now.
+local COMPANION_MS = 30000
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -58,20 +60,27 @@ end
 
 local returned, holders, streams = 0, {}, {}
 
-local function note(name, consumer)
+-- For claim: all that the lost host held is the batch that died.
+local function batch(consumer, size)
+  local others = redis.call('ZCOUNT', KEYS[4], string.format('%.0f', now - LEASE), '+inf')
+  return string.format('%s@%.0f %d %.0f', consumer, now, size, others > 0 and now + COMPANION_MS or 0)
+end
+
+local function note(name, consumer, died_in)
   local line = string.format('%.0f %s was lost with its host', now, consumer)
   local before = redis.call('HGET', KEYS[6], name)
   local lines = before and before .. '\n' .. line or line
-  redis.pcall('HSET', KEYS[6], name, string.sub(lines, -TRAIL_BYTES))
+  redis.pcall('HSET', KEYS[6], name, string.sub(lines, -TRAIL_BYTES), name .. ':batch', died_in)
   redis.call('PEXPIRE', KEYS[6], TRAIL_KEPT_MS)
 end
 
 local function give_back(stream, key, consumer)
   local pending = redis.call('XPENDING', key, GROUP, 'IDLE', LEASE, '-', '+', PER_PASS, consumer)
+  local died_in = batch(consumer, #pending)
   for _, entry in ipairs(pending) do
     local deliveries = entry[4] + HALF_ATTEMPT
     redis.call('XCLAIM', key, GROUP, RETURNED, 0, entry[1], 'RETRYCOUNT', deliveries, 'JUSTID')
-    note(stream .. ':' .. entry[1], consumer)
+    note(stream .. ':' .. entry[1], consumer, died_in)
   end
   returned = returned + #pending
 end

@@ -1,29 +1,43 @@
 -- Give back what a consumer holds, for any live worker to claim: its supervisor saw it die, or it lost track itself.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET workers   KEYS[5] HASH the worker   KEYS[6] HASH trail
--- ARGV[1] group  ARGV[2] consumer  ARGV[3] consumer of returned jobs
--- ARGV[4] 1: the consumer is gone for good, forget it
--- ARGV[5] how the consumer ended, for the trail of those it ran
--- ARGV[6] n, then n entries ('stream:entry id') whose run was cut off: one attempt each
+-- ARGV[1] group  ARGV[2] consumer  ARGV[3] consumer of returned jobs  ARGV[4] lease ms
+-- ARGV[5] 1: the consumer is gone for good, forget it
+-- ARGV[6] how the consumer ended, for the trail of those it ran
+-- ARGV[7] n, then n entries ('stream:entry id') whose run was cut off: one attempt each
 -- then 'but' and the entries to keep, or 'only' and the entries to give back
 -- Returns the number of entries given back
 
-local GROUP, CONSUMER, RETURNED, GONE, HOW = ARGV[1], ARGV[2], ARGV[3], ARGV[4] == '1', ARGV[5]
+local GROUP, CONSUMER, RETURNED, LEASE = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local GONE, HOW = ARGV[5] == '1', ARGV[6]
 local ATTEMPT = 2
 local TRAIL_KEPT_MS, TRAIL_BYTES = 86400000, 4096
+-- How long suspects wait for a second live worker, where there was one when theirs died.
+local COMPANION_MS = 30000
 
 local started, named = {}, {}
-local n = tonumber(ARGV[6])
-for i = 7, 6 + n do started[ARGV[i]] = true end
-local only = ARGV[7 + n] == 'only'
-for i = 8 + n, #ARGV do named[ARGV[i]] = true end
+local n = tonumber(ARGV[7])
+for i = 8, 7 + n do started[ARGV[i]] = true end
+local only = ARGV[8 + n] == 'only'
+for i = 9 + n, #ARGV do named[ARGV[i]] = true end
+
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+
+-- For claim: the batch that died, its size, and until when its jobs wait for a second live worker.
+local function batch()
+  local oldest, own = now - LEASE, tonumber(redis.call('ZSCORE', KEYS[4], CONSUMER))
+  local others = redis.call('ZCOUNT', KEYS[4], string.format('%.0f', oldest), '+inf')
+  if own and own >= oldest then others = others - 1 end
+  return string.format('%s@%.0f %d %.0f', CONSUMER, now, n, others > 0 and now + COMPANION_MS or 0)
+end
+local died_in = n > 0 and batch()
 
 -- A line for each run that did not end: when, who, how. pcall: at maxmemory the job is given back all the same.
 local function note(name)
-  local time = redis.call('TIME')
-  local line = string.format('%.0f %s %s', time[1] * 1000 + math.floor(time[2] / 1000), CONSUMER, HOW)
+  local line = string.format('%.0f %s %s', now, CONSUMER, HOW)
   local before = redis.call('HGET', KEYS[6], name)
   local lines = before and before .. '\n' .. line or line
-  redis.pcall('HSET', KEYS[6], name, string.sub(lines, -TRAIL_BYTES))
+  redis.pcall('HSET', KEYS[6], name, string.sub(lines, -TRAIL_BYTES), name .. ':batch', died_in)
   redis.call('PEXPIRE', KEYS[6], TRAIL_KEPT_MS)
 end
 

@@ -41,7 +41,7 @@ local function end_trail(past, name)
   local trail = redis.call('HGET', KEYS[5], name)
   if not trail then return end
   past[#past + 1], past[#past + 2] = 'history', trail
-  redis.call('HDEL', KEYS[5], name)
+  redis.call('HDEL', KEYS[5], name, name .. ':batch')
 end
 
 local function bury(priority, id, reason, past)

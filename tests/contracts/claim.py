@@ -155,54 +155,71 @@ class ClaimContract:
 
         assert [len(queue.claim(f"w{n}", live_workers=3).claims) for n in range(4)] == [4, 2, 2, 1]
 
-    def test_jobs_that_were_given_back_come_first(self, queue: Queue) -> None:
+    def test_what_a_worker_holds_is_a_part_of_its_share(self, queue: Queue) -> None:
+        queue.put(*[draft(rows=2) for _ in range(8)])
+
+        def claimed(held: int, next_rows: int) -> int:
+            limit = Limit(100, 100, 1_000, live_workers=2, held=held, next_rows=next_rows)
+            return len(queue.streams.claim("w1", limit).claims)
+
+        assert claimed(held=6, next_rows=0) == 1
+        # Its next micro-batch it may fill all the same.
+        assert claimed(held=7, next_rows=3) == 2
+        assert claimed(held=7, next_rows=0) == 0
+        assert claimed(held=0, next_rows=0) == 3
+
+    def test_a_lone_worker_takes_all_that_waits_whatever_it_holds(self, queue: Queue) -> None:
+        queue.put(*[draft() for _ in range(8)])
+
+        assert len(queue.streams.claim("w1", Limit(100, 100, 1_000, held=50)).claims) == 8
+
+    def test_jobs_that_were_given_back_come_first_in_their_stream(self, queue: Queue) -> None:
         lost = queue.hold("dead", draft(), draft())
         queue.lease.release("dead", gone=True)
         (urgent,) = queue.put(draft(), priority=Priority.REALTIME)
+        (after,) = queue.put(draft())
 
         claimed = queue.claim("w1")
 
-        assert ids(claimed.claims) == [*ids(lost), urgent.id]
+        assert ids(claimed.claims) == [urgent.id, *ids(lost), after.id]
         assert queue.held_by(RETURNED) == []
         assert sorted(queue.held_by("w1")) == sorted(names(claimed.claims))
 
-    def test_jobs_that_were_given_back_wait_for_no_budget(self, queue: Queue) -> None:
-        lost = queue.hold("dead", draft(rows=3), draft(rows=50), draft(rows=3))
+    @pytest.mark.parametrize(
+        "limit", [Limit(1, 100, 1000), Limit(100, 5, 1000), Limit(100, 100, 19), Limit(100, 100, 1000, live_workers=4)]
+    )
+    def test_jobs_that_were_given_back_keep_to_the_budget_and_the_share(self, queue: Queue, limit: Limit) -> None:
+        lost = queue.hold("dead", *[draft(rows=3, tokens=10) for _ in range(3)])
+        queue.lease.release("dead", gone=True)
+        queue.put(draft(rows=3, tokens=10))
+
+        claimed = queue.streams.claim("w1", limit)
+
+        assert ids(claimed.claims) == ids(lost[:1])
+        assert claimed.waiting == (0, 3, 0)
+
+    def test_what_was_given_back_and_does_not_fit_is_not_overtaken(self, queue: Queue) -> None:
+        lost = queue.hold("dead", draft(rows=50))
         queue.lease.release("dead", gone=True)
         queue.put(draft())
 
         claimed = queue.claim("busy", rows=4, empty_handed=False)
 
-        assert ids(claimed.claims) == ids(lost)
-        assert claimed.suspects == 0
+        assert (claimed.claims, claimed.blocked) == ([], 2)
+        assert ids(queue.claim("idle", rows=4).claims) == ids(lost)
 
-    def test_a_claim_takes_so_many_of_them_at_most(self, queue: Queue) -> None:
-        lost = queue.hold("dead", draft(), draft(), draft())
+    def test_what_was_given_back_may_come_before_more_urgent_jobs_out_of_savings(self, queue: Queue) -> None:
+        lost = queue.hold("dead", draft(rows=2), draft(rows=2))
         queue.lease.release("dead", gone=True)
+        queue.put(draft(), draft(), priority=Priority.REALTIME)
 
-        assert ids(queue.claim("w1", jobs=2).claims) == ids(lost[:2])
-        assert ids(queue.claim("w2", jobs=2).claims) == ids(lost[2:])
+        claims = queue.streams.claim("w1", Limit(2, 8, 1_000, saved=(3, 0))).claims
 
-    def test_a_suspect_runs_alone_on_a_worker_that_holds_nothing(self, queue: Queue) -> None:
-        suspects = queue.hold("dead", draft(), draft())
-        queue.lease.release("dead", started=names(suspects), gone=True)
-        (innocent,) = queue.put(draft())
-
-        busy = queue.claim("busy", empty_handed=False)
-        first, second = queue.claim("w1"), queue.claim("w2")
-
-        assert (ids(busy.claims), busy.suspects) == ([innocent.id], 2)
-        assert (ids(first.claims), first.suspects) == ([suspects[0].address.job_id], 1)
-        assert (ids(second.claims), second.suspects) == ([suspects[1].address.job_id], 0)
-        assert first.claims[0].attempts == 1.0
-
-    def test_a_suspect_joins_no_claim_that_already_has_jobs(self, queue: Queue) -> None:
-        innocent, suspect = queue.hold("dead", draft(), draft())
-        queue.lease.release("dead", started=names([suspect]), gone=True)
-
-        claimed = queue.claim()
-
-        assert (ids(claimed.claims), claimed.suspects) == (ids([innocent]), 1)
+        assert [(claim.address.priority, claim.by_share) for claim in claims] == [
+            (Priority.NORMAL, True),
+            (Priority.REALTIME, False),
+        ]
+        assert claims[0].address.job_id == lost[0].address.job_id
 
     def test_an_entry_deleted_after_it_was_given_back_is_forgotten(self, queue: Queue) -> None:
         gone, kept = queue.hold("dead", draft(), draft())

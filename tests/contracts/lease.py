@@ -103,8 +103,8 @@ class ReleaseContract:
 
         queue.lease.release("dead", started=names([running]), gone=True)
 
-        assert [claim.attempts for claim in queue.claim("w1").claims] == [1.0]
-        assert [(ids([c]), c.attempts) for c in queue.claim("w2").claims] == [(ids([waiting]), 0.0)]
+        assert [(ids([c]), c.attempts) for c in queue.claim("w1").claims] == [(ids([waiting]), 0.0)]
+        assert [(ids([c]), c.attempts) for c in queue.claim("w2").claims] == [(ids([running]), 1.0)]
 
     def test_what_is_kept_stays(self, queue: Queue) -> None:
         kept, lost = queue.hold("w1", draft(), draft())
@@ -195,7 +195,7 @@ class ReclaimContract:
             assert queue.reclaim() == ("done", 1)
 
         assert seen == [1.0, 1.5, 2.0]
-        assert queue.claim("w1", empty_handed=False).suspects == 1
+        assert queue.claim("w1", empty_handed=False).suspects == 2
 
     def test_after_a_gap_live_workers_first_get_a_lease_to_renew(self, queue: Queue) -> None:
         claims = queue.hold("frozen too", draft())

@@ -37,20 +37,18 @@ class Ledger:
         self._reader = threading.Thread(target=self._read_on, name="ledger")
         self._reader.start()
 
-    def send(self, jobs: Sequence[Sequence[str]]) -> list[str]:
+    def send(self, jobs: Sequence[Sequence[str]], priority: Priority = Priority.NORMAL) -> list[str]:
         """One job for each list of texts; their ids, once the server accepted all."""
         ids = [secrets.token_hex(16) for _ in jobs]
         self.sent.update({job: list(texts) for job, texts in zip(ids, jobs, strict=True)})
         drafted = [self._draft(job, texts) for job, texts in zip(ids, jobs, strict=True)]
         for start in range(0, len(drafted), MAX_JOBS_PER_CALL):
             drafts = drafted[start : start + MAX_JOBS_PER_CALL]
-            self._enqueue(drafts)
+            self._enqueue(drafts, priority)
         return ids
 
-    def _enqueue(self, drafts: Sequence[Draft]) -> None:
-        (admission,) = retrying(
-            lambda: self._streams.enqueue([Group(Priority.NORMAL, drafts, replicated=self._replicated)])
-        )
+    def _enqueue(self, drafts: Sequence[Draft], priority: Priority) -> None:
+        (admission,) = retrying(lambda: self._streams.enqueue([Group(priority, drafts, replicated=self._replicated)]))
         assert not admission.refused, admission.refused
 
     def _draft(self, job: str, texts: Sequence[str]) -> Draft:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from e2e.supervisors import said, supervising
 from support import eventually
 
 from millstream.broker.errors import ModelFailed, WorkerLost
+from millstream.broker.job import Priority
 from millstream.broker.pause import pause, resume
 from millstream.worker import supervisor as module
 from millstream.worker.supervisor import Plan
@@ -176,6 +179,65 @@ def test_every_job_of_a_forward_of_thousands_is_charged_with_its_death(url: str,
         eventually(lambda: site.watch.attempts() == 1)
 
         assert site.watch.charged(1.0) == site.watch.depth() > 2_000
+
+
+# -- what is more urgent meanwhile ---------------------------------------------------------------------------------
+
+
+class Urgent(threading.Thread):
+    """Sends a realtime job every 0.12 s, whatever became of those before, and notes how long each took."""
+
+    EVERY_S = 0.12
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__(name="urgent")
+        self.took_s: list[float] = []
+        self._ledger = ledger
+        self._over = threading.Event()
+        self._callers: list[threading.Thread] = []
+
+    def run(self) -> None:
+        while not self._over.wait(self.EVERY_S):
+            self._callers.append(threading.Thread(target=self._call))
+            self._callers[-1].start()
+        for caller in self._callers:
+            caller.join()
+
+    def _call(self) -> None:
+        start = time.monotonic()
+        self._ledger.wait_for(self._ledger.send([["urgent"]], Priority.REALTIME))
+        self.took_s.append(time.monotonic() - start)
+
+    def stop(self) -> list[float]:
+        """The seconds of each call, the shortest first, once all are answered."""
+        self._over.set()
+        self.join()
+        return sorted(self.took_s)
+
+
+def test_a_job_of_a_batch_of_64_that_kills_its_worker_keeps_no_realtime_call_waiting(url: str, tmp_path: Path) -> None:
+    spec = echo("sleep:0.05,crash:poison", batch_size=64, max_attempts=MAX_ATTEMPTS)
+    jobs = [[f"neighbour-{number}"] for number in range(64)]
+    jobs[37] = ["poison"]
+    with site_of(url, spec, tmp_path / "urgent") as site, site.ledger() as ledger:
+        host = site.start_host(2)
+        site.await_workers(2)
+        # Who has answered something and then dies is replaced at once.
+        ledger.wait_for(ledger.send(windows()))
+        urgent = Urgent(ledger)
+        urgent.start()
+        pause(site.connection.client, site.keys)
+        ids = ledger.send(jobs, Priority.BATCH)
+        resume(site.connection.client, site.keys)
+
+        ledger.wait_for(ids)
+        eventually(lambda: len(urgent.took_s) >= 100, within_s=60.0)
+        took_s = urgent.stop()
+
+        assert [letter[b"id"].decode() for letter in site.watch.dead_letters()] == [ids[37]]
+        assert [ledger.replies[job][0].values for job in ids] == [None if each == ["poison"] else each for each in jobs]
+        assert host.deaths() == MAX_ATTEMPTS
+        assert took_s[int(0.99 * len(took_s))] < 1.0
 
 
 # -- what the supervisor makes of it -------------------------------------------------------------------------------

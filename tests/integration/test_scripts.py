@@ -13,6 +13,7 @@ from contracts.pause import PauseContract, PurgeContract
 from contracts.queue import Queue
 from contracts.rate import RateContract
 from contracts.settle import SettleContract
+from contracts.suspects import SuspectsContract
 
 from millstream.broker.connection import Connection
 from millstream.broker.keys import ServiceKeys
@@ -34,6 +35,10 @@ class TestRate(RateContract):
 
 
 class TestClaim(ClaimContract):
+    pass
+
+
+class TestSuspects(SuspectsContract):
     pass
 
 

@@ -70,6 +70,9 @@ limit = st.builds(
     streams=st.sampled_from([3, 3, 3, 2, 1, 0]),
     returned=st.sampled_from([3, 3, 3, 1]),
     saved=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    held=st.sampled_from([0, 0, 3]),
+    next_rows=st.integers(0, 4),
+    job=st.sampled_from([(1, 1), (4, 20)]),
 )
 worker = st.sampled_from(WORKERS)
 
@@ -83,6 +86,7 @@ COUNTED = (
     "claimed: new",
     "claimed: given back",
     "claimed: suspect",
+    "claimed: suspects together",
     "claimed: over-large",
     "claimed: out of savings",
     "claimed: nothing, paused",
@@ -254,9 +258,10 @@ class QueueMachine(RuleBasedStateMachine):
             self.count("claimed: past its time", times=bool(entry.phase))
             self.count("claimed: out of savings", times=claim.by_share)
             self.count("claimed: suspect", times=entry.suspect)
+            self.count("claimed: suspects together", times=entry.suspect and len(claimed.claims) > 1)
             self.count("claimed: new" if entry.where == "waiting" else "claimed: given back")
             over_large = entry.rows > limit.rows or entry.tokens > limit.tokens
-            self.count("claimed: over-large", times=over_large and entry.where == "waiting")
+            self.count("claimed: over-large", times=over_large)
             self._taken(entry, consumer, known=not cut)
 
     def _taken(self, entry: Entry, consumer: str, *, known: bool) -> None:
@@ -340,7 +345,7 @@ class QueueMachine(RuleBasedStateMachine):
     def bury(self, consumer: str) -> None:
         """A worker takes what cost others their lives, and buries it before it runs."""
         self.count("rule: bury")
-        self._claim(consumer, Limit(jobs=8, rows=8, tokens=64, empty_handed=True))
+        self._claim(consumer, Limit(jobs=8, rows=8, tokens=64, empty_handed=True, next_rows=8))
         exhausted = [entry for entry in self.model.held(consumer) if entry.suspect]
 
         if exhausted:
@@ -373,9 +378,11 @@ class QueueMachine(RuleBasedStateMachine):
 
         assert self.lease.release(consumer, started=[e.name for e in started], gone=True) == len(held)
 
+        self.model.die(started, consumer, 1.0)
         self.model.beating.discard(consumer)
         for entry in held:
-            self.model.give_back(entry, 1.0 if entry in started else 0.0)
+            if entry not in started:
+                self.model.give_back(entry, 0.0)
             self.count("died: an attempt" if entry in started else "died: no attempt")
 
     @precondition(lambda self: any(self.model.strangers(consumer) for consumer in WORKERS))
@@ -437,8 +444,9 @@ class QueueMachine(RuleBasedStateMachine):
         assert returned == len(lost)
         self.count("reclaimed", times=bool(lost))
         self.count("reclaimed: nothing of a live worker", times=len(held) > len(lost))
-        for entry in lost:
-            self.model.give_back(entry, 0.5)
+        for consumer, priority in {(entry.holder, entry.priority) for entry in lost}:
+            batch = [entry for entry in lost if (entry.holder, entry.priority) == (consumer, priority)]
+            self.model.die(batch, consumer, 0.5)
 
     @precondition(lambda self: self.model.paused or len(self.model.live()) > 2)
     @rule(how=st.sampled_from(["", "", "", "", "accepting", "refusing"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -274,3 +275,21 @@ def test_a_client_that_reads_is_answered_again(queue: Queue) -> None:
     queue.client.xtrim(queue.keys.reply(CALLER), maxlen=0)
 
     assert bounded.settle([Settlement(claims[20].address, b"reply")]) == ["answered"]
+
+
+@pytest.mark.parametrize(("job", "looked_at"), [((1, 1), [4]), ((3, 10), [1, 1]), ((2, 3), [2])])
+def test_a_claim_copies_only_as_many_jobs_as_have_room_if_they_are_like_the_last(
+    queue: Queue, job: tuple[int, int], looked_at: list[int]
+) -> None:
+    queue.put(*[draft(rows=3, tokens=10) for _ in range(6)])
+
+    with queue.client.monitor() as monitor:  # type: ignore[no-untyped-call]
+        claimed = queue.streams.claim("w1", Limit(100, 5, 1_000, job=job))
+        queue.client.echo("over")
+        commands = (str(each["command"]) for each in monitor.listen())
+        said = list(takewhile(lambda command: command != "ECHO over", commands))
+
+    assert (len(claimed.claims), claimed.blocked) == (1, 2)
+    stream = queue.keys.stream(Priority.NORMAL)
+    pages = [command for command in said if command.startswith(f"XRANGE {stream}")]
+    assert [int(page.rpartition(" ")[2]) for page in pages] == looked_at

@@ -16,8 +16,9 @@ from millstream.broker.job import PRIORITIES, Priority
 from millstream.broker.keys import ServiceKeys
 from millstream.broker.pause import pause
 from millstream.broker.streams import Claimed, Limit, Streams
-from millstream.worker import claimer
+from millstream.worker import claim_policy, claimer
 from millstream.worker.batcher import Budget
+from millstream.worker.claim_policy import LONGEST_LOOK_S, LOOK_S
 from millstream.worker.claimer import Claimer, Policy
 from millstream.worker.intake import Intake
 from millstream.worker.models.echo import EchoModel
@@ -37,11 +38,12 @@ SOMETHING_IS_LEFT = Claimed(now=0, waiting=(0, 1, 0))
 
 
 class Scripted(Streams):
-    """Before each sleep one of `wakes` happens; when they are used up there is no reason to sleep on."""
+    """Before each sleep one of `wakes` happens, until they are used up."""
 
     def __init__(self, client: fakeredis.FakeRedis, keys: ServiceKeys, wakes: Sequence[Callable[[], object]]) -> None:
         super().__init__(client, keys)
-        self.claims = 0
+        self.claims = self.sleeps = 0
+        self.used_up = False
         self._wakes = iter(wakes)
 
     def claim(self, consumer: str, limit: Limit) -> Claimed:
@@ -51,7 +53,9 @@ class Scripted(Streams):
     def wait(self, consumer: str, wait_s: float, limit: Limit) -> Claimed:
         wake = next(self._wakes, None)
         if wake is None:
+            self.used_up = True
             return SOMETHING_IS_LEFT
+        self.sleeps += 1
         wake()
         return super().wait(consumer, 0.001, limit)
 
@@ -64,13 +68,16 @@ class Bench:
         shares: dict[Priority, float],
         wakes: Sequence[Callable[[Bench], object]] = (),
         patience: Patience | None = None,
+        beside: Bench | None = None,
     ) -> None:
-        client = fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2)
+        """A worker of a queue of its own, or of that of the one `beside` it."""
+        self.server: fakeredis.FakeServer = beside.server if beside else fakeredis.FakeServer()
+        client = fakeredis.FakeRedis(server=self.server, protocol=2)
         self.queue = Queue(client, ServiceKeys("echo"))
         self.queue.open()
-        self.shared = Shared("w1", Window(Budget(ROWS, tokens=1_000)))
+        self.shared = Shared("w2" if beside else "w1", Window(Budget(ROWS, tokens=1_000)))
         self.finished: list[Finished] = []
-        self.streams = Scripted(client, self.queue.keys, [partial(wake, self) for wake in wakes])
+        self.streams: Scripted = Scripted(client, self.queue.keys, [partial(wake, self) for wake in wakes])
         self.claimer = Claimer(
             self.shared,
             claimer.Queue(self.streams, self.queue.lease),
@@ -81,6 +88,12 @@ class Bench:
 
     def put(self, priority: Priority, jobs: int) -> None:
         self.queue.put(*[draft() for _ in range(jobs)], priority=priority)
+
+    def claim(self) -> None:
+        """Steps of the claimer up to its next claim."""
+        claims = self.streams.claims
+        while self.streams.claims == claims:
+            self.claimer._step()
 
     def run_one(self) -> list[Priority]:
         """One micro-batch, run and settled: of which priority its jobs were."""
@@ -107,7 +120,7 @@ def test_a_realtime_job_passes_a_window_that_is_full_and_nothing_else_does(bench
     eventually(lambda: bench.shared.window.room(1) is None)
     bench.put(Priority.REALTIME, 1)
 
-    eventually(lambda: bench.shared.window.waiting_realtime == 1)
+    eventually(lambda: bench.shared.window.waiting_of(Priority.REALTIME) == 1)
     in_hand = len(bench.shared.window.names())
     first = bench.run_one()
     bench.shared.life.drain()
@@ -118,7 +131,7 @@ def test_a_realtime_job_passes_a_window_that_is_full_and_nothing_else_does(bench
     assert in_hand == HOLD_BATCHES * ROWS + 1
 
 
-@pytest.mark.parametrize(("left_s", "waits_s"), [(0.0, claimer.LOOK_S), (0.2, 0.15), (3600.0, claimer.LONGEST_LOOK_S)])
+@pytest.mark.parametrize(("left_s", "waits_s"), [(0.0, LOOK_S), (0.2, 0.15), (3600.0, LONGEST_LOOK_S)])
 def test_a_busy_worker_looks_the_oftener_the_sooner_its_forward_is_over(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, left_s: float, waits_s: float
 ) -> None:
@@ -128,11 +141,11 @@ def test_a_busy_worker_looks_the_oftener_the_sooner_its_forward_is_over(
     monkeypatch.setattr(Window, "forward_left_s", left_s)
     bench.put(Priority.NORMAL, 2 * ROWS)
     # Claims them all, and has room for more.
-    bench.claimer._step()
+    bench.claim()
     window.take()
 
-    bench.claimer._step()
-    bench.claimer._step()
+    bench.claim()
+    bench.claim()
 
     assert waits == [pytest.approx(waits_s)]
 
@@ -155,17 +168,17 @@ def test_until_a_take_makes_room_for_the_next_job_only_others_are_looked_for(
     fitting = HOLD_BATCHES * ROWS // (ROWS - 1)
     bench.queue.put(*[draft(rows=ROWS - 1) for _ in range(fitting + 1)], priority=Priority.BATCH)
 
-    bench.claimer._step()
-    bench.claimer._step()
+    bench.claim()
+    bench.claim()
     assert (asked, len(window.names())) == ([3, 2], fitting)
     bench.put(Priority.NORMAL, 1)
-    bench.claimer._step()
+    bench.claim()
     assert (asked, len(window.names())) == ([3, 2, 2], fitting + 1)
     bench.queue.lease.release("w0")
-    bench.claimer._step()
+    bench.claim()
     assert lost.address.name in window.names()
     assert bench.run_one() == [Priority.NORMAL]
-    bench.claimer._step()
+    bench.claim()
     assert asked == [3, 2, 2, 2, 3]
 
 
@@ -175,7 +188,7 @@ def test_no_class_starves_while_more_urgent_ones_saturate_the_worker(bench: Benc
     for _ in range(80):
         for priority in PRIORITIES:
             bench.put(priority, max(0, 24 - len(bench.queue.jobs(priority))))
-        bench.claimer._step()
+        bench.claim()
         for priority in bench.run_one():
             served[priority] += 1
 
@@ -183,6 +196,64 @@ def test_no_class_starves_while_more_urgent_ones_saturate_the_worker(bench: Benc
     assert served[Priority.NORMAL] >= 0.1 * total
     assert served[Priority.BATCH] >= 0.05 * total
     assert served[Priority.REALTIME] >= 0.5 * total
+
+
+def test_a_worker_that_joins_is_left_what_waits_beyond_the_next_micro_batch_of_the_other(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Bench(SHARES, beside=bench)
+    for each in (bench, other):
+        monkeypatch.setattr(each.shared.window, "wait_for_take", lambda timeout: False)
+    bench.put(Priority.NORMAL, 5 * ROWS)
+    bench.claim()
+    assert len(bench.shared.window.names()) == 5 * ROWS
+    bench.claimer.live_workers = other.claimer.live_workers = 2
+
+    # As a caller whose window follows the live workers: it sends as many again.
+    bench.put(Priority.NORMAL, 5 * ROWS)
+    bench.claim()
+    assert len(bench.shared.window.names()) == 5 * ROWS
+    for _ in range(3):
+        other.claim()
+    assert len(other.shared.window.names()) == 2.5 * ROWS
+
+    ran = dict.fromkeys((bench, other), 0)
+    while bench.queue.depth():
+        for worker in (bench, other):
+            ran[worker] += len(worker.run_one()) if worker.shared.window.waiting else 0
+            worker.claim()
+    assert 0.4 <= ran[other] / sum(ran.values()) <= 0.6
+
+
+def test_a_lone_worker_holds_a_full_window(bench: Bench) -> None:
+    bench.put(Priority.NORMAL, 2 * HOLD_BATCHES * ROWS)
+
+    bench.claim()
+
+    assert len(bench.shared.window.names()) == HOLD_BATCHES * ROWS
+
+
+def test_a_suspect_does_not_starve_while_more_urgent_jobs_saturate_the_worker(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = bench.shared.window
+    monkeypatch.setattr(window, "wait_for_take", lambda timeout: False)
+    monkeypatch.setattr(window, "wait_until_empty", lambda timeout: False)
+    bench.put(Priority.BATCH, 6)
+    lost = bench.queue.claim("dead").claims
+    bench.queue.lease.release("dead", started=[claim.address.name for claim in lost], gone=True)
+    served: list[list[Priority]] = []
+
+    for _ in range(100):
+        bench.put(Priority.REALTIME, max(0, 60 - len(bench.queue.jobs(Priority.REALTIME))))
+        # More often than the runner takes: it fills the window, unless it makes itself free.
+        for _ in range(3):
+            bench.claimer._step()
+        served += [bench.run_one()] if window.waiting else []
+
+    groups = [each for each in served if Priority.BATCH in each]
+    assert groups == [[Priority.BATCH] * 2] * 3
+    assert served[0] == [Priority.REALTIME] * ROWS
 
 
 def one_comes(bench: Bench) -> None:
@@ -206,10 +277,13 @@ def one_comes_as_the_service_is_paused(bench: Bench) -> None:
     one_comes(bench)
 
 
-def step_with_a_runner(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> int:
-    """One step of the claimer beside a runner that takes at once; how many jobs ran."""
+def step_with_a_runner(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, until: Callable[[Bench], bool] = lambda bench: bench.streams.used_up
+) -> int:
+    """Steps of the claimer beside a runner that takes at once, up to `until`; how many jobs ran."""
     # As long as a loaded machine needs to let the runner take.
-    monkeypatch.setattr(claimer, "LOOK_S", LONG_S)
+    monkeypatch.setattr(claim_policy, "LOOK_S", LONG_S)
+    monkeypatch.setattr(claim_policy, "LONGEST_LOOK_S", LONG_S)
     ran: list[Priority] = []
 
     def run() -> None:
@@ -218,7 +292,8 @@ def step_with_a_runner(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> int:
 
     runner = threading.Thread(target=run)
     runner.start()
-    bench.claimer._step()
+    while not until(bench):
+        bench.claimer._step()
     bench.shared.window.close()
     runner.join()
     return len(ran)
@@ -241,7 +316,7 @@ def test_what_was_given_back_runs_with_the_next_job_or_after_the_next_sleep(monk
 
     bench.queue.hold("w0", draft())
     bench.queue.lease.release("w0")
-    bench.claimer._step()
+    bench.claim()
 
     assert len(bench.shared.window.names()) == 1
 
@@ -249,20 +324,17 @@ def test_what_was_given_back_runs_with_the_next_job_or_after_the_next_sleep(monk
 def test_a_suspect_does_not_wait_for_as_long_as_jobs_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(SHARES, wakes=[one_comes_and_a_suspect_is_given_back, one_comes, one_comes])
 
-    assert step_with_a_runner(bench, monkeypatch) == 1
-    bench.claimer._step()
+    ran = step_with_a_runner(bench, monkeypatch, lambda bench: bool(bench.streams.sleeps) and not bench.queue.depth())
 
-    (name,) = bench.queue.held_by(bench.shared.consumer)
-    assert bench.shared.window.names() == [name]
-    assert bench.queue.depth() == 1
+    assert ran == 2
+    assert bench.streams.sleeps == 1
 
 
 def test_a_pause_ends_what_follows_a_job_that_came_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(SHARES, wakes=[one_comes, one_comes_as_the_service_is_paused, one_comes])
 
-    assert step_with_a_runner(bench, monkeypatch) == 1
+    assert step_with_a_runner(bench, monkeypatch, lambda bench: bench.claimer.paused) == 1
 
-    assert bench.claimer.paused
     assert bench.queue.held_by(bench.shared.consumer) == []
 
 
@@ -293,7 +365,7 @@ class Counted(Patience):
 @pytest.mark.parametrize(("forward_s", "claims"), [(0.0001, 1), (0.01, 3)])
 def test_company_is_waited_for_only_where_a_forward_takes_longer(forward_s: float, claims: int) -> None:
     bench = Bench(SHARES, patience=Counted(LONG_S))
-    bench.shared.window.forward_s = forward_s
+    bench.shared.window.cost.smallest_s = forward_s
     bench.put(Priority.NORMAL, 1)
 
     bench.claimer._step()

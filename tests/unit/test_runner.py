@@ -457,7 +457,7 @@ def test_what_it_did_is_counted_and_told(bench: Bench) -> None:
     count = bench.counters
     assert (count.forwards, count.rows, count.tokens, count.padded, count.errors) == (1, 2, 14, 20, 0)
     assert count.cuts == {"rows": 0, "tokens": 0, "time": 0, "padding": 0, "arrival": 1}
-    assert bench.window.seconds_per_token > 0
+    assert bench.window.cost.seconds_per_token > 0
     timings = bench.finished[job.claim.address.job_id].reply.timings
     assert timings["queue"] >= 500
     assert timings["inference"] >= 0

@@ -16,6 +16,7 @@ from contracts.pause import PauseContract, PurgeContract
 from contracts.queue import Queue
 from contracts.rate import RateContract
 from contracts.settle import SettleContract
+from contracts.suspects import SuspectsContract
 
 from millstream.broker.keys import ServiceKeys
 
@@ -37,6 +38,10 @@ class TestRate(RateContract):
 
 
 class TestClaim(ClaimContract):
+    pass
+
+
+class TestSuspects(SuspectsContract):
     pass
 
 

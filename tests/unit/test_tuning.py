@@ -51,7 +51,7 @@ class Device:
 
 def warm(seconds_per_token: float = 1e-6, overhead: float = 128.0) -> Window:
     window = Window(Budget(OWN.rows, OWN.tokens, overhead))
-    window.seconds_per_token = seconds_per_token
+    window.cost.seconds_per_token = seconds_per_token
     return window
 
 

@@ -238,7 +238,7 @@ def test_held_entries_are_named_until_they_are_forgotten(window: Window) -> None
 
 
 def test_a_window_has_room_for_some_batches_and_then_none(window: Window) -> None:
-    window.seconds_per_token = 1e-6
+    window.cost.seconds_per_token = 1e-6
     most = HOLD_BATCHES * window.budget.rows
     room = window.room(live_workers=3)
     assert room is not None
@@ -255,6 +255,32 @@ def test_a_window_has_room_for_some_batches_and_then_none(window: Window) -> Non
     assert window.room(1) is not None
 
 
+def test_room_says_what_is_held_and_what_the_next_micro_batch_lacks(window: Window) -> None:
+    def said() -> tuple[int, int]:
+        room = window.room(2)
+        assert room is not None
+        return room.held, room.next_rows
+
+    assert said() == (0, 4)
+    window.hold([held_of([2, 2]), held_of([2])])
+    assert said() == (2, 1)
+    window.take()
+    assert said() == (2, 4)
+    # As many tokens as a micro-batch may have.
+    window.hold([held_of([100])])
+    assert said() == (3, 0)
+
+
+def test_a_full_window_has_room_for_one_micro_batch_of_realtime_rows(window: Window) -> None:
+    urgent = window.urgent_room()
+    assert urgent is not None
+    assert (urgent.rows, urgent.tokens, urgent.streams, urgent.returned) == (4, 100, 1, 1)
+
+    window.hold([held_of([3] * 4, claim_of(priority=Priority.REALTIME))])
+
+    assert window.urgent_room() is None
+
+
 def tokens_of(window: Window) -> int:
     room = window.room(1)
     assert room is not None
@@ -262,10 +288,10 @@ def tokens_of(window: Window) -> int:
 
 
 def test_a_window_holds_about_a_second_of_work_and_at_least_a_few_batches(window: Window) -> None:
-    window.seconds_per_token = 1 / 500
+    window.cost.seconds_per_token = 1 / 500
     assert tokens_of(window) == 500
 
-    window.seconds_per_token = 1.0
+    window.cost.seconds_per_token = 1.0
     assert tokens_of(window) == LEAST_BATCHES * window.budget.tokens
     window.hold([held_of([100]) for _ in range(LEAST_BATCHES)])
     assert window.room(1) is None
@@ -274,9 +300,9 @@ def test_a_window_holds_about_a_second_of_work_and_at_least_a_few_batches(window
 def test_a_queue_timeout_bounds_what_a_window_holds() -> None:
     window = Window(Budget(rows=4, tokens=100), queue_timeout_s=0.5)
 
-    window.seconds_per_token = 1 / 2_000
+    window.cost.seconds_per_token = 1 / 2_000
     assert tokens_of(window) == 500
-    window.seconds_per_token = 1.0
+    window.cost.seconds_per_token = 1.0
     assert tokens_of(window) == 100
 
 
@@ -375,7 +401,7 @@ def test_how_long_a_forward_takes_is_foreseen_from_those_before(window: Window) 
     window.hold([held_of([5]), held_of([7])])
     assert window.forward_left_s == 0.0
 
-    window.seconds_per_token = 1.0
+    window.cost.seconds_per_token = 1.0
     batch = window.take()
     # Two rows of seven tokens, and what a forward costs besides.
     assert 13.0 < window.forward_left_s - window.budget.overhead <= 14.0
@@ -397,7 +423,7 @@ def test_waiting_until_empty_ends_with_the_last_entry_or_its_time(window: Window
 
 def test_a_forward_is_predicted_to_take_at_most_half_the_inference_timeout() -> None:
     window = Window(Budget(rows=64, tokens=2_048, overhead=10.0))
-    window.seconds_per_token = 0.001
+    window.cost.seconds_per_token = 0.001
     window.limit(64, 2_048, None, inference_timeout_s=0.1)
     window.hold([held_of([10] * 20)])
 
@@ -406,7 +432,7 @@ def test_a_forward_is_predicted_to_take_at_most_half_the_inference_timeout() -> 
 
 def test_a_batch_cut_by_its_predicted_time_says_so() -> None:
     window = Window(Budget(rows=64, tokens=2_048, overhead=10.0))
-    window.seconds_per_token = 0.001
+    window.cost.seconds_per_token = 0.001
     window.hold([held_of([10] * 300)])
 
     window.limit(64, 2_048, None, inference_timeout_s=0.1)
@@ -423,7 +449,7 @@ def test_a_batch_cut_by_its_predicted_time_says_so() -> None:
 
 def test_no_forward_is_cut_finer_than_its_fixed_cost_is_worth() -> None:
     window = Window(Budget(rows=64, tokens=2_048, overhead=100.0))
-    window.seconds_per_token = 0.001
+    window.cost.seconds_per_token = 0.001
     window.limit(64, 2_048, None, inference_timeout_s=0.1)
     window.hold([held_of([10] * 20)])
 
