@@ -3,33 +3,68 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import hiredis
 
-from millstream.broker.keys import ServiceKeys
+from millstream.broker.keys import RETURNED, ServiceKeys
 
 _CHUNK = 1024 * 1024
 
 Command = Sequence[bytes]
+ATTEMPT = 2
+"""What an attempt adds to a delivery count."""
+
+
+@dataclass(frozen=True)
+class OrderedEnd:
+    """Workers that were killed because somebody told their supervisor to stop, between two moments (server ms).
+
+    `held` are the delivery counts before, by the stream's key and the entry's id.
+    """
+
+    began: int
+    ended: int
+    held: Mapping[tuple[str, bytes], int]
+
+
+@dataclass(frozen=True)
+class GivenBack:
+    """An entry that became one of those that any worker may take, at `at` (server ms), with its delivery count then."""
+
+    at: int
+    stream: str
+    entry: bytes
+    count: int
 
 
 @dataclass
 class Journal:
     """The life of every job of one service: `jobs` and `replies` count entries by job id, `results` too.
 
-    `deliveries` are those that count more than the first: (server ms, job id, delivery count).
+    `deliveries` are those that count more than the first: (server ms, job id, delivery count). `given_back` are all
+    entries that a worker lost or gave back.
     """
 
     jobs: Counter[str] = field(default_factory=Counter)
     replies: Counter[str] = field(default_factory=Counter)
     deliveries: list[tuple[int, str, int]] = field(default_factory=list)
+    given_back: list[GivenBack] = field(default_factory=list)
 
     def attempts_before(self, moment: int) -> list[str]:
         """Jobs that were charged with an attempt, or half of one, before `moment`, server ms."""
         return sorted({job for at, job, _ in self.deliveries if at < moment})
+
+    def charged_by(self, end: OrderedEnd) -> list[str]:
+        """Entries whose return to the queue within that end made their count greater by an attempt."""
+        found = [each for each in self.given_back if end.began <= each.at <= end.ended]
+        return [
+            f"{each.stream} {each.entry.decode()}: {before} to {each.count}"
+            for each in found
+            if (before := end.held.get((each.stream, each.entry))) is not None and each.count >= before + ATTEMPT
+        ]
 
     @property
     def most_attempts(self) -> float:
@@ -58,8 +93,12 @@ def replay(commands: Iterable[Command], keys: ServiceKeys) -> Journal:
             journal.replies[_field(command, b"id")] += 1
         elif name == b"SET" and key.startswith(result):
             journal.replies[key.removeprefix(result).decode()] += 1
-        elif name == b"XCLAIM" and key in streams and (count := int(_option(command, b"RETRYCOUNT"))) > 1:
-            journal.deliveries.append((int(_option(command, b"TIME")), entries[key].get(command[5], "unknown"), count))
+        elif name == b"XCLAIM" and key in streams:
+            at, count = int(_option(command, b"TIME")), int(_option(command, b"RETRYCOUNT"))
+            if count > 1:
+                journal.deliveries.append((at, entries[key].get(command[5], "unknown"), count))
+            if command[3] == RETURNED.encode():
+                journal.given_back.append(GivenBack(at, key.decode(), command[5], count))
     return journal
 
 
