@@ -1,0 +1,310 @@
+"""Compares two checkouts in pairs of short runs: paired.py --old PATH --new PATH, each with a .venv of its own.
+
+Each pair starts server, worker and client of both anew, and runs every measure once in each; one pair begins with the
+old checkout, the next with the new one. A ratio new / old is taken within a pair, so that load which lasts for minutes
+slows both; above 1 the new one is better. A measure is OK if the upper 95 % bound of its median ratio is not below
+0.97. Exit status 1 if one is not.
+
+Both run this checkout's driver.py in their own interpreter, with nothing but the public client and `millstream up`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import click
+from bench_embed import MODEL
+from corpus import batches, mix
+from driver import Order
+from measure import Cell, Rounds, Table, children, cpu_s, digits, interval_of_median, machine
+from stage import HERE, START_S, Driver, until
+
+Side = Literal["old", "new"]
+SIDES: Sequence[Side] = ("old", "new")
+Kind = Literal["echo", "minilm"]
+
+LEAST = 0.97
+LENGTH = 200
+BACKLOG = 4_000
+LIMIT_S = 24 * 60.0
+"""No pair begins that would probably not be over by then."""
+
+LEAST_TEXTS, MOST_TEXTS = 128, 800
+CALLERS = 128
+WARM_S = 0.5
+REST_S = 0.3
+"""Seconds after the last answer of a backlog, in which the worker settles what came with it."""
+
+CONFIG: Mapping[Kind, str] = {
+    "echo": """\
+models: {m: {type: echo, model_name: "vector:384"}}
+services: {bench: {model: m, runtime: {worker_count: 1}}}
+""",
+    "minilm": f"""\
+models: {{m: {{type: embedding, model_name: "{MODEL}", device: cpu}}}}
+services: {{bench: {{model: m, runtime: {{batch_size: 64, worker_count: 1, truncate: end}}}}}}
+""",
+}
+SERVICE = "bench"
+_URL = re.compile(r"^use: +export MILLSTREAM_REDIS_URL=(\S+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkout:
+    """A folder with the product and its .venv."""
+
+    path: Path
+
+    def command(self, name: str) -> str:
+        return str(self.path / ".venv" / "bin" / name)
+
+    def described(self) -> str:
+        """Its commit. Raises click.UsageError if its interpreter imports another checkout's code."""
+        found = self._ask(self.command("python"), "-c", "import millstream.client as c; print(c.__file__)")
+        if not Path(found).resolve().is_relative_to(self.path.resolve()):
+            raise click.UsageError(f"{self.command('python')} imports {found}: run scripts/setup dev in {self.path}")
+        return f"{self.path}, {self._ask('git', '-C', str(self.path), 'log', '-1', '--format=%h %s')}"
+
+    def _ask(self, *command: str) -> str:
+        done = subprocess.run(command, cwd="/", env=environment(), capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise click.UsageError(f"{self.path}: {done.stderr.strip()[-500:]}")
+        return done.stdout.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Mill:
+    """A checkout at work: `millstream up` with one worker, and a process that calls it."""
+
+    checkout: Checkout
+    url: str
+    up: subprocess.Popen[bytes]
+    driver: Driver
+    texts: Sequence[str] = ()
+
+    def warmed_up(self, kind: Kind, seconds: float) -> Mill:
+        """After a run that does not count. `texts` are as many as it could embed in twice `seconds`."""
+        warm = mix(MOST_TEXTS)[:LEAST_TEXTS]
+        order = Order("threads", 64, WARM_S, LENGTH) if kind == "echo" else Order("texts", texts=warm)
+        count = round(2 * seconds * self.driver.run(order).rate)
+        return replace(self, texts=mix(MOST_TEXTS)[: max(LEAST_TEXTS, count)])
+
+    def worker_cpu_s(self) -> float:
+        return cpu_s(pid for pid in children(self.up.pid) if b"millstream.worker.process" in _command_line(pid))
+
+    def queue(self, verb: str) -> None:
+        """`millstream queue pause` or `resume`."""
+        command = [self.checkout.command("millstream"), "queue", verb, SERVICE]
+        subprocess.run(command, cwd="/", env=environment(self.url), stdout=subprocess.DEVNULL, check=True)
+
+
+Measured = Callable[[Mill, float], float]
+
+
+def threads(in_flight: int) -> Measured:
+    return lambda mill, seconds: mill.driver.run(Order("threads", in_flight, seconds, LENGTH)).rate
+
+
+def jobs_a_cpu_second(mill: Mill, seconds: float) -> float:
+    """Jobs of a backlog that one second of the worker's CPU does."""
+    mill.queue("pause")
+    mill.driver.run(Order("send", count=BACKLOG, length=LENGTH))
+    before = mill.worker_cpu_s()
+    mill.queue("resume")
+    # Sent last, answered last.
+    mill.driver.run(Order("texts", texts=["the last one"]))
+    time.sleep(REST_S)
+    return BACKLOG / (mill.worker_cpu_s() - before)
+
+
+def offline(mill: Mill, seconds: float) -> float:
+    return mill.driver.run(Order("texts", texts=mill.texts)).rate
+
+
+def online(mill: Mill, seconds: float) -> float:
+    return mill.driver.run(Order("mix", CALLERS, 2 * seconds)).rate
+
+
+MEASURES: Mapping[Kind, Mapping[str, Measured]] = {
+    "echo": {
+        "threads, 256 in flight, calls/s": threads(256),
+        "threads, 64 in flight, calls/s": threads(64),
+        "threads, 1 in flight, calls/s": threads(1),
+        "jobs a second of worker CPU": jobs_a_cpu_second,
+    },
+    "minilm": {
+        "offline embedding, texts/s": offline,
+        f"{CALLERS} online callers, texts/s": online,
+    },
+}
+
+
+def order_of(pair: int) -> Sequence[Side]:
+    """Which side runs first: each one in every other pair."""
+    return SIDES if pair % 2 == 0 else SIDES[::-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """`rounds` are the figures of all pairs so far, by measure and side."""
+
+    checkouts: Mapping[Side, Checkout]
+    seconds: float
+    rounds: Rounds = field(default_factory=Rounds)
+
+    def pairs(self, numbers: Sequence[int]) -> None:
+        """Run these pairs with the same processes."""
+        for kind, measures in MEASURES.items():
+            with ExitStack() as ends:
+                mills = self._started(kind, order_of(numbers[0]), ends)
+                for number, (name, measure) in product(numbers, measures.items()):
+                    for side in order_of(number):
+                        self.rounds.add(f"{name} {side}", measure(mills[side], self.seconds))
+
+    def _started(self, kind: Kind, order: Sequence[Side], ends: ExitStack) -> Mapping[Side, Mill]:
+        """Both sides at work, with the same texts."""
+        cold = [ends.enter_context(working(self.checkouts[side], kind)) for side in order]
+        warm = [mill.warmed_up(kind, self.seconds) for mill in cold]
+        texts = min((mill.texts for mill in warm), key=len)
+        return {side: replace(mill, texts=texts) for side, mill in zip(order, warm, strict=True)}
+
+    def rows(self) -> list[list[Cell]]:
+        return [self._row(name) for measures in MEASURES.values() for name in measures]
+
+    def _row(self, name: str) -> list[Cell]:
+        old, new = self.rounds[f"{name} old"], self.rounds[f"{name} new"]
+        ratio = new.over(old)
+        low, high = interval_of_median(ratio.values)
+        verdict = "OK" if high >= LEAST else "SLOWER"
+        return [name, old.median, new.median, f"{ratio.median:.3f}", f"{low:.3f}-{high:.3f}", f"{high:.3f}", verdict]
+
+
+@contextmanager
+def working(checkout: Checkout, kind: Kind) -> Iterator[Mill]:
+    """Start `checkout` with one ready worker; everything ends with the block."""
+    with tempfile.TemporaryDirectory(prefix="paired-") as folder, ExitStack() as ends:
+        home = Path(folder)
+        (home / "config.yaml").write_text(CONFIG[kind], encoding="utf-8")
+        with (home / "out").open("wb") as out:
+            command = [checkout.command("millstream"), "up", "config.yaml", "--data-dir", str(home / "data")]
+            up = subprocess.Popen(
+                command, cwd=home, env=environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=out
+            )
+        ends.callback(_end, up)
+        url = _await_ready(up, home / "out")
+        process = subprocess.Popen(
+            [checkout.command("python"), str(HERE / "driver.py"), "client", url, SERVICE],
+            cwd=home,
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        ends.callback(_kill, process)
+        yield Mill(checkout, url, up, Driver(process))
+
+
+def environment(url: str | None = None) -> dict[str, str]:
+    """Nothing that would lead to another checkout's code or server; torch's threads do not spin while they wait."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("MILLSTREAM_", "PYTHON"))}
+    given = {"MILLSTREAM_REDIS_URL": url} if url else {}
+    return {**ours, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **given}
+
+
+def _await_ready(up: subprocess.Popen[bytes], out: Path) -> str:
+    """The server's URL, once the worker is ready."""
+    until(lambda: "ready: " in _said(out) or up.poll() is not None, within_s=START_S)
+    found = _URL.search(_said(out))
+    if up.poll() is not None or not found:
+        raise RuntimeError(f"`millstream up` did not start: {_said(out)[-2_000:]}")
+    return found[1]
+
+
+def _said(out: Path) -> str:
+    return out.read_text(errors="replace")
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(30.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def compare(comparison: Comparison, parts: Iterable[Sequence[int]]) -> int:
+    """Run all pairs of `parts`, or as many as fit into LIMIT_S; how many that were."""
+    began, done, longest_s = time.monotonic(), 0, 0.0
+    for numbers in parts:
+        if time.monotonic() - began + longest_s > LIMIT_S:
+            break
+        part_began = time.monotonic()
+        comparison.pairs(numbers)
+        longest_s = max(longest_s, time.monotonic() - part_began)
+        done += len(numbers)
+        click.echo(f"{done} pairs after {time.monotonic() - began:.0f} s", err=True)
+    return done
+
+
+HEADING = ("measure", "old", "new", "new / old", "95 % of the median", "upper bound", "verdict")
+
+
+def table(comparison: Comparison, pairs: int) -> Table:
+    note = f"Medians of {pairs} pairs; above 1 the new one is better. OK: the upper bound is at least {digits(LEAST)}."
+    return Table("New / old", HEADING, comparison.rows(), note)
+
+
+@click.command(help=__doc__)
+@click.option("--old", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--new", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--pairs", type=click.IntRange(min=1), default=9, show_default=True)
+@click.option(
+    "--restart-every", type=click.IntRange(min=1), default=1, show_default=True, help="Pairs with the same processes."
+)
+@click.option("--seconds", type=click.FloatRange(min=0.2), default=2.0, show_default=True, help="Of one closed loop.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write all values there.")
+def main(old: Path, new: Path, pairs: int, restart_every: int, seconds: float, json_file: Path | None) -> None:
+    # Otherwise servers and workers would outlive this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    checkouts: Mapping[Side, Checkout] = {"old": Checkout(old.resolve()), "new": Checkout(new.resolve())}
+    head = {**machine(), "old": checkouts["old"].described(), "new": checkouts["new"].described()}
+    click.echo("\n".join(f"{name}: {value}" for name, value in head.items()) + "\n")
+    comparison = Comparison(checkouts, seconds)
+    done = compare(comparison, batches(range(pairs), restart_every))
+    found = table(comparison, done)
+    click.echo(found.text())
+    if done < pairs:
+        click.echo(f"\nonly {done} of {pairs} pairs in {LIMIT_S / 60:g} minutes: the machine is too busy")
+    if json_file:
+        json_file.write_text(json.dumps({"run": head, "values": comparison.rounds.values}, indent=2), encoding="utf-8")
+    sys.exit(0 if done == pairs and all(row[-1] == "OK" for row in found.rows) else 1)
+
+
+if __name__ == "__main__":
+    main()
