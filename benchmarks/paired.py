@@ -11,105 +11,33 @@ Both run this checkout's driver.py in their own interpreter, with nothing but th
 from __future__ import annotations
 
 import json
-import os
-import re
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal
 
 import click
-from bench_embed import MODEL
-from corpus import batches, mix
+from checkouts import LENGTH, Checkout, Kind, Mill, working
+from corpus import batches
 from driver import Order
-from measure import Cell, Rounds, Table, children, cpu_s, digits, interval_of_median, machine
-from stage import HERE, START_S, Driver, until
+from measure import Cell, Rounds, Table, digits, interval_of_median, machine
 
 Side = Literal["old", "new"]
 SIDES: Sequence[Side] = ("old", "new")
-Kind = Literal["echo", "minilm"]
 
 LEAST = 0.97
-LENGTH = 200
 BACKLOG = 4_000
 LIMIT_S = 24 * 60.0
 """No pair begins that would probably not be over by then."""
 
-LEAST_TEXTS, MOST_TEXTS = 128, 800
 CALLERS = 128
-WARM_S = 0.5
 REST_S = 0.3
 """Seconds after the last answer of a backlog, in which the worker settles what came with it."""
-
-CONFIG: Mapping[Kind, str] = {
-    "echo": """\
-models: {m: {type: echo, model_name: "vector:384"}}
-services: {bench: {model: m, runtime: {worker_count: 1}}}
-""",
-    "minilm": f"""\
-models: {{m: {{type: embedding, model_name: "{MODEL}", device: cpu}}}}
-services: {{bench: {{model: m, runtime: {{batch_size: 64, worker_count: 1, truncate: end}}}}}}
-""",
-}
-SERVICE = "bench"
-_URL = re.compile(r"^use: +export MILLSTREAM_REDIS_URL=(\S+)$", re.MULTILINE)
-
-
-@dataclass(frozen=True, slots=True)
-class Checkout:
-    """A folder with the product and its .venv."""
-
-    path: Path
-
-    def command(self, name: str) -> str:
-        return str(self.path / ".venv" / "bin" / name)
-
-    def described(self) -> str:
-        """Its commit. Raises click.UsageError if its interpreter imports another checkout's code."""
-        found = self._ask(self.command("python"), "-c", "import millstream.client as c; print(c.__file__)")
-        if not Path(found).resolve().is_relative_to(self.path.resolve()):
-            raise click.UsageError(f"{self.command('python')} imports {found}: run scripts/setup dev in {self.path}")
-        return f"{self.path}, {self._ask('git', '-C', str(self.path), 'log', '-1', '--format=%h %s')}"
-
-    def _ask(self, *command: str) -> str:
-        done = subprocess.run(command, cwd="/", env=environment(), capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise click.UsageError(f"{self.path}: {done.stderr.strip()[-500:]}")
-        return done.stdout.strip()
-
-
-@dataclass(frozen=True, slots=True)
-class Mill:
-    """A checkout at work: `millstream up` with one worker, and a process that calls it."""
-
-    checkout: Checkout
-    url: str
-    up: subprocess.Popen[bytes]
-    driver: Driver
-    texts: Sequence[str] = ()
-
-    def warmed_up(self, kind: Kind, seconds: float) -> Mill:
-        """After a run that does not count. `texts` are as many as it could embed in twice `seconds`."""
-        warm = mix(MOST_TEXTS)[:LEAST_TEXTS]
-        order = Order("threads", 64, WARM_S, LENGTH) if kind == "echo" else Order("texts", texts=warm)
-        count = round(2 * seconds * self.driver.run(order).rate)
-        return replace(self, texts=mix(MOST_TEXTS)[: max(LEAST_TEXTS, count)])
-
-    def worker_cpu_s(self) -> float:
-        return cpu_s(pid for pid in children(self.up.pid) if b"millstream.worker.process" in _command_line(pid))
-
-    def queue(self, verb: str) -> None:
-        """`millstream queue pause` or `resume`."""
-        command = [self.checkout.command("millstream"), "queue", verb, SERVICE]
-        subprocess.run(command, cwd="/", env=environment(self.url), stdout=subprocess.DEVNULL, check=True)
-
 
 Measured = Callable[[Mill, float], float]
 
@@ -163,11 +91,13 @@ class Comparison:
 
     checkouts: Mapping[Side, Checkout]
     seconds: float
+    kinds: Sequence[Kind] = tuple(MEASURES)
     rounds: Rounds = field(default_factory=Rounds)
 
     def pairs(self, numbers: Sequence[int]) -> None:
         """Run these pairs with the same processes."""
-        for kind, measures in MEASURES.items():
+        for kind in self.kinds:
+            measures = MEASURES[kind]
             with ExitStack() as ends:
                 mills = self._started(kind, order_of(numbers[0]), ends)
                 for number, (name, measure) in product(numbers, measures.items()):
@@ -182,7 +112,7 @@ class Comparison:
         return {side: replace(mill, texts=texts) for side, mill in zip(order, warm, strict=True)}
 
     def rows(self) -> list[list[Cell]]:
-        return [self._row(name) for measures in MEASURES.values() for name in measures]
+        return [self._row(name) for kind in self.kinds for name in MEASURES[kind]]
 
     def _row(self, name: str) -> list[Cell]:
         old, new = self.rounds[f"{name} old"], self.rounds[f"{name} new"]
@@ -190,72 +120,6 @@ class Comparison:
         low, high = interval_of_median(ratio.values)
         verdict = "OK" if high >= LEAST else "SLOWER"
         return [name, old.median, new.median, f"{ratio.median:.3f}", f"{low:.3f}-{high:.3f}", f"{high:.3f}", verdict]
-
-
-@contextmanager
-def working(checkout: Checkout, kind: Kind) -> Iterator[Mill]:
-    """Start `checkout` with one ready worker; everything ends with the block."""
-    with tempfile.TemporaryDirectory(prefix="paired-") as folder, ExitStack() as ends:
-        home = Path(folder)
-        (home / "config.yaml").write_text(CONFIG[kind], encoding="utf-8")
-        with (home / "out").open("wb") as out:
-            command = [checkout.command("millstream"), "up", "config.yaml", "--data-dir", str(home / "data")]
-            up = subprocess.Popen(
-                command, cwd=home, env=environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=out
-            )
-        ends.callback(_end, up)
-        url = _await_ready(up, home / "out")
-        process = subprocess.Popen(
-            [checkout.command("python"), str(HERE / "driver.py"), "client", url, SERVICE],
-            cwd=home,
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        ends.callback(_kill, process)
-        yield Mill(checkout, url, up, Driver(process))
-
-
-def environment(url: str | None = None) -> dict[str, str]:
-    """Nothing that would lead to another checkout's code or server; torch's threads do not spin while they wait."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("MILLSTREAM_", "PYTHON"))}
-    given = {"MILLSTREAM_REDIS_URL": url} if url else {}
-    return {**ours, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **given}
-
-
-def _await_ready(up: subprocess.Popen[bytes], out: Path) -> str:
-    """The server's URL, once the worker is ready."""
-    until(lambda: "ready: " in _said(out) or up.poll() is not None, within_s=START_S)
-    found = _URL.search(_said(out))
-    if up.poll() is not None or not found:
-        raise RuntimeError(f"`millstream up` did not start: {_said(out)[-2_000:]}")
-    return found[1]
-
-
-def _said(out: Path) -> str:
-    return out.read_text(errors="replace")
-
-
-def _command_line(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(30.0)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.communicate()
 
 
 def compare(comparison: Comparison, parts: Iterable[Sequence[int]]) -> int:
@@ -283,19 +147,22 @@ def table(comparison: Comparison, pairs: int) -> Table:
 @click.command(help=__doc__)
 @click.option("--old", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--new", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--model", type=click.Choice(list(MEASURES)), help="Only the measures with this one.")
 @click.option("--pairs", type=click.IntRange(min=1), default=9, show_default=True)
 @click.option(
     "--restart-every", type=click.IntRange(min=1), default=1, show_default=True, help="Pairs with the same processes."
 )
 @click.option("--seconds", type=click.FloatRange(min=0.2), default=2.0, show_default=True, help="Of one closed loop.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write all values there.")
-def main(old: Path, new: Path, pairs: int, restart_every: int, seconds: float, json_file: Path | None) -> None:
+def main(
+    old: Path, new: Path, model: Kind | None, pairs: int, restart_every: int, seconds: float, json_file: Path | None
+) -> None:
     # Otherwise servers and workers would outlive this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     checkouts: Mapping[Side, Checkout] = {"old": Checkout(old.resolve()), "new": Checkout(new.resolve())}
     head = {**machine(), "old": checkouts["old"].described(), "new": checkouts["new"].described()}
     click.echo("\n".join(f"{name}: {value}" for name, value in head.items()) + "\n")
-    comparison = Comparison(checkouts, seconds)
+    comparison = Comparison(checkouts, seconds, (model,) if model else tuple(MEASURES))
     done = compare(comparison, batches(range(pairs), restart_every))
     found = table(comparison, done)
     click.echo(found.text())
