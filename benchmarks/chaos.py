@@ -26,7 +26,7 @@ from chaos_lib.lanes import Lane, Record, drive
 from chaos_lib.ledger import CANCELLED, OK
 from chaos_lib.report import table
 from chaos_lib.site import CALLERS, WORKERS, Site, opened
-from chaos_lib.verdict import Evidence, Finding, State, answered_again, judge, lost_by_the_server
+from chaos_lib.verdict import Evidence, Finding, State, answered_again, innocents_buried, judge, lost_by_the_server
 from support import eventually
 
 from millstream.broker.datadir import AppendFsync
@@ -50,7 +50,9 @@ PHASES: Mapping[Shape, tuple[list[Lane], list[Lane]]] = {
     "sentinel": ([Lane(faults.MASTERS, 4.0)], [Lane(faults.MASTERS, 8.0), *DEATHS]),
     "cluster": ([Lane(faults.SLOTS, 2.0)], [Lane(faults.SLOTS, 4.0), *DEATHS]),
 }
-"""What fails at first, which is no worker's fault, and what fails then."""
+"""What fails at first, which is no worker's fault, and what fails then, beside the forced drains."""
+
+DRAINS_GAP_S = 20.0
 
 OUTAGES_SHARE, OUTAGES_LEAST_S = 0.15, 28.0
 CALLS_A_SECOND = 250
@@ -66,6 +68,15 @@ class Plan:
     calls_a_second: float
     fsync: AppendFsync
     shape: Shape = "single"
+    drain_every_s: float | None = None
+
+    @property
+    def phases(self) -> tuple[list[Lane], list[Lane]]:
+        """What fails at first, which is no worker's fault, and what fails then."""
+        first, then = PHASES[self.shape]
+        every_s = self.drain_every_s
+        drains = Lane(faults.DRAINS, DRAINS_GAP_S if every_s is None else every_s, least_gap_s=every_s or 0.0)
+        return first, [*then, drains]
 
     @property
     def outages_s(self) -> float:
@@ -96,7 +107,7 @@ class Result:
 
 def run(plan: Plan, home: Path) -> Result:
     """One run from the first process to the verdict."""
-    first, then = PHASES[plan.shape]
+    first, then = plan.phases
     with opened(home, plan.shape, plan.fsync, CALLERS / plan.calls_a_second) as site:
         began = time.monotonic()
         records: dict[str, Record] = {}
@@ -146,6 +157,7 @@ def gather(site: Site, plan: Plan, quiet_until: int, records: Mapping[str, Recor
         forgets=plan.shape == "sentinel",
         problems=[*site.problems, *(f"{name}: {text}" for name, text in site.complaints().items())],
         landed={name: len(record.landed) for name, record in records.items()},
+        ordered=site.ordered,
     )
 
 
@@ -188,6 +200,7 @@ def heading(site: Site, plan: Plan, evidence: Evidence, took: tuple[float, float
         "calls": f"{sum(len(each.sent) for each in evidence.accounts)} of {len(evidence.accounts)} processes",
         "acknowledged and lost by the server": str(lost),
         "answered again": f"{len(answered_again(evidence))}, {FORGOTTEN}" if evidence.forgets else "none but below",
+        "innocents buried": str(len(innocents_buried(evidence))),
         "most attempts of a job": f"{evidence.journal.most_attempts:g}" if evidence.journal else "not known",
     }
 
@@ -203,6 +216,11 @@ def heading(site: Site, plan: Plan, evidence: Evidence, took: tuple[float, float
     default="single",
     help="One server behind proxies; a replicated master that is killed; a Cluster whose slots move.",
 )
+@click.option(
+    "--drain-every",
+    type=click.FloatRange(min=1.0),
+    help=f"Seconds from one forced drain to the next; up to {DRAINS_GAP_S:g} by the seed if not given.",
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write it all there, too.")
 @click.option("--keep", type=click.Path(path_type=Path, file_okay=False), help="Run in this new folder, and keep it.")
 def main(
@@ -211,6 +229,7 @@ def main(
     jobs: int | None,
     fsync: AppendFsync,
     topology: Shape,
+    drain_every: float | None,
     json_file: Path | None,
     keep: Path | None,
 ) -> None:
@@ -218,7 +237,7 @@ def main(
     logging.disable(logging.ERROR)
     # As Ctrl-C does: what was started is ended.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    plan = Plan(seconds, seed, (jobs / seconds) if jobs else CALLS_A_SECOND, fsync, topology)
+    plan = Plan(seconds, seed, (jobs / seconds) if jobs else CALLS_A_SECOND, fsync, topology, drain_every)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         if keep:
             keep.mkdir(parents=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from corpus import SEED
 from plots import Chart
 
 
@@ -151,6 +153,13 @@ def percentile(values: Collection[float], share: float) -> float:
     """The smallest of `values` that at least `share` (0 to 1) of them do not exceed; nan of none."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))] if ordered else float("nan")
+
+
+def interval_of_median(values: Sequence[float], share: float = 0.95, draws: int = 10_000) -> tuple[float, float]:
+    """The bounds between which `share` of the medians of resampled `values` lie (bootstrap); the same each time."""
+    chance = random.Random(SEED)
+    medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(draws))
+    return percentile(medians, (1 - share) / 2), percentile(medians, (1 + share) / 2)
 
 
 def cpu_s(pids: Iterable[int]) -> float:

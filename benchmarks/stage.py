@@ -106,25 +106,38 @@ class Stage:
     def version(self) -> str:
         return f"{self.server.engine} {version_text(self.server.version)} (AOF everysec, Unix socket)"
 
+    @property
+    def log(self) -> str:
+        """Messages of all supervisors and workers so far."""
+        return (self._home / "workers.log").read_text(errors="replace")
+
     def keys(self, spec: ServiceSpec) -> ServiceKeys:
         return ServiceKeys(spec.name)
 
     def register(self, spec: ServiceSpec) -> None:
         Registry(self.connection).push([spec])
 
-    def workers(self, spec: ServiceSpec, count: int) -> Team:
-        """So many more workers of `spec`; returns when they are ready."""
+    def workers(self, spec: ServiceSpec, count: int, folder: Path | None = None) -> Team:
+        """Start `count` more workers of `spec`, and wait until they are ready.
+
+        `folder` is the one they run in; a config.yaml there names the code of a custom service.
+        """
         self.register(spec)
         wanted = len(self.live(spec)) + count
         command = [sys.executable, "-P", "-m", "millstream.cli.main", "worker", "run", spec.name, "--count", str(count)]
         with (self._home / "workers.log").open("ab") as log:
             process = subprocess.Popen(
-                command, cwd=self._home, env=self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                command,
+                cwd=folder or self._home,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         self._ends.callback(_drain, process)
         until(lambda: process.poll() is not None or len(self.live(spec)) >= wanted)
         if process.poll() is not None:
-            raise RuntimeError(f"workers of {spec.name} ended: {(self._home / 'workers.log').read_text()[-2_000:]}")
+            raise RuntimeError(f"workers of {spec.name} ended: {self.log[-2_000:]}")
         return Team(process)
 
     def live(self, spec: ServiceSpec) -> Sequence[WorkerView]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from e2e.hosts import gone
+from e2e.hosts import WORKER_RUN, Host, gone
 from e2e.watch import Entry, freeze_with_work
 from support import eventually
 from topologies import Topology
 
 from chaos_lib.grounds import Lone, Many
+from chaos_lib.journal import OrderedEnd
 from chaos_lib.proxy import Proxy
 from chaos_lib.site import MAX_ATTEMPTS, Site
 from millstream.broker.connection import retrying
@@ -30,6 +32,8 @@ AT_WORK_S = 5.0
 IN_STEP_S = 30.0
 """How long a master that comes back may take to become a replica."""
 OVER_S = 60.0
+ORDERED_S = 60.0
+"""Longest a supervisor may take to end that does not wait for its workers: the server may be away."""
 LONG_FREEZE_S = 3 * LEASE_S
 
 
@@ -134,7 +138,7 @@ def kill_supervisor(site: Site, chance: Random) -> Landing:
         orphans = host.children
         host.kill()
         site.hosts.remove(host)
-        site.start_host()
+        site.start_host(host.program)
     killed_at = time.monotonic()
     try:
         gone(orphans, within_s=OVER_S)
@@ -142,6 +146,60 @@ def kill_supervisor(site: Site, chance: Random) -> Landing:
         site.problems.append(f"workers {orphans} outlived their supervisor for {OVER_S:g} s")
         raise
     return Landing(time.monotonic() - killed_at, f"{len(orphans)} workers")
+
+
+def force_drain(site: Site, chance: Random) -> Landing:
+    """A supervisor is told to stop and kills its workers amid their forwards; a new one is started.
+
+    One that grants no time does so at once, `worker run` at the second signal. What the workers had begun may cost
+    nobody an attempt.
+    """
+    host = chance.choice(site.hosts)
+    _when(lambda: _free_workers(site, host), "it had no live worker")
+    with site.lock:
+        children = _free_workers(site, host)
+        if not children or host not in site.hosts:
+            raise Missed("another fault came first")
+        held = _frozen_together(site, children)
+        began = site.now_ms()
+        site.hosts.remove(host)
+        ordered_at = time.monotonic()
+        try:
+            _order_to_end(host)
+        finally:
+            site.start_host(host.program)
+        site.ordered.append(OrderedEnd(began, site.now_ms(), held))
+    eventually(lambda: _taken_over(site, list(held), ""), within_s=OVER_S)
+    return Landing(time.monotonic() - ordered_at, f"{len(held)} jobs")
+
+
+def _free_workers(site: Site, host: Host) -> dict[str, int]:
+    """The live workers of `host` that no other fault has in hand: consumer -> pid."""
+    ours = [each for each in site.watch.live().items() if each[1] in host.children]
+    return {consumer: pid for consumer, pid in ours if pid not in site.taken and _runs(pid)}
+
+
+def _frozen_together(site: Site, children: Mapping[str, int]) -> Mapping[Entry, int]:
+    """Stop these workers while each holds jobs; the delivery count of each of these."""
+    try:
+        freeze_with_work(site.watch, children, within_s=AT_WORK_S)
+    except (AssertionError, ProcessLookupError) as error:
+        for pid in children.values():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        raise Missed("its workers held nothing") from error
+    return {entry: count for each in children for entry, count in site.watch.deliveries(each).items()}
+
+
+def _order_to_end(host: Host) -> None:
+    host.terminate()
+    if host.program == WORKER_RUN:
+        host.interrupt()
+    try:
+        host.wait(ORDERED_S)
+    except subprocess.TimeoutExpired as error:
+        host.kill()
+        raise Missed(f"it had not ended after {ORDERED_S:g} s") from error
 
 
 # -- the server ------------------------------------------------------------------------------------------------
@@ -370,5 +428,6 @@ SLOTS: Mapping[str, tuple[Fault, float]] = {"slot moved": (move_slot, 2.0)}
 WORKERS_KILLED: Mapping[str, tuple[Fault, float]] = {"worker killed": (kill_worker, 3.0)}
 WORKERS_FROZEN: Mapping[str, tuple[Fault, float]] = {"worker frozen > lease": (freeze_worker, 8.0)}
 SUPERVISORS: Mapping[str, tuple[Fault, float]] = {"supervisor killed": (kill_supervisor, 4.0)}
+DRAINS: Mapping[str, tuple[Fault, float]] = {"drain forced": (force_drain, 4.0)}
 CLIENTS: Mapping[str, tuple[Fault, float]] = {"client killed": (kill_client, 3.0)}
 POISONS: Mapping[str, tuple[Fault, float]] = {"poison job": (poison, 8.0)}

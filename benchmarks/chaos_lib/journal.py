@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,30 @@ _RETURNED = RETURNED.encode()
 
 _ONE_FIELD = 4
 """Words of an HSET that answers a job of a detached call; one that accepts jobs sets several fields."""
+ATTEMPT = 2
+"""What an attempt adds to a delivery count."""
+
+
+@dataclass(frozen=True)
+class OrderedEnd:
+    """Workers that were killed because somebody told their supervisor to stop, between two moments (server ms).
+
+    `held` are the delivery counts before, by the stream's key and the entry's id.
+    """
+
+    began: int
+    ended: int
+    held: Mapping[tuple[str, bytes], int]
+
+
+@dataclass(frozen=True)
+class GivenBack:
+    """An entry that became one of those that any worker may take, at `at` (server ms), with its delivery count then."""
+
+    at: int
+    stream: str
+    entry: bytes
+    count: int
 
 
 @dataclass
@@ -25,17 +49,28 @@ class Journal:
     """The life of every job of one service: `jobs` and `replies` count entries by job id, `results` too.
 
     `withdrawn` are jobs that went while no worker held them and no reply was written: their callers cancelled them.
-    `deliveries` are those that count more than the first: (server ms, job id, delivery count).
+    `deliveries` are those that count more than the first: (server ms, job id, delivery count). `given_back` are all
+    entries that a worker lost or gave back.
     """
 
     jobs: Counter[str] = field(default_factory=Counter)
     replies: Counter[str] = field(default_factory=Counter)
     withdrawn: set[str] = field(default_factory=set)
     deliveries: list[tuple[int, str, int]] = field(default_factory=list)
+    given_back: list[GivenBack] = field(default_factory=list)
 
     def attempts_before(self, moment: int) -> list[str]:
         """Jobs that were charged with an attempt, or half of one, before `moment`, server ms."""
         return sorted({job for at, job, _ in self.deliveries if at < moment})
+
+    def charged_by(self, end: OrderedEnd) -> list[str]:
+        """Entries whose return to the queue within that end made their count greater by an attempt."""
+        found = [each for each in self.given_back if end.began <= each.at <= end.ended]
+        return [
+            f"{each.stream} {each.entry.decode()}: {before} to {each.count}"
+            for each in found
+            if (before := end.held.get((each.stream, each.entry))) is not None and each.count >= before + ATTEMPT
+        ]
 
     @property
     def most_attempts(self) -> float:
@@ -69,10 +104,13 @@ def replay(commands: Iterable[Command], keys: ServiceKeys) -> Journal:
             waiting = [entry for entry in command[2:] if holders.get((key, entry), _RETURNED) == _RETURNED]
             jobs = {entries[key].get(entry, "unknown") for entry in waiting}
             journal.withdrawn |= {job for job in jobs if not journal.replies[job]}
-        if name == b"XCLAIM" and key in streams:
+        elif name == b"XCLAIM" and key in streams:
             holders[key, command[5]] = command[3]
-        if name == b"XCLAIM" and key in streams and (count := int(_option(command, b"RETRYCOUNT"))) > 1:
-            journal.deliveries.append((int(_option(command, b"TIME")), entries[key].get(command[5], "unknown"), count))
+            at, count = int(_option(command, b"TIME")), int(_option(command, b"RETRYCOUNT"))
+            if count > 1:
+                journal.deliveries.append((at, entries[key].get(command[5], "unknown"), count))
+            if command[3] == _RETURNED:
+                journal.given_back.append(GivenBack(at, key.decode(), command[5], count))
     return journal
 
 

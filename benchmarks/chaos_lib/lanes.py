@@ -35,12 +35,13 @@ class Record:
 class Lane:
     """Faults that exclude each other. `kinds`: name -> the fault and the seconds it takes; `weights` as often in a bag.
 
-    `gap_s` is the longest rest between two.
+    `gap_s` is the longest rest between two, `least_gap_s` the shortest.
     """
 
     kinds: Mapping[str, tuple[Fault, float]]
     gap_s: float
     weights: Mapping[str, int] = field(default_factory=dict)
+    least_gap_s: float = 0.0
 
     def bag(self, chance: Random) -> list[str]:
         """Each kind as often as its weight says, in any order."""
@@ -63,7 +64,7 @@ class Driver(threading.Thread):
     def run(self) -> None:
         while time.monotonic() < self._until:
             for name in self._lane.bag(self._chance):
-                self._rest(self._chance.uniform(0, self._lane.gap_s))
+                self._rest(self._chance.uniform(self._lane.least_gap_s, self._lane.gap_s))
                 if time.monotonic() + self._lane.kinds[name][1] <= self._until:
                     self._inject(name)
         for name in self._lane.kinds:

@@ -8,20 +8,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from e2e.hosts import Host
+from e2e.hosts import WORKER_RUN, Host
 from e2e.ledger import Ledger
 from e2e.sites import echo
 from e2e.watch import Watch
 from support import eventually
 
-from chaos_lib import TESTS, callers, grounds, raw_callers
+from chaos_lib import TESTS, callers, grounds, hasty, raw_callers
 from chaos_lib.grounds import Ground, Lone, Shape
+from chaos_lib.journal import OrderedEnd
 from chaos_lib.ledger import Account, read
 from millstream.broker.cluster import masters
 from millstream.broker.connection import Connection, retrying
@@ -32,8 +33,11 @@ from millstream.broker.registry import Registry
 
 POISON = "poison"
 FORWARD_S = 0.02
-HOSTS, WORKERS_A_HOST = 2, 2
-WORKERS = HOSTS * WORKERS_A_HOST
+HOSTS = (WORKER_RUN, hasty.PROGRAM)
+"""The program of each host: the second one kills its workers when it is told to stop."""
+
+WORKERS_A_HOST = 2
+WORKERS = len(HOSTS) * WORKERS_A_HOST
 MAX_ATTEMPTS = 3
 TOTAL_TIMEOUT_S = 300.0
 """Far beyond any outage here: a call that ends by its time was forgotten."""
@@ -98,6 +102,7 @@ class Site:
         self.over: list[Calling] = []
         self.taken: set[int] = set()
         self.problems: list[str] = []
+        self.ordered: list[OrderedEnd] = []
         self._pace_s = pace_s
         self._ends = ends
         self.ground = ground
@@ -130,11 +135,10 @@ class Site:
 
     # -- hosts -------------------------------------------------------------------------------------------------
 
-    def start_host(self) -> Host:
+    def start_host(self, program: Sequence[str]) -> Host:
         with self.lock:
-            host = Host(
-                self.ground.workers_url, self.spec.name, WORKERS_A_HOST, self.home / f"host-{len(self._homes())}"
-            )
+            home = self.home / f"host-{len(self._homes())}"
+            host = Host(self.ground.workers_url, self.spec.name, WORKERS_A_HOST, home, program=program)
             self.hosts.append(host)
         self._ends.callback(host.clean_up)
         return host
@@ -156,7 +160,7 @@ class Site:
             with self.lock:
                 for host in [host for host in self.hosts if host.process.poll() is not None]:
                     self.hosts.remove(host)
-                    self.start_host()
+                    self.start_host(host.program)
 
     def _homes(self) -> list[Path]:
         return sorted(self.home.glob("host-*"))
@@ -279,8 +283,8 @@ def opened(home: Path, shape: Shape, fsync: AppendFsync, pace_s: float) -> Itera
     """A site at work: all workers live, all callers call. Every process it started is ended afterwards."""
     with ExitStack() as ends:
         site = Site(home, grounds.opened(home, shape, fsync, ends), pace_s, ends)
-        for _ in range(HOSTS):
-            site.start_host()
+        for program in HOSTS:
+            site.start_host(program)
         site.await_workers()
         for calling in [site.start_callers(kind) for kind in KINDS]:
             calling.begin()

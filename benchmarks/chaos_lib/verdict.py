@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from chaos_lib.journal import Journal
+from chaos_lib.journal import Journal, OrderedEnd
 from chaos_lib.ledger import CANCELLED, OK, Account
 from millstream.broker.keys import DEFAULT_PREFIX, RETURNED, ServiceKeys, services_key
 
@@ -51,6 +51,7 @@ class Evidence:
     `found` is what became of the detached calls of killed clients, by the id of the call; `quiet_until` is when, server
     ms, the phase ended in which nothing but the server and the network failed. `synced`: the server acknowledged
     nothing that was not on its disk. `forgets`: a new master may not know of a reply that was read already.
+    `ordered` are the ends of workers that somebody asked for.
     """
 
     accounts: Sequence[Account]
@@ -64,6 +65,7 @@ class Evidence:
     problems: Sequence[str]
     landed: Mapping[str, int]
     forgets: bool = False
+    ordered: Sequence[OrderedEnd] = ()
 
 
 def judge(evidence: Evidence, keys: ServiceKeys) -> list[Finding]:
@@ -99,6 +101,11 @@ def answered_again(evidence: Evidence) -> list[str]:
     ]
 
 
+def innocents_buried(evidence: Evidence) -> list[str]:
+    """Dead letters that are no poison."""
+    return [job for job in evidence.state.dead if job not in evidence.poison]
+
+
 def _calls(evidence: Evidence) -> Iterator[Finding]:
     excused = set() if evidence.synced else set(lost_by_the_server(evidence))
     accounts = [account for account in evidence.accounts if not account.killed]
@@ -132,12 +139,15 @@ def _jobs(evidence: Evidence) -> Iterator[Finding]:
     yield Finding("no job was answered twice", sum(journal.replies.values()), again)
     charged = journal.attempts_before(evidence.quiet_until)
     yield Finding("no outage of server or network cost a job an attempt", len(journal.jobs), charged)
+    ordered = [entry for end in evidence.ordered for entry in journal.charged_by(end)]
+    yield Finding(
+        "no ordered end of a worker cost a job an attempt", sum(len(e.held) for e in evidence.ordered), ordered
+    )
 
 
 def _burials(evidence: Evidence) -> Iterator[Finding]:
     dead = evidence.state.dead
-    innocent = [job for job in dead if job not in evidence.poison]
-    yield Finding("only poison jobs are among the dead letters", len(dead), innocent)
+    yield Finding("no innocent job is among the dead letters", len(dead), innocents_buried(evidence))
     alive = [
         job
         for job, replies in evidence.poison.items()

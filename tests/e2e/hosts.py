@@ -15,18 +15,32 @@ from support import eventually
 
 COMMAND = Path(sys.executable).parent / "millstream"
 
+WORKER_RUN = (str(COMMAND), "worker", "run")
+
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("MILLSTREAM_")}
 
 
 class Host:
-    """`millstream worker run` on `cores`, in an empty directory and with nothing to go by but MILLSTREAM_REDIS_URL."""
+    """`millstream worker run` on `cores`, in an empty directory and with nothing to go by but MILLSTREAM_REDIS_URL.
 
-    def __init__(self, url: str, service: str, count: int, home: Path, cores: Collection[int] | None = None) -> None:
+    `program` is another one with the same arguments.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        service: str,
+        count: int,
+        home: Path,
+        cores: Collection[int] | None = None,
+        program: Sequence[str] = WORKER_RUN,
+    ) -> None:
         home.mkdir()
+        self.program = program
         self._log = home / "stderr"
         with self._log.open("wb") as sink:
             self.process = subprocess.Popen(
-                [COMMAND, "worker", "run", service, "--count", str(count)],
+                [*program, service, "--count", str(count)],
                 cwd=home,
                 env={**_ENVIRONMENT, "MILLSTREAM_REDIS_URL": url, "HF_HUB_OFFLINE": "1"},
                 stdin=subprocess.DEVNULL,

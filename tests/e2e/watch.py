@@ -47,6 +47,10 @@ class Watch:
         """The pending entries of `consumer`, or of all."""
         return [entry for entry, _ in retrying(lambda: self._pending(consumer))]
 
+    def deliveries(self, consumer: str) -> dict[Entry, int]:
+        """The delivery count of each pending entry of `consumer`."""
+        return dict(retrying(lambda: self._pending(consumer)))
+
     def attempts(self) -> float:
         """The most attempts that any pending job has behind it."""
         return max(((deliveries - 1) / 2 for _, deliveries in retrying(lambda: self._pending(None))), default=0.0)

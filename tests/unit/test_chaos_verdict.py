@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from chaos_lib.journal import Journal, replay
+from chaos_lib.journal import GivenBack, Journal, OrderedEnd, replay
 from chaos_lib.ledger import CANCELLED, OK, Account, Book, read
 from chaos_lib.verdict import Evidence, State, judge, lost_by_the_server
 
@@ -66,6 +66,12 @@ def written(**changes: object) -> Evidence:
     return replace(evidence(), journal=replace(JOURNAL, **changes))  # type: ignore[arg-type]
 
 
+def ordered_end(*, count: int) -> Evidence:
+    """A worker that held one entry was told to end, and the entry came back with this delivery count."""
+    end = OrderedEnd(600, 700, {(STREAM, b"1-0"): 1})
+    return replace(written(given_back=[GivenBack(650, STREAM, b"1-0", count)]), ordered=[end])
+
+
 def left(**changes: object) -> Evidence:
     """The server holds something else in the end."""
     return replace(evidence(), state=replace(STATE, **changes))  # type: ignore[arg-type]
@@ -86,7 +92,8 @@ def test_nothing_is_violated_where_all_went_well() -> None:
         (written(replies=Counter(["a", "bad"])), "every job was answered, or cancelled before it ran"),
         (written(replies=Counter(["a", "b", "b", "bad"])), "no job was answered twice"),
         (written(deliveries=[(400, "a", 2)]), "no outage of server or network cost a job an attempt"),
-        (left(dead=["bad", "a"]), "only poison jobs are among the dead letters"),
+        (ordered_end(count=3), "no ordered end of a worker cost a job an attempt"),
+        (left(dead=["bad", "a"]), "no innocent job is among the dead letters"),
         (left(dead=[]), "every poison job is, and was answered once"),
         (replace(evidence(), poison={"bad": 0}), "every poison job is, and was answered once"),
         (left(depth=1), "the queue is empty"),
@@ -100,6 +107,10 @@ def test_nothing_is_violated_where_all_went_well() -> None:
 )
 def test_a_broken_promise_is_named(broken: Evidence, says: str) -> None:
     assert violated(broken) == [says]
+
+
+def test_an_ordered_end_may_cost_the_half_attempt_of_a_host_that_was_lost_meanwhile() -> None:
+    assert violated(ordered_end(count=1)) == violated(ordered_end(count=2)) == []
 
 
 def test_every_promise_has_its_counterexample() -> None:
@@ -159,7 +170,8 @@ SET {KEYS.seen("c")} x PXAT 900"""
 
     journal = replay([line.encode().split() for line in text.splitlines()], KEYS)
 
-    assert journal == Journal(Counter("a"), Counter("ac"), deliveries=[(800, "a", 3)])
+    given_back = [GivenBack(800, STREAM, b"1-0", 3)]
+    assert journal == Journal(Counter("a"), Counter("ac"), deliveries=[(800, "a", 3)], given_back=given_back)
     assert (journal.attempts_before(800), journal.attempts_before(801)) == ([], ["a"])
     assert journal.most_attempts == 1.0
 

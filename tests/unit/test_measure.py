@@ -11,8 +11,9 @@ import pytest
 from bench_dtypes import DTYPES, WAYS, report
 from hypothesis import given
 from hypothesis import strategies as st
-from measure import Report, Rounds, Sample, Table, Target, cpu_s, digits, percentile, verdicts
+from measure import Report, Rounds, Sample, Table, Target, cpu_s, digits, interval_of_median, percentile, verdicts
 from pages import marks, renewed, write
+from paired import MEASURES, Comparison, order_of
 from plots import Chart
 
 LINE = Chart("line", "Rows & seconds", "x", "y", {"ours": [(1, 10), (1_000, 90)], "theirs": [(1, 20)]}, log="x")
@@ -45,6 +46,31 @@ def test_a_percentile_is_the_least_value_that_its_share_does_not_exceed(values: 
     assert found in values
     assert sum(value <= found for value in values) >= share * len(values) - 1e-9
     assert sum(value < found for value in values) < share * len(values)
+
+
+def test_the_median_of_few_values_is_known_to_an_interval_that_shrinks_with_more_of_them() -> None:
+    few, many = (0.8, 0.9, 1.0, 1.1, 1.2), tuple(0.8 + 0.004 * number for number in range(101))
+
+    (low, high), (above, below) = interval_of_median(few), interval_of_median(many)
+
+    assert 0.8 <= low < above <= 1.0 <= below < high <= 1.2
+    assert interval_of_median([1.0]) == (1.0, 1.0)
+
+
+def test_each_side_of_a_pair_runs_first_in_every_other_pair() -> None:
+    assert [order_of(pair)[0] for pair in range(4)] == ["old", "new", "old", "new"]
+    assert all(sorted(order_of(pair)) == ["new", "old"] for pair in range(2))
+
+
+@pytest.mark.parametrize(("new", "verdict"), [(100.0, "OK"), (98.0, "OK"), (90.0, "SLOWER"), (120.0, "OK")])
+def test_a_checkout_is_slower_if_even_the_upper_bound_of_its_ratio_is_too_small(new: float, verdict: str) -> None:
+    comparison = Comparison({}, 1.0)
+    for name in (name for measures in MEASURES.values() for name in measures):
+        for noise in (0.99, 1.0, 1.01):
+            comparison.rounds.add(f"{name} old", 100.0)
+            comparison.rounds.add(f"{name} new", new * noise)
+
+    assert {row[-1] for row in comparison.rows()} == {verdict}
 
 
 def test_there_is_no_percentile_of_nothing() -> None:

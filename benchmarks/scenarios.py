@@ -1,0 +1,67 @@
+"""Runs failures of ordinary use against a real server and real workers: scenarios.py NAME... [--seconds N].
+
+Each scenario prints its figures and whether every target was met. Exit status 1 if one was missed.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import click
+from measure import Report, machine, verdicts
+from scenario_lib import crash, frozen, interrupt, join, slow, waiters
+from stage import Stage, staged
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """`seconds` is how long its main part takes, unless the caller says otherwise."""
+
+    run: Callable[[Stage, float], Report]
+    seconds: float
+
+
+SCENARIOS: Mapping[str, Scenario] = {
+    "frozen": Scenario(frozen.run, 20.0),
+    "crash": Scenario(crash.in_function, 20.0),
+    "crash-cost": Scenario(crash.in_cost, 20.0),
+    "crash-check": Scenario(crash.in_check, 20.0),
+    "slow": Scenario(slow.run, 600.0),
+    "waiters": Scenario(waiters.run, 30.0),
+    "join": Scenario(join.run, 150.0),
+    "join-echo": Scenario(join.run_echo, 60.0),
+    "interrupt": Scenario(interrupt.run, 15.0),
+}
+
+
+def play(name: str, seconds: float | None) -> bool:
+    """Run one scenario on a server of its own, and print what it measured; whether every target was met."""
+    scenario, began = SCENARIOS[name], time.monotonic()
+    with staged() as stage:
+        report = scenario.run(stage, seconds or scenario.seconds)
+    click.echo("\n\n".join(table.text() for table in [*report.tables, verdicts(report.targets)]))
+    passed = all(target.met for target in report.targets)
+    click.echo(f"\n{name}: {'PASS' if passed else 'FAIL'} after {time.monotonic() - began:.0f} s\n")
+    return passed
+
+
+@click.command(help=__doc__)
+@click.argument("names", nargs=-1, required=True, type=click.Choice(list(SCENARIOS)))
+@click.option("--seconds", type=click.FloatRange(min=5.0), help="Length of the main part; by default each one's own.")
+def main(names: tuple[str, ...], seconds: float | None) -> None:
+    # Supervisors' and clients' messages about the failures that are provoked here.
+    logging.disable(logging.ERROR)
+    # Otherwise the server and the workers would outlive this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    click.echo("\n".join(f"{name}: {value}" for name, value in machine().items()) + "\n")
+    passed = [play(name, seconds) for name in names]
+    sys.exit(0 if all(passed) else 1)
+
+
+if __name__ == "__main__":
+    main()
