@@ -14,7 +14,7 @@ from millstream.broker.lease import Lease
 from millstream.broker.streams import Claimed, Limit, Streams
 from millstream.worker import claim_policy
 from millstream.worker.claim_policy import State, next_step
-from millstream.worker.intake import Intake
+from millstream.worker.intake import Intake, cancelled
 from millstream.worker.patience import Patience
 from millstream.worker.settler import Finished
 from millstream.worker.shared import Shared
@@ -267,7 +267,8 @@ class Claimer(threading.Thread):
         with self._intake.admitted(claims, self._clock.now()) as (held, finished):
             for each in finished:
                 self._finish(each)
-            self._window.hold(held)
+            for unwanted in self._window.hold(held):
+                self._finish(cancelled(unwanted))
         self._gathered.clear()
 
 

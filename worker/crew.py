@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from millstream.broker.cache import Cache, Recipe
 from millstream.broker.config import Runtime, ServiceSpec
 from millstream.broker.connection import Connection, is_transient, retrying
-from millstream.broker.errors import Cancelled, ConfigError, UnknownService
-from millstream.broker.job import PRIORITIES, Priority, Reply
+from millstream.broker.errors import ConfigError, UnknownService
+from millstream.broker.job import PRIORITIES, Priority
 from millstream.broker.lease import Beat, Lease
 from millstream.broker.registry import Registry
 from millstream.broker.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.worker.beat import Heart
 from millstream.worker.claimer import SLEEP_S, Claimer, Policy, Queue
-from millstream.worker.intake import Intake
+from millstream.worker.intake import Intake, cancelled
 from millstream.worker.keeper import Keeper
 from millstream.worker.models.base import Adapts, Foresees, Laps, Model
 from millstream.worker.orders import Orders
@@ -26,7 +26,7 @@ from millstream.worker.patience import Patience
 from millstream.worker.probe import most_tokens
 from millstream.worker.progress import MOST_ENTRIES, State
 from millstream.worker.runner import Runner
-from millstream.worker.settler import Finished, Settler
+from millstream.worker.settler import Settler
 from millstream.worker.shared import Shared
 from millstream.worker.shares import Shares
 from millstream.worker.timekeeper import Timekeeper
@@ -123,8 +123,8 @@ class Crew:
         self._claimer.live_workers = beat.live_workers
         window.end(beat.lost)
         window.forget(beat.lost)
-        for held in window.end(beat.cancelled):
-            self._settler.put(Finished(held.claim.address, Reply(error=Cancelled("cancelled by its caller"))))
+        for held in window.cancel(beat.cancelled):
+            self._settler.put(cancelled(held))
         self._return_strangers(beat.strangers)
         if beat.revision != self._revision:
             self._renew()

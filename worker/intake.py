@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from millstream.broker.codec import decode_inputs
 from millstream.broker.errors import (
+    Cancelled,
     DeadlineExceeded,
     InvalidRequest,
     Malformed,
@@ -157,3 +158,8 @@ def _newer(claim: Claim) -> Finished:
 def expired(job: Job, phase: str, now: int) -> DeadlineExceeded:
     """The error of a job whose `phase` was over at `now`, server ms, before it started."""
     return DeadlineExceeded(f"not started within its {phase} time: it waited {now - job.at} ms", phase=phase)
+
+
+def cancelled(held: Held) -> Finished:
+    """The answer to a job that its caller does not want any more."""
+    return Finished(held.claim.address, Reply(error=Cancelled("cancelled by its caller")))

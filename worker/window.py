@@ -44,6 +44,7 @@ class Window:
         self._chosen: Rows = []
         self._held: dict[str, Held] = {}
         self._unsettled: set[str] = set()
+        self._cancelled: set[str] = set()
         self._running = 0
         self._ends_at = 0.0
         self._takes = 0
@@ -69,14 +70,18 @@ class Window:
 
     # -- the claimer's side ------------------------------------------------------------------------------------
 
-    def hold(self, jobs: Sequence[Held]) -> None:
-        """Add jobs; their rows may be taken from now on."""
+    def hold(self, jobs: Sequence[Held]) -> list[Held]:
+        """Add jobs; their rows may be taken from now on. Those that were cancelled on their way here are returned."""
         with self._lock:
+            cancelled = [held for held in jobs if held.name in self._cancelled] if self._cancelled else []
+            wanted = [held for held in jobs if held not in cancelled] if cancelled else jobs
+            self._cancelled.clear()
             self._unsettled.update([held.name for held in jobs])
-            self._held.update({held.name: held for held in jobs})
-            self._pool.add([row for held in jobs for row in held.rows()])
+            self._held.update({held.name: held for held in wanted})
+            self._pool.add([row for held in wanted for row in held.rows()])
             self._note_in_hand()
             self._arrived.notify_all()
+            return cancelled
 
     def keep(self, names: Collection[str]) -> None:
         """Note entries that are held only to be settled: malformed, expired, exhausted."""
@@ -237,6 +242,12 @@ class Window:
             self._note_in_hand()
             self._taken.notify_all()
             return ended
+
+    def cancel(self, names: Collection[str]) -> list[Held]:
+        """As `end`, for jobs nobody wants any more; those that are claimed and not here yet are ended by `hold`."""
+        with self._lock:
+            self._cancelled.update(name for name in names if name in self._unsettled and name not in self._held)
+            return self.end(names)
 
     def overdue(self, limits: Mapping[Priority, float | None], now: float) -> list[str]:
         """The jobs that have been in the model for longer than their priority's limit. `now`: monotonic seconds."""

@@ -66,6 +66,17 @@ def test_a_job_whose_rows_run_in_two_batches_is_complete_with_the_last(window: W
     assert window.complete(first, ["x"] * len(first)) == [held]
 
 
+def test_a_job_that_is_cancelled_between_its_claim_and_its_coming_here_never_runs(window: Window) -> None:
+    unwanted, wanted = held_of([3]), held_of([3])
+    window.keep([unwanted.name, wanted.name])
+
+    assert window.cancel([unwanted.name, "1:7-7"]) == []
+
+    assert window.hold([unwanted, wanted]) == [unwanted]
+    assert [row.owner for row in window.take()] == [wanted.name]
+    assert window.hold([unwanted]) == [], "it may be claimed again under this name"
+
+
 def test_the_more_urgent_priority_is_taken_first_and_then_the_older(window: Window) -> None:
     urgency = [(Priority.BATCH, 1), (Priority.NORMAL, 2), (Priority.NORMAL, 1), (Priority.REALTIME, 9)]
     jobs = [held_of([100], claim_of(priority=priority, at=at)) for priority, at in urgency]
