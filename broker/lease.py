@@ -26,7 +26,7 @@ def is_live(beat: float, now: float, lease_ms: int = LEASE_MS) -> bool:
 
     Both are ms of the server's clock. A beat can be ahead: it came after `now` was read, or the clock stepped back
     since. A step of less than a lease leaves everybody alive until their next beats; after a larger one nobody lives
-    until then. beat.lua and reclaim.lua quote this rule.
+    until then. The scripts quote this rule.
     """
     return abs(now - beat) <= lease_ms
 

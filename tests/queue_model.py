@@ -74,6 +74,8 @@ class Model:
     letters: list[tuple[str, str, float, str]] = field(default_factory=list)
     paused: Literal["", "accepting", "refusing"] = ""
     deaths: int = 0
+    in_use: set[Priority] = field(default_factory=set)
+    """Priorities of which a new job was delivered."""
 
     def live(self, priority: Priority | None = None) -> list[Entry]:
         """Accepted and not settled."""
@@ -112,6 +114,8 @@ class Model:
         return "queue_full" if full or batch_full else ""
 
     def hand_over(self, entry: Entry, consumer: str) -> None:
+        if entry.where == "waiting":
+            self.in_use.add(entry.priority)
         entry.where, entry.holder, entry.idle = "held", consumer, False
 
     def give_back(self, entry: Entry, attempts: float) -> None:
@@ -126,9 +130,11 @@ class Model:
             entry.batch, entry.batch_size = f"{consumer} {self.deaths}", len(entries)
             entry.waits = bool(self.beating - {consumer})
 
-    def may_run(self, entry: Entry) -> bool:
-        """Whether a suspect is given out at all: else it waits for a second live worker."""
-        return entry.priority == PRIORITIES[0] or len(self.beating) >= 2 or not entry.waits
+    def may_run(self, entry: Entry, taken: Sequence[Entry] = ()) -> bool:
+        """Whether a suspect is given out at all, once `taken` are: else it waits for a second live worker."""
+        in_use = self.in_use | {each.priority for each in taken if each.where == "waiting"}
+        urgent = set(PRIORITIES[: PRIORITIES.index(entry.priority)]) & in_use
+        return len(self.beating) >= 2 or not entry.waits or not urgent
 
     def end(self, entry: Entry, reply: bytes | None, now: float) -> None:
         """The job is over; `reply` is None when its caller gets none."""
@@ -180,7 +186,7 @@ def _check_suspects(model: Model, taken: Sequence[Entry], claimed: Claimed, limi
         assert len({(entry.priority, entry.batch) for entry in group}) == 1, "suspects of two batches"
         assert any(map(model.may_run, group)), "the last worker was given a suspect"
         assert len(group) <= min(_group_size(entry, limit.max_attempts) for entry in group)
-    left = [e for e in model.returned() if e.suspect and e not in group and model.may_run(e)]
+    left = [e for e in model.returned() if e.suspect and e not in group and model.may_run(e, taken)]
     assert claimed.suspects == min((PRIORITIES.index(entry.priority) + 1 for entry in left), default=0)
 
 

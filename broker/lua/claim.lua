@@ -25,6 +25,8 @@ local MAX_ATTEMPTS, LEASE = tonumber(ARGV[15]), tonumber(ARGV[16])
 -- Deliveries count 1 + 2 x attempts + hosts lost; from one attempt on a job is a suspect (see lease.py).
 local SUSPECT = 3
 local FIRST_PAGE = 4
+-- A stream whose last job came within this time is in use.
+local IN_USE_MS = 10000
 
 local groups, last, waiting, fresh, innocents, suspects = {}, {}, {}, {}, {}, {}
 local taken, rows, tokens, full, blocked, share = {}, 0, 0, false, 0, 0
@@ -95,8 +97,9 @@ end
 
 local now, living
 
+-- The rule of lease.py, is_live: the last beat is at most one lease from now, in either direction.
 local function live()
-  living = living or redis.call('ZCOUNT', KEYS[5], string.format('%.0f', now - LEASE), '+inf')
+  living = living or redis.call('ZCOUNT', KEYS[5], now - LEASE, now + LEASE)
   return living
 end
 
@@ -108,9 +111,16 @@ local function death(stream, id)
   return batch or name, tonumber(size) or 1, tonumber(alone_from) or 0
 end
 
--- Where others lived when its worker died, it waits for a second one: the last one left serves what is more urgent.
+local function is_urgent_in_use(stream)
+  for urgent = 1, stream - 1 do
+    if now - tonumber(string.match(last[urgent], '^%d+')) < IN_USE_MS then return true end
+  end
+  return false
+end
+
+-- If others lived when its worker died, it waits for a second one: the last one left serves what is more urgent.
 local function may_run(stream, id)
-  if stream == 1 or live() >= 2 then return true end
+  if live() >= 2 or not is_urgent_in_use(stream) then return true end
   local _, _, alone_from = death(stream, id)
   return now >= alone_from
 end

@@ -62,7 +62,7 @@ local returned, holders, streams = 0, {}, {}
 
 -- For claim: all that the lost host held is the batch that died.
 local function batch(consumer, size)
-  local others = redis.call('ZCOUNT', KEYS[4], string.format('%.0f', now - LEASE), '+inf')
+  local others = redis.call('ZCOUNT', KEYS[4], now - LEASE, now + LEASE)
   return string.format('%s@%.0f %d %.0f', consumer, now, size, others > 0 and now + COMPANION_MS or 0)
 end
 

@@ -23,11 +23,12 @@ for i = 9 + n, #ARGV do named[ARGV[i]] = true end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
--- For claim: the batch that died, its size, and until when its jobs wait for a second live worker.
+-- For claim: the batch that died, its size, and until when its jobs wait for a second live worker. The rule of lease.py,
+-- is_live: the last beat is at most one lease from now, in either direction.
 local function batch()
-  local oldest, own = now - LEASE, tonumber(redis.call('ZSCORE', KEYS[4], CONSUMER))
-  local others = redis.call('ZCOUNT', KEYS[4], string.format('%.0f', oldest), '+inf')
-  if own and own >= oldest then others = others - 1 end
+  local own = tonumber(redis.call('ZSCORE', KEYS[4], CONSUMER))
+  local others = redis.call('ZCOUNT', KEYS[4], now - LEASE, now + LEASE)
+  if own and math.abs(now - own) <= LEASE then others = others - 1 end
   return string.format('%s@%.0f %d %.0f', CONSUMER, now, n, others > 0 and now + COMPANION_MS or 0)
 end
 local died_in = n > 0 and batch()

@@ -29,6 +29,12 @@ def claim(queue: Queue, consumer: str = "w1", *, max_attempts: int = 3, saved: t
     return queue.streams.claim(consumer, limit)
 
 
+def use_realtime(queue: Queue) -> None:
+    """A realtime job comes and is answered."""
+    queue.put(draft(), priority=Priority.REALTIME)
+    queue.settle(queue.streams.claim("left", Limit(1, 1, 100, streams=1, returned=1)).claims)
+
+
 class SuspectsContract:
     """A subclass gives the fixture `queue`."""
 
@@ -163,6 +169,7 @@ class SuspectsContract:
         if silent:
             queue.silence("dead")
         queue.lease.release("dead", started=names(batch), gone=True)
+        use_realtime(queue)
         (fresh,) = queue.put(draft())
 
         assert ids(claim(queue, "left").claims) == [fresh.id]
@@ -175,12 +182,19 @@ class SuspectsContract:
     def test_a_suspect_waits_for_a_second_worker_for_a_bounded_time(self, queue: Queue) -> None:
         queue.lease.beat("left", {}, [])
         (suspect,) = suspects(queue, 1)
+        use_realtime(queue)
         assert claim(queue, "left").claims == []
 
         field = f"{suspect.address.name}:batch"
         batch, size, until = cast(bytes, queue.client.hget(queue.keys.trail(), field)).split()
         assert 29_000 < int(until) - queue.now() <= 30_000
         queue.client.hset(queue.keys.trail(), field, b" ".join([batch, size, b"1"]))
+
+        assert ids(claim(queue, "left").claims) == ids([suspect])
+
+    def test_the_last_worker_runs_suspects_at_once_if_nothing_more_urgent_comes(self, queue: Queue) -> None:
+        queue.lease.beat("left", {}, [])
+        (suspect,) = suspects(queue, 1)
 
         assert ids(claim(queue, "left").claims) == ids([suspect])
 
