@@ -23,8 +23,8 @@ for i = 9 + n, #ARGV do named[ARGV[i]] = true end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
--- For claim: the batch that died, its size, and until when its jobs wait for a second live worker. The rule of lease.py,
--- is_live: the last beat is at most one lease from now, in either direction.
+-- For claim: the batch that died, its size, and until when its jobs wait for a second live worker.
+-- The rule of lease.py, is_live: the last beat is at most one lease from now, in either direction.
 local function batch()
   local own = tonumber(redis.call('ZSCORE', KEYS[4], CONSUMER))
   local others = redis.call('ZCOUNT', KEYS[4], now - LEASE, now + LEASE)
