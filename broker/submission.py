@@ -71,22 +71,25 @@ Why = Callable[[], MillstreamError]
 class _Line:
     """Submissions of one queue and one rate limit that wait in order; none is sent before `at`, monotonic seconds.
 
-    `live` of them are still wanted. `uncounted` calls were refused here, and the server has not counted them yet.
+    `live` of them are still wanted.
     """
 
     why: Why
     at: float = 0.0
     waiting: deque[Submission] = field(default_factory=deque)
     live: int = 0
-    uncounted: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class _Queue:
-    """One priority of a service that refused jobs: its lines by tenant. `burst` submissions are sent from `at` on."""
+    """One priority of a service that refused jobs: its lines by tenant, in turn. From `at` on `burst` jobs are sent.
+
+    `uncounted` calls were refused here, and the server has not counted them yet.
+    """
 
     at: float = 0.0
     burst: int = 1
+    uncounted: int = 0
     lines: dict[str, _Line] = field(default_factory=dict)
 
 
@@ -123,25 +126,29 @@ class Backlog:
             return None
         line = queue.lines.setdefault(submission.tenant, _Line(why))
         if submission.until == 0.0:
-            line.uncounted += submission.group.refusals
+            queue.uncounted += submission.group.refusals
         else:
             line.waiting.append(submission)
             self._name(submission, line)
         return why
 
-    def put_back(self, refused: Sequence[Submission], why: Why, at: float, *, whole_queue: bool) -> None:
+    def put_back(
+        self, refused: Sequence[Submission], why: Why, at: float, *, whole_queue: bool, counted: bool = True
+    ) -> None:
         """Put submissions of one line, refused together, at its front in their order, not to be sent before `at`.
 
-        `whole_queue`: the lines of the queue's other tenants must wait as long.
+        `whole_queue`: the lines of the queue's other tenants must wait as long. `counted`: the server refused them, and
+        does not count them again.
         """
         queue = self._queues.setdefault(_key(refused[0]), _Queue())
         queue.burst = 1
         queue.at = at if whole_queue else queue.at
         line = queue.lines.setdefault(refused[0].tenant, _Line(why))
-        line.why, line.at, line.uncounted = why, at, 0
+        line.why, line.at = why, at
+        queue.uncounted = 0 if counted else queue.uncounted
         for submission in reversed(refused):
-            # It was counted as refused, and is not counted again.
-            line.waiting.appendleft(submission._replace(group=submission.group._replace(refusals=0)))
+            group = submission.group._replace(refusals=0) if counted else submission.group
+            line.waiting.appendleft(submission._replace(group=group))
             self._name(submission, line)
 
     def accepted(self, submission: Submission) -> None:
@@ -170,32 +177,57 @@ class Backlog:
             self._tidy(key, queue)
         return ended
 
+    def drain(self) -> list[Submission]:
+        """Take out all that wait."""
+        waiting = [each for queue in self._queues.values() for line in queue.lines.values() for each in line.waiting]
+        wanted = list(filter(self._is_wanted, waiting))
+        self._queues.clear()
+        self._line_of.clear()
+        return wanted
+
     def withdraw(self, job_ids: Sequence[str]) -> set[str]:
         """Take out the submissions of these jobs; those that waited here."""
         found = {job_id: line for job_id in job_ids if (line := self._line_of.pop(job_id, None))}
         for job_id, line in found.items():
             line.live -= self._times.pop(job_id)
+        for line in {id(line): line for line in found.values()}.values():
+            self._sweep(line)
         for key, queue in list(self._queues.items()) if found else ():
             self._tidy(key, queue)
         return set(found)
 
     def _burst(self, queue: _Queue, now: float) -> list[Submission]:
+        """The next submissions of the lines that may send, one of each in turn."""
         batch: list[Submission] = []
         jobs = size = 0
-        for line in [line for line in queue.lines.values() if line.at <= now]:
-            while len(batch) < queue.burst and (first := self._first(line)):
-                jobs, size = jobs + first.jobs, size + first.size
-                if batch and (jobs > MAX_JOBS_PER_CALL or size > MAX_BYTES_PER_CALL):
-                    return batch
-                counted = first.group.refusals + (0 if batch else line.uncounted)
-                batch.append(self._pop(line)._replace(group=first.group._replace(refusals=counted)))
+        turns = deque(tenant for tenant, line in queue.lines.items() if line.at <= now)
+        while turns and len(batch) < queue.burst:
+            line = queue.lines[tenant := turns.popleft()]
+            if (first := self._first(line)) is None:
+                continue
+            jobs, size = jobs + first.jobs, size + first.size
+            if batch and (jobs > MAX_JOBS_PER_CALL or size > MAX_BYTES_PER_CALL):
+                break
+            refusals = first.group.refusals + (0 if batch else queue.uncounted)
+            batch.append(self._pop(line)._replace(group=first.group._replace(refusals=refusals)))
+            turns.append(tenant)
+            # Behind the others, also the next time.
+            queue.lines[tenant] = queue.lines.pop(tenant)
         return batch
 
     def _first(self, line: _Line) -> Submission | None:
         """The first one of `line` that is still wanted."""
-        while line.waiting and not any(job_id in self._line_of for job_id in line.waiting[0].job_ids):
+        while line.waiting and not self._is_wanted(line.waiting[0]):
             line.waiting.popleft()
         return line.waiting[0] if line.waiting else None
+
+    def _sweep(self, line: _Line) -> None:
+        """Let go of the bodies that nobody wants, once they are more than the others."""
+        if len(line.waiting) > 2 * line.live + 16:
+            line.waiting = deque(each for each in line.waiting if self._is_wanted(each))
+
+    def _is_wanted(self, submission: Submission) -> bool:
+        return any(job_id in self._line_of for job_id in submission.job_ids)
 
     def _pop(self, line: _Line) -> Submission:
         first = line.waiting.popleft()
@@ -260,6 +292,11 @@ class Submitter:
         """Do not send these jobs any more; those that waited to be sent again."""
         return self._backlog.withdraw(job_ids)
 
+    def close(self, error: Callable[[], MillstreamError]) -> None:
+        """Send nothing any more: refuse what waits."""
+        for submission in self._backlog.drain():
+            self._refuse(submission, error())
+
     def submit(self, batch: Sequence[Submission]) -> None:
         """Send submissions of one service, but those that must wait behind earlier ones."""
         if self._backlog.next_at is not None:
@@ -323,15 +360,23 @@ class Submitter:
         for submission in batch:
             lines.setdefault((submission.group.priority, submission.tenant), []).append(submission)
         for submissions in lines.values():
-            self._again(submissions, partial(copy.copy, ours), pause, whole_queue=True)
+            self._again(submissions, partial(copy.copy, ours), pause, whole_queue=True, counted=False)
 
-    def _again(self, submissions: Sequence[Submission], why: Why, pause: float | None, *, whole_queue: bool) -> None:
+    def _again(
+        self,
+        submissions: Sequence[Submission],
+        why: Why,
+        pause: float | None,
+        *,
+        whole_queue: bool,
+        counted: bool = True,
+    ) -> None:
         """Send again after `pause` seconds, or tell the sink if there is no time or, without a `pause`, no hope."""
         at = time.monotonic() + (pause or 0.0)
         hopeless = [each for each in submissions if pause is None or (each.until is not None and at >= each.until)]
         patient = [each for each in submissions if each not in hopeless] if hopeless else submissions
         if patient:
-            self._backlog.put_back(patient, why, at, whole_queue=whole_queue)
+            self._backlog.put_back(patient, why, at, whole_queue=whole_queue, counted=counted)
         for submission in hopeless:
             self._refuse(submission, why())
 

@@ -1,48 +1,134 @@
-"""Waiting until the server has accepted jobs whose answers nobody here waits for."""
+"""Handing jobs to the server whose answers nobody here waits for: a page at a time, as room appears."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from millstream.broker.errors import BrokerUnavailable, MillstreamError
+from millstream.broker.job import Draft
+from millstream.broker.submission import Submission
+
+ROOM_S = 60.0
+"""Seconds without an acceptance after which the rest is given up."""
+
+PAGE = 64
+"""Jobs that are handed over together: the calls of other threads must not wait behind all of a large call."""
 
 GRACE_S = 0.25
 """Seconds after their time within which the refusal of jobs is waited for: a server that answers is quicker."""
 
 
-class Acceptance:
-    """The jobs of one submission that are not accepted yet. Is their sink; `until` is monotonic seconds."""
+class Outlet(Protocol):
+    """The part of a channel that is needed here."""
 
-    def __init__(self, job_ids: Sequence[str], until: float) -> None:
-        self.job_ids = job_ids
-        self.until = until
-        self._left = set(job_ids)
-        self._error: MillstreamError | None = None
+    def leave(self, submissions: Sequence[Submission]) -> None: ...
+
+    def refusal_of(self, job_id: str) -> MillstreamError | None: ...
+
+
+class Acceptance:
+    """The jobs of one detached call on their way to the server. Is their sink; thread-safe.
+
+    `submission` makes one of a draft, to be given up at a moment, monotonic seconds. `deadline` is when the call ends.
+    """
+
+    def __init__(
+        self,
+        channel: Outlet,
+        drafts: Sequence[Draft],
+        submission: Callable[[Draft, float, Acceptance], Submission],
+        deadline: float | None,
+    ) -> None:
+        self._channel = channel
+        self._submission = submission
+        self._deadline = deadline
+        self._drafts = {draft.id: draft for draft in drafts}
+        self._later = deque(drafts)
+        self._left: set[str] = set()
+        self._lock = threading.RLock()
         self._over = threading.Event()
+        self._listener: Callable[[], None] = lambda: None
+        self._last = time.monotonic()
+        self._error: MillstreamError | None = None
+        self._leave_more()
+
+    @property
+    def ends_at(self) -> float:
+        """When to stop waiting, monotonic seconds."""
+        return self._until() + GRACE_S
+
+    @property
+    def over(self) -> bool:
+        """Whether `check` says how it ended."""
+        return self._over.is_set() or time.monotonic() >= self.ends_at
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call `listener`, from any thread, when it is over."""
+        self._listener = listener
+        if self._over.is_set():
+            listener()
+
+    def wait(self) -> None:
+        """Block until every job is accepted. Raises the refusal; BrokerUnavailable if the server is silent."""
+        while not self.over:
+            self._over.wait(max(0.0, self.ends_at - time.monotonic()))
+        self.check()
+
+    def check(self) -> None:
+        """Raises as `wait`, once it is over."""
+        if self._error:
+            raise self._error
+        if not self._over.is_set():
+            waiting = next(iter(self._left), "")
+            raise self._channel.refusal_of(waiting) or BrokerUnavailable("the server did not accept the jobs in time")
+
+    # -- the channel's side ------------------------------------------------------------------------------------
 
     def accepted(self, job_id: str) -> None:
-        """The server has this job. Called by the channel."""
-        self._left.discard(job_id)
-        if not self._left:
-            self._over.set()
+        """The server has this job."""
+        with self._lock:
+            self._last = time.monotonic()
+            self._left.discard(job_id)
+            self._drafts.pop(job_id, None)
+            if not self._left:
+                self._leave_more()
+
+    def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
+        """These jobs were given up: they are handed over again if others were accepted meanwhile."""
+        with self._lock:
+            again = [self._drafts[job_id] for job_id in job_ids if job_id in self._left]
+            if error.retryable and time.monotonic() < self._until() and not self._over.is_set():
+                self._leave(again)
+            elif again:
+                self._end(error)
 
     def answered(self, job_id: str, reply: bytes) -> None:
         """Not called: the answers of detached jobs are kept on the server."""
 
-    def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
-        """These jobs will not be sent again. Called by the channel."""
+    def _leave_more(self) -> None:
+        page = [self._later.popleft() for _ in range(min(PAGE, len(self._later)))]
+        if page:
+            self._leave(page)
+        else:
+            self._end(None)
+
+    def _leave(self, page: Sequence[Draft]) -> None:
+        self._left.update(draft.id for draft in page)
+        until = self._until()
+        try:
+            self._channel.leave([self._submission(draft, until, self) for draft in page])
+        except MillstreamError as error:
+            self._end(error)
+
+    def _until(self) -> float:
+        room = self._last + ROOM_S
+        return room if self._deadline is None else min(room, self._deadline)
+
+    def _end(self, error: MillstreamError | None) -> None:
         self._error = error
         self._over.set()
-
-    def wait(self, refusal_of: Callable[[str], MillstreamError | None]) -> None:
-        """Block until every job is accepted, or one is refused. `refusal_of` says why a job still waits.
-
-        Raises the refusal; BrokerUnavailable if the server says nothing in time.
-        """
-        self._over.wait(max(0.0, self.until - time.monotonic()) + GRACE_S)
-        if self._error:
-            raise self._error
-        if left := next(iter(self._left), None):
-            raise refusal_of(left) or BrokerUnavailable("the server did not accept the jobs in time")
+        self._listener()

@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Sequence
-from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
+from millstream.broker.config import ServiceSpec
 from millstream.broker.embedding import EmbedOptions, Encoding, InputType, Truncate
-from millstream.broker.errors import DeadlineExceeded, MillstreamError
+from millstream.broker.errors import DeadlineExceeded, InvalidRequest, MillstreamError
 from millstream.broker.job import Json
 from millstream.client.asker import Question
-from millstream.client.calls import MODEL_TYPES, NO_HITS, Ask, Calls, PriorityName, vectors_of
-from millstream.client.detached import Detached
-from millstream.client.handle import Handle
+from millstream.client.calls import MODEL_TYPES, NO_HITS, Ask, Calls, PriorityName, frozen, vectors_of
+from millstream.client.detached import Detached, Entering
+from millstream.client.handle import CANCEL_S, Handle
 from millstream.client.local import START_S, Local
 from millstream.client.mapping import Results, check_map, chunking
 from millstream.client.rerank import Ranking, Scores, copied, question
@@ -32,9 +32,8 @@ T = TypeVar("T")
 class AsyncHandle:
     """A submitted call, awaitable: `await handle` is `await handle.result()`."""
 
-    def __init__(self, handle: Handle, executor: Executor) -> None:
+    def __init__(self, handle: Handle) -> None:
         self._handle = handle
-        self._executor = executor
         self.id = handle.id
 
     @property
@@ -57,7 +56,11 @@ class AsyncHandle:
 
     async def cancel(self) -> bool:
         """As Handle.cancel."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._handle.cancel)
+        told = _Changed()
+        wake = listener(told.set)
+        cancelling = self._handle.begin_cancel(wake)
+        await told.wait(CANCEL_S if cancelling.asked else 0.0)
+        return cancelling.word()
 
     def cancel_soon(self) -> None:
         """As Handle.cancel_soon."""
@@ -171,7 +174,7 @@ class AsyncClient:
         options = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding).json()
         rows = cast(Sequence[Json], [texts] if single else texts)
         handle = await self._start(service, rows, Ask(priority, timeout, wait, tenant, options, "embed"))
-        return vectors_of(await self._handle(handle).result(), single)
+        return vectors_of(await AsyncHandle(handle).result(), single)
 
     async def rerank(
         self,
@@ -194,7 +197,7 @@ class AsyncClient:
         texts = copied(documents)
         ask = Ask(priority, timeout, wait, tenant, asked, op="rerank")
         handle = await self._start(service, cast(Sequence[Json], texts), ask)
-        return Ranking.of(await self._handle(handle).result(), top_n, texts if return_documents else None)
+        return Ranking.of(await AsyncHandle(handle).result(), top_n, texts if return_documents else None)
 
     async def submit(
         self,
@@ -208,7 +211,7 @@ class AsyncClient:
         **options: Json,
     ) -> AsyncHandle:
         """As Client.submit."""
-        return self._handle(await self._start(service, inputs, Ask(priority, timeout, wait, tenant, options)))
+        return AsyncHandle(await self._start(service, inputs, Ask(priority, timeout, wait, tenant, options)))
 
     async def call(
         self,
@@ -223,7 +226,7 @@ class AsyncClient:
         """As Client.call."""
         rows = cast(Sequence[Json], [payload])
         handle = await self._start(service, rows, Ask(priority, timeout, wait, tenant))
-        return (await self._handle(handle).result())[0]
+        return (await AsyncHandle(handle).result())[0]
 
     async def map(
         self,
@@ -271,7 +274,18 @@ class AsyncClient:
     ) -> Detached:
         """As Client.submit_detached; ask the result's methods in a thread, for instance with asyncio.to_thread."""
         ask = Ask(priority, timeout, True, tenant, options)
-        return await self._in_thread(self._calls.leave, service, inputs, ask, idempotency_key)
+        ask.check()
+        until = ask.until(time.monotonic())
+        rows, ask = frozen(inputs, ask)
+        spec = await self._spec(service, until)
+        asked = self._calls.asked(spec, rows, ask, until, idempotency_key)
+        try:
+            return await _entered(asked.begin(self._calls, asked.per_job))
+        except InvalidRequest:
+            per_job = await self._in_thread(asked.accepted_per_job, self._calls)
+            if per_job in (None, asked.per_job):
+                raise
+            return await _entered(asked.begin(self._calls, per_job))
 
     def job(self, job_id: str) -> Detached:
         """As Client.job; the same holds for its methods."""
@@ -291,9 +305,6 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    def _handle(self, handle: Handle) -> AsyncHandle:
-        return AsyncHandle(handle, self._calls.executor)
-
     async def _start(
         self, service: str | None, inputs: Sequence[Json], ask: Ask, progress: Progress | None = None
     ) -> Handle:
@@ -302,18 +313,40 @@ class AsyncClient:
         began = time.monotonic()
         until = ask.until(began)
         services = self._calls.services
-        name = service or services.remembered(model_type := MODEL_TYPES[ask.op])
+        name = service or services.remembered(MODEL_TYPES[ask.op])
+        spec = services.known(name) if name else None
+        if spec is None or spec.runtime.enable_cache:
+            # While this waits the caller may change what it gave.
+            inputs, ask = frozen(inputs, ask)
         if name is None:
-            name = await _answer(services.ask_only(model_type), until)
-        spec = services.known(name)
+            name = await _answer(services.ask_only(MODEL_TYPES[ask.op]), until)
         if spec is None:
-            spec = (await _answer(services.ask(name), until)).spec
+            spec = await self._spec(name, until)
         cached = spec.runtime.enable_cache
         hits = await arrival(partial(self._calls.recall_soon, spec, inputs, ask)) if cached else NO_HITS
         return self._calls.begin(spec, inputs, ask, hits, began, progress)
 
+    async def _spec(self, service: str, until: float | None) -> ServiceSpec:
+        """As Services.read."""
+        services = self._calls.services
+        return services.known(service) or (await _answer(services.ask(service), until)).spec
+
     async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._calls.executor, partial(function, *args))
+
+
+async def _entered(entering: Entering) -> Detached:
+    """As Entering.accepted."""
+    changed, acceptance = _Changed(), entering.acceptance
+    acceptance.listen(listener(changed.set))
+    try:
+        while not acceptance.over:
+            await changed.wait(max(0.0, acceptance.ends_at - time.monotonic()))
+        # It waits for nothing now.
+        return entering.accepted()
+    except BaseException:
+        entering.give_up()
+        raise
 
 
 async def _answer(question: Question[T], until: float | None) -> T:

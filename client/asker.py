@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import queue
 import threading
 import time
 from collections.abc import Callable, Hashable
-
-# Named in full: `concurrent.futures` imports it at its first use, and no call may import a module.
 from concurrent.futures import Future, wait
-from concurrent.futures.thread import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
-from millstream.broker.errors import BrokerUnavailable, MillstreamError
+from millstream.broker.errors import BrokerUnavailable, MillstreamError, described
 from millstream.client.orders import NO_THREAD, client_closed
 
 T = TypeVar("T")
@@ -21,12 +19,15 @@ T = TypeVar("T")
 PATIENCE_S = 0.25
 """Seconds a call waits for a newer answer if it has an older one. A healthy server answers within milliseconds."""
 
+IDLE_S = 2.0
+"""Seconds without a question after which the thread that asks ends; the next question starts another."""
+
 
 class Question(Generic[T]):
     """One question under way. `before` is an older answer, if there is one."""
 
-    def __init__(self, future: Future[T], before: T | None) -> None:
-        self.future = future
+    def __init__(self, before: T | None) -> None:
+        self.future: Future[T] = Future()
         self._before = before
         self._asked_at = time.monotonic()
 
@@ -61,46 +62,74 @@ class Question(Generic[T]):
 
 
 class Asker:
-    """Asks questions on a thread of its own, one at a time; the same question is under way once. Thread-safe."""
+    """Asks questions on a thread of its own, one at a time; the same question is under way once. Thread-safe.
+
+    The thread is a daemon: a process ends though the server it asks is frozen.
+    """
 
     def __init__(self) -> None:
         self.after_fork()
 
     def after_fork(self) -> None:
         """In a forked child: a thread and a lock of its own."""
-        self._lock = threading.Lock()
+        # Of the kind that its holder may take again: a signal's handler may come in between, and call.
+        self._lock = threading.RLock()
         self._under_way: dict[Hashable, Question[Any]] = {}
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="millstream-asker")
+        self._new: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
         self._closed = False
 
     def close(self) -> None:
         """Ask nothing any more; a question under way goes on."""
         self._closed = True
-        self._thread.shutdown(wait=False)
 
     def ask(self, key: Hashable, action: Callable[[], T], before: T | None) -> Question[T]:
         """The question `key` that is under way, or a new one that `action` answers. Returns at once."""
         with self._lock:
             question = self._under_way.get(key)
             if question is None:
-                question = Question(self._submit(key, action), before)
-                if not question.future.done():
-                    self._under_way[key] = question
+                question = self._under_way[key] = Question(before)
+                if error := self._start(lambda: self._answer(key, question, action)):
+                    del self._under_way[key]
+                    question.future.set_exception(error)
             return question
 
-    def _submit(self, key: Hashable, action: Callable[[], T]) -> Future[T]:
-        def answered() -> T:
+    def _start(self, task: Callable[[], None]) -> MillstreamError | None:
+        """Have `task` run by the thread, under the lock; why it cannot be."""
+        if self._closed:
+            return client_closed()
+        self._new.put(task)
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, args=(self._new,), name="millstream-asker", daemon=True)
             try:
-                return action()
-            finally:
-                with self._lock:
-                    self._under_way.pop(key, None)
+                thread.start()
+            except RuntimeError as error:
+                self._new = queue.SimpleQueue()
+                return BrokerUnavailable(f"the client cannot start a thread: {error}", hint=NO_THREAD)
+            self._thread = thread
+        return None
 
+    def _run(self, tasks: queue.SimpleQueue[Callable[[], None]]) -> None:
+        while True:
+            try:
+                tasks.get(timeout=IDLE_S)()
+            except queue.Empty:
+                with self._lock:
+                    if tasks.empty():
+                        self._thread = None
+                        return
+
+    def _answer(self, key: Hashable, question: Question[T], action: Callable[[], T]) -> None:
+        error: MillstreamError | None = None
         try:
-            return self._thread.submit(answered)
-        except RuntimeError as error:
-            # It is closed; or the system has no thread left, or the interpreter is ending.
-            failed: Future[T] = Future()
-            no_thread = BrokerUnavailable(f"the client cannot start a thread: {error}", hint=NO_THREAD)
-            failed.set_exception(client_closed() if self._closed else no_thread)
-            return failed
+            answer = action()
+        except MillstreamError as ours:
+            error = ours.with_traceback(None)
+        except Exception as other:  # noqa: BLE001 - all that wait hear of it; the thread serves the next
+            error = MillstreamError(f"the client cannot read the service: {described(other)}")
+        with self._lock:
+            self._under_way.pop(key, None)
+        if error is None:
+            question.future.set_result(answer)
+        else:
+            question.future.set_exception(error)

@@ -26,7 +26,7 @@ from millstream.broker.registry import Registry
 from millstream.broker.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.broker.target import find_target
 from millstream.client.channel import Channel
-from millstream.client.detached import Detached
+from millstream.client.detached import Asked, Detached
 from millstream.client.flights import Flights
 from millstream.client.handle import Handle
 from millstream.client.recall import Recall
@@ -188,9 +188,19 @@ class Calls:
         """Client.submit_detached."""
         return Detached.submit(self, service, inputs, ask, idempotency_key)
 
-    def streams(self, service: str) -> Streams:
-        """The job streams of `service`, for calls that go past the channel."""
-        return Streams(self.connection.client, self.registry.keys(service))
+    def asked(
+        self, spec: ServiceSpec, inputs: Sequence[Json], ask: Ask, deadline: float | None, idempotency_key: str | None
+    ) -> Asked:
+        """A detached call that may be begun. Raises InvalidRequest."""
+        return Asked.of(self, spec, inputs, ask, deadline, idempotency_key)
+
+    def streams(self, service: str, within_s: float | None = None) -> Streams:
+        """The job streams of `service`, for calls that go past the channel.
+
+        Their commands fail after `within_s` seconds without a byte from the server.
+        """
+        client = self.connection.client if within_s is None else self.connection.within(within_s)
+        return Streams(client, self.registry.keys(service))
 
     def close(self) -> None:
         """End threads and connections. Calls under way in other threads get BrokerUnavailable."""
@@ -205,6 +215,21 @@ class Calls:
         self.services.after_fork()
         self.executor = _executor()
         self._recall.begin()
+
+
+def frozen(inputs: Sequence[Json], ask: Ask) -> tuple[Sequence[Json], Ask]:
+    """Copies of what a caller gave: it may change them while its call waits for the server. What is no list is kept."""
+    if isinstance(inputs, _TEXTS) or not isinstance(inputs, _LISTS):
+        return inputs, ask
+    rows = [row if isinstance(row, str) else _copied(row) for row in inputs]
+    return rows, ask._replace(options=copy.deepcopy(dict(ask.options))) if ask.options else ask
+
+
+def _copied(row: Json) -> Json:
+    try:
+        return copy.deepcopy(row)
+    except Exception:  # noqa: BLE001 - whatever it is, it is no JSON, and becomes its row's error
+        return row
 
 
 def checked(spec: ServiceSpec, ask: Ask) -> tuple[str, int]:

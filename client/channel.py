@@ -37,7 +37,12 @@ class Channel:
         for submission in submissions:
             reader = self._readers.get(submission.service) or self._reader(submission.service)
             reader.expect(submission)
-        (self._sender or self._sending()).put(submissions)
+        try:
+            (self._sender or self._sending()).put(submissions)
+        except MillstreamError:
+            for submission in submissions:
+                self.forget(submission.service, submission.job_ids)
+            raise
 
     def leave(self, submissions: Sequence[Submission]) -> None:
         """Send detached jobs, whose answers nobody here waits for. Returns at once. Raises BrokerUnavailable."""

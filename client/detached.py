@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 from millstream.broker.codec import MAX_ROWS, JsonText, decode_reply, encode_inputs
 from millstream.broker.config import ServiceSpec
-from millstream.broker.connection import translated
+from millstream.broker.connection import is_transient, translated
 from millstream.broker.errors import (
+    BrokerUnavailable,
     DeadlineExceeded,
     InvalidRequest,
     Malformed,
@@ -42,7 +45,12 @@ _FIRST_LOOK_S, _LAST_LOOK_S = 0.005, 0.5
 _LOOK_UP = 128
 """Jobs whose replies one command reads: each may be as large as MAX_PART_BYTES."""
 
-_ROOM_S = 60.0
+LOOK_S = 0.25
+"""Seconds without a byte after which a look for results is given up, and tried again."""
+
+AWAY_S = 5.0
+"""Seconds the server may be away before a wait for results says so."""
+
 MAX_JOBS = 100_000
 """Of one detached call."""
 
@@ -86,41 +94,22 @@ class Detached:
         cls, calls: Calls, service: str, inputs: Sequence[Json], ask: Ask, idempotency_key: str | None
     ) -> Detached:
         """Client.submit_detached."""
-        from millstream.client.calls import checked, outgoing, row_sizes
-
         ask.check()
         began = time.monotonic()
         spec = calls.services.read(service, ask.until(began))
-        calls.check_options(spec, ask.options)
-        op, beside = checked(spec, ask)
-        inputs = outgoing(spec, inputs, ask.options)
-        sizes, refused = row_sizes(inputs, beside)
-        if refused:
-            row, error = next(iter(refused.items()))
-            raise InvalidRequest(f"row {row}: {error.message}", hint=error.hint)
-        if not sizes:
-            raise InvalidRequest("no rows", hint="a detached call needs at least one")
-        per_job = max(1, min(spec.runtime.batch_size, MAX_ROWS, MAX_PART_BYTES // max(1, *sizes.values())))
-        _check_jobs(len(inputs), per_job)
-        asked = _Asked(spec, op, inputs, sizes, ask, ask.until(began), idempotency_key)
+        asked = calls.asked(spec, inputs, ask, ask.until(began), idempotency_key)
         try:
-            return cls._submit(calls, asked, per_job)
+            return asked.begin(calls, asked.per_job).accepted()
         except InvalidRequest:
-            accepted = None if idempotency_key is None else asked.accepted_per_job(calls)
-            if accepted is None or accepted == per_job:
+            per_job = asked.accepted_per_job(calls)
+            if per_job in (None, asked.per_job):
                 raise
-        # The key names this very payload, which was cut into jobs before the service's batch size was changed.
-        return cls._submit(calls, asked, accepted)
-
-    @classmethod
-    def _submit(cls, calls: Calls, asked: _Asked, per_job: int) -> Detached:
-        detached = cls(calls, asked.spec.name, len(asked.inputs), per_job, asked.call)
-        detached._enqueue(asked, asked.drafts(detached._parts), per_job)
-        return detached
+            # The key names this very payload, cut into jobs before the service's batch size was changed.
+            return asked.begin(calls, per_job).accepted()
 
     def done(self) -> bool:
         """Whether `result` would return or raise at once. Raises ResultExpired, BrokerUnavailable."""
-        self._look()
+        self._look(self._streams())
         return not self._missing()
 
     def result(self, timeout: float | None = None) -> Embeddings | list[Json]:
@@ -148,20 +137,28 @@ class Detached:
         return all(outcome == "waiting" for outcome in outcomes)
 
     def _wait(self, timeout: float | None) -> None:
-        until = None if timeout is None else time.monotonic() + timeout
-        pause = _FIRST_LOOK_S
-        while not self.done():
-            if until is not None and time.monotonic() >= until:
-                raise DeadlineExceeded(f"no result within {timeout} s of waiting", phase="total")
-            time.sleep(pause)
-            pause = min(_LAST_LOOK_S, pause * 1.5)
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        pause, streams = _FIRST_LOOK_S, self._calls.streams(self._service, LOOK_S)
+        away_since: float | None = None
+        while self._missing():
+            try:
+                self._look(streams)
+                away_since = None
+            except BrokerUnavailable as error:
+                away_since = away_since or time.monotonic()
+                if not is_transient(error) or time.monotonic() >= min(until, away_since + AWAY_S):
+                    raise
+            if self._missing():
+                if time.monotonic() >= until:
+                    raise DeadlineExceeded(f"no result within {timeout} s of waiting", phase="total")
+                time.sleep(pause)
+                pause = min(_LAST_LOOK_S, pause * 1.5)
 
-    def _look(self) -> None:
+    def _look(self, streams: Streams) -> None:
         """Collect the answers that have come. Raises ResultExpired, BrokerUnavailable."""
         missing = self._missing()
         if not missing:
             return
-        streams = self._streams()
         with translated(self._calls.connection.safe_url):
             submitted = streams.submitted(self._call)
             # Of a call of another shape the id names jobs that nobody submitted.
@@ -188,35 +185,39 @@ class Detached:
             rows.place(part, self._replies[job_id])
         return rows
 
-    def _enqueue(self, asked: _Asked, drafts: Sequence[Draft], per_job: int) -> None:
-        """Block until the server has accepted every job. If it does not in time, none of them stays behind.
-
-        But those of a call with an idempotency key stay: another client may wait for them, and a repeat completes it.
-        """
-        ends = [time.monotonic() + _ROOM_S] + ([] if asked.deadline is None else [asked.deadline])
-        acceptance = Acceptance([draft.id for draft in drafts], min(ends))
-        channel = self._calls.channel
-        channel.leave(asked.submissions(drafts, per_job, acceptance))
-        try:
-            acceptance.wait(channel.refusal_of)
-        except BaseException:
-            if asked.key is None:
-                self._withdraw(acceptance.job_ids)
-            raise
-
-    def _withdraw(self, job_ids: Sequence[str]) -> None:
-        """In order behind their submissions: what waits to be sent is not sent, what was accepted is cancelled."""
-        for at in range(0, len(job_ids), MAX_JOBS_PER_CALL):
-            page = job_ids[at : at + MAX_JOBS_PER_CALL]
-            self._calls.channel.withdraw(Cancellation(self._service, page, lambda outcomes: None, call=self._call))
-
     def _streams(self) -> Streams:
         return self._calls.streams(self._service)
 
 
+class Entering:
+    """A detached call whose jobs are on their way to the server."""
+
+    def __init__(self, detached: Detached, acceptance: Acceptance, withdraw: Callable[[], None]) -> None:
+        self.acceptance = acceptance
+        self._detached = detached
+        self._withdraw = withdraw
+
+    def accepted(self) -> Detached:
+        """The call, once the server has all of it; waits for that. If it does not take all, nothing of it stays.
+
+        But jobs of a call with an idempotency key stay: another client may wait for them, and a repeat completes it.
+        """
+        try:
+            self.acceptance.wait()
+        except BaseException:
+            self.give_up()
+            raise
+        return self._detached
+
+    def give_up(self) -> None:
+        """Nobody will have this call."""
+        with suppress(BrokerUnavailable):
+            self._withdraw()
+
+
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """A detached call as its caller asked for it, before it is cut into jobs."""
+class Asked:
+    """A detached call as its caller asked for it. `per_job` is how many rows a job has now."""
 
     spec: ServiceSpec
     op: str
@@ -225,8 +226,35 @@ class _Asked:
     ask: Ask
     deadline: float | None
     key: str | None
+    per_job: int
     call: str = field(init=False)
     digest: str = field(init=False)
+
+    @classmethod
+    def of(
+        cls,
+        calls: Calls,
+        spec: ServiceSpec,
+        inputs: Sequence[Json],
+        ask: Ask,
+        deadline: float | None,
+        idempotency_key: str | None,
+    ) -> Asked:
+        """Raises InvalidRequest."""
+        from millstream.client.calls import checked, outgoing, row_sizes
+
+        calls.check_options(spec, ask.options)
+        op, beside = checked(spec, ask)
+        inputs = outgoing(spec, inputs, ask.options)
+        sizes, refused = row_sizes(inputs, beside)
+        if refused:
+            row, error = next(iter(refused.items()))
+            raise InvalidRequest(f"row {row}: {error.message}", hint=error.hint)
+        if not sizes:
+            raise InvalidRequest("no rows", hint="a detached call needs at least one")
+        per_job = max(1, min(spec.runtime.batch_size, MAX_ROWS, MAX_PART_BYTES // max(1, *sizes.values())))
+        _check_jobs(len(inputs), per_job)
+        return cls(spec, op, inputs, sizes, ask, deadline, idempotency_key, per_job)
 
     def __post_init__(self) -> None:
         """`call` is the id of the call: the same for the same key."""
@@ -234,6 +262,20 @@ class _Asked:
         call = secrets.token_hex(16) if self.key is None else hashlib.sha256(named).hexdigest()[:32]
         object.__setattr__(self, "call", call)
         object.__setattr__(self, "digest", "" if self.key is None else self._digest())
+
+    def begin(self, calls: Calls, per_job: int) -> Entering:
+        """Send its jobs, and return at once."""
+        detached = Detached(calls, self.spec.name, len(self.inputs), per_job, self.call)
+        drafts = self.drafts(detached._parts)
+        acceptance = Acceptance(calls.channel, drafts, self._submission(drafts, per_job), self.deadline)
+
+        def withdraw() -> None:
+            job_ids = [draft.id for draft in drafts] if self.key is None else []
+            for at in range(0, len(job_ids), MAX_JOBS_PER_CALL):
+                page = job_ids[at : at + MAX_JOBS_PER_CALL]
+                calls.channel.withdraw(Cancellation(self.spec.name, page, lambda outcomes: None, call=self.call))
+
+        return Entering(detached, acceptance, withdraw)
 
     def _digest(self) -> str:
         """The name of what is asked for, however it is cut into jobs."""
@@ -247,7 +289,9 @@ class _Asked:
         return DetachedCall(self.call, jobs, payload, max(1, round(self.spec.result_ttl * 1000)))
 
     def accepted_per_job(self, calls: Calls) -> int | None:
-        """Rows a job of this very payload, as it was accepted under its key; None if another one was."""
+        """Rows a job of this very payload, as it was accepted under its key; None if there is no such call."""
+        if self.key is None:
+            return None
         with translated(calls.connection.safe_url):
             submitted = calls.streams(self.spec.name).submitted(self.call)
         match = _PAYLOAD.fullmatch(submitted.payload) if submitted else None
@@ -269,21 +313,19 @@ class _Asked:
             for job_id, part in parts.items()
         ]
 
-    def submissions(self, drafts: Sequence[Draft], per_job: int, acceptance: Acceptance) -> list[Submission]:
-        """A submission a job: they enter one by one, as room appears. The first one is charged for the call."""
+    def _submission(self, drafts: Sequence[Draft], per_job: int) -> Callable[[Draft, float, Acceptance], Submission]:
+        """Makes a submission of one job: they enter one by one, as room appears. The first is charged for the call."""
         record, priority = self.record(per_job, len(drafts)), Priority(self.ask.priority)
         tenant = self.ask.tenant if self.spec.rate_per_tenant else ""
-        return [
-            Submission(
-                self.spec.name,
-                Group(priority, [draft], int(not at), self.spec.replicated, int(not at), record),
-                acceptance,
-                acceptance.until,
-                tenant,
-                partial(acceptance.accepted, draft.id),
-            )
-            for at, draft in enumerate(drafts)
-        ]
+        first = drafts[0].id
+
+        def make(draft: Draft, until: float, acceptance: Acceptance) -> Submission:
+            calls = int(draft.id == first)
+            group = Group(priority, [draft], calls, self.spec.replicated, calls, record)
+            told = partial(acceptance.accepted, draft.id)
+            return Submission(self.spec.name, group, acceptance, until, tenant, told)
+
+        return make
 
 
 def _sorted(row: Json) -> Json:

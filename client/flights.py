@@ -108,7 +108,8 @@ class Flights:
             return
         try:
             self._channel.submit(own)
-        except MillstreamError:
+        except BaseException:
+            # An interrupt, too: what was never sent must keep nobody waiting.
             for each in own:
                 if isinstance(each.sink, _Flight):
                     self.land(each.sink, resend=True)

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from queue import Empty, SimpleQueue
 
 from millstream.broker.cache import Cached
 from millstream.broker.errors import BrokerUnavailable, DeadlineExceeded, MillstreamError
@@ -28,6 +27,28 @@ ABANDON_S = 1.0
 
 RECHECK_S = 2.0
 """Seconds a thread sleeps at most before it looks for itself: an interrupt may have cost it its wake-up."""
+
+
+class Cancelling:
+    """A call that is being cancelled. `asked`: the server has been asked. `untouched`: no row had an outcome before."""
+
+    def __init__(self, told: Callable[[], None]) -> None:
+        self.asked = self.untouched = False
+        self._told = told
+        self._heard: Sequence[CancelOutcome] | MillstreamError | None = None
+
+    def hear(self, outcomes: Sequence[CancelOutcome] | MillstreamError) -> None:
+        """The server's word, from the channel."""
+        self._heard = outcomes
+        self._told()
+
+    def word(self) -> bool:
+        """What Handle.cancel returns or raises, by what was heard until now."""
+        if self.asked and self._heard is None:
+            raise DeadlineExceeded("no word on the cancellation in time")
+        if isinstance(self._heard, MillstreamError):
+            raise self._heard
+        return self.untouched and all(outcome == "waiting" for outcome in self._heard or ())
 
 
 class Handle:
@@ -69,7 +90,7 @@ class Handle:
         """Whether every row has its outcome. Asks nobody: a call whose time is over is not ready until waited for."""
         self._check_process()
         with self._lock:
-            return not self._rows.left
+            return self._rows.left <= 0
 
     @property
     def rows_done(self) -> int:
@@ -87,7 +108,7 @@ class Handle:
         until = None if timeout is None else time.monotonic() + timeout
         self._check_process()
         with self._lock:
-            while self._rows.left:
+            while self._rows.left > 0:
                 now, end = time.monotonic(), self._transfer.expires_at()
                 if end is not None and now >= end:
                     self._transfer.expire(now)
@@ -130,20 +151,20 @@ class Handle:
         A job that runs ends at its worker's next beat, within about a second. False too if the call was over. Raises
         BrokerUnavailable, or DeadlineExceeded if the server says nothing within `timeout` seconds.
         """
+        told = threading.Event()
+        cancelling = self.begin_cancel(told.set)
+        if cancelling.asked:
+            told.wait(timeout)
+        return cancelling.word()
+
+    def begin_cancel(self, told: Callable[[], None]) -> Cancelling:
+        """As `cancel`, without waiting: `told` is called, from another thread, when the server has said its word."""
         self._check_process()
-        told: SimpleQueue[Sequence[CancelOutcome] | MillstreamError] = SimpleQueue()
+        cancelling = Cancelling(told)
         with self._lock:
-            untouched = self._transfer.untouched
-            asked = self._transfer.drop(told.put)
-        if not asked:
-            return untouched
-        try:
-            outcomes = told.get(timeout=timeout)
-        except Empty:
-            raise DeadlineExceeded(f"no word on the cancellation within {timeout:g} s") from None
-        if isinstance(outcomes, MillstreamError):
-            raise outcomes
-        return untouched and all(outcome == "waiting" for outcome in outcomes)
+            cancelling.untouched = self._transfer.untouched
+            cancelling.asked = self._transfer.drop(cancelling.hear)
+        return cancelling
 
     def cancel_soon(self) -> None:
         """As `cancel`, without waiting for the server. Does nothing if there is nothing to cancel any more."""
@@ -157,7 +178,7 @@ class Handle:
         """When `expire` is to be called, monotonic seconds; None if the call has no limit, or is over."""
         self._check_process()
         with self._lock:
-            return self._transfer.expires_at() if self._rows.left else None
+            return self._transfer.expires_at() if self._rows.left > 0 else None
 
     def expire(self) -> None:
         """End the call if its time is over. Waits for nothing: `listen` tells when the rows have their errors."""

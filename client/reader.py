@@ -60,8 +60,9 @@ class Reader(threading.Thread):
             self._closed = True
             self._changed.notify()
             waiting, self._waiting = self._waiting, {}
-        closed = BrokerUnavailable("this client was closed", hint="the job goes on without anybody waiting")
         for job_id, (sink, _) in waiting.items():
+            # One of its own for each: a raised error keeps its caller's frames alive.
+            closed = BrokerUnavailable("this client was closed", hint="the job goes on without anybody waiting")
             _refuse(sink, job_id, closed)
 
     def run(self) -> None:

@@ -86,10 +86,17 @@ class Sender(threading.Thread):
 
     def run(self) -> None:
         while not self._closed:
-            self._step()
+            try:
+                self._step()
+            except Exception:
+                # It serves all calls of the process.
+                log.exception("sending failed, going on")
+        self._submitter.close(client_closed)
         for order in self._ready:
             if isinstance(order, Cancellation):
                 _tell(order, BrokerUnavailable("this client was closed", hint="its jobs go on"))
+            else:
+                self._refuse(order, client_closed())
 
     def _step(self) -> None:
         # A call of its own: what it held must not stay alive while the next step waits.

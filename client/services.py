@@ -150,12 +150,22 @@ class Services:
         before, _ = self._only.get(model_type, (None, 0.0))
         return self._asker.ask(("type", model_type), lambda: self._find_only(model_type), before)
 
-    def live(self, service: str) -> int:
-        """Workers that lived when the server was last asked, at least 1. Waits for nothing, and keeps it fresh."""
+    def live(self, service: str, changed: Callable[[], None]) -> int:
+        """Workers that lived when the server was last asked, at least 1. Waits for nothing.
+
+        If that was longer than FRESH_S ago the server is asked again, and `changed` is called, from another thread, if
+        others live by then.
+        """
         known = self._known.get(service)
+        live = max(1, known.live_workers) if known else 1
         if known is None or not known.fresh:
-            self.ask(service)
-        return max(1, known.live_workers) if known else 1
+
+            def answered(future: Future[Known]) -> None:
+                if future.exception() is None and max(1, future.result().live_workers) != live:
+                    changed()
+
+            self.ask(service).future.add_done_callback(answered)
+        return live
 
     def explain(self, service: str, tell: Callable[[Known], None]) -> None:
         """Call `tell` with what the server says of `service` now, soon and from any thread; at once if it just did."""

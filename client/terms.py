@@ -46,8 +46,8 @@ class Progress:
 class Watch(Protocol):
     """What a call asks about its service. No method waits for the server."""
 
-    def live(self, service: str) -> int:
-        """Workers that lived when the server was last asked, at least 1."""
+    def live(self, service: str, changed: Callable[[], None]) -> int:
+        """Workers that lived when the server was last asked, at least 1; calls `changed` if it hears of others."""
 
     def explain(self, service: str, tell: Callable[[Known], None]) -> None:
         """Calls `tell` with the state of the service, soon, from any thread."""

@@ -37,11 +37,11 @@ from millstream.client.aio import AsyncClient
 from millstream.client.calls import NO_HITS, Ask, Calls
 from millstream.client.channel import Channel
 from millstream.client.client import Client
-from millstream.client.detached import Detached
+from millstream.client.detached import Asked
 from millstream.client.handle import Handle
 from millstream.client.orders import Cancellation
 from millstream.client.rows import RowOutcome
-from millstream.client.services import Services
+from millstream.client.services import Known, Services
 from millstream.client.terms import Progress
 
 Answers = Callable[[str], RowOutcome]
@@ -176,14 +176,16 @@ class _FakeCalls(Calls):
         if spec.model.type == "embedding":
             _embed_options(options)
 
-    def leave(self, service: str, inputs: Sequence[Json], ask: Ask, idempotency_key: str | None) -> Detached:
-        detached = super().leave(service, inputs, ask, idempotency_key)
-        self.made.append(Call(service, list(inputs), ask, True, idempotency_key))
+    def asked(
+        self, spec: ServiceSpec, inputs: Sequence[Json], ask: Ask, deadline: float | None, idempotency_key: str | None
+    ) -> Asked:
+        asked = super().asked(spec, inputs, ask, deadline, idempotency_key)
+        self.made.append(Call(spec.name, list(inputs), ask, True, idempotency_key))
         if self.faults:
             raise self.faults.popleft()
-        return detached
+        return asked
 
-    def streams(self, service: str) -> Streams:
+    def streams(self, service: str, within_s: float | None = None) -> Streams:
         return self._left.setdefault(service, cast(Streams, _FakeStreams(self._model, service)))
 
 
@@ -323,8 +325,14 @@ class _FakeServices:
 
     remembered = only
 
-    def live(self, service: str) -> int:
+    def live(self, service: str, changed: Callable[[], None]) -> int:
         return 1
+
+    def last_word(self, service: str) -> Known:
+        return Known(self.known(service), "", 1, False, 0.0)
+
+    def explain(self, service: str, tell: Callable[[Known], None]) -> None:
+        tell(self.last_word(service))
 
     def close(self) -> None: ...
 

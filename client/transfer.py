@@ -61,7 +61,7 @@ class Transfer:
         began: float,
         progress: Progress,
     ) -> None:
-        self.id = self._first_id = new_id()
+        self.id = self._first_id = self._charged_with = new_id()
         self.lock = threading.RLock()
         self.rows = Rows(len(inputs), given, terms.op)
         self.began = self.ended = began
@@ -95,7 +95,7 @@ class Transfer:
         # The channel's turn too is under the lock: a cancellation must not overtake what it cancels.
         with self.lock:
             drafts: list[Draft] = []
-            window = self._flow.window(self._watch.live(self._terms.service)) if self._unsent else 0
+            window = self._flow.window(self._watch.live(self._terms.service, self.pump)) if self._unsent else 0
             while self._unsent and len(self._sent) < window:
                 if draft := self._draft(self._unsent.popleft()):
                     drafts.append(draft)
@@ -115,8 +115,7 @@ class Transfer:
         return [Submission(terms.service, self._group([draft]), self, draft.deadline, tenant) for draft in drafts]
 
     def _group(self, drafts: Sequence[Draft]) -> Group:
-        # The call is charged with its first job, which has the call's id.
-        calls = int(drafts[0].id == self.id)
+        calls = int(any(draft.id == self._charged_with for draft in drafts))
         return Group(self._terms.priority, drafts, calls, self._terms.replicated, refusals=calls)
 
     def _draft(self, part: Part) -> Draft | None:
@@ -131,6 +130,8 @@ class Transfer:
         end = self._end if self._end is not None else own_end
         queue_by = None if terms.queue_timeout is None else now + terms.queue_timeout
         job_id, client = self._first_id or new_id(), self._channel.client_id
+        # The call is charged with its first job; if that was never accepted, with the next one.
+        self._charged_with = self._charged_with or job_id
         draft = Draft(job_id, terms.op, len(part.rows), part.tokens, body, client, end, queue_by, terms.tenant)
         self._first_id = ""
         self._sent[draft.id] = _Sent(part, now)
@@ -149,15 +150,19 @@ class Transfer:
             if sent := self._sent.pop(job_id, None):
                 self._settle(sent, outcome)
         if self._unsent:
-            self._flow.answered(time.monotonic())
             self.pump()
 
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
         """Jobs were not accepted, or nobody listens for their answers any more. Called by the channel."""
         with self.lock:
             sent = [self._sent.pop(job_id) for job_id in job_ids if job_id in self._sent]
-            lost = [each.part for each in sent if not self._may_run_again(each, error)]
-            self._unsent.extendleft(each.part for each in sent if self._may_run_again(each, error))
+            again = [each for each in sent if self._may_run_again(each, error)]
+            lost = [each.part for each in sent if each not in again]
+            self._unsent.extendleft(each.part for each in again)
+            if self._charged_with in job_ids:
+                self._charged_with = ""
+                # Its other jobs would run for a call that the limit on calls has refused.
+                lost += self._take_sent() if lost else []
             if lost and not isinstance(error, DeadlineExceeded):
                 # Unsent jobs would fail for the same reason, so they get the same outcome.
                 lost += self._take_unsent()
@@ -172,6 +177,8 @@ class Transfer:
             return
         if not isinstance(error, DeadlineExceeded):
             self._progress.at = time.monotonic()
+            if self._unsent:
+                self._flow.answered(self._progress.at)
         self._place([sent.part], outcome)
 
     def _may_run_again(self, sent: _Sent, error: MillstreamError | None) -> bool:
@@ -196,6 +203,14 @@ class Transfer:
             baton.wake(waiters)
         for listener in list(self.listeners):
             listener()
+
+    def _take_sent(self) -> list[Part]:
+        """The parts of all jobs in flight, which are cancelled."""
+        sent, self._sent = self._sent, {}
+        if sent:
+            with suppress(BrokerUnavailable):
+                self._channel.cancel(Cancellation(self._terms.service, list(sent), lambda outcomes: None))
+        return [each.part for each in sent.values()]
 
     def _take_unsent(self) -> list[Part]:
         parts = list(self._unsent)

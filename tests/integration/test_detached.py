@@ -31,7 +31,7 @@ from millstream.broker.errors import (
 from millstream.broker.job import Json, Priority
 from millstream.broker.keys import ServiceKeys
 from millstream.broker.spec import Runtime
-from millstream.client import AsyncClient, Client
+from millstream.client import AsyncClient, Client, acceptance
 from millstream.client.detached import Detached
 
 ROWS: list[Json] = [f"row {n}" for n in range(1_000)]
@@ -362,6 +362,16 @@ def test_a_call_of_more_jobs_than_the_queue_holds_enters_as_room_appears(
     with working(server.url, narrow):
         assert client.submit_detached("test-narrow", rows).result(LONG_S) == rows
     remove(server.url, "test-narrow")
+
+
+def test_a_call_enters_a_slow_queue_as_long_as_jobs_of_it_are_accepted(
+    server: EmbeddedServer, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(acceptance, "ROOM_S", 1.0)
+    rows: list[Json] = [f"{n}" for n in range(30)]
+    with working(server.url, echo_spec("test-slow-queue", forward_s=0.1, batch_size=1, max_queue_size=4)):
+        assert client.submit_detached("test-slow-queue", rows).result(LONG_S) == rows
+    remove(server.url, "test-slow-queue")
 
 
 def test_a_call_that_found_no_room_leaves_no_job_behind(

@@ -121,6 +121,86 @@ def test_while_the_server_is_frozen_async_calls_end_in_their_time_and_leave_asyn
     assert max(waits) < SLACK_S
 
 
+def test_while_the_server_is_frozen_detached_calls_end_in_their_time(own_server: EmbeddedServer) -> None:
+    async def submit(client: AsyncClient) -> float:
+        began = time.monotonic()
+        with pytest.raises(BrokerUnavailable):
+            await client.submit_detached("s", ["a"], timeout=1.0)
+        return time.monotonic() - began
+
+    async def run() -> list[float]:
+        async with AsyncClient(own_server.url) as client:
+            await client.submit_detached("s", ["a"])
+            with frozen(own_server.pid):
+                return await asyncio.gather(*(submit(client) for _ in range(100)))
+
+    assert max(asyncio.run(run())) < 1.0 + SLACK_S
+    with Client(own_server.url) as client:
+        job = client.submit_detached("s", ["a"])
+        with frozen(own_server.pid):
+            seconds, error = ended(lambda: job.result(1.0))
+    assert seconds < 1.0 + SLACK_S
+    assert error is not None
+
+
+def test_a_process_ends_though_the_server_it_called_is_frozen(own_server: EmbeddedServer) -> None:
+    code = f"""
+import sys, time
+from millstream.client import Client
+client = Client({own_server.url!r})
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    client.submit("s", ["a"], timeout=0.2).result()
+except Exception:
+    print(time.time(), flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    with frozen(own_server.pid):
+        said, _ = process.communicate("go\n", timeout=LONG_S)
+        took = time.time() - float(said)
+
+    assert took < 1.0 + SLACK_S
+
+
+def test_a_client_that_is_closed_ends_a_detached_submission(
+    client: Client, service: str, bystander: Callable[..., Bystander]
+) -> None:
+    bystander(batch_size=1, max_queue_size=1)
+    errors: list[Exception] = []
+
+    def submit() -> None:
+        try:
+            client.submit_detached(service, ["a", "b"])
+        except MillstreamError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=submit)
+    thread.start()
+    eventually(lambda: client._calls.channel._sender and client._calls.channel._sender._submitter.next_at)
+    client.close()
+    thread.join(LONG_S)
+
+    assert isinstance(errors[0], BrokerUnavailable)
+
+
+def test_what_the_caller_changes_while_an_async_call_waits_for_the_server_does_not_travel(
+    own_server: EmbeddedServer,
+) -> None:
+    async def run() -> list[int]:
+        async with AsyncClient(own_server.url) as client:
+            rows = ["a", "b", "c"]
+            task = asyncio.create_task(client.submit("s", rows))
+            await asyncio.sleep(0)
+            rows[:] = ["z"]
+            handle = await task
+            return [len(handle._handle._rows)]
+
+    assert asyncio.run(run()) == [3]
+
+
 @pytest.fixture(scope="module")
 def slow(server: EmbeddedServer) -> Iterator[str]:
     """A service whose forwards take a third of the time that a job has."""

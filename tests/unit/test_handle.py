@@ -27,6 +27,7 @@ from millstream.broker.errors import (
     NoWorkers,
     PartialFailure,
     QueueFull,
+    RateLimited,
     WorkerLost,
 )
 from millstream.broker.job import Draft, Json, Priority, Reply
@@ -92,7 +93,8 @@ class FakeWatch:
         self.live_workers = live_workers
         self.silent = False
 
-    def live(self, service: str) -> int:
+    def live(self, service: str, changed: Callable[[], None]) -> int:
+        self.changed = changed
         return max(1, self.live_workers)
 
     def explain(self, service: str, tell: Callable[[Known], None]) -> None:
@@ -752,11 +754,11 @@ def test_a_call_that_does_not_wait_waits_for_room_later_neither() -> None:
 def test_a_worker_that_joins_in_the_middle_of_a_call_gets_jobs_of_it() -> None:
     channel, watch = FakeChannel(), FakeWatch(live_workers=1)
     rows = [f"{n}" for n in range(100)]
-    handle = call(channel, cast(list[Json], rows), terms(window=128), rows_a_job=1, watch=watch)
+    call(channel, cast(list[Json], rows), terms(window=128), rows_a_job=1, watch=watch)
     assert len(channel.waiting) == JOBS_PER_WORKER
 
     watch.live_workers = 3
-    answer(channel, handle)
+    watch.changed()
 
     assert len(channel.waiting) == 3 * JOBS_PER_WORKER
 
@@ -773,3 +775,55 @@ def test_an_interrupt_while_a_call_begins_leaves_nothing_running() -> None:
         call(channel, ["a"])
 
     assert channel.cancelled == [channel.waiting[0].id]
+
+
+def test_a_call_is_charged_until_its_first_job_is_accepted() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b", "c"], terms(total_timeout=60), rows_a_job=1)
+    charged, _ = channel.take()
+    answer(channel, handle)
+
+    handle._transfer.refused([charged.id], RateLimited("limited"))
+
+    assert [submission.group.calls for submission in channel.submissions] == [1, 0, 0, 1]
+    assert channel.submissions[-1].group.refusals == 1
+
+
+def test_the_later_jobs_of_a_call_that_is_refused_are_taken_back() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a", "b", "c"], terms(timeout=60), rows_a_job=1)
+    charged, *others = [draft.id for draft in channel.waiting]
+
+    handle._transfer.refused([charged], RateLimited("limited"))
+
+    assert channel.cancelled == others
+    with pytest.raises(RateLimited):
+        handle.result(0)
+
+
+def test_a_job_is_either_lost_or_sent_again_though_its_map_moves_on_meanwhile() -> None:
+    class Moving(Progress):
+        """Another call of the map is answered between any two looks."""
+
+        looks = 0
+
+        @property
+        def at(self) -> float:
+            self.looks += 1
+            return time.monotonic() + 60.0 if self.looks > 2 else 0.0
+
+        @at.setter
+        def at(self, value: float) -> None: ...
+
+    channel, progress = FakeChannel(), Moving()
+    parts = split({0: 1}, 1, 100)
+    handle = Handle(channel, terms(total_timeout=60), ["a"], parts, {}, FakeWatch(1), progress=progress)
+    progress.looks = 0
+
+    for _ in range(3):
+        while channel.waiting:
+            handle._transfer.refused([channel.take()[0].id], DeadlineExceeded("late"))
+        if handle._rows.left <= 0:
+            break
+
+    assert handle._rows.left == 0

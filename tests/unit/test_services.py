@@ -82,7 +82,7 @@ def test_what_was_read_a_moment_ago_is_known(services: Services, registry: FakeR
     spec = services.read("embed")
 
     assert services.known("embed") == services.read("embed") == spec
-    assert services.live("embed") == 2
+    assert services.live("embed", lambda: None) == 2
     assert registry.asked == 1
 
 

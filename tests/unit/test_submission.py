@@ -169,6 +169,58 @@ def test_a_full_queue_is_asked_for_once_for_all_tenants() -> None:
     assert server.calls == [1]
 
 
+def test_when_room_appears_each_tenant_has_its_turn() -> None:
+    server = FakeServer(retry_after=0.0)
+    sends = submitter(server)
+    sends.submit([submission(f"a{n}", tenant="a") for n in range(20)])
+    sends.submit([submission("b", tenant="b")])
+
+    for n in range(20, 40):
+        server.room = 1
+        sends.submit([submission(f"a{n}", tenant="a")])
+        sends.retry()
+        sends.retry()
+        if "b" in server.accepted:
+            break
+
+    assert "b" in server.accepted[:4]
+
+
+def test_the_bodies_of_what_nobody_wants_are_let_go() -> None:
+    backlog = Backlog()
+    names = [f"{n}" for n in range(1_000)]
+    backlog.put_back([submission("first")], lambda: QueueFull("full"), 1.0, whole_queue=True)
+    for name in names:
+        backlog.append(submission(name))
+
+    backlog.withdraw(names)
+
+    (queue,) = backlog._queues.values()
+    (line,) = queue.lines.values()
+    assert len(line.waiting) < 100
+
+
+def test_what_waits_when_the_client_closes_is_refused() -> None:
+    sends, sink = submitter(FakeServer()), Sink()
+    sends.submit([submission("a", sink=sink), submission("b", sink=sink)])
+
+    sends.close(lambda: BrokerUnavailable("closed"))
+
+    assert set(sink.errors) == {"a", "b"}
+    assert sends.next_at is None
+
+
+def test_a_server_that_was_away_has_counted_nobody() -> None:
+    server = FakeServer(away=True)
+    sends = submitter(server)
+    sends.submit([submission("a")])
+    server.away = False
+
+    wait_and_retry(sends)
+
+    assert server.counted == 1
+
+
 def test_a_call_that_does_not_wait_neither_passes_those_that_do_nor_stays() -> None:
     server, sink = FakeServer(), Sink()
     sends = submitter(server)
