@@ -78,13 +78,17 @@ local function repeated(seen)
   if left >= 0 then redis.call('PEXPIRE', seen, string.format('%.0f', math.max(left, SEEN_AFTER_REPEAT_MS))) end
 end
 
--- Which jobs of a group were not accepted before, counted from 0. A group without a call entered whole: if one job is
--- known, all were accepted, and those that are not known any more were answered.
-local function new_jobs(record, arg, seen, jobs)
+-- A group without a call entered whole: if one job is known, all were accepted, and the others were answered since.
+local function is_known(seen, jobs)
+  if jobs == 1 then return redis.call('EXISTS', KEYS[seen]) == 1 end
+  return redis.call('EXISTS', unpack(KEYS, seen, seen + jobs - 1)) > 0
+end
+
+-- Which jobs of a group of a detached call were not accepted before, counted from 0.
+local function new_jobs(record, arg, jobs)
   local found = {}
-  if not record and redis.call('EXISTS', unpack(KEYS, seen, seen + jobs - 1)) > 0 then return found end
   for job = 0, jobs - 1 do
-    if not record or redis.call('HEXISTS', record.key, ARGV[arg + 10 * job]) == 0 then found[#found + 1] = job end
+    if redis.call('HEXISTS', record.key, ARGV[arg + 10 * job]) == 0 then found[#found + 1] = job end
   end
   return found
 end
@@ -106,7 +110,7 @@ local function renew(record)
 end
 
 local function is_reused(record)
-  local payload = record and redis.call('HGET', record.key, 'payload')
+  local payload = redis.call('HGET', record.key, 'payload')
   return payload and payload ~= record.payload
 end
 
@@ -171,17 +175,56 @@ local function count_refusals(reason, calls)
 end
 
 -- The first refusals: of a priority that has no room, of a priority's jobs whose token bucket is empty.
-local closed = {}
+local closed
 
 local function decide(priority, bucket, arg, calls, jobs)
-  local line = priority .. bucket
-  local earlier = closed[priority] or closed[line]
-  if earlier then return earlier[1], earlier[2] end
+  if closed then
+    local earlier = closed[priority] or closed[priority .. bucket]
+    if earlier then return earlier[1], earlier[2] end
+  end
   local reason, retry_after = refusal(priority, bucket, arg, calls, jobs)
   -- Jobs that must enter together need more room than those behind them, and hold nobody up.
-  if jobs == 1 and reason == 'rate_limited' then closed[line] = {reason, retry_after} end
-  if jobs == 1 and reason == 'queue_full' then closed[priority] = {reason, retry_after} end
+  if reason and jobs == 1 then
+    closed = closed or {}
+    if reason == 'queue_full' then closed[priority] = {reason, retry_after} end
+    if reason == 'rate_limited' then closed[priority .. bucket] = {reason, retry_after} end
+  end
   return reason, retry_after
+end
+
+-- The refusal of a group, nil if its `jobs` new ones may enter.
+local function refuse(priority, bucket, arg, calls, jobs, to_count)
+  local reason, retry_after = decide(priority, bucket, arg, calls, jobs)
+  if reason then
+    count_refusals(reason, to_count)
+    return {REFUSED, reason, retry_after}
+  end
+  depths[priority] = depths[priority] + jobs
+end
+
+local function enter(priority, bucket, arg, seen, jobs, calls, to_count)
+  if is_known(seen, jobs) then
+    for job = 0, jobs - 1 do repeated(KEYS[seen + job]) end
+    return {ACCEPTED_BEFORE}
+  end
+  local refused = refuse(priority, bucket, arg, calls, jobs, to_count)
+  if refused then return refused end
+  for job = 0, jobs - 1 do accept(priority, KEYS[seen + job], arg + 10 * job, '') end
+  return {ACCEPTED}
+end
+
+local function enter_detached(priority, bucket, arg, seen, jobs, calls, to_count, record)
+  if is_reused(record) then return {REFUSED, 'reused_key', 0} end
+  local new = new_jobs(record, arg, jobs)
+  if #new == 0 then
+    renew(record)
+    return {ACCEPTED_BEFORE}
+  end
+  local refused = refuse(priority, bucket, arg, calls, #new, to_count)
+  if refused then return refused end
+  for _, job in ipairs(new) do accept(priority, KEYS[seen + job], arg + 10 * job, record.call) end
+  note(record, arg, new)
+  return {ACCEPTED}
 end
 
 local outcomes = {}
@@ -189,30 +232,15 @@ local arg, key = 2, 8
 for group = 1, tonumber(ARGV[1]) do
   local priority, jobs, calls = tonumber(ARGV[arg]), tonumber(ARGV[arg + 1]), tonumber(ARGV[arg + 2])
   local to_count, call = ARGV[arg + 3], ARGV[arg + 4]
-  local bucket, seen, record = per_tenant and KEYS[key] or KEYS[5], key + 1, nil
-  arg = arg + 5
-  if call ~= '' then
-    record = {key = KEYS[key + 1], jobs = ARGV[arg], payload = ARGV[arg + 1], ttl = ARGV[arg + 2]}
-    arg, seen = arg + 3, key + 2
-  end
-  local new = new_jobs(record, arg, seen, jobs)
-  if is_reused(record) then
-    outcomes[group] = {REFUSED, 'reused_key', 0}
-  elseif #new == 0 then
-    if record then renew(record) else for job = 0, jobs - 1 do repeated(KEYS[seen + job]) end end
-    outcomes[group] = {ACCEPTED_BEFORE}
+  local bucket = per_tenant and KEYS[key] or KEYS[5]
+  arg, key = arg + 5, key + 1
+  if call == '' then
+    outcomes[group] = enter(priority, bucket, arg, key, jobs, calls, to_count)
   else
-    local reason, retry_after = decide(priority, bucket, arg, calls, #new)
-    if reason then
-      outcomes[group] = {REFUSED, reason, retry_after}
-      count_refusals(reason, to_count)
-    else
-      for _, job in ipairs(new) do accept(priority, KEYS[seen + job], arg + 10 * job, call) end
-      if record then note(record, arg, new) end
-      depths[priority] = depths[priority] + #new
-      outcomes[group] = {ACCEPTED}
-    end
+    local record = {call = call, key = KEYS[key], jobs = ARGV[arg], payload = ARGV[arg + 1], ttl = ARGV[arg + 2]}
+    arg, key = arg + 3, key + 1
+    outcomes[group] = enter_detached(priority, bucket, arg, key, jobs, calls, to_count, record)
   end
-  arg, key = arg + 10 * jobs, seen + jobs
+  arg, key = arg + 10 * jobs, key + jobs
 end
 return outcomes

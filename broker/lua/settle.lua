@@ -35,7 +35,10 @@ local function history(stream, id)
   return {'attempts', string.format('%g', (pending[4] - 1) / 2), 'consumer', pending[2]}
 end
 
-local trailed = redis.call('EXISTS', KEYS[5]) == 1
+-- Both are rare: asked for together.
+local some = redis.call('EXISTS', KEYS[5], KEYS[6]) > 0
+local trailed = some and redis.call('EXISTS', KEYS[5]) == 1
+local marked = some and redis.call('EXISTS', KEYS[6]) == 1
 
 local function end_trail(past, name)
   local trail = redis.call('HGET', KEYS[5], name)
@@ -118,7 +121,6 @@ local function is_another(seen, name, id)
   return type(accepted) == 'string' and accepted ~= name and accepted ~= id
 end
 
-local marked = redis.call('EXISTS', KEYS[6]) == 1
 local outcomes, retired = {}, {{}, {}, {}}
 local arg, seen = 6 + 2 * WAYS, 7 + WAYS
 while arg <= #ARGV do
