@@ -9,15 +9,16 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, Protocol
 
 from millstream.broker.admission import refusal
+from millstream.broker.codec import encode_inputs
 from millstream.broker.errors import BrokerUnavailable, MillstreamError
 from millstream.broker.faults import is_transient, translated
-from millstream.broker.job import Priority
+from millstream.broker.job import Draft, Json, Priority
 from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Admission, Group, Streams
 
 AWAY_PAUSE_S = 0.1
@@ -33,6 +34,22 @@ class Sink(Protocol):
     def answered(self, job_id: str, reply: bytes) -> None: ...
 
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None: ...
+
+
+def draft_job(
+    job_id: str,
+    op: str,
+    inputs: Sequence[Json],
+    tokens: int,
+    options: Mapping[str, Json],
+    client: str = "",
+    deadline: float | None = None,
+    queue_by: float | None = None,
+    tenant: str = "",
+) -> Draft:
+    """The job that carries `inputs`, one a row. Raises TypeError or ValueError for what JSON cannot carry."""
+    body = encode_inputs(inputs, options)
+    return Draft(job_id, op, len(inputs), tokens, body, client, deadline, queue_by, tenant)
 
 
 class Submission(NamedTuple):

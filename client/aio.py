@@ -77,7 +77,7 @@ class AsyncHandle:
 
 
 async def _first_ready(handles: Sequence[Handle], until: float | None = None) -> int | None:
-    """The place of a call that is complete, waiting for one; None where `until` (monotonic seconds) comes first."""
+    """The place of a call that is complete, waiting for one; None if `until` (monotonic seconds) comes first."""
     changed = _Changed()
     told = listener(changed.set)
     try:
@@ -381,7 +381,7 @@ async def _each(inputs: Iterable[Json] | AsyncIterable[Json]) -> AsyncIterator[J
 async def _collected(
     under_way: list[tuple[int, Handle]], ordered: bool, results: Results
 ) -> AsyncIterator[tuple[int, RowOutcome]]:
-    """The rows of one call: the oldest, or, where order does not matter, the first that is complete."""
+    """The rows of one call: the oldest, or, if order does not matter, the first that is complete."""
     handles = [handle for _, handle in under_way]
     place = await _first_ready(handles[:1] if ordered else handles) or 0
     first, handle = under_way[place]

@@ -116,7 +116,7 @@ class Calls:
         return self.begin(spec, inputs, ask, hits, began, progress)
 
     def recall(self, spec: ServiceSpec, inputs: Sequence[Json], ask: Ask) -> Mapping[int, Cached]:
-        """What the cache of a service that was read has for `inputs`, by row; nothing where the server is too slow.
+        """What the cache of a service that was read has for `inputs`, by row; nothing if the server is too slow.
 
         Waits for the server: LOOK_UP_S at most for each CHUNK of rows.
         """
@@ -269,7 +269,7 @@ def tokens_of(spec: ServiceSpec, sizes: Sequence[int]) -> int:
 def outgoing(spec: ServiceSpec, inputs: Sequence[Json], options: Mapping[str, Json]) -> Sequence[Json]:
     """The rows as they travel: of a custom service any JSON, encoded now, so that its caller may change it later.
 
-    What JSON cannot carry becomes its row's error. Raises InvalidRequest where these are no rows, or options are given.
+    What JSON cannot carry becomes its row's error. Raises InvalidRequest if these are no rows, or options are given.
     """
     if spec.model.type != "custom":
         return inputs
@@ -290,7 +290,7 @@ def _as_json(payload: object) -> JsonText | InvalidRequest:
 
 
 def row_sizes(inputs: Sequence[object], beside: int = 0) -> tuple[dict[int, int], dict[int, MillstreamError]]:
-    """Each good row's size in UTF-8 bytes, each bad row's error. Raises InvalidRequest where `inputs` is no list.
+    """Each good row's size in UTF-8 bytes, each bad row's error. Raises InvalidRequest if `inputs` is no list.
 
     `beside` are bytes that the model reads with each row: a reranker's query.
     """
@@ -310,7 +310,7 @@ def row_sizes(inputs: Sequence[object], beside: int = 0) -> tuple[dict[int, int]
 def vectors_of(result: Embeddings | list[Json], single: bool) -> Embeddings:
     """A call's result as `embed` returns it: [rows, dim], [0, 0] for no rows, [dim] for a single text.
 
-    Raises InvalidRequest where the model gives no vectors.
+    Raises InvalidRequest if the model gives no vectors.
     """
     if not isinstance(result, Embeddings):
         if result:

@@ -23,7 +23,7 @@ class Client:
     """Calls services through the queue.
 
     Without `url` it takes MILLSTREAM_REDIS_URL, then ./config.yaml, then the server of a local `millstream up`.
-    Raises ConfigError or BrokerUnavailable where none of them says where the queue is; connects on the first call.
+    Raises ConfigError or BrokerUnavailable if none of them says where the queue is; connects on the first call.
     """
 
     _local: Local | None = None
@@ -45,7 +45,7 @@ class Client:
         Returns when the workers of every service are ready, for which they have `timeout` seconds. `close`, the end of
         a `with` block and the end of this process, even by kill -9, end them all within seconds; what they held stays
         in the queue. `data_dir` is where the server keeps the queue, by default where `millstream up` keeps it; give it
-        a temporary folder for a queue that leaves nothing behind. Where a server runs on it already, or a URL is
+        a temporary folder for a queue that leaves nothing behind. If a server runs on it already, or a URL is
         configured, that one is used and left running, with workers of this client's own. `replace` changes services
         that are registered with other settings.
 
@@ -77,9 +77,9 @@ class Client:
 
         Without more they are what the model's `encode` gives for each text. `input_type` "query" or "document" gives
         what its `encode_query` or `encode_document` does, with the model's own prompts; `prompt` stands before each
-        text instead of those. `dimensions` keeps the first so many of each vector, made a unit vector again where the
+        text instead of those. `dimensions` keeps the first so many of each vector, made a unit vector again if the
         model gives unit vectors; `normalize` True makes one of any, False leaves the cut one as it is. `encoding`
-        "float16" gives float16, "binary" uint8 [len(texts), ceil(dim / 8)]: a bit for each number, set where it is
+        "float16" gives float16, "binary" uint8 [len(texts), ceil(dim / 8)]: a bit for each number, set if it is
         above zero, as ubinary of sentence-transformers. Models with sparse vectors answer `submit` and `map`.
 
         `service` may be left out if one embedding service is registered. `timeout` is seconds for the whole call;
@@ -88,7 +88,7 @@ class Client:
         reports them in `.truncated`.
 
         Raises DeadlineExceeded, NoWorkers, QueueFull (with retry_after, seconds), InvalidRequest, InputTooLong,
-        UnknownService, BrokerUnavailable; PartialFailure (errors by index) where only some texts failed.
+        UnknownService, BrokerUnavailable; PartialFailure (errors by index) if only some texts failed.
         """
         single = isinstance(texts, str)
         options = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding).json()
@@ -116,7 +116,7 @@ class Client:
 
         `document` is None unless `return_documents`. `scores` are what the model gives by itself, "raw" what it gives
         before a sigmoid, "sigmoid" between 0 and 1. `instruction` tells a generative reranker what to look for.
-        `truncate` cuts documents that are too long with their query, never the query. `service` may be left out where
+        `truncate` cuts documents that are too long with their query, never the query. `service` may be left out if
         one reranker service is registered; the rest is as in `embed`, errors too: PartialFailure has the other
         documents' scores as its results, by index.
         """
@@ -159,7 +159,7 @@ class Client:
         """The result of one `payload`: what the service's function gave for it, JSON or a vector, float32 [dim].
 
         A custom service takes any JSON; what JSON cannot carry is InvalidRequest. Raises as `embed` does, and
-        ModelFailed where the function failed on this payload.
+        ModelFailed if the function failed on this payload.
         """
         rows = cast(Sequence[Json], [payload])
         return self._calls.start(service, rows, Ask(priority, timeout, wait, tenant)).finish()[0]
@@ -207,7 +207,7 @@ class Client:
         return self._calls.leave(service, inputs, ask, idempotency_key)
 
     def job(self, job_id: str) -> Detached:
-        """A detached call by its id, from any process. Raises InvalidRequest where it is no such id."""
+        """A detached call by its id, from any process. Raises InvalidRequest if it is no such id."""
         return Detached.find(self._calls, job_id)
 
     @property

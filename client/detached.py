@@ -28,7 +28,7 @@ from millstream.broker.errors import (
 )
 from millstream.broker.job import Draft, Json, Priority, Reply
 from millstream.broker.streams import MAX_JOBS_PER_CALL, DetachedCall, Group, Streams
-from millstream.broker.submission import Submission
+from millstream.broker.submission import Submission, draft_job
 from millstream.client.acceptance import Acceptance
 from millstream.client.orders import Cancellation
 from millstream.client.result import Embeddings
@@ -301,12 +301,12 @@ class Asked:
         from millstream.client.calls import tokens_of
 
         return [
-            Draft(
-                id=job_id,
-                op=self.op,
-                rows=len(part.rows),
-                tokens=tokens_of(self.spec, [self.sizes[row] for row in part.rows]),
-                body=encode_inputs([self.inputs[row] for row in part.rows], self.ask.options),
+            draft_job(
+                job_id,
+                self.op,
+                [self.inputs[row] for row in part.rows],
+                tokens_of(self.spec, [self.sizes[row] for row in part.rows]),
+                self.ask.options,
                 deadline=self.deadline,
                 tenant=self.ask.tenant,
             )

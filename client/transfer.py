@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from millstream.broker.cache import Cached
-from millstream.broker.codec import decode_reply, encode_inputs
+from millstream.broker.codec import decode_reply
 from millstream.broker.errors import (
     BrokerUnavailable,
     Cancelled,
@@ -26,7 +26,7 @@ from millstream.broker.errors import (
 )
 from millstream.broker.job import Draft, Json, Reply
 from millstream.broker.streams import CancelOutcome, Group
-from millstream.broker.submission import Submission
+from millstream.broker.submission import Submission, draft_job
 from millstream.client.baton import baton
 from millstream.client.flow import Flow
 from millstream.client.ids import new_id
@@ -121,20 +121,20 @@ class Transfer:
     def _draft(self, part: Part) -> Draft | None:
         """The job that carries `part`; None, and its rows have their error, if it cannot be encoded."""
         terms, now = self._terms, time.monotonic()
-        try:
-            body = encode_inputs([self._inputs[row] for row in part.rows], terms.options)
-        except (TypeError, ValueError, RecursionError) as error:
-            self._place([part], InvalidRequest(f"cannot be sent: {described(error)}"))
-            return None
         own_end = None if terms.total_timeout is None else now + terms.total_timeout
         end = self._end if self._end is not None else own_end
         queue_by = None if terms.queue_timeout is None else now + terms.queue_timeout
         job_id, client = self._first_id or new_id(), self._channel.client_id
+        rows = [self._inputs[row] for row in part.rows]
+        try:
+            draft = draft_job(job_id, terms.op, rows, part.tokens, terms.options, client, end, queue_by, terms.tenant)
+        except (TypeError, ValueError, RecursionError) as error:
+            self._place([part], InvalidRequest(f"cannot be sent: {described(error)}"))
+            return None
         # The call is charged with its first job; if that was never accepted, with the next one.
         self._charged_with = self._charged_with or job_id
-        draft = Draft(job_id, terms.op, len(part.rows), part.tokens, body, client, end, queue_by, terms.tenant)
         self._first_id = ""
-        self._sent[draft.id] = _Sent(part, now)
+        self._sent[job_id] = _Sent(part, now)
         return draft
 
     # -- the channel's side ------------------------------------------------------------------------------------

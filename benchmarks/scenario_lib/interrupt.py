@@ -16,8 +16,9 @@ from scenario_lib.calls import at_least, at_most
 ROWS, BATCH, FORWARD_S = 2_000, 32, 0.25
 SERVICE = echo("interrupt", f"vector:8,sleep:{FORWARD_S:g}", batch_size=BATCH)
 BEFORE_ROWS = 5 * BATCH
-MOST_AFTER = 2 * BATCH
-"""Rows of the forward under way, and of one that begins before the interrupt is heard."""
+BEAT_S = 1.0
+MOST_AFTER = BATCH * (2 + round(BEAT_S / FORWARD_S))
+"""Rows of the forwards until the worker's next beat, which says what was cancelled, and of the one under way then."""
 
 QUIET_S = 3.0
 """Seconds without another row, after which no more is expected. Workers say once a second what they did."""
