@@ -1,7 +1,8 @@
 """What a worker does next to keep its window filled: a pure table over what it holds and what its last claim found.
 
 While a suspect waits for a worker that holds nothing, the worker claims only what is more urgent and so makes itself
-free; once the class of the suspect has saved a micro-batch, it claims nothing at all until it is free.
+free; once the class of the suspect has saved a micro-batch, it claims nothing at all until it is free. While a realtime
+suspect waits, new realtime jobs are claimed as long as less urgent rows wait here, which keep the worker busy anyway.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class State:
     work may pass a full window, None for none. `waiting`: rows wait for the runner. `empty_handed`: every entry is
     settled. `takes`: micro-batches taken so far. `forward_left_s`: predicted rest of the forward under way. `saved`:
     rows that normal and batch jobs may run before more urgent ones, 0 if such rows wait here. `batch_rows`: rows of a
-    micro-batch.
+    micro-batch. `less_urgent`: rows of normal or batch jobs wait for the runner.
     """
 
     look: Look
@@ -78,6 +79,7 @@ class State:
     forward_left_s: float = 0.0
     saved: Sequence[int] = (0, 0)
     batch_rows: int = 1
+    less_urgent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Overtake:
-    """The window is full: claim realtime jobs within `limit`, which run before what waits there."""
+    """The window is full or to be emptied: claim realtime jobs within `limit`, which run before what waits there."""
 
     limit: Limit
 
@@ -127,8 +129,10 @@ def next_step(state: State) -> Step:
     if look.paused and not look.waited:
         return Pause()
     last = _last_stream(state)
-    if not last or (look.alone and not state.empty_handed):
+    if look.alone and not state.empty_handed:
         return WaitUntilEmpty()
+    if not last:
+        return _past_a_full_window(state) if look.suspects == 1 and state.less_urgent else WaitUntilEmpty()
     if state.room is None:
         return _past_a_full_window(state)
     claim = Claim(replace(state.room, streams=min(last, _last_with_room(state)), returned=last))

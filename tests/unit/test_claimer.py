@@ -256,6 +256,29 @@ def test_a_suspect_does_not_starve_while_more_urgent_jobs_saturate_the_worker(
     assert served[0] == [Priority.REALTIME] * ROWS
 
 
+def test_a_realtime_job_passes_a_window_of_bulk_while_a_realtime_suspect_waits(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = bench.shared.window
+    monkeypatch.setattr(window, "wait_for_take", lambda timeout: False)
+    monkeypatch.setattr(window, "wait_until_empty", lambda timeout: False)
+    bench.put(Priority.REALTIME, 1)
+    (suspect,) = bench.queue.claim("dead").claims
+    bench.put(Priority.BATCH, 2 * ROWS)
+    bench.claimer._do(claim_policy.Claim(Limit(100, 100, 1_000)))
+    bench.queue.lease.release("dead", started=[suspect.address.name], gone=True)
+    bench.claim()
+    bench.put(Priority.REALTIME, 1)
+
+    served: list[list[Priority]] = []
+    for _ in range(8):
+        for _ in range(4):
+            bench.claimer._step()
+        served += [bench.run_one()] if window.waiting else []
+
+    assert served == [[Priority.REALTIME], [Priority.BATCH] * ROWS, [Priority.BATCH] * ROWS, [Priority.REALTIME]]
+
+
 def one_comes(bench: Bench) -> None:
     bench.put(Priority.NORMAL, 1)
 
