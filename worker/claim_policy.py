@@ -91,7 +91,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Overtake:
-    """The window is full or to be emptied: claim realtime jobs within `limit`, which run before what waits there."""
+    """The window is full, or the worker is to be free: claim realtime jobs within `limit`, to run before what waits."""
 
     limit: Limit
 
@@ -133,14 +133,15 @@ def next_step(state: State) -> Step:
         return WaitUntilEmpty()
     if not last:
         return _past_a_full_window(state) if look.suspects == 1 and state.less_urgent else WaitUntilEmpty()
-    if state.room is None:
+    with_room = _last_with_room(state)
+    if state.room is None or (state.waiting and not with_room):
         return _past_a_full_window(state)
-    claim = Claim(replace(state.room, streams=min(last, _last_with_room(state)), returned=last))
+    claim = Claim(replace(state.room, streams=min(last, with_room), returned=last))
     if look.paused:
         return claim
     if state.waiting:
         return claim if look.waited or not _is_exhausted(state) else _wait_for_take(state)
-    return claim if _may_find_more(state) else _rest(state, state.room)
+    return claim if with_room and _may_find_more(state) else _rest(state, state.room)
 
 
 def _last_stream(state: State) -> int:

@@ -116,9 +116,20 @@ def test_nothing_is_claimed_beyond_the_room_nor_at_once_from_a_paused_service(st
         assert step.limit.rows <= state.room.rows
     if isinstance(step, Overtake):
         assert (state.look.waited, step.limit) == (True, URGENT)
-        assert state.room is None or state.look.suspects == 1
+        assert state.room is None or state.look.suspects == 1 or state.look.blocked == 1
     if state.look.paused and not state.look.waited:
         assert step == Pause()
+
+
+@given(states())
+def test_no_claim_asks_for_nothing_and_a_realtime_job_without_room_passes_what_waits(state: State) -> None:
+    step = next_step(state)
+    look = replace(state.look, blocked=1, suspects=0, takes=state.takes, alone=False, paused=False, waited=True)
+    urged = next_step(replace(state, look=look, urgent_room=URGENT))
+
+    # A claim also learns whether a pause is over.
+    assert not isinstance(step, Claim | Overtake) or step.limit.streams or state.look.paused
+    assert urged == Overtake(URGENT) or not state.waiting
 
 
 @given(states())

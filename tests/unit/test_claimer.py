@@ -131,6 +131,24 @@ def test_a_realtime_job_passes_a_window_that_is_full_and_nothing_else_does(bench
     assert in_hand == HOLD_BATCHES * ROWS + 1
 
 
+def test_a_realtime_job_that_has_no_room_in_a_window_that_is_nearly_full_passes_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = bench.shared.window
+    monkeypatch.setattr(window, "wait_for_take", lambda timeout: False)
+    bench.put(Priority.BATCH, HOLD_BATCHES * ROWS - 1)
+    bench.claim()
+    assert (room := window.room(1)) is not None
+    assert room.rows == 1
+    bench.queue.put(draft(rows=2), priority=Priority.REALTIME)
+
+    bench.claim()
+    bench.claim()
+
+    assert window.waiting_of(Priority.REALTIME) == 2
+    assert bench.run_one() == [Priority.REALTIME]
+
+
 @pytest.mark.parametrize(("left_s", "waits_s"), [(0.0, LOOK_S), (0.2, 0.15), (3600.0, LONGEST_LOOK_S)])
 def test_a_busy_worker_looks_the_oftener_the_sooner_its_forward_is_over(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, left_s: float, waits_s: float
