@@ -25,6 +25,8 @@ local MAX_ATTEMPTS, LEASE = tonumber(ARGV[15]), tonumber(ARGV[16])
 -- Deliveries count 1 + 2 x attempts + hosts lost; from one attempt on a job is a suspect (see lease.py).
 local SUSPECT = 3
 local FIRST_PAGE = 4
+-- Jobs of a stream that were given back and are looked at in one claim, at most, to within a page.
+local MOST_RETURNED = 4096
 -- A stream whose last job came within this time is in use.
 local IN_USE_MS = 10000
 
@@ -235,16 +237,20 @@ local function find_group(key)
   end
 end
 
+-- Pages on until there are as many innocents as may be taken: any number of suspects may lie before them.
 local function find_returned(stream)
-  local given_back = redis.call('XPENDING', KEYS[stream], GROUP, '-', '+', MAX_JOBS + 64, RETURNED)
-  innocents[stream], suspects[stream] = given_back, given_back
-  if #given_back == 0 then return end
+  local size, from, found = MAX_JOBS + 64, '-', 0
   innocents[stream], suspects[stream] = {}, {}
-  for _, pending in ipairs(given_back) do
-    local list = pending[4] >= SUSPECT and suspects or innocents
-    table.insert(list[stream], pending)
-  end
-  waiting[stream] = waiting[stream] + #given_back
+  repeat
+    local given_back = redis.call('XPENDING', KEYS[stream], GROUP, from, '+', size, RETURNED)
+    for _, pending in ipairs(given_back) do
+      local list = pending[4] >= SUSPECT and suspects or innocents
+      table.insert(list[stream], pending)
+      from = '(' .. pending[1]
+    end
+    found = found + #given_back
+  until #given_back < size or #innocents[stream] >= MAX_JOBS or found >= MOST_RETURNED
+  waiting[stream] = waiting[stream] + found
 end
 
 for stream = 1, 3 do

@@ -96,6 +96,16 @@ class SuspectsContract:
             ids(batch[at : at + 3]) for batch in (first, second) for at in (0, 3, 6, 9)
         ]
 
+    def test_many_suspects_hide_no_job_that_was_given_back_with_them(self, queue: Queue) -> None:
+        queue.put(*[draft() for _ in range(257)])
+        claims = queue.claim("dead", jobs=257, rows=257).claims
+        queue.lease.release("dead", started=names(claims[:250]), gone=True)
+
+        busy = queue.claim("busy", empty_handed=False)
+
+        assert ids(busy.claims) == ids(claims[250:])
+        assert busy.waiting == (0, 250, 0)
+
     def test_suspects_run_with_no_fresh_job_nor_with_one_that_was_given_back(self, queue: Queue) -> None:
         neighbour, *running = queue.hold("dead", draft(), draft(), draft(), draft(), draft())
         queue.lease.release("dead", started=names(running), gone=True)
