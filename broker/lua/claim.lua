@@ -29,6 +29,8 @@ local FIRST_PAGE = 4
 local MOST_RETURNED = 4096
 -- A stream whose last job came within this time is in use.
 local IN_USE_MS = 10000
+-- As release: how long suspects wait for a second live worker, at most.
+local COMPANION_MS = 30000
 
 local groups, last, waiting, fresh, innocents, suspects = {}, {}, {}, {}, {}, {}
 local taken, rows, tokens, full, blocked, share = {}, 0, 0, false, 0, 0
@@ -124,7 +126,8 @@ end
 local function may_run(stream, id)
   if live() >= 2 or not is_urgent_in_use(stream) then return true end
   local _, _, alone_from = death(stream, id)
-  return now >= alone_from
+  -- Further ahead than that: the clock stepped back since.
+  return now >= alone_from or alone_from > now + COMPANION_MS
 end
 
 -- Groups shrink with each attempt, and the last one is always made alone.

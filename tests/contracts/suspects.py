@@ -202,6 +202,17 @@ class SuspectsContract:
 
         assert ids(claim(queue, "left").claims) == ids([suspect])
 
+    def test_a_suspect_waits_no_longer_after_the_clock_stepped_back(self, queue: Queue) -> None:
+        queue.lease.beat("left", {}, [])
+        (suspect,) = suspects(queue, 1)
+        use_realtime(queue)
+        # As if it had been noted an hour ahead of what the clock says now.
+        field = f"{suspect.address.name}:batch"
+        batch, size, until = cast(bytes, queue.client.hget(queue.keys.trail(), field)).split()
+        queue.client.hset(queue.keys.trail(), field, b" ".join([batch, size, b"%d" % (int(until) + 3_600_000)]))
+
+        assert ids(claim(queue, "left").claims) == ids([suspect])
+
     def test_the_last_worker_runs_suspects_at_once_if_nothing_more_urgent_comes(self, queue: Queue) -> None:
         queue.lease.beat("left", {}, [])
         (suspect,) = suspects(queue, 1)
