@@ -78,7 +78,6 @@ local function returned_entry(stream, id)
   if entry then return entry[2] end
   redis.call('XACK', KEYS[stream], GROUP, id)
   redis.call('HDEL', KEYS[6], stream .. ':' .. id, stream .. ':' .. id .. ':batch')
-  waiting[stream] = waiting[stream] - 1
 end
 
 local function take_returned(stream, pending, fields, r, t)
@@ -253,7 +252,7 @@ local function find_returned(stream)
     end
     found = found + #given_back
   until #given_back < size or #innocents[stream] >= MAX_JOBS or found >= MOST_RETURNED
-  waiting[stream] = waiting[stream] + found
+  return found
 end
 
 for stream = 1, 3 do
@@ -261,9 +260,11 @@ for stream = 1, 3 do
   if refused then return refused end
   if not group then return redis.error_reply('NOGROUP no group ' .. GROUP .. ' on ' .. KEYS[stream]) end
   groups[stream], last[stream] = group, group['last-delivered-id']
-  fresh[stream] = math.max(0, redis.call('XLEN', KEYS[stream]) - group['pending'])
-  waiting[stream] = fresh[stream]
-  find_returned(stream)
+  -- Clients delete what they cancel and do not acknowledge it: pending entries may be gone from the stream.
+  local held = group['pending'] - find_returned(stream)
+  waiting[stream] = math.max(0, redis.call('XLEN', KEYS[stream]) - held)
+  -- At most: returned ones are among them.
+  fresh[stream] = waiting[stream]
 end
 local time = redis.call('TIME')
 now = time[1] * 1000 + math.floor(time[2] / 1000)

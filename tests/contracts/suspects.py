@@ -8,6 +8,7 @@ import pytest
 from contracts.queue import CALLER, Queue, draft, ids, names
 
 from millstream.broker.job import Claim, Draft, Priority
+from millstream.broker.keys import GROUP
 from millstream.broker.streams import Claimed, Limit
 
 
@@ -105,6 +106,17 @@ class SuspectsContract:
 
         assert ids(busy.claims) == ids(claims[250:])
         assert busy.waiting == (0, 250, 0)
+
+    def test_suspects_that_were_deleted_hide_no_new_job(self, queue: Queue) -> None:
+        batch = suspects(queue, 4)
+        # As a client cancels them, whose user may not acknowledge.
+        queue.client.xdel(queue.keys.stream(Priority.NORMAL), *[each.address.entry for each in batch[:3]])
+        fresh = queue.put(draft(), draft())
+
+        busy = queue.claim("busy", empty_handed=False)
+        assert (ids(busy.claims), busy.waiting) == ([each.id for each in fresh], (0, 1, 0))
+        assert ids(claim(queue, "idle").claims) == ids(batch[3:])
+        assert queue.client.xpending(queue.keys.stream(Priority.NORMAL), GROUP)["pending"] == 3
 
     def test_suspects_run_with_no_fresh_job_nor_with_one_that_was_given_back(self, queue: Queue) -> None:
         neighbour, *running = queue.hold("dead", draft(), draft(), draft(), draft(), draft())
