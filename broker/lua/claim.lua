@@ -150,7 +150,8 @@ local function take_suspects(stream)
     local id, deliveries = pending[1], pending[4]
     if group or may_run(stream, id) then
       local batch, size = death(stream, id)
-      group, most = group or batch, math.min(most or size, group_size(size, deliveries))
+      group = group or batch
+      if batch == group then most = math.min(most or size, group_size(size, deliveries)) end
       if #taken >= most then break end
       local fields = batch == group and returned_entry(stream, id)
       if fields then

@@ -97,6 +97,16 @@ class SuspectsContract:
             ids(batch[at : at + 3]) for batch in (first, second) for at in (0, 3, 6, 9)
         ]
 
+    def test_a_suspect_of_another_batch_makes_a_group_no_smaller(self, queue: Queue) -> None:
+        first = queue.hold("one", draft())
+        other = queue.hold("two", draft())
+        first += queue.hold("one", *[draft() for _ in range(9)])
+        for consumer, batch in (("one", first), ("two", other)):
+            queue.lease.release(consumer, started=names(batch), gone=True)
+
+        assert ids(claim(queue, "w1").claims) == ids(first[:3])
+        assert ids(claim(queue, "w2").claims) == ids(other)
+
     def test_many_suspects_hide_no_job_that_was_given_back_with_them(self, queue: Queue) -> None:
         queue.put(*[draft() for _ in range(257)])
         claims = queue.claim("dead", jobs=257, rows=257).claims
