@@ -110,7 +110,9 @@ class Window:
         with self._lock:
             budget = self.budget
             rows = budget.rows - self.waiting_of(Priority.REALTIME)
-            return Limit(jobs=rows, rows=rows, tokens=budget.tokens, streams=1, returned=1) if rows > 0 else None
+            if rows <= 0:
+                return None
+            return Limit(min(MAX_JOBS_PER_CALL, rows), rows, tokens=budget.tokens, streams=1, returned=1)
 
     def _most_tokens(self) -> int:
         return max(self._least_batches * self.budget.tokens, self.cost.tokens_in(self._hold_s))

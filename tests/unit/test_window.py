@@ -13,6 +13,7 @@ from support import eventually
 
 from millstream.broker.errors import ModelFailed
 from millstream.broker.job import Claim, Priority
+from millstream.broker.streams import MAX_JOBS_PER_CALL
 from millstream.worker.batcher import Budget
 from millstream.worker.held import Held, Outcome, Rows
 from millstream.worker.models.base import Prepared
@@ -290,6 +291,15 @@ def test_a_full_window_has_room_for_one_micro_batch_of_realtime_rows(window: Win
     window.hold([held_of([3] * 4, claim_of(priority=Priority.REALTIME))])
 
     assert window.urgent_room() is None
+
+
+def test_no_claim_asks_for_more_jobs_than_a_script_can_take() -> None:
+    window = Window(Budget(rows=9_000, tokens=1_000_000))
+    room, urgent = window.room(1), window.urgent_room()
+    assert room is not None
+    assert urgent is not None
+
+    assert (room.jobs, urgent.jobs, urgent.rows) == (MAX_JOBS_PER_CALL, MAX_JOBS_PER_CALL, 9_000)
 
 
 def tokens_of(window: Window) -> int:
