@@ -65,9 +65,9 @@ class State:
 
     `room`: what may be claimed on top of what waits here, None if the window is full. `urgent_room`: how much realtime
     work may pass a full window, None for none. `waiting`: rows wait for the runner. `empty_handed`: every entry is
-    settled. `takes`: micro-batches taken so far. `forward_left_s`: predicted rest of the forward under way. `saved`:
-    rows that normal and batch jobs may run before more urgent ones, 0 if such rows wait here. `batch_rows`: rows of a
-    micro-batch. `less_urgent`: rows of normal or batch jobs wait for the runner.
+    settled and no forward runs. `takes`: micro-batches taken so far. `forward_left_s`: predicted rest of the forward
+    under way. `saved`: rows that normal and batch jobs may run before more urgent ones, 0 if such rows wait here.
+    `batch_rows`: rows of a micro-batch. `less_urgent`: rows of normal or batch jobs wait for the runner.
     """
 
     look: Look
@@ -112,7 +112,7 @@ class WaitForTake:
 
 @dataclass(frozen=True, slots=True)
 class WaitUntilEmpty:
-    """Wait until every held entry is settled."""
+    """Wait until every held entry is settled and no forward runs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,7 @@ class Window:
                 rows=rows,
                 tokens=tokens,
                 live_workers=live_workers,
-                empty_handed=not self._unsettled,
+                empty_handed=self.empty,
                 held=len(self._unsettled),
                 next_rows=max(0, budget.rows - waiting) if self._pool.tokens < budget.tokens else 0,
             )
@@ -136,9 +136,9 @@ class Window:
         return max(0.0, self._ends_at - time.monotonic()) if self._running else 0.0
 
     def wait_until_empty(self, timeout: float) -> bool:
-        """Sleep until every held entry is settled; False after `timeout` seconds."""
+        """Sleep until this is `empty`; False after `timeout` seconds."""
         with self._lock:
-            return self._emptied.wait_for(lambda: not self._unsettled, timeout)
+            return self._emptied.wait_for(lambda: self.empty, timeout)
 
     @property
     def idle(self) -> bool:
@@ -148,8 +148,8 @@ class Window:
 
     @property
     def empty(self) -> bool:
-        """Whether every held entry is settled."""
-        return not self._unsettled
+        """Whether every held entry is settled and no forward runs, not even one whose jobs were ended."""
+        return not self._unsettled and not self._running
 
     @property
     def waiting(self) -> bool:
@@ -234,6 +234,7 @@ class Window:
                     done.append(self._held.pop(row.owner))
             self._running = 0
             self._note_in_hand()
+            self._note_empty()
             return done
 
     def end(self, names: Collection[str]) -> list[Held]:
@@ -268,14 +269,17 @@ class Window:
             self._in_hand_s += time.monotonic() - self._in_hand_since
             self._in_hand_since = None
 
+    def _note_empty(self) -> None:
+        if self.empty:
+            self._emptied.notify_all()
+
     # -- the settler's and the beat's side ---------------------------------------------------------------------
 
     def forget(self, names: Collection[str]) -> None:
         """These entries are settled, or no longer ours."""
         with self._lock:
             self._unsettled.difference_update(names)
-            if not self._unsettled:
-                self._emptied.notify_all()
+            self._note_empty()
 
     def names(self) -> list[str]:
         """Every entry held and not yet settled, as the scripts name them."""

@@ -351,6 +351,24 @@ def test_a_worker_is_empty_handed_only_when_every_entry_is_settled(window: Windo
     assert room.empty_handed
 
 
+def test_a_worker_is_empty_handed_only_when_the_forward_of_an_ended_job_is_over(window: Window) -> None:
+    window.hold([held := held_of()])
+    rows = window.take()
+    window.end([held.name])
+    window.forget([held.name])
+    room = window.room(1)
+    assert room is not None
+    assert (window.empty, room.empty_handed, window.wait_until_empty(0.001)) == (False, False, False)
+
+    empty = asleep(window, lambda: window.wait_until_empty(3 * LONG_S))
+    window.complete(rows, ["x"])
+
+    assert empty() is True
+    room = window.room(1)
+    assert room is not None
+    assert (window.empty, room.empty_handed) == (True, True)
+
+
 def test_it_is_idle_until_rows_come_and_again_when_they_are_back(window: Window) -> None:
     assert window.idle
     window.hold([held_of()])
