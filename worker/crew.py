@@ -58,7 +58,7 @@ class Crew:
         self._page = shared.page
         self._intake = Intake(model, spec.runtime.max_attempts, self._keeper.digests, self._page.claimer)
         self._policy = Policy(Patience(0.0), {}, Shares({}, 0))
-        self._settler = Settler(shared, self._streams, self._keeper.keep, model.fingerprint)
+        self._settler = Settler(shared, self._streams, self._keeper, model.fingerprint)
         queue = Queue(Streams(connection.blocking(SLEEP_S), keys), self._lease)
         self._claimer = Claimer(shared, queue, self._intake, self._policy, self._settler.put)
         self._inference_timeouts: dict[Priority, float | None] = {}
