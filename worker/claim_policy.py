@@ -1,8 +1,9 @@
 """What a worker does next to keep its window filled: a pure table over what it holds and what its last claim found.
 
-While a suspect waits for a worker that holds nothing, the worker claims only what is more urgent and so makes itself
-free; once the class of the suspect has saved a micro-batch, it claims nothing at all until it is free. While a realtime
-suspect waits, new realtime jobs are claimed as long as less urgent rows wait here, which keep the worker busy anyway.
+A suspect waits for a worker that holds nothing. So does a job larger than its class may save, or than a window, if it
+does not fit: here it counts as a suspect. While one waits, the worker claims only what is more urgent and so makes
+itself free; once the class of the suspect has saved a micro-batch, it claims nothing at all until it is free. While a
+realtime suspect waits, new realtime jobs are claimed as long as less urgent rows wait here: they keep the worker busy.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from millstream.worker.batcher import Budget, Cut, Pool
 from millstream.worker.forward_cost import ForwardCost
 from millstream.worker.held import BY_SHARE, Held, Outcome, Rows
 from millstream.worker.models.base import Prepared
+from millstream.worker.shares import SAVED_BATCHES
 
 HOLD_S = 1.0
 """About this much predicted work is held, and half the queue timeout at most: a hoarder starves its neighbours."""
@@ -103,6 +104,7 @@ class Window:
                 empty_handed=self.empty,
                 held=len(self._unsettled),
                 next_rows=max(0, budget.rows - waiting) if self._pool.tokens < budget.tokens else 0,
+                large=(SAVED_BATCHES * budget.rows, self._most_tokens()),
             )
 
     def urgent_room(self) -> Limit | None:

@@ -8,10 +8,12 @@
 -- ARGV[11] the last stream to take new jobs from, ARGV[12] the last one to take returned jobs from: 1 realtime, 3 all
 -- ARGV[13], ARGV[14] rows that normal and batch may take before more urgent jobs: their share, saved up
 -- ARGV[15] max_attempts  ARGV[16] lease ms  ARGV[17], ARGV[18] rows and tokens of the job that this worker took last
+-- ARGV[19], ARGV[20] rows and tokens: a job with more of either that does not fit is for a worker that holds nothing
 -- Returns {now_ms, {waiting in each stream}, suspects, 1 if paused, blocked,
 --   {stream, entry id, deliveries, fields, 1 if by share}, ...}
 --   waiting: jobs left in the streams, new and returned ones
---   suspects: the most urgent stream in which suspects are left for a worker that holds nothing, 0 for none
+--   suspects: the most urgent stream in which jobs are left for a worker that holds nothing, 0 for none: suspects, or a
+--     large job that comes next
 --   blocked: the stream whose next job has more rows or tokens than there was room left for, 0 for none
 -- Raises NOGROUP, and what its user is not allowed. What an entry holds is never trusted: without usable numbers it
 --   counts as one row.
@@ -22,6 +24,7 @@ local LIVE, HELD, NEXT_ROWS, EMPTY_HANDED = tonumber(ARGV[7]), tonumber(ARGV[8])
 local LAST_STREAM, LAST_RETURNED = tonumber(ARGV[11]), tonumber(ARGV[12])
 local SAVED_ROWS = {0, tonumber(ARGV[13]), tonumber(ARGV[14])}
 local MAX_ATTEMPTS, LEASE = tonumber(ARGV[15]), tonumber(ARGV[16])
+local LARGE_ROWS, LARGE_TOKENS = tonumber(ARGV[19]), tonumber(ARGV[20])
 -- Deliveries count 1 + 2 x attempts + hosts lost; from one attempt on a job is a suspect (see lease.py).
 local SUSPECT = 3
 local FIRST_PAGE = 4
@@ -33,6 +36,8 @@ local IN_USE_MS = 10000
 local COMPANION_MS = 30000
 
 local groups, last, waiting, fresh, innocents, suspects = {}, {}, {}, {}, {}, {}
+-- The streams whose next job is large and did not fit.
+local large = {}
 local taken, rows, tokens, full, blocked, share = {}, 0, 0, false, 0, 0
 -- The last job that was looked at, and the rows that may still be taken out of what a class has saved.
 local job_rows, job_tokens = math.max(1, tonumber(ARGV[17])), math.max(1, tonumber(ARGV[18]))
@@ -56,10 +61,13 @@ local function is_full()
   return #taken >= MAX_JOBS or rows >= MAX_ROWS or tokens >= MAX_TOKENS or (#taken >= share and rows >= NEXT_ROWS)
 end
 
--- What does not fit is not overtaken.
+-- What does not fit is not overtaken. A large job runs out of what its class has saved once that is a micro-batch.
 local function may_take(stream, r, t)
-  if full or r > allowance then return false end
-  if #taken == 0 and EMPTY_HANDED then return true end
+  if full then return false end
+  large[stream] = r > LARGE_ROWS or t > LARGE_TOKENS
+  local saved = r <= allowance or (large[stream] and allowance >= NEXT_ROWS)
+  if saved and #taken == 0 and EMPTY_HANDED then return true end
+  if r > allowance then return false end
   if rows + r <= MAX_ROWS and tokens + t <= MAX_TOKENS then return true end
   full, blocked = true, stream
   return false
@@ -68,7 +76,7 @@ end
 local function take(stream, id, deliveries, fields, r, t)
   taken[#taken + 1] = {stream, id, deliveries, fields, by_share}
   rows, tokens, allowance = rows + r, tokens + t, allowance - r
-  waiting[stream] = waiting[stream] - 1
+  waiting[stream], large[stream] = waiting[stream] - 1, false
   full = is_full()
 end
 
@@ -167,6 +175,7 @@ end
 
 local function find_suspects()
   for stream = 1, 3 do
+    if large[stream] then return stream end
     for _, pending in ipairs(suspects[stream]) do
       if not pending.taken and may_run(stream, pending[1]) then return stream end
     end

@@ -12,7 +12,7 @@ import pytest
 from contracts.queue import Queue, draft
 from support import eventually
 
-from millstream.broker.job import PRIORITIES, Priority
+from millstream.broker.job import PRIORITIES, Draft, Priority
 from millstream.broker.keys import ServiceKeys
 from millstream.broker.pause import pause
 from millstream.broker.streams import Claimed, Limit, Streams
@@ -272,6 +272,26 @@ def test_a_suspect_does_not_starve_while_more_urgent_jobs_saturate_the_worker(
     groups = [each for each in served if Priority.BATCH in each]
     assert groups == [[Priority.BATCH] * 2] * 3
     assert served[0] == [Priority.REALTIME] * ROWS
+
+
+@pytest.mark.parametrize("large", [draft(rows=HOLD_BATCHES * ROWS + 1), draft(tokens=10**8)], ids=["rows", "tokens"])
+def test_a_job_larger_than_a_window_does_not_starve_while_more_urgent_jobs_saturate_the_worker(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, large: Draft
+) -> None:
+    window = bench.shared.window
+    monkeypatch.setattr(window, "wait_for_take", lambda timeout: False)
+    monkeypatch.setattr(window, "wait_until_empty", lambda timeout: False)
+    bench.queue.put(large, priority=Priority.BATCH)
+    served: list[list[Priority]] = []
+
+    for _ in range(100):
+        bench.put(Priority.REALTIME, max(0, 60 - len(bench.queue.jobs(Priority.REALTIME))))
+        for _ in range(3):
+            bench.claimer._step()
+        served += [bench.run_one()] if window.waiting else []
+
+    assert any(Priority.BATCH in each for each in served)
+    assert served[:5] == [[Priority.REALTIME] * ROWS] * 5
 
 
 def test_a_realtime_job_passes_a_window_of_bulk_while_a_realtime_suspect_waits(

@@ -17,6 +17,7 @@ from millstream.broker.streams import MAX_JOBS_PER_CALL
 from millstream.worker.batcher import Budget
 from millstream.worker.held import Held, Outcome, Rows
 from millstream.worker.models.base import Prepared
+from millstream.worker.shares import SAVED_BATCHES
 from millstream.worker.window import HOLD_BATCHES, LEAST_BATCHES, Window
 
 LONG_S = 10.0
@@ -291,6 +292,14 @@ def test_a_full_window_has_room_for_one_micro_batch_of_realtime_rows(window: Win
     window.hold([held_of([3] * 4, claim_of(priority=Priority.REALTIME))])
 
     assert window.urgent_room() is None
+
+
+def test_a_job_is_large_that_is_more_than_its_class_may_save_or_than_a_window_holds(window: Window) -> None:
+    window.cost.seconds_per_token = 1.0
+    room = window.room(1)
+    assert room is not None
+
+    assert room.large == (SAVED_BATCHES * 4, LEAST_BATCHES * 100)
 
 
 def test_no_claim_asks_for_more_jobs_than_a_script_can_take() -> None:
