@@ -27,7 +27,8 @@ local MAX_ATTEMPTS, LEASE = tonumber(ARGV[15]), tonumber(ARGV[16])
 local LARGE_ROWS, LARGE_TOKENS = tonumber(ARGV[19]), tonumber(ARGV[20])
 -- Deliveries count 1 + 2 x attempts + hosts lost; from one attempt on a job is a suspect (see lease.py).
 local SUSPECT = 3
-local FIRST_PAGE = 4
+-- New jobs that are looked at first, and how many times as many in each page after that.
+local FIRST_PAGE, GROWTH = 1, 4
 -- Jobs of a stream that were given back and are looked at in one claim, at most, to within a page.
 local MOST_RETURNED = 4096
 -- A stream whose last job came within this time is in use.
@@ -224,7 +225,7 @@ local function take_new(stream)
     local count = page(size)
     local entries = redis.call('XRANGE', KEYS[stream], '(' .. after, '+', 'COUNT', count)
     if not take_each(entries) or #entries < count then break end
-    size, after = 2 * size, entries[#entries][1]
+    size, after = GROWTH * size, entries[#entries][1]
   end
   if #ids > 0 then deliver(stream, ids) end
   fresh[stream] = fresh[stream] - #ids
