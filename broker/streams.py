@@ -93,7 +93,8 @@ class Limit:
     `saved` are the rows that normal and batch jobs may take before more urgent ones. New jobs are taken from the first
     `streams`, the most urgent ones, and returned jobs from the first `returned`. `held`: jobs in this worker's hand, a
     part of its share of all that waits; beyond its share it takes `next_rows`, those missing in its next micro-batch.
-    `max_attempts` bounds groups of suspects; `job`: rows and tokens of the job it took last.
+    `max_attempts` bounds groups of suspects; `job`: rows and tokens of the job it took last. `large`: a job with more
+    rows or tokens than these that does not fit is reported as if it were a suspect: the worker is to be free for it.
     """
 
     jobs: int
@@ -108,14 +109,15 @@ class Limit:
     next_rows: int = 0
     max_attempts: int = 3
     job: tuple[int, int] = (1, 1)
+    large: tuple[int, int] = (10**9, 10**9)
 
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
     """One claim's yield. `now`: server clock, ms. `waiting`: jobs left, new and returned ones, by stream.
 
-    `suspects`: the most urgent stream, 1 to 3, with suspects left for a worker that holds nothing; 0 for none.
-    `paused`: nothing is given to anybody for the time being. The first `woken` claims came to a sleeper, even so.
+    `suspects`: the most urgent stream, 1 to 3, with suspects or a large job left for a worker that holds nothing; 0 for
+    none. `paused`: nothing is given to anybody for the time being. The first `woken` claims came to a sleeper, even so.
     `blocked`: the stream, 1 to 3, whose next job had more rows or tokens than there was room left for; 0 for none.
     """
 
@@ -269,7 +271,7 @@ class Streams:
         """Keys and arguments of the claim script."""
         args: list[scripts.Argument] = [GROUP, consumer, RETURNED, limit.jobs, limit.rows, limit.tokens]
         args += (max(1, limit.live_workers), limit.held, limit.next_rows, int(limit.empty_handed))
-        args += (limit.streams, limit.returned, *limit.saved, limit.max_attempts, LEASE_MS, *limit.job)
+        args += (limit.streams, limit.returned, *limit.saved, limit.max_attempts, LEASE_MS, *limit.job, *limit.large)
         return [*self._streams, self._keys.paused(), self._keys.workers(), self._keys.trail()], args
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:

@@ -1,7 +1,9 @@
 """What a worker does next to keep its window filled: a pure table over what it holds and what its last claim found.
 
-While a suspect waits for a worker that holds nothing, the worker claims only what is more urgent and so makes itself
-free; once the class of the suspect has saved a micro-batch, it claims nothing at all until it is free.
+A suspect waits for a worker that holds nothing. So does a job larger than its class may save, or than a window, if it
+does not fit: here it counts as a suspect. While one waits, the worker claims only what is more urgent and so makes
+itself free; once the class of the suspect has saved a micro-batch, it claims nothing at all until it is free. While a
+realtime suspect waits, new realtime jobs are claimed as long as less urgent rows wait here: they keep the worker busy.
 """
 
 from __future__ import annotations
@@ -64,9 +66,9 @@ class State:
 
     `room`: what may be claimed on top of what waits here, None if the window is full. `urgent_room`: how much realtime
     work may pass a full window, None for none. `waiting`: rows wait for the runner. `empty_handed`: every entry is
-    settled. `takes`: micro-batches taken so far. `forward_left_s`: predicted rest of the forward under way. `saved`:
-    rows that normal and batch jobs may run before more urgent ones, 0 if such rows wait here. `batch_rows`: rows of a
-    micro-batch.
+    settled and no forward runs. `takes`: micro-batches taken so far. `forward_left_s`: predicted rest of the forward
+    under way. `saved`: rows that normal and batch jobs may run before more urgent ones, 0 if such rows wait here.
+    `batch_rows`: rows of a micro-batch. `less_urgent`: rows of normal or batch jobs wait for the runner.
     """
 
     look: Look
@@ -78,6 +80,7 @@ class State:
     forward_left_s: float = 0.0
     saved: Sequence[int] = (0, 0)
     batch_rows: int = 1
+    less_urgent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Overtake:
-    """The window is full: claim realtime jobs within `limit`, which run before what waits there."""
+    """The window is full, or the worker is to be free: claim realtime jobs within `limit`, to run before what waits."""
 
     limit: Limit
 
@@ -110,7 +113,7 @@ class WaitForTake:
 
 @dataclass(frozen=True, slots=True)
 class WaitUntilEmpty:
-    """Wait until every held entry is settled."""
+    """Wait until every held entry is settled and no forward runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,16 +130,19 @@ def next_step(state: State) -> Step:
     if look.paused and not look.waited:
         return Pause()
     last = _last_stream(state)
-    if not last or (look.alone and not state.empty_handed):
+    if look.alone and not state.empty_handed:
         return WaitUntilEmpty()
-    if state.room is None:
+    if not last:
+        return _past_a_full_window(state) if look.suspects == 1 and state.less_urgent else WaitUntilEmpty()
+    with_room = _last_with_room(state)
+    if state.room is None or (state.waiting and not with_room):
         return _past_a_full_window(state)
-    claim = Claim(replace(state.room, streams=min(last, _last_with_room(state)), returned=last))
+    claim = Claim(replace(state.room, streams=min(last, with_room), returned=last))
     if look.paused:
         return claim
     if state.waiting:
         return claim if look.waited or not _is_exhausted(state) else _wait_for_take(state)
-    return claim if _may_find_more(state) else _rest(state, state.room)
+    return claim if with_room and _may_find_more(state) else _rest(state, state.room)
 
 
 def _last_stream(state: State) -> int:

@@ -138,6 +138,7 @@ class Claimer(threading.Thread):
             forward_left_s=window.forward_left_s,
             saved=[0 if window.waiting_of(each) else rows for each, rows in self._saved()],
             batch_rows=window.budget.rows,
+            less_urgent=any(map(window.waiting_of, CLASSES)),
         )
 
     def _room(self) -> Limit | None:

@@ -28,7 +28,7 @@ from millstream.worker.progress import MOST_ENTRIES, State
 from millstream.worker.runner import Runner
 from millstream.worker.settler import Settler
 from millstream.worker.shared import Shared
-from millstream.worker.shares import Shares
+from millstream.worker.shares import SAVED_BATCHES, Shares
 from millstream.worker.timekeeper import Timekeeper
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Crew:
         self._page = shared.page
         self._intake = Intake(model, spec.runtime.max_attempts, self._keeper.digests, self._page.claimer)
         self._policy = Policy(Patience(0.0), {}, Shares({}, 0))
-        self._settler = Settler(shared, self._streams, self._keeper.keep, model.fingerprint)
+        self._settler = Settler(shared, self._streams, self._keeper, model.fingerprint)
         queue = Queue(Streams(connection.blocking(SLEEP_S), keys), self._lease)
         self._claimer = Claimer(shared, queue, self._intake, self._policy, self._settler.put)
         self._inference_timeouts: dict[Priority, float | None] = {}
@@ -158,7 +158,8 @@ class Crew:
         window = self._shared.window
         tokens = most_tokens(runtime, window.auto_tokens)
         window.limit(min(runtime.batch_size, MOST_ROWS), tokens, runtime.queue_timeout, shortest)
-        self._policy.shares.change({each: runtime.shares[each.value] for each in PRIORITIES}, 2 * runtime.batch_size)
+        shares = {each: runtime.shares[each.value] for each in PRIORITIES}
+        self._policy.shares.change(shares, SAVED_BATCHES * runtime.batch_size)
         self._intake.max_attempts = runtime.max_attempts
         self._keeper.ttl_s = runtime.cache_s
         if isinstance(self._model, Adapts):

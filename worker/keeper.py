@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 
 from millstream.broker.cache import Cache, Cached, Recipe, encode
 from millstream.broker.job import Json
@@ -28,15 +27,18 @@ class Keeper:
         names = iter(self._recipe.digests((text for text in inputs if isinstance(text, str)), options))
         return [next(names) if isinstance(text, str) else "" for text in inputs]
 
-    def keep(self, finished: Sequence[Finished]) -> None:
-        """Write the answers of rows without an error. A fault costs the answers' being kept, and nothing else."""
-        if self.ttl_s is None:
+    def encoded(self, finished: Finished) -> list[tuple[str, bytes]]:
+        """The answers of the job's rows without an error, by their names; nothing where none is kept."""
+        return list(_answers(finished)) if self.ttl_s is not None and finished.digests else []
+
+    def write(self, answers: Sequence[tuple[str, bytes]]) -> None:
+        """Keep these. A fault costs the answers' being kept, and nothing else."""
+        if self.ttl_s is None or not answers:
             return
-        if answers := [answer for each in finished if each.digests for answer in _answers(each)]:
-            before = self._cache.faults
-            self._cache.keep(answers, self.ttl_s)
-            if self._cache.faults and not before:
-                log.warning("answers cannot be kept in the cache: %s", self._cache.fault)
+        before = self._cache.faults
+        self._cache.keep(answers, self.ttl_s)
+        if self._cache.faults and not before:
+            log.warning("answers cannot be kept in the cache: %s", self._cache.fault)
 
 
 def _answers(finished: Finished) -> Iterator[tuple[str, bytes]]:
@@ -48,6 +50,12 @@ def _answers(finished: Finished) -> Iterator[tuple[str, bytes]]:
         if at in reply.errors:
             continue
         cached = Cached(next(results), at in reply.truncated)  # type: ignore[arg-type]
-        with suppress(TypeError, ValueError, RecursionError):
-            if digest:
-                yield digest, encode(cached)
+        if digest and (kept := _encoded(cached)) is not None:
+            yield digest, kept
+
+
+def _encoded(cached: Cached) -> bytes | None:
+    try:
+        return encode(cached)
+    except BaseException:  # noqa: BLE001 - a result may have code of its own, and its neighbours must live
+        return None

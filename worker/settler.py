@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from millstream.broker.codec import encode_reply, origin_of
 from millstream.broker.connection import retrying
@@ -31,6 +31,16 @@ class Finished(NamedTuple):
     digests: Sequence[str] = ()
 
 
+class Keeper(Protocol):
+    """Keeps answers for callers that ask again."""
+
+    def encoded(self, finished: Finished) -> list[tuple[str, bytes]]:
+        """The answers of one job that are to be kept, by their names."""
+
+    def write(self, answers: Sequence[tuple[str, bytes]]) -> None:
+        """Keep these; may wait for the server."""
+
+
 class Settler(threading.Thread):
     """Writes what is `put`, until `finish`; nothing put is dropped while the process lives."""
 
@@ -38,13 +48,13 @@ class Settler(threading.Thread):
         self,
         shared: Shared,
         streams: Streams,
-        keep: Callable[[Sequence[Finished]], None] = lambda finished: None,
+        keeper: Keeper | None = None,
         fingerprint: str = "",
     ) -> None:
         super().__init__(name="settler", daemon=True)
         self._origin = origin_of(fingerprint)
         self._streams = streams
-        self._keep = keep
+        self._keeper = keeper
         self._window = shared.window
         self._counters = shared.counters
         self._life = shared.life
@@ -77,16 +87,21 @@ class Settler(threading.Thread):
         return ready
 
     def _settle(self, ready: list[Finished]) -> None:
-        batch = self._encode(ready)
-        settled, self._left = ready[: len(batch)], ready[len(batch) :]
+        batch, answers = self._encode(ready)
+        self._left = ready[len(batch) :]
         # First: whoever has this answer and asks again finds it.
-        self._keep(settled)
+        if self._keeper:
+            self._keeper.write(answers)
         self._write(batch)
 
-    def _encode(self, ready: Sequence[Finished]) -> list[Settlement]:
-        """As many of these as go into one call. A stage ends before the write: that may wait for the server."""
+    def _encode(self, ready: Sequence[Finished]) -> tuple[list[Settlement], list[tuple[str, bytes]]]:
+        """As many of these as go into one call, and the answers to keep.
+
+        The stage ends before anything is written: that may wait for the server.
+        """
         self._track.start([each.address.name for each in ready], Stage.SETTLE)
         batch: list[Settlement] = []
+        answers: list[tuple[str, bytes]] = []
         size = 0
         for place, finished in enumerate(ready, 1):
             if size >= MAX_BYTES_PER_CALL:
@@ -94,8 +109,9 @@ class Settler(threading.Thread):
             self._track.point(place)
             batch.append(_encoded(finished, self._origin))
             size += len(batch[-1].reply)
+            answers += self._keeper.encoded(finished) if self._keeper else ()
         self._track.stop()
-        return batch
+        return batch, answers
 
     def _write(self, batch: list[Settlement]) -> None:
         # Settling again what was settled changes nothing, so a cut connection is simply tried again.

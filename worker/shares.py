@@ -14,6 +14,10 @@ CLASSES = (Priority.NORMAL, Priority.BATCH)
 """The classes that can starve; realtime is always served first."""
 
 
+SAVED_BATCHES = 2
+"""Micro-batches of rows that a class saves at most."""
+
+
 class Shares:
     """One worker's count. `shares` are parts of 1; at most `most_rows` are saved: nobody holds others up for long."""
 

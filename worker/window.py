@@ -16,6 +16,7 @@ from millstream.worker.batcher import Budget, Cut, Pool
 from millstream.worker.forward_cost import ForwardCost
 from millstream.worker.held import BY_SHARE, Held, Outcome, Rows
 from millstream.worker.models.base import Prepared
+from millstream.worker.shares import SAVED_BATCHES
 
 HOLD_S = 1.0
 """About this much predicted work is held, and half the queue timeout at most: a hoarder starves its neighbours."""
@@ -100,9 +101,10 @@ class Window:
                 rows=rows,
                 tokens=tokens,
                 live_workers=live_workers,
-                empty_handed=not self._unsettled,
+                empty_handed=self.empty,
                 held=len(self._unsettled),
                 next_rows=max(0, budget.rows - waiting) if self._pool.tokens < budget.tokens else 0,
+                large=(SAVED_BATCHES * budget.rows, self._most_tokens()),
             )
 
     def urgent_room(self) -> Limit | None:
@@ -110,7 +112,9 @@ class Window:
         with self._lock:
             budget = self.budget
             rows = budget.rows - self.waiting_of(Priority.REALTIME)
-            return Limit(jobs=rows, rows=rows, tokens=budget.tokens, streams=1, returned=1) if rows > 0 else None
+            if rows <= 0:
+                return None
+            return Limit(min(MAX_JOBS_PER_CALL, rows), rows, tokens=budget.tokens, streams=1, returned=1)
 
     def _most_tokens(self) -> int:
         return max(self._least_batches * self.budget.tokens, self.cost.tokens_in(self._hold_s))
@@ -134,9 +138,9 @@ class Window:
         return max(0.0, self._ends_at - time.monotonic()) if self._running else 0.0
 
     def wait_until_empty(self, timeout: float) -> bool:
-        """Sleep until every held entry is settled; False after `timeout` seconds."""
+        """Sleep until this is `empty`; False after `timeout` seconds."""
         with self._lock:
-            return self._emptied.wait_for(lambda: not self._unsettled, timeout)
+            return self._emptied.wait_for(lambda: self.empty, timeout)
 
     @property
     def idle(self) -> bool:
@@ -146,8 +150,8 @@ class Window:
 
     @property
     def empty(self) -> bool:
-        """Whether every held entry is settled."""
-        return not self._unsettled
+        """Whether every held entry is settled and no forward runs, not even one whose jobs were ended."""
+        return not self._unsettled and not self._running
 
     @property
     def waiting(self) -> bool:
@@ -232,6 +236,7 @@ class Window:
                     done.append(self._held.pop(row.owner))
             self._running = 0
             self._note_in_hand()
+            self._note_empty()
             return done
 
     def end(self, names: Collection[str]) -> list[Held]:
@@ -266,14 +271,17 @@ class Window:
             self._in_hand_s += time.monotonic() - self._in_hand_since
             self._in_hand_since = None
 
+    def _note_empty(self) -> None:
+        if self.empty:
+            self._emptied.notify_all()
+
     # -- the settler's and the beat's side ---------------------------------------------------------------------
 
     def forget(self, names: Collection[str]) -> None:
         """These entries are settled, or no longer ours."""
         with self._lock:
             self._unsettled.difference_update(names)
-            if not self._unsettled:
-                self._emptied.notify_all()
+            self._note_empty()
 
     def names(self) -> list[str]:
         """Every entry held and not yet settled, as the scripts name them."""

@@ -8,10 +8,12 @@
 -- ARGV[11] the last stream to take new jobs from, ARGV[12] the last one to take returned jobs from: 1 realtime, 3 all
 -- ARGV[13], ARGV[14] rows that normal and batch may take before more urgent jobs: their share, saved up
 -- ARGV[15] max_attempts  ARGV[16] lease ms  ARGV[17], ARGV[18] rows and tokens of the job that this worker took last
+-- ARGV[19], ARGV[20] rows and tokens: a job with more of either that does not fit is for a worker that holds nothing
 -- Returns {now_ms, {waiting in each stream}, suspects, 1 if paused, blocked,
 --   {stream, entry id, deliveries, fields, 1 if by share}, ...}
 --   waiting: jobs left in the streams, new and returned ones
---   suspects: the most urgent stream in which suspects are left for a worker that holds nothing, 0 for none
+--   suspects: the most urgent stream in which jobs are left for a worker that holds nothing, 0 for none: suspects, or a
+--     large job that comes next
 --   blocked: the stream whose next job has more rows or tokens than there was room left for, 0 for none
 -- Raises NOGROUP, and what its user is not allowed. What an entry holds is never trusted: without usable numbers it
 --   counts as one row.
@@ -22,13 +24,21 @@ local LIVE, HELD, NEXT_ROWS, EMPTY_HANDED = tonumber(ARGV[7]), tonumber(ARGV[8])
 local LAST_STREAM, LAST_RETURNED = tonumber(ARGV[11]), tonumber(ARGV[12])
 local SAVED_ROWS = {0, tonumber(ARGV[13]), tonumber(ARGV[14])}
 local MAX_ATTEMPTS, LEASE = tonumber(ARGV[15]), tonumber(ARGV[16])
+local LARGE_ROWS, LARGE_TOKENS = tonumber(ARGV[19]), tonumber(ARGV[20])
 -- Deliveries count 1 + 2 x attempts + hosts lost; from one attempt on a job is a suspect (see lease.py).
 local SUSPECT = 3
-local FIRST_PAGE = 4
+-- New jobs that are looked at first, and how many times as many in each page after that.
+local FIRST_PAGE, GROWTH = 1, 4
+-- Jobs of a stream that were given back and are looked at in one claim, at most, to within a page.
+local MOST_RETURNED = 4096
 -- A stream whose last job came within this time is in use.
 local IN_USE_MS = 10000
+-- As release: how long suspects wait for a second live worker, at most.
+local COMPANION_MS = 30000
 
 local groups, last, waiting, fresh, innocents, suspects = {}, {}, {}, {}, {}, {}
+-- The streams whose next job is large and did not fit.
+local large = {}
 local taken, rows, tokens, full, blocked, share = {}, 0, 0, false, 0, 0
 -- The last job that was looked at, and the rows that may still be taken out of what a class has saved.
 local job_rows, job_tokens = math.max(1, tonumber(ARGV[17])), math.max(1, tonumber(ARGV[18]))
@@ -52,10 +62,13 @@ local function is_full()
   return #taken >= MAX_JOBS or rows >= MAX_ROWS or tokens >= MAX_TOKENS or (#taken >= share and rows >= NEXT_ROWS)
 end
 
--- What does not fit is not overtaken.
+-- What does not fit is not overtaken. A large job runs out of what its class has saved once that is a micro-batch.
 local function may_take(stream, r, t)
-  if full or r > allowance then return false end
-  if #taken == 0 and EMPTY_HANDED then return true end
+  if full then return false end
+  large[stream] = r > LARGE_ROWS or t > LARGE_TOKENS
+  local saved = r <= allowance or (large[stream] and allowance >= NEXT_ROWS)
+  if saved and #taken == 0 and EMPTY_HANDED then return true end
+  if r > allowance then return false end
   if rows + r <= MAX_ROWS and tokens + t <= MAX_TOKENS then return true end
   full, blocked = true, stream
   return false
@@ -64,7 +77,7 @@ end
 local function take(stream, id, deliveries, fields, r, t)
   taken[#taken + 1] = {stream, id, deliveries, fields, by_share}
   rows, tokens, allowance = rows + r, tokens + t, allowance - r
-  waiting[stream] = waiting[stream] - 1
+  waiting[stream], large[stream] = waiting[stream] - 1, false
   full = is_full()
 end
 
@@ -74,7 +87,6 @@ local function returned_entry(stream, id)
   if entry then return entry[2] end
   redis.call('XACK', KEYS[stream], GROUP, id)
   redis.call('HDEL', KEYS[6], stream .. ':' .. id, stream .. ':' .. id .. ':batch')
-  waiting[stream] = waiting[stream] - 1
 end
 
 local function take_returned(stream, pending, fields, r, t)
@@ -122,7 +134,8 @@ end
 local function may_run(stream, id)
   if live() >= 2 or not is_urgent_in_use(stream) then return true end
   local _, _, alone_from = death(stream, id)
-  return now >= alone_from
+  -- Further ahead than that: the clock stepped back since.
+  return now >= alone_from or alone_from > now + COMPANION_MS
 end
 
 -- Groups shrink with each attempt, and the last one is always made alone.
@@ -146,7 +159,8 @@ local function take_suspects(stream)
     local id, deliveries = pending[1], pending[4]
     if group or may_run(stream, id) then
       local batch, size = death(stream, id)
-      group, most = group or batch, math.min(most or size, group_size(size, deliveries))
+      group = group or batch
+      if batch == group then most = math.min(most or size, group_size(size, deliveries)) end
       if #taken >= most then break end
       local fields = batch == group and returned_entry(stream, id)
       if fields then
@@ -162,6 +176,7 @@ end
 
 local function find_suspects()
   for stream = 1, 3 do
+    if large[stream] then return stream end
     for _, pending in ipairs(suspects[stream]) do
       if not pending.taken and may_run(stream, pending[1]) then return stream end
     end
@@ -210,7 +225,7 @@ local function take_new(stream)
     local count = page(size)
     local entries = redis.call('XRANGE', KEYS[stream], '(' .. after, '+', 'COUNT', count)
     if not take_each(entries) or #entries < count then break end
-    size, after = 2 * size, entries[#entries][1]
+    size, after = GROWTH * size, entries[#entries][1]
   end
   if #ids > 0 then deliver(stream, ids) end
   fresh[stream] = fresh[stream] - #ids
@@ -235,16 +250,20 @@ local function find_group(key)
   end
 end
 
+-- Pages on until there are as many innocents as may be taken: any number of suspects may lie before them.
 local function find_returned(stream)
-  local given_back = redis.call('XPENDING', KEYS[stream], GROUP, '-', '+', MAX_JOBS + 64, RETURNED)
-  innocents[stream], suspects[stream] = given_back, given_back
-  if #given_back == 0 then return end
+  local size, from, found = MAX_JOBS + 64, '-', 0
   innocents[stream], suspects[stream] = {}, {}
-  for _, pending in ipairs(given_back) do
-    local list = pending[4] >= SUSPECT and suspects or innocents
-    table.insert(list[stream], pending)
-  end
-  waiting[stream] = waiting[stream] + #given_back
+  repeat
+    local given_back = redis.call('XPENDING', KEYS[stream], GROUP, from, '+', size, RETURNED)
+    for _, pending in ipairs(given_back) do
+      local list = pending[4] >= SUSPECT and suspects or innocents
+      table.insert(list[stream], pending)
+      from = '(' .. pending[1]
+    end
+    found = found + #given_back
+  until #given_back < size or #innocents[stream] >= MAX_JOBS or found >= MOST_RETURNED
+  return found
 end
 
 for stream = 1, 3 do
@@ -252,9 +271,11 @@ for stream = 1, 3 do
   if refused then return refused end
   if not group then return redis.error_reply('NOGROUP no group ' .. GROUP .. ' on ' .. KEYS[stream]) end
   groups[stream], last[stream] = group, group['last-delivered-id']
-  fresh[stream] = math.max(0, redis.call('XLEN', KEYS[stream]) - group['pending'])
-  waiting[stream] = fresh[stream]
-  find_returned(stream)
+  -- Clients delete what they cancel and do not acknowledge it: pending entries may be gone from the stream.
+  local held = group['pending'] - find_returned(stream)
+  waiting[stream] = math.max(0, redis.call('XLEN', KEYS[stream]) - held)
+  -- At most: returned ones are among them.
+  fresh[stream] = waiting[stream]
 end
 local time = redis.call('TIME')
 now = time[1] * 1000 + math.floor(time[2] / 1000)

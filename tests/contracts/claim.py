@@ -9,7 +9,7 @@ from contracts.queue import CALLER, Queue, draft, ids, names
 from millstream.broker.codec import encode_entry
 from millstream.broker.job import PRIORITIES, Draft, Job, Priority
 from millstream.broker.keys import GROUP, RETURNED
-from millstream.broker.streams import Limit
+from millstream.broker.streams import Claimed, Limit
 
 
 def entry(**changed: bytes) -> dict[bytes, bytes]:
@@ -148,6 +148,24 @@ class ClaimContract:
 
         assert queue.claim(rows=10, tokens=100, empty_handed=False).claims == []
         assert ids(queue.claim(rows=10, tokens=100).claims) == [large.id]
+
+    @pytest.mark.parametrize(("large", "too_little"), [(draft(rows=50), 7), (draft(tokens=500), 0)])
+    def test_a_large_job_comes_before_more_urgent_ones_once_its_class_saved_a_micro_batch(
+        self, queue: Queue, large: Draft, too_little: int
+    ) -> None:
+        queue.put(large, draft())
+        queue.put(*[draft() for _ in range(20)], priority=Priority.REALTIME)
+
+        def claim(saved: int, empty_handed: bool = True) -> Claimed:
+            limit = Limit(4, 10, 100, empty_handed=empty_handed, saved=(saved, 0), next_rows=8, large=(20, 400))
+            return queue.streams.claim("w1", limit)
+
+        early, busy, due = claim(too_little), claim(8, empty_handed=False), claim(8)
+
+        assert {each.address.priority for each in early.claims} == {Priority.REALTIME}
+        assert {each.address.priority for each in busy.claims} <= {Priority.REALTIME}
+        assert busy.suspects == 2
+        assert (ids(due.claims), due.suspects) == ([large.id], 0)
 
     def test_a_worker_takes_its_share_and_leaves_the_rest_to_its_neighbours(self, queue: Queue) -> None:
         queue.put(*[draft() for _ in range(4)], priority=Priority.REALTIME)

@@ -8,6 +8,7 @@ import pytest
 from contracts.queue import CALLER, Queue, draft, ids, names
 
 from millstream.broker.job import Claim, Draft, Priority
+from millstream.broker.keys import GROUP
 from millstream.broker.streams import Claimed, Limit
 
 
@@ -95,6 +96,37 @@ class SuspectsContract:
         assert [ids(each) for each in claims] == [
             ids(batch[at : at + 3]) for batch in (first, second) for at in (0, 3, 6, 9)
         ]
+
+    def test_a_suspect_of_another_batch_makes_a_group_no_smaller(self, queue: Queue) -> None:
+        first = queue.hold("one", draft())
+        other = queue.hold("two", draft())
+        first += queue.hold("one", *[draft() for _ in range(9)])
+        for consumer, batch in (("one", first), ("two", other)):
+            queue.lease.release(consumer, started=names(batch), gone=True)
+
+        assert ids(claim(queue, "w1").claims) == ids(first[:3])
+        assert ids(claim(queue, "w2").claims) == ids(other)
+
+    def test_many_suspects_hide_no_job_that_was_given_back_with_them(self, queue: Queue) -> None:
+        queue.put(*[draft() for _ in range(257)])
+        claims = queue.claim("dead", jobs=257, rows=257).claims
+        queue.lease.release("dead", started=names(claims[:250]), gone=True)
+
+        busy = queue.claim("busy", empty_handed=False)
+
+        assert ids(busy.claims) == ids(claims[250:])
+        assert busy.waiting == (0, 250, 0)
+
+    def test_suspects_that_were_deleted_hide_no_new_job(self, queue: Queue) -> None:
+        batch = suspects(queue, 4)
+        # As a client cancels them, whose user may not acknowledge.
+        queue.client.xdel(queue.keys.stream(Priority.NORMAL), *[each.address.entry for each in batch[:3]])
+        fresh = queue.put(draft(), draft())
+
+        busy = queue.claim("busy", empty_handed=False)
+        assert (ids(busy.claims), busy.waiting) == ([each.id for each in fresh], (0, 1, 0))
+        assert ids(claim(queue, "idle").claims) == ids(batch[3:])
+        assert queue.client.xpending(queue.keys.stream(Priority.NORMAL), GROUP)["pending"] == 3
 
     def test_suspects_run_with_no_fresh_job_nor_with_one_that_was_given_back(self, queue: Queue) -> None:
         neighbour, *running = queue.hold("dead", draft(), draft(), draft(), draft(), draft())
@@ -189,6 +221,17 @@ class SuspectsContract:
         batch, size, until = cast(bytes, queue.client.hget(queue.keys.trail(), field)).split()
         assert 29_000 < int(until) - queue.now() <= 30_000
         queue.client.hset(queue.keys.trail(), field, b" ".join([batch, size, b"1"]))
+
+        assert ids(claim(queue, "left").claims) == ids([suspect])
+
+    def test_a_suspect_waits_no_longer_after_the_clock_stepped_back(self, queue: Queue) -> None:
+        queue.lease.beat("left", {}, [])
+        (suspect,) = suspects(queue, 1)
+        use_realtime(queue)
+        # As if it had been noted an hour ahead of what the clock says now.
+        field = f"{suspect.address.name}:batch"
+        batch, size, until = cast(bytes, queue.client.hget(queue.keys.trail(), field)).split()
+        queue.client.hset(queue.keys.trail(), field, b" ".join([batch, size, b"%d" % (int(until) + 3_600_000)]))
 
         assert ids(claim(queue, "left").claims) == ids([suspect])
 

@@ -60,6 +60,7 @@ def states(draw: st.DrawFn) -> State:
         forward_left_s=draw(st.sampled_from([0.0, 0.1, 60.0])),
         saved=draw(st.tuples(st.integers(0, 8), st.integers(0, 8))),
         batch_rows=4,
+        less_urgent=waiting and draw(st.booleans()),
     )
 
 
@@ -77,9 +78,26 @@ def test_while_a_suspect_waits_a_worker_that_is_not_free_claims_only_what_is_mor
     if not look.suspects or state.empty_handed:
         return
     assert not isinstance(step, SleepInRedis)
-    if isinstance(step, Claim | Overtake):
+    if isinstance(step, Overtake) and look.suspects == 1:
+        assert state.less_urgent
+    elif isinstance(step, Claim | Overtake):
         assert max(step.limit.streams, step.limit.returned) < look.suspects
         assert look.suspects < 2 or state.saved[look.suspects - 2] < state.batch_rows
+
+
+@given(states())
+def test_while_a_realtime_suspect_waits_new_realtime_jobs_pass_what_is_less_urgent(state: State) -> None:
+    look = replace(state.look, suspects=1, alone=False, paused=False, waited=True)
+    step = next_step(replace(state, look=look))
+
+    if state.empty_handed:
+        return
+    if not state.less_urgent:
+        assert step == WaitUntilEmpty()
+    elif state.urgent_room is not None:
+        assert step == Overtake(URGENT)
+    else:
+        assert isinstance(step, WaitForTake)
 
 
 @given(states())
@@ -97,9 +115,21 @@ def test_nothing_is_claimed_beyond_the_room_nor_at_once_from_a_paused_service(st
         assert state.room is not None
         assert step.limit.rows <= state.room.rows
     if isinstance(step, Overtake):
-        assert (state.room, state.look.waited, step.limit) == (None, True, URGENT)
+        assert (state.look.waited, step.limit) == (True, URGENT)
+        assert state.room is None or state.look.suspects == 1 or state.look.blocked == 1
     if state.look.paused and not state.look.waited:
         assert step == Pause()
+
+
+@given(states())
+def test_no_claim_asks_for_nothing_and_a_realtime_job_without_room_passes_what_waits(state: State) -> None:
+    step = next_step(state)
+    look = replace(state.look, blocked=1, suspects=0, takes=state.takes, alone=False, paused=False, waited=True)
+    urged = next_step(replace(state, look=look, urgent_room=URGENT))
+
+    # A claim also learns whether a pause is over.
+    assert not isinstance(step, Claim | Overtake) or step.limit.streams or state.look.paused
+    assert urged == Overtake(URGENT) or not state.waiting
 
 
 @given(states())

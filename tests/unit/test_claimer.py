@@ -12,7 +12,7 @@ import pytest
 from contracts.queue import Queue, draft
 from support import eventually
 
-from millstream.broker.job import PRIORITIES, Priority
+from millstream.broker.job import PRIORITIES, Draft, Priority
 from millstream.broker.keys import ServiceKeys
 from millstream.broker.pause import pause
 from millstream.broker.streams import Claimed, Limit, Streams
@@ -129,6 +129,24 @@ def test_a_realtime_job_passes_a_window_that_is_full_and_nothing_else_does(bench
     bench.shared.life.check()
     assert first == [Priority.REALTIME]
     assert in_hand == HOLD_BATCHES * ROWS + 1
+
+
+def test_a_realtime_job_that_has_no_room_in_a_window_that_is_nearly_full_passes_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = bench.shared.window
+    monkeypatch.setattr(window, "wait_for_take", lambda timeout: False)
+    bench.put(Priority.BATCH, HOLD_BATCHES * ROWS - 1)
+    bench.claim()
+    assert (room := window.room(1)) is not None
+    assert room.rows == 1
+    bench.queue.put(draft(rows=2), priority=Priority.REALTIME)
+
+    bench.claim()
+    bench.claim()
+
+    assert window.waiting_of(Priority.REALTIME) == 2
+    assert bench.run_one() == [Priority.REALTIME]
 
 
 @pytest.mark.parametrize(("left_s", "waits_s"), [(0.0, LOOK_S), (0.2, 0.15), (3600.0, LONGEST_LOOK_S)])
@@ -254,6 +272,49 @@ def test_a_suspect_does_not_starve_while_more_urgent_jobs_saturate_the_worker(
     groups = [each for each in served if Priority.BATCH in each]
     assert groups == [[Priority.BATCH] * 2] * 3
     assert served[0] == [Priority.REALTIME] * ROWS
+
+
+@pytest.mark.parametrize("large", [draft(rows=HOLD_BATCHES * ROWS + 1), draft(tokens=10**8)], ids=["rows", "tokens"])
+def test_a_job_larger_than_a_window_does_not_starve_while_more_urgent_jobs_saturate_the_worker(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, large: Draft
+) -> None:
+    window = bench.shared.window
+    monkeypatch.setattr(window, "wait_for_take", lambda timeout: False)
+    monkeypatch.setattr(window, "wait_until_empty", lambda timeout: False)
+    bench.queue.put(large, priority=Priority.BATCH)
+    served: list[list[Priority]] = []
+
+    for _ in range(100):
+        bench.put(Priority.REALTIME, max(0, 60 - len(bench.queue.jobs(Priority.REALTIME))))
+        for _ in range(3):
+            bench.claimer._step()
+        served += [bench.run_one()] if window.waiting else []
+
+    assert any(Priority.BATCH in each for each in served)
+    assert served[:5] == [[Priority.REALTIME] * ROWS] * 5
+
+
+def test_a_realtime_job_passes_a_window_of_bulk_while_a_realtime_suspect_waits(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = bench.shared.window
+    monkeypatch.setattr(window, "wait_for_take", lambda timeout: False)
+    monkeypatch.setattr(window, "wait_until_empty", lambda timeout: False)
+    bench.put(Priority.REALTIME, 1)
+    (suspect,) = bench.queue.claim("dead").claims
+    bench.put(Priority.BATCH, 2 * ROWS)
+    bench.claimer._do(claim_policy.Claim(Limit(100, 100, 1_000)))
+    bench.queue.lease.release("dead", started=[suspect.address.name], gone=True)
+    bench.claim()
+    bench.put(Priority.REALTIME, 1)
+
+    served: list[list[Priority]] = []
+    for _ in range(8):
+        for _ in range(4):
+            bench.claimer._step()
+        served += [bench.run_one()] if window.waiting else []
+
+    assert served == [[Priority.REALTIME], [Priority.BATCH] * ROWS, [Priority.BATCH] * ROWS, [Priority.REALTIME]]
 
 
 def one_comes(bench: Bench) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import fakeredis
 import numpy as np
@@ -45,37 +46,49 @@ def finished(keeper: Keeper, texts: Sequence[Json], reply: Reply) -> Finished:
     return Finished(Address("2:1-1"), reply, digests=keeper.digests(texts, {}))
 
 
+def keep(keeper: Keeper, finished: Finished) -> None:
+    keeper.write(keeper.encoded(finished))
+
+
 def test_rows_without_an_error_are_kept_each_under_its_own_text(keeper: Keeper, kept: Kept) -> None:
     reply = Reply(values=["A", "C"], errors={1: ModelFailed("NaN")}, truncated=(2,))
 
-    keeper.keep([finished(keeper, ["a", "b", "c"], reply)])
+    keep(keeper, finished(keeper, ["a", "b", "c"], reply))
 
     assert kept.of("a", "b", "c") == [Cached("A"), None, Cached("C", truncated=True)]
 
 
 def test_vectors_are_kept_as_vectors(keeper: Keeper, kept: Kept) -> None:
-    keeper.keep([finished(keeper, ["a", "b"], Reply(vectors=np.array([[1, 2], [3, 4]], np.float32)))])
+    keep(keeper, finished(keeper, ["a", "b"], Reply(vectors=np.array([[1, 2], [3, 4]], np.float32))))
 
     results = [np.asarray(each.result).tolist() for each in kept.of("a", "b") if each]
     assert results == [[1, 2], [3, 4]]
 
 
 def test_an_error_of_the_whole_job_is_not_kept(keeper: Keeper, kept: Kept) -> None:
-    keeper.keep([finished(keeper, ["a"], Reply(error=ModelFailed("no")))])
+    keep(keeper, finished(keeper, ["a"], Reply(error=ModelFailed("no"))))
 
     assert kept.of("a") == [None]
 
 
-def test_what_cannot_be_written_is_not_kept_and_its_neighbours_are(keeper: Keeper, kept: Kept) -> None:
-    values: list[Json] = [object(), "B"]  # type: ignore[list-item]
+class Hostile(dict[str, Json]):
+    """A result with code of its own, which runs as it is encoded."""
 
-    keeper.keep([finished(keeper, ["a", "b"], Reply(values=values))])
+    def items(self) -> NoReturn:
+        raise SystemExit("mine")
+
+
+@pytest.mark.parametrize("value", [object(), Hostile(a=1)], ids=["object", "its own code"])
+def test_what_cannot_be_written_is_not_kept_and_its_neighbours_are(keeper: Keeper, kept: Kept, value: Json) -> None:
+    values: list[Json] = [value, "B"]
+
+    keep(keeper, finished(keeper, ["a", "b"], Reply(values=values)))
 
     assert kept.of("a", "b") == [None, Cached("B")]
 
 
 def test_what_is_no_text_has_no_name(keeper: Keeper, kept: Kept) -> None:
-    keeper.keep([finished(keeper, [5, "b"], Reply(values=[5, "B"]))])
+    keep(keeper, finished(keeper, [5, "b"], Reply(values=[5, "B"])))
 
     assert kept.of("5", "", "b") == [None, None, Cached("B")]
 
@@ -84,7 +97,7 @@ def test_without_a_cache_rows_are_neither_named_nor_kept(keeper: Keeper, kept: K
     named = finished(keeper, ["a"], Reply(values=["A"]))
     keeper.ttl_s = None
 
-    keeper.keep([named])
+    keep(keeper, named)
 
     assert keeper.digests(["a"], {}) == ()
     assert kept.of("a") == [None]
@@ -95,6 +108,6 @@ def test_a_cache_that_fails_is_told_of_once(keeper: Keeper, kept: Kept, caplog: 
     kept._client.connection_pool.connection_kwargs["server"].connected = False
 
     for text in ("a", "b"):
-        keeper.keep([finished(keeper, [text], Reply(values=["A"]))])
+        keep(keeper, finished(keeper, [text], Reply(values=["A"])))
 
     assert [record.message.partition(":")[0] for record in caplog.records] == ["answers cannot be kept in the cache"]

@@ -43,10 +43,25 @@ class Watched:
         return outcomes
 
 
+class Keeping:
+    """Notes what a keeper is asked to do."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.on_encode: Callable[[], None] = lambda: None
+
+    def encoded(self, finished: Finished) -> list[tuple[str, bytes]]:
+        self.on_encode()
+        return [(f"{finished.reply.values}", b"")]
+
+    def write(self, answers: Sequence[tuple[str, bytes]]) -> None:
+        self.order += [f"kept {name}" for name, _ in answers]
+
+
 class Bench:
     """A settler whose thread is the test's: `settle` returns when all was written."""
 
-    def __init__(self, keep: Callable[[Sequence[Finished]], None] = lambda finished: None) -> None:
+    def __init__(self, keeper: Keeping | None = None) -> None:
         client = fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2)
         self.queue = Queue(client, ServiceKeys("echo"))
         self.queue.open()
@@ -55,7 +70,7 @@ class Bench:
         self.counters = Counters()
         self.life = Life()
         self.shared = Shared("w1", self.window, counters=self.counters, life=self.life)
-        self.settler = Settler(self.shared, cast(Streams, self.streams), keep)
+        self.settler = Settler(self.shared, cast(Streams, self.streams), keeper)
 
     def hold(self, count: int) -> list[Claim]:
         claims: list[Claim] = []
@@ -101,13 +116,25 @@ def test_large_answers_go_in_calls_of_their_own(bench: Bench) -> None:
 
 
 def test_answers_are_kept_before_they_are_written() -> None:
-    order: list[str] = []
-    bench = Bench(keep=lambda finished: order.extend(f"kept {each.reply.values}" for each in finished))
-    bench.streams.on_settle = lambda: order.append("settled")
+    keeper = Keeping()
+    bench = Bench(keeper)
+    bench.streams.on_settle = lambda: keeper.order.append("settled")
 
     bench.settle(*[Finished(claim.address, Reply(values=[at])) for at, claim in enumerate(bench.hold(2))])
 
-    assert order == ["kept [0]", "kept [1]", "settled"]
+    assert keeper.order == ["kept [0]", "kept [1]", "settled"]
+
+
+def test_each_answer_is_on_the_page_while_it_is_encoded_for_the_cache() -> None:
+    keeper = Keeping()
+    bench = Bench(keeper)
+    claims = bench.hold(2)
+    seen: list[tuple[Stage, list[str]]] = []
+    keeper.on_encode = lambda: seen.extend((look.stage, look.entries) for look in bench.shared.page.looks())
+
+    bench.settle(*[Finished(claim.address, Reply(values=["a"])) for claim in claims])
+
+    assert seen == [(Stage.SETTLE, [name]) for name in names(claims)]
 
 
 class Hostile(dict[str, Json]):

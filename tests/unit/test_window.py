@@ -13,9 +13,11 @@ from support import eventually
 
 from millstream.broker.errors import ModelFailed
 from millstream.broker.job import Claim, Priority
+from millstream.broker.streams import MAX_JOBS_PER_CALL
 from millstream.worker.batcher import Budget
 from millstream.worker.held import Held, Outcome, Rows
 from millstream.worker.models.base import Prepared
+from millstream.worker.shares import SAVED_BATCHES
 from millstream.worker.window import HOLD_BATCHES, LEAST_BATCHES, Window
 
 LONG_S = 10.0
@@ -292,6 +294,23 @@ def test_a_full_window_has_room_for_one_micro_batch_of_realtime_rows(window: Win
     assert window.urgent_room() is None
 
 
+def test_a_job_is_large_that_is_more_than_its_class_may_save_or_than_a_window_holds(window: Window) -> None:
+    window.cost.seconds_per_token = 1.0
+    room = window.room(1)
+    assert room is not None
+
+    assert room.large == (SAVED_BATCHES * 4, LEAST_BATCHES * 100)
+
+
+def test_no_claim_asks_for_more_jobs_than_a_script_can_take() -> None:
+    window = Window(Budget(rows=9_000, tokens=1_000_000))
+    room, urgent = window.room(1), window.urgent_room()
+    assert room is not None
+    assert urgent is not None
+
+    assert (room.jobs, urgent.jobs, urgent.rows) == (MAX_JOBS_PER_CALL, MAX_JOBS_PER_CALL, 9_000)
+
+
 def tokens_of(window: Window) -> int:
     room = window.room(1)
     assert room is not None
@@ -339,6 +358,24 @@ def test_a_worker_is_empty_handed_only_when_every_entry_is_settled(window: Windo
     room = window.room(1)
     assert room is not None
     assert room.empty_handed
+
+
+def test_a_worker_is_empty_handed_only_when_the_forward_of_an_ended_job_is_over(window: Window) -> None:
+    window.hold([held := held_of()])
+    rows = window.take()
+    window.end([held.name])
+    window.forget([held.name])
+    room = window.room(1)
+    assert room is not None
+    assert (window.empty, room.empty_handed, window.wait_until_empty(0.001)) == (False, False, False)
+
+    empty = asleep(window, lambda: window.wait_until_empty(3 * LONG_S))
+    window.complete(rows, ["x"])
+
+    assert empty() is True
+    room = window.room(1)
+    assert room is not None
+    assert (window.empty, room.empty_handed) == (True, True)
 
 
 def test_it_is_idle_until_rows_come_and_again_when_they_are_back(window: Window) -> None:
