@@ -255,7 +255,7 @@ def test_a_client_neither_claims_nor_settles_nor_publishes(enter: Enter, connect
     assert "script settle" in str(settling)
     assert "script claim" in str(waiting)
     assert "'xack'" in str(acknowledging)
-    assert "'sadd'" in str(pushing)
+    assert "'xgroup" in str(pushing)
     for error in (claiming, settling, waiting, acknowledging):
         assert "millstream acl --role worker" in error.hint
     assert queue.settle([claim]) == ["answered"]
