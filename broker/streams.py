@@ -86,8 +86,7 @@ class Admission(NamedTuple):
 _ACCEPTED = Admission()
 
 
-@dataclass(frozen=True, slots=True)
-class Limit:
+class Limit(NamedTuple):
     """How much one claim may take. `empty_handed`: the worker holds nothing, so one job may exceed rows and tokens.
 
     `saved` are the rows that normal and batch jobs may take before more urgent ones. New jobs are taken from the first

@@ -9,7 +9,8 @@ realtime suspect waits, new realtime jobs are claimed as long as less urgent row
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from millstream.broker.job import PRIORITIES
 from millstream.broker.lease import SUSPECT_ATTEMPTS
@@ -22,8 +23,7 @@ RELIED_ON = 0.75
 """Part of the predicted rest of a forward after which the worker claims again: predictions come from other forwards."""
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+class Look(NamedTuple):
     """What the last claim found, or the last sleep in Redis if `asleep`.
 
     `takes`: micro-batches taken before it. `found`: it took jobs. `left`: it left jobs. `blocked`: the stream whose
@@ -60,8 +60,7 @@ FIRST = Look()
 """Before the first claim, and after a fault: anything may wait."""
 
 
-@dataclass(frozen=True, slots=True)
-class State:
+class State(NamedTuple):
     """One worker at one moment.
 
     `room`: what may be claimed on top of what waits here, None if the window is full. `urgent_room`: how much realtime
@@ -137,7 +136,7 @@ def next_step(state: State) -> Step:
     with_room = _last_with_room(state)
     if state.room is None or (state.waiting and not with_room):
         return _past_a_full_window(state)
-    claim = Claim(replace(state.room, streams=min(last, with_room), returned=last))
+    claim = Claim(state.room._replace(streams=min(last, with_room), returned=last))
     if look.paused:
         return claim
     if state.waiting:
@@ -183,7 +182,7 @@ def _rest(state: State, room: Limit) -> Step:
     if state.look.suspects or state.look.blocked:
         return WaitUntilEmpty()
     # One more may come than is claimed: what must run alone is not for the same moment.
-    return SleepInRedis(replace(room, empty_handed=False))
+    return SleepInRedis(room._replace(empty_handed=False))
 
 
 def _past_a_full_window(state: State) -> Step:

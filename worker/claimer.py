@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from millstream.broker.connection import is_transient
 from millstream.broker.job import PRIORITIES, Claim, Priority
@@ -125,25 +125,27 @@ class Claimer(threading.Thread):
             self._pause_s = 0.0
 
     def _state(self) -> State:
-        window = self._window
+        window, look = self._window, self._look
         # Takes first: one that comes in between is then seen as one that came after.
-        takes = window.takes
+        takes, room = window.takes, self._room()
+        # What only a full window and suspects ask for is not looked at for every job.
+        is_full = room is None or look.blocked or look.suspects
         return State(
-            self._look,
-            room=self._room(),
-            urgent_room=window.urgent_room(),
+            look,
+            room=room,
+            urgent_room=window.urgent_room() if is_full else None,
             waiting=window.waiting,
             empty_handed=window.empty,
             takes=takes,
             forward_left_s=window.forward_left_s,
-            saved=[0 if window.waiting_of(each) else rows for each, rows in self._saved()],
+            saved=[0 if window.waiting_of(each) else rows for each, rows in self._saved()] if is_full else (0, 0),
             batch_rows=window.budget.rows,
-            less_urgent=any(map(window.waiting_of, CLASSES)),
+            less_urgent=bool(is_full) and any(map(window.waiting_of, CLASSES)),
         )
 
     def _room(self) -> Limit | None:
         room = self._window.room(self.live_workers)
-        return room and replace(room, max_attempts=self._intake.max_attempts, job=self._last_job)
+        return room and room._replace(max_attempts=self._intake.max_attempts, job=self._last_job)
 
     def _do(self, step: claim_policy.Step) -> None:
         match step:
@@ -155,12 +157,12 @@ class Claimer(threading.Thread):
                 self._sleep(limit)
             case claim_policy.WaitForTake(seconds):
                 if not self._window.wait_for_take(seconds):
-                    self._look = replace(self._look, waited=True)
+                    self._look = self._look._replace(waited=True)
             case claim_policy.WaitUntilEmpty():
                 self._window.wait_until_empty(SLEEP_S)
             case claim_policy.Pause():
                 self._life.pause(PAUSED_S)
-                self._look = replace(self._look, waited=True)
+                self._look = self._look._replace(waited=True)
 
     def _fill(self, limit: Limit) -> None:
         claims = self._claim(limit).claims
@@ -173,7 +175,7 @@ class Claimer(threading.Thread):
     def _sleep(self, limit: Limit) -> None:
         """Sleep in Redis until a job comes and hold it with what came with it."""
         takes = self._window.takes
-        claimed = self._queue.streams.wait(self._consumer, SLEEP_S, replace(limit, saved=self._spend_shares()))
+        claimed = self._queue.streams.wait(self._consumer, SLEEP_S, limit._replace(saved=self._spend_shares()))
         self._note(claimed)
         self._look = self._look.then(claimed, limit, takes, asleep=True)
         # It may have waited for us: a process can be frozen, and sleeps here most of its time.
@@ -196,13 +198,13 @@ class Claimer(threading.Thread):
         if room is None:
             return []
         before = self._look
-        claims = self._claim(replace(room, streams=limit.streams, returned=limit.returned)).claims
-        self._look = replace(self._look, takes=before.takes, found=True, asleep=before.asleep)
+        claims = self._claim(room._replace(streams=limit.streams, returned=limit.returned)).claims
+        self._look = self._look._replace(takes=before.takes, found=True, asleep=before.asleep)
         return claims
 
     def _claim(self, limit: Limit) -> Claimed:
         takes = self._window.takes
-        claimed = self._queue.streams.claim(self._consumer, replace(limit, saved=self._spend_shares()))
+        claimed = self._queue.streams.claim(self._consumer, limit._replace(saved=self._spend_shares()))
         self._clock.heard(claimed.now)
         self._note(claimed)
         self._look = self._look.then(claimed, limit, takes)

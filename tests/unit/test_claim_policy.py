@@ -4,7 +4,7 @@ front of more urgent jobs, and no job that waits is forgotten.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from contracts.held import claim_of
 from hypothesis import given
@@ -49,7 +49,7 @@ def states(draw: st.DrawFn) -> State:
     """States that can be: what waits is held, and a window without rows has room."""
     empty_handed = draw(st.booleans())
     waiting = not empty_handed and draw(st.booleans())
-    room = None if waiting and draw(st.booleans()) else replace(ROOM, empty_handed=empty_handed)
+    room = None if waiting and draw(st.booleans()) else ROOM._replace(empty_handed=empty_handed)
     return State(
         draw(looks),
         room,
@@ -66,7 +66,7 @@ def states(draw: st.DrawFn) -> State:
 
 @given(states())
 def test_a_worker_that_holds_suspects_takes_nothing_beside_them(state: State) -> None:
-    step = next_step(replace(state, look=replace(state.look, alone=True, paused=False)))
+    step = next_step(state._replace(look=state.look._replace(alone=True, paused=False)))
 
     assert state.empty_handed or step == WaitUntilEmpty()
 
@@ -87,8 +87,8 @@ def test_while_a_suspect_waits_a_worker_that_is_not_free_claims_only_what_is_mor
 
 @given(states())
 def test_while_a_realtime_suspect_waits_new_realtime_jobs_pass_what_is_less_urgent(state: State) -> None:
-    look = replace(state.look, suspects=1, alone=False, paused=False, waited=True)
-    step = next_step(replace(state, look=look))
+    look = state.look._replace(suspects=1, alone=False, paused=False, waited=True)
+    step = next_step(state._replace(look=look))
 
     if state.empty_handed:
         return
@@ -102,7 +102,7 @@ def test_while_a_realtime_suspect_waits_new_realtime_jobs_pass_what_is_less_urge
 
 @given(states())
 def test_a_worker_that_is_free_claims_when_a_suspect_waits(state: State) -> None:
-    step = next_step(replace(state, look=replace(state.look, suspects=state.look.suspects or 3, paused=False)))
+    step = next_step(state._replace(look=state.look._replace(suspects=state.look.suspects or 3, paused=False)))
 
     assert not state.empty_handed or (isinstance(step, Claim) and step.limit.streams == step.limit.returned == 3)
 
@@ -124,8 +124,8 @@ def test_nothing_is_claimed_beyond_the_room_nor_at_once_from_a_paused_service(st
 @given(states())
 def test_no_claim_asks_for_nothing_and_a_realtime_job_without_room_passes_what_waits(state: State) -> None:
     step = next_step(state)
-    look = replace(state.look, blocked=1, suspects=0, takes=state.takes, alone=False, paused=False, waited=True)
-    urged = next_step(replace(state, look=look, urgent_room=URGENT))
+    look = state.look._replace(blocked=1, suspects=0, takes=state.takes, alone=False, paused=False, waited=True)
+    urged = next_step(state._replace(look=look, urgent_room=URGENT))
 
     # A claim also learns whether a pause is over.
     assert not isinstance(step, Claim | Overtake) or step.limit.streams or state.look.paused
