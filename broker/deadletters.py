@@ -15,7 +15,7 @@ from millstream.broker.errors import InvalidRequest, Malformed
 from millstream.broker.job import Draft, Priority
 from millstream.broker.keys import ServiceKeys
 from millstream.broker.streams import DetachedCall, Group, Streams
-from millstream.broker.submission import deliver
+from millstream.broker.submitter import deliver
 
 _PAGE = 100
 _ID = re.compile("[0-9]{1,16}-[0-9]{1,16}")

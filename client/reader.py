@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from millstream.broker.connection import is_transient
 from millstream.broker.errors import BrokerUnavailable, DeadlineExceeded, MillstreamError, ModelFailed, described
 from millstream.broker.replies import Replies
-from millstream.broker.submission import AWAY_PAUSE_S, Sink, Submission
+from millstream.broker.submission import Sink, Submission
+from millstream.broker.submitter import AWAY_PAUSE_S
 from millstream.client.orders import client_closed
 
 log = logging.getLogger(__name__)

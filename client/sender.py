@@ -17,7 +17,8 @@ from millstream.broker.connection import Connection, translated
 from millstream.broker.errors import BrokerUnavailable, MillstreamError
 from millstream.broker.registry import Registry
 from millstream.broker.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, CancelOutcome, Streams
-from millstream.broker.submission import Submission, Submitter
+from millstream.broker.submission import Submission
+from millstream.broker.submitter import Submitter
 from millstream.client.baton import baton
 from millstream.client.orders import Cancellation, client_closed
 

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from millstream.broker.backlog import Backlog
 from millstream.broker.errors import BrokerUnavailable, InvalidRequest, MillstreamError, QueueFull, RateLimited
 from millstream.broker.job import Draft, Priority
 from millstream.broker.streams import Admission, Group, Streams
-from millstream.broker.submission import Backlog, Submission, Submitter, deliver
+from millstream.broker.submission import Submission
+from millstream.broker.submitter import Submitter, deliver
 
 
 @dataclass
