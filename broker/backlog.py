@@ -59,6 +59,8 @@ class Backlog:
         self._line_of: dict[str, _Line] = {}
         # Calls of one idempotency key have the same jobs: how often each waits.
         self._times: Counter[str] = Counter()
+        # Those taken last, which the server has not accepted yet.
+        self._taken: dict[str, Why] = {}
 
     @property
     def next_at(self) -> float | None:
@@ -67,9 +69,10 @@ class Backlog:
         return min(moments, default=None)
 
     def refusal_of(self, job_id: str) -> MillstreamError | None:
-        """Why a job waits here; None if it does not."""
+        """Why a job waits here, or is being sent again; None if it is not."""
         line = self._line_of.get(job_id)
-        return line.why() if line else None
+        why = line.why if line else self._taken.get(job_id)
+        return why() if why else None
 
     def append(self, submission: Submission) -> Why | None:
         """Put it at the end of its line and return why it has to wait; None if it may be sent at once.
@@ -109,12 +112,15 @@ class Backlog:
     def accepted(self, submission: Submission) -> None:
         """The server took it: one more of its queue may be sent next, so that the number doubles each time."""
         key = _key(submission)
+        for job_id in submission.job_ids if self._taken else ():
+            self._taken.pop(job_id, None)
         if queue := self._queues.get(key):
             queue.burst, queue.at = min(queue.burst + 1, LARGEST_BURST), 0.0
             self._tidy(key, queue)
 
     def take(self, now: float) -> list[Submission]:
         """The submissions that may be sent now, of one queue, for one script call. Those refused are to be put back."""
+        self._taken.clear()
         for key, queue in self._queues.items():
             if queue.at <= now and (batch := self._burst(queue, now)):
                 # The next time the other queues come first.
@@ -164,6 +170,7 @@ class Backlog:
             if batch and (jobs > MAX_JOBS_PER_CALL or size > MAX_BYTES_PER_CALL):
                 break
             refusals = first.group.refusals + (0 if batch else queue.uncounted)
+            self._taken.update(dict.fromkeys(first.job_ids, line.why))
             batch.append(self._pop(line)._replace(group=first.group._replace(refusals=refusals)))
             turns.append(tenant)
             # Behind the others, also the next time.

@@ -72,7 +72,9 @@ limit = st.builds(
     saved=st.tuples(st.integers(0, 4), st.integers(0, 4)),
     held=st.sampled_from([0, 0, 3]),
     next_rows=st.integers(0, 4),
+    max_attempts=st.just(3),
     job=st.sampled_from([(1, 1), (4, 20)]),
+    large=st.just((10**9, 10**9)),
 )
 worker = st.sampled_from(WORKERS)
 
