@@ -6,6 +6,7 @@ from typing import cast
 
 import redis
 
+from millstream.broker.exchange import Words, exchange
 from millstream.broker.keys import ServiceKeys
 
 READ_COUNT = 256
@@ -39,14 +40,16 @@ class Replies:
         """(job id, encoded reply) pairs, oldest first; empty after `wait_s` without any. A pair can come twice."""
         last, self._last = self._last, _START
         kept = self._kept if last == _START or len(self._kept) >= KEPT or self._kept_bytes >= KEPT_BYTES else []
-        pipe = self._client.pipeline(transaction=False)
+        block_ms = max(1, round(wait_s * 1000))
+        commands: list[Words] = [(_XREAD, "COUNT", READ_COUNT, "BLOCK", block_ms, "STREAMS", self._key, last)]
         if kept:
             # One by one, not all up to the last one: where the stream was lost and its ids began anew, none is unread.
-            pipe.xdel(self._key, *kept)
-        block_ms = max(1, round(wait_s * 1000))
-        words = (_XREAD, "COUNT", READ_COUNT, "BLOCK", block_ms, "STREAMS", self._key, last)
-        pipe.execute_command(*words)  # type: ignore[no-untyped-call]
-        streams = cast(list[tuple[bytes, list[tuple[bytes, list[bytes]]]]], pipe.execute()[-1] or [])
+            commands.insert(0, ("XDEL", self._key, *kept))
+        answers = exchange(self._client, *commands)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        streams = cast(list[tuple[bytes, list[tuple[bytes, list[bytes]]]]], answers[-1] or [])
         if kept:
             self._kept, self._kept_bytes = [], 0
         if not streams:

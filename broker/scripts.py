@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 import redis
 
 from millstream.broker.cluster import load
+from millstream.broker.exchange import exchange
 
 Name = Literal["enqueue", "claim", "settle", "beat", "cancel", "release", "reclaim", "purge"]
 Argument = str | bytes | int
@@ -29,17 +30,17 @@ def source(name: Name) -> bytes:
 
 def run(client: redis.Redis, name: Name, keys: Sequence[str], args: Sequence[Argument]) -> Any:
     """The script's reply as redis-py gives it. Content-addressed, so old and new versions can run side by side."""
-    return _cached(client, name, lambda: client.evalsha(_DIGESTS[name], len(keys), *keys, *args))
+    (reply,) = exchange(client, ("EVALSHA", _DIGESTS[name], len(keys), *keys, *args))
+    if isinstance(reply, redis.exceptions.ResponseError):
+        return _again(client, name, reply, lambda: client.evalsha(_DIGESTS[name], len(keys), *keys, *args))
+    return reply
 
 
 def run_after(
     client: redis.Redis, command: Sequence[Argument], name: Name, keys: Sequence[str], args: Sequence[Argument]
 ) -> tuple[Any, Any]:
     """What `command` answers, or its error, and the script's reply: one round trip, however long `command` blocks."""
-    pipe = client.pipeline(transaction=False)
-    pipe.execute_command(*command)  # type: ignore[no-untyped-call]
-    pipe.execute_command("EVALSHA", _DIGESTS[name], len(keys), *keys, *args)  # type: ignore[no-untyped-call]
-    first, reply = pipe.execute(raise_on_error=False)
+    first, reply = exchange(client, command, ("EVALSHA", _DIGESTS[name], len(keys), *keys, *args))
     if isinstance(reply, redis.exceptions.NoScriptError):
         return first, run(client, name, keys, args)
     if isinstance(reply, redis.exceptions.ResponseError):
@@ -58,12 +59,8 @@ def run_copied(
 
 
 def _run_and_wait(client: redis.Redis, digest: str, words: Sequence[Argument], within_ms: int) -> tuple[Any, int]:
-    # One pipeline, one connection: WAIT speaks of the writes of its own.
-    pipe = client.pipeline(transaction=False)
-    pipe.execute_command("EVALSHA", digest, *words)  # type: ignore[no-untyped-call]
-    pipe.execute_command("WAIT", 1, within_ms)  # type: ignore[no-untyped-call]
-    # Not raised by the pipeline: its error would quote the job.
-    answers = pipe.execute(raise_on_error=False)
+    # One connection: WAIT speaks of the writes of its own.
+    answers = exchange(client, ("EVALSHA", digest, *words), ("WAIT", 1, within_ms))
     for answer in answers:
         if isinstance(answer, Exception):
             raise answer
@@ -77,12 +74,17 @@ def _cached(client: redis.Redis, name: Name, call: Callable[[], T]) -> T:
     """
     try:
         return call()
-    except redis.exceptions.NoScriptError as missing:
-        # After SCRIPT FLUSH, a restart or a failover the cache is cold.
-        _load_all(client, missing)
-        return call()
     except redis.exceptions.ResponseError as error:
+        return _again(client, name, error, call)
+
+
+def _again(client: redis.Redis, name: Name, error: redis.exceptions.ResponseError, call: Callable[[], T]) -> T:
+    """What `call` returns once the script is loaded, if that is all that `error` says is missing."""
+    if not isinstance(error, redis.exceptions.NoScriptError):
         raise _told(error, name) from None
+    # After SCRIPT FLUSH, a restart or a failover the cache is cold.
+    _load_all(client, error)
+    return call()
 
 
 def _told(error: redis.exceptions.ResponseError, name: Name) -> redis.exceptions.ResponseError:

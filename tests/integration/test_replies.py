@@ -7,11 +7,11 @@ import threading
 import pytest
 import redis
 from contracts.queue import CALLER, Queue, draft
-from redis.client import Pipeline
 from support import eventually
 
 from millstream.broker.connection import Connection, is_transient
 from millstream.broker.keys import ServiceKeys
+from millstream.broker.exchange import Words, exchange
 from millstream.broker.replies import KEPT, KEPT_BYTES, READ_COUNT, Replies
 
 LONG_S = 30.0
@@ -126,13 +126,12 @@ def test_a_read_whose_answer_was_lost_on_its_way_is_read_again(
 ) -> None:
     read = answer(queue, 5) and replies.read(LONG_S)
     lost = answer(queue, 5)
-    execute = Pipeline.execute
 
-    def execute_and_cut(pipe: Pipeline) -> None:
-        execute(pipe)
+    def exchange_and_cut(client: redis.Redis, *commands: Words) -> list[Any]:
+        exchange(client, *commands)
         raise redis.ConnectionError("cut")
 
-    monkeypatch.setattr(Pipeline, "execute", execute_and_cut)
+    monkeypatch.setattr("millstream.broker.replies.exchange", exchange_and_cut)
     with pytest.raises(redis.ConnectionError):
         replies.read(LONG_S)
     monkeypatch.undo()
