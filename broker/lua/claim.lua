@@ -37,6 +37,56 @@ local IN_USE_MS = 10000
 local COMPANION_MS = 30000
 
 local groups, last, waiting, fresh, innocents, suspects = {}, {}, {}, {}, {}, {}
+
+local function find_group(key)
+  local infos = redis.pcall('XINFO', 'GROUPS', key)
+  if infos.err and not string.find(string.lower(tostring(infos.err)), 'no such key', 1, true) then return nil, infos end
+  for _, info in ipairs(infos) do
+    local group = {}
+    for i = 1, #info, 2 do group[info[i]] = info[i + 1] end
+    if group['name'] == GROUP then return group end
+  end
+end
+
+-- Pages on until there are as many innocents as may be taken: any number of suspects may lie before them.
+local function find_returned(stream)
+  local size, from, found = MAX_JOBS + 64, '-', 0
+  repeat
+    local given_back = redis.call('XPENDING', KEYS[stream], GROUP, from, '+', size, RETURNED)
+    for _, pending in ipairs(given_back) do
+      local list = pending[4] >= SUSPECT and suspects or innocents
+      table.insert(list[stream], pending)
+      from = '(' .. pending[1]
+    end
+    found = found + #given_back
+  until #given_back < size or #innocents[stream] >= MAX_JOBS or found >= MOST_RETURNED
+  return found
+end
+
+local returned = 0
+local all_exist = redis.call('EXISTS', KEYS[1], KEYS[2], KEYS[3]) == 3
+for stream = 1, 3 do
+  local length = redis.call('XLEN', KEYS[stream])
+  innocents[stream], suspects[stream], waiting[stream] = {}, {}, 0
+  -- An empty stream is not asked about: most of the time two are, and that would be half of the cost of a claim.
+  if length > 0 or not all_exist then
+    local group, refused = find_group(KEYS[stream])
+    if refused then return refused end
+    if not group then return redis.error_reply('NOGROUP no group ' .. GROUP .. ' on ' .. KEYS[stream]) end
+    groups[stream], last[stream] = group, group['last-delivered-id']
+    -- Clients delete what they cancel and do not acknowledge it: pending entries may be gone from the stream.
+    local found = find_returned(stream)
+    waiting[stream], returned = math.max(0, length - group['pending'] + found), returned + found
+  end
+  -- At most: returned ones are among them.
+  fresh[stream] = waiting[stream]
+end
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+if redis.call('EXISTS', KEYS[4]) == 1 then return {now, waiting, 0, 1, 0} end
+-- Before all that follows is set up, which would be a third of the cost of a claim that finds nothing.
+if waiting[1] + waiting[2] + waiting[3] + returned == 0 then return {now, waiting, 0, 0, 0} end
+
 -- The streams whose next job is large and did not fit.
 local large = {}
 local taken, rows, tokens, full, blocked, share = {}, 0, 0, false, 0, 0
@@ -107,7 +157,7 @@ local function take_innocents(stream)
   end
 end
 
-local now, living
+local living
 
 -- The rule of lease.py, is_live: the last beat is at most one lease from now, in either direction.
 local function live()
@@ -125,7 +175,9 @@ end
 
 local function is_urgent_in_use(stream)
   for urgent = 1, stream - 1 do
-    if now - tonumber(string.match(last[urgent], '^%d+')) < IN_USE_MS then return true end
+    local group = groups[urgent] or find_group(KEYS[urgent])
+    local id = last[urgent] or (group and group['last-delivered-id']) or '0'
+    if now - tonumber(string.match(id, '^%d+')) < IN_USE_MS then return true end
   end
   return false
 end
@@ -239,47 +291,6 @@ local function take_stream(stream)
   end
   if stream <= LAST_STREAM then take_new(stream) end
 end
-
-local function find_group(key)
-  local infos = redis.pcall('XINFO', 'GROUPS', key)
-  if infos.err and not string.find(string.lower(tostring(infos.err)), 'no such key', 1, true) then return nil, infos end
-  for _, info in ipairs(infos) do
-    local group = {}
-    for i = 1, #info, 2 do group[info[i]] = info[i + 1] end
-    if group['name'] == GROUP then return group end
-  end
-end
-
--- Pages on until there are as many innocents as may be taken: any number of suspects may lie before them.
-local function find_returned(stream)
-  local size, from, found = MAX_JOBS + 64, '-', 0
-  innocents[stream], suspects[stream] = {}, {}
-  repeat
-    local given_back = redis.call('XPENDING', KEYS[stream], GROUP, from, '+', size, RETURNED)
-    for _, pending in ipairs(given_back) do
-      local list = pending[4] >= SUSPECT and suspects or innocents
-      table.insert(list[stream], pending)
-      from = '(' .. pending[1]
-    end
-    found = found + #given_back
-  until #given_back < size or #innocents[stream] >= MAX_JOBS or found >= MOST_RETURNED
-  return found
-end
-
-for stream = 1, 3 do
-  local group, refused = find_group(KEYS[stream])
-  if refused then return refused end
-  if not group then return redis.error_reply('NOGROUP no group ' .. GROUP .. ' on ' .. KEYS[stream]) end
-  groups[stream], last[stream] = group, group['last-delivered-id']
-  -- Clients delete what they cancel and do not acknowledge it: pending entries may be gone from the stream.
-  local held = group['pending'] - find_returned(stream)
-  waiting[stream] = math.max(0, redis.call('XLEN', KEYS[stream]) - held)
-  -- At most: returned ones are among them.
-  fresh[stream] = waiting[stream]
-end
-local time = redis.call('TIME')
-now = time[1] * 1000 + math.floor(time[2] / 1000)
-if redis.call('EXISTS', KEYS[4]) == 1 then return {now, waiting, 0, 1, 0} end
 
 -- What this worker holds is a part of its share: its neighbours may hold nothing.
 share = math.ceil((waiting[1] + waiting[2] + waiting[3] + HELD) / LIVE) - HELD
