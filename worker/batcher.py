@@ -61,16 +61,22 @@ class Pool(Generic[T]):
 
     def __init__(self) -> None:
         self._ranks: dict[int, list[Row[T]]] = {}
+        self._rows = 0
         self.tokens = 0
         self.cut: Cut = "arrival"
 
     def __len__(self) -> int:
-        return sum(len(rows) for rows in self._ranks.values())
+        return self._rows
 
     def add(self, rows: Iterable[Row[T]]) -> None:
         for row in rows:
             insort(self._ranks.setdefault(row.urgency[0], []), row, key=_length)
+            self._rows += 1
             self.tokens += row.tokens
+
+    def _removed(self, rows: Sequence[Row[T]]) -> None:
+        self._rows -= len(rows)
+        self.tokens -= sum([row.tokens for row in rows])
 
     def drop(self, owners: Collection[str]) -> list[Row[T]]:
         """Take out all rows of `owners`."""
@@ -79,7 +85,7 @@ class Pool(Generic[T]):
         dropped = [row for rows in self._ranks.values() for row in rows if row.owner in owners]
         for rows in self._ranks.values() if dropped else ():
             rows[:] = [row for row in rows if row.owner not in owners]
-        self.tokens -= sum(row.tokens for row in dropped)
+        self._removed(dropped)
         return dropped
 
     def waiting(self, rank: int) -> int:
@@ -93,7 +99,7 @@ class Pool(Generic[T]):
         moved = [waiting[at] for at in chosen]
         for at in sorted(chosen, reverse=True):
             del waiting[at]
-        self.tokens -= sum(row.tokens for row in moved)
+        self._removed(moved)
         self.add(replace(row, urgency=(to, *row.urgency[1:])) for row in moved)
         return len(moved)
 
@@ -115,7 +121,7 @@ class Pool(Generic[T]):
         else:
             taken = set(map(id, batch))
             rows[:] = [row for row in rows if id(row) not in taken]
-        self.tokens -= sum(row.tokens for row in batch)
+        self._removed(batch)
         return batch
 
     def choose(self, budget: Budget) -> list[Row[T]]:

@@ -136,12 +136,19 @@ def next_step(state: State) -> Step:
     with_room = _last_with_room(state)
     if state.room is None or (state.waiting and not with_room):
         return _past_a_full_window(state)
-    claim = Claim(state.room._replace(streams=min(last, with_room), returned=last))
-    if look.paused:
-        return claim
-    if state.waiting:
-        return claim if look.waited or not _is_exhausted(state) else _wait_for_take(state)
-    return claim if with_room and _may_find_more(state) else _rest(state, state.room)
+    if not look.paused:
+        if state.waiting and not look.waited and _is_exhausted(state):
+            return _wait_for_take(state)
+        if not state.waiting and not (with_room and _may_find_more(state)):
+            return _rest(state, state.room)
+    return Claim(_first_of(state.room, min(last, with_room), last))
+
+
+def _first_of(room: Limit, streams: int, returned: int) -> Limit:
+    """`room` for new jobs of the first `streams` and returned jobs of the first `returned`."""
+    if (streams, returned) == (room.streams, room.returned):
+        return room
+    return room._replace(streams=streams, returned=returned)
 
 
 def _last_stream(state: State) -> int:
@@ -182,7 +189,7 @@ def _rest(state: State, room: Limit) -> Step:
     if state.look.suspects or state.look.blocked:
         return WaitUntilEmpty()
     # One more may come than is claimed: what must run alone is not for the same moment.
-    return SleepInRedis(room._replace(empty_handed=False))
+    return SleepInRedis(room._replace(empty_handed=False) if room.empty_handed else room)
 
 
 def _past_a_full_window(state: State) -> Step:

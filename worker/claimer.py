@@ -144,8 +144,7 @@ class Claimer(threading.Thread):
         )
 
     def _room(self) -> Limit | None:
-        room = self._window.room(self.live_workers)
-        return room and room._replace(max_attempts=self._intake.max_attempts, job=self._last_job)
+        return self._window.room(self.live_workers, self._intake.max_attempts, self._last_job)
 
     def _do(self, step: claim_policy.Step) -> None:
         match step:
@@ -175,7 +174,7 @@ class Claimer(threading.Thread):
     def _sleep(self, limit: Limit) -> None:
         """Sleep in Redis until a job comes and hold it with what came with it."""
         takes = self._window.takes
-        claimed = self._queue.streams.wait(self._consumer, SLEEP_S, limit._replace(saved=self._spend_shares()))
+        claimed = self._queue.streams.wait(self._consumer, SLEEP_S, self._saving(limit))
         self._note(claimed)
         self._look = self._look.then(claimed, limit, takes, asleep=True)
         # It may have waited for us: a process can be frozen, and sleeps here most of its time.
@@ -204,7 +203,7 @@ class Claimer(threading.Thread):
 
     def _claim(self, limit: Limit) -> Claimed:
         takes = self._window.takes
-        claimed = self._queue.streams.claim(self._consumer, limit._replace(saved=self._spend_shares()))
+        claimed = self._queue.streams.claim(self._consumer, self._saving(limit))
         self._clock.heard(claimed.now)
         self._note(claimed)
         self._look = self._look.then(claimed, limit, takes)
@@ -220,10 +219,12 @@ class Claimer(threading.Thread):
     def _saved(self) -> list[tuple[Priority, int]]:
         return list(zip(CLASSES, self._shares.saved(), strict=True))
 
-    def _spend_shares(self) -> tuple[int, int]:
-        """Spend each class's share on what is in hand first, which came before; the rows it may still be claimed."""
+    def _saving(self, limit: Limit) -> Limit:
+        """`limit` with the rows each class may be claimed out of its share, which what is in hand spends first."""
+        if not any(self._shares.saved()):
+            return limit
         normal, batch = (self._spend_share(*each) for each in self._saved())
-        return normal, batch
+        return limit._replace(saved=(normal, batch))
 
     def _spend_share(self, priority: Priority, saved: int) -> int:
         if not self._window.waiting_of(priority):
@@ -267,11 +268,12 @@ class Claimer(threading.Thread):
         self._in_hand_s = in_hand_s
 
     def _hold(self, claims: list[Claim]) -> None:
-        with self._intake.admitted(claims, self._clock.now()) as (held, finished):
-            for each in finished:
-                self._finish(each)
-            for unwanted in self._window.hold(held):
-                self._finish(cancelled(unwanted))
+        held, finished = self._intake.admit(claims, self._clock.now())
+        for each in finished:
+            self._finish(each)
+        for unwanted in self._window.hold(held):
+            self._finish(cancelled(unwanted))
+        self._intake.handed_on()
         self._gathered.clear()
 
 

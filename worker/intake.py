@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from millstream.broker.codec import decode_inputs
@@ -60,18 +59,13 @@ class Intake:
         self._places: Iterator[int] = iter(())
         self.max_attempts = max_attempts
 
-    @contextmanager
-    def admitted(self, claims: Sequence[Claim], now: int) -> Iterator[tuple[list[Held], list[Finished]]]:
-        """What `admit` gives, to be handed on within: until then the death of the process is charged to these claims.
+    def admit(self, claims: Sequence[Claim], now: int) -> tuple[list[Held], list[Finished]]:
+        """The jobs to run and the answers to settle, at `now`, server ms.
 
-        After an error in here they stay on the page: the process ends by it, and they may be its cause.
+        Until `handed_on` the death of the process is charged to these claims, also after an error in here: the process
+        ends by it, and they may be its cause.
         """
         self._track.start([claim.address.name for claim in claims], Stage.CLAIM)
-        yield self.admit(claims, now)
-        self._track.stop()
-
-    def admit(self, claims: Sequence[Claim], now: int) -> tuple[list[Held], list[Finished]]:
-        """The jobs to run and the answers to settle, at `now`, server ms."""
         requests: list[_Request] = []
         finished: list[Finished] = []
         for place, claim in enumerate(claims, 1):
@@ -83,6 +77,10 @@ class Intake:
         held = self._prepare(requests)
         finished += [Finished(each.claim.address, each.reply()) for each in held if not each.left]
         return [each for each in held if each.left], finished
+
+    def handed_on(self) -> None:
+        """Note that others hold what was admitted last: its rows in the window, its answers to settle."""
+        self._track.stop()
 
     def lap(self) -> None:
         """Note that the model turns to its next row. Called by a model that prepares row by row, before each."""

@@ -96,7 +96,8 @@ class Track:
 
     def move(self, stage: Stage) -> None:
         """Go on to `stage` with the same entries, all of them."""
-        self.point(0)
+        self._words[self._lengths + (self._sequence & 1)] = self._length
+        self._seconds[self._stamp] = time.monotonic()
         self._words[self._word] = self._sequence << _STAGE_BITS | stage
 
     def point(self, place: int) -> None:

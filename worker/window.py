@@ -89,11 +89,11 @@ class Window:
         with self._lock:
             self._unsettled.update(names)
 
-    def room(self, live_workers: int) -> Limit | None:
-        """What may be claimed now on top of what waits; None if the window is full."""
+    def room(self, live_workers: int = 1, max_attempts: int = 3, last_job: tuple[int, int] = (1, 1)) -> Limit | None:
+        """What may be claimed now on top of what waits; None if the window is full. `last_job`: its rows and tokens."""
         with self._lock:
-            budget, waiting = self.budget, len(self._pool)
-            rows, tokens = HOLD_BATCHES * budget.rows - waiting, self._most_tokens() - self._pool.tokens
+            budget, waiting, held, most = self.cost.budget, len(self._pool), len(self._unsettled), self._most_tokens()
+            rows, tokens = HOLD_BATCHES * budget.rows - waiting, most - self._pool.tokens
             if rows <= 0 or tokens <= 0:
                 return None
             return Limit(
@@ -101,10 +101,12 @@ class Window:
                 rows=rows,
                 tokens=tokens,
                 live_workers=live_workers,
-                empty_handed=self.empty,
-                held=len(self._unsettled),
+                empty_handed=not (held or self._running),
+                held=held,
                 next_rows=max(0, budget.rows - waiting) if self._pool.tokens < budget.tokens else 0,
-                large=(SAVED_BATCHES * budget.rows, self._most_tokens()),
+                max_attempts=max_attempts,
+                job=last_job,
+                large=(SAVED_BATCHES * budget.rows, most),
             )
 
     def urgent_room(self) -> Limit | None:
@@ -117,7 +119,7 @@ class Window:
             return Limit(min(MAX_JOBS_PER_CALL, rows), rows, tokens=budget.tokens, streams=1, returned=1)
 
     def _most_tokens(self) -> int:
-        return max(self._least_batches * self.budget.tokens, self.cost.tokens_in(self._hold_s))
+        return max(self._least_batches * self.cost.budget.tokens, self.cost.tokens_in(self._hold_s))
 
     @property
     def takes(self) -> int:
@@ -156,8 +158,8 @@ class Window:
     @property
     def waiting(self) -> bool:
         """Whether prepared rows wait for the runner."""
-        with self._lock:
-            return bool(len(self._pool))
+        # One number, read without the lock.
+        return bool(len(self._pool))
 
     def waiting_of(self, priority: Priority) -> int:
         """Prepared rows of `priority` that wait for the runner, but for those that spend its share."""

@@ -179,8 +179,9 @@ def test_what_is_read_and_prepared_is_on_the_page_until_it_was_handed_on(model: 
         return read(place, claim, now)
 
     intake._read = watched  # type: ignore[method-assign,assignment]
-    with intake.admitted(claims, NOW) as (held, finished):
-        seen.append(page.looks())
+    held, finished = intake.admit(claims, NOW)
+    seen.append(page.looks())
+    intake.handed_on()
 
     entries = [claim.address.name for claim in claims]
     assert (len(held), len(finished)) == (2, 1)
@@ -207,8 +208,8 @@ def test_a_model_that_prepares_row_by_row_charges_each_row_to_its_own_entry() ->
         "c": claim_of(["c"], op="call"),
     }
 
-    with intake.admitted([claim_of(body=b"{", op="call"), *jobs.values()], NOW):
-        at_the_end = [look.entries for look in page.looks()]
+    intake.admit([claim_of(body=b"{", op="call"), *jobs.values()], NOW)
+    at_the_end = [look.entries for look in page.looks()]
 
     owner = {"b": "a"}
     assert seen == [(each, [[jobs[owner.get(each, each)].address.name]]) for each in ("a", "b", "leave", "c")]
@@ -242,8 +243,7 @@ def test_rows_that_are_prepared_again_are_charged_to_their_own_entries_again() -
 
     model.lap = lap
     claims = [claim_of([each]) for each in ("a", "raise", "b", "c")]
-    with intake.admitted(claims, NOW):
-        pass
+    intake.admit(claims, NOW)
 
     a, bad, b, c = (claim.address.name for claim in claims)
     assert seen == [a, bad, a, bad, a, bad, b, c]
@@ -254,8 +254,8 @@ def test_what_an_unknown_error_ended_the_process_over_stays_on_the_page(model: R
     intake = Intake(model, 3, lambda inputs, options: 1 / 0, page.claimer)  # type: ignore[arg-type,return-value]
     claim = claim_of(["a"])
 
-    with pytest.raises(ZeroDivisionError), intake.admitted([claim], NOW):
-        raise AssertionError
+    with pytest.raises(ZeroDivisionError):
+        intake.admit([claim], NOW)
 
     assert [look.entries for look in page.looks()] == [[claim.address.name]]
 
@@ -276,8 +276,7 @@ def test_each_attempt_to_prepare_has_the_whole_stall_timeout(model: Recording, m
 
     monkeypatch.setattr(time, "monotonic", lambda: now)
     model.prepare = slow  # type: ignore[method-assign]
-    with intake.admitted([claim_of(["a", "raise", "b"]), claim_of(["c"], options={"truncate": "end"})], NOW):
-        pass
+    intake.admit([claim_of(["a", "raise", "b"]), claim_of(["c"], options={"truncate": "end"})], NOW)
 
     assert stuck == [False] * len(model.calls)
     assert len(stuck) > 3
