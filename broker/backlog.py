@@ -62,9 +62,15 @@ class Backlog:
         # Those taken last, which the server has not accepted yet.
         self._taken: dict[str, Why] = {}
 
+    def __bool__(self) -> bool:
+        """Whether a submission waits, or was taken and is not accepted yet."""
+        return bool(self._queues or self._taken)
+
     @property
     def next_at(self) -> float | None:
         """When the next submission may be sent; None if none waits."""
+        if not self._queues:
+            return None
         moments = [max(queue.at, line.at) for queue in self._queues.values() for line in queue.lines.values()]
         return min(moments, default=None)
 
@@ -111,10 +117,9 @@ class Backlog:
 
     def accepted(self, submission: Submission) -> None:
         """The server took it: one more of its queue may be sent next, so that the number doubles each time."""
-        key = _key(submission)
         for job_id in submission.job_ids if self._taken else ():
             self._taken.pop(job_id, None)
-        if queue := self._queues.get(key):
+        if self._queues and (queue := self._queues.get(key := _key(submission))):
             queue.burst, queue.at = min(queue.burst + 1, LARGEST_BURST), 0.0
             self._tidy(key, queue)
 

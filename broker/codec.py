@@ -89,8 +89,8 @@ def _refuse(constant: str) -> NoReturn:
 _decoder = json.JSONDecoder(parse_constant=_refuse)
 _decoded = _decoder.raw_decode
 _ZEROS = bytes.maketrans(b"123456789E+", b"000000000ee")
-_HUGE = (b"e000", b"ee000", b"0" * 300)
-"""What a number that Python may read as infinite has, with _ZEROS for its digits."""
+_find_huge = re.compile(b"ee?000|0{300}").search
+"""Finds what a number that Python may read as infinite has, with _ZEROS for its digits."""
 
 
 def encode_entry(job: Job) -> list[str | bytes | int]:
@@ -301,8 +301,7 @@ def decode_reply(blob: bytes) -> Reply:
 
 def _has_huge(text: bytes) -> bool:
     """Whether JSON may hold a number beyond what a float holds; quick, and wrong only by saying yes."""
-    zeros = text.translate(_ZEROS)
-    return any(sign in zeros for sign in _HUGE)
+    return _find_huge(text.translate(_ZEROS)) is not None
 
 
 def _reply(head: dict[str, Any], data: bytes) -> Reply:
@@ -311,16 +310,23 @@ def _reply(head: dict[str, Any], data: bytes) -> Reply:
         raise ValueError(f"its version is {str(head['v'])[:20]}, this client reads version 1: update the client")
     if "shape" in head and "values" in head:
         raise ValueError("both vectors and values")
+    tokens, fingerprint, version = head.get("tokens", 0), head.get("fingerprint", ""), head.get("version", "")
+    if type(tokens) is not int or not 0 <= tokens < MAX_MS:
+        raise ValueError("tokens are no count")
+    if not (isinstance(fingerprint, str) and isinstance(version, str)):
+        raise ValueError("a fingerprint or version is no text")
+    if len(fingerprint) > _MAX_NAME or len(version) > _MAX_NAME:
+        raise ValueError("a fingerprint or version is no short text")
     return Reply(
         _vectors(head["shape"], head.get("dtype", "float32"), data) if "shape" in head else None,
         _values(head["values"]) if "values" in head else None,
         _errors(head["errors"]) if "errors" in head else {},
         from_wire(head["error"]) if "error" in head else None,
-        _tokens(head.get("tokens", 0)),
+        tokens,
         tuple(map(_row, head["truncated"])) if "truncated" in head else (),
         {name: ms + 0.0 for name, ms in head["timings"].items()} if "timings" in head else {},
-        _name(head["fingerprint"]) if "fingerprint" in head else "",
-        _name(head["version"]) if "version" in head else "",
+        fingerprint,
+        version,
     )
 
 
@@ -338,18 +344,6 @@ def _values(values: Json) -> list[Json] | None:
     if values is not None and not isinstance(values, list):
         raise ValueError("values are no list")
     return values
-
-
-def _tokens(tokens: int) -> int:
-    if type(tokens) is not int or not 0 <= tokens < MAX_MS:
-        raise ValueError("tokens are no count")
-    return tokens
-
-
-def _name(name: object) -> str:
-    if not isinstance(name, str) or len(name) > _MAX_NAME:
-        raise ValueError("a fingerprint or version is no short text")
-    return name
 
 
 def _row(index: int | str) -> int:

@@ -186,7 +186,12 @@ class Streams:
     ) -> None:
         self._client = client
         self._keys = keys
+        # What every job needs, made once.
         self._streams = keys.streams()
+        self._bucket, self._seen = keys.bucket(), keys.seen("")
+        self._enqueue_keys = [keys.spec(), *self._streams, self._bucket, keys.paused(), keys.refused()]
+        self._claim_keys = [*self._streams, keys.paused(), keys.workers(), keys.trail()]
+        self._settle_keys = [*self._streams, keys.dead(), keys.trail(), keys.cancelled()]
         self._result_ttl_ms = result_ttl_ms
         self._unread_bytes = unread_bytes
 
@@ -212,13 +217,11 @@ class Streams:
         At most MAX_JOBS_PER_CALL jobs and about MAX_BYTES_PER_CALL in one call. Raises BrokerUnavailable where a group
         is to be replicated and no replica had it in time: it may run all the same, and is to be sent again.
         """
-        bucket, seen = self._keys.bucket(), self._keys.seen("")
-        keys = [self._keys.spec(), *self._streams, bucket, self._keys.paused(), self._keys.refused()]
-        args: list[scripts.Argument] = [len(groups)]
+        keys, seen, args = self._enqueue_keys.copy(), self._seen, list[scripts.Argument]((len(groups),))
         now = time.monotonic()
         for priority, drafts, calls, _, refusals, call in groups:
             tenant = drafts[0].tenant
-            keys.append(self._keys.bucket(tenant) if tenant else bucket)
+            keys.append(self._keys.bucket(tenant) if tenant else self._bucket)
             args += (STREAM_INDEX[priority], len(drafts), calls, refusals)
             if call is None:
                 args.append("")
@@ -271,18 +274,17 @@ class Streams:
         args: list[scripts.Argument] = [GROUP, consumer, RETURNED, limit.jobs, limit.rows, limit.tokens]
         args += (max(1, limit.live_workers), limit.held, limit.next_rows, int(limit.empty_handed))
         args += (limit.streams, limit.returned, *limit.saved, limit.max_attempts, LEASE_MS, *limit.job, *limit.large)
-        return [*self._streams, self._keys.paused(), self._keys.workers(), self._keys.trail()], args
+        return self._claim_keys, args
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
         """Write each job's reply and retire its entry, in one step and once: a late twin is dropped."""
-        keys = [*self._streams, self._keys.dead(), self._keys.trail(), self._keys.cancelled()]
-        seen, jobs = self._keys.seen(""), list[str]()
+        keys, jobs = self._settle_keys.copy(), list[str]()
         # Most answers of a call go the same way, to one client.
         ways: dict[tuple[str, str, int], int] = {}
         words: list[scripts.Argument] = []
         for address, reply, bury in settlements:
             way = ways.setdefault(self._destination(address), len(ways) + 1)
-            jobs.append(seen + address.job_id)
+            jobs.append(self._seen + address.job_id)
             if len(reply) > MAX_REPLY_BYTES:
                 reply = _TOO_LARGE
             words += (address.name, way, address.job_id, reply, bury)

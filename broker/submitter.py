@@ -60,6 +60,8 @@ class Submitter:
 
     def retry(self) -> None:
         """Send what may be sent again now, in one script call."""
+        if not self._backlog:
+            return
         now = time.monotonic()
         for submission, why in self._backlog.expired(now):
             self._refuse(submission, why())

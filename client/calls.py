@@ -171,7 +171,7 @@ class Calls:
             most_jobs=_most_jobs(spec),
             tenant=ask.tenant,
             replicated=spec.replicated,
-            rate_per_tenant=spec.rate_per_tenant,
+            rate_per_tenant=bool(ask.tenant) and spec.rate_per_tenant,
             idle_timeout=spec.runtime.total_timeout,
         )
         # Where answers are kept, those of jobs under way are shared, too.

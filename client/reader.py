@@ -80,10 +80,15 @@ class Reader(threading.Thread):
         with self._lock:
             sinks = [self._waiting.pop(job_id, _NOBODY)[0] for job_id, _ in answers]
         for sink, (job_id, reply) in zip(sinks, answers, strict=True):
-            if sink:
-                _answer(sink, job_id, reply)
-            else:
+            if not sink:
                 self.strays += 1
+                continue
+            try:
+                sink.answered(job_id, reply)
+            except Exception as error:
+                # One caller's fault must not end the thread that serves all others.
+                log.exception("a reply could not be handed to its caller")
+                _refuse(sink, job_id, ModelFailed(f"its reply cannot be used: {described(error)}"))
         self._sweep()
 
     def _wanted(self) -> bool:
@@ -109,17 +114,6 @@ class Reader(threading.Thread):
             log.error("reading replies failed, trying again: %s", error)
         with self._lock:
             self._changed.wait_for(lambda: self._closed, AWAY_PAUSE_S)
-
-
-# One caller's fault must not end the thread that serves all others.
-
-
-def _answer(sink: Sink, job_id: str, reply: bytes) -> None:
-    try:
-        sink.answered(job_id, reply)
-    except Exception as error:
-        log.exception("a reply could not be handed to its caller")
-        _refuse(sink, job_id, ModelFailed(f"its reply cannot be used: {described(error)}"))
 
 
 def _refuse(sink: Sink, job_id: str, error: MillstreamError) -> None:

@@ -64,7 +64,9 @@ class Rows:
             results = _checked(outcome, len(part.rows))
             if self._op == "rerank":
                 results = [_score(each) for each in results]
-            self._failed = self._failed or any(isinstance(each, MillstreamError) for each in results)
+            # Values that came as they are asked for hold no error.
+            if results is not outcome.values:
+                self._failed = self._failed or any(isinstance(each, MillstreamError) for each in results)
         for row, result in zip(part.rows, results, strict=True):
             self._rows[row] = result
         if outcome.fingerprint != self._fingerprint and outcome.error is None:

@@ -95,7 +95,8 @@ class Transfer:
         # The channel's turn too is under the lock: a cancellation must not overtake what it cancels.
         with self.lock:
             drafts: list[Draft] = []
-            window = self._flow.window(self._watch.live(self._terms.service, self.pump)) if self._unsent else 0
+            # Most calls have one job, which needs no window.
+            window = self._window() if len(self._unsent) + len(self._sent) > 1 else 1
             while self._unsent and len(self._sent) < window:
                 if draft := self._draft(self._unsent.popleft()):
                     drafts.append(draft)
@@ -106,6 +107,9 @@ class Transfer:
             except MillstreamError as error:
                 self.refused([draft.id for draft in drafts], error)
 
+    def _window(self) -> int:
+        return self._flow.window(self._watch.live(self._terms.service, self.pump))
+
     def _submissions(self, drafts: Sequence[Draft]) -> list[Submission]:
         """One a job, each waiting out refusals by itself; if the call does not wait, one for all, accepted or not."""
         terms = self._terms
@@ -115,7 +119,8 @@ class Transfer:
         return [Submission(terms.service, self._group([draft]), self, draft.deadline, tenant) for draft in drafts]
 
     def _group(self, drafts: Sequence[Draft]) -> Group:
-        calls = int(any(draft.id == self._charged_with for draft in drafts))
+        # No other one of them: the call is charged with the first job that it drafts, or drafts again.
+        calls = int(drafts[0].id == self._charged_with)
         return Group(self._terms.priority, drafts, calls, self._terms.replicated, refusals=calls)
 
     def _draft(self, part: Part) -> Draft | None:
@@ -172,7 +177,7 @@ class Transfer:
 
     def _settle(self, sent: _Sent, outcome: Reply | MillstreamError) -> None:
         error = outcome.error if isinstance(outcome, Reply) else None
-        if self._may_run_again(sent, error):
+        if error is not None and self._may_run_again(sent, error):
             self._unsent.appendleft(sent.part)
             return
         if not isinstance(error, DeadlineExceeded):
@@ -181,9 +186,9 @@ class Transfer:
                 self._flow.answered(self._progress.at)
         self._place([sent.part], outcome)
 
-    def _may_run_again(self, sent: _Sent, error: MillstreamError | None) -> bool:
+    def _may_run_again(self, sent: _Sent, error: MillstreamError) -> bool:
         """Whether a job that ran out of time goes on with its call: others were answered since it was sent."""
-        if error is None or self._end is not None or self._progress.at <= sent.at:
+        if self._end is not None or self._progress.at <= sent.at:
             return False
         if isinstance(error, DeadlineExceeded):
             return error.phase != "inference"
