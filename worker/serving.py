@@ -19,6 +19,7 @@ from millstream.broker.registry import Registry
 from millstream.broker.spec import ServiceSpec
 from millstream.broker.target import find_target
 from millstream.worker.givingback import End
+from millstream.worker.isolation import Takeover
 from millstream.worker.life import Ended, Relay
 from millstream.worker.models.custom import CustomModel, Hooks, name_of
 from millstream.worker.orders import Orders, new_consumer
@@ -123,35 +124,29 @@ class _Signals:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         self.second = 0
 
     @contextmanager
     def handled(self) -> Iterator[None]:
         self._relay = Relay(self._worker.drain)
-        for number in self._before:
-            signal.signal(number, self._drain)
+        self._takeover = Takeover((signal.SIGINT, signal.SIGTERM), self._drain)
         try:
             yield
         finally:
-            self._restore()
+            self._takeover.end()
             self._relay.close()
 
     def _drain(self, number: int, frame: FrameType | None) -> None:
-        for each, before in self._before.items():
+        for each, before in self._takeover.before.items():
             signal.signal(each, before if before == signal.SIG_IGN else self._end)
         if self._worker.starting:
             raise Ended
         self._relay.ring()
 
     def _end(self, number: int, frame: FrameType | None) -> None:
-        self._restore()
+        self._takeover.end()
         self.second = number
         raise Ended
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
