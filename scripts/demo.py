@@ -42,6 +42,8 @@ START_S = 180.0
 LEAST_PARAGRAPH = 60
 SAMPLE = 150
 CLOSE = 1e-5
+NO_BARS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+"""For the environment: the libraries' own progress bars would run through the demo's."""
 
 QUESTIONS = {
     "How do I write a small anonymous function?": "lambda",
@@ -219,6 +221,7 @@ class Reference:
 
 def reference(weights: Path, texts: list[str], vectors: Vectors) -> Reference:
     """Measure SentenceTransformer on the same texts while the workers are idle."""
+    os.environ.update(NO_BARS)
     from sentence_transformers import SentenceTransformer
 
     out.print("\nmeasuring the same model without a queue ...")
@@ -272,7 +275,7 @@ def paragraphs() -> list[Paragraph]:
 def millstream_up(data_dir: Path) -> Iterator[str]:
     """`millstream up` in the background; the URL of its server. Ends it, and with it all it started."""
     # No variable of the caller's may point it at another server or change the configuration shown.
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("MILLSTREAM_")}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MILLSTREAM_")} | NO_BARS
     up: subprocess.Popen[bytes] | None = None
     try:
         # In a session of its own: Ctrl-C reaches this script alone, which then ends everything in order. The pipe ends
