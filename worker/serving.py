@@ -73,7 +73,8 @@ def serve(
         return CustomModel(process_fn, name_of(process_fn), spec.runtime, device, hooks)
 
     progress = Progress.create()
-    worker = Worker(Orders(service, target.prefix, new_consumer(), device, 1, progress.fd), target.url, load)
+    orders = Orders(service, target.prefix, new_consumer(), device, 1, progress.fd, supervised=False)
+    worker = Worker(orders, target.url, load)
     signals = _Signals(worker)
     with ExitStack() as ends:
         ends.callback(progress.close)
