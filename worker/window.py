@@ -121,17 +121,20 @@ class Window:
     def suspect_room(self, stream: int, live_workers: int) -> Limit | None:
         """What may be claimed of suspects of `stream`, 1 to 3, to run before what waits here.
 
-        None if nothing waits here, or if some of it is more urgent.
+        None if nothing waits here, if some of it is more urgent, or if it is more than two full windows: jobs that
+        came with no suspect among them.
         """
         with self._lock:
+            waiting, rows, tokens = len(self._pool), HOLD_BATCHES * self.budget.rows, self._most_tokens()
             more_urgent = (BY_SHARE, *range(stream - 1))
-            if not len(self._pool) or any(self._pool.waiting(rank) for rank in more_urgent):
+            if not waiting or any(self._pool.waiting(rank) for rank in more_urgent):
                 return None
-            budget = self.budget
+            if waiting > 2 * rows or self._pool.tokens > 2 * tokens:
+                return None
             return Limit(
-                jobs=min(MAX_JOBS_PER_CALL, budget.rows),
-                rows=budget.rows,
-                tokens=budget.tokens,
+                jobs=min(MAX_JOBS_PER_CALL, rows),
+                rows=rows,
+                tokens=tokens,
                 live_workers=live_workers,
                 empty_handed=True,
                 held=len(self._unsettled),
