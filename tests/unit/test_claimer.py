@@ -300,9 +300,10 @@ def test_suspects_run_alone_before_what_waits_in_a_supervised_worker() -> None:
     # A claim past the full window sees them.
     eventually(lambda: bench.claimer._look.suspects == 3)
 
-    served = sizes_served(bench, 6)
+    served = sizes_served(bench, HOLD_BATCHES)
 
-    assert served[:2] in ([2, 2], [ROWS, 2])
+    # At most what the test takes before the claimer's own thread comes to it.
+    assert served.index(2) <= 2
     assert served.count(2) == 3
 
 
