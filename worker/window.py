@@ -152,14 +152,14 @@ class Window:
                 self._arrived.notify_all()
 
     def wait_until_at_rest(self, timeout: float) -> bool:
-        """Sleep until no forward runs and all that is held waits for one; False after `timeout` seconds."""
+        """Sleep until all that is held waits for a forward and no suspect is held; False after `timeout` seconds."""
         with self._lock:
             return self._emptied.wait_for(lambda: self._is_at_rest, timeout)
 
     @property
     def _is_at_rest(self) -> bool:
         # Whatever is held waits for a forward or for the settler.
-        return not self._running and len(self._unsettled) == len(self._held)
+        return not (self._running or self._pool.waiting(SUSPECT)) and len(self._unsettled) == len(self._held)
 
     def _most_tokens(self) -> int:
         return max(self._least_batches * self.budget.tokens, self.cost.tokens_in(self._hold_s))

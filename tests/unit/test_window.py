@@ -542,7 +542,7 @@ def test_rows_of_a_job_that_was_lost_do_not_pass_for_those_of_its_second_coming(
 
 
 def test_beside_suspects_what_is_set_aside_is_in_no_stage(window: Window) -> None:
-    suspect = held_of([5], claim_of(attempts=1.0))
+    suspect, other = (held_of([5], claim_of(attempts=1.0)) for _ in range(2))
     window.hold([held_of([3, 3])])
 
     with window.set_aside():
@@ -551,11 +551,16 @@ def test_beside_suspects_what_is_set_aside_is_in_no_stage(window: Window) -> Non
         window.hold([suspect])
         rows = cast(Rows, taken())
         assert [row.owner for row in rows] == [suspect.name]
+        window.hold([other])
+        window.complete(rows, ["done"])
+        window.forget([suspect.name])
+        assert not window.wait_until_at_rest(0)
+        rows = window.take()
         assert not window.wait_until_at_rest(0)
         window.complete(rows, ["done"])
         # Its reply is not written yet.
         assert not window.wait_until_at_rest(0)
-        window.forget([suspect.name])
+        window.forget([other.name])
         assert window.wait_until_at_rest(0)
         waiting = asleep(window, window.take)
 
