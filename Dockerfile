@@ -1,8 +1,8 @@
 # The `millstream` command, with what a worker needs.
 #
 #   TORCH    what pip is given to choose the build of torch. By default pip's own choice, which is CUDA's on x86-64; for
-#            the CPU build, a tenth of its size: --build-arg TORCH="--index-url URL torch", with the URL that the PyTorch
-#            project's install page gives.
+#            the CPU build, a tenth of its size: --build-arg TORCH="--index-url URL torch", with the URL that
+#            scripts/setup names.
 #   EXTRAS   `worker`, or `demo` for the model that config.yaml names as well.
 
 FROM python:3.11-slim AS wheel

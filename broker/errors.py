@@ -237,7 +237,7 @@ def message_of(error: BaseException) -> str:
     """The message alone, at most 500 characters. Raises nothing."""
     try:
         return _unicode(str(error)[:500])
-    except Exception:  # noqa: BLE001 - the code that a user brings makes this text
+    except BaseException:  # noqa: BLE001 - the code that a user brings makes this text, and what it raises is no order
         return "its message cannot be read"
 
 

@@ -243,7 +243,10 @@ def _handled(handler: Handler, payload: Json) -> RowOutcome:
             encode_value(result)
     except MillstreamError as error:
         return error
-    except Exception as error:  # noqa: BLE001 - as a worker does
+    except KeyboardInterrupt:
+        # Not as a worker does: it is the test's own process, which Ctrl-C ends.
+        raise
+    except BaseException as error:  # noqa: BLE001 - as a worker does
         return ModelFailed(described(error))
     return cast(RowOutcome, result)
 

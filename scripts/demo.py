@@ -42,6 +42,8 @@ START_S = 180.0
 LEAST_PARAGRAPH = 60
 SAMPLE = 150
 CLOSE = 1e-5
+NO_BARS = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+"""For the environment: the libraries' own progress bars would run through the demo's."""
 
 QUESTIONS = {
     "How do I write a small anonymous function?": "lambda",
@@ -70,10 +72,14 @@ class Pass:
 
 @dataclass(frozen=True)
 class Killing:
-    """One worker killed under load: how many jobs it held, and seconds until others had them and all workers ran."""
+    """One worker killed under load: how many jobs it held.
+
+    Seconds until they were given back to the queue, until others had them all, and until all workers ran.
+    """
 
     pid: int
     held: int
+    given_back_s: float
     handed_on_s: float
     whole_s: float
 
@@ -116,10 +122,12 @@ class Demo:
         victim, held = self._busy_worker()
         os.kill(victim.pid, signal.SIGKILL)
         began = time.monotonic()
-        wait_for(lambda: not self.view().held.get(victim.consumer) and not self.view().returned)
+        wait_for(lambda: not self.view().held.get(victim.consumer))
+        given_back_s = time.monotonic() - began
+        wait_for(lambda: not self.view().returned)
         handed_on_s = time.monotonic() - began
         wait_for(lambda: self._others_ready(victim))
-        return Killing(victim.pid, held, handed_on_s, time.monotonic() - began)
+        return Killing(victim.pid, held, given_back_s, handed_on_s, time.monotonic() - began)
 
     def _busy_worker(self) -> tuple[WorkerView, int]:
         def find() -> tuple[WorkerView, int] | None:
@@ -199,7 +207,8 @@ def report_killing(demo: Demo, first: Pass, second: Pass, killing: Killing) -> b
     left = view.depth + view.in_flight
     seen = (
         f"worker {killing.pid} was killed while it held {killing.held} jobs",
-        f"its jobs were handed on after {killing.handed_on_s:.1f} s; every worker ran after {killing.whole_s:.1f} s",
+        f"its jobs were given back after {killing.given_back_s:.1f} s; every worker ran after {killing.whole_s:.1f} s",
+        f"the last of them runs again after {killing.handed_on_s:.1f} s: what was running runs again in small groups",
         f"answered: {len(second.vectors)} of {len(first.vectors)}   answered twice: {demo.doubled}   left over: {left}",
         f"dead letters: {view.dead_letters}   largest difference to the first pass: {difference:.1e}",
     )
@@ -219,6 +228,7 @@ class Reference:
 
 def reference(weights: Path, texts: list[str], vectors: Vectors) -> Reference:
     """Measure SentenceTransformer on the same texts while the workers are idle."""
+    os.environ.update(NO_BARS)
     from sentence_transformers import SentenceTransformer
 
     out.print("\nmeasuring the same model without a queue ...")
@@ -272,7 +282,7 @@ def paragraphs() -> list[Paragraph]:
 def millstream_up(data_dir: Path) -> Iterator[str]:
     """`millstream up` in the background; the URL of its server. Ends it, and with it all it started."""
     # No variable of the caller's may point it at another server or change the configuration shown.
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("MILLSTREAM_")}
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MILLSTREAM_")} | NO_BARS
     up: subprocess.Popen[bytes] | None = None
     try:
         # In a session of its own: Ctrl-C reaches this script alone, which then ends everything in order. The pipe ends

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import multiprocessing
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +32,10 @@ class Mill:
             raise RuntimeError("a stone in the mill")
         if "exit" in orders:
             raise SystemExit("a stone in the mill")
+        if "interrupt" in orders:
+            raise KeyboardInterrupt("a stone in the mill")
+        if "cancel" in orders:
+            raise asyncio.CancelledError("a stone in the mill")
         if "exhaust" in orders:
             raise MemoryError
         if "exhaust the device" in orders:
@@ -64,6 +73,43 @@ def collector(payloads: list[Any]) -> list[Any]:
     return [[gc.get_freeze_count(), gc.get_threshold()[0]]] * len(payloads)
 
 
+def standard_input(payloads: list[Any]) -> list[str]:
+    """What a program that a handler starts reads from standard input."""
+    return [subprocess.run(["cat"], capture_output=True, text=True, check=True).stdout for _ in payloads]
+
+
+DESCRIPTORS = "import os; print([os.readlink(each.path) for each in os.scandir('/proc/self/fd') if int(each.name) > 2])"
+
+
+def inherited(payloads: list[Any]) -> list[str]:
+    """The open files, but for the three standard ones, of a program that a handler starts without closing any."""
+    command = [sys.executable, "-c", DESCRIPTORS]
+    return [
+        subprocess.run(command, capture_output=True, text=True, check=True, close_fds=False).stdout for _ in payloads
+    ]
+
+
+def terminated(payloads: list[Any]) -> list[int | None]:
+    """How a forked process ends that is terminated, as those of a pool are."""
+    return [_terminated() for _ in payloads]
+
+
+def _terminated() -> int | None:
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+    process = context.Process(target=_pause, args=(started,), daemon=True)
+    process.start()
+    started.wait()
+    process.terminate()
+    process.join()
+    return process.exitcode
+
+
+def _pause(started: Any) -> None:
+    started.set()
+    signal.pause()
+
+
 def vectors(payloads: list[Any]) -> list[Any]:
     """[n, n] for each number or text of one; None for None."""
     return [each if each is None else np.full(2, float(each)) for each in payloads]
@@ -77,6 +123,8 @@ def _answer(payload: dict[str, Any], seen: Sequence[int]) -> object:
             return {"deep": [1.0, {"down": float("nan")}]}
         case "set":
             return {"stones"}
+        case "cancelled":
+            return asyncio.CancelledError("a stone in the mill")
         case "error":
             return ValueError("a stone in the mill")
         case _:

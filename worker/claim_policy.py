@@ -4,6 +4,10 @@ A suspect waits for a worker that holds nothing. So does a job larger than its c
 does not fit: here it counts as a suspect. While one waits, the worker claims only what is more urgent and so makes
 itself free; once the class of the suspect has saved a micro-batch, it claims nothing at all until it is free. While a
 realtime suspect waits, new realtime jobs are claimed as long as less urgent rows wait here: they keep the worker busy.
+
+A supervised worker need not become free, unless rows that are more urgent than the suspect wait here: after the forward
+under way it sets aside what waits, and runs the suspects first. If it dies of them, its supervisor knows that the
+others only waited.
 """
 
 from __future__ import annotations
@@ -68,6 +72,7 @@ class State(NamedTuple):
     settled and no forward runs. `takes`: micro-batches taken so far. `forward_left_s`: predicted rest of the forward
     under way. `saved`: rows that normal and batch jobs may run before more urgent ones, 0 if such rows wait here.
     `batch_rows`: rows of a micro-batch. `less_urgent`: rows of normal or batch jobs wait for the runner.
+    `suspect_room`: what may be claimed of suspects to run before what waits, None if they wait until it is free.
     """
 
     look: Look
@@ -80,6 +85,7 @@ class State(NamedTuple):
     saved: Sequence[int] = (0, 0)
     batch_rows: int = 1
     less_urgent: bool = False
+    suspect_room: Limit | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +122,18 @@ class WaitUntilEmpty:
 
 
 @dataclass(frozen=True, slots=True)
+class RunSuspects:
+    """Set aside what waits here, claim suspects within `limit`, and wait until they are settled."""
+
+    limit: Limit
+
+
+@dataclass(frozen=True, slots=True)
 class Pause:
     """Wait a moment: the service is paused."""
 
 
-Step = Claim | Overtake | SleepInRedis | WaitForTake | WaitUntilEmpty | Pause
+Step = Claim | Overtake | SleepInRedis | WaitForTake | WaitUntilEmpty | RunSuspects | Pause
 
 
 def next_step(state: State) -> Step:
@@ -131,6 +144,8 @@ def next_step(state: State) -> Step:
     last = _last_stream(state)
     if look.alone and not state.empty_handed:
         return WaitUntilEmpty()
+    if look.suspects and state.suspect_room and not state.empty_handed:
+        return RunSuspects(state.suspect_room._replace(streams=last, returned=look.suspects))
     if not last:
         return _past_a_full_window(state) if look.suspects == 1 and state.less_urgent else WaitUntilEmpty()
     with_room = _last_with_room(state)

@@ -44,11 +44,15 @@ class Queue:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """When to wait for company, how long at most by priority (seconds), and who comes before whom."""
+    """When to wait for company, how long at most by priority (seconds), and who comes before whom.
+
+    `supervised`: somebody knows what was in work if this process dies, and what only waited.
+    """
 
     patience: Patience
     batch_timeouts: dict[Priority, float]
     shares: Shares
+    supervised: bool = False
 
 
 class Claimer(threading.Thread):
@@ -75,6 +79,8 @@ class Claimer(threading.Thread):
         self._patience = policy.patience
         self._batch_timeouts = policy.batch_timeouts
         self._shares = policy.shares
+        self._supervised = policy.supervised
+        self._sought_at = -1
         self._finish = finish
         self._in_hand_s = 0.0
         self._look = claim_policy.FIRST
@@ -141,7 +147,15 @@ class Claimer(threading.Thread):
             saved=[0 if window.waiting_of(each) else rows for each, rows in self._saved()] if is_full else (0, 0),
             batch_rows=window.budget.rows,
             less_urgent=bool(is_full) and any(map(window.waiting_of, CLASSES)),
+            suspect_room=self._suspect_room(takes),
         )
+
+    def _suspect_room(self, takes: int) -> Limit | None:
+        """Sought once for each micro-batch: what was reported may be a large job, which waits until this is free."""
+        if not self._supervised or not self._look.suspects or takes == self._sought_at:
+            return None
+        room = self._window.suspect_room(self._look.suspects, self.live_workers)
+        return room and room._replace(max_attempts=self._intake.max_attempts, job=self._last_job)
 
     def _room(self) -> Limit | None:
         return self._window.room(self.live_workers, self._intake.max_attempts, self._last_job)
@@ -159,6 +173,8 @@ class Claimer(threading.Thread):
                     self._look = self._look._replace(waited=True)
             case claim_policy.WaitUntilEmpty():
                 self._window.wait_until_empty(SLEEP_S)
+            case claim_policy.RunSuspects(limit):
+                self._run_suspects(limit)
             case claim_policy.Pause():
                 self._life.pause(PAUSED_S)
                 self._look = self._look._replace(waited=True)
@@ -170,6 +186,26 @@ class Claimer(threading.Thread):
             self._hold(claims)
         elif claims:
             self._hold(self._with_company(claims, limit))
+
+    def _run_suspects(self, limit: Limit) -> None:
+        """Group after group, each alone and settled before the next; and what is more urgent instead, if it came."""
+        suspects, found = self._look.suspects, False
+        with self._window.set_aside():
+            while self._rests():
+                self._hold(self._claim(limit).claims)
+                if not self._look.alone:
+                    break
+                found = True
+        self._sought_at = self._window.takes
+        if not found:
+            self._look = self._look._replace(suspects=self._look.suspects or suspects)
+
+    def _rests(self) -> bool:
+        """Wait until nothing that is held is in a stage; False if the process drains."""
+        while not self._life.draining:
+            if self._window.wait_until_at_rest(SLEEP_S):
+                return True
+        return False
 
     def _sleep(self, limit: Limit) -> None:
         """Sleep in Redis until a job comes and hold it with what came with it."""

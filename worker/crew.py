@@ -57,7 +57,7 @@ class Crew:
         self._keeper = Keeper(Cache(connection.client, keys), recipe)
         self._page = shared.page
         self._intake = Intake(model, spec.runtime.max_attempts, self._keeper.digests, self._page.claimer)
-        self._policy = Policy(Patience(0.0), {}, Shares({}, 0))
+        self._policy = Policy(Patience(0.0), {}, Shares({}, 0), supervised=orders.supervised)
         self._settler = Settler(shared, self._streams, self._keeper, model.fingerprint)
         queue = Queue(Streams(connection.blocking(SLEEP_S), keys), self._lease)
         self._claimer = Claimer(shared, queue, self._intake, self._policy, self._settler.put)

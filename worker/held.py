@@ -11,6 +11,7 @@ import numpy as np
 
 from millstream.broker.errors import MillstreamError, ModelFailed
 from millstream.broker.job import Claim, Encoded, Job, Json, Reply
+from millstream.broker.lease import SUSPECT_ATTEMPTS
 from millstream.worker.batcher import Row
 from millstream.worker.models.base import Prepared, Result
 
@@ -20,6 +21,9 @@ Rows = list[Row[Prepared]]
 
 BY_SHARE = -1
 """The rank of rows that spend their class's share, before that of the first priority."""
+
+SUSPECT = -2
+"""The rank of the rows of suspects, before all others: a forward holds rows of one rank only."""
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +56,8 @@ class Held:
 
     def rows(self) -> Rows:
         rank = BY_SHARE if self.claim.by_share else int(self.name[0]) - 1
+        if self.claim.attempts >= SUSPECT_ATTEMPTS:
+            rank = SUSPECT
         # By the entry, not by the ms of its arrival alone: jobs of one ms would share micro-batches, and all end late.
         ms, _, sequence = self.name[2:].partition("-")
         urgency = (rank, int(ms), int(sequence))

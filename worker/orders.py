@@ -24,7 +24,8 @@ def new_consumer() -> str:
 class Orders:
     """One child's task. `past` says how its predecessor ended.
 
-    `handler` is the code of a custom model, and `folder` where its configuration file stands.
+    `handler` is the code of a custom model, and `folder` where its configuration file stands. `supervised`: somebody
+    reads the page after the child's death.
     """
 
     service: str
@@ -36,6 +37,7 @@ class Orders:
     past: str = ""
     handler: str | None = None
     folder: str = ""
+    supervised: bool = True
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

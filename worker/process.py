@@ -1,7 +1,7 @@
 """One worker process: reads its service from the registry, loads the model, works, drains on request.
 
-Started by the supervisor as `python -P -m millstream.worker.process '{...}'`; end of file on standard input means that
-the supervisor is gone, and drains too.
+Started by the supervisor as `python -P -m millstream.worker.process '{...}'`, with a pipe as standard input: its end of
+file means that the supervisor is gone, and drains too.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from millstream.worker import models
 from millstream.worker.batcher import Budget
 from millstream.worker.crew import Crew
 from millstream.worker.givingback import End, give_back
+from millstream.worker.isolation import Takeover, isolate
 from millstream.worker.life import Life, Relay, ThreadFailed
 from millstream.worker.models.base import Closes, Model
 from millstream.worker.orders import EXIT_PERMANENT, URL_VARIABLE, Orders
@@ -148,29 +149,27 @@ class Worker:
         return status
 
 
-def _drain_at_eof(worker: Worker) -> None:
-    """Standard input is a pipe from the supervisor: its end is the supervisor's."""
-    # Not sys.stdin: the interpreter's exit would wait for its lock.
-    while os.read(0, 4096):
+def _drain_at_eof(worker: Worker, supervisor: int) -> None:
+    """Drain when the pipe from the supervisor ends: then the supervisor is gone."""
+    while os.read(supervisor, 4096):
         pass
     worker.orphaned()
 
 
 def drain_on_signals(worker: Worker) -> None:
-    relay = Relay(worker.drain)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, relay.ring)
+    Takeover((signal.SIGTERM, signal.SIGINT), Relay(worker.drain).ring)
 
 
 def main() -> int:
     orders = Orders.from_json(sys.argv[1])
+    supervisor = isolate(orders.progress_fd)
     level = logging.DEBUG if os.environ.get("MILLSTREAM_DEBUG") else logging.INFO
     logging.basicConfig(level=level, format=f"worker {orders.consumer}: %(message)s", stream=sys.stderr)
     for noisy in ("httpx", "sentence_transformers", "transformers", "torch"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     worker = Worker(orders, os.environ[URL_VARIABLE])
+    threading.Thread(target=_drain_at_eof, args=(worker, supervisor), name="parent", daemon=True).start()
     drain_on_signals(worker)
-    threading.Thread(target=_drain_at_eof, args=(worker,), name="parent", daemon=True).start()
     return worker.run()
 
 

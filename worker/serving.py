@@ -19,6 +19,7 @@ from millstream.broker.registry import Registry
 from millstream.broker.spec import ServiceSpec
 from millstream.broker.target import find_target
 from millstream.worker.givingback import End
+from millstream.worker.isolation import Takeover
 from millstream.worker.life import Ended, Relay
 from millstream.worker.models.custom import CustomModel, Hooks, name_of
 from millstream.worker.orders import Orders, new_consumer
@@ -72,7 +73,8 @@ def serve(
         return CustomModel(process_fn, name_of(process_fn), spec.runtime, device, hooks)
 
     progress = Progress.create()
-    worker = Worker(Orders(service, target.prefix, new_consumer(), device, 1, progress.fd), target.url, load)
+    orders = Orders(service, target.prefix, new_consumer(), device, 1, progress.fd, supervised=False)
+    worker = Worker(orders, target.url, load)
     signals = _Signals(worker)
     with ExitStack() as ends:
         ends.callback(progress.close)
@@ -123,35 +125,29 @@ class _Signals:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         self.second = 0
 
     @contextmanager
     def handled(self) -> Iterator[None]:
         self._relay = Relay(self._worker.drain)
-        for number in self._before:
-            signal.signal(number, self._drain)
+        self._takeover = Takeover((signal.SIGINT, signal.SIGTERM), self._drain)
         try:
             yield
         finally:
-            self._restore()
+            self._takeover.end()
             self._relay.close()
 
     def _drain(self, number: int, frame: FrameType | None) -> None:
-        for each, before in self._before.items():
+        for each, before in self._takeover.before.items():
             signal.signal(each, before if before == signal.SIG_IGN else self._end)
         if self._worker.starting:
             raise Ended
         self._relay.ring()
 
     def _end(self, number: int, frame: FrameType | None) -> None:
-        self._restore()
+        self._takeover.end()
         self.second = number
         raise Ended
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

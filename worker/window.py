@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from millstream.broker.job import PRIORITIES, Priority
 from millstream.broker.streams import MAX_JOBS_PER_CALL, Limit
 from millstream.worker.batcher import Budget, Cut, Pool
 from millstream.worker.forward_cost import ForwardCost
-from millstream.worker.held import BY_SHARE, Held, Outcome, Rows
+from millstream.worker.held import BY_SHARE, SUSPECT, Held, Outcome, Rows
 from millstream.worker.models.base import Prepared
 from millstream.worker.shares import SAVED_BATCHES
 
@@ -50,6 +51,7 @@ class Window:
         self._ends_at = 0.0
         self._takes = 0
         self._closed = False
+        self._is_set_aside = False
         self._arrived = threading.Condition(self._lock)
         self._taken = threading.Condition(self._lock)
         self._emptied = threading.Condition(self._lock)
@@ -117,6 +119,49 @@ class Window:
             if rows <= 0:
                 return None
             return Limit(min(MAX_JOBS_PER_CALL, rows), rows, tokens=budget.tokens, streams=1, returned=1)
+
+    def suspect_room(self, stream: int, live_workers: int) -> Limit | None:
+        """What may be claimed of suspects of `stream`, 1 to 3, to run before what waits here.
+
+        None if nothing waits here, if some of it is more urgent, or if it is more than two full windows: jobs that
+        came with no suspect among them.
+        """
+        with self._lock:
+            waiting, rows, tokens = len(self._pool), HOLD_BATCHES * self.budget.rows, self._most_tokens()
+            more_urgent = (BY_SHARE, *range(stream - 1))
+            if not waiting or any(self._pool.waiting(rank) for rank in more_urgent):
+                return None
+            if waiting > 2 * rows or self._pool.tokens > 2 * tokens:
+                return None
+            return Limit(
+                jobs=min(MAX_JOBS_PER_CALL, rows),
+                rows=rows,
+                tokens=tokens,
+                live_workers=live_workers,
+                empty_handed=True,
+                held=len(self._unsettled),
+            )
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Meanwhile only rows of suspects are taken: the other rows that wait stay in no stage."""
+        self._is_set_aside = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._is_set_aside = False
+                self._arrived.notify_all()
+
+    def wait_until_at_rest(self, timeout: float) -> bool:
+        """Sleep until all that is held waits for a forward and no suspect is held; False after `timeout` seconds."""
+        with self._lock:
+            return self._emptied.wait_for(lambda: self._is_at_rest, timeout)
+
+    @property
+    def _is_at_rest(self) -> bool:
+        # Whatever is held waits for a forward or for the settler.
+        return not (self._running or self._pool.waiting(SUSPECT)) and len(self._unsettled) == len(self._held)
 
     def _most_tokens(self) -> int:
         return max(self._least_batches * self.cost.budget.tokens, self.cost.tokens_in(self._hold_s))
@@ -195,7 +240,7 @@ class Window:
     def take(self) -> Rows:
         """The next micro-batch, waiting for one; empty when the window is closed and nothing is left."""
         with self._lock:
-            self._arrived.wait_for(lambda: len(self._pool) or self._closed)
+            self._arrived.wait_for(lambda: self._may_be_taken or self._closed)
             budget = self.cost.one_forward()
             batch = self._pool.take(budget, self._chosen)
             self._chosen = []
@@ -206,6 +251,11 @@ class Window:
             self._takes += 1
             self._taken.notify_all()
             return batch
+
+    @property
+    def _may_be_taken(self) -> bool:
+        """Whether rows wait, and may run now."""
+        return bool(self._pool.waiting(SUSPECT) if self._is_set_aside else len(self._pool))
 
     def upcoming(self) -> Sequence[Prepared]:
         """What the next micro-batch will be, unless something more urgent comes.
@@ -274,7 +324,8 @@ class Window:
             self._in_hand_since = None
 
     def _note_empty(self) -> None:
-        if self.empty:
+        # Also if it is empty: then nothing is held at all.
+        if self._is_at_rest:
             self._emptied.notify_all()
 
     # -- the settler's and the beat's side ---------------------------------------------------------------------

@@ -26,6 +26,7 @@ class Mill:
         return [{"ground": each["corn"], "by": random.Random(each["corn"]).random() < 2} for each in payloads]
 
     def tear_down(self):
+        print("ready: no more")
         print("torn down", flush=True)
 """
 
@@ -62,7 +63,9 @@ def test_code_beside_the_configuration_answers_and_is_torn_down(tmp_path: Path, 
 
     assert answers == [{"ground": n, "by": True} for n in range(100)]
     assert code == 0
-    assert up.out.index("set up on cpu") < up.out.index("torn down")
+    # Standard output is the command's own: programs read there that its workers are ready.
+    assert up.err.index("set up on cpu") < up.err.index("ready: no more") < up.err.index("torn down")
+    assert "ready: no more" not in up.out
     assert "this worker's config.yaml names no handler" in refused.line(9)
 
 

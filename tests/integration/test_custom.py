@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,12 +33,15 @@ LONG = "word " * 129
 WAYS: dict[str, tuple[type[MillstreamError], str]] = {
     "raise": (ModelFailed, "RuntimeError: a stone in the mill"),
     "exit": (ModelFailed, "SystemExit: a stone in the mill"),
+    "interrupt": (ModelFailed, "KeyboardInterrupt: a stone in the mill"),
+    "cancel": (ModelFailed, "CancelledError: a stone in the mill"),
     "exhaust": (ModelFailed, "MemoryError"),
     "exhaust the device": (ModelFailed, "CUDA out of memory"),
     "miscount": (ModelFailed, "0 results for 1 rows"),
     "nan": (ModelFailed, "JSON cannot carry"),
     "set": (ModelFailed, "JSON cannot carry"),
     "error": (ModelFailed, "ValueError: a stone in the mill"),
+    "cancelled": (ModelFailed, "CancelledError: a stone in the mill"),
 }
 
 
@@ -59,6 +64,9 @@ def services(server: EmbeddedServer) -> Iterator[dict[str, str]]:
         "echo": custom("mill:echo", batch_size=8),
         "sizes": custom("mill:sizes", batch_size=4),
         "collector": custom("mill:collector"),
+        "standard_input": custom("mill:standard_input", stall_timeout=5),
+        "inherited": custom("mill:inherited"),
+        "terminated": custom("mill:terminated"),
         "vectors": custom("mill:vectors", batch_size=ROWS),
     }
     with working(server.url, *every.values(), folder=TESTS):
@@ -159,6 +167,33 @@ def test_a_batch_that_is_too_large_for_the_memory_is_cut_and_the_next_begins_wit
     assert first == second == [2 * n for n in range(ROWS)]
     assert (sizes[0], sum(sizes) <= 3 * ROWS) == (ROWS, True)
     assert later == [FITS] * (ROWS // FITS)
+
+
+# -- the processes that it starts ----------------------------------------------------------------------------------
+
+
+def test_a_program_that_a_handler_starts_reads_an_empty_standard_input(
+    client: Client, services: dict[str, str]
+) -> None:
+    assert client.call(services["standard_input"], None) == ""
+
+
+def test_a_program_that_a_handler_starts_inherits_nothing_of_the_workers_own(
+    client: Client, services: dict[str, str]
+) -> None:
+    (listing,) = eval(client.call(services["inherited"], None))
+
+    assert re.fullmatch(r"/proc/\d+/fd", listing)
+
+
+def test_a_process_that_a_handler_forks_can_be_terminated_and_the_worker_goes_on(
+    client: Client, connection: Connection, services: dict[str, str]
+) -> None:
+    before = pids(connection, services["terminated"])
+
+    assert client.submit(services["terminated"], [None, None]).result(LONG_S) == [-signal.SIGTERM] * 2
+    assert client.call(services["terminated"], None) == -signal.SIGTERM
+    assert pids(connection, services["terminated"]) == before
 
 
 def test_a_batch_size_that_is_pushed_is_that_of_the_next_batches(

@@ -212,6 +212,23 @@ def test_a_second_signal_ends_it_at_once_and_what_it_held_is_given_back_without_
     connection.client.srem("ms:services", service)
 
 
+FORKS = PROGRAM.replace("import logging", "import logging, mill").replace(
+    "return [[each, os.getpid()] for each in payloads]", "return mill.terminated(payloads)"
+)
+
+
+def test_a_process_that_its_function_forks_can_be_terminated_and_it_goes_on(
+    client: Client, connection: Connection, service: str, serving: Serving
+) -> None:
+    process = serving(FORKS, SERVICE=service, PYTHONPATH=str(ROOT / "tests"))
+    eventually(lambda: has_worker(connection, service), within_s=LONG_S)
+
+    assert client.call(service, "a") == -signal.SIGTERM
+    assert client.call(service, "b") == -signal.SIGTERM
+    assert process.poll() is None
+    connection.client.srem("ms:services", service)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -18,6 +18,7 @@ from millstream.worker.claim_policy import (
     Look,
     Overtake,
     Pause,
+    RunSuspects,
     SleepInRedis,
     State,
     Step,
@@ -227,3 +228,18 @@ def test_every_job_runs_after_few_steps_whatever_its_size_and_whatever_waits_bes
     assert worker.ran == count
     assert isinstance(next_step(worker.state()), SleepInRedis)
     assert all(len(group) == 1 for group in worker.groups if any(group))
+
+
+@given(states())
+def test_suspects_run_before_what_waits_where_they_may_and_nothing_less_urgent_is_claimed_with_them(
+    state: State,
+) -> None:
+    step = next_step(state._replace(suspect_room=ROOM))
+
+    if isinstance(step, RunSuspects):
+        assert state.look.suspects
+        assert not state.empty_handed
+        assert not state.look.alone
+        assert step.limit.streams < step.limit.returned == state.look.suspects
+    elif state.look.suspects and not state.empty_handed:
+        assert state.look.alone or state.look.paused

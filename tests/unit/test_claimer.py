@@ -69,6 +69,8 @@ class Bench:
         wakes: Sequence[Callable[[Bench], object]] = (),
         patience: Patience | None = None,
         beside: Bench | None = None,
+        *,
+        supervised: bool = False,
     ) -> None:
         """A worker of a queue of its own, or of that of the one `beside` it."""
         self.server: fakeredis.FakeServer = beside.server if beside else fakeredis.FakeServer()
@@ -82,7 +84,7 @@ class Bench:
             self.shared,
             claimer.Queue(self.streams, self.queue.lease),
             Intake(EchoModel("echo"), max_attempts=3),
-            Policy(patience or Patience(0.0), dict.fromkeys(PRIORITIES, LONG_S), Shares(shares, 2 * ROWS)),
+            Policy(patience or Patience(0.0), dict.fromkeys(PRIORITIES, LONG_S), Shares(shares, 2 * ROWS), supervised),
             self.finished.append,
         )
 
@@ -272,6 +274,61 @@ def test_a_suspect_does_not_starve_while_more_urgent_jobs_saturate_the_worker(
     groups = [each for each in served if Priority.BATCH in each]
     assert groups == [[Priority.BATCH] * 2] * 3
     assert served[0] == [Priority.REALTIME] * ROWS
+
+
+def with_a_full_window_and_suspects(bench: Bench, suspects: Priority) -> None:
+    """The claimer runs, and six jobs of a worker that died are given back as suspects."""
+    bench.put(suspects, 6)
+    lost = bench.queue.claim("dead").claims
+    bench.put(Priority.BATCH, 2 * HOLD_BATCHES * ROWS)
+    bench.claimer.start()
+    eventually(lambda: bench.shared.window.room(1) is None)
+    bench.queue.lease.release("dead", started=[claim.address.name for claim in lost], gone=True)
+
+
+def sizes_served(bench: Bench, runs: int) -> list[int]:
+    served = [len(bench.run_one()) for _ in range(runs)]
+    bench.shared.life.drain()
+    bench.claimer.join(LONG_S)
+    bench.shared.life.check()
+    return served
+
+
+def test_suspects_run_alone_before_what_waits_in_a_supervised_worker() -> None:
+    bench = Bench(SHARES, supervised=True)
+    with_a_full_window_and_suspects(bench, Priority.BATCH)
+    # A claim past the full window sees them.
+    eventually(lambda: bench.claimer._look.suspects == 3)
+
+    served = sizes_served(bench, HOLD_BATCHES)
+
+    # At most what the test takes before the claimer's own thread comes to it.
+    assert served.index(2) <= 2
+    assert served.count(2) == 3
+
+
+def test_without_a_supervisor_suspects_wait_until_the_worker_is_free() -> None:
+    bench = Bench(SHARES)
+    with_a_full_window_and_suspects(bench, Priority.BATCH)
+
+    assert sizes_served(bench, HOLD_BATCHES) == [ROWS] * HOLD_BATCHES
+
+
+def test_suspects_do_not_pass_more_urgent_jobs_that_wait_in_a_supervised_worker() -> None:
+    bench = Bench(SHARES, supervised=True)
+    bench.put(Priority.REALTIME, 2 * ROWS)
+    bench.claim()
+    bench.put(Priority.BATCH, 1)
+    (lost,) = bench.queue.claim("dead").claims
+    bench.queue.lease.release("dead", started=[lost.address.name], gone=True)
+    bench.claimer.start()
+    eventually(lambda: bench.claimer._look.suspects == 3)
+
+    served = [bench.run_one() for _ in range(3)]
+    bench.shared.life.drain()
+    bench.claimer.join(LONG_S)
+
+    assert served == [[Priority.REALTIME] * ROWS, [Priority.REALTIME] * ROWS, [Priority.BATCH]]
 
 
 @pytest.mark.parametrize("large", [draft(rows=HOLD_BATCHES * ROWS + 1), draft(tokens=10**8)], ids=["rows", "tokens"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Callable
@@ -291,6 +292,48 @@ def test_what_would_end_the_process_is_a_payloads_failure(error: BaseException) 
     assert [type(each) for each in answers(leave, "a", "bad", "b")] == [str, ModelFailed, str]
 
 
+class Unreadable(Exception):
+    def __str__(self) -> str:
+        raise SystemExit("mine")
+
+
+@pytest.mark.parametrize("error", [Unreadable(), GeneratorExit("no"), asyncio.CancelledError("no")])
+def test_any_error_that_is_returned_is_its_payloads_failure(error: BaseException) -> None:
+    got = answers(lambda payloads: [error if each == "bad" else each for each in payloads], "a", "bad")
+
+    assert got[0] == "a"
+    assert isinstance(got[1], ModelFailed)
+    assert type(error).__name__ in got[1].message
+
+
+def test_an_error_whose_message_raises_is_its_payloads_failure() -> None:
+    def fail(payloads: list[Any]) -> list[Any]:
+        if "bad" in payloads:
+            raise Unreadable
+        return payloads
+
+    assert [type(each) for each in answers(fail, "a", "bad")] == [str, ModelFailed]
+
+
+@pytest.mark.parametrize("error", [SystemExit("no"), KeyboardInterrupt("no"), GeneratorExit("no"), RuntimeError("no")])
+def test_whatever_a_tear_down_raises_is_logged(caplog: pytest.LogCaptureFixture, error: BaseException) -> None:
+    def tear_down() -> None:
+        raise error
+
+    model = model_of(list.copy, Hooks(tear_down=tear_down))
+    model.close()
+
+    assert "tear_down failed" in caplog.text
+
+
+def test_a_signal_that_ends_the_process_passes_a_tear_down() -> None:
+    def tear_down() -> None:
+        raise Ended
+
+    with pytest.raises(Ended):
+        model_of(list.copy, Hooks(tear_down=tear_down)).close()
+
+
 # -- how it is found -----------------------------------------------------------------------------------------------
 
 
@@ -366,6 +409,8 @@ def test_without_a_handler_of_its_own_a_worker_is_refused(tmp_path: Path) -> Non
         ("def load():\n    return {}['weights']\nload()\n", "run", "KeyError: 'weights' (own.py:2)"),
         ("import json\njson.loads('no')\n", "run", "(own.py:2)"),
         ("raise SystemExit('no')\n", "run", "SystemExit: no (own.py:1)"),
+        ("raise KeyboardInterrupt('no')\n", "run", "KeyboardInterrupt: no (own.py:1)"),
+        ("import asyncio\nraise asyncio.CancelledError('no')\n", "run", "CancelledError: no (own.py:2)"),
         (
             "class Run:\n    def __call__(self, payloads): ...\n    def set_up(self, device):\n        1 / 0\n",
             "Run",

@@ -192,6 +192,27 @@ def test_a_custom_service_is_answered_by_its_function() -> None:
     assert fake.calls[0].inputs == [{"n": 2}]
 
 
+@pytest.mark.parametrize("error", [SystemExit("no"), asyncio.CancelledError("no"), GeneratorExit("no")])
+def test_a_function_that_would_end_a_worker_fails_its_payload_alone(error: BaseException) -> None:
+    def leave(payloads: list[str]) -> list[str]:
+        if "bad" in payloads:
+            raise error
+        return payloads
+
+    outcomes = FakeClient(handlers={"s": leave}).submit("s", ["a", "bad"]).outcomes()
+
+    assert outcomes[0] == "a"
+    assert isinstance(outcomes[1], ModelFailed)
+
+
+def test_ctrl_c_in_a_function_is_the_tests_own() -> None:
+    def interrupted(payloads: list[str]) -> list[str]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        FakeClient(handlers={"s": interrupted}).call("s", "a")
+
+
 def test_the_next_calls_can_be_told_to_fail(fake: FakeClient) -> None:
     full = QueueFull("full", retry_after=1.5)
     fake.fail(full, times=4)

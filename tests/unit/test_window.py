@@ -539,3 +539,38 @@ def test_rows_of_a_job_that_was_lost_do_not_pass_for_those_of_its_second_coming(
     assert late == []
     assert done == [second]
     assert second.reply().values == ["one", "two"]
+
+
+def test_beside_suspects_what_is_set_aside_is_in_no_stage(window: Window) -> None:
+    suspect, other = (held_of([5], claim_of(attempts=1.0)) for _ in range(2))
+    window.hold([held_of([3, 3])])
+
+    with window.set_aside():
+        assert window.wait_until_at_rest(0)
+        taken = asleep(window, window.take)
+        window.hold([suspect])
+        rows = cast(Rows, taken())
+        assert [row.owner for row in rows] == [suspect.name]
+        window.hold([other])
+        window.complete(rows, ["done"])
+        window.forget([suspect.name])
+        assert not window.wait_until_at_rest(0)
+        rows = window.take()
+        assert not window.wait_until_at_rest(0)
+        window.complete(rows, ["done"])
+        # Its reply is not written yet.
+        assert not window.wait_until_at_rest(0)
+        window.forget([other.name])
+        assert window.wait_until_at_rest(0)
+        waiting = asleep(window, window.take)
+
+    assert len(cast(Rows, waiting())) == 2
+
+
+@pytest.mark.parametrize(("stream", "has_room"), [(1, True), (2, True), (3, False)])
+def test_suspects_have_room_beside_rows_that_are_not_more_urgent(window: Window, stream: int, has_room: bool) -> None:
+    assert window.suspect_room(stream, 1) is None
+
+    window.hold([held_of([3, 3])])
+
+    assert bool(window.suspect_room(stream, 1)) is has_room

@@ -136,7 +136,9 @@ class CustomModel:
         if self._hooks.tear_down:
             try:
                 self._hooks.tear_down()
-            except (Exception, SystemExit):
+            except Ended:
+                raise
+            except BaseException:
                 log.exception("tear_down failed")
 
 
@@ -148,7 +150,9 @@ def load_handler(target: str, folder: str) -> object:
     module_name, _, path = target.partition(":")
     try:
         found: object = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
+    except Ended:
+        raise
+    except BaseException as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and f"{module_name}.".startswith(f"{missing}."):
             raise ModelUnavailable(
@@ -221,6 +225,7 @@ def _result(value: object) -> object:
         if value.ndim != 1 or value.dtype.kind not in "fiu":
             return ModelFailed(f"process_fn gave an array {value.dtype} {list(value.shape)}, not a vector [dim]")
         return np.array(value, np.float32)
-    if isinstance(value, Exception) and not isinstance(value, MillstreamError):
+    # Not Exception: asyncio.gather gives CancelledError, which is none.
+    if isinstance(value, BaseException) and not isinstance(value, MillstreamError):
         return ModelFailed(described(value))
     return value
