@@ -19,6 +19,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from redis import CredentialProvider
 
 from millstream.broker.errors import ConfigError
+from millstream.broker.url import PASSWORD_FILE, canonical
 
 if TYPE_CHECKING:
     from millstream.broker.config import Config
@@ -27,8 +28,6 @@ log = logging.getLogger(__name__)
 
 PASSWORD_FILE_VARIABLE = "MILLSTREAM_REDIS_PASSWORD_FILE"
 INSECURE_VARIABLE = "MILLSTREAM_INSECURE"
-PASSWORD_FILE = "password_file"
-"""The option of a URL."""
 
 _MOST_BYTES = 4096
 
@@ -115,10 +114,11 @@ _TLS_FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
 
 
 def secured(url: str, config: Config | None, environ: Mapping[str, str]) -> str:
-    """`url` with the password file that the environment or the configuration names.
+    """`url` in its canonical spelling, with the password file that the environment or the configuration names.
 
-    Raises ConfigError where it leads to another host without TLS, password or the word of whoever is in charge.
+    Raises ConfigError if it leads to another host without TLS, password or the word of whoever is in charge.
     """
+    url = canonical(url)
     try:
         urlsplit(url)
     except ValueError:

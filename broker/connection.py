@@ -18,7 +18,8 @@ from millstream.broker.embedded import running
 from millstream.broker.engine import FLOORS, EngineName, Version, floor_text, parse_version, version_text
 from millstream.broker.errors import BrokerUnavailable, ConfigError
 from millstream.broker.faults import START_ONE, URL_VARIABLE, is_transient, retrying, translated
-from millstream.broker.topology import ACCEPTED, opener, read_url, redacted
+from millstream.broker.topology import opener
+from millstream.broker.url import ACCEPTED, canonical, read_url, redacted
 
 if TYPE_CHECKING:
     from millstream.broker.config import Config
@@ -38,6 +39,7 @@ class Connection:
     """
 
     def __init__(self, url: str, *, name: str = "millstream") -> None:
+        url = canonical(url)
         self.safe_url = redacted(url)
         try:
             self._place = read_url(url)

@@ -99,7 +99,7 @@ def redis_cli(url: str, *words: str) -> str:
     Of a master under Sentinel the line says MASTER, since which server that is may change.
     """
     from millstream.broker.access import without_password_file
-    from millstream.broker.topology import read_url, redacted
+    from millstream.broker.url import read_url, redacted
 
     url = without_password_file(url)
     place, parts = read_url(url), urlsplit(url)
