@@ -58,6 +58,6 @@ def _is_ours(path: Path) -> bool:
     """Whether every top-level key is one of ours: other programs have a config.yaml too."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return False
     return isinstance(tree, dict) and bool(tree) and set(tree) <= _SECTIONS
