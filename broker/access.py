@@ -127,7 +127,7 @@ def secured(url: str, config: Config | None, environ: Mapping[str, str]) -> str:
     if file and not _has_password(url) and PASSWORD_FILE not in _options(url):
         named = f"{PASSWORD_FILE}={quote(os.path.abspath(Path(file).expanduser()))}"
         url = f"{url}{'&' if urlsplit(url).query else '?'}{named}"
-    forced = _is_true(environ.get(INSECURE_VARIABLE, "")) or bool(config and config.redis.insecure)
+    forced = is_true(environ.get(INSECURE_VARIABLE, "")) or bool(config and config.redis.insecure)
     if not forced and (host := open_host(url)):
         raise ConfigError(
             f"Redis on {host} would be used over the network without TLS and without a password: "
@@ -173,5 +173,6 @@ def _is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
 
 
-def _is_true(text: str) -> bool:
+def is_true(text: str) -> bool:
+    """Whether an environment variable says yes."""
     return text.strip().lower() in ("1", "true", "yes", "on")

@@ -321,6 +321,7 @@ class RedisSettings(Settings):
     url: Annotated[str | None, AfterValidator(_redis_url)] = None
     password_file: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
     insecure: bool = False
+    allow_eviction: bool = False
     key_prefix: Annotated[str, AfterValidator(_key_prefix)] = "ms"
     result_ttl: Span = RESULT_TTL_S
     durability: Literal["everysec", "always", "replicated"] = "everysec"

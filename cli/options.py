@@ -30,6 +30,10 @@ prefix = click.option(
     "--prefix", metavar="PREFIX", help="Start of every key; by default redis.key_prefix of ./config.yaml, or else ms."
 )
 
+allow_eviction = click.option(
+    "--allow-eviction", is_flag=True, help="Use a server that deletes keys when its memory is full: jobs may be lost."
+)
+
 service = click.argument("service")
 yes = click.option("--yes", is_flag=True, help="Do not ask.")
 
