@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
-import redis
-from integration.faults import SERVICE, THREADS, Mill, frozen, let_pass, milling
+from integration.faults import SERVICE, THREADS, Mill, frozen, let_pass, milling, unwritable
 from support import eventually
 from workers import LONG_S
 
@@ -144,28 +143,3 @@ def held_at_once(mill: Mill, calls: int) -> list[Handle]:
     resume(client, keys)
     eventually(lambda: len(mill.watch.held()) == calls)
     return handles
-
-
-@contextmanager
-def unwritable(mill: Mill) -> Iterator[None]:
-    """Its snapshots fail, as on a full disk: what would be their file is a folder."""
-    client = mill.connection.client
-    obstacle = mill.server.data_dir / "dump.rdb"
-    obstacle.mkdir()
-    (obstacle / "full").touch()
-    client.config_set("save", "3600 1")
-    client.bgsave()
-    eventually(lambda: refuses_writes(client))
-    yield
-    (obstacle / "full").unlink()
-    obstacle.rmdir()
-    client.bgsave()
-    eventually(lambda: not refuses_writes(client))
-
-
-def refuses_writes(client: redis.Redis) -> bool:
-    try:
-        client.set("probe", 1)
-    except redis.ResponseError as error:
-        return "MISCONF" in str(error)
-    return False
