@@ -6,6 +6,8 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from support import eventually
 from workers import LONG_S
 
 from millstream.broker.connection import Connection
+from millstream.broker.embedded import EmbeddedServer
 from millstream.broker.errors import DeadlineExceeded, MillstreamError, UnknownService
 from millstream.broker.inspector import Inspector
 from millstream.broker.job import PRIORITIES
@@ -226,3 +229,32 @@ def test_a_holder_that_may_not_register_says_so_once_and_goes_on(
     assert "millstream config push" in line
     with pytest.raises(UnknownService):
         registry.read(SERVICE)
+
+
+def test_a_program_that_serves_without_a_supervisor_registers_its_service_again(
+    tmp_path: Path, server_binary: Path
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("from millstream.worker import serve\nserve(lambda payloads: payloads, 'alone', batch_size=3)\n")
+    with EmbeddedServer.start(tmp_path / "data", binary=server_binary) as server:
+        connection = Connection(server.url, name="tests")
+        process = subprocess.Popen([sys.executable, program], env={**os.environ, "MILLSTREAM_REDIS_URL": server.url})
+        try:
+            eventually(lambda: answers(server.url, "alone"), within_s=LONG_S)
+
+            connection.client.flushall()
+
+            eventually(lambda: answers(server.url, "alone"), within_s=HEALED_S)
+            assert Registry(connection).read("alone").runtime.batch_size == 3
+        finally:
+            process.terminate()
+            process.wait()
+            connection.close()
+
+
+def answers(url: str, service: str) -> bool:
+    with Client(url) as newcomer:
+        try:
+            return bool(newcomer.call(service, {"n": 1}, timeout=1.0) == {"n": 1})
+        except MillstreamError:
+            return False
