@@ -19,6 +19,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from redis import CredentialProvider
 
 from millstream.broker.errors import ConfigError
+from millstream.broker.url import PASSWORD_FILE, canonical
 
 if TYPE_CHECKING:
     from millstream.broker.config import Config
@@ -27,8 +28,6 @@ log = logging.getLogger(__name__)
 
 PASSWORD_FILE_VARIABLE = "MILLSTREAM_REDIS_PASSWORD_FILE"
 INSECURE_VARIABLE = "MILLSTREAM_INSECURE"
-PASSWORD_FILE = "password_file"
-"""The option of a URL."""
 
 _MOST_BYTES = 4096
 
@@ -115,10 +114,11 @@ _TLS_FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
 
 
 def secured(url: str, config: Config | None, environ: Mapping[str, str]) -> str:
-    """`url` with the password file that the environment or the configuration names.
+    """`url` in its canonical spelling, with the password file that the environment or the configuration names.
 
-    Raises ConfigError where it leads to another host without TLS, password or the word of whoever is in charge.
+    Raises ConfigError if it leads to another host without TLS, password or the word of whoever is in charge.
     """
+    url = canonical(url)
     try:
         urlsplit(url)
     except ValueError:
@@ -127,7 +127,7 @@ def secured(url: str, config: Config | None, environ: Mapping[str, str]) -> str:
     if file and not _has_password(url) and PASSWORD_FILE not in _options(url):
         named = f"{PASSWORD_FILE}={quote(os.path.abspath(Path(file).expanduser()))}"
         url = f"{url}{'&' if urlsplit(url).query else '?'}{named}"
-    forced = _is_true(environ.get(INSECURE_VARIABLE, "")) or bool(config and config.redis.insecure)
+    forced = is_true(environ.get(INSECURE_VARIABLE, "")) or bool(config and config.redis.insecure)
     if not forced and (host := open_host(url)):
         raise ConfigError(
             f"Redis on {host} would be used over the network without TLS and without a password: "
@@ -173,5 +173,6 @@ def _is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
 
 
-def _is_true(text: str) -> bool:
+def is_true(text: str) -> bool:
+    """Whether an environment variable says yes."""
     return text.strip().lower() in ("1", "true", "yes", "on")

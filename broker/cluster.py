@@ -17,7 +17,8 @@ from redis import exceptions
 from redis.client import Pipeline
 from redis.crc import key_slot
 
-Address = tuple[str, int]
+from millstream.broker.url import Address
+
 Command = tuple[tuple[object, ...], dict[str, object]]
 """A command's words, and what the library's parser of its answer is told."""
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from millstream.broker.errors import Malformed, MillstreamError, NewerVersion, from_wire, to_wire
 from millstream.broker.job import Encoded, Job, Json, Reply, Scalar
+from millstream.broker.units import plain
 
 VERSION = "1"
 FIELDS = ("v", "id", "at", "op", "rows", "tokens", "deadline", "queue_by", "client", "tenant", "trace", "call", "body")
@@ -77,7 +78,17 @@ _NAMED: Mapping[object, str] = {dtype: str(name) for name, dtype in _DTYPES.item
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 # One of each, not one a call. Not escaped, so that redis-cli shows a Chinese text as it is.
-_body = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+def _scalar(value: object) -> object:
+    """The Python value of a NumPy scalar, which the library's encoder does not know. Raises TypeError."""
+    held = plain(value)
+    if held is value:
+        raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+    return held
+
+
+_body = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_scalar).encode
 _value = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 _quoted = json.encoder.encode_basestring
 

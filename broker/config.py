@@ -17,6 +17,7 @@ from millstream.broker.config_check import ConfigFile, check
 from millstream.broker.config_yaml import KeyPath, Place
 from millstream.broker.errors import ConfigError
 from millstream.broker.spec import ModelSpec, RedisSettings, Runtime, ServiceSpec, Settings
+from millstream.broker.units import plain
 
 __all__ = ["Config", "ModelSpec", "RedisSettings", "Runtime", "ServiceSpec", "load", "unenforced"]
 
@@ -48,9 +49,10 @@ def load(path: Path | str | None = None, environ: Mapping[str, str] = os.environ
 def given_service(name: str, limits: Mapping[str, object]) -> ServiceSpec:
     """The service that a program serves with code of its own; `limits` are those of `runtime`. Raises ConfigError."""
     place = Place(f"serve {name!r}")
+    runtime = {key: plain(value) for key, value in limits.items()}
     tree: dict[str, object] = {
         "models": {name: {"type": "custom", "handler": "given:code"}},
-        "services": {name: {"model": name, "runtime": dict(limits)}},
+        "services": {name: {"model": name, "runtime": runtime}},
     }
     document = config_yaml.Document(place.source, tree, {(): place})
     file = check(document)

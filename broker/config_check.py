@@ -77,7 +77,7 @@ def _validate(document: Document) -> ConfigFile:
                 # A required key may be missing only because its value was left out a round ago.
                 if path not in reported:
                     reported.add(path)
-                    document.report(path, _reason(each, path, _mapping(document.tree.get("models"))))
+                    document.report(path, _reason(each, path, document))
             for each in error.errors():
                 loc = each["loc"]
                 discard(tree, loc[:-1] if each["type"] == "missing" or loc[-1] == "[key]" else loc)
@@ -121,22 +121,23 @@ _REASONS = {
 """Pydantic's error types in our words."""
 
 
-def _reason(error: ErrorDetails, path: KeyPath, models: Iterable[str]) -> str:
+def _reason(error: ErrorDetails, path: KeyPath, document: Document) -> str:
     if error["type"] == "extra_forbidden":
         return f"unknown key; {_fix_for_key(path)}"
     if error["type"] == "missing":
-        known = models if path[-1] == "model" else get_args(ModelType)
+        known = _mapping(document.tree.get("models")) if path[-1] == "model" else get_args(ModelType)
         return f"missing; name one of: {', '.join(known)}"
     context = error.get("ctx", {})
     reason = _REASONS.get(error["type"], error["msg"]).format(**context)
     close = did_you_mean(str(error["input"]), re.findall(r"'(\w+)'", str(context.get("expected", ""))))
     # What stands under redis may hold a password.
-    shown = "" if path[0] == "redis" else f", not {_shortened(error['input'])}"
+    shown = "" if path[0] == "redis" else f", not {_shown(error['input'], document.written.get(path))}"
     return reason + shown + (f"; did you mean {close}?" if close else "")
 
 
-def _shortened(value: object) -> str:
-    text = "nothing" if value is None else repr(value)
+def _shown(value: object, written: str | None) -> str:
+    """A value as its writer knows it: YAML makes True of `on`, and a date of 2026-01-01."""
+    text = "nothing" if value is None else repr(value) if written is None else written
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

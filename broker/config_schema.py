@@ -60,6 +60,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "url": "By default MILLSTREAM_REDIS_URL, or else a server that `millstream up` starts.",
     "password_file": "A file whose first line is the password, which then stands nowhere else.",
     "insecure": "Use a server on another host without TLS and password.",
+    "allow_eviction": "Use a server that deletes keys when its memory is full: jobs may be lost.",
     "key_prefix": "Start of every key, to share a server.",
     "result_ttl": "How long the results of a detached call are kept after the last one.",
     "durability": "How soon the server that `millstream up` starts syncs a write to disk; replicated, for a server "

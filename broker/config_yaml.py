@@ -17,6 +17,9 @@ PREFIX = "MILLSTREAM_"
 KeyPath = tuple[str, ...]
 _NAMED = {("models",), ("services",)}
 _MERGE = "tag:yaml.org,2002:merge"
+_TEXT = "tag:yaml.org,2002:str"
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_OCTAL = re.compile(r"[-+]?0[0-7_]*[1-7][0-7_]*")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -45,11 +48,15 @@ class Problem:
 
 @dataclass(slots=True)
 class Document:
-    """The tree of a file, the place of each key in it, and what was wrong so far."""
+    """The tree of a file, the place of each key in it, and what was wrong so far.
+
+    `written` has the text of each value that is no text: what YAML makes of it may look different.
+    """
 
     source: str
     tree: dict[str, object] = field(default_factory=dict)
     places: dict[KeyPath, Place] = field(default_factory=dict)
+    written: dict[KeyPath, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     def place(self, path: KeyPath) -> Place:
@@ -139,6 +146,8 @@ class _Reader:
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self.plain(item, path) for item in node.value]
+        if reason := _misread(node):
+            self._document.report(path, reason, self._place(node))
         try:
             return self._loader.construct_object(node)
         except ValueError as error:  # a date such as 2025-02-30
@@ -153,6 +162,8 @@ class _Reader:
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode):
                 self._document.places[(*path, key.value)] = self._place(key)
+                if isinstance(value, yaml.ScalarNode) and value.tag != _TEXT and value.value:
+                    self._document.written[(*path, key.value)] = value.value
                 result[key.value] = self.plain(value, (*path, key.value))
             else:
                 self._document.report(path, "a key must be a plain name", self._place(key))
@@ -170,6 +181,17 @@ class _Reader:
 
     def _place(self, node: yaml.Node) -> Place:
         return Place(self._document.source, node.start_mark.line + 1)
+
+
+def _misread(node: yaml.Node) -> str:
+    """Why a number is not what its writer sees, or an empty string. YAML 1.1 has numbers to the bases 60 and 8."""
+    if not isinstance(node, yaml.ScalarNode) or node.style is not None or node.tag not in _NUMBERS:
+        return ""
+    if ":" in node.value:
+        return f'YAML reads {node.value} as a number to the base 60; write "90s", "5m" or "2h", or put text in quotes'
+    if _OCTAL.fullmatch(node.value):
+        return f"YAML reads {node.value} as a number to the base 8; leave out the zeros, or put text in quotes"
+    return ""
 
 
 def _set(document: Document, place: Place, keys: list[str], value: str) -> None:
@@ -190,6 +212,7 @@ def _set(document: Document, place: Place, keys: list[str], value: str) -> None:
         node = below
     name = _existing(keys[-1], node)
     node[name] = value
+    document.written.pop((*path, name), None)
     document.places[(*path, name)] = place
     return None
 

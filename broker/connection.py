@@ -17,8 +17,10 @@ from millstream.broker.datadir import default_data_dir
 from millstream.broker.embedded import running
 from millstream.broker.engine import FLOORS, EngineName, Version, floor_text, parse_version, version_text
 from millstream.broker.errors import BrokerUnavailable, ConfigError
+from millstream.broker.eviction import check_policy
 from millstream.broker.faults import START_ONE, URL_VARIABLE, is_transient, retrying, translated
-from millstream.broker.topology import ACCEPTED, opener, read_url, redacted
+from millstream.broker.topology import opener
+from millstream.broker.url import ACCEPTED, canonical, read_url, redacted
 
 if TYPE_CHECKING:
     from millstream.broker.config import Config
@@ -38,6 +40,7 @@ class Connection:
     """
 
     def __init__(self, url: str, *, name: str = "millstream") -> None:
+        url = canonical(url)
         self.safe_url = redacted(url)
         try:
             self._place = read_url(url)
@@ -89,13 +92,17 @@ class ServerInfo:
     version: Version
 
 
-def check(connection: Connection) -> ServerInfo:
+def check(connection: Connection, *, allow_eviction: bool = False) -> ServerInfo:
     """Ask the server what it is, in a Cluster every node that serves keys; the oldest.
 
-    Raises ConfigError where it is older than millstream needs, and BrokerUnavailable.
+    Raises ConfigError if it is older than millstream needs, or deletes keys when its memory is full and
+    `allow_eviction` does not say otherwise; BrokerUnavailable.
     """
     with translated(connection.safe_url):
-        answers: list[Mapping[str, object]] = [node.info("server") for node in masters(connection.client)]
+        nodes = masters(connection.client)
+        answers: list[Mapping[str, object]] = [node.info("server") for node in nodes]
+        for node in nodes:
+            check_policy(connection.safe_url, node, node.info("memory"), allow=allow_eviction)
     info = min(map(server_info, answers), key=lambda each: (each.version >= FLOORS[each.engine], each.version))
     if info.version < FLOORS[info.engine]:
         raise ConfigError(

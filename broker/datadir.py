@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 
 from millstream.broker.engine import Engine, EngineName, Version
 from millstream.broker.errors import ConfigError
+from millstream.broker.ownership import check_private, open_private
 
 AppendFsync = Literal["everysec", "always"]
 Pulse = Literal["up", "loading", "silent", "absent"]
@@ -53,15 +54,18 @@ def default_data_dir(environ: Mapping[str, str]) -> Path:
 
 
 def prepare(data_dir: Path) -> Path:
-    """`data_dir`, absolute and there; a new one is readable by its owner only."""
+    """`data_dir`, absolute and there; a new one is readable by its owner only. As check_private raises."""
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_private(data_dir)
     return data_dir.resolve()
 
 
 def read_record(data_dir: Path) -> Record | None:
-    """The record, or None where there is none that can be read."""
+    """The record, or None if there is none that can be read. Raises ConfigError if others may have written it."""
     try:
-        return _RECORD.validate_json((data_dir / "engine.json").read_bytes())
+        check_private(data_dir)
+        with os.fdopen(open_private(data_dir / "engine.json", os.O_RDONLY), "rb") as file:
+            return _RECORD.validate_json(file.read())
     except (OSError, ValueError):
         return None
 
@@ -73,7 +77,9 @@ def write_record(data_dir: Path, record: Record | None) -> None:
         path.unlink(missing_ok=True)
         return
     draft = path.with_suffix(".new")
-    draft.write_bytes(_RECORD.dump_json(record, indent=2))
+    draft.unlink(missing_ok=True)
+    with os.fdopen(open_private(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+        file.write(_RECORD.dump_json(record, indent=2))
     draft.replace(path)
 
 
@@ -88,7 +94,7 @@ def last_writer(data_dir: Path) -> Engine | None:
 
 def try_lock(data_dir: Path) -> int | None:
     """A descriptor that holds the data dir until its last copy is closed, or None where another process holds it."""
-    descriptor = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = open_private(data_dir / "lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

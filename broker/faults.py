@@ -91,6 +91,12 @@ _FAULTS = (
         words=("TRYAGAIN", "UNBLOCKED", "redirected again and again"),
     ),
     _Fault(
+        "has no database of this number",
+        "name another one in the URL, after the host and a slash; most servers have 0 to 15, a Cluster 0 alone",
+        transient=False,
+        words=("DB index is out of range", "invalid DB index", "SELECT is not allowed"),
+    ),
+    _Fault(
         "is one node of a cluster",
         "say redis+cluster:// in the URL",
         transient=False,

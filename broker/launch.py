@@ -12,6 +12,7 @@ from pathlib import Path
 from millstream.broker.datadir import AppendFsync, Record, last_writer, socket_path
 from millstream.broker.engine import find_engine
 from millstream.broker.errors import BrokerUnavailable, ConfigError, MillstreamError
+from millstream.broker.ownership import open_private
 
 _LOG_BYTES = 1 << 20
 
@@ -79,7 +80,7 @@ def spawn(record: Record, data_dir: Path, log: Path, lock: int) -> subprocess.Po
         "daemonize": "no",
     }
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    with log.open("ab") as sink:
+    with os.fdopen(open_private(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as sink:
         return subprocess.Popen(
             [record.binary, *flags],
             stdin=subprocess.DEVNULL,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import secrets
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from typing import NamedTuple, cast
 
 from redis import WatchError
 from redis.typing import EncodableT, FieldT
@@ -20,6 +22,28 @@ from millstream.broker.spec import discard
 from millstream.broker.streams import Streams
 
 SPEC_VERSION = 1
+
+TOKEN = "token"
+"""Field of a service: another text after each loss of the server's data."""
+
+Record = Mapping[bytes, bytes]
+"""Every field of a registered service, as the server has it."""
+
+
+class Registered(NamedTuple):
+    """A service on the server. `fingerprint` is "" before a worker has said it, `token` if an older version wrote it.
+
+    Another `token` than before says that the server has lost what it had, and all jobs with it.
+    """
+
+    spec: ServiceSpec
+    fingerprint: str
+    token: str = ""
+
+
+def record_of(spec: ServiceSpec) -> Record:
+    """The record of `spec` as a push writes it."""
+    return {str(name).encode(): _bytes(value) for name, value in _fields(spec).items()}
 
 
 class Registry:
@@ -67,18 +91,42 @@ class Registry:
 
     def read(self, service: str) -> ServiceSpec:
         """The specification of `service`. Raises UnknownService, with the nearest name there is."""
-        return self.describe(service)[0]
+        return self.describe(service).spec
 
-    def describe(self, service: str) -> tuple[ServiceSpec, str]:
-        """The specification of `service`, and the fingerprint of its weights: "" before a worker has said it.
-
-        Raises UnknownService.
-        """
+    def describe(self, service: str) -> Registered:
+        """The service as it is registered. Raises UnknownService."""
+        key = self.keys(service).spec()
         with translated(self._connection.safe_url):
-            stored, fingerprint = self._connection.client.hmget(self.keys(service).spec(), "spec", "fingerprint")
+            stored, fingerprint, token = self._connection.client.hmget(key, "spec", "fingerprint", TOKEN)
         if stored is None:
             raise self._unknown(service)
-        return ServiceSpec.from_json(_text(stored)), _text(fingerprint or "")
+        return Registered(ServiceSpec.from_json(_text(stored)), _text(fingerprint or ""), _text(token or ""))
+
+    def record(self, service: str) -> Record | None:
+        """The record of `service`; None if the server has none, or not in the list of its services."""
+        with translated(self._connection.safe_url):
+            record = self._connection.client.hgetall(self.keys(service).spec())
+        return cast(Record, record) if b"spec" in record and service in self.names() else None
+
+    def restore(self, service: str, record: Record) -> bool:
+        """Put back the `record` of a service that the server has lost; False if it is registered meanwhile."""
+        keys = self.keys(service)
+        with translated(self._connection.safe_url):
+            Streams(self._connection.client, keys).create_groups()
+            self._connection.client.sadd(services_key(self._prefix), service)
+            with owner(self._connection.client, keys.spec()).pipeline() as pipe, suppress(WatchError):
+                # Whoever writes first after the loss decides: it may be a newer push.
+                pipe.watch(keys.spec())  # type: ignore[no-untyped-call]
+                if pipe.hget(keys.spec(), "spec") is None:
+                    # A revision that no worker has seen, so that each reads the service and says its weights again.
+                    now, _ = owner(self._connection.client, keys.spec()).time()
+                    fields: dict[FieldT, EncodableT] = {**dict(record.items())}
+                    fields |= {TOKEN.encode(): _new_token(), b"revision": 1000 * int(now)}
+                    pipe.multi()
+                    pipe.hset(keys.spec(), mapping=fields)
+                    pipe.execute()
+                    return True
+        return False
 
     def names(self) -> list[str]:
         """The registered services, sorted."""
@@ -114,15 +162,14 @@ class Registry:
     def _write(self, spec: ServiceSpec) -> None:
         """Publish one service. A push that is cut off leaves the old specification; the next one completes it."""
         keys = self.keys(spec.name)
-        fields: dict[FieldT, EncodableT] = {"version": SPEC_VERSION, "spec": spec.to_json()}
-        fields.update(limit_fields(spec.runtime))
         # The specification comes last: only from then on does the service count as registered. On a Cluster the set of
         # names is in another slot, so it cannot be part of the transaction.
         Streams(self._connection.client, keys).create_groups()
         self._connection.client.sadd(services_key(self._prefix), spec.name)
         with owner(self._connection.client, keys.spec()).pipeline() as pipe:
-            pipe.hset(keys.spec(), mapping=fields)
+            pipe.hset(keys.spec(), mapping=_fields(spec))
             pipe.hincrby(keys.spec(), "revision", 1)
+            pipe.hsetnx(keys.spec(), TOKEN, _new_token())
             pipe.execute()
 
     def _forget_fingerprint(self, keys: ServiceKeys) -> None:
@@ -134,6 +181,20 @@ class Registry:
                 pipe.multi()
                 pipe.hdel(keys.spec(), "fingerprint")
                 pipe.execute()
+
+
+def _fields(spec: ServiceSpec) -> dict[FieldT, EncodableT]:
+    fields: dict[FieldT, EncodableT] = {"version": SPEC_VERSION, "spec": spec.to_json()}
+    fields.update(limit_fields(spec.runtime))
+    return fields
+
+
+def _new_token() -> str:
+    return secrets.token_hex(8)
+
+
+def _bytes(value: object) -> bytes:
+    return value if isinstance(value, bytes) else str(value).encode()
 
 
 def _shared(record: object) -> object:

@@ -25,6 +25,7 @@ from pydantic_core import CoreSchema
 
 from millstream.broker.errors import ConfigError
 from millstream.broker.units import DURATION_PATTERN, SIZE_PATTERN, seconds, size
+from millstream.broker.url import ACCEPTED, canonical, read_url
 
 ModelType = Literal["embedding", "reranker", "llm", "custom", "echo"]
 Preset = Literal["latency", "balanced", "throughput"]
@@ -123,6 +124,17 @@ def _key_prefix(prefix: str) -> str:
     if not _PREFIX.fullmatch(prefix):
         raise ValueError("must be 1 to 64 of A-Z a-z 0-9 _ . : -")
     return prefix
+
+
+def _redis_url(url: str | None) -> str | None:
+    """The URL in its canonical spelling. The error does not quote it: it may hold a password."""
+    if url is None or not url.strip():
+        return None
+    try:
+        read_url(url)
+    except ValueError as problem:
+        raise ValueError(f"no Redis URL: {problem}; {ACCEPTED}") from None
+    return canonical(url)
 
 
 def _below(path: str) -> str:
@@ -306,9 +318,10 @@ class ModelSpec(Settings):
 class RedisSettings(Settings):
     """Where the queue lives. `data_dir` is the embedded server's folder; `result_ttl` is seconds."""
 
-    url: str | None = None
+    url: Annotated[str | None, AfterValidator(_redis_url)] = None
     password_file: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
     insecure: bool = False
+    allow_eviction: bool = False
     key_prefix: Annotated[str, AfterValidator(_key_prefix)] = "ms"
     result_ttl: Span = RESULT_TTL_S
     durability: Literal["everysec", "always", "replicated"] = "everysec"

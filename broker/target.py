@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from millstream.broker import eviction
 from millstream.broker.config import DEFAULT_PATH, Config, load
 from millstream.broker.connection import find_url
 from millstream.broker.faults import URL_VARIABLE
@@ -19,10 +20,11 @@ _SECTIONS = {"models", "services", "redis"}
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server's URL and the start of every key on it."""
+    """A server's URL and the start of every key on it; whether it may delete keys when its memory is full."""
 
     url: str
     prefix: str
+    allow_eviction: bool = False
 
 
 def find_target(url: str | None, prefix: str | None, environ: Mapping[str, str]) -> Target:
@@ -34,7 +36,7 @@ def find_target(url: str | None, prefix: str | None, environ: Mapping[str, str])
     named = bool(url or environ.get(URL_VARIABLE))
     config = _config(environ, needed=not named) if not (named and prefix) else None
     configured = config.redis.key_prefix if config else environ.get(PREFIX_VARIABLE) or DEFAULT_PREFIX
-    return Target(find_url(url, config, environ), prefix or configured)
+    return Target(find_url(url, config, environ), prefix or configured, eviction.allowed(config, environ))
 
 
 def find_prefix(prefix: str | None, environ: Mapping[str, str]) -> str:
@@ -58,6 +60,6 @@ def _is_ours(path: Path) -> bool:
     """Whether every top-level key is one of ours: other programs have a config.yaml too."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return False
     return isinstance(tree, dict) and bool(tree) and set(tree) <= _SECTIONS

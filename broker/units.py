@@ -17,9 +17,23 @@ SIZE_PATTERN = rf"^\s*{_NUMBER}\s*([kKmMgG]?[bB]|[kKmMgG][iI][bB])?\s*$"
 """What `seconds` and `size` take as text, as far as a pattern can say."""
 
 
+_PLAIN = (str, int, float, bool, type(None))
+
+
+def plain(value: object) -> object:
+    """The Python value that a scalar of an array library holds; everything else as it is.
+
+    Scalars are those of NumPy and arrays or tensors without a dimension.
+    """
+    if type(value) in _PLAIN or getattr(value, "ndim", None) != 0:
+        return value
+    item = getattr(value, "item", None)
+    return item() if callable(item) else value
+
+
 def seconds(value: object) -> float:
     """A number of seconds, or text with a unit: "10ms", "1.5s", "5m", "2h", "1d". ValueError otherwise."""
-    number, unit = _quantity(value)
+    number, unit = _quantity(plain(value))
     scale = _SECONDS.get(unit or "s")
     if scale is None:
         raise ValueError('must be seconds as a number, or a duration such as "10ms", "5s", "5m" or "2h"')
@@ -30,7 +44,7 @@ def seconds(value: object) -> float:
 
 def size(value: object) -> int:
     """A number of bytes, or text with a unit: "64MB" (64,000,000), "64MiB" (67,108,864). ValueError otherwise."""
-    number, unit = _quantity(value)
+    number, unit = _quantity(plain(value))
     scale = _BYTES.get((unit or "b").lower())
     if scale is None or number * scale > 2**63:
         raise ValueError('must be bytes as a number, or a size such as "64MB" or "2GiB"')

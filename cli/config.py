@@ -11,6 +11,7 @@ import click
 
 from millstream.broker.config import DEFAULT_PATH, Config, ServiceSpec, load, unenforced
 from millstream.broker.config_yaml import KeyPath
+from millstream.cli.options import allow_eviction
 from millstream.cli.table import aligned
 
 config_path = click.argument("path", type=click.Path(path_type=Path), default=DEFAULT_PATH)
@@ -45,15 +46,20 @@ def check(path: Path) -> None:
     "--url", metavar="URL", help="The Redis server; by default MILLSTREAM_REDIS_URL, or else redis.url of PATH."
 )
 @click.option("--replace", is_flag=True, help="Change services that are registered with other values.")
-def push(path: Path, url: str | None, replace: bool) -> None:
+@allow_eviction
+def push(path: Path, url: str | None, replace: bool, allow_eviction: bool) -> None:
     """Check PATH, by default ./config.yaml, and publish its services in Redis."""
     loaded = load_and_warn(path)
     # The Redis client takes as long to import as all the rest; `check` does without.
+    from millstream.broker import eviction
     from millstream.broker.connection import Connection, find_url
+    from millstream.broker.connection import check as check_server
     from millstream.broker.registry import Registry
 
     connection = Connection(find_url(url, loaded, os.environ))
+    allow = allow_eviction or eviction.allowed(loaded, os.environ)
     try:
+        check_server(connection, allow_eviction=allow)
         changed = Registry(connection, loaded.redis.key_prefix).push(loaded.services.values(), replace=replace)
     finally:
         connection.close()

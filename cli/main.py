@@ -8,11 +8,13 @@ import sys
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import click
 
 from millstream.broker.errors import MillstreamError, did_you_mean
+from millstream.cli.standard import open_closed_streams, unwritable
 
 DEBUG_VARIABLE = "MILLSTREAM_DEBUG"
 INTERNAL_ERROR = 70
@@ -63,6 +65,10 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, self.commands_by_name[name].help) for name in self.list_commands(ctx)])
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        open_closed_streams()
+        return super().main(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> object:
         try:
             result: object = super().invoke(ctx)
@@ -76,8 +82,9 @@ class LazyGroup(click.Group):
             report(error)
             ctx.exit(error.exit_code)
         except Exception as error:  # noqa: BLE001 - the last stop: a user gets a line, not a traceback
-            report(error)
-            ctx.exit(INTERNAL_ERROR)
+            known = unwritable(error)
+            report(known or error)
+            ctx.exit(known.exit_code if known else INTERNAL_ERROR)
 
 
 def report(error: Exception) -> None:
@@ -89,8 +96,9 @@ def report(error: Exception) -> None:
     else:
         what = " ".join(f"{type(error).__name__}: {error}".split())
         lines = [f"internal error: {what}; run with {DEBUG_VARIABLE}=1 for the traceback"]
-    for line in lines:
-        click.echo(f"millstream: {line}", err=True)
+    with suppress(OSError):  # the exit status tells it, too
+        for line in lines:
+            click.echo(f"millstream: {line}", err=True)
 
 
 def exit_codes() -> dict[int, list[str]]:

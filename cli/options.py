@@ -30,6 +30,10 @@ prefix = click.option(
     "--prefix", metavar="PREFIX", help="Start of every key; by default redis.key_prefix of ./config.yaml, or else ms."
 )
 
+allow_eviction = click.option(
+    "--allow-eviction", is_flag=True, help="Use a server that deletes keys when its memory is full: jobs may be lost."
+)
+
 service = click.argument("service")
 yes = click.option("--yes", is_flag=True, help="Do not ask.")
 
@@ -99,7 +103,7 @@ def redis_cli(url: str, *words: str) -> str:
     Of a master under Sentinel the line says MASTER, since which server that is may change.
     """
     from millstream.broker.access import without_password_file
-    from millstream.broker.topology import read_url, redacted
+    from millstream.broker.url import read_url, redacted
 
     url = without_password_file(url)
     place, parts = read_url(url), urlsplit(url)

@@ -40,8 +40,17 @@ EOF_DRAIN_S = 2.0
     "--url", metavar="URL", help="Use this Redis server; by default MILLSTREAM_REDIS_URL, or else redis.url of PATH."
 )
 @click.option("--replace", is_flag=True, help="Change services that are registered with other values.")
+@options.allow_eviction
 @click.option("--until-eof", is_flag=True, hidden=True, help="End soon after standard input does; see client/local.py.")
-def up(path: Path, data_dir: Path | None, port: int | None, url: str | None, replace: bool, until_eof: bool) -> None:
+def up(
+    path: Path,
+    data_dir: Path | None,
+    port: int | None,
+    url: str | None,
+    replace: bool,
+    allow_eviction: bool,
+    until_eof: bool,
+) -> None:
     """Start a server where none is configured, and workers for each service of PATH, by default ./config.yaml.
 
     Ctrl-C drains: workers finish what they hold, then everything ends. Ctrl-C again kills.
@@ -51,6 +60,7 @@ def up(path: Path, data_dir: Path | None, port: int | None, url: str | None, rep
     config = load_and_warn(path)
     if not config.services:
         raise ConfigError(f"{path}: nothing to run", hint="add a service under services:")
+    from millstream.broker import eviction
     from millstream.broker.access import secured
     from millstream.cli.interrupts import Interrupts, interrupt_at_eof
     from millstream.worker.supervisor import preflight
@@ -63,20 +73,24 @@ def up(path: Path, data_dir: Path | None, port: int | None, url: str | None, rep
         if until_eof:
             interrupt_at_eof(EOF_DRAIN_S)
         with _server(config, external, data_dir, port) as (found, server):
-            _run(config, interrupts, Stack(found, server, replace, str(path.resolve().parent), whole=until_eof))
+            allow = allow_eviction or eviction.allowed(config, os.environ)
+            folder = str(path.resolve().parent)
+            _run(config, interrupts, Stack(found, server, replace, folder, allow, whole=until_eof))
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
     """What `up` runs on, and how: `server` is its own, if any; `whole`: it ends where a service cannot start.
 
-    `folder` is that of the configuration, which may hold the code of custom models.
+    `folder` is that of the configuration, which may hold the code of custom models. `allow_eviction`: its server may
+    delete keys when its memory is full.
     """
 
     url: str
     server: EmbeddedServer | None
     replace: bool
     folder: str
+    allow_eviction: bool
     whole: bool
 
 
@@ -90,7 +104,7 @@ def _run(config: Config, interrupts: Interrupts, stack: Stack) -> None:
     prefix, specs = config.redis.key_prefix, list(config.services.values())
     with options.connected(stack.url) as connection:
         registry = Registry(connection, prefix)
-        _introduce(connection, stack.server, registry.keys(specs[0].name).streams()[1])
+        _introduce(connection, stack, registry.keys(specs[0].name).streams()[1])
         registry.push(specs, replace=stack.replace)
         plans = [Plan(spec, spec.runtime.worker_count, folder=stack.folder) for spec in specs]
         supervisor = Supervisor(stack.url, prefix, plans)
@@ -126,12 +140,12 @@ def _server(
         yield server.url, server
 
 
-def _introduce(connection: Connection, server: EmbeddedServer | None, stream: str) -> None:
-    """Say which server it is and how to reach it. Raises ConfigError where it is too old, BrokerUnavailable."""
+def _introduce(connection: Connection, stack: Stack, stream: str) -> None:
+    """Say which server it is and how to reach it. Raises ConfigError if it cannot be used, BrokerUnavailable."""
     from millstream.broker.connection import check
     from millstream.broker.engine import version_text
 
-    info = check(connection)
+    info, server = check(connection, allow_eviction=stack.allow_eviction), stack.server
     where = ""
     if server:
         where = f"; data in {server.data_dir}" if server.owned else f"; already running, data in {server.data_dir}"

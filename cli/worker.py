@@ -48,7 +48,15 @@ def worker() -> None:
 @options.prefix
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; by default the model's.")
 @click.option("--count", type=click.IntRange(min=1), help="Processes of each service; by default its worker_count.")
-def run(services: tuple[str, ...], url: str | None, prefix: str | None, device: str | None, count: int | None) -> None:
+@options.allow_eviction
+def run(
+    services: tuple[str, ...],
+    url: str | None,
+    prefix: str | None,
+    device: str | None,
+    count: int | None,
+    allow_eviction: bool,
+) -> None:
     """Run workers for each SERVICE, by default for all that can run here.
 
     What they run is read from the server, but for the code of custom models, which ./config.yaml names. Ctrl-C drains:
@@ -64,7 +72,7 @@ def run(services: tuple[str, ...], url: str | None, prefix: str | None, device: 
 
     with Interrupts() as interrupts:
         with options.connected(target.url) as connection:
-            check(connection)
+            check(connection, allow_eviction=allow_eviction or target.allow_eviction)
             specs = _chosen(Registry(connection, target.prefix), services, connection.safe_url)
         preflight(specs)
         folder = str(Path.cwd())

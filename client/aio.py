@@ -14,6 +14,7 @@ from millstream.broker.config import ServiceSpec
 from millstream.broker.embedding import EmbedOptions, Encoding, InputType, Truncate
 from millstream.broker.errors import DeadlineExceeded, InvalidRequest, MillstreamError
 from millstream.broker.job import Json
+from millstream.broker.units import plain
 from millstream.client.asker import Question
 from millstream.client.calls import MODEL_TYPES, NO_HITS, Ask, Calls, PriorityName, frozen, vectors_of
 from millstream.client.detached import Detached, Entering
@@ -23,7 +24,7 @@ from millstream.client.mapping import Results, check_map, chunking
 from millstream.client.rerank import Ranking, Scores, copied, question
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome
-from millstream.client.terms import Progress
+from millstream.client.terms import Progress, waits_until
 from millstream.client.wakeups import arrival, listener
 
 T = TypeVar("T")
@@ -67,7 +68,7 @@ class AsyncHandle:
         self._handle.cancel_soon()
 
     async def _settled(self, timeout: float | None) -> None:
-        until = None if timeout is None else time.monotonic() + timeout
+        until = waits_until(timeout)
         try:
             if await _first_ready([self._handle], until) is None:
                 raise DeadlineExceeded(f"no result within {timeout} s of waiting", phase="total")
@@ -170,6 +171,7 @@ class AsyncClient:
         encoding: Encoding = "float32",
     ) -> Embeddings:
         """As Client.embed."""
+        texts = cast(Sequence[str], plain(texts))
         single = isinstance(texts, str)
         options = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding).json()
         rows = cast(Sequence[Json], [texts] if single else texts)
@@ -241,7 +243,7 @@ class AsyncClient:
         **options: Json,
     ) -> AsyncGenerator[Any, None]:
         """As Client.map, for async iterables too. To cancel the rest at once, `aclose` it (as contextlib.aclosing)."""
-        check_map(window, results)
+        window = check_map(window, results)
         ask = Ask(priority, None, True, tenant, options)
         count, size = chunking(window)
         progress = Progress()
@@ -274,7 +276,7 @@ class AsyncClient:
     ) -> Detached:
         """As Client.submit_detached; ask the result's methods in a thread, for instance with asyncio.to_thread."""
         ask = Ask(priority, timeout, True, tenant, options)
-        ask.check()
+        ask = ask.checked()
         until = ask.until(time.monotonic())
         rows, ask = frozen(inputs, ask)
         spec = await self._spec(service, until)
@@ -309,7 +311,7 @@ class AsyncClient:
         self, service: str | None, inputs: Sequence[Json], ask: Ask, progress: Progress | None = None
     ) -> Handle:
         """As Calls.start, waiting for the server without a thread."""
-        ask.check()
+        ask = ask.checked()
         began = time.monotonic()
         until = ask.until(began)
         services = self._calls.services

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures.thread import ThreadPoolExecutor
 from types import MappingProxyType
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from millstream.broker.job import Json, Priority
 from millstream.broker.registry import Registry
 from millstream.broker.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.broker.target import find_target
+from millstream.broker.units import plain
 from millstream.client.channel import Channel
 from millstream.client.detached import Asked, Detached
 from millstream.client.flights import Flights
@@ -65,11 +66,21 @@ class Ask(NamedTuple):
         """When the time of a call is over that began at `began`, monotonic seconds."""
         return None if self.timeout is None else began + self.timeout
 
-    def check(self) -> None:
-        """Raises InvalidRequest."""
+    def checked(self) -> Ask:
+        """The same, with Python's own values in the place of NumPy's. Raises InvalidRequest."""
+        ask = self if _is_plain(self) else self._plain()
+        ask._check()
+        return ask
+
+    def _plain(self) -> Ask:
+        given = [plain(value) for value in self]
+        options = {name: cast(Json, plain(value)) for name, value in self.options.items()}
+        return Ask(*cast(tuple[Any, ...], given))._replace(options=options)
+
+    def _check(self) -> None:
         if not isinstance(self.priority, str) or self.priority not in _PRIORITIES:
             raise InvalidRequest(f"no priority {self.priority!r}", hint=f"one of {', '.join(Priority)}")
-        if self.timeout is not None and not (isinstance(self.timeout, int | float) and self.timeout > 0):
+        if self.timeout is not None and not (_is_number(self.timeout) and self.timeout > 0):
             raise InvalidRequest(f"timeout={self.timeout!r} is not a number of seconds above 0")
         if not (isinstance(self.tenant, str) and _TENANT.fullmatch(self.tenant)):
             raise InvalidRequest(f"tenant={self.tenant!r}", hint="at most 64 of A-Z a-z 0-9 _ . -")
@@ -84,6 +95,19 @@ class Ask(NamedTuple):
             encode_inputs([], self.options)
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidRequest(f"options that JSON cannot carry: {error}") from error
+
+
+_PLAIN_TYPES = frozenset({str, int, float, bool, type(None)})
+
+
+def _is_plain(ask: Ask) -> bool:
+    """Whether nothing needs to be converted; asked at each call."""
+    types = {type(ask.timeout), type(ask.wait), type(ask.tenant), *map(type, ask.options.values())}
+    return types <= _PLAIN_TYPES
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Calls:
@@ -107,7 +131,7 @@ class Calls:
 
         Raises InvalidRequest, UnknownService, BrokerUnavailable.
         """
-        ask.check()
+        ask = ask.checked()
         # The clock starts here: reading the service, too, waits for the server.
         began = time.monotonic()
         until = ask.until(began)
@@ -219,7 +243,7 @@ class Calls:
 
 def frozen(inputs: Sequence[Json], ask: Ask) -> tuple[Sequence[Json], Ask]:
     """Copies of what a caller gave: it may change them while its call waits for the server. What is no list is kept."""
-    if isinstance(inputs, _TEXTS) or not isinstance(inputs, _LISTS):
+    if not _is_list(inputs):
         return inputs, ask
     rows = [row if isinstance(row, str) else _copied(row) for row in inputs]
     return rows, ask._replace(options=copy.deepcopy(dict(ask.options))) if ask.options else ask
@@ -275,11 +299,16 @@ def outgoing(spec: ServiceSpec, inputs: Sequence[Json], options: Mapping[str, Js
         return inputs
     if options:
         raise InvalidRequest(f"service {spec.name!r} takes no options", hint="put them into the payload")
-    if isinstance(inputs, _TEXTS) or not isinstance(inputs, _LISTS):
+    if not _is_list(inputs):
         raise InvalidRequest(
             f"a list of payloads is needed, not {type(inputs).__name__}", hint="`call` takes a single one"
         )
     return cast(Sequence[Json], [_as_json(payload) for payload in inputs])
+
+
+def _is_list(inputs: object) -> bool:
+    """Whether it has rows: an array without a dimension has none."""
+    return isinstance(inputs, _LISTS) and not isinstance(inputs, _TEXTS) and getattr(inputs, "ndim", 1) > 0
 
 
 def _as_json(payload: object) -> JsonText | InvalidRequest:
@@ -294,7 +323,7 @@ def row_sizes(inputs: Sequence[object], beside: int = 0) -> tuple[dict[int, int]
 
     `beside` are bytes that the model reads with each row: a reranker's query.
     """
-    if isinstance(inputs, _TEXTS) or not isinstance(inputs, _LISTS):
+    if not _is_list(inputs):
         raise InvalidRequest(f"a list of strings is needed, not {type(inputs).__name__}")
     sizes: dict[int, int] = {}
     refused: dict[int, MillstreamError] = {}

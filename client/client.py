@@ -9,6 +9,7 @@ from typing import Any, Self, cast
 
 from millstream.broker.embedding import EmbedOptions, Encoding, InputType, Truncate
 from millstream.broker.job import Json
+from millstream.broker.units import plain
 from millstream.client.calls import Ask, Calls, PriorityName, vectors_of
 from millstream.client.detached import Detached
 from millstream.client.handle import Handle
@@ -90,6 +91,7 @@ class Client:
         Raises DeadlineExceeded, NoWorkers, QueueFull (with retry_after, seconds), InvalidRequest, InputTooLong,
         UnknownService, BrokerUnavailable; PartialFailure (errors by index) if only some texts failed.
         """
+        texts = cast(Sequence[str], plain(texts))
         single = isinstance(texts, str)
         options = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding).json()
         rows = cast(Sequence[Json], [texts] if single else texts)

@@ -34,6 +34,7 @@ from millstream.client.orders import Cancellation
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome, Rows
 from millstream.client.split import MAX_PART_BYTES, Part
+from millstream.client.terms import waits_until
 
 if TYPE_CHECKING:
     from millstream.client.calls import Ask, Calls
@@ -82,9 +83,10 @@ class Detached:
     @classmethod
     def find(cls, calls: Calls, job_id: str) -> Detached:
         """The call named by `job_id`; whether it is still there only its methods say. Raises InvalidRequest."""
-        match = _ID.fullmatch(job_id)
+        match = _ID.fullmatch(job_id) if isinstance(job_id, str) else None
         if match is None:
-            raise InvalidRequest(f"{job_id[:200]!r} is no id of a detached call", hint="such as embed:8x8:9f86d0...")
+            named = str(job_id)[:200]
+            raise InvalidRequest(f"{named!r} is no id of a detached call", hint="such as embed:8x8:9f86d0...")
         rows, per_job = int(match["rows"]), int(match["per_job"])
         _check_jobs(rows, per_job)
         return cls(calls, match["service"], rows, per_job, match["call"])
@@ -94,7 +96,7 @@ class Detached:
         cls, calls: Calls, service: str, inputs: Sequence[Json], ask: Ask, idempotency_key: str | None
     ) -> Detached:
         """Client.submit_detached."""
-        ask.check()
+        ask = ask.checked()
         began = time.monotonic()
         spec = calls.services.read(service, ask.until(began))
         asked = calls.asked(spec, inputs, ask, ask.until(began), idempotency_key)
@@ -137,7 +139,8 @@ class Detached:
         return all(outcome == "waiting" for outcome in outcomes)
 
     def _wait(self, timeout: float | None) -> None:
-        until = math.inf if timeout is None else time.monotonic() + timeout
+        limit = waits_until(timeout)
+        until = math.inf if limit is None else limit
         pause, streams = _FIRST_LOOK_S, self._calls.streams(self._service, LOOK_S)
         away_since: float | None = None
         while self._missing():

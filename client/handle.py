@@ -16,7 +16,7 @@ from millstream.client.baton import baton
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome
 from millstream.client.split import Part
-from millstream.client.terms import Lane, Progress, Terms, Watch
+from millstream.client.terms import Lane, Progress, Terms, Watch, seconds_of, waits_until
 from millstream.client.transfer import Transfer
 
 CANCEL_S = 5.0
@@ -105,7 +105,7 @@ class Handle:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for at most `timeout` seconds until every row has its outcome; whether they have."""
-        until = None if timeout is None else time.monotonic() + timeout
+        until = waits_until(timeout)
         self._check_process()
         with self._lock:
             while self._rows.left > 0:
@@ -151,10 +151,10 @@ class Handle:
         A job that runs ends at its worker's next beat, within about a second. False too if the call was over. Raises
         BrokerUnavailable, or DeadlineExceeded if the server says nothing within `timeout` seconds.
         """
-        told = threading.Event()
+        limit, told = seconds_of(timeout), threading.Event()
         cancelling = self.begin_cancel(told.set)
         if cancelling.asked:
-            told.wait(timeout)
+            told.wait(None if limit is None else min(limit, threading.TIMEOUT_MAX))
         return cancelling.word()
 
     def begin_cancel(self, told: Callable[[], None]) -> Cancelling:
@@ -225,7 +225,7 @@ class Handle:
 
     def _wait_or_raise(self, timeout: float | None) -> None:
         if not self.wait(timeout):
-            raise DeadlineExceeded(f"no result within {timeout:g} s of waiting", phase="total")
+            raise DeadlineExceeded(f"no result within {timeout} s of waiting", phase="total")
 
 
 def _soonest(now: float, *moments: float | None) -> float | None:

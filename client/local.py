@@ -17,6 +17,7 @@ from millstream.broker.connection import find_url
 from millstream.broker.embedded import running
 from millstream.broker.errors import BrokerUnavailable, ConfigError, MillstreamError, ModelUnavailable, NoWorkers
 from millstream.broker.faults import START_ONE
+from millstream.client.terms import waits_until
 
 START_S = 300.0
 """How long workers may take to be ready: a first start can have a model to download."""
@@ -68,7 +69,7 @@ class Local:
         """As Client.local: returns when the workers of every service are ready."""
         path, folder = Path(config), None if data_dir is None else Path(data_dir).expanduser()
         loaded = load(path)
-        until = None if timeout is None else time.monotonic() + timeout
+        until = waits_until(timeout)
         try:
             return cls(path, loaded, folder, replace=replace)._await_ready(until)
         except BrokerUnavailable:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from millstream.broker.errors import InvalidRequest, MillstreamError
 from millstream.broker.job import Json
+from millstream.broker.units import plain
 from millstream.client.handle import Handle
 from millstream.client.rows import RowOutcome
 
@@ -26,18 +27,20 @@ def map_rows(
     start: Start, inputs: Iterable[Json], window: int, ordered: bool, results: Results
 ) -> Generator[Any, None, None]:
     """Client.map, over `start`, which sends a list of rows."""
-    check_map(window, results)
+    window = check_map(window, results)
     count, chunk = chunking(window)
     pairs = (_in_order if ordered else _as_completed)(start, chunks(inputs, chunk), count)
     return _yielded(pairs, ordered, results)
 
 
-def check_map(window: int, results: Results) -> None:
-    """Raises InvalidRequest."""
-    if window < 1:
+def check_map(window: int, results: Results) -> int:
+    """The `window` as Python's own number. Raises InvalidRequest."""
+    rows = plain(window)
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise InvalidRequest(f"window={window!r} is not a number of rows above 0")
     if results not in get_args(Results):
         raise InvalidRequest(f"results={results!r}", hint=f"one of {', '.join(get_args(Results))}")
+    return rows
 
 
 def chunking(window: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import Literal, cast, get_args
 
 from millstream.broker.errors import InvalidRequest, did_you_mean
 from millstream.broker.job import Json
+from millstream.broker.units import plain
 from millstream.client.result import Embeddings, Timings, Values
 
 Scores = Literal["sigmoid", "raw"]
@@ -55,6 +56,7 @@ def question(
     query: str, top_n: int | None, scores: Scores | None, instruction: str | None, truncate: str | None
 ) -> dict[str, Json]:
     """The options of a call; what is None is left out. Raises InvalidRequest where `top_n` is no number of them."""
+    query, top_n = cast(tuple[str, int | None], (plain(query), plain(top_n)))
     if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1):
         raise InvalidRequest(f"top_n={top_n!r} is not a number of documents above 0", hint="None ranks all")
     options: dict[str, Json] = {"query": query, "scores": scores, "instruction": instruction, "truncate": truncate}

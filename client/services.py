@@ -39,6 +39,9 @@ class Known:
     read_at: float
     away: MillstreamError | None = None
     """Why the server could not be asked at `read_at`; the rest is what it said before."""
+    token: str = ""
+    emptied_at: float = 0.0
+    """When this process learned that the server has lost its data; monotonic seconds, 0 for never."""
 
     @property
     def name(self) -> str:
@@ -54,10 +57,19 @@ class Known:
         """Whether a call without a time limit waits for nobody: no worker lives, and no pause says why."""
         return self.away is not None or not (self.live_workers or self.paused)
 
-    def why_late(self) -> MillstreamError:
-        """The error of a call whose time is over: is the server gone, every worker dead, or all of them busy?"""
+    def why_late(self, sent_at: float | None = None) -> MillstreamError:
+        """The error of a call whose time is over: is the server gone, every worker dead, or all of them busy?
+
+        `sent_at` is when its job was sent, monotonic seconds: a server that was emptied since has lost it.
+        """
         if self.away:
             return copy.copy(self.away)
+        if sent_at is not None and sent_at < self.emptied_at:
+            return DeadlineExceeded(
+                f"no answer from service {self.name!r} in time: the server was emptied and has lost the job",
+                hint="call again; the server's log says whether it was restarted without its data (appendonly yes "
+                "keeps it) or flushed",
+            )
         if not self.live_workers:
             start = "start one with `millstream up` or `millstream worker run`"
             return NoWorkers(
@@ -216,7 +228,7 @@ class Services:
     def _ask(self, service: str) -> Known:
         """In the asker's thread. Raises UnknownService; BrokerUnavailable if the service was never read."""
         try:
-            spec, fingerprint = self._registry.describe(service)
+            spec, fingerprint, token = self._registry.describe(service)
             with translated(self._connection.safe_url):
                 keys = self._registry.keys(service)
                 live = Lease(self._connection.client, keys).live_workers()
@@ -227,6 +239,14 @@ class Services:
                 raise
             known = replace(before, read_at=time.monotonic(), away=error.with_traceback(None))
         else:
-            known = Known(spec, fingerprint, live, paused, time.monotonic())
+            known = Known(spec, fingerprint, live, paused, time.monotonic(), token=token)
+            known = replace(known, emptied_at=self._emptied_at(known))
         self._known[service] = known
         return known
+
+    def _emptied_at(self, known: Known) -> float:
+        """When the server was last seen to have lost its data, monotonic seconds; 0 for never."""
+        before = self._known.get(known.name)
+        if before is None:
+            return 0.0
+        return known.read_at if before.token and known.token != before.token else before.emptied_at

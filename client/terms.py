@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from millstream.broker.errors import MillstreamError
+from millstream.broker.errors import InvalidRequest, MillstreamError
 from millstream.broker.job import Json, Priority
 from millstream.broker.submission import Submission
+from millstream.broker.units import plain
 from millstream.client.orders import Cancellation
 from millstream.client.services import Known
 
@@ -34,6 +36,25 @@ class Terms(NamedTuple):
     replicated: bool = False
     rate_per_tenant: bool = False
     idle_timeout: float | None = None
+
+
+def seconds_of(timeout: float | None) -> float | None:
+    """The seconds that a wait may take; None is no limit.
+
+    Raises InvalidRequest for what is no number of seconds, not-a-number among it: no wait for it would end.
+    """
+    seconds = plain(timeout)
+    if seconds is None:
+        return None
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or math.isnan(seconds):
+        raise InvalidRequest(f"timeout={timeout!r} is not a number of seconds", hint="None is no limit")
+    return seconds
+
+
+def waits_until(timeout: float | None) -> float | None:
+    """When a wait of `timeout` seconds ends, monotonic seconds; None if it has no limit. Raises InvalidRequest."""
+    seconds = seconds_of(timeout)
+    return None if seconds is None else time.monotonic() + seconds
 
 
 class Progress:

@@ -266,7 +266,7 @@ class Transfer:
             # Nobody waits: off the queue, where dead work would keep others out.
             self._channel.cancel(Cancellation(self._terms.service, list(sent), lambda outcomes: None))
         for job_id, each in sent.items():
-            self._place([each.part], refusals[job_id] or known.why_late())
+            self._place([each.part], refusals[job_id] or known.why_late(each.at))
         refusal = next((each for each in refusals.values() if each), None)
         self._place(self._take_unsent(), refusal or known.why_late())
 

@@ -16,7 +16,7 @@ from millstream.broker.job import PRIORITIES, Priority
 from millstream.broker.lease import Beat, Lease
 from millstream.broker.registry import Registry
 from millstream.broker.streams import MAX_JOBS_PER_CALL, Streams
-from millstream.worker.beat import Heart
+from millstream.worker.beat import Heart, Watch
 from millstream.worker.claimer import SLEEP_S, Claimer, Policy, Queue
 from millstream.worker.intake import Intake, cancelled
 from millstream.worker.keeper import Keeper
@@ -25,6 +25,7 @@ from millstream.worker.orders import Orders
 from millstream.worker.patience import Patience
 from millstream.worker.probe import most_tokens
 from millstream.worker.progress import MOST_ENTRIES, State
+from millstream.worker.registrar import Registration
 from millstream.worker.runner import Runner
 from millstream.worker.settler import Settler
 from millstream.worker.shared import Shared
@@ -63,7 +64,9 @@ class Crew:
         self._claimer = Claimer(shared, queue, self._intake, self._policy, self._settler.put)
         self._inference_timeouts: dict[Priority, float | None] = {}
         self._timekeeper = Timekeeper(shared, self._inference_timeouts, self._settler.put)
-        self._heart = Heart(shared, self._lease, self._status, self._heard, lambda: self._page.is_stuck)
+        self._registration = Registration(self._registry, spec)
+        watch = Watch(self._status, self._heard, self._registration.keep, lambda: self._page.is_stuck)
+        self._heart = Heart(shared, self._lease, watch)
         self._revision = 0
         self._strangers: set[str] = set()
         self._began = time.monotonic()
@@ -142,6 +145,7 @@ class Crew:
 
     def _renew(self) -> None:
         """Take over what was pushed since the last beat. Raises ConfigError where others brought other weights."""
+        self._registration.keep()
         try:
             self._limit(self._registry.read(self._spec.name).runtime)
         except (UnknownService, ConfigError) as error:

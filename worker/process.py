@@ -18,7 +18,7 @@ from contextlib import suppress
 
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection, retrying, translated
-from millstream.broker.errors import ConfigError, MillstreamError, ModelUnavailable, UnknownService, described
+from millstream.broker.errors import ConfigError, MillstreamError, ModelUnavailable, described
 from millstream.broker.lease import Lease
 from millstream.broker.registry import Registry
 from millstream.worker import models
@@ -92,7 +92,7 @@ class Worker:
         """Work until drained; the exit status."""
         try:
             self.work()
-        except (ModelUnavailable, UnknownService, ConfigError) as error:
+        except (ModelUnavailable, ConfigError) as error:
             return self._failed(error, EXIT_PERMANENT)
         except (MillstreamError, ThreadFailed) as error:
             return self._failed(error, 1)

@@ -66,7 +66,12 @@ def serve(
     if threading.current_thread() is not threading.main_thread():
         raise InvalidRequest("serve runs in the main thread of its process: it takes the signals that end it")
     target = find_target(url, prefix, os.environ)
-    _register(Connection(target.url, name="millstream-worker"), target.prefix, service, limits, replace)
+    connection = Connection(target.url, name="millstream-worker")
+    try:
+        check_server(connection, allow_eviction=target.allow_eviction)
+        _register(Registry(connection, target.prefix), service, limits, replace)
+    finally:
+        connection.close()
     hooks = Hooks(cost, check, set_up, tear_down)
 
     def load(spec: ServiceSpec) -> CustomModel:
@@ -88,23 +93,18 @@ def serve(
         signal.raise_signal(signals.second)
 
 
-def _register(connection: Connection, prefix: str, service: str, limits: Mapping[str, object], replace: bool) -> None:
+def _register(registry: Registry, service: str, limits: Mapping[str, object], replace: bool) -> None:
     """See that the service is there, with these limits if any are given. Raises ConfigError, BrokerUnavailable."""
-    registry = Registry(connection, prefix)
     try:
-        check_server(connection)
-        try:
-            registered = registry.read(service)
-        except UnknownService:
-            registered = None
-        if registered and registered.model.type != "custom":
-            raise ConfigError(
-                f"service {service!r} is registered with type {registered.model.type!r}", hint="choose another name"
-            )
-        if registered is None or limits or replace:
-            registry.push([_wanted(service, registered, limits)], replace=replace)
-    finally:
-        connection.close()
+        registered = registry.read(service)
+    except UnknownService:
+        registered = None
+    if registered and registered.model.type != "custom":
+        raise ConfigError(
+            f"service {service!r} is registered with type {registered.model.type!r}", hint="choose another name"
+        )
+    if registered is None or limits or replace:
+        registry.push([_wanted(service, registered, limits)], replace=replace)
 
 
 def _wanted(service: str, registered: ServiceSpec | None, limits: Mapping[str, object]) -> ServiceSpec:

@@ -17,11 +17,13 @@ from millstream.broker.connection import Connection, is_transient
 from millstream.broker.errors import ModelUnavailable
 from millstream.broker.keys import ServiceKeys
 from millstream.broker.lease import Lease
+from millstream.broker.registry import Registry
 from millstream.worker.child import Child
 from millstream.worker.givingback import End, give_back
 from millstream.worker.models.source import RERANKERS, handler_of, locate
 from millstream.worker.orders import EXIT_PERMANENT, URL_VARIABLE, Orders, new_consumer
 from millstream.worker.progress import Progress
+from millstream.worker.registrar import Registrar
 
 log = logging.getLogger(__name__)
 
@@ -117,11 +119,13 @@ class Supervisor:
         self._slots = [Slot(plan, plan.device_of(index)) for plan in plans for index in range(plan.count)]
         self._deaths: list[Death] = []
         self._said: set[tuple[str, str]] = set()
+        self._registrar = Registrar(Registry(self._connection, prefix), [plan.spec for plan in plans])
         self._stopping = False
         self.restarts = 0
 
     def run(self) -> None:
         """Start the processes, watch over them until `stop`, drain. Raises ModelUnavailable if none can start."""
+        self._registrar.start()
         try:
             while not self._stopping:
                 self.step()
@@ -206,6 +210,7 @@ class Supervisor:
         self._give_back()
         if self._deaths:
             log.warning("the server is away: what %d workers held stays theirs for a lease", len(self._deaths))
+        self._registrar.stop()
         self._connection.close()
 
     def _fill(self, slot: Slot) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import redis
 from contracts.queue import Queue
 from e2e.watch import Watch
 from support import eventually
@@ -218,3 +219,28 @@ def _stopped(pid: int) -> bool:
         return False
     # After the name, which may have blanks of its own.
     return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+
+@contextmanager
+def unwritable(mill: Mill) -> Iterator[None]:
+    """Its snapshots fail, as on a full disk: what would be their file is a folder."""
+    client = mill.connection.client
+    obstacle = mill.server.data_dir / "dump.rdb"
+    obstacle.mkdir()
+    (obstacle / "full").touch()
+    client.config_set("save", "3600 1")
+    client.bgsave()
+    eventually(lambda: refuses_writes(client))
+    yield
+    (obstacle / "full").unlink()
+    obstacle.rmdir()
+    client.bgsave()
+    eventually(lambda: not refuses_writes(client))
+
+
+def refuses_writes(client: redis.Redis) -> bool:
+    try:
+        client.set("probe", 1)
+    except redis.ResponseError as error:
+        return "MISCONF" in str(error)
+    return False

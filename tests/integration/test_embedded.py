@@ -384,19 +384,18 @@ def test_a_lost_record_does_not_hide_that_the_data_is_of_redis_7(data_dir: Path,
         EmbeddedServer.start(data_dir, binary=old)
 
 
-@pytest.mark.redis7
-def test_the_recorded_engine_comes_before_path_and_path_before_the_wheel(
-    data_dir: Path, tmp_path: Path, wheel_binary: Path, redis_binary: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_recorded_engine_comes_first_if_path_or_the_wheel_names_it_and_path_before_the_wheel(
+    tmp_path: Path, wheel_binary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", os.fspath(tmp_path))
-    recorded = Engine("redis", (7, 0, 15), redis_binary)
-
+    version = engine.find_engine(None, None).version
     assert engine.find_engine(None, None).binary == wheel_binary
-    assert engine.find_engine(None, recorded) == recorded
-    (tmp_path / "redis-server").symlink_to(redis_binary)
-    assert engine.find_engine(None, None).binary == tmp_path / "redis-server"
-    too_new_for_path = Engine("valkey", (9, 1, 0), tmp_path / "gone")
-    assert engine.find_engine(None, too_new_for_path).binary == wheel_binary
+
+    on_path = wrapper(tmp_path / "valkey-server", f'exec {wheel_binary} "$@"')
+    assert engine.find_engine(None, None).binary == on_path
+    assert engine.find_engine(None, Engine("valkey", version, wheel_binary)).binary == wheel_binary
+    assert engine.find_engine(None, Engine("valkey", version, on_path)).binary == on_path
+    assert engine.find_engine(None, Engine("valkey", version, tmp_path / "gone")).binary == on_path
 
 
 def test_without_any_engine_the_error_says_how_to_get_one(

@@ -1,20 +1,17 @@
-"""A server that lost its keys or its scripts, is out of memory, or cannot write to its disk."""
+"""A server that lost its scripts, is out of memory, or cannot write to its disk."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import cast
 
-import redis
-from integration.faults import SERVICE, THREADS, Mill, frozen, let_pass, milling
+from integration.faults import SERVICE, THREADS, Mill, frozen, let_pass, milling, unwritable
 from support import eventually
 from workers import LONG_S
 
-from millstream.broker.errors import BrokerUnavailable, MillstreamError, QueueFull, UnknownService
-from millstream.broker.job import PRIORITIES
+from millstream.broker.errors import BrokerUnavailable, MillstreamError, QueueFull
 from millstream.broker.keys import GROUP
 from millstream.broker.pause import pause, resume
 from millstream.client.handle import Handle
@@ -30,54 +27,7 @@ def outcome(handle: Handle) -> object:
         return error
 
 
-# -- keys and scripts that are gone --------------------------------------------------------------------------------
-
-
-def test_who_waits_while_all_keys_are_lost_is_told_and_once_pushed_again_the_service_goes_on(
-    tmp_path: Path, server_binary: Path
-) -> None:
-    with milling(tmp_path, server_binary, forward_s=0.5, batch_size=1) as mill:
-        waiting = [mill.client.submit(SERVICE, [f"{number}"], timeout=3.0) for number in range(20)]
-        eventually(lambda: mill.watch.held())
-
-        mill.connection.client.flushall()
-
-        outcomes = [outcome(handle) for handle in waiting]
-        lost = [each for each in outcomes if isinstance(each, MillstreamError)]
-        assert len(lost) >= 18
-        assert {type(each) for each in lost} == {UnknownService}
-        mill.push()
-        assert mill.client.submit(SERVICE, ["again"]).result() == ["again"]
-        assert mill.supervisor.restarts == 0
-
-
-def test_a_worker_whose_service_is_gone_waits_for_it_without_haste(tmp_path: Path, server_binary: Path) -> None:
-    with milling(tmp_path, server_binary) as mill:
-        client = mill.connection.client
-        client.flushall()
-        eventually(lambda: len(mill.watch.live()) == 1, within_s=LONG_S)
-        (consumer,) = mill.watch.live()
-
-        mill.beaten_by(consumer)
-        before = asked(mill)
-        for _ in range(3):
-            mill.beaten_by(consumer)
-
-        # A beat, a reclaim pass, a claim and a sleep a second each.
-        assert asked(mill) - before < 30
-        for priority in PRIORITIES:
-            (group,) = client.xinfo_groups(mill.queue.keys.stream(priority))
-            assert group["name"] == GROUP.encode()
-        assert mill.supervisor.restarts == 0
-        mill.push()
-        assert mill.client.submit(SERVICE, ["again"]).result() == ["again"]
-
-
-def asked(mill: Mill) -> int:
-    """Scripts and reads that workers asked for so far, by what the server counts."""
-    stats = cast(dict[str, dict[str, int]], mill.connection.client.info("commandstats"))
-    names = ("evalsha", "xreadgroup", "xgroup|create")
-    return sum(stats.get(f"cmdstat_{name}", {}).get("calls", 0) for name in names)
+# -- scripts that are gone -----------------------------------------------------------------------------------------
 
 
 def test_calls_do_not_notice_that_the_server_forgets_its_scripts(tmp_path: Path, server_binary: Path) -> None:
@@ -193,28 +143,3 @@ def held_at_once(mill: Mill, calls: int) -> list[Handle]:
     resume(client, keys)
     eventually(lambda: len(mill.watch.held()) == calls)
     return handles
-
-
-@contextmanager
-def unwritable(mill: Mill) -> Iterator[None]:
-    """Its snapshots fail, as on a full disk: what would be their file is a folder."""
-    client = mill.connection.client
-    obstacle = mill.server.data_dir / "dump.rdb"
-    obstacle.mkdir()
-    (obstacle / "full").touch()
-    client.config_set("save", "3600 1")
-    client.bgsave()
-    eventually(lambda: refuses_writes(client))
-    yield
-    (obstacle / "full").unlink()
-    obstacle.rmdir()
-    client.bgsave()
-    eventually(lambda: not refuses_writes(client))
-
-
-def refuses_writes(client: redis.Redis) -> bool:
-    try:
-        client.set("probe", 1)
-    except redis.ResponseError as error:
-        return "MISCONF" in str(error)
-    return False

@@ -163,7 +163,7 @@ def test_limits_and_revision_change_with_the_specification_or_not_at_all(
 
     first = commands.index("MULTI")
     assert set(writes) <= set(range(first, commands.index("EXEC", first)))
-    assert len(writes) == 2
+    assert len(writes) == 3
 
 
 def _cut_off() -> NoReturn:

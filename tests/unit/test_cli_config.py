@@ -123,6 +123,7 @@ def pushes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, list[str], b
             return names[:1]
 
     monkeypatch.setattr("millstream.broker.connection.Connection", FakeConnection)
+    monkeypatch.setattr("millstream.broker.connection.check", lambda connection, allow_eviction: None)
     monkeypatch.setattr("millstream.broker.registry.Registry", FakeRegistry)
     monkeypatch.delenv("MILLSTREAM_REDIS_URL", raising=False)
     return pushed

@@ -301,7 +301,7 @@ def test_every_error_of_a_file_is_reported_at_once_with_line_reason_and_fix(load
         ("rate_limit: 0", "rate_limit.requests: must be more than 0, not 0"),
         ("rate_limit: {requsts: 1}", "rate_limit.requsts: unknown key; did you mean requests?"),
         ("queue_timeout: 0", "queue_timeout: must be more than 0"),
-        ("batch_size: true", "batch_size: must be a whole number, not True"),
+        ("batch_size: true", "batch_size: must be a whole number, not true"),
         ("batch_size:", "batch_size: must be a whole number, not nothing"),
         ("total_timeout: .nan", "total_timeout: must be seconds"),
         ("total_timeout: .inf", "total_timeout: must be seconds"),
@@ -513,3 +513,73 @@ def test_a_device_and_devices_contradict_each_other(load_text: Load) -> None:
 
     with pytest.raises(ConfigError, match=r"models\.m\.devices: device is set too; keep one of them"):
         load_text(text)
+
+
+# -- what YAML 1.1 reads otherwise than its writer ------------------------------------------------------------------
+
+YAML_11 = """
+    models: {m: {type: echo}}
+    services:
+      s: {model: m, runtime: {%s}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        ("batch_timeout: 1:30", "reads 1:30 as a number to the base 60"),
+        ("total_timeout: 1:30.5", "reads 1:30.5 as a number to the base 60"),
+        ("max_queue_size: 1:00:00", "reads 1:00:00 as a number to the base 60"),
+        ("max_queue_size: 0100", "reads 0100 as a number to the base 8"),
+        ("batch_size: 010", "reads 010 as a number to the base 8"),
+    ],
+)
+def test_a_number_that_yaml_reads_to_another_base_is_refused(load_text: Load, written: str, reason: str) -> None:
+    (error,) = errors_of(load_text, YAML_11 % written)
+
+    assert error.startswith(f"config.yaml:4: services.s.runtime.{written.partition(':')[0]}: YAML {reason}")
+
+
+@pytest.mark.parametrize(
+    ("written", "key", "value"),
+    [
+        ("batch_size: 0x10", "batch_size", 16),
+        ("max_queue_size: 1_000", "max_queue_size", 1_000),
+        ("batch_timeout: 0.010", "batch_timeout", 0.01),
+        ("batch_timeout: 0", "batch_timeout", 0.0),
+        ("enable_cache: on", "enable_cache", True),
+        ("enable_cache: no", "enable_cache", False),
+    ],
+)
+def test_a_number_or_a_truth_value_that_is_plain_to_see_is_taken(
+    load_text: Load, written: str, key: str, value: object
+) -> None:
+    assert getattr(load_text(YAML_11 % written).services["s"].runtime, key) == value
+
+
+@pytest.mark.parametrize("name", ["on", "no", "yes", "off", "true", "null", "12:30", "010"])
+def test_a_service_may_have_a_name_that_yaml_takes_for_something_else(load_text: Load, name: str) -> None:
+    if name == "12:30":
+        assert (
+            "a service name has"
+            in errors_of(load_text, f"models: {{m: {{type: echo}}}}\nservices:\n {name}: {{model: m}}")[0]
+        )
+    else:
+        assert list(load_text(f"models: {{m: {{type: echo}}}}\nservices:\n {name}: {{model: m}}").services) == [name]
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"), [("off", "off"), ("2026-01-01", "2026-01-01"), ("1.5e+5", "1.5e+5"), ("0x10", "0x10")]
+)
+def test_an_error_shows_a_value_as_it_was_written(load_text: Load, written: str, shown: str) -> None:
+    (error,) = errors_of(load_text, f"models: {{m: {{type: echo, revision: {written}}}}}\nservices: {{}}")
+
+    assert error.endswith(f"models.m.revision: must be text; put it in quotes, not {shown}")
+
+
+@pytest.mark.parametrize("key", ["batch_timeout", "total_timeout", "inference_timeout", "cache_ttl", "stall_timeout"])
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "nan", "inf", "-1"])
+def test_seconds_are_a_number_that_time_can_have(load_text: Load, key: str, value: str) -> None:
+    (error,) = errors_of(load_text, YAML_11 % f"{key}: {value}")
+
+    assert f"services.s.runtime.{key}: must " in error

@@ -9,7 +9,7 @@ import pytest
 
 from millstream.broker.connection import Connection
 from millstream.broker.errors import BrokerUnavailable, UnknownService
-from millstream.broker.registry import Registry
+from millstream.broker.registry import Registered, Registry
 from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.client import services as module
 from millstream.client.services import Services
@@ -28,12 +28,12 @@ class FakeRegistry:
         self._ask()
         return ["embed"]
 
-    def describe(self, service: str) -> tuple[ServiceSpec, str]:
+    def describe(self, service: str) -> Registered:
         self._ask()
         if service != "embed":
             raise UnknownService(f"no service {service!r}")
         model = ModelSpec(type="embedding", model_name="m")
-        return ServiceSpec(name=service, model=model, model_ref="m", runtime=Runtime()), "weights"
+        return Registered(ServiceSpec(name=service, model=model, model_ref="m", runtime=Runtime()), "weights")
 
     def keys(self, service: str) -> None: ...
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from millstream.broker.connection import Connection
 from millstream.broker.errors import ConfigError
-from millstream.broker.topology import read_url, redacted
+from millstream.broker.url import read_url, redacted
 
 SECRET = "p4ss"
 
