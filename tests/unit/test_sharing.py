@@ -79,14 +79,14 @@ def prepared(model: Model, inputs: Sequence[str], query: str = "") -> list[Prepa
     return cast(list[Prepared], rows)
 
 
-def difference(model: Model, rows: Sequence[Prepared], expected: Sequence[object]) -> float:
-    """The largest between rows alone, rows in company and what is expected."""
+def difference(model: Model, rows: Sequence[Prepared], expected: Sequence[object], differ: bool = True) -> float:
+    """The largest between rows alone, rows together and what is expected; that is to `differ` by row."""
     shuffled = random.Random(5).sample(range(len(rows)), len(rows))
     together = results(model, [rows[at] for at in shuffled])[np.argsort(shuffled)]
     alone = np.concatenate([results(model, [row]) for row in rows])
     library = np.asarray(expected, dtype=np.float64)
     assert together.shape == alone.shape == library.shape
-    assert np.std(library) > 100 * CLOSE
+    assert np.std(library) > 100 * CLOSE or not differ
     return float(max(np.abs(together - alone).max(), np.abs(together - library).max()))
 
 
@@ -159,7 +159,8 @@ def test_a_bi_encoder_scores_as_the_library_does_for_each_document_alone(
     model = load_reranker(spec_of("reranker", folder), "cpu", threads=1)
     rows = [row for query in QUERIES for row in prepared(model, given, query)]
 
-    largest = difference(model, rows, expected)
+    # A causal model's first token sees itself alone, and is the same in all texts.
+    largest = difference(model, rows, expected, differ=cell[1] != "cls" or cell[0] not in architectures.CAUSAL)
     record_property("difference", largest)
     assert largest < CLOSE
 
@@ -196,7 +197,9 @@ def test_a_cross_encoder_scores_as_the_library_does_for_each_pair_alone(
 def test_a_language_model_judges_each_pair_as_it_does_alone(
     name: str, side: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    folder = architectures.save_net(tmp_path / "net", name, "predict", side)
+    # A prompt's end, which is the same in all of them, has more tokens than a small window.
+    settings = {"sliding_window": 200} if name == "mistral" else {}
+    folder = architectures.save_net(tmp_path / "net", name, "predict", side, **settings)
     given = texts(8)
     expected = [judged(folder, query, document) for query in QUERIES for document in given]
 
