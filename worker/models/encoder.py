@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -14,11 +15,13 @@ from millstream.broker.embedding import EmbedOptions, InputType
 from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError, ModelUnavailable
 from millstream.broker.job import Json, Vectors
 from millstream.worker.models.base import Prepared, Upcoming
-from millstream.worker.models.feed import Feed
+from millstream.worker.models.feed import Feed, sent
+from millstream.worker.models.lengths import forget
 from millstream.worker.models.loading import Folder, Loaded, dtype_of, load
 from millstream.worker.models.packing import Packing
+from millstream.worker.models.sharing import PROBES, Features, Sharing, Side, grouped, in_groups, measured
 from millstream.worker.models.source import locate
-from millstream.worker.models.tokens import Ids, Reader, reader_of
+from millstream.worker.models.tokens import Reader, reader_of
 
 _PROMPTS: Mapping[InputType, Sequence[str]] = {
     "query": ("query",),
@@ -50,7 +53,7 @@ class Wish:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Text(Prepared):
-    """A row; its features are token ids."""
+    """A row; its features are what the tokenizer made of it."""
 
     wish: Wish
 
@@ -58,9 +61,12 @@ class Text(Prepared):
 class Encoder:
     """One model on one device. What it gives for a text does not depend on the texts beside it."""
 
-    def __init__(self, spec: ModelSpec, device: str | None, threads: int, truncate: str) -> None:
+    def __init__(
+        self, spec: ModelSpec, device: str | None, threads: int, truncate: str, source: Path | str | None = None
+    ) -> None:
+        """`source` is the model's folder or hub id, if it is not what `spec` names an embedding model by."""
         torch.set_num_threads(threads)
-        self._source = locate(spec.model_name)
+        self._source = locate(spec.model_name) if source is None else source
         self._spec = spec
         self._truncate = truncate
         self.model = load(self._source, spec, device)
@@ -69,13 +75,38 @@ class Encoder:
         self._pools_prompt = all(getattr(module, "include_prompt", True) for module in self.model.modules())
         most_active = getattr(self.model, "max_active_dims", None)
         self._always: dict[str, Any] = {} if most_active is None else {"max_active_dims": most_active}
-        self._feed = Feed(self.model.device, _tensors, spec.backend)
+        # Where the model cuts its vectors, it does not make them unit vectors again.
+        self.own_cut: int | None = getattr(self.model, "truncate_dim", None)
+        self._feed = Feed(self.model.device, self._tensors, spec.backend)
         self._packing = Packing.of(self.model) if spec.backend == "torch" and self._pools_prompt else None
         self.plain = self._wish(EmbedOptions())
+        self._sharing: dict[str | None, Sharing] = {}
+        self._measure_sharing(forget(self.model))
 
-    def fingerprint(self, size: str) -> str:
-        """Names the weights, the other files that make vectors, the dtype and `size`, the dimension."""
-        return Folder(self._source, self._spec.revision).fingerprint(self._spec, dtype_of(self.model), size)
+    def fingerprint(self, *what: str) -> str:
+        """Names the weights, the other files that make vectors, the dtype and `what` else counts."""
+        return Folder(self._source, self._spec.revision).fingerprint(self._spec, dtype_of(self.model), *what)
+
+    def _measure_sharing(self, upto: float) -> None:
+        """For each route, how its rows may share a forward. Packed ones may; that was measured, too."""
+        if self._packing:
+            self._sharing[None] = Sharing()
+            return
+        for task in self._tasks():
+            wish = self._wish(EmbedOptions(truncate="end", input_type=task))
+            reader = wish.way.reader
+            if reader.shares_any:
+                self._sharing[wish.way.route] = Sharing()
+                continue
+            rows = [row for row in self.prepare(PROBES, wish) if isinstance(row, Text)]
+            self._sharing[wish.way.route] = measured(self._padded, rows, ("right", reader.side), upto)
+
+    def _tasks(self) -> list[InputType]:
+        """One for each route of the model."""
+        if self._router is None:
+            return ["none"]
+        tasks: tuple[InputType, ...] = ("none", "query", "document")
+        return [task for task in tasks if task == "none" or task in self._router.sub_modules]
 
     # -- the claimer's side ------------------------------------------------------------------------------------------
 
@@ -91,9 +122,13 @@ class Encoder:
         texts = [(at, wish.prompt + text) for at, text in enumerate(inputs) if isinstance(text, str)]
         if not texts:
             return rows
-        for (at, text), ids in zip(texts, wish.way.reader.read([text for _, text in texts]), strict=True):
-            rows[at] = _row(text, ids, wish)
+        for (at, text), tokens in zip(texts, wish.way.reader.read([text for _, text in texts]), strict=True):
+            rows[at] = _row(text, tokens, wish)
         return rows
+
+    def tokens(self, text: str, wish: Wish) -> int:
+        """How many tokens the text has with its prompt, uncut."""
+        return len(wish.way.reader.read([wish.prompt + text])[0]["input_ids"])
 
     def samples(self, tokens: int) -> Sequence[Json]:
         reader = self.plain.way.reader
@@ -140,7 +175,11 @@ class Encoder:
     # -- the main thread's side --------------------------------------------------------------------------------------
 
     def foresee(self, upcoming: Upcoming) -> None:
-        self._feed.foresee(lambda: _of_one_way(upcoming()))
+        self._feed.foresee(lambda: self._of_one_forward(upcoming()))
+
+    def _of_one_forward(self, rows: Sequence[Prepared]) -> Sequence[Prepared]:
+        """The rows, but none if they take more than one forward."""
+        return rows if len(self._groups(cast(Sequence[Text], rows))) == 1 else ()
 
     @property
     def packs(self) -> bool:
@@ -148,54 +187,63 @@ class Encoder:
         return self._packing is not None
 
     def run(self, rows: Sequence[Prepared]) -> Vectors:
-        """The model's output, float32 [rows, dim], in order. One forward, but for rows that go different ways."""
+        """The vectors that the model's own call gives for each row's text alone, float32 [rows, dim], in order.
+
+        One forward, but for rows that may not share one.
+        """
         texts = cast(Sequence[Text], rows)
-        ways = list({wish.way for wish in {text.wish for text in texts}})
-        if len(ways) == 1:
-            return self._forward(texts, ways[0])
-        places = [[at for at, text in enumerate(texts) if text.wish.way == way] for way in ways]
-        parts = [self._forward([texts[at] for at in some], way) for some, way in zip(places, ways, strict=True)]
-        return np.concatenate(parts)[np.argsort(np.concatenate(places))]
-
-    def _forward(self, texts: Sequence[Text], way: Way) -> Vectors:
         with torch.inference_mode():
-            vectors = self._vectors(texts, way)
+            vectors = in_groups(self._groups(texts), lambda places: self._vectors([texts[at] for at in places]))
             self._feed.launched()
-            return cast(Vectors, vectors.to(torch.float32).cpu().numpy().astype(np.float32, copy=False))
+            vectors = vectors[:, : self.own_cut].to(torch.float32)
+            return cast(Vectors, vectors.cpu().numpy().astype(np.float32, copy=False))
 
-    def _vectors(self, texts: Sequence[Text], way: Way) -> torch.Tensor:
+    def _groups(self, texts: Sequence[Text]) -> list[list[int]]:
+        """Places of texts that run together."""
+        return grouped(
+            (text.wish.way, self._sharing[text.wish.way.route].key(at, text.tokens)) for at, text in enumerate(texts)
+        )
+
+    def _vectors(self, texts: Sequence[Text]) -> torch.Tensor:
+        """The model's output for texts that may share a forward."""
         # One text has nothing to pad.
         if self._packing and len(texts) > 1:
-            return self._packing.run(cast(list[Ids], [text.features for text in texts]))
-        features = self._feed.batch(texts)
+            return self._packing.run([cast(Features, text.features) for text in texts])
+        return self._forward(texts, self._feed.batch(texts))
+
+    def _padded(self, texts: Sequence[Text], side: Side) -> torch.Tensor:
+        return self._forward(texts, sent(_batch(texts, side), self.model.device))
+
+    def _forward(self, texts: Sequence[Text], features: dict[str, Any]) -> torch.Tensor:
+        way = texts[0].wish.way
         if way.unpooled:
             features["prompt_length"] = way.unpooled
         routed = {} if way.route is None else {"task": way.route}
         return cast(torch.Tensor, self.model(features, **self._always, **routed)["sentence_embedding"])
 
-
-def _of_one_way(rows: Sequence[Prepared]) -> Sequence[Prepared]:
-    """The rows, but none where they take more than one forward."""
-    return rows if len({text.wish.way for text in cast(Sequence[Text], rows)}) == 1 else ()
-
-
-def _tensors(rows: Sequence[Prepared]) -> Mapping[str, torch.Tensor]:
-    texts = cast(Sequence[Text], rows)
-    return texts[0].wish.way.reader.batch(cast(list[Ids], [text.features for text in texts]))
+    def _tensors(self, rows: Sequence[Prepared]) -> Mapping[str, torch.Tensor]:
+        texts = cast(Sequence[Text], rows)
+        return _batch(texts, self._sharing[texts[0].wish.way.route].side)
 
 
-def _row(text: str, ids: Ids, wish: Wish) -> Prepared | MillstreamError:
-    reader = wish.way.reader
-    if len(ids) <= reader.limit:
-        return Text(max(1, len(ids)), ids, wish=wish)
+def _batch(texts: Sequence[Text], side: Side) -> Mapping[str, torch.Tensor]:
+    return texts[0].wish.way.reader.batch([cast(Features, text.features) for text in texts], side)
+
+
+def _row(text: str, tokens: Features, wish: Wish) -> Prepared | MillstreamError:
+    reader, count = wish.way.reader, len(tokens["input_ids"])
+    if count == 0 and not reader.reads_empty:
+        return InvalidRequest("the model's tokenizer makes no token of the text", hint="give it a word")
+    if count <= reader.limit:
+        return Text(max(1, count), tokens, wish=wish)
     if wish.prompt_tokens >= reader.limit:
         return InputTooLong(
             f"the prompt alone has {wish.prompt_tokens} tokens, the model reads {reader.limit}", hint="shorten it"
         )
     if wish.truncate in ("start", "end"):
-        cut = reader.cut(text, ids, wish.truncate, wish.prompt_tokens)
-        return Text(len(cut), cut, truncated=True, wish=wish)
-    return InputTooLong(f"{len(ids)} tokens, the model reads {reader.limit}", hint='shorten it, or pass truncate="end"')
+        cut = reader.cut(text, tokens, wish.truncate, wish.prompt_tokens)
+        return Text(len(cut["input_ids"]), cut, truncated=True, wish=wish)
+    return InputTooLong(f"{count} tokens, the model reads {reader.limit}", hint='shorten it, or pass truncate="end"')
 
 
 def _router(model: Loaded) -> Any:

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from millstream.broker.config import ModelSpec
 from millstream.broker.errors import MillstreamError, ModelUnavailable
 from millstream.broker.job import Json
-from millstream.worker.models.base import Prepared
-from millstream.worker.models.feed import Feed
+from millstream.worker.models.base import Prepared, Upcoming
+from millstream.worker.models.feed import Feed, sent
+from millstream.worker.models.lengths import forget
 from millstream.worker.models.linear import prepack
 from millstream.worker.models.loading import (
     LOAD_ERRORS,
@@ -28,6 +29,7 @@ from millstream.worker.models.loading import (
 from millstream.worker.models.pairs import SAMPLE_OPTIONS, Frame, Prompts, pairs_of, sample, scored
 from millstream.worker.models.prompts import chat_frame, qwen3_frame
 from millstream.worker.models.question import answer_each
+from millstream.worker.models.sharing import PROBES, QUERY, Filling, Sharing, Side, measured
 
 _ACTIVATIONS = (torch.nn.Sigmoid, torch.nn.Identity, torch.nn.Tanh)
 
@@ -45,8 +47,8 @@ class GenerativeReranker:
     def __init__(self, folder: Folder, spec: ModelSpec, device: str | None, threads: int, truncate: str) -> None:
         torch.set_num_threads(threads)
         self._tokenizer, self._model = _load(folder, spec, device)
-        self._feed = Feed(self._model.device, _left_padded)
-        self.foresee = self._feed.foresee
+        self._filling = Filling.of(self._tokenizer)
+        self._feed = Feed(self._model.device, lambda rows: self._padded(rows, "left"))
         self._takes = set(inspect.signature(self._model.forward).parameters)
         self._truncate = truncate
         judge = _judge(folder)
@@ -57,33 +59,46 @@ class GenerativeReranker:
             frame = chat_frame(self._tokenizer, folder.prompt(), folder.chat_settings(), spec.model_name)
         self._pairs = Prompts(self._tokenizer, spec.max_length or longest(self._tokenizer, self._model.config), frame)
         self.fingerprint = folder.fingerprint(spec, dtype_of(self._model), "generative", type(self._own).__name__)
+        self._sharing = self._measured(forget(self._model))
 
     def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
         return answer_each(inputs, options, self._truncate, self._pairs.rows)
 
+    def foresee(self, upcoming: Upcoming) -> None:
+        self._feed.foresee(lambda: self._sharing.of_one_forward(upcoming()))
+
     def forward(self, rows: Sequence[Prepared]) -> list[Json]:
         with torch.inference_mode():
-            features = self._feed.batch(rows) | {"logits_to_keep": 1, "use_cache": False}
-            taken = {name: value for name, value in features.items() if name in self._takes}
-            logits = self._model(**taken).logits[:, -1].float()
-            no = 0.0 if self._no is None else logits[:, self._no]
+            logits = self._sharing.in_groups(rows, lambda some: self._logits(self._feed.batch(some)))
             self._feed.launched()
-            return scored(logits[:, self._yes] - no, pairs_of(rows), self._own)
+            yes, no = logits.float().unbind(1)
+            return scored(yes - no, pairs_of(rows), self._own)
+
+    def _logits(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Those of "yes" and of "no" as the next token, [rows, 2]; 0 for a "no" that does not count."""
+        given = {**features, "logits_to_keep": 1, "use_cache": False}
+        logits = self._model(**{name: value for name, value in given.items() if name in self._takes}).logits[:, -1]
+        yes = logits[:, self._yes]
+        no = torch.zeros_like(yes) if self._no is None else logits[:, self._no]
+        return torch.stack([yes, no], dim=1)
+
+    def _measured(self, upto: float) -> Sharing:
+        def padded(rows: Sequence[Prepared], side: Side) -> torch.Tensor:
+            return self._logits(sent(self._padded(rows, side), self._model.device))
+
+        made = self.prepare(PROBES, {"query": QUERY, "truncate": "end"})
+        return measured(padded, [row for row in made if isinstance(row, Prepared)], ("left",), upto)
+
+    def _padded(self, rows: Sequence[Prepared], side: Side) -> Mapping[str, torch.Tensor]:
+        """Padded at the left, each row ends in the last column, where the answer is read.
+
+        Positions are given, and count a row's own tokens: models that learned them would read the padding's.
+        """
+        tensors = self._filling.padded([pair.ids for pair in pairs_of(rows)], side)
+        return {**tensors, "position_ids": (tensors["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
     def samples(self, tokens: int) -> Sequence[Json]:
         return [sample(self._pairs, tokens)]
-
-
-def _left_padded(rows: Sequence[Prepared]) -> dict[str, torch.Tensor]:
-    """Ids, mask and positions, int64 [rows, longest]: each row ends in the last column, where the answer is read.
-
-    Positions are given, and count a row's own tokens: models that learned them would read the padding's.
-    """
-    prompts = [pair.ids["input_ids"] for pair in pairs_of(rows)]
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(each)) + list(each) for each in prompts])
-    mask = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in prompts])
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
 
 def _judge(folder: Folder) -> Mapping[str, Any] | None:

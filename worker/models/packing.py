@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from millstream.broker.errors import described
-from millstream.worker.models.tokens import Ids
+from millstream.worker.models.sharing import Features
 
 log = logging.getLogger(__name__)
 
@@ -105,18 +105,18 @@ class Packing:
         transformer.set_attn_implementation("sdpa")
         return None
 
-    def run(self, texts: Sequence[Ids]) -> torch.Tensor:
+    def run(self, texts: Sequence[Features]) -> torch.Tensor:
         """The model's vectors [texts, dim], in order. Inside torch.inference_mode."""
-        order = sorted(range(len(texts)), key=lambda text: len(texts[text]))
-        lengths = np.array([len(texts[text]) for text in order])
+        order = sorted(range(len(texts)), key=lambda text: len(texts[text]["input_ids"]))
+        lengths = np.array([len(texts[text]["input_ids"]) for text in order])
         ends = np.cumsum(lengths)
-        tokens = np.fromiter(chain.from_iterable(texts[text] for text in order), np.int64, ends[-1])
+        tokens, types = (_in_a_row([texts[text] for text in order], name, ends[-1]) for name in _INPUTS)
         # Of each token: its place in its text.
         places = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)
         features = {
             "input_ids": torch.from_numpy(tokens)[None],
             "position_ids": torch.from_numpy(self._positions(tokens, places, lengths))[None],
-            "token_type_ids": torch.zeros(1, len(tokens), dtype=torch.long),
+            "token_type_ids": torch.from_numpy(types)[None],
             "cu_seq_lens_q": torch.from_numpy(np.append(0, ends)),
         }
         vectors = self._first(features)["token_embeddings"][0].split(lengths.tolist())
@@ -153,8 +153,18 @@ class Packing:
     def _gives(self, alone: torch.Tensor) -> bool:
         """Whether a few texts get, packed, the vectors that each gets alone."""
         with torch.inference_mode():
-            difference = (self.run([list(text) for text in _TEXTS]) - alone).norm(dim=1) / alone.norm(dim=1)
+            difference = (self.run([{"input_ids": text} for text in _TEXTS]) - alone).norm(dim=1) / alone.norm(dim=1)
         return bool((difference <= _CLOSE.get(alone.dtype, _CLOSE_ENOUGH)).all())
+
+
+_INPUTS = ("input_ids", "token_type_ids")
+
+
+def _in_a_row(texts: Sequence[Features], name: str, tokens: int) -> Ints:
+    """That input of all texts, one after another; zeros if the tokenizer makes none."""
+    if name not in texts[0]:
+        return np.zeros(tokens, np.int64)
+    return np.fromiter(chain.from_iterable(text[name] for text in texts), np.int64, tokens)
 
 
 def _may_pack(model: SentenceTransformer) -> bool:

@@ -60,5 +60,4 @@ def _kind(folder: Folder) -> Reranker | None:
     model_type = folder.settings().get("model_type", "SentenceTransformer")
     if model_type == "CrossEncoder":
         return _OF_MODULES.get(names)
-    # A router encodes queries and documents by models of their own, each with its tokenizer.
-    return BiEncoderModel if model_type == "SentenceTransformer" and names[0] == "Transformer" else None
+    return BiEncoderModel if model_type == "SentenceTransformer" else None
