@@ -15,9 +15,9 @@ from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamErr
 from millstream.broker.job import Json, Vectors
 from millstream.worker.models.base import Prepared, Upcoming
 from millstream.worker.models.feed import Feed
+from millstream.worker.models.fetch import local
 from millstream.worker.models.loading import Folder, Loaded, dtype_of, load
 from millstream.worker.models.packing import Packing
-from millstream.worker.models.source import locate
 from millstream.worker.models.tokens import Ids, Reader, reader_of
 
 _PROMPTS: Mapping[InputType, Sequence[str]] = {
@@ -60,7 +60,7 @@ class Encoder:
 
     def __init__(self, spec: ModelSpec, device: str | None, threads: int, truncate: str) -> None:
         torch.set_num_threads(threads)
-        self._source = locate(spec.model_name)
+        self._source = local(spec)
         self._spec = spec
         self._truncate = truncate
         self.model = load(self._source, spec, device)
