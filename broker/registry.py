@@ -12,6 +12,7 @@ from redis import WatchError
 from redis.typing import EncodableT, FieldT
 
 from millstream.broker.admission import limit_fields
+from millstream.broker.answer import Answer, allowed, distance, read_answer, written
 from millstream.broker.cluster import owner
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection, translated
@@ -71,23 +72,38 @@ class Registry:
                 self._forget_fingerprint(self.keys(spec.name))
         return [spec.name for spec in changed]
 
-    def claim_fingerprint(self, service: str, fingerprint: str) -> None:
+    def claim_fingerprint(self, service: str, fingerprint: str, answer: Answer | None = None) -> None:
         """Say which weights a worker is about to run. Raises ConfigError where the service's others run different ones.
 
-        The first worker of a service decides: vectors of two models in one answer would be worthless.
+        The first worker of a service decides: vectors of two models in one answer would be worthless. `answer` is what
+        the worker makes of a fixed text; that of the first one is kept, and one that differs by more than devices and
+        libraries do is refused, whatever the fingerprint says.
         """
-        spec = self.keys(service).spec()
-        with translated(self._connection.safe_url):
-            # Looked up first: at maxmemory a worker can read, and start, but not write.
-            if self._connection.client.hget(spec, "fingerprint") is None:
-                self._connection.client.hsetnx(spec, "fingerprint", fingerprint)
-            standing = _text(self._connection.client.hget(spec, "fingerprint") or fingerprint)
+        standing = self._first(service, "fingerprint", fingerprint)
         if standing != fingerprint:
             raise ConfigError(
                 f"service {service!r} runs {standing}, this worker has {fingerprint}",
                 hint="run the same weights, revision and dtype, or code, on every host; to change them for all, stop "
                 "the workers, then run `millstream config push --replace` or `serve(..., replace=True)`",
             )
+        if answer is not None:
+            first = read_answer(self._first(service, "answer", written(answer)))
+            if (far := distance(first, answer)) > allowed(fingerprint):
+                raise ConfigError(
+                    f"service {service!r} runs {standing}, and so does this worker, but its answer to a fixed text is "
+                    f"another one than the first worker's: {far:.2g} of its length apart",
+                    hint="run the same releases of torch, transformers and sentence-transformers on every host; if the "
+                    "first worker was wrong, stop all of them, then run `millstream config push --replace`",
+                )
+
+    def _first(self, service: str, field: str, value: str) -> str:
+        """What the first worker of the service wrote to `field`: `value` if there is nothing yet."""
+        spec = self.keys(service).spec()
+        with translated(self._connection.safe_url):
+            # Looked up first: at maxmemory a worker can read, and start, but not write.
+            if self._connection.client.hget(spec, field) is None:
+                self._connection.client.hsetnx(spec, field, value)
+            return _text(self._connection.client.hget(spec, field) or value)
 
     def read(self, service: str) -> ServiceSpec:
         """The specification of `service`. Raises UnknownService, with the nearest name there is."""
@@ -179,7 +195,7 @@ class Registry:
             pipe.watch(keys.workers())  # type: ignore[no-untyped-call]
             if not Lease(self._connection.client, keys).live_workers():
                 pipe.multi()
-                pipe.hdel(keys.spec(), "fingerprint")
+                pipe.hdel(keys.spec(), "fingerprint", "answer")
                 pipe.execute()
 
 

@@ -11,7 +11,7 @@ import torch
 from models import TINY_DIM, TINY_LIMIT
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer, SparseEncoder
-from sentence_transformers.base.modules import Router
+from sentence_transformers.base.modules import Dense, Router
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding, Transformer
 from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, SpladePooling
 from sentence_transformers.util.quantization import quantize_embeddings
@@ -31,6 +31,15 @@ def save_prompted(
     modules = [transformer, pooling, *([Normalize()] if unit else [])]
     model = SentenceTransformer(modules=modules, prompts=dict(PROMPTS), default_prompt_name=default, device="cpu")
     model.save(str(folder))
+    return folder
+
+
+def save_dense(folder: Path, tiny: Path) -> Path:
+    """The tiny model with a random projection behind its pooling."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        modules = [Transformer(str(tiny)), Pooling(TINY_DIM, "mean"), Dense(TINY_DIM, 4)]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder))
     return folder
 
 

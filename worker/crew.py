@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Mapping
 
+from millstream.broker.answer import Answer
 from millstream.broker.cache import Cache, Recipe
 from millstream.broker.config import Runtime, ServiceSpec
 from millstream.broker.connection import Connection, is_transient, retrying
@@ -44,11 +45,20 @@ SETTLE_S = 2.0
 class Crew:
     """Claimer, settler and beat around the runner, for one service and one loaded model."""
 
-    def __init__(self, shared: Shared, orders: Orders, connection: Connection, spec: ServiceSpec, model: Model) -> None:
+    def __init__(
+        self,
+        shared: Shared,
+        orders: Orders,
+        connection: Connection,
+        spec: ServiceSpec,
+        model: Model,
+        answer: Answer | None = None,
+    ) -> None:
         self._shared = shared
         self._orders = orders
         self._spec = spec
         self._model = model
+        self._answer = answer
         self._registry = Registry(connection, orders.prefix)
         keys = self._registry.keys(spec.name)
         self._lease = Lease(connection.client, keys)
@@ -152,7 +162,7 @@ class Crew:
             log.warning("the limits stay as they were: %s", error)
             return
         # Again, now that this worker beats: a push forgets the weights of a service without live workers.
-        self._registry.claim_fingerprint(self._spec.name, self._model.fingerprint)
+        self._registry.claim_fingerprint(self._spec.name, self._model.fingerprint, self._answer)
 
     def _limit(self, runtime: Runtime) -> None:
         limits = {each: runtime.limits(each.value) for each in PRIORITIES}

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection, retrying, translated
@@ -22,6 +23,7 @@ from millstream.broker.errors import ConfigError, MillstreamError, ModelUnavaila
 from millstream.broker.lease import Lease
 from millstream.broker.registry import Registry
 from millstream.worker import models
+from millstream.worker.agreement import answer_of
 from millstream.worker.batcher import Budget
 from millstream.worker.crew import Crew
 from millstream.worker.givingback import End, give_back
@@ -128,9 +130,11 @@ class Worker:
         window = Window(budget, spec.runtime.queue_timeout)
         window.auto_tokens = measured
         warm_up(model, window)
-        retrying(lambda: self._registry.claim_fingerprint(spec.name, model.fingerprint), stop=self._life.stopped)
+        answer = answer_of(model) if spec.model.type in ("embedding", "reranker") else None
+        claim = partial(self._registry.claim_fingerprint, spec.name, model.fingerprint, answer)
+        retrying(claim, stop=self._life.stopped)
         shared = Shared(orders.consumer, window, life=self._life, page=self._progress)
-        Crew(shared, orders, self._connection, spec, model).work()
+        Crew(shared, orders, self._connection, spec, model, answer).work()
 
     def _ordered(self, spec: ServiceSpec) -> Model:
         orders = self._orders

@@ -13,6 +13,7 @@ from e2e.sites import Site, echo, site_of
 from e2e.supervisors import lone_worker, said, supervising
 from support import eventually
 
+from millstream.broker.answer import read_answer, written
 from millstream.broker.config import ModelSpec, ServiceSpec
 from millstream.broker.registry import Registry
 from millstream.worker.orders import EXIT_PERMANENT
@@ -129,3 +130,48 @@ def test_a_worker_that_ends_over_other_weights_costs_what_it_held_no_attempt(ope
         assert 2 < answered < len(ids)
         assert (site.watch.attempts(), site.watch.dead_letters()) == (0, [])
         assert answered + site.watch.depth() == len(ids)
+
+
+def test_a_worker_of_the_same_fingerprint_with_another_answer_is_refused(opened: Open, tiny_model: Path) -> None:
+    """Its weights were lost on the way from the file: what it holds is as if the first worker had held other ones."""
+    site = opened(of_folder(tiny_model))
+
+    with supervising(site.url, Plan(site.spec, 1)):
+        site.await_workers(1)
+        stored = site.connection.client.hget(site.keys.spec(), "answer")
+        assert isinstance(stored, bytes)
+        answer = read_answer(stored.decode())
+        drifted = {place: number * 1.0005 for place, number in answer.items()}
+        site.connection.client.hset(site.keys.spec(), "answer", written(drifted))
+        with supervising(site.url, Plan(site.spec, 1)):
+            site.await_workers(2)
+        turned = {place: -number for place, number in answer.items()}
+        site.connection.client.hset(site.keys.spec(), "answer", written(turned))
+        status, reason = lone_worker(site)
+
+    assert status == EXIT_PERMANENT
+    assert "its answer to a fixed text is another one than the first worker's: 2 of its length apart" in reason
+
+
+@pytest.mark.parametrize("damage", ["a pointer", "a lost tensor"])
+def test_a_damaged_folder_ends_its_worker_with_the_name_of_the_file_or_tensor(
+    opened: Open, tiny_model: Path, tmp_path: Path, damage: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    if damage == "a pointer":
+        (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    else:
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["embeddings.LayerNorm.weight"]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    site = opened(of_folder(folder))
+
+    status, reason = lone_worker(site)
+    with supervising(site.url, Plan(site.spec, 1)) as supervision:
+        eventually(lambda: not supervision.is_alive(), within_s=30.0)
+
+    assert status == EXIT_PERMANENT
+    assert supervision.refused
+    assert ("model.safetensors" if damage == "a pointer" else "embeddings.LayerNorm.weight") in reason

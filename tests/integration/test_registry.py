@@ -207,3 +207,27 @@ def test_registered_names_are_kept_under_the_prefix(registry: Registry, connecti
 
     assert connection.client.smembers(services_key(prefix)) == {b"embed"}
     assert "embed" not in Registry(connection, f"{prefix}-other").names()
+
+
+WEIGHTS = "6448fa205c576c66+12f420f8 float32 2"
+
+
+def test_the_first_workers_answer_stands_and_a_far_one_is_refused(registry: Registry, connection: Connection) -> None:
+    registry.push([spec()])
+    registry.claim_fingerprint("embed", WEIGHTS, {0: 0.6, 1: 0.8})
+
+    registry.claim_fingerprint("embed", WEIGHTS, {0: 0.601, 1: 0.799})
+    with pytest.raises(ConfigError, match="another one than the first worker's: 1") as caught:
+        registry.claim_fingerprint("embed", WEIGHTS, {0: -0.6, 1: 0.8})
+
+    assert "--replace" in caught.value.hint
+    assert connection.client.hget(registry.keys("embed").spec(), "answer") == b'{"0":0.6,"1":0.8}'
+
+
+def test_a_push_without_live_workers_forgets_the_answer_with_the_weights(registry: Registry) -> None:
+    registry.push([spec()])
+    registry.claim_fingerprint("embed", WEIGHTS, {0: 0.6, 1: 0.8})
+
+    registry.push([spec()], replace=True)
+
+    registry.claim_fingerprint("embed", WEIGHTS, {0: -0.6, 1: 0.8})

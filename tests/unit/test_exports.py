@@ -18,6 +18,7 @@ from millstream.broker.errors import ModelUnavailable
 from millstream.broker.spec import ModelSpec
 from millstream.worker.models.embedding import EmbeddingModel
 from millstream.worker.models.exports import Export, export_digest, exported, find
+from millstream.worker.models.fetch import local
 from millstream.worker.models.reranker import load_reranker
 
 Files = Callable[..., Path]
@@ -88,9 +89,11 @@ def test_where_there_is_no_export_the_error_says_how_to_make_one(tiny_model: Pat
     assert 'SentenceTransformer(NAME, backend="openvino").save_pretrained(FOLDER)' in caught.value.hint
 
 
-def test_a_model_of_the_hub_is_to_be_downloaded() -> None:
+def test_a_model_of_the_hub_is_to_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
     with pytest.raises(ModelUnavailable, match="runs a model from a folder") as caught:
-        find("mill/tiny", of("onnx"), None, "SentenceTransformer")
+        local(of("onnx", model_name="mill/tiny"))
 
     assert caught.value.hint is not None
     assert "hf download mill/tiny --local-dir FOLDER" in caught.value.hint
@@ -194,7 +197,6 @@ MODULES = '[{"idx": 0, "path": "", "type": "Transformer"}, {"idx": 1, "path": "2
         ("onnx/model.onnx", "onnx/onnx__MatMul_12", "README.md"),
         ("model.onnx", "weights.data", "model.safetensors"),
         ("onnx/model.onnx", "2_Dense/model.safetensors", "checkpoint-9/model.safetensors"),
-        ("onnx/model.onnx", "2_Dense/pytorch_model.bin", "tokenizer.json"),
         ("openvino/openvino_model.xml", "openvino/openvino_model.bin", "openvino/openvino_model_int8.bin"),
     ],
 )

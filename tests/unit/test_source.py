@@ -38,19 +38,6 @@ def test_of_several_files_names_and_contents_count(shards: Path) -> None:
     assert len({before, renamed, rewritten}) == 3
 
 
-def test_a_module_without_safetensors_counts_by_what_is_loaded_instead(shards: Path) -> None:
-    (shards / "modules.json").write_text('[{"path": ""}, {"path": "3_Dense"}]')
-    (shards / "3_Dense").mkdir()
-    before = weights_digest(shards)
-
-    (shards / "3_Dense" / "pytorch_model.bin").write_bytes(b"three")
-    fallen_back = weights_digest(shards)
-    (shards / "pytorch_model.bin").write_bytes(b"not loaded")
-
-    assert fallen_back != before
-    assert weights_digest(shards) == fallen_back
-
-
 def test_what_is_no_weights_file_does_not_count(shards: Path) -> None:
     before = weights_digest(shards)
 

@@ -16,11 +16,11 @@ from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamErr
 from millstream.broker.job import Json, Vectors
 from millstream.worker.models.base import Prepared, Upcoming
 from millstream.worker.models.feed import Feed, sent
+from millstream.worker.models.fetch import local
 from millstream.worker.models.lengths import forget
 from millstream.worker.models.loading import Folder, Loaded, dtype_of, load
 from millstream.worker.models.packing import Packing
 from millstream.worker.models.sharing import PROBES, Features, Sharing, Side, grouped, in_groups, measured
-from millstream.worker.models.source import locate
 from millstream.worker.models.tokens import Reader, reader_of
 
 _PROMPTS: Mapping[InputType, Sequence[str]] = {
@@ -62,11 +62,11 @@ class Encoder:
     """One model on one device. What it gives for a text does not depend on the texts beside it."""
 
     def __init__(
-        self, spec: ModelSpec, device: str | None, threads: int, truncate: str, source: Path | str | None = None
+        self, spec: ModelSpec, device: str | None, threads: int, truncate: str, source: Path | None = None
     ) -> None:
-        """`source` is the model's folder or hub id, if it is not what `spec` names an embedding model by."""
+        """`source` is the model's folder, looked over, if it is not what `spec` names an embedding model by."""
         torch.set_num_threads(threads)
-        self._source = locate(spec.model_name) if source is None else source
+        self._source = local(spec) if source is None else source
         self._spec = spec
         self._truncate = truncate
         self.model = load(self._source, spec, device)

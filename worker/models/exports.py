@@ -15,6 +15,8 @@ import torch
 
 from millstream.broker.config import ModelSpec
 from millstream.broker.errors import ModelUnavailable
+from millstream.worker.models.files import check_content
+from millstream.worker.models.foreign import refuse_links
 from millstream.worker.models.source import module_folders
 
 _FILES = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}
@@ -29,14 +31,20 @@ class Export(NamedTuple):
     """How the file is to be loaded, as from_pretrained takes it."""
 
 
-def find(source: Path | str, spec: ModelSpec, device: str | None, kind: str) -> Export:
+def needs_folder(source: str, spec: ModelSpec) -> ModelUnavailable:
+    """The error of an exported model that is on the hub."""
+    return ModelUnavailable(
+        f"backend {spec.backend} runs a model from a folder, {spec.model_name!r} is on the hub",
+        hint=f"download it (hf download {source} --local-dir FOLDER) and give the folder",
+    )
+
+
+def find(source: Path, spec: ModelSpec, device: str | None, kind: str) -> Export:
     """The export of a model of `kind`, a class of sentence-transformers. Raises ModelUnavailable."""
-    if not isinstance(source, Path):
-        raise ModelUnavailable(
-            f"backend {spec.backend} runs a model from a folder, {spec.model_name!r} is on the hub",
-            hint=f"download it (hf download {source} --local-dir FOLDER) and give the folder",
-        )
     file = exported(source, spec, kind)
+    refuse_links(source, (source / file).parent)
+    for part in _parts(source / file):
+        check_content(part)
     _check_installed(spec.backend)
     where = _onnx_device(device) if spec.backend == "onnx" else _openvino_device(device)
     options = _onnx(where) if spec.backend == "onnx" else _openvino()
@@ -139,4 +147,4 @@ def _parts(export: Path) -> Iterator[Path]:
 
 def _behind(folder: Path) -> Iterator[Path]:
     for each in sorted(set(module_folders(folder)) - {folder}):
-        yield from sorted((*each.glob("*.safetensors"), *each.glob("*.bin")))
+        yield from sorted(each.glob("*.safetensors"))

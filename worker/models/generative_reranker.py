@@ -20,7 +20,6 @@ from millstream.worker.models.linear import prepack
 from millstream.worker.models.loading import (
     LOAD_ERRORS,
     Folder,
-    cache_dir,
     dtype_of,
     longest,
     model_kwargs,
@@ -30,6 +29,7 @@ from millstream.worker.models.pairs import SAMPLE_OPTIONS, Frame, Prompts, pairs
 from millstream.worker.models.prompts import chat_frame, qwen3_frame
 from millstream.worker.models.question import answer_each
 from millstream.worker.models.sharing import PROBES, QUERY, Filling, Sharing, Side, measured
+from millstream.worker.models.weights import whole_weights
 
 _ACTIVATIONS = (torch.nn.Sigmoid, torch.nn.Identity, torch.nn.Tanh)
 
@@ -131,11 +131,11 @@ def _activation(folder: Folder, name: str) -> torch.nn.Module:
 
 def _load(folder: Folder, spec: ModelSpec, device: str | None) -> tuple[Any, Any]:
     """Its tokenizer, and the model."""
-    where: dict[str, Any] = {"revision": spec.revision, "cache_dir": cache_dir(), "trust_remote_code": False}
     source = str(folder.source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, **model_kwargs(spec), **where)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        with whole_weights(spec.model_name):
+            model: Any = AutoModelForCausalLM.from_pretrained(source, **model_kwargs(spec), trust_remote_code=False)
         model.eval().to(get_device_name() if device in (None, "auto") else device)
         prepack(model)
         return tokenizer, model

@@ -115,7 +115,9 @@ def _holders(model: nn.Module) -> list[nn.Module]:
 
 
 def _suits(weight: torch.Tensor) -> bool:
-    return weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() > 0
+    plain = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() > 0
+    # NaN is what weights.py puts into a layer that nothing reads.
+    return plain and not bool(weight.isnan().any())
 
 
 def _are_equal(made: Prepacked, layer: nn.Module, width: int) -> bool:

@@ -9,9 +9,10 @@ from millstream.broker.errors import ModelUnavailable
 from millstream.worker.models.base import Model
 from millstream.worker.models.bi_encoder import BiEncoderModel
 from millstream.worker.models.cross_encoder import CrossEncoderModel
+from millstream.worker.models.fetch import local
 from millstream.worker.models.generative_reranker import GenerativeReranker
 from millstream.worker.models.loading import LOAD_ERRORS, Folder, unavailable
-from millstream.worker.models.source import RERANKERS, locate
+from millstream.worker.models.source import RERANKERS
 
 # A worker logs one line when it is ready; bars of many processes only garble a terminal.
 transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -36,7 +37,7 @@ def load_reranker(spec: ModelSpec, device: str | None, threads: int, truncate: s
     language model that is asked for yes or no, or as an embedding model, which ranks by the cosine. Of any other, the
     architecture in config.json decides: a sequence classifier is a cross-encoder, a causal language model generative.
     """
-    folder = Folder(locate(spec.model_name, RERANKERS), spec.revision)
+    folder = Folder(local(spec, RERANKERS), spec.revision)
     try:
         kind = _kind(folder)
     except LOAD_ERRORS as error:

@@ -89,22 +89,12 @@ def _cached(model_name: str) -> bool:
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 of the safetensors file in `folder`, as sha256sum prints it; of several, over their names and digests.
-
-    Of a module behind the first that has none, its pytorch_model.bin: sentence-transformers falls back to it.
-    """
-    files = [*folder.rglob("*.safetensors"), *_fallbacks(folder)]
-    digests = {file.relative_to(folder).as_posix(): _digest(file) for file in sorted(files)}
+    """SHA-256 of the safetensors file in `folder`, as sha256sum prints it; of several, over their names and digests."""
+    digests = {file.relative_to(folder).as_posix(): _digest(file) for file in sorted(folder.rglob("*.safetensors"))}
     if len(digests) == 1:
         return next(iter(digests.values()))
     listing = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
     return hashlib.sha256(listing.encode()).hexdigest()
-
-
-def _fallbacks(folder: Path) -> Iterator[Path]:
-    for each in set(module_folders(folder)) - {folder}:
-        if not any(each.glob("*.safetensors")):
-            yield from each.glob("pytorch_model.bin")
 
 
 _SETTINGS = (

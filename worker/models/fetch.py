@@ -1,0 +1,65 @@
+"""A model as a folder on this host that was looked over: from where it is, or downloaded from the hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from millstream.broker.config import ModelSpec
+from millstream.broker.errors import ModelUnavailable
+from millstream.worker.models.exports import needs_folder
+from millstream.worker.models.foreign import refuse_foreign
+from millstream.worker.models.parts import parts_of
+from millstream.worker.models.source import locate
+from millstream.worker.models.whole import check_whole
+
+_READ = (
+    *("*.json", "*.txt", "*.jinja", "*.model", "*.spm", "*.codes", "*.bpe", "*.tiktoken"),
+    *("model*.safetensors", "*/model*.safetensors"),
+)
+"""Files of the hub that are read: no code, no pickles, none of the other formats that are often beside them."""
+
+
+def local(spec: ModelSpec, organization: str = "") -> Path:
+    """The folder of the model of `spec`. Raises ModelUnavailable if there is none, if it is not whole, or if it brings
+    code or leads out; then no library has seen it.
+
+    A name of the hub without a slash is `organization`'s, if one is given.
+    """
+    source = locate(spec.model_name, organization)
+    if not isinstance(source, Path):
+        if spec.backend != "torch":
+            raise needs_folder(source, spec)
+        source = _downloaded(source, spec)
+    parts = parts_of(source)
+    refuse_foreign(source, parts, spec.backend)
+    check_whole(source, parts, spec.backend)
+    return source
+
+
+def _downloaded(name: str, spec: ModelSpec) -> Path:
+    """Also what the hub's cache has already. Raises ModelUnavailable."""
+    reason: Exception | None = None
+    for candidate in _names(name):
+        try:
+            folder = snapshot_download(
+                candidate, revision=spec.revision, cache_dir=cache_dir(), allow_patterns=list(_READ)
+            )
+            return Path(folder)
+        except (OSError, ValueError) as error:
+            reason = error
+    raise ModelUnavailable(
+        f"cannot download {name!r}: {str(reason).strip().splitlines()[0]}", hint="check model_name and revision"
+    ) from reason
+
+
+def cache_dir() -> str | None:
+    """Where sentence-transformers keeps what it downloads; None is the hub's own cache."""
+    return os.environ.get("SENTENCE_TRANSFORMERS_HOME")
+
+
+def _names(name: str) -> list[str]:
+    """A hub id as it stands, a short one first as one of sentence-transformers' own."""
+    return [name] if "/" in name else [f"sentence-transformers/{name}", name]
