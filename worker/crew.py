@@ -20,7 +20,7 @@ from millstream.worker.beat import Heart
 from millstream.worker.claimer import SLEEP_S, Claimer, Policy, Queue
 from millstream.worker.intake import Intake, cancelled
 from millstream.worker.keeper import Keeper
-from millstream.worker.models.base import Adapts, Foresees, Laps, Model
+from millstream.worker.models.base import ANY_LENGTH, Adapts, Foresees, Laps, Model, Reads
 from millstream.worker.orders import Orders
 from millstream.worker.patience import Patience
 from millstream.worker.probe import most_tokens
@@ -114,7 +114,8 @@ class Crew:
         how = " (measured)" if window.auto_tokens else ""
         limits = f"{window.budget.rows} rows and {window.budget.tokens} tokens{how}"
         packed = ", texts packed" if window.budget.packs else ""
-        log.info("ready: %s on %s, at most %s a forward%s", self._model.fingerprint, device, limits, packed)
+        reads = f", reads {self._model.limit}" if isinstance(self._model, Reads) else ""
+        log.info("ready: %s on %s, at most %s a forward%s%s", self._model.fingerprint, device, limits, packed, reads)
 
     def _heard(self, beat: Beat) -> None:
         """What the server said to a beat."""
@@ -193,5 +194,12 @@ class Crew:
             "running_ms": round(self._page.runner.idle_s * 1000),
             "past": self._orders.past,
             "batch_tokens": self._shared.window.budget.tokens,
+            "text_tokens": _text_tokens(self._model),
             **self._shared.counters.fields(),
         }
+
+
+def _text_tokens(model: Model) -> int:
+    """The most tokens of a text; 0 if there is no limit, or none is known."""
+    limit = model.limit.tokens if isinstance(model, Reads) else 0
+    return 0 if limit >= ANY_LENGTH else limit

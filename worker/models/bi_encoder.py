@@ -14,6 +14,7 @@ from millstream.broker.errors import InvalidRequest, MillstreamError, ModelUnava
 from millstream.broker.job import Json
 from millstream.worker.models.base import Prepared
 from millstream.worker.models.feed import sent
+from millstream.worker.models.limits import settled, stretched
 from millstream.worker.models.loading import Folder, dtype_of, loaded
 from millstream.worker.models.pairs import SAMPLE_OPTIONS, too_long, too_long_query
 from millstream.worker.models.question import Question, answer_each
@@ -54,6 +55,13 @@ class BiEncoderModel:
         self.fingerprint = folder.fingerprint(
             spec, dtype_of(self._model), "bi-encoder", str(self._model.similarity_fn_name)
         )
+        self.limit = settled(self._limit, self._forward_of, spec.max_length)
+        self._limit = self.limit.tokens
+
+    def _forward_of(self, tokens: int) -> torch.Tensor:
+        (short,) = self._ids(["a"])
+        with torch.inference_mode():
+            return self._vectors([tuple(stretched(short, tokens))])
 
     def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
         return answer_each(inputs, options, self._truncate, self._rows)

@@ -14,7 +14,16 @@ from millstream.broker.job import Json
 from millstream.worker.models.base import Prepared
 from millstream.worker.models.feed import Feed
 from millstream.worker.models.loading import Folder, dtype_of, loaded, longest
-from millstream.worker.models.pairs import SAMPLE_OPTIONS, Activation, Prompts, TextPairs, pairs_of, sample, scored
+from millstream.worker.models.pairs import (
+    SAMPLE_OPTIONS,
+    Activation,
+    Prompts,
+    TextPairs,
+    pairs_of,
+    sample,
+    scored,
+    settle,
+)
 from millstream.worker.models.prompts import chat_frame
 from millstream.worker.models.question import Question, answer_each
 
@@ -40,6 +49,7 @@ class CrossEncoderModel:
         self._feed = Feed(self._model.device, self._tensors, spec.backend)
         self.foresee = self._feed.foresee
         self.fingerprint = folder.fingerprint(spec, dtype_of(encoder), "cross-encoder", type(self._own).__name__)
+        self.limit = settle(self._pairs, self, spec.max_length)
 
     def _pairing(self, folder: Folder, spec: ModelSpec) -> TextPairs | Prompts:
         limit = spec.max_length or longest(self._tokenizer, self._model.config)

@@ -30,6 +30,7 @@ class EmbeddingModel:
         self._encoder = Encoder(spec, device, threads, truncate)
         model = self._encoder.model
         self.packs = self._encoder.packs
+        self.limit = self._encoder.limit
         self._sparse = isinstance(model, SparseEncoder)
         self._dimension = int(model.get_embedding_dimension() or 0)
         # Where the model cuts its vectors, it does not make them unit vectors again.

@@ -13,12 +13,13 @@ from millstream.broker.config import ModelSpec
 from millstream.broker.embedding import EmbedOptions, InputType
 from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError, ModelUnavailable
 from millstream.broker.job import Json, Vectors
-from millstream.worker.models.base import Prepared, Upcoming
+from millstream.worker.models.base import Limit, Prepared, Upcoming
 from millstream.worker.models.feed import Feed
+from millstream.worker.models.limits import settled, stretched
 from millstream.worker.models.loading import Folder, Loaded, dtype_of, load
 from millstream.worker.models.packing import Packing
 from millstream.worker.models.source import locate
-from millstream.worker.models.tokens import Ids, Reader, reader_of
+from millstream.worker.models.tokens import Ids, Reader, reader_of, text_of
 
 _PROMPTS: Mapping[InputType, Sequence[str]] = {
     "query": ("query",),
@@ -66,12 +67,22 @@ class Encoder:
         self.model = load(self._source, spec, device)
         self._router = _router(self.model)
         self._readers: dict[tuple[int, int | None], Reader] = {}
+        self._limits: dict[Reader, Limit] = {}
         self._pools_prompt = all(getattr(module, "include_prompt", True) for module in self.model.modules())
         most_active = getattr(self.model, "max_active_dims", None)
         self._always: dict[str, Any] = {} if most_active is None else {"max_active_dims": most_active}
         self._feed = Feed(self.model.device, _tensors, spec.backend)
         self._packing = Packing.of(self.model) if spec.backend == "torch" and self._pools_prompt else None
         self.plain = self._wish(EmbedOptions())
+        # All of them now: a reader's limit is run, which the claimer's thread must not do.
+        for task in ("query", "document"):
+            if self._router is None or task in self._router.sub_modules:
+                self._reader(self._route(task), task)
+
+    @property
+    def limit(self) -> Limit:
+        """That of a text without options."""
+        return self._limits[self.plain.way.reader]
 
     def fingerprint(self, size: str) -> str:
         """Names the weights, the other files that make vectors, the dtype and `size`, the dimension."""
@@ -96,8 +107,9 @@ class Encoder:
         return rows
 
     def samples(self, tokens: int) -> Sequence[Json]:
-        reader = self.plain.way.reader
-        return ["a " * min(tokens, reader.limit - reader.special)]
+        wish = self.plain
+        reader = wish.way.reader
+        return [text_of(min(tokens, reader.limit), lambda text: len(reader.read([wish.prompt + text])[0]))]
 
     def _wish(self, options: EmbedOptions) -> Wish:
         task = None if options.input_type == "none" else options.input_type
@@ -134,8 +146,22 @@ class Encoder:
         # Shared where it can be: rows of one reader share their forward.
         key = id(module), getattr(module, f"{task}_length", None)
         if key not in self._readers:
-            self._readers[key] = reader_of(module, self._spec.max_length, task)
+            self._readers[key] = self._settled(reader_of(module, self._spec.max_length, task), route)
         return self._readers[key]
+
+    def _settled(self, reader: Reader, route: str | None) -> Reader:
+        """`reader`, with the limit that the model proves to have. Raises ModelUnavailable."""
+        wish = Wish(Way(reader, route, 0), "", 0, "none", EmbedOptions())
+        # Of the special tokens alone if the vocabulary has no "a".
+        ids = reader.read(["a"])[0] or [0]
+        limit = settled(
+            reader.limit,
+            lambda tokens: self.run([Text(tokens, stretched(ids, tokens), wish=wish)]),
+            self._spec.max_length,
+        )
+        reader.limit = limit.tokens
+        self._limits[reader] = limit
+        return reader
 
     # -- the main thread's side --------------------------------------------------------------------------------------
 

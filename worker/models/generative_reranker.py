@@ -25,7 +25,7 @@ from millstream.worker.models.loading import (
     model_kwargs,
     unavailable,
 )
-from millstream.worker.models.pairs import SAMPLE_OPTIONS, Frame, Prompts, pairs_of, sample, scored
+from millstream.worker.models.pairs import SAMPLE_OPTIONS, Frame, Prompts, pairs_of, sample, scored, settle
 from millstream.worker.models.prompts import chat_frame, qwen3_frame
 from millstream.worker.models.question import answer_each
 
@@ -57,6 +57,7 @@ class GenerativeReranker:
             frame = chat_frame(self._tokenizer, folder.prompt(), folder.chat_settings(), spec.model_name)
         self._pairs = Prompts(self._tokenizer, spec.max_length or longest(self._tokenizer, self._model.config), frame)
         self.fingerprint = folder.fingerprint(spec, dtype_of(self._model), "generative", type(self._own).__name__)
+        self.limit = settle(self._pairs, self, spec.max_length)
 
     def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
         return answer_each(inputs, options, self._truncate, self._pairs.rows)
