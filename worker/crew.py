@@ -20,7 +20,7 @@ from millstream.worker.beat import Heart
 from millstream.worker.claimer import SLEEP_S, Claimer, Policy, Queue
 from millstream.worker.intake import Intake, cancelled
 from millstream.worker.keeper import Keeper
-from millstream.worker.models.base import ANY_LENGTH, Adapts, Foresees, Laps, Model, Reads
+from millstream.worker.models.base import ANY_LENGTH, Adapts, Foresees, Laps, Model, Placed, Reads
 from millstream.worker.orders import Orders
 from millstream.worker.patience import Patience
 from millstream.worker.probe import most_tokens
@@ -115,12 +115,26 @@ class Crew:
         limits = f"{window.budget.rows} rows and {window.budget.tokens} tokens{how}"
         packed = ", texts packed" if window.budget.packs else ""
         reads = f", reads {self._model.limit}" if isinstance(self._model, Reads) else ""
-        log.info("ready: %s on %s, at most %s a forward%s%s", self._model.fingerprint, device, limits, packed, reads)
+        threads = f" with {self._shared.threads}" if self._on_cpu else ""
+        log.info(
+            "ready: %s on %s%s, at most %s a forward%s%s",
+            self._model.fingerprint,
+            device,
+            threads,
+            limits,
+            packed,
+            reads,
+        )
+
+    @property
+    def _on_cpu(self) -> bool:
+        return isinstance(self._model, Placed) and self._model.device_type == "cpu"
 
     def _heard(self, beat: Beat) -> None:
         """What the server said to a beat."""
         window = self._shared.window
         self._shared.clock.heard(beat.now)
+        self._shared.threads.look()
         self._claimer.live_workers = beat.live_workers
         window.end(beat.lost)
         window.forget(beat.lost)
@@ -195,6 +209,7 @@ class Crew:
             "past": self._orders.past,
             "batch_tokens": self._shared.window.budget.tokens,
             "text_tokens": _text_tokens(self._model),
+            "threads": self._shared.threads.count if self._on_cpu else 0,
             **self._shared.counters.fields(),
         }
 

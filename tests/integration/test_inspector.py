@@ -36,6 +36,7 @@ STATUS: dict[str, str | int] = {
     "past": "was killed by SIGKILL",
     "batch_tokens": 1_024,
     "text_tokens": 512,
+    "threads": 2,
     "cut_rows": 2,
     "cut_arrival": 1,
 }
@@ -122,7 +123,7 @@ def test_a_live_worker_shows_what_it_said_at_its_last_beat(queue: Queue, view: V
     assert (worker.jobs, worker.rows, worker.forwards, worker.tokens, worker.padded) == (3, 12, 3, 100, 110)
     assert (worker.errors, worker.busy_ms, worker.age_ms) == (1, 70, 7_000)
     assert (worker.running, worker.running_ms, worker.past) == (2, 1_500, "was killed by SIGKILL")
-    assert (worker.batch_tokens, worker.text_tokens) == (1_024, 512)
+    assert (worker.batch_tokens, worker.text_tokens, worker.threads) == (1_024, 512, 2)
     assert worker.cuts == {"rows": 2, "arrival": 1}
     assert worker.beat_age_ms < 5_000
 

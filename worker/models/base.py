@@ -111,6 +111,14 @@ class Reads(Protocol):
     limit: Limit
 
 
+@runtime_checkable
+class Placed(Protocol):
+    """A model that says where its forwards run: the kind of device, such as "cpu", and the library, such as "torch"."""
+
+    device_type: str
+    backend: str
+
+
 def packs(model: Model) -> bool:
     """Whether `model` has a true attribute `packs`: it runs rows of any lengths with no padding."""
     return bool(getattr(model, "packs", False))

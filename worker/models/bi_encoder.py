@@ -57,6 +57,7 @@ class BiEncoderModel:
         )
         self.limit = settled(self._limit, self._forward_of, spec.max_length)
         self._limit = self.limit.tokens
+        self.device_type, self.backend = str(self._model.device.type), spec.backend
 
     def _forward_of(self, tokens: int) -> torch.Tensor:
         (short,) = self._ids(["a"])

@@ -50,6 +50,7 @@ class CrossEncoderModel:
         self.foresee = self._feed.foresee
         self.fingerprint = folder.fingerprint(spec, dtype_of(encoder), "cross-encoder", type(self._own).__name__)
         self.limit = settle(self._pairs, self, spec.max_length)
+        self.device_type, self.backend = str(self._model.device.type), spec.backend
 
     def _pairing(self, folder: Folder, spec: ModelSpec) -> TextPairs | Prompts:
         limit = spec.max_length or longest(self._tokenizer, self._model.config)

@@ -31,6 +31,7 @@ class EmbeddingModel:
         model = self._encoder.model
         self.packs = self._encoder.packs
         self.limit = self._encoder.limit
+        self.device_type, self.backend = self._encoder.device_type, spec.backend
         self._sparse = isinstance(model, SparseEncoder)
         self._dimension = int(model.get_embedding_dimension() or 0)
         # Where the model cuts its vectors, it does not make them unit vectors again.

@@ -80,6 +80,11 @@ class Encoder:
                 self._reader(self._route(task), task)
 
     @property
+    def device_type(self) -> str:
+        """The kind of device that runs forwards."""
+        return str(self.model.device.type)
+
+    @property
     def limit(self) -> Limit:
         """That of a text without options."""
         return self._limits[self.plain.way.reader]

@@ -58,6 +58,7 @@ class GenerativeReranker:
         self._pairs = Prompts(self._tokenizer, spec.max_length or longest(self._tokenizer, self._model.config), frame)
         self.fingerprint = folder.fingerprint(spec, dtype_of(self._model), "generative", type(self._own).__name__)
         self.limit = settle(self._pairs, self, spec.max_length)
+        self.device_type, self.backend = str(self._model.device.type), spec.backend
 
     def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
         return answer_each(inputs, options, self._truncate, self._pairs.rows)
