@@ -22,8 +22,8 @@ SPEC = ServiceSpec(
     model_ref="minilm",
     runtime=Runtime.model_validate({"batch_size": 64}),
 )
-TEXTS, LENGTH = 5_000, 40
-ROUNDS = 3
+TEXTS, LENGTH = 5_000, 24
+ROUNDS = 2
 LEAST = 0.95
 SEEN_S = 2.0
 """Seconds after which workers have counted each other: two beats."""
