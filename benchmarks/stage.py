@@ -8,10 +8,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Literal
 
 from driver import Order, Result
@@ -94,7 +95,7 @@ class Stage:
     """One server, and what was started against it; everything ends with `ends`."""
 
     def __init__(self, home: Path, ends: ExitStack) -> None:
-        self._home = home
+        self.home = home
         self._ends = ends
         # As the product starts it: AOF, everysec, on a Unix socket.
         self.server = ends.enter_context(EmbeddedServer.start(home / "data"))
@@ -109,7 +110,7 @@ class Stage:
     @property
     def log(self) -> str:
         """Messages of all supervisors and workers so far."""
-        return (self._home / "workers.log").read_text(errors="replace")
+        return (self.home / "workers.log").read_text(errors="replace")
 
     def keys(self, spec: ServiceSpec) -> ServiceKeys:
         return ServiceKeys(spec.name)
@@ -125,10 +126,10 @@ class Stage:
         self.register(spec)
         wanted = len(self.live(spec)) + count
         command = [sys.executable, "-P", "-m", "millstream.cli.main", "worker", "run", spec.name, "--count", str(count)]
-        with (self._home / "workers.log").open("ab") as log:
+        with (self.home / "workers.log").open("ab") as log:
             process = subprocess.Popen(
                 command,
-                cwd=folder or self._home,
+                cwd=folder or self.home,
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -154,11 +155,13 @@ class Stage:
         self._ends.callback(_end, process)
         return Driver(process)
 
-    def python(self, file: str, *words: str) -> subprocess.Popen[str]:
-        """A process of benchmarks/, such as the raw worker."""
+    def python(
+        self, file: str, *words: str, environ: Mapping[str, str] = MappingProxyType({})
+    ) -> subprocess.Popen[str]:
+        """A process of benchmarks/, such as the raw worker, with `environ` beside the usual environment."""
         process = subprocess.Popen(
             [sys.executable, str(HERE / file), *words],
-            env=self._environment(),
+            env={**self._environment(), **environ},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

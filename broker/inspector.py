@@ -203,6 +203,8 @@ def _worker(consumer: bytes, fields: Fields, now: int) -> WorkerView:
         late=_count(fields, b"late"),
         busy_ms=_count(fields, b"busy_ms"),
         batch_tokens=_count(fields, b"batch_tokens"),
+        text_tokens=_count(fields, b"text_tokens"),
+        threads=_count(fields, b"threads"),
         cuts={_text(name[len(_CUT) :]): _count(fields, name) for name in fields if name.startswith(_CUT)},
     )
 

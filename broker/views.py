@@ -16,6 +16,8 @@ class WorkerView:
 
     `running` jobs are in the forward under way, for `running_ms`. `past` says how the process before it in its place
     ended; empty where there was none. `batch_tokens` is the most padded tokens of a forward, 0 where it does not say;
+    `text_tokens` is the most tokens of a text, 0 if there is no limit or it does not say;
+    `threads` is how many its forwards run on, 0 if that is not on the CPU;
     `cuts` has the forwards by what ended their batch: rows, tokens, time, padding, arrival.
     """
 
@@ -39,6 +41,8 @@ class WorkerView:
     late: int
     busy_ms: int
     batch_tokens: int
+    text_tokens: int
+    threads: int
     cuts: Mapping[str, int]
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from millstream.broker.config import Config, ServiceSpec
     from millstream.worker.batcher import Budget
     from millstream.worker.models.base import Model, Prepared
+    from millstream.worker.threads import Threads
     from millstream.worker.tuning import Cell
 
 DEFAULT_S, LONGEST_S = 60.0, 3_600.0
@@ -31,7 +33,7 @@ class Subject:
     spec: ServiceSpec
     model: Model
     device: str
-    threads: int
+    threads: Threads
     own: Budget
 
 
@@ -61,9 +63,9 @@ def tune(
 ) -> None:
     """Measure which batch_size and max_batch_tokens SERVICE is fastest with on this machine.
 
-    Loads its model in this process, on the threads that one of its workers has, runs batches as its workers pack them,
-    and prints the lines to put into config.yaml. Needs no server. Stop the workers of this machine first: what else
-    runs is measured, too. Ctrl-C ends it and shows what was measured so far.
+    Loads its model in this process, on the threads that one of its workers would choose, runs batches as its workers
+    pack them, and prints the lines to put into config.yaml. Needs no server. Stop the workers of this machine first:
+    what else runs is measured, too. Ctrl-C ends it and shows what was measured so far.
     """
     from millstream.cli.config import load_and_warn
 
@@ -102,13 +104,18 @@ def _loaded(spec: ServiceSpec, device: str | None) -> Subject:
     """Raises ModelUnavailable."""
     from millstream.worker import models
     from millstream.worker.batcher import Budget
+    from millstream.worker.cores import cores
     from millstream.worker.probe import auto_tokens, most_tokens
-    from millstream.worker.supervisor import cores
+    from millstream.worker.process import use_threads
+    from millstream.worker.threads import Threads, waiting
 
     place = device or next(iter(spec.model.devices), spec.model.device)
-    threads = max(1, cores() // spec.runtime.worker_count)
+    # Before torch is imported: its OpenMP reads this once.
+    os.environ.update(waiting(os.environ))
+    threads = Threads(max(1, cores() // spec.runtime.worker_count))
     click.echo(f"{spec.name}: loading {spec.model.model_name or spec.model.type}", err=True)
-    model = models.load(spec, place, threads)
+    model = models.load(spec, place, threads.count)
+    threads.choose(model, use_threads)
     tokens = most_tokens(spec.runtime, auto_tokens(spec, model))
     own = Budget(spec.runtime.batch_size, tokens, packs=models.packs(model))
     return Subject(spec, model, place or "auto", threads, own)
@@ -199,7 +206,7 @@ def _yaml(subject: Subject, cells: Sequence[Cell], chosen: Cell | None) -> Itera
         return
     keeps = same(chosen.budget, subject.own)
     now = next((cell.rate for cell in cells if same(cell.budget, subject.own)), 0.0)
-    place = f"{subject.device}, {counted(subject.threads, 'thread')}"
+    place = f"{subject.device}, {subject.threads}"
     if any(not cell.rates and not cell.no_room for cell in cells):
         place += ", of what there was time for"
     if keeps:
@@ -235,5 +242,8 @@ def _json(subject: Subject, cells: Sequence[Cell]) -> str:
     found = best(cells, subject.own)
     limits = {"batch_size": found.budget.rows, "max_batch_tokens": found.budget.tokens} if found else None
     now = {"batch_size": subject.own.rows, "max_batch_tokens": subject.own.tokens}
-    head = {"service": subject.spec.name, "device": subject.device, "threads": subject.threads}
-    return json.dumps({**head, "now": now, "best": limits, "measured": records}, indent=2)
+    head = {"service": subject.spec.name, "device": subject.device, "threads": subject.threads.count}
+    rates = {str(count): rate for count, rate in subject.threads.rates.items()}
+    return json.dumps(
+        {**head, "tokens_per_s_by_threads": rates, "now": now, "best": limits, "measured": records}, indent=2
+    )

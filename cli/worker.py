@@ -32,6 +32,8 @@ _HEADING = (
     "BUSY",
     "PADDING",
     "TOKENS",
+    "READS",
+    "THREADS",
     "AGE",
     "PAST",
 )
@@ -90,8 +92,9 @@ def list_workers(url: str | None, prefix: str | None, as_json: bool) -> None:
     """List the live workers of all services, as each said at its last beat.
 
     RUNNING is the jobs in the forward under way, and for how long. TEXTS/S and BUSY are over the worker's life. TOKENS
-    is the most padded tokens of a forward, as measured where max_batch_tokens is auto. PAST is how the worker before it
-    in its place ended.
+    is the most padded tokens of a forward, as measured where max_batch_tokens is auto. READS is the most tokens of a
+    text, as its model proved at start, THREADS the CPU threads of a forward. PAST is how the worker before it in its
+    place ended.
     """
     target = options.find(url, prefix)
     from millstream.broker.inspector import Inspector
@@ -131,6 +134,8 @@ def _row(service: str, each: WorkerView) -> tuple[str, ...]:
         "-" if each.busy is None else f"{each.busy:.0%}",
         number(each.padding, 2),
         str(each.batch_tokens or "-"),
+        str(each.text_tokens or "-"),
+        str(each.threads or "-"),
         age(each.age_ms or None),
         # It may quote an exception, of several lines.
         harmless(" ".join(each.past.split())) or "-",

@@ -21,7 +21,7 @@ from millstream.worker.beat import Heart, Watch
 from millstream.worker.claimer import SLEEP_S, Claimer, Policy, Queue
 from millstream.worker.intake import Intake, cancelled
 from millstream.worker.keeper import Keeper
-from millstream.worker.models.base import Adapts, Foresees, Laps, Model
+from millstream.worker.models.base import ANY_LENGTH, Adapts, Foresees, Laps, Model, Placed, Reads
 from millstream.worker.orders import Orders
 from millstream.worker.patience import Patience
 from millstream.worker.probe import most_tokens
@@ -127,12 +127,27 @@ class Crew:
         how = " (measured)" if window.auto_tokens else ""
         limits = f"{window.budget.rows} rows and {window.budget.tokens} tokens{how}"
         packed = ", texts packed" if window.budget.packs else ""
-        log.info("ready: %s on %s, at most %s a forward%s", self._model.fingerprint, device, limits, packed)
+        reads = f", reads {self._model.limit}" if isinstance(self._model, Reads) else ""
+        threads = f" with {self._shared.threads}" if self._on_cpu else ""
+        log.info(
+            "ready: %s on %s%s, at most %s a forward%s%s",
+            self._model.fingerprint,
+            device,
+            threads,
+            limits,
+            packed,
+            reads,
+        )
+
+    @property
+    def _on_cpu(self) -> bool:
+        return isinstance(self._model, Placed) and self._model.device_type == "cpu"
 
     def _heard(self, beat: Beat) -> None:
         """What the server said to a beat."""
         window = self._shared.window
         self._shared.clock.heard(beat.now)
+        self._shared.threads.look()
         self._claimer.live_workers = beat.live_workers
         window.end(beat.lost)
         window.forget(beat.lost)
@@ -207,5 +222,13 @@ class Crew:
             "running_ms": round(self._page.runner.idle_s * 1000),
             "past": self._orders.past,
             "batch_tokens": self._shared.window.budget.tokens,
+            "text_tokens": _text_tokens(self._model),
+            "threads": self._shared.threads.count if self._on_cpu else 0,
             **self._shared.counters.fields(),
         }
+
+
+def _text_tokens(model: Model) -> int:
+    """The most tokens of a text; 0 if there is no limit, or none is known."""
+    limit = model.limit.tokens if isinstance(model, Reads) else 0
+    return 0 if limit >= ANY_LENGTH else limit

@@ -25,6 +25,7 @@ from millstream.broker.registry import Registry
 from millstream.worker import models
 from millstream.worker.agreement import answer_of
 from millstream.worker.batcher import Budget
+from millstream.worker.cores import Claims
 from millstream.worker.crew import Crew
 from millstream.worker.givingback import End, give_back
 from millstream.worker.isolation import Takeover, isolate
@@ -34,6 +35,7 @@ from millstream.worker.orders import EXIT_PERMANENT, URL_VARIABLE, Orders
 from millstream.worker.probe import auto_tokens, most_tokens
 from millstream.worker.progress import Look, Progress, State
 from millstream.worker.shared import Shared
+from millstream.worker.threads import Threads
 from millstream.worker.warmup import warm_up
 from millstream.worker.window import Window
 
@@ -60,6 +62,7 @@ class Worker:
         self._registry = Registry(self._connection, orders.prefix)
         self._progress = Progress(orders.progress_fd)
         self._life = Life()
+        self._threads = Threads.unmanaged()
 
     def drain(self) -> None:
         """Claim no more; settle what is held; end. Not in a signal handler: it takes locks."""
@@ -125,6 +128,7 @@ class Worker:
 
     def _serve(self, spec: ServiceSpec, model: Model) -> None:
         orders = self._orders
+        self._threads.choose(model, use_threads)
         measured = auto_tokens(spec, model)
         budget = Budget(spec.runtime.batch_size, most_tokens(spec.runtime, measured), packs=models.packs(model))
         window = Window(budget, spec.runtime.queue_timeout)
@@ -133,12 +137,13 @@ class Worker:
         answer = answer_of(model) if spec.model.type in ("embedding", "reranker") else None
         claim = partial(self._registry.claim_fingerprint, spec.name, model.fingerprint, answer)
         retrying(claim, stop=self._life.stopped)
-        shared = Shared(orders.consumer, window, life=self._life, page=self._progress)
+        shared = Shared(orders.consumer, window, life=self._life, page=self._progress, threads=self._threads)
         Crew(shared, orders, self._connection, spec, model, answer).work()
 
     def _ordered(self, spec: ServiceSpec) -> Model:
         orders = self._orders
-        model = models.load(spec.with_handler(orders.handler), orders.device, orders.threads, orders.folder)
+        self._threads = Threads(orders.threads, os.environ, _claims(spec, orders.device))
+        model = models.load(spec.with_handler(orders.handler), orders.device, self._threads.count, orders.folder)
         # What was loaded stays: the garbage collector would go through all of it again and again, for the few objects
         # that each job brings.
         gc.collect()
@@ -151,6 +156,23 @@ class Worker:
         """Tell the supervisor why: it says what it makes of it."""
         self._progress.last_words(str(error))
         return status
+
+
+def _claims(spec: ServiceSpec, device: str | None) -> Claims | None:
+    """This process among those that compute on this host's cores; None if it does not, as far as is known yet."""
+    if spec.model.type == "echo" or device not in (None, "auto", "cpu"):
+        return None
+    claims = Claims()
+    claims.enter()
+    return claims
+
+
+def use_threads(count: int) -> None:
+    """Make the calling thread's forwards run on `count` threads of torch."""
+    # Only now: torch takes seconds to import, and a worker of another kind needs none.
+    from millstream.worker.models import cpu
+
+    cpu.use_threads(count)
 
 
 def _drain_at_eof(worker: Worker, supervisor: int) -> None:

@@ -37,11 +37,13 @@ class Runner:
         self._counters = shared.counters
         self._model = model
         self._track = shared.page.runner
+        self._threads = shared.threads
         self._finish = finish
 
     def run(self) -> None:
         while batch := self._window.take():
             batch, jobs = self._in_time(batch)
+            self._threads.adapt()
             outcomes = self._forward(batch, jobs) if batch else []
             for held in self._window.complete(batch, outcomes):
                 self._finish(Finished(held.claim.address, held.reply(), digests=held.digests))

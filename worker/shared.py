@@ -8,12 +8,13 @@ from millstream.worker.clock import ServerClock
 from millstream.worker.counters import Counters
 from millstream.worker.life import Life
 from millstream.worker.progress import Progress
+from millstream.worker.threads import Threads
 from millstream.worker.window import Window
 
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """One process's name in the queue, what it holds, the server's clock, its counts, its end and its page.
+    """One process's name in the queue, what it holds, the server's clock, its counts, its end, its page, its threads.
 
     `page` is read by a supervisor, if the process has one.
     """
@@ -24,3 +25,4 @@ class Shared:
     counters: Counters = field(default_factory=Counters)
     life: Life = field(default_factory=Life)
     page: Progress = field(default_factory=Progress.alone)
+    threads: Threads = field(default_factory=Threads.unmanaged)

@@ -19,11 +19,13 @@ from millstream.broker.keys import ServiceKeys
 from millstream.broker.lease import Lease
 from millstream.broker.registry import Registry
 from millstream.worker.child import Child
+from millstream.worker.cores import cores
 from millstream.worker.givingback import End, give_back
 from millstream.worker.models.source import RERANKERS, handler_of, locate
 from millstream.worker.orders import EXIT_PERMANENT, URL_VARIABLE, Orders, new_consumer
 from millstream.worker.progress import Progress
 from millstream.worker.registrar import Registrar
+from millstream.worker.threads import waiting
 
 log = logging.getLogger(__name__)
 
@@ -242,7 +244,7 @@ class Supervisor:
                 [sys.executable, "-P", "-m", "millstream.worker.process", orders.to_json()],
                 stdin=subprocess.PIPE,
                 pass_fds=[progress.fd],
-                env={**os.environ, URL_VARIABLE: self._url},
+                env={**os.environ, **waiting(os.environ), URL_VARIABLE: self._url},
                 start_new_session=True,
             )
         except OSError:
@@ -308,8 +310,3 @@ def _backoff(failures: int) -> float:
     if failures >= CRASH_LOOP:
         return _LONGEST_BACKOFF_S
     return _FIRST_BACKOFF_S * 2 ** (failures - 1) if failures else 0.0
-
-
-def cores() -> int:
-    """The cores this process may use; where the system does not say, those there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

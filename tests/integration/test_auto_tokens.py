@@ -39,6 +39,8 @@ def test_a_worker_measures_its_budget_keeps_to_it_and_says_what_it_found(
     # The sizes of the probe, where no row reads more.
     assert worker.batch_tokens in (LEAST_TOKENS, BATCH_SIZE * TINY_LIMIT)
     limits = f"at most {BATCH_SIZE} rows and {worker.batch_tokens} tokens (measured) a forward"
-    assert f"{limits}, texts packed" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert f"{limits}, texts packed, reads {TINY_LIMIT} tokens a text" in said
+    assert worker.text_tokens == TINY_LIMIT
     remove(server.url, name)
     connection.close()

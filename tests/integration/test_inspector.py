@@ -35,6 +35,8 @@ STATUS: dict[str, str | int] = {
     "running_ms": 1_500,
     "past": "was killed by SIGKILL",
     "batch_tokens": 1_024,
+    "text_tokens": 512,
+    "threads": 2,
     "cut_rows": 2,
     "cut_arrival": 1,
 }
@@ -121,7 +123,8 @@ def test_a_live_worker_shows_what_it_said_at_its_last_beat(queue: Queue, view: V
     assert (worker.jobs, worker.rows, worker.forwards, worker.tokens, worker.padded) == (3, 12, 3, 100, 110)
     assert (worker.errors, worker.busy_ms, worker.age_ms) == (1, 70, 7_000)
     assert (worker.running, worker.running_ms, worker.past) == (2, 1_500, "was killed by SIGKILL")
-    assert (worker.batch_tokens, worker.cuts) == (1_024, {"rows": 2, "arrival": 1})
+    assert (worker.batch_tokens, worker.text_tokens, worker.threads) == (1_024, 512, 2)
+    assert worker.cuts == {"rows": 2, "arrival": 1}
     assert worker.beat_age_ms < 5_000
 
 

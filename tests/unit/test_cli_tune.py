@@ -18,6 +18,7 @@ from millstream.cli.tune import Subject, report
 from millstream.worker.batcher import Budget
 from millstream.worker.models.base import Model, Prepared
 from millstream.worker.models.echo import EchoModel
+from millstream.worker.threads import Threads
 from millstream.worker.tuning import TOKENS, Cell, measure
 
 FILE = """\
@@ -60,7 +61,7 @@ def test_it_shows_the_curve_and_the_lines_to_paste(file: Path) -> None:
     chosen = yaml.safe_load(result.stdout.partition("\n\n")[2])["services"]["echo"]["runtime"]
     assert chosen == {"batch_size": int(marked[0]), "max_batch_tokens": int(marked[1])}
     assert [line[:2] for line in lines if line[-1] == "now"] == [["4", "256"]]
-    assert re.search(r"^# auto, \d+ threads?: ", result.stdout, re.MULTILINE)
+    assert re.search(r"^# auto, \d+ threads?(, \w+=\w+)*: ", result.stdout, re.MULTILINE)
 
 
 def test_the_lines_to_paste_are_a_configuration(file: Path) -> None:
@@ -80,7 +81,7 @@ def measured(rows: int, tokens: int, *rates: float, no_room: bool = False) -> Ce
 def subject(max_batch_tokens: object) -> Subject:
     runtime = Runtime.model_validate({"batch_size": 8, "max_batch_tokens": max_batch_tokens})
     spec = ServiceSpec(name="embed", model=ModelSpec(type="echo"), model_ref="m", runtime=runtime)
-    return Subject(spec, EchoModel(), "cuda:0", 1, Budget(8, 1_024))
+    return Subject(spec, EchoModel(), "cuda:0", Threads(1, {}), Budget(8, 1_024))
 
 
 def test_the_curve_has_a_bar_a_spread_and_what_could_not_be_measured() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from millstream.broker.config import Runtime
 from millstream.broker.errors import MillstreamError
@@ -17,6 +17,23 @@ Result = Encoded | Json | MillstreamError
 NOT_FINITE = "the model answered NaN or infinity"
 
 NO_OPTIONS: Mapping[str, Json] = MappingProxyType({})
+
+
+ANY_LENGTH = 10**9
+"""Tokens. A limit as high as that is none: some tokenizers name 10^30."""
+
+
+class Limit(NamedTuple):
+    """The most tokens of a text, special ones included. `ran`: the longest text that ran at start; 0 if none did."""
+
+    tokens: int
+    ran: int
+
+    def __str__(self) -> str:
+        if self.tokens >= ANY_LENGTH:
+            return "texts of any length"
+        most = f"{self.tokens} tokens a text"
+        return most if self.ran >= self.tokens else f"{most}, {self.ran} were tried"
 
 
 @dataclass(slots=True, eq=False)
@@ -85,6 +102,21 @@ class Laps(Protocol):
         Called once, before any.
         """
         ...
+
+
+@runtime_checkable
+class Reads(Protocol):
+    """A model that reads texts up to a limit."""
+
+    limit: Limit
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """A model that says where its forwards run: the kind of device, such as "cpu", and the library, such as "torch"."""
+
+    device_type: str
+    backend: str
 
 
 def packs(model: Model) -> bool:

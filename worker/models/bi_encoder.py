@@ -45,6 +45,8 @@ class BiEncoderModel:
         self._answering = {how: self._wish("document", how) for how in ("none", "start", "end")}
         self.packs = self._encoder.packs
         self.fingerprint = self._encoder.fingerprint("bi-encoder", str(self._model.similarity_fn_name))
+        self.limit = self._encoder.limit_of(self._answering["none"])
+        self.device_type, self.backend = self._encoder.device_type, spec.backend
 
     def _wish(self, input_type: InputType, truncate: Truncate) -> Wish:
         return self._encoder.wish(EmbedOptions(truncate=truncate, input_type=input_type).json())

@@ -15,7 +15,16 @@ from millstream.worker.models.base import Prepared, Upcoming
 from millstream.worker.models.feed import Feed, sent
 from millstream.worker.models.lengths import forget
 from millstream.worker.models.loading import Folder, dtype_of, loaded, longest
-from millstream.worker.models.pairs import SAMPLE_OPTIONS, Activation, Prompts, TextPairs, pairs_of, sample, scored
+from millstream.worker.models.pairs import (
+    SAMPLE_OPTIONS,
+    Activation,
+    Prompts,
+    TextPairs,
+    pairs_of,
+    sample,
+    scored,
+    settle,
+)
 from millstream.worker.models.prompts import chat_frame
 from millstream.worker.models.question import Question, answer_each
 from millstream.worker.models.sharing import PROBES, QUERY, Filling, Sharing, Side, measured
@@ -44,6 +53,8 @@ class CrossEncoderModel:
         self._feed = Feed(self._model.device, self._tensors, spec.backend)
         self._sharing = self._measured(forget(encoder))
         self.fingerprint = folder.fingerprint(spec, dtype_of(encoder), "cross-encoder", type(self._own).__name__)
+        self.limit = settle(self._pairs, self, spec.max_length)
+        self.device_type, self.backend = str(self._model.device.type), spec.backend
 
     def _pairing(self, folder: Folder, spec: ModelSpec) -> TextPairs | Prompts:
         limit = spec.max_length or longest(self._tokenizer, self._model.config)

@@ -30,6 +30,8 @@ class EmbeddingModel:
         self._encoder = Encoder(spec, device, threads, truncate)
         model = self._encoder.model
         self.packs = self._encoder.packs
+        self.limit = self._encoder.limit
+        self.device_type, self.backend = self._encoder.device_type, spec.backend
         self._sparse = isinstance(model, SparseEncoder)
         self._dimension = int(model.get_embedding_dimension() or 0)
         self._gives_units = type(list(model.modules())[-1]).__name__ == "Normalize" and not self._encoder.own_cut

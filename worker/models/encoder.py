@@ -14,14 +14,15 @@ from millstream.broker.config import ModelSpec
 from millstream.broker.embedding import EmbedOptions, InputType
 from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError, ModelUnavailable
 from millstream.broker.job import Json, Vectors
-from millstream.worker.models.base import Prepared, Upcoming
+from millstream.worker.models.base import Limit, Prepared, Upcoming
 from millstream.worker.models.feed import Feed, sent
 from millstream.worker.models.fetch import local
 from millstream.worker.models.lengths import forget
+from millstream.worker.models.limits import settled, stretched_row
 from millstream.worker.models.loading import Folder, Loaded, dtype_of, load
 from millstream.worker.models.packing import Packing
 from millstream.worker.models.sharing import PROBES, Features, Sharing, Side, grouped, in_groups, measured
-from millstream.worker.models.tokens import Reader, reader_of
+from millstream.worker.models.tokens import Reader, reader_of, text_of
 
 _PROMPTS: Mapping[InputType, Sequence[str]] = {
     "query": ("query",),
@@ -72,6 +73,7 @@ class Encoder:
         self.model = load(self._source, spec, device)
         self._router = _router(self.model)
         self._readers: dict[tuple[int, int | None], Reader] = {}
+        self._limits: dict[Reader, Limit] = {}
         self._pools_prompt = all(getattr(module, "include_prompt", True) for module in self.model.modules())
         most_active = getattr(self.model, "max_active_dims", None)
         self._always: dict[str, Any] = {} if most_active is None else {"max_active_dims": most_active}
@@ -79,9 +81,29 @@ class Encoder:
         self.own_cut: int | None = getattr(self.model, "truncate_dim", None)
         self._feed = Feed(self.model.device, self._tensors, spec.backend)
         self._packing = Packing.of(self.model) if spec.backend == "torch" and self._pools_prompt else None
+        # First: a text at the limit would leave something behind in some models.
+        upto = forget(self.model)
         self.plain = self._wish(EmbedOptions())
+        # All of them now: a reader's limit is run, which the claimer's thread must not do.
+        for task in ("query", "document"):
+            if self._router is None or task in self._router.sub_modules:
+                self._reader(self._route(task), task)
         self._sharing: dict[str | None, Sharing] = {}
-        self._measure_sharing(forget(self.model))
+        self._measure_sharing(upto)
+
+    @property
+    def device_type(self) -> str:
+        """The kind of device that runs forwards."""
+        return str(self.model.device.type)
+
+    @property
+    def limit(self) -> Limit:
+        """That of a text without options."""
+        return self.limit_of(self.plain)
+
+    def limit_of(self, wish: Wish) -> Limit:
+        """That of a text of `wish`."""
+        return self._limits[wish.way.reader]
 
     def fingerprint(self, *what: str) -> str:
         """Names the weights, the other files that make vectors, the dtype and `what` else counts."""
@@ -131,8 +153,8 @@ class Encoder:
         return len(wish.way.reader.read([wish.prompt + text])[0]["input_ids"])
 
     def samples(self, tokens: int) -> Sequence[Json]:
-        reader = self.plain.way.reader
-        return ["a " * min(tokens, reader.limit - reader.special)]
+        wish = self.plain
+        return [text_of(min(tokens, wish.way.reader.limit), lambda text: self.tokens(text, wish))]
 
     def _wish(self, options: EmbedOptions) -> Wish:
         task = None if options.input_type == "none" else options.input_type
@@ -169,8 +191,23 @@ class Encoder:
         # Shared where it can be: rows of one reader share their forward.
         key = id(module), getattr(module, f"{task}_length", None)
         if key not in self._readers:
-            self._readers[key] = reader_of(module, self._spec.max_length, task)
+            self._readers[key] = self._settled(reader_of(module, self._spec.max_length, task), route)
         return self._readers[key]
+
+    def _settled(self, reader: Reader, route: str | None) -> Reader:
+        """`reader`, with the limit that the model proves to have. Raises ModelUnavailable."""
+        wish = Wish(Way(reader, route, 0), "", 0, "none", EmbedOptions())
+        # Of the special tokens alone if the vocabulary has no "a".
+        short = {name: list(values) or [0] for name, values in reader.read(["a"])[0].items()}
+
+        def forward(tokens: int) -> torch.Tensor:
+            with torch.inference_mode():
+                return self._padded([Text(tokens, stretched_row(short, tokens), wish=wish)], "right")
+
+        limit = settled(reader.limit, forward, self._spec.max_length)
+        reader.limit = limit.tokens
+        self._limits[reader] = limit
+        return reader
 
     # -- the main thread's side --------------------------------------------------------------------------------------
 

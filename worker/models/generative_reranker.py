@@ -25,7 +25,7 @@ from millstream.worker.models.loading import (
     model_kwargs,
     unavailable,
 )
-from millstream.worker.models.pairs import SAMPLE_OPTIONS, Frame, Prompts, pairs_of, sample, scored
+from millstream.worker.models.pairs import SAMPLE_OPTIONS, Frame, Prompts, pairs_of, sample, scored, settle
 from millstream.worker.models.prompts import chat_frame, qwen3_frame
 from millstream.worker.models.question import answer_each
 from millstream.worker.models.sharing import PROBES, QUERY, Filling, Sharing, Side, measured
@@ -60,6 +60,8 @@ class GenerativeReranker:
         self._pairs = Prompts(self._tokenizer, spec.max_length or longest(self._tokenizer, self._model.config), frame)
         self.fingerprint = folder.fingerprint(spec, dtype_of(self._model), "generative", type(self._own).__name__)
         self._sharing = self._measured(forget(self._model))
+        self.limit = settle(self._pairs, self, spec.max_length)
+        self.device_type, self.backend = str(self._model.device.type), spec.backend
 
     def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
         return answer_each(inputs, options, self._truncate, self._pairs.rows)

@@ -11,7 +11,8 @@ import torch
 
 from millstream.broker.errors import InputTooLong, MillstreamError
 from millstream.broker.job import Json
-from millstream.worker.models.base import Prepared
+from millstream.worker.models.base import Limit, Model, Prepared
+from millstream.worker.models.limits import settled, stretched_row
 from millstream.worker.models.question import Question
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -36,14 +37,14 @@ class TextPairs:
 
     def __init__(self, tokenizer: Any, limit: int, prompt: str = "") -> None:
         self._tokenizer = tokenizer
-        self._limit = limit
+        self.limit = limit
         self._prompt = prompt
         self._special = int(tokenizer.num_special_tokens_to_add(pair=True))
 
     def rows(self, question: Question, documents: Sequence[str]) -> list[Prepared | MillstreamError]:
         """Raises InputTooLong where the query leaves no room for any document."""
-        if (taken := self.taken(question)) >= self._limit:
-            raise too_long_query(taken, self._limit)
+        if (taken := self.taken(question)) >= self.limit:
+            raise too_long_query(taken, self.limit)
         if not documents:
             return []
         query = self._prompt + question.query
@@ -51,19 +52,23 @@ class TextPairs:
         rows = (Pair({name: ids[name][at] for name in ids}, question.scores) for at in range(len(documents)))
         return [self._row(query, document, row, question) for document, row in zip(documents, rows, strict=True)]
 
+    def short(self) -> Pair:
+        """A row of a few tokens."""
+        return Pair(dict(self._ids("a", "a")), "raw")
+
     def taken(self, question: Question) -> int:
         """Tokens of a row without a document."""
         return len(self._ids(self._prompt + question.query, add_special_tokens=False)["input_ids"]) + self._special
 
     def _row(self, query: str, document: str, pair: Pair, question: Question) -> Prepared | MillstreamError:
         tokens = len(pair.ids["input_ids"])
-        if tokens <= self._limit:
+        if tokens <= self.limit:
             return Prepared(tokens, pair)
         if question.truncate == "none":
-            return too_long(tokens, self._limit)
+            return too_long(tokens, self.limit)
         # Only this thread truncates; padding, in the runner's, does not read the side.
         self._tokenizer.truncation_side = "left" if question.truncate == "start" else "right"
-        cut = self._ids(query, document, truncation="only_second", max_length=self._limit)
+        cut = self._ids(query, document, truncation="only_second", max_length=self.limit)
         return Prepared(len(cut["input_ids"]), Pair(dict(cut), question.scores), truncated=True)
 
     def _ids(self, *texts: str | list[str], truncation: str | bool = False, **options: object) -> Any:
@@ -82,13 +87,13 @@ class Prompts:
 
     def __init__(self, tokenizer: Any, limit: int, frame: Frame) -> None:
         self._tokenizer = tokenizer
-        self._limit = limit
+        self.limit = limit
         self._frame = frame
 
     def rows(self, question: Question, documents: Sequence[str]) -> list[Prepared | MillstreamError]:
         """Raises InputTooLong where the query leaves no room for any document."""
-        if (taken := self.taken(question)) >= self._limit:
-            raise too_long_query(taken, self._limit)
+        if (taken := self.taken(question)) >= self.limit:
+            raise too_long_query(taken, self.limit)
         if not documents:
             return []
         head, tail = self._frame(question)
@@ -97,14 +102,18 @@ class Prompts:
             self._row((head, document, tail), tokens, question) for document, tokens in zip(documents, ids, strict=True)
         ]
 
+    def short(self) -> Pair:
+        """A row of a few tokens."""
+        return Pair({"input_ids": self._ids(["a"])["input_ids"][0]}, "raw")
+
     def taken(self, question: Question) -> int:
         """Tokens of a row without a document."""
         return sum(map(len, self._ids(list(self._frame(question)))["input_ids"]))
 
     def _row(self, text: tuple[str, str, str], ids: list[int], question: Question) -> Prepared | MillstreamError:
-        truncated = len(ids) > self._limit
+        truncated = len(ids) > self.limit
         if truncated and question.truncate == "none":
-            return too_long(len(ids), self._limit)
+            return too_long(len(ids), self.limit)
         if truncated:
             ids = self._cut(text, question.truncate)
         return Prepared(len(ids), Pair({"input_ids": ids}, question.scores), truncated)
@@ -116,7 +125,7 @@ class Prompts:
         ids, spans = made["input_ids"][0], made["offset_mapping"][0]
         first, end = len(head), len(head) + len(document)
         own = [at for at, (start, stop) in enumerate(spans) if stop > first and start < end]
-        excess = len(ids) - self._limit
+        excess = len(ids) - self.limit
         gone = set(own[:excess] if side == "start" else own[-excess:])
         return [token for at, token in enumerate(ids) if at not in gone]
 
@@ -125,6 +134,18 @@ class Prompts:
         return self._tokenizer(
             texts, add_special_tokens=False, padding=False, truncation=False, verbose=False, **options
         )
+
+
+def settle(pairs: TextPairs | Prompts, model: Model, configured: int | None) -> Limit:
+    """Give `pairs` the limit that `model` proves to have. Raises ModelUnavailable, also if `configured` exceeds it."""
+    short = pairs.short()
+
+    def forward(tokens: int) -> object:
+        return model.forward([Prepared(tokens, Pair(stretched_row(short.ids, tokens), short.scores))])
+
+    limit = settled(pairs.limit, forward, configured)
+    pairs.limit = limit.tokens
+    return limit
 
 
 def too_long(tokens: int, limit: int) -> InputTooLong:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, cast
 
 import tokenizers
@@ -166,6 +166,14 @@ class BagReader:
         lengths = torch.tensor([0, *(len(text) for text in texts[:-1])])
         ids = torch.tensor([each for text in texts for each in text], dtype=torch.long)
         return {"input_ids": ids, "offsets": lengths.cumsum(0)}
+
+
+def text_of(tokens: int, count: Callable[[str], int]) -> str:
+    """A text with about `tokens` tokens, and never more, as `count` counts them; "" if one word has more."""
+    words = tokens
+    while words > 0 and (counted := count(text := " ".join(["a"] * words))) > tokens:
+        words = min(words - 1, words * tokens // counted)
+    return text if words > 0 else ""
 
 
 def _without_middle(tokens: Features, first: int, limit: int) -> Features:
