@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import redis
 from redis.connection import UnixDomainSocketConnection

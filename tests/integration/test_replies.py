@@ -11,8 +11,8 @@ from contracts.queue import CALLER, Queue, draft
 from support import eventually
 
 from millstream.broker.connection import Connection, is_transient
-from millstream.broker.keys import ServiceKeys
 from millstream.broker.exchange import Words, exchange
+from millstream.broker.keys import ServiceKeys
 from millstream.broker.replies import KEPT, KEPT_BYTES, READ_COUNT, Replies
 
 LONG_S = 30.0
