@@ -33,6 +33,8 @@ def run(client: redis.Redis, name: Name, keys: Sequence[str], args: Sequence[Arg
     (reply,) = exchange(client, ("EVALSHA", _DIGESTS[name], len(keys), *keys, *args))
     if isinstance(reply, redis.exceptions.ResponseError):
         return _again(client, name, reply, lambda: client.evalsha(_DIGESTS[name], len(keys), *keys, *args))
+    if isinstance(reply, Exception):
+        raise reply
     return reply
 
 
@@ -45,6 +47,8 @@ def run_after(
         return first, run(client, name, keys, args)
     if isinstance(reply, redis.exceptions.ResponseError):
         raise _told(reply, name)
+    if isinstance(reply, Exception):
+        raise reply
     return first, reply
 
 
