@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,9 @@ from millstream.worker.shared import Shared
 from millstream.worker.shares import CLASSES, Shares
 
 log = logging.getLogger(__name__)
+
+MOST_WAITS = 5
+"""Times SLEEP_S that suspects wait, while no forward runs, for answers to be settled."""
 
 SLEEP_S = 1.0
 """Seconds of one wait in Redis: also how late jobs that were given back are seen by an idle worker."""
@@ -80,7 +84,7 @@ class Claimer(threading.Thread):
         self._batch_timeouts = policy.batch_timeouts
         self._shares = policy.shares
         self._supervised = policy.supervised
-        self._sought_at = -1
+        self._sought_at = -math.inf
         self._finish = finish
         self._in_hand_s = 0.0
         self._look = claim_policy.FIRST
@@ -147,12 +151,12 @@ class Claimer(threading.Thread):
             saved=[0 if window.waiting_of(each) else rows for each, rows in self._saved()] if is_full else (0, 0),
             batch_rows=window.budget.rows,
             less_urgent=bool(is_full) and any(map(window.waiting_of, CLASSES)),
-            suspect_room=self._suspect_room(takes),
+            suspect_room=self._suspect_room() if look.suspects else None,
         )
 
-    def _suspect_room(self, takes: int) -> Limit | None:
-        """Sought once for each micro-batch: what was reported may be a large job, which waits until this is free."""
-        if not self._supervised or not self._look.suspects or takes == self._sought_at:
+    def _suspect_room(self) -> Limit | None:
+        """Not soon after it was used in vain: what was reported may be a large job, which waits until this is free."""
+        if not self._supervised or time.monotonic() - self._sought_at < SLEEP_S:
             return None
         room = self._window.suspect_room(self._look.suspects, self.live_workers)
         return room and room._replace(max_attempts=self._intake.max_attempts, job=self._last_job)
@@ -196,15 +200,19 @@ class Claimer(threading.Thread):
                 if not self._look.alone:
                     break
                 found = True
-        self._sought_at = self._window.takes
+                # Their share paid for the first group alone.
+                limit = limit._replace(streams=max(limit.streams, suspects - 1))
+        self._sought_at = -math.inf if found else time.monotonic()
         if not found:
             self._look = self._look._replace(suspects=self._look.suspects or suspects)
 
     def _rests(self) -> bool:
-        """Wait until nothing that is held is in a stage; False if the process drains."""
-        while not self._life.draining:
+        """Wait until nothing that is held is in a stage; False if the process drains, or answers cannot be settled."""
+        waits = 0
+        while not self._life.draining and waits < MOST_WAITS:
             if self._window.wait_until_at_rest(SLEEP_S):
                 return True
+            waits += not self._window.running
         return False
 
     def _sleep(self, limit: Limit) -> None:

@@ -140,6 +140,7 @@ class Window:
                 live_workers=live_workers,
                 empty_handed=True,
                 held=len(self._unsettled),
+                next_rows=self.budget.rows,
             )
 
     @contextmanager
@@ -160,8 +161,9 @@ class Window:
 
     @property
     def _is_at_rest(self) -> bool:
-        # Whatever is held waits for a forward or for the settler.
-        return not (self._running or self._pool.waiting(SUSPECT)) and len(self._unsettled) == len(self._held)
+        # What is unsettled and not held is on its way to the pool, or to the server. What is held and settled was taken
+        # over by another worker, and is in no stage.
+        return not (self._running or self._pool.waiting(SUSPECT)) and self._unsettled <= self._held.keys()
 
     def _most_tokens(self) -> int:
         return max(self._least_batches * self.cost.budget.tokens, self.cost.tokens_in(self._hold_s))
@@ -188,6 +190,11 @@ class Window:
         """Sleep until this is `empty`; False after `timeout` seconds."""
         with self._lock:
             return self._emptied.wait_for(lambda: self.empty, timeout)
+
+    @property
+    def running(self) -> bool:
+        """Whether a forward runs."""
+        return self._running > 0
 
     @property
     def idle(self) -> bool:
@@ -324,8 +331,7 @@ class Window:
             self._in_hand_since = None
 
     def _note_empty(self) -> None:
-        # Also if it is empty: then nothing is held at all.
-        if self._is_at_rest:
+        if self.empty or (self._is_set_aside and self._is_at_rest):
             self._emptied.notify_all()
 
     # -- the settler's and the beat's side ---------------------------------------------------------------------

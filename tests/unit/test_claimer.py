@@ -331,6 +331,49 @@ def test_suspects_do_not_pass_more_urgent_jobs_that_wait_in_a_supervised_worker(
     assert served == [[Priority.REALTIME] * ROWS, [Priority.REALTIME] * ROWS, [Priority.BATCH]]
 
 
+def test_suspects_do_not_wait_for_a_row_whose_answer_was_settled_elsewhere() -> None:
+    bench = Bench(SHARES, supervised=True)
+    bench.put(Priority.BATCH, ROWS)
+    bench.claim()
+    window = bench.shared.window
+    settled = window.names()[0]
+    # Lost while this process was frozen, claimed anew, and then answered by what it had computed before.
+    bench.queue.settle([window._held[settled].claim])
+    window.forget([settled])
+    bench.put(Priority.NORMAL, 1)
+    (lost,) = bench.queue.claim("dead").claims
+    bench.queue.lease.release("dead", started=[lost.address.name], gone=True)
+    bench.claimer._look = claim_policy.Look(takes=0, suspects=2)
+    bench.claimer.start()
+
+    served = [bench.run_one() for _ in range(2)]
+    bench.shared.life.drain()
+    bench.claimer.join(LONG_S)
+
+    assert served[0] == [Priority.NORMAL]
+    assert len(served[1]) == ROWS
+
+
+def test_the_share_of_suspects_pays_for_one_group_before_more_urgent_jobs() -> None:
+    bench = Bench(SHARES, supervised=True)
+    bench.put(Priority.BATCH, ROWS)
+    bench.claim()
+    bench.put(Priority.NORMAL, 6)
+    for lost in bench.queue.claim("dead").claims:
+        # One by one: each is a group of its own.
+        bench.queue.lease.release("dead", started=[lost.address.name], only=[lost.address.name])
+    bench.put(Priority.REALTIME, 3)
+    bench.claimer._shares._saved[Priority.NORMAL] = float(ROWS)
+    bench.claimer._look = claim_policy.Look(takes=0, suspects=2)
+    bench.claimer.start()
+
+    served = [bench.run_one() for _ in range(2)]
+    bench.shared.life.drain()
+    bench.claimer.join(LONG_S)
+
+    assert served == [[Priority.NORMAL], [Priority.REALTIME] * 3]
+
+
 @pytest.mark.parametrize("large", [draft(rows=HOLD_BATCHES * ROWS + 1), draft(tokens=10**8)], ids=["rows", "tokens"])
 def test_a_job_larger_than_a_window_does_not_starve_while_more_urgent_jobs_saturate_the_worker(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, large: Draft
