@@ -42,8 +42,9 @@ class Runner:
 
     def run(self) -> None:
         while batch := self._window.take():
+            # First: it may take a while, and nothing that is late by it may start.
+            self._threads.adapt(idle=not self._window.waiting)
             batch, jobs = self._in_time(batch)
-            self._threads.adapt()
             outcomes = self._forward(batch, jobs) if batch else []
             for held in self._window.complete(batch, outcomes):
                 self._finish(Finished(held.claim.address, held.reply(), digests=held.digests))

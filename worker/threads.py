@@ -90,6 +90,8 @@ def _measured(model: Model, rows: Sequence[Prepared], most: int, use: Use, clock
         if len(tried) == 1 or clock() - began > MEASURE_S:
             break
         for count in tried:
+            if clock() - began > MEASURE_S:
+                break
             rates[count].append(_rate(model, rows, count, use, clock))
     return {count: median(each) for count, each in rates.items()}
 
@@ -173,9 +175,15 @@ class Threads:
         if self._model:
             self.share = self._share()
 
-    def adapt(self) -> None:
-        """Use another number of threads if the share changed. In the thread that runs forwards, between two of them."""
+    def adapt(self, *, idle: bool) -> None:
+        """Use another number of threads if the share changed. In the thread that runs forwards, between two of them.
+
+        More threads than were measured are measured only if the process is `idle` beside this forward.
+        """
         if not self._model or self.share == self._chosen_for:
+            return
+        if self._must_measure and not idle:
+            self._assume()
             return
         before = self.count
         try:
@@ -185,6 +193,17 @@ class Threads:
             log.warning("the threads stay as they are: %s", error)
         if self.count != before:
             log.info("the share of this host's cores is now %d: %s", self._chosen_for, self)
+
+    def _assume(self) -> None:
+        """Until they are measured, more threads go on helping if the most that were measured helped."""
+        most = max(self.rates, default=1)
+        if self.count != self.share and fastest(self.rates, most) == most:
+            self.count = self.share
+            self._use(self.count)
+
+    @property
+    def _must_measure(self) -> bool:
+        return not self._operator and self.share > max(self.rates, default=1)
 
     def _share(self) -> int:
         return min(self._most, self._claims.share) if self._claims else self._most

@@ -173,12 +173,12 @@ def test_workers_that_come_and_go_change_the_number_of_threads() -> None:
     threads.look()
     # Only the thread that runs forwards may change its threads.
     assert device.threads == 8
-    threads.adapt()
+    threads.adapt(idle=True)
     assert (threads.count, device.threads) == (4, 4)
 
     neighbours.share = 8
     threads.look()
-    threads.adapt()
+    threads.adapt(idle=True)
     assert (threads.count, device.threads) == (8, 8)
     assert len(device.ran) == ran
 
@@ -190,7 +190,7 @@ def test_cores_that_become_free_are_measured_before_they_are_used() -> None:
 
     neighbours.share = 8
     threads.look()
-    threads.adapt()
+    threads.adapt(idle=True)
 
     # No more than its supervisor gave it.
     assert (threads.count, set(threads.rates)) == (2, {1, 2})
@@ -203,8 +203,8 @@ def test_a_forward_that_fails_beside_the_measuring_leaves_the_threads_as_they_ar
     device.error = ValueError("broken")
     neighbours.share = 8
     threads.look()
-    threads.adapt()
-    threads.adapt()
+    threads.adapt(idle=True)
+    threads.adapt(idle=True)
 
     assert (threads.count, device.threads) == (1, 1)
 
@@ -225,6 +225,20 @@ def test_a_model_on_another_device_leaves_the_cores_to_others() -> None:
     threads = choosing(device, 8, neighbours)
     neighbours.share = 4
     threads.look()
-    threads.adapt()
+    threads.adapt(idle=True)
 
     assert (neighbours.left, device.ran, device.threads) == (True, [], 0)
+
+
+def test_a_busy_worker_uses_cores_that_become_free_and_measures_them_later() -> None:
+    device, neighbours = Device(large), Neighbours(2)
+    threads = choosing(device, 8, neighbours)
+    ran = len(device.ran)
+
+    neighbours.share = 8
+    threads.look()
+    threads.adapt(idle=False)
+    assert (threads.count, device.threads, len(device.ran)) == (8, 8, ran)
+
+    threads.adapt(idle=True)
+    assert max(threads.rates) == 8
