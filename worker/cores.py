@@ -92,6 +92,8 @@ class Claims:
             self._folder.mkdir(mode=0o700, exist_ok=True)
             _check_private(self._folder)
             self._file, self._name = self._locked()
+            # A child that a handler forks shares the lock, and may outlive this process.
+            os.register_at_fork(after_in_child=self._forget)
         except OSError as error:
             log.warning("other workers of this host will not count this one's threads: %s", error)
 
@@ -103,6 +105,12 @@ class Claims:
             (self._folder / self._name).unlink()
         os.close(self._file)
         self._file = None
+
+    def _forget(self) -> None:
+        """In a forked child: let go of the parent's lock, which is the parent's own while it lives."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
     def _locked(self) -> tuple[int, str]:
         """A file of our own, and its name. Others see it once it is locked."""

@@ -193,14 +193,13 @@ def test_what_would_fail_again_is_said_once_and_not_tried_again(opened: Open, ca
     assert supervision.refused is None
 
 
-@pytest.mark.parametrize("reason", ["fails", "is not registered", "is not there"])
+@pytest.mark.parametrize("reason", ["fails", "is not there"])
 def test_a_supervisor_without_any_worker_that_can_start_ends(
     opened: Open, caplog: pytest.LogCaptureFixture, reason: str
 ) -> None:
     site = opened(echo("raise:word"))
     spec = {
         "fails": site.spec,
-        "is not registered": echo(""),
         "is not there": opened(_embedding("/nowhere/model")).spec,
     }[reason]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -67,8 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real model, and prompts for it."""
     folder, real = tmp_path_factory.mktemp("prompted"), locate(MODEL)
     assert isinstance(real, Path)
-    for file in real.iterdir():
-        (folder / file.name).symlink_to(file)
+    shutil.copytree(real, folder, dirs_exist_ok=True)
     settings = folder / "config_sentence_transformers.json"
     settings.unlink()
     settings.write_text(json.dumps({"prompts": {"query": "question: ", "document": "answer: "}}))

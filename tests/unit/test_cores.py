@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,11 +15,13 @@ from millstream.worker.cgroups import Quota, quota
 from millstream.worker.cores import Claims, Cores, cores, share, usable
 
 HELD = """
-import sys
+import os, sys
 from pathlib import Path
 from millstream.worker.cores import Claims
 claims = Claims(Path(sys.argv[1]))
 claims.enter()
+if "fork" in sys.argv and (child := os.fork()):
+    print(child, flush=True)
 print("entered", flush=True)
 sys.stdin.read()
 """
@@ -176,6 +179,22 @@ def test_workers_of_one_host_share_its_cores_while_they_live(tmp_path: Path, oth
     claims.leave()
     claims.leave()
     assert not list(folder.iterdir())
+
+
+def test_what_a_dead_worker_had_forked_holds_none_of_its_cores(tmp_path: Path) -> None:
+    claims = Claims(tmp_path / "claims")
+    command = [sys.executable, "-c", HELD, str(tmp_path / "claims"), "fork"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout
+        said = {worker.stdout.readline().strip() for _ in range(3)}
+        (child,) = said - {"entered"}
+        assert claims.share == share(usable(), [usable()])
+
+        worker.kill()
+        worker.wait()
+
+        assert claims.share == usable().count
+        os.kill(int(child), signal.SIGKILL)
 
 
 def test_a_claim_that_cannot_be_read_counts_and_one_that_nobody_holds_does_not(
