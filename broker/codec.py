@@ -321,6 +321,12 @@ def _reply(head: dict[str, Any], data: bytes) -> Reply:
         raise ValueError(f"its version is {str(head['v'])[:20]}, this client reads version 1: update the client")
     if "shape" in head and "values" in head:
         raise ValueError("both vectors and values")
+    # In C, but for the rare: it is done for every job.
+    given = head.get("timings") or {}
+    timings = dict(zip(given, map(float, given.values()), strict=True))
+    values = head.get("values")
+    if values is not None and not isinstance(values, list):
+        raise ValueError("values are no list")
     tokens, fingerprint, version = head.get("tokens", 0), head.get("fingerprint", ""), head.get("version", "")
     if type(tokens) is not int or not 0 <= tokens < MAX_MS:
         raise ValueError("tokens are no count")
@@ -330,12 +336,12 @@ def _reply(head: dict[str, Any], data: bytes) -> Reply:
         raise ValueError("a fingerprint or version is no short text")
     return Reply(
         _vectors(head["shape"], head.get("dtype", "float32"), data) if "shape" in head else None,
-        _values(head["values"]) if "values" in head else None,
+        values,
         _errors(head["errors"]) if "errors" in head else {},
         from_wire(head["error"]) if "error" in head else None,
         tokens,
         tuple(map(_row, head["truncated"])) if "truncated" in head else (),
-        {name: ms + 0.0 for name, ms in head["timings"].items()} if "timings" in head else {},
+        timings,
         fingerprint,
         version,
     )
@@ -349,12 +355,6 @@ def _vectors(shape: list[int], dtype: str, data: bytes) -> Encoded:
         # reshape takes -1 for whatever fits.
         raise ValueError(f"shape {rows} x {dim}")
     return np.frombuffer(data, _DTYPES[dtype]).reshape(rows, dim)
-
-
-def _values(values: Json) -> list[Json] | None:
-    if values is not None and not isinstance(values, list):
-        raise ValueError("values are no list")
-    return values
 
 
 def _row(index: int | str) -> int:

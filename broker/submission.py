@@ -60,4 +60,5 @@ class Submission(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes of the bodies."""
-        return sum([len(draft.body) for draft in self.group.drafts])
+        drafts = self.group.drafts
+        return len(drafts[0].body) if len(drafts) == 1 else sum([len(draft.body) for draft in drafts])

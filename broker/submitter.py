@@ -82,13 +82,15 @@ class Submitter:
             self._failed(batch, error)
             return
         refused: list[tuple[Submission, Admission]] = []
+        waits = bool(self._backlog)
         for submission, admission in zip(batch, admissions, strict=True):
             if admission.refused:
                 refused.append((submission, admission))
-            else:
+                continue
+            if waits:
                 self._backlog.accepted(submission)
-                if submission.accepted:
-                    submission.accepted()
+            if submission.accepted:
+                submission.accepted()
         if refused:
             self._turned_away(refused)
 

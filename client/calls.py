@@ -102,8 +102,9 @@ _PLAIN_TYPES = frozenset({str, int, float, bool, type(None)})
 
 def _is_plain(ask: Ask) -> bool:
     """Whether nothing needs to be converted; asked at each call."""
-    types = {type(ask.timeout), type(ask.wait), type(ask.tenant), *map(type, ask.options.values())}
-    return types <= _PLAIN_TYPES
+    if ask.options and not _PLAIN_TYPES.issuperset(map(type, ask.options.values())):
+        return False
+    return type(ask.timeout) in _PLAIN_TYPES and type(ask.wait) in _PLAIN_TYPES and type(ask.tenant) in _PLAIN_TYPES
 
 
 def _is_number(value: object) -> bool:

@@ -230,5 +230,8 @@ class Handle:
 
 def _soonest(now: float, *moments: float | None) -> float | None:
     """Seconds from `now` to the first of `moments`; None if there is none."""
-    given = [moment for moment in moments if moment is not None]
-    return max(0.0, min(given) - now) if given else None
+    first = None
+    for moment in moments:
+        if moment is not None and (first is None or moment < first):
+            first = moment
+    return None if first is None else max(0.0, first - now)

@@ -60,13 +60,17 @@ class Rows:
             and _is_finite(vectors)
         ):
             results = vectors
+        elif (
+            outcome.values
+            and len(outcome.values) == len(part.rows)
+            and not (outcome.errors or outcome.error or self._op == "rerank")
+        ):
+            results = outcome.values
         else:
             results = _checked(outcome, len(part.rows))
             if self._op == "rerank":
                 results = [_score(each) for each in results]
-            # Values that came as they are asked for hold no error.
-            if results is not outcome.values:
-                self._failed = self._failed or any(isinstance(each, MillstreamError) for each in results)
+            self._failed = self._failed or any(isinstance(each, MillstreamError) for each in results)
         for row, result in zip(part.rows, results, strict=True):
             self._rows[row] = result
         if outcome.fingerprint != self._fingerprint and outcome.error is None:
@@ -74,7 +78,7 @@ class Rows:
         self._tokens += outcome.tokens
         if outcome.truncated:
             self._truncated += [part.rows[at] for at in outcome.truncated if at < len(part.rows)]
-        self._timings = _slowest(self._timings, outcome.timings)
+        self._timings = _slowest(self._timings, outcome.timings) if self._timings else outcome.timings
         if part.twins:
             self._place_twins(part, outcome)
 
@@ -136,9 +140,7 @@ def _matrix(rows: Sequence[RowOutcome]) -> Encoded:
 
 
 def _slowest(before: Timings, timings: Timings) -> Timings:
-    """Of the slowest job; most calls have one."""
-    if not before:
-        return timings
+    """Of the slowest job."""
     return {**before, **{name: max(ms, before.get(name, ms)) for name, ms in timings.items()}}
 
 

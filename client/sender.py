@@ -149,6 +149,8 @@ class Sender(threading.Thread):
                 return []
             first = self._ready.popleft()
             batch = [first]
+            if not self._ready:
+                return batch
             jobs, size = first.jobs, first.size
             while self._ready and _alike(after := self._ready[0], first):
                 jobs, size = jobs + after.jobs, size + after.size

@@ -53,6 +53,8 @@ def seconds_of(timeout: float | None) -> float | None:
 
 def waits_until(timeout: float | None) -> float | None:
     """When a wait of `timeout` seconds ends, monotonic seconds; None if it has no limit. Raises InvalidRequest."""
+    if timeout is None:
+        return None
     seconds = seconds_of(timeout)
     return None if seconds is None else time.monotonic() + seconds
 

@@ -77,7 +77,8 @@ class Transfer:
         self._progress = progress
         # To be begun is progress, too: a map begins its later calls long after its first.
         progress.at = max(progress.at, began)
-        self._flow = Flow(terms.most_jobs, terms.total_timeout if terms.timeout is None else None, began)
+        # Most calls have one job, which needs no window.
+        self._flow: Flow | None = None
         self._looked_at = began
         self._verdict_by: float | None = None
         self.waiters: list[threading.Lock] = []
@@ -95,7 +96,6 @@ class Transfer:
         # The channel's turn too is under the lock: a cancellation must not overtake what it cancels.
         with self.lock:
             drafts: list[Draft] = []
-            # Most calls have one job, which needs no window.
             window = self._window() if len(self._unsent) + len(self._sent) > 1 else 1
             while self._unsent and len(self._sent) < window:
                 if draft := self._draft(self._unsent.popleft()):
@@ -108,20 +108,23 @@ class Transfer:
                 self.refused([draft.id for draft in drafts], error)
 
     def _window(self) -> int:
+        if self._flow is None:
+            terms = self._terms
+            self._flow = Flow(terms.most_jobs, terms.total_timeout if terms.timeout is None else None, self.began)
         return self._flow.window(self._watch.live(self._terms.service, self.pump))
 
     def _submissions(self, drafts: Sequence[Draft]) -> list[Submission]:
         """One a job, each waiting out refusals by itself; if the call does not wait, one for all, accepted or not."""
         terms = self._terms
         tenant = terms.tenant if terms.rate_per_tenant else ""
-        if not terms.wait:
-            return [Submission(terms.service, self._group(drafts), self, 0.0, tenant)]
-        return [Submission(terms.service, self._group([draft]), self, draft.deadline, tenant) for draft in drafts]
-
-    def _group(self, drafts: Sequence[Draft]) -> Group:
-        # No other one of them: the call is charged with the first job that it drafts, or drafts again.
-        calls = int(drafts[0].id == self._charged_with)
-        return Group(self._terms.priority, drafts, calls, self._terms.replicated, refusals=calls)
+        submissions = []
+        for together in [[draft] for draft in drafts] if terms.wait else [drafts]:
+            first = together[0]
+            # No other one of them: the call is charged with the first job that it drafts, or drafts again.
+            calls = int(first.id == self._charged_with)
+            group = Group(terms.priority, together, calls, terms.replicated, refusals=calls)
+            submissions.append(Submission(terms.service, group, self, first.deadline if terms.wait else 0.0, tenant))
+        return submissions
 
     def _draft(self, part: Part) -> Draft | None:
         """The job that carries `part`; None, and its rows have their error, if it cannot be encoded."""
@@ -130,7 +133,7 @@ class Transfer:
         end = self._end if self._end is not None else own_end
         queue_by = None if terms.queue_timeout is None else now + terms.queue_timeout
         job_id, client = self._first_id or new_id(), self._channel.client_id
-        rows = [self._inputs[row] for row in part.rows]
+        rows = list(map(self._inputs.__getitem__, part.rows))
         try:
             draft = draft_job(job_id, terms.op, rows, part.tokens, terms.options, client, end, queue_by, terms.tenant)
         except (TypeError, ValueError, RecursionError) as error:
@@ -182,7 +185,7 @@ class Transfer:
             return
         if not isinstance(error, DeadlineExceeded):
             self._progress.at = time.monotonic()
-            if self._unsent:
+            if self._unsent and self._flow:
                 self._flow.answered(self._progress.at)
         self._place([sent.part], outcome)
 
