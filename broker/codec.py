@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
+from operator import add
 from typing import Any, NoReturn, cast
 
 import numpy as np
@@ -322,8 +324,8 @@ def _reply(head: dict[str, Any], data: bytes) -> Reply:
     if "shape" in head and "values" in head:
         raise ValueError("both vectors and values")
     # In C, but for the rare: it is done for every job.
-    given = head.get("timings") or {}
-    timings = dict(zip(given, map(float, given.values()), strict=True))
+    given = head.get("timings", {})
+    timings = dict(zip(given, map(add, given.values(), repeat(0.0)), strict=True))
     values = head.get("values")
     if values is not None and not isinstance(values, list):
         raise ValueError("values are no list")
