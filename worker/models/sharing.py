@@ -54,7 +54,7 @@ class Precision(NamedTuple):
     close: float
     """Padding that changes results by less is harmless, whatever the noise."""
     noisy: float
-    """Noise above it is more than other kernels make: rows change each other's results, as dynamic quantisation does."""
+    """Noise above it is more than other kernels make: rows change each other's results, as in dynamic quantisation."""
 
     @classmethod
     def of(cls, model: torch.nn.Module, device_type: str, backend: str) -> Precision:
@@ -65,7 +65,7 @@ class Precision(NamedTuple):
 
 
 FLOAT32, REDUCED, HALF = Precision(1e-5, 1e-4), Precision(1e-3, 5e-3), Precision(0.1, 0.25)
-"""Of float32; of float32 results that TF32 or float16 may be behind; of bfloat16 and float16, which deep models add up."""
+"""Of float32; of float32 results that TF32 or float16 may be behind; of bfloat16 and float16 in deep models."""
 
 
 def _precision(dtype: torch.dtype) -> Precision:
