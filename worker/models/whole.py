@@ -47,7 +47,7 @@ _BYTES = ("byt5", "canine", "perceiver")
 """Architectures whose tokenizers read bytes or characters, and have no vocabulary."""
 
 
-def check_whole(folder: Path, parts: Iterable[Part], backend: str) -> None:
+def check_whole(folder: Path, parts: Sequence[Part], backend: str) -> None:
     """Raise ModelUnavailable, with its name, if a file is missing, empty, cut off, or a pointer of git-lfs."""
     _check_listing(folder)
     by_library = isinstance(read_settings(folder / SETTINGS).get("__version__"), dict)
@@ -59,8 +59,18 @@ def check_whole(folder: Path, parts: Iterable[Part], backend: str) -> None:
             _check_transformer(part, by_library)
         else:
             _check_other(part)
-        if part.kind.__name__ in _WEIGHED or (part.is_transformer and backend == "torch"):
-            _check_weights(part)
+    for part in weighed(parts, backend):
+        _check_weights(part)
+
+
+def weighed(parts: Iterable[Part], backend: str) -> Iterator[Part]:
+    """The modules whose weights are read from safetensors."""
+    return (part for part in parts if part.kind.__name__ in _WEIGHED or (part.is_transformer and backend == "torch"))
+
+
+def has_weights(part: Part) -> bool:
+    """Whether the module's folder has a safetensors file, or an index of several."""
+    return any((part.folder / name).is_file() for name in (_WEIGHTS, _INDEX))
 
 
 def _check_other(part: Part) -> None:
