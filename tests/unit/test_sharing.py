@@ -18,11 +18,13 @@ import architectures
 import numpy as np
 import pytest
 import torch
+from embedders import save_routed
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from millstream.broker.spec import ModelSpec
+from millstream.worker.models import encoder
 from millstream.worker.models.base import Model, Prepared
 from millstream.worker.models.embedding import EmbeddingModel
 from millstream.worker.models.packing import Packing
@@ -307,6 +309,19 @@ def test_a_models_precision_is_that_of_its_least_precise_part() -> None:
     assert Precision.of(plain, "cpu", "torch") == FLOAT32
     assert Precision.of(plain, "cuda", "torch") == Precision.of(torch.nn.Identity(), "cpu", "onnx") == REDUCED
     assert Precision.of(mixed, "cpu", "torch") == Precision.of(mixed, "cuda", "torch") == HALF
+
+
+def test_each_route_is_measured_once(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[object] = []
+
+    def counted(forward: object, rows: Sequence[Any], *args: object) -> Sharing:
+        tried.append(rows[0].wish.way.route)
+        return Sharing()
+
+    monkeypatch.setattr(encoder, "measured", counted)
+    EmbeddingModel(spec_of("embedding", save_routed(tiny_model, tiny_model, tmp_path / "routed")), "cpu", threads=1)
+
+    assert sorted(map(str, tried)) == ["document", "query"]
 
 
 def test_rows_beyond_a_length_share_forwards_by_length_alone() -> None:
