@@ -12,11 +12,11 @@ from redis import WatchError
 from redis.typing import EncodableT, FieldT
 
 from millstream.broker.admission import limit_fields
-from millstream.broker.answer import Answer, allowed, distance, read_answer, written
+from millstream.broker.answer import Answer, allowed, answer_field, distance, is_answer, read_answer, written
 from millstream.broker.cluster import owner
 from millstream.broker.config import ServiceSpec
 from millstream.broker.connection import Connection, translated
-from millstream.broker.errors import ConfigError, UnknownService, did_you_mean
+from millstream.broker.errors import ConfigError, QueueFull, UnknownService, did_you_mean
 from millstream.broker.keys import DEFAULT_PREFIX, ServiceKeys, services_key
 from millstream.broker.lease import Lease
 from millstream.broker.spec import discard
@@ -87,8 +87,8 @@ class Registry:
                 "the workers, then run `millstream config push --replace` or `serve(..., replace=True)`",
             )
         if answer is not None:
-            first = read_answer(self._first(service, "answer", written(answer)))
-            if (far := distance(first, answer)) > allowed(fingerprint):
+            first = self._first_answer(service, fingerprint, answer)
+            if (far := distance(first, answer, fingerprint)) > allowed(fingerprint):
                 raise ConfigError(
                     f"service {service!r} runs {standing}, and so does this worker, but its answer to a fixed text is "
                     f"another one than the first worker's: {far:.2g} of its length apart",
@@ -104,6 +104,14 @@ class Registry:
             if self._connection.client.hget(spec, field) is None:
                 self._connection.client.hsetnx(spec, field, value)
             return _text(self._connection.client.hget(spec, field) or value)
+
+    def _first_answer(self, service: str, fingerprint: str, answer: Answer) -> Answer:
+        """What the first worker of that fingerprint answered: `answer` if there is no room for one yet."""
+        text = written(answer)
+        # A full server must not keep a worker from starting: the next worker, or this one after a push, writes it.
+        with suppress(QueueFull):
+            text = self._first(service, answer_field(fingerprint), text)
+        return read_answer(text)
 
     def read(self, service: str) -> ServiceSpec:
         """The specification of `service`. Raises UnknownService, with the nearest name there is."""
@@ -192,10 +200,11 @@ class Registry:
         """Where no worker runs, the next one may bring other weights."""
         with owner(self._connection.client, keys.spec()).pipeline() as pipe, suppress(WatchError):
             # A worker whose first beat comes in between keeps its weights.
-            pipe.watch(keys.workers())  # type: ignore[no-untyped-call]
+            pipe.watch(keys.workers(), keys.spec())  # type: ignore[no-untyped-call]
             if not Lease(self._connection.client, keys).live_workers():
+                answers = [field for field in pipe.hgetall(keys.spec()) if is_answer(_text(field))]
                 pipe.multi()
-                pipe.hdel(keys.spec(), "fingerprint", "answer")
+                pipe.hdel(keys.spec(), "fingerprint", *answers)
                 pipe.execute()
 
 

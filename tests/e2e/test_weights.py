@@ -13,7 +13,7 @@ from e2e.sites import Site, echo, site_of
 from e2e.supervisors import lone_worker, said, supervising
 from support import eventually
 
-from millstream.broker.answer import read_answer, written
+from millstream.broker.answer import answer_field, read_answer, written
 from millstream.broker.config import ModelSpec, ServiceSpec
 from millstream.broker.registry import Registry
 from millstream.worker.orders import EXIT_PERMANENT
@@ -138,15 +138,18 @@ def test_a_worker_of_the_same_fingerprint_with_another_answer_is_refused(opened:
 
     with supervising(site.url, Plan(site.spec, 1)):
         site.await_workers(1)
-        stored = site.connection.client.hget(site.keys.spec(), "answer")
+        fingerprint = site.connection.client.hget(site.keys.spec(), "fingerprint")
+        assert isinstance(fingerprint, bytes)
+        field = answer_field(fingerprint.decode())
+        stored = site.connection.client.hget(site.keys.spec(), field)
         assert isinstance(stored, bytes)
         answer = read_answer(stored.decode())
         drifted = {place: number * 1.0005 for place, number in answer.items()}
-        site.connection.client.hset(site.keys.spec(), "answer", written(drifted))
+        site.connection.client.hset(site.keys.spec(), field, written(drifted))
         with supervising(site.url, Plan(site.spec, 1)):
             site.await_workers(2)
         turned = {place: -number for place, number in answer.items()}
-        site.connection.client.hset(site.keys.spec(), "answer", written(turned))
+        site.connection.client.hset(site.keys.spec(), field, written(turned))
         status, reason = lone_worker(site)
 
     assert status == EXIT_PERMANENT

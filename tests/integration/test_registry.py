@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -11,6 +13,7 @@ import redis
 from contracts.queue import Queue, draft
 
 from millstream.broker.connection import Connection
+from millstream.broker.embedded import EmbeddedServer
 from millstream.broker.errors import BrokerUnavailable, ConfigError, UnknownService
 from millstream.broker.job import Priority
 from millstream.broker.keys import services_key
@@ -209,7 +212,7 @@ def test_registered_names_are_kept_under_the_prefix(registry: Registry, connecti
     assert "embed" not in Registry(connection, f"{prefix}-other").names()
 
 
-WEIGHTS = "6448fa205c576c66+12f420f8 float32 2"
+WEIGHTS, OTHERS = "6448fa205c576c66+12f420f8 float32 2", "00112233445566aa+12f420f8 float32 2"
 
 
 def test_the_first_workers_answer_stands_and_a_far_one_is_refused(registry: Registry, connection: Connection) -> None:
@@ -221,7 +224,7 @@ def test_the_first_workers_answer_stands_and_a_far_one_is_refused(registry: Regi
         registry.claim_fingerprint("embed", WEIGHTS, {0: -0.6, 1: 0.8})
 
     assert "--replace" in caught.value.hint
-    assert connection.client.hget(registry.keys("embed").spec(), "answer") == b'{"0":0.6,"1":0.8}'
+    assert connection.client.hget(registry.keys("embed").spec(), f"answer {WEIGHTS}") == b'{"0":0.6,"1":0.8}'
 
 
 def test_a_push_without_live_workers_forgets_the_answer_with_the_weights(registry: Registry) -> None:
@@ -231,3 +234,39 @@ def test_a_push_without_live_workers_forgets_the_answer_with_the_weights(registr
     registry.push([spec()], replace=True)
 
     registry.claim_fingerprint("embed", WEIGHTS, {0: -0.6, 1: 0.8})
+
+
+def test_an_older_versions_push_leaves_no_answer_that_other_weights_are_held_to(
+    registry: Registry, connection: Connection
+) -> None:
+    """It forgets the fingerprint alone: workers of the new weights were refused for good."""
+    registry.push([spec()])
+    registry.claim_fingerprint("embed", WEIGHTS, {0: 0.6, 1: 0.8})
+    connection.client.hdel(registry.keys("embed").spec(), "fingerprint")
+
+    registry.claim_fingerprint("embed", OTHERS, {0: -0.6, 1: 0.8})
+
+    with pytest.raises(ConfigError, match="another one than the first worker's"):
+        registry.claim_fingerprint("embed", OTHERS, {0: 0.6, 1: 0.8})
+    registry.push([spec()], replace=True)
+    record = registry.record("embed")
+    assert record
+    assert not [field for field in record if field.startswith((b"answer", b"fingerprint"))]
+
+
+def test_a_full_server_lets_a_worker_start_without_its_answer(tmp_path: Path, server_binary: Path) -> None:
+    with (
+        EmbeddedServer.start(tmp_path / "data", binary=server_binary, tcp_port=0) as server,
+        closing(Connection(server.url, name="tests")) as connection,
+    ):
+        registry = Registry(connection)
+        registry.push([spec()])
+        registry.claim_fingerprint("embed", WEIGHTS)
+        connection.client.config_set("maxmemory", 1)
+
+        registry.claim_fingerprint("embed", WEIGHTS, {0: 0.6, 1: 0.8})
+
+        connection.client.config_set("maxmemory", 0)
+        registry.claim_fingerprint("embed", WEIGHTS, {0: -0.6, 1: 0.8})
+        with pytest.raises(ConfigError, match="another one than the first worker's"):
+            registry.claim_fingerprint("embed", WEIGHTS, {0: 0.6, 1: 0.8})

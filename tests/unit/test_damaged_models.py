@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from millstream.broker.errors import ModelUnavailable
 from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
-from millstream.worker.models import load
+from millstream.worker.models import fetch, load
+from millstream.worker.models.parts import parts_of
+from millstream.worker.models.whole import check_whole
 
 WEIGHTS = "model.safetensors"
 NEEDLESS = ("README.md", "generation_config.json")
@@ -184,6 +186,51 @@ def test_without_a_shard_or_their_index_a_model_does_not_start(sharded: Path, na
 
     with pytest.raises(ModelUnavailable, match=r"model-00002-of-00002\.safetensors|model\.safetensors"):
         start("embedding", sharded)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, f"2_Dense/{WEIGHTS}"])
+def test_a_model_that_the_hub_has_as_pickles_alone_is_not_to_be_downloaded_again(
+    copied: Copied, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied("dense")
+    (folder / file).unlink()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(fetch, "snapshot_download", lambda *args, **kwargs: str(folder))
+
+    with pytest.raises(ModelUnavailable, match=f"'mill/pickles' has no {file} on the hub") as caught:
+        fetch.local(ModelSpec(type="embedding", model_name="mill/pickles"))
+
+    assert "refs/pr/N" in caught.value.hint
+    assert "again" not in caught.value.hint
+
+
+def in_the_first_layout(folder: Path, kind: str) -> None:
+    """Makes of a folder one that a release before 5.4 wrote, without the settings of its transformer."""
+    (folder / "sentence_bert_config.json").unlink()
+    modules = json.loads((folder / "modules.json").read_text())
+    for module, name in zip(modules, (kind, "Pooling"), strict=False):
+        module["type"] = f"sentence_transformers.models.{name}"
+    (folder / "modules.json").write_text(json.dumps(modules))
+
+
+def test_a_folder_of_the_first_layout_may_lack_the_limit_of_a_text(
+    copied: Copied, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied("embedding")
+    in_the_first_layout(folder, "Transformer")
+
+    start("embedding", folder)
+
+    assert "sentence_bert_config.json is missing" in caplog.text
+
+
+def test_a_clip_model_as_it_was_published_is_whole(copied: Copied, caplog: pytest.LogCaptureFixture) -> None:
+    folder = copied("embedding")
+    in_the_first_layout(folder, "CLIPModel")
+
+    check_whole(folder, parts_of(folder), "torch")
+
+    assert not caplog.text
 
 
 def test_a_default_prompt_that_is_not_there_is_no_empty_one(copied: Copied) -> None:

@@ -220,6 +220,36 @@ def test_a_model_that_transformers_has_integrated_runs_without_its_code(model: M
 
 
 @pytest.mark.parametrize(
+    ("file", "own"),
+    [
+        ("config.json", {"AutoModel": "foreign.BertModel"}),
+        ("config.json", {"AutoModel": "foreign.BertModel", "AutoModelForMaskedLM": "foreign.BertForMaskedLM"}),
+        ("config.json", {"AutoConfig": "foreign.RobertaConfig", "AutoModel": "foreign.BertModel"}),
+        ("config.json", {"AutoConfig": "foreign.BertConfig", "AutoModel": "foreign.RobertaModel"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["foreign.BertTokenizer", "foreign.BertTokenizerFast"]}),
+    ],
+)
+def test_code_under_the_names_of_transformers_classes_is_not_taken_for_them(
+    model: Model, ran: Path, file: str, own: dict[str, object]
+) -> None:
+    """Published models change a known class this way, and keep its name: bidirectional attention, one more token."""
+    folder = model("embedding")
+    edit(folder / file, lambda config: config.update(auto_map=own))
+
+    refused(folder, ran, rf"{file}: its auto_map names code of its own")
+
+
+def test_a_tokenizers_code_was_integrated_with_its_model(model: Model, ran: Path) -> None:
+    folder = model("embedding")
+    edit(folder / "config.json", lambda config: config.update(auto_map={"AutoConfig": "foreign.BertConfig"}))
+    own = {"AutoTokenizer": ["foreign.BertTokenizer", None]}
+    edit(folder / "tokenizer_config.json", lambda config: config.update(auto_map=own))
+
+    assert load(folder)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
     ("settings", "match"),
     [
         ({"config_kwargs": {"trust_remote_code": True}}, "trust_remote_code"),

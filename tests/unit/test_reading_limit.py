@@ -133,6 +133,28 @@ def test_a_limit_that_no_look_up_shows_is_found_by_running() -> None:
         settled(512, model.forward, 512)
 
 
+def test_the_search_for_the_longest_text_ends_after_10_seconds(caplog: pytest.LogCaptureFixture) -> None:
+    model = Table(room=77)
+
+    def forward(tokens: int) -> None:
+        model.now += 6.0 * (tokens > 77)
+        model.forward(tokens)
+
+    assert settled(512, forward, None, lambda: model.now) == Limit(64, 64)
+    assert model.now == 18.0
+    assert "64 tokens run, 80 do not" in caplog.text
+
+
+def test_an_empty_look_up_shows_no_limit() -> None:
+    """Of tables that some models look up for parts that a short text lacks."""
+    table = torch.nn.Embedding(POSITIONS, 4)
+
+    def forward(tokens: int) -> object:
+        return table(torch.empty(1, 0, dtype=torch.long)), table(torch.arange(tokens)[None])
+
+    assert positions(forward) == POSITIONS
+
+
 @pytest.mark.parametrize("named", [40_000, 10**30])
 def test_a_very_long_limit_is_not_run_whole(named: int) -> None:
     model = Table(room=10**40)

@@ -18,18 +18,20 @@ import architectures
 import numpy as np
 import pytest
 import torch
+from embedders import save_routed
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from millstream.broker.spec import ModelSpec
+from millstream.worker.models import encoder
 from millstream.worker.models.base import Model, Prepared
 from millstream.worker.models.embedding import EmbeddingModel
 from millstream.worker.models.packing import Packing
 from millstream.worker.models.prompts import qwen3_frame
 from millstream.worker.models.question import Question
 from millstream.worker.models.reranker import load_reranker
-from millstream.worker.models.sharing import Filling, Sharing, Side, measured
+from millstream.worker.models.sharing import FLOAT32, HALF, REDUCED, Filling, Precision, Sharing, Side, measured
 from millstream.worker.runner import run_rows
 
 CLOSE = 1e-5
@@ -266,6 +268,60 @@ def test_rows_share_forwards_as_far_as_that_changes_no_result(name: str) -> None
     shared = found.in_groups(rows, lambda some: forward(some, found.side)).float()
     alone = torch.cat([forward([row], found.side) for row in rows]).float()
     assert torch.allclose(shared, alone, rtol=1e-2 if name == "half the digits" else 1e-4)
+
+
+def off_by(padding: float, noise: float, dtype: torch.dtype = torch.float32) -> Callable[[Any, Side], torch.Tensor]:
+    """A forward whose results are off by `noise` beside other rows, and by `padding` beside ones of other lengths."""
+
+    def forward(rows: Sequence[Prepared], side: Side) -> torch.Tensor:
+        shares, pads = len(rows) > 1, len({row.tokens for row in rows}) > 1
+        return torch.full((len(rows), 1), 1 + (padding if pads else noise * shares), dtype=dtype)
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    ("forward", "precision", "kind"),
+    [
+        pytest.param(off_by(0.0234, 0.0, torch.bfloat16), FLOAT32, "padded", id="28 layers in bfloat16"),
+        pytest.param(off_by(0.08, 0.03, torch.float16), FLOAT32, "padded", id="half, both"),
+        pytest.param(off_by(0.15, 0.01, torch.bfloat16), FLOAT32, "length", id="half, padding counts"),
+        pytest.param(off_by(0.9, 0.2, torch.bfloat16), FLOAT32, "length", id="half, noisy, padding counts"),
+        pytest.param(off_by(0.5, 0.5, torch.bfloat16), FLOAT32, "single", id="half, rows change each other"),
+        pytest.param(off_by(0.0234, 0.01), HALF, "padded", id="float32 of half weights"),
+        pytest.param(off_by(2e-3, 1e-3), REDUCED, "padded", id="TF32"),
+        pytest.param(off_by(8e-4, 0.0), REDUCED, "padded", id="TF32, same kernels"),
+        pytest.param(off_by(0.01, 0.01), REDUCED, "single", id="dynamic int8"),
+        pytest.param(off_by(2e-3, 1e-3), FLOAT32, "single", id="float32"),
+    ],
+)
+def test_how_far_results_may_differ_follows_the_least_precise_arithmetic(
+    forward: Any, precision: Precision, kind: str
+) -> None:
+    rows = [Prepared(length, None) for length in (1, 2, 5, 5, 9)]
+
+    assert measured(forward, rows, ("right", "left"), precision=precision).kind == kind
+
+
+def test_a_models_precision_is_that_of_its_least_precise_part() -> None:
+    plain, mixed = torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Linear(2, 2).bfloat16(), torch.nn.Linear(2, 1))
+
+    assert Precision.of(plain, "cpu", "torch") == FLOAT32
+    assert Precision.of(plain, "cuda", "torch") == Precision.of(torch.nn.Identity(), "cpu", "onnx") == REDUCED
+    assert Precision.of(mixed, "cpu", "torch") == Precision.of(mixed, "cuda", "torch") == HALF
+
+
+def test_each_route_is_measured_once(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[object] = []
+
+    def counted(forward: object, rows: Sequence[Any], *args: object) -> Sharing:
+        tried.append(rows[0].wish.way.route)
+        return Sharing()
+
+    monkeypatch.setattr(encoder, "measured", counted)
+    EmbeddingModel(spec_of("embedding", save_routed(tiny_model, tiny_model, tmp_path / "routed")), "cpu", threads=1)
+
+    assert sorted(map(str, tried)) == ["document", "query"]
 
 
 def test_rows_beyond_a_length_share_forwards_by_length_alone() -> None:

@@ -132,6 +132,21 @@ def test_a_sparse_model_needs_its_head_and_no_pooler(tiny_model: Path, tmp_path:
         start(folder)
 
 
+def test_a_sparse_model_may_bring_the_head_that_it_was_trained_with_beside_its_own(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """BERT was published with both of its heads, which are siblings: cls.predictions and cls.seq_relationship."""
+    folder = save_sparse(tiny_model, tmp_path / "sparse")
+    head = {"cls.seq_relationship.weight": torch.zeros(2, 16), "cls.seq_relationship.bias": torch.zeros(2)}
+    change(folder, lambda tensors: tensors | head)
+    assert start(folder)
+
+    change(folder, lambda tensors: tensors | {"bert.encoder.layer.7.output.dense.bias": torch.zeros(16)})
+
+    with pytest.raises(ModelUnavailable, match=r"no place for, bert\.encoder\.layer\.7\."):
+        start(folder)
+
+
 def test_a_cross_encoder_needs_its_pooler(tmp_path: Path) -> None:
     folder = rerankers.save_cross_encoder(tmp_path / "cross")
     change(folder, lambda tensors: {name: each for name, each in tensors.items() if ".pooler." not in name})

@@ -27,7 +27,7 @@ from millstream.worker.models.pairs import (
 )
 from millstream.worker.models.prompts import chat_frame
 from millstream.worker.models.question import Question, answer_each
-from millstream.worker.models.sharing import PROBES, QUERY, Filling, Sharing, Side, measured
+from millstream.worker.models.sharing import PROBES, QUERY, Filling, Precision, Sharing, Side, measured
 
 
 class CrossEncoderModel:
@@ -51,7 +51,9 @@ class CrossEncoderModel:
         self._pairs = self._pairing(folder, spec)
         self._filling = Filling.of(self._tokenizer)
         self._feed = Feed(self._model.device, self._tensors, spec.backend)
-        self._sharing = self._measured(forget(encoder))
+        self._sharing = self._measured(
+            forget(encoder), Precision.of(encoder, str(self._model.device.type), spec.backend)
+        )
         self.fingerprint = folder.fingerprint(spec, dtype_of(encoder), "cross-encoder", type(self._own).__name__)
         self.limit = settle(self._pairs, self, spec.max_length)
         self.device_type, self.backend = str(self._model.device.type), spec.backend
@@ -85,13 +87,14 @@ class CrossEncoderModel:
         scores = self._encoder({**features, "modality": self._modality})["scores"]
         return cast(torch.Tensor, scores).reshape(len(scores))
 
-    def _measured(self, upto: float) -> Sharing:
+    def _measured(self, upto: float, precision: Precision) -> Sharing:
         def padded(rows: Sequence[Prepared], side: Side) -> torch.Tensor:
             return self._logits(sent(self._padded(rows, side), self._model.device))
 
         made = self.prepare(PROBES, {"query": QUERY, "truncate": "end"})
         own: Side = "left" if self._tokenizer.padding_side == "left" else "right"
-        return measured(padded, [row for row in made if isinstance(row, Prepared)], ("right", own), upto)
+        rows = [row for row in made if isinstance(row, Prepared)]
+        return measured(padded, rows, ("right", own), upto, precision)
 
     def _tensors(self, rows: Sequence[Prepared]) -> Mapping[str, torch.Tensor]:
         return self._padded(rows, self._sharing.side)

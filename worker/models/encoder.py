@@ -21,7 +21,7 @@ from millstream.worker.models.lengths import forget
 from millstream.worker.models.limits import settled, stretched_row
 from millstream.worker.models.loading import Folder, Loaded, dtype_of, load
 from millstream.worker.models.packing import Packing
-from millstream.worker.models.sharing import PROBES, Features, Sharing, Side, grouped, in_groups, measured
+from millstream.worker.models.sharing import PROBES, Features, Precision, Sharing, Side, grouped, in_groups, measured
 from millstream.worker.models.tokens import Reader, reader_of, text_of
 
 _PROMPTS: Mapping[InputType, Sequence[str]] = {
@@ -114,14 +114,17 @@ class Encoder:
         if self._packing:
             self._sharing[None] = Sharing()
             return
+        precision = Precision.of(self.model, self.device_type, self._spec.backend)
         for task in self._tasks():
             wish = self._wish(EmbedOptions(truncate="end", input_type=task))
             reader = wish.way.reader
+            if wish.way.route in self._sharing:
+                continue
             if reader.shares_any:
                 self._sharing[wish.way.route] = Sharing()
                 continue
             rows = [row for row in self.prepare(PROBES, wish) if isinstance(row, Text)]
-            self._sharing[wish.way.route] = measured(self._padded, rows, ("right", reader.side), upto)
+            self._sharing[wish.way.route] = measured(self._padded, rows, ("right", reader.side), upto, precision)
 
     def _tasks(self) -> list[InputType]:
         """One for each route of the model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -11,9 +12,9 @@ from millstream.broker.config import ModelSpec
 from millstream.broker.errors import ModelUnavailable
 from millstream.worker.models.exports import needs_folder
 from millstream.worker.models.foreign import refuse_foreign
-from millstream.worker.models.parts import parts_of
+from millstream.worker.models.parts import Part, parts_of
 from millstream.worker.models.source import locate
-from millstream.worker.models.whole import check_whole
+from millstream.worker.models.whole import check_whole, has_weights, weighed
 
 _READ = (
     *("*.json", "*.txt", "*.jinja", "*.model", "*.spm", "*.codes", "*.bpe", "*.tiktoken"),
@@ -28,12 +29,14 @@ def local(spec: ModelSpec, organization: str = "") -> Path:
 
     A name of the hub without a slash is `organization`'s, if one is given.
     """
-    source = locate(spec.model_name, organization)
+    named = source = locate(spec.model_name, organization)
     if not isinstance(source, Path):
         if spec.backend != "torch":
             raise needs_folder(source, spec)
         source = _downloaded(source, spec)
     parts = parts_of(source)
+    if not isinstance(named, Path):
+        _check_published(named, source, parts)
     refuse_foreign(source, parts, spec.backend)
     check_whole(source, parts, spec.backend)
     return source
@@ -53,6 +56,19 @@ def _downloaded(name: str, spec: ModelSpec) -> Path:
     raise ModelUnavailable(
         f"cannot download {name!r}: {str(reason).strip().splitlines()[0]}", hint="check model_name and revision"
     ) from reason
+
+
+def _check_published(name: str, folder: Path, parts: Sequence[Part]) -> None:
+    """Raise ModelUnavailable if the hub has no weights that are read: many older models are pickles alone."""
+    for part in weighed(parts, "torch"):
+        if not has_weights(part):
+            file = part.folder.relative_to(folder) / "model.safetensors"
+            raise ModelUnavailable(
+                f"{name!r} has no {file} on the hub, and weights in other formats, pickles among them, are not read",
+                hint="set revision: refs/pr/N to the pull request of the model's page that adds safetensors, if there "
+                "is one; or load the model elsewhere, where you trust it, save it with save_pretrained(FOLDER), and "
+                "give that folder",
+            )
 
 
 def cache_dir() -> str | None:

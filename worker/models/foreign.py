@@ -11,13 +11,15 @@ from pathlib import Path
 
 import transformers
 from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from millstream.worker.models.files import read_json, refused
+from millstream.worker.models.files import read_json, read_settings, refused
 from millstream.worker.models.parts import LIBRARY, Part
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 
-_CORE = {"AutoConfig", "AutoModel", "AutoProcessor", "AutoTokenizer"}
+_READERS = ("AutoProcessor", "AutoTokenizer")
 
 _ELSEWHERE = {"cache_dir", "code_revision", "gguf_file", "merges_file", "tokenizer_file", "vocab_file"}
 """Arguments of from_pretrained that name another place than the folder."""
@@ -34,11 +36,12 @@ def refuse_foreign(folder: Path, parts: Iterable[Part], backend: str) -> None:
         # An exported model takes the place of what transformers would load.
         if not (part.is_transformer and backend != "torch"):
             _refuse_pickles(part.folder)
+        kind = _integrated_type(part.folder / "config.json")
         for file in sorted(part.folder.glob("*config.json")):
             content = read_json(file)
             if isinstance(content, dict):
                 _refuse_elsewhere(file, content)
-            _refuse_code(file, content)
+            _refuse_code(file, content, kind)
 
 
 def refuse_links(folder: Path, part: Path) -> None:
@@ -77,8 +80,15 @@ def _refuse_elsewhere(file: Path, settings: dict[str, object]) -> None:
             raise refused(file, f"{name}.{key} names another place", "everything must be in the model's folder")
 
 
-def _refuse_code(file: Path, content: object) -> None:
+def _refuse_code(file: Path, content: object, kind: str) -> None:
     for key, value in _settings(content):
+        if key == "auto_map" and value and not _only_integrated(value, kind):
+            raise refused(
+                file,
+                f"its auto_map names code of its own: {value}",
+                "code of a model's own is never run: give a model that transformers has classes for; if transformers' "
+                "classes are known to give the same results, delete auto_map from the file",
+            )
         if why := _foreign(key, value):
             raise refused(file, why, "code of a model's own is never run: give one that transformers has a class for")
 
@@ -95,8 +105,6 @@ def _foreign(key: str, value: object) -> str:
     """Why a setting is refused; empty if it is not."""
     if key == "trust_remote_code" and value:
         return "it asks for trust_remote_code"
-    if key == "auto_map" and value and not _integrated(value):
-        return f"its auto_map names code of its own: {value}"
     if not isinstance(value, str):
         return ""
     if key.endswith("attn_implementation") and "/" in value:
@@ -108,17 +116,36 @@ def _foreign(key: str, value: object) -> str:
     return ""
 
 
-def _integrated(auto_map: object) -> bool:
-    """Whether transformers itself has the classes of these names, which it then runs in place of the model's own.
+def _integrated_type(config: Path) -> str:
+    """The model type in config.json if its author's classes became transformers' own; empty if not.
 
-    Authors leave auto_map in the settings for older releases. Those of the configuration and of the bare model decide,
-    if there are any: a head may have another name.
+    Authors leave auto_map in the settings for older releases. It names their AutoConfig then. Code for a type that
+    transformers always had needs none: it may bear the names of transformers' classes, and compute something else.
     """
-    if not isinstance(auto_map, dict):
+    settings = read_settings(config)
+    kind, auto_map = settings.get("model_type"), settings.get("auto_map")
+    if not isinstance(kind, str) or not isinstance(auto_map, dict) or kind not in CONFIG_MAPPING:
+        return ""
+    return kind if _names(auto_map, "AutoConfig") == [CONFIG_MAPPING[kind].__name__] else ""
+
+
+def _only_integrated(auto_map: object, kind: str) -> bool:
+    """Whether `auto_map` names classes of the integrated type `kind`. Only a head may have another name."""
+    if not kind or not isinstance(auto_map, dict):
         return False
-    core = {name: value for name, value in auto_map.items() if name in _CORE}
-    names = [name for value in (core or auto_map).values() for name in (value if isinstance(value, list) else [value])]
-    return all(name is None or hasattr(transformers, str(name).rpartition(".")[2]) for name in names)
+    models = MODEL_MAPPING_NAMES.get(kind, ())
+    return (
+        set(_names(auto_map, "AutoConfig")) <= {CONFIG_MAPPING[kind].__name__}
+        and set(_names(auto_map, "AutoModel")) <= {*([models] if isinstance(models, str) else models)}
+        and all(hasattr(transformers, name) for key in _READERS for name in _names(auto_map, key))
+    )
+
+
+def _names(auto_map: dict[str, object], key: str) -> list[str]:
+    """The bare names of the classes that `auto_map` has for `key`."""
+    value = auto_map.get(key)
+    names = value if isinstance(value, list) else [value]
+    return [str(name).rpartition(".")[2] for name in names if name is not None]
 
 
 def _in_torch(name: str) -> bool:

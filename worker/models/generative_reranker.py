@@ -28,7 +28,7 @@ from millstream.worker.models.loading import (
 from millstream.worker.models.pairs import SAMPLE_OPTIONS, Frame, Prompts, pairs_of, sample, scored, settle
 from millstream.worker.models.prompts import chat_frame, qwen3_frame
 from millstream.worker.models.question import answer_each
-from millstream.worker.models.sharing import PROBES, QUERY, Filling, Sharing, Side, measured
+from millstream.worker.models.sharing import PROBES, QUERY, Filling, Precision, Sharing, Side, measured
 from millstream.worker.models.weights import whole_weights
 
 _ACTIVATIONS = (torch.nn.Sigmoid, torch.nn.Identity, torch.nn.Tanh)
@@ -89,7 +89,9 @@ class GenerativeReranker:
             return self._logits(sent(self._padded(rows, side), self._model.device))
 
         made = self.prepare(PROBES, {"query": QUERY, "truncate": "end"})
-        return measured(padded, [row for row in made if isinstance(row, Prepared)], ("left",), upto)
+        rows = [row for row in made if isinstance(row, Prepared)]
+        precision = Precision.of(self._model, str(self._model.device.type), "torch")
+        return measured(padded, rows, ("left",), upto, precision)
 
     def _padded(self, rows: Sequence[Prepared], side: Side) -> Mapping[str, torch.Tensor]:
         """Padded at the left, each row ends in the last column, where the answer is read.

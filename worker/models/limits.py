@@ -33,6 +33,9 @@ FORWARD_S, GROWTH = 2.0, 3.0
 """No forward starts that is predicted to take more seconds. One over twice the tokens is predicted to take GROWTH times
 as long: layers take twice, attention four times."""
 
+BISECTION_S = 10.0
+"""Seconds after which the search for the longest text that runs ends with the longest that ran."""
+
 Forward = Callable[[int], object]
 """Runs the model over one text of so many tokens. May raise anything."""
 
@@ -49,7 +52,7 @@ def settled(named: int, forward: Forward, configured: int | None, clock: Clock =
     _check_configured(configured, reads)
     ran, failed = _grown(reads, forward, clock)
     if failed:
-        reads = ran = _between(ran or LONGER, failed, forward)
+        reads = ran = _between(ran or LONGER, failed, forward, clock)
         _check_configured(configured, reads)
     if reads < named:
         log.info("the model's files name a limit of %d tokens, it reads %d", named, reads)
@@ -95,7 +98,7 @@ class _Lookups(TorchDispatchMode):
         if func is torch.ops.aten.embedding.default:
             table, indices = args[:2]
             # Relative positions are looked up for each pair of tokens, and their tables serve any length.
-            if indices.numel() == indices.shape[-1]:
+            if 0 < indices.numel() == indices.shape[-1]:
                 self.found.append((table.shape[0], int(indices.max())))
         return func(*args, **(kwargs or {}))
 
@@ -146,15 +149,18 @@ def _sizes(limit: int) -> Iterator[int]:
     yield most
 
 
-def _between(good: int, bad: int, forward: Forward) -> int:
-    """The most tokens that run, between `good`, which do, and `bad`, which do not."""
-    while bad - good > 1:
+def _between(good: int, bad: int, forward: Forward, clock: Clock) -> int:
+    """The most tokens that run, between `good`, which do, and `bad`, which do not; after BISECTION_S one of fewer."""
+    began = clock()
+    while bad - good > 1 and clock() - began < BISECTION_S:
         middle = (good + bad) // 2
         try:
             forward(middle)
             good = middle
         except Exception:  # noqa: BLE001 - whatever it is, so many tokens do not run
             bad = middle
+    if bad - good > 1:
+        log.warning("the longest text was searched for %g s: %d tokens run, %d do not", BISECTION_S, good, bad)
     return good
 
 

@@ -44,14 +44,32 @@ PROBES = (
 QUERY = "who grinds?"
 """To measure with, where a text has a query."""
 
-_EXACT, _HALF = 1e-5, 2e-2
-"""Relative differences that are no more than other kernels make: of float32, and of half the digits."""
-
 _NOISE = 8
 """Padding may differ by so many times what rows of one length, which pad nothing, differ by."""
 
-_QUANTISED = 1e-4
-"""In float32, a relative difference that other kernels alone do not make."""
+
+class Precision(NamedTuple):
+    """Relative differences between results that the arithmetic alone explains. The larger one is the less precise."""
+
+    close: float
+    """Padding that changes results by less is harmless, whatever the noise."""
+    noisy: float
+    """Noise above it is more than other kernels make: rows change each other's results, as in dynamic quantisation."""
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, device_type: str, backend: str) -> Precision:
+        """That of a model's least precise weights, on the device and backend that run it."""
+        # Exported models, and float32 on GPUs, may compute with fewer digits than their results have.
+        plain = FLOAT32 if (device_type, backend) == ("cpu", "torch") else REDUCED
+        return max([plain, *(_precision(each.dtype) for each in model.parameters())])
+
+
+FLOAT32, REDUCED, HALF = Precision(1e-5, 1e-4), Precision(1e-3, 5e-3), Precision(0.1, 0.25)
+"""Of float32; of float32 results that TF32 or float16 may be behind; of bfloat16 and float16 in deep models."""
+
+
+def _precision(dtype: torch.dtype) -> Precision:
+    return HALF if dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize else FLOAT32
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,23 +139,29 @@ class Filling(NamedTuple):
         return {**tensors, "attention_mask": tensor([[1] * length for length in lengths], 0)}
 
 
-def measured(forward: Forward[R], rows: Sequence[R], sides: Sequence[Side], upto: float = float("inf")) -> Sharing:
+def measured(
+    forward: Forward[R],
+    rows: Sequence[R],
+    sides: Sequence[Side],
+    upto: float = float("inf"),
+    precision: Precision = FLOAT32,
+) -> Sharing:
     """How the rows of `forward` share it, by what `rows` get alone and together; padding is tried at `sides` in turn.
 
     Rows of more than `upto` tokens are not tried: padding is known to change those. Rows that fail alone are no
-    evidence; the warm-up says why they do.
+    evidence; the warm-up says why they do. `precision` is the model's; that of the results counts if it is less.
     """
     with torch.inference_mode():
-        trial = _Trial(forward, [row for row in rows if row.tokens <= upto], sides[0])
+        trial = _Trial(forward, [row for row in rows if row.tokens <= upto], sides[0], precision)
         for side in sides:
-            if trial.padding(side) <= trial.close:
+            if trial.padding(side) <= trial.precision.close:
                 return Sharing("padded", side, upto)
         noise = trial.noise()
-        if noise > trial.noisy:
+        if noise > trial.precision.noisy:
             log.warning("rows that share a forward change each other's results, by %.1e: each runs alone", noise)
             return Sharing("single", sides[0])
         for side in sides:
-            if trial.padding(side) <= _NOISE * noise:
+            if trial.padding(side) <= min(_NOISE * noise, HALF.noisy):
                 return Sharing("padded", side, upto)
         log.warning(
             "padding changes results of this model, by %.1e: only rows of one length share a forward",
@@ -149,11 +173,11 @@ def measured(forward: Forward[R], rows: Sequence[R], sides: Sequence[Side], upto
 class _Trial(Generic[R]):
     """Forwards whose results are compared."""
 
-    def __init__(self, forward: Forward[R], rows: Sequence[R], side: Side) -> None:
+    def __init__(self, forward: Forward[R], rows: Sequence[R], side: Side, precision: Precision) -> None:
         self._forward = forward
         self._side = side
         self._padding: dict[Side, float] = {}
-        self.close, self.noisy = _EXACT, _QUANTISED
+        self.precision = precision
         found = ((row, self._results([row], side)) for row in rows)
         self._alone = [(row, results) for row, results in found if results is not None]
 
@@ -186,6 +210,5 @@ class _Trial(Generic[R]):
         except Exception as error:  # noqa: BLE001 - whatever it is, others may run
             log.debug("%d rows fail together: %s", len(rows), described(error))
             return None
-        if results.dtype != torch.float32:
-            self.close = self.noisy = _HALF
+        self.precision = max(self.precision, _precision(results.dtype))
         return torch.nan_to_num(results.float().reshape(len(results), -1)).cpu()

@@ -77,16 +77,17 @@ def lacking(name: str, keys: Iterable[str]) -> ModelUnavailable:
 
 
 def _is_own(key: str, model: PreTrainedModel, constants: set[str]) -> bool:
-    """Whether a tensor that found no place is of a part that the model has, such as a layer too many.
+    """Whether a tensor that found no place is of the base model, such as a layer too many.
 
-    Others belong to a head for another task, which checkpoints of that task bring along. A pooler counts as one.
+    Others belong to a head for another task, which checkpoints of that task bring along: beside the model's own head,
+    too. A pooler counts as one.
     """
     prefix = model.base_model_prefix
     bare = key.removeprefix(f"{prefix}.")
     base = getattr(model, prefix, model)
     if _POOLER.search(key) or _CONSTANT.search(key) or {key, bare, f"{prefix}.{key}"} & constants:
         return False
-    own = {prefix, *(each for each, _ in model.named_children()), *(each for each, _ in base.named_children())}
+    own = {prefix, *(each for each, _ in base.named_children())}
     return bool({key.partition(".")[0], bare.partition(".")[0]} & own)
 
 

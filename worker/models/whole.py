@@ -6,6 +6,7 @@ modules.json the pooling is guessed.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from millstream.worker.models.files import below, check_content, missing, read_json, read_settings, refused
 from millstream.worker.models.parts import Part
+
+log = logging.getLogger(__name__)
 
 SETTINGS = "config_sentence_transformers.json"
 
@@ -28,6 +31,9 @@ _WEIGHED = {
 _TENSORS = {"StaticEmbedding": ("embedding.weight", "embeddings"), "WordEmbeddings": ("emb_layer.weight",)}
 """Names of the tensor of modules whose loading names none when it is missing. The second one is model2vec's."""
 
+_LIMITS = ("sentence_bert_config.json", "sentence_*_config.json")
+"""Settings of a transformer: in the first layout no more than the limit of a text."""
+
 _JSON = ("*config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", _INDEX)
 _TEXT = ("vocab.txt", "merges.txt", "*.jinja", "*.model", "*.spm")
 
@@ -41,7 +47,7 @@ _BYTES = ("byt5", "canine", "perceiver")
 """Architectures whose tokenizers read bytes or characters, and have no vocabulary."""
 
 
-def check_whole(folder: Path, parts: Iterable[Part], backend: str) -> None:
+def check_whole(folder: Path, parts: Sequence[Part], backend: str) -> None:
     """Raise ModelUnavailable, with its name, if a file is missing, empty, cut off, or a pointer of git-lfs."""
     _check_listing(folder)
     by_library = isinstance(read_settings(folder / SETTINGS).get("__version__"), dict)
@@ -50,11 +56,21 @@ def check_whole(folder: Path, parts: Iterable[Part], backend: str) -> None:
         if part.saved and not (folder / SETTINGS).is_file():
             raise missing(folder / SETTINGS)
         if part.is_transformer:
-            _check_transformer(part, part.saved or by_library)
+            _check_transformer(part, by_library)
         else:
             _check_other(part)
-        if part.kind.__name__ in _WEIGHED or (part.is_transformer and backend == "torch"):
-            _check_weights(part)
+    for part in weighed(parts, backend):
+        _check_weights(part)
+
+
+def weighed(parts: Iterable[Part], backend: str) -> Iterator[Part]:
+    """The modules whose weights are read from safetensors."""
+    return (part for part in parts if part.kind.__name__ in _WEIGHED or (part.is_transformer and backend == "torch"))
+
+
+def has_weights(part: Part) -> bool:
+    """Whether the module's folder has a safetensors file, or an index of several."""
+    return any((part.folder / name).is_file() for name in (_WEIGHTS, _INDEX))
 
 
 def _check_other(part: Part) -> None:
@@ -92,8 +108,8 @@ def _files(folder: Path, patterns: Iterable[str]) -> Iterator[Path]:
     return (file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file())
 
 
-def _check_transformer(part: Part, saved: bool) -> None:
-    """`saved` says that sentence-transformers wrote the folder, and so all of these files."""
+def _check_transformer(part: Part, by_library: bool) -> None:
+    """`by_library` says that sentence-transformers wrote the settings, and most likely the other files."""
     folder = part.folder
     _check_there(folder, "config.json")
     if (folder / "adapter_config.json").exists():
@@ -102,9 +118,12 @@ def _check_transformer(part: Part, saved: bool) -> None:
             "it is an adapter to another model, which may be another one on each host",
             "merge the two (merge_and_unload), save the result, and give that folder",
         )
-    if saved:
-        _check_there(folder, "sentence_bert_config.json", "sentence_*_config.json")
-    _check_tokenizer(folder, saved)
+    if part.saved:
+        _check_there(folder, *_LIMITS)
+    # CLIP had none in the first layout. Other folders of that time may be put together by hand.
+    elif by_library and part.kind.__name__ != "CLIPModel" and not any(_files(folder, _LIMITS)):
+        log.warning("%s is missing: texts are cut at the transformer's own limit", folder / _LIMITS[0])
+    _check_tokenizer(folder, part.saved or by_library)
 
 
 def _check_tokenizer(folder: Path, saved: bool) -> None:
