@@ -201,14 +201,25 @@ def test_the_table_has_a_row_for_each_fault_that_is_made() -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("name", "says"), list(rows()), ids=lambda each: each if isinstance(each, str) else "")
 def test_the_program_says_it_in_these_words_and_the_cure_heals_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, engine: str, name: str, says: list[str]
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    engine: str,
+    name: str,
+    says: list[str],
 ) -> None:
+    logged: list[str] = []
+
+    def all_said() -> str:
+        # By this process, whose supervisor's thread may say it only now, or by its worker.
+        logged.append(capfd.readouterr().err)
+        return "".join([said, caplog.text, *logged])
+
     with milling(tmp_path, engines.binary_of(engine), tcp=True) as mill, caplog.at_level(logging.WARNING):
         assert serves(mill)
 
         with FAULTS[name](mill, tmp_path) as said:
-            # What this process logs is in it: its supervisor's thread may say it only now.
-            eventually(lambda: all(re.search(each, said + caplog.text) for each in map(pattern, says)))
+            eventually(lambda: all(re.search(each, all_said()) for each in map(pattern, says)))
 
         eventually(lambda: serves(mill), within_s=LONG_S)
         assert mill.supervisor.restarts == 0
