@@ -29,7 +29,7 @@ WAITS: Mapping[str, Mapping[str, str]] = {
     "passive": {POLICY: "PASSIVE"},
 }
 CHOSEN_WAIT = "bounded"
-"""How threads wait that a supervisor starts."""
+"""The way in which threads of a supervisor's workers wait for each other."""
 
 COUNTS = (1, 2)
 PLACES = ("alone", "beside a busy process")

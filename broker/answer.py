@@ -1,4 +1,4 @@
-"""What a model answered to a fixed text: how it is written down, and how far two may be apart."""
+"""A model's answer to a fixed text: its written form, and the allowed distance between two."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _FLOAT32, _OTHERS = 0.01, 0.25
 half the digits, or 8 bits on another CPU, up to 0.1. Vectors of other weights are 1 or more apart."""
 
 _LEAST_LENGTH = 0.1
-"""Shorter answers are measured by it: vectors that are cut, cosines near zero."""
+"""The least length that a distance is divided by, for vectors that are cut and cosines near zero."""
 
 _LEAST_LOGITS = {_FLOAT32: 1.0, _OTHERS: 4.0}
-"""The same of logits. Those near zero are sums of larger numbers: bfloat16 has steps of 0.125 between 16 and 32."""
+"""The same for logits. Near zero they are sums of larger numbers: bfloat16 has steps of 0.125 between 16 and 32."""
 
 _SCORES = (" cross-encoder ", " generative ")
 """Words in the fingerprints of models whose answers are logits."""
@@ -42,7 +42,7 @@ def is_answer(field: str) -> bool:
 
 
 def written(answer: Answer) -> str:
-    """As JSON, at most MOST_PLACES numbers of 4 significant digits."""
+    """The answer as JSON: at most MOST_PLACES numbers of 4 significant digits."""
     places = sorted(answer)
     step = max(1.0, len(places) / MOST_PLACES)
     some = [places[int(at * step)] for at in range(min(len(places), MOST_PLACES))]

@@ -59,7 +59,7 @@ class Backlog:
         self._line_of: dict[str, _Line] = {}
         # Calls of one idempotency key have the same jobs: how often each waits.
         self._times: Counter[str] = Counter()
-        # Those taken last, which the server has not accepted yet.
+        # Submissions taken last, which the server has not accepted yet.
         self._taken: dict[str, Why] = {}
 
     def __bool__(self) -> bool:
@@ -68,7 +68,7 @@ class Backlog:
 
     @property
     def next_at(self) -> float | None:
-        """When the next submission may be sent; None if none waits."""
+        """The time at which the next submission may be sent, monotonic seconds; None if none waits."""
         if not self._queues:
             return None
         moments = [max(queue.at, line.at) for queue in self._queues.values() for line in queue.lines.values()]

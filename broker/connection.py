@@ -86,7 +86,7 @@ class Connection:
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What kind of server answers."""
+    """The kind of server that answers."""
 
     engine: EngineName
     version: Version

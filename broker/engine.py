@@ -57,7 +57,7 @@ def version_text(version: tuple[int, ...]) -> str:
 
 
 def probe(binary: Path) -> Engine | None:
-    """What `binary` says it is; None where it does not run here or is no Redis."""
+    """The server that `binary` says it is; None if it does not run here or is no Redis."""
     try:
         answer = subprocess.run(
             [binary, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10, check=True

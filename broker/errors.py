@@ -27,7 +27,7 @@ class MillstreamError(Exception):
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
     def details(self) -> dict[str, str]:
-        """What a subclass adds to the wire form, by the names of its constructor's arguments."""
+        """Fields that a subclass adds to the wire form, by the names of its constructor's arguments."""
         return {}
 
 

@@ -1,7 +1,7 @@
-"""Sends commands in one piece and reads their answers: what a client's every job costs twice.
+"""Sends commands in one piece and reads their answers. Each job costs its client two such exchanges.
 
-On a connection of one thread's own the library's client and pipeline are passed over. Retries, metrics, callbacks and
-locks, which such a connection has no use for, cost as much as the exchange itself: 40 instead of 20 us of CPU.
+On a connection of one thread's own the library's client and pipeline are passed over: retries, metrics, callbacks and
+locks, which such a connection does not need, cost about as much as the exchange itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def exchange(client: redis.Redis, *commands: Words) -> list[Any]:
     pool = getattr(client, "connection_pool", None)
     if isinstance(pool, OwnPool):
         return _exchange(pool, commands)
-    # Of a shared pool, a Cluster, or a server that is played by a test.
+    # The client of a shared pool, of a Cluster, or of a test's fake server.
     pipe = client.pipeline(transaction=False)
     for words in commands:
         pipe.execute_command(*words)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Who may have written what lies in a data dir: only its user, or nothing of it is read, run or written."""
+"""Checks that only its user can have written a data dir; otherwise nothing of it is read, run or written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from millstream.broker.errors import ConfigError
 
 _FILES = ("engine.json", "engine.new", "lock", "server.log", "server.log.old", "dump.rdb", "appendonly*", "temp-*.*")
 _BELOW = "appendonlydir/*"
-"""What we and the server keep in a data dir. Other files there are nobody's concern."""
+"""Files that we and the server keep in a data dir. Other files there are nobody's concern."""
 
 _ROOT = 0
 

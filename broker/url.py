@@ -51,7 +51,7 @@ _UNFILLED = re.compile(r"\$\{[^}]*\}|\$\([^)]*\)|\{\{.*?\}\}|^\$\w+$|(?<=@)\$\w+
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a URL names. `addresses` are a Cluster's nodes or the Sentinels; `master` is the name they know it by."""
+    """The servers of a URL. `addresses`: a Cluster's nodes or the Sentinels; `master`: the name they know it by."""
 
     kind: Kind
     url: str
@@ -94,7 +94,7 @@ def canonical(url: str) -> str:
 
 
 def read_url(url: str) -> Place:
-    """What `url` names, in any spelling that `canonical` knows.
+    """The place that `url` names, in any spelling that `canonical` knows.
 
     Raises ValueError; its message quotes nothing but the name of a variable: a piece may be the password.
     """

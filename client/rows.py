@@ -140,7 +140,7 @@ def _matrix(rows: Sequence[RowOutcome]) -> Encoded:
 
 
 def _slowest(before: Timings, timings: Timings) -> Timings:
-    """Of the slowest job."""
+    """The timings of the slowest job."""
     return {**before, **{name: max(ms, before.get(name, ms)) for name, ms in timings.items()}}
 
 

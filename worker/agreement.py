@@ -28,7 +28,7 @@ _OPTIONS: Mapping[str, Mapping[str, Json]] = {
 
 
 def answer_of(model: Model) -> Answer:
-    """What `model` answers to a few fixed texts, as places and numbers. Raises ModelUnavailable if it is no number."""
+    """The answer of `model` to a few fixed texts, as places and numbers. Raises ModelUnavailable if it is no number."""
     rows = model.prepare(list(_TEXTS[model.op]), _OPTIONS[model.op])
     for row in rows:
         if isinstance(row, MillstreamError):

@@ -40,7 +40,7 @@ class Cores:
 
 
 def usable() -> Cores:
-    """Those of this process: by its affinity, and by the CPU quota of its control groups."""
+    """The cores of this process: by its affinity, and by the CPU quota of its control groups."""
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     found = cgroups.hierarchy()
     return Cores(frozenset(cpus), str(found.own) if found else "", cgroups.quota())
@@ -107,7 +107,7 @@ class Claims:
         self._file = None
 
     def _forget(self) -> None:
-        """In a forked child: let go of the parent's lock, which is the parent's own while it lives."""
+        """Lets go, in a forked child, of the parent's lock, which is the parent's own while it lives."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -144,7 +144,7 @@ class Claims:
 
 
 def _cores(text: bytes, default: Cores) -> Cores:
-    """Those that a claim names; `default` if a version that is not ours wrote it."""
+    """The cores that a claim names; `default` if a version that is not ours wrote it."""
     try:
         said = json.loads(text)
         return Cores(frozenset(map(int, said["cpus"])), str(said["group"]))

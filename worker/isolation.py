@@ -1,4 +1,4 @@
-"""What code of a user's inherits from its worker process: nothing that is the worker's own."""
+"""Keeps what is the worker's own from a user's code and the programs that it starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many threads a forward runs on: as many as are fastest for this model, of the cores that are this process's.
+"""Chooses the threads of a forward: as many as are fastest for this model, of the cores that are this process's.
 
 A tiny model is faster on one thread than on two, a large one on as many as there are, and beside a busy neighbour both
 change: so it is measured as a worker starts. What is left to the operator is what the environment says.
@@ -43,12 +43,12 @@ Use = Callable[[int], None]
 
 
 def waiting(environ: Mapping[str, str]) -> dict[str, str]:
-    """What to add to the environment of a process before it loads torch, unless the operator chose another way."""
+    """The variables to set before a process loads torch, unless the operator chose another way."""
     return {} if SPIN in environ or POLICY in environ else {SPIN: str(SPINS)}
 
 
 def said_waiting(environ: Mapping[str, str]) -> str:
-    """How threads wait for each other, as the environment says it; "" if it does not."""
+    """The environment's words on how threads wait for each other; "" if it does not."""
     return " ".join(f"{name}={environ[name]}" for name in (SPIN, POLICY) if name in environ)
 
 
@@ -153,7 +153,7 @@ class Threads:
 
     @classmethod
     def unmanaged(cls) -> Threads:
-        """Those of a process whose forwards are its own affair."""
+        """The threads of a process whose forwards are its own affair."""
         return cls(1, {})
 
     def choose(self, model: Model, use: Use) -> None:
@@ -182,7 +182,7 @@ class Threads:
         """
         if not self._model or self.share == self._chosen_for:
             return
-        if self._must_measure and not idle:
+        if self._must_measure(self.share) and not idle:
             self._assume()
             return
         before = self.count
@@ -195,15 +195,14 @@ class Threads:
             log.info("the share of this host's cores is now %d: %s", self._chosen_for, self)
 
     def _assume(self) -> None:
-        """Until they are measured, more threads go on helping if the most that were measured helped."""
+        """Takes it that more threads help, until they are measured, if the most that were measured helped."""
         most = max(self.rates, default=1)
         if self.count != self.share and fastest(self.rates, most) == most:
             self.count = self.share
             self._use(self.count)
 
-    @property
-    def _must_measure(self) -> bool:
-        return not self._operator and self.share > max(self.rates, default=1)
+    def _must_measure(self, share: int) -> bool:
+        return not self._operator and share > max(self.rates, default=1)
 
     def _share(self) -> int:
         return min(self._most, self._claims.share) if self._claims else self._most
@@ -213,7 +212,7 @@ class Threads:
         if self._operator:
             self._use(self._operator)
             return
-        if share > max(self.rates, default=1):
+        if self._must_measure(share):
             self.rates = measure(model, share, self._use, self.clock)
         self.count = fastest(self.rates, share)
         self._use(self.count)

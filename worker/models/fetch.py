@@ -43,7 +43,7 @@ def local(spec: ModelSpec, organization: str = "") -> Path:
 
 
 def _downloaded(name: str, spec: ModelSpec) -> Path:
-    """Also what the hub's cache has already. Raises ModelUnavailable."""
+    """The folder in the hub's cache, downloaded if it is not there yet. Raises ModelUnavailable."""
     reason: Exception | None = None
     for candidate in _names(name):
         try:
@@ -72,7 +72,7 @@ def _check_published(name: str, folder: Path, parts: Sequence[Part]) -> None:
 
 
 def cache_dir() -> str | None:
-    """Where sentence-transformers keeps what it downloads; None is the hub's own cache."""
+    """The folder in which sentence-transformers keeps its downloads; None is the hub's own cache."""
     return os.environ.get("SENTENCE_TRANSFORMERS_HOME")
 
 

@@ -43,7 +43,7 @@ def read_json(file: Path) -> object:
 
 
 def read_settings(file: Path) -> dict[str, object]:
-    """The same of a file that holds a JSON object; empty if there is none."""
+    """The content of a file that holds a JSON object; empty if there is none."""
     if not file.is_file():
         return {}
     content = read_json(file)

@@ -39,7 +39,7 @@ def _forgetting(module: Any) -> float:
 
 
 def _rope_kinds(module: object) -> Mapping[str, str]:
-    """By the type of layer, "" for a module that knows one alone: which rotary positions `module` computes."""
+    """The kinds of rotary positions that `module` computes, by the type of layer; by "" if it has one kind."""
     kinds = getattr(module, "rope_type", None)
     if not hasattr(module, "original_max_seq_len") or kinds is None:
         return {}
@@ -67,7 +67,7 @@ def _long_from(module: Any, kinds: Mapping[str, str]) -> Iterable[int]:
 
 
 def _sparse_from(module: Any) -> float:
-    """As BigBirdModel.forward has it; its parts have no say."""
+    """Chooses the attention as BigBirdModel.forward does."""
     if not hasattr(module, "get_input_embeddings"):
         return UNLIMITED
     most = (5 + 2 * module.config.num_random_blocks) * module.config.block_size

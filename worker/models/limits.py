@@ -60,7 +60,7 @@ def settled(named: int, forward: Forward, configured: int | None, clock: Clock =
 
 
 def positions(forward: Forward) -> int | None:
-    """How many tokens have a place in the shortest table that `forward` looks up by position; None if there is none.
+    """The length of the shortest table that `forward` looks up by position, in tokens; None if there is none.
 
     Such a table is as long for every text, and the largest index into it grows by one with each token.
     """
@@ -81,7 +81,7 @@ def stretched(values: Sequence[int], tokens: int) -> list[int]:
 
 
 def stretched_row(ids: Mapping[str, Sequence[int]], tokens: int) -> dict[str, list[int]]:
-    """As `stretched`, for each of a row's inputs."""
+    """Each of a row's inputs, stretched as `stretched` does."""
     return {name: stretched(values, tokens) for name, values in ids.items()}
 
 

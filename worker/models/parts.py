@@ -18,7 +18,7 @@ from millstream.worker.models.files import below, read_json, read_settings, refu
 LIBRARY = "sentence_transformers."
 
 _FIRST_LAYOUT = f"{LIBRARY}models."
-"""How releases before 5.4 named their modules. Folders of that time may have been put together by hand."""
+"""Names that releases before 5.4 gave their modules. Folders of that time may have been put together by hand."""
 
 
 class Part(NamedTuple):

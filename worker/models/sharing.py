@@ -1,4 +1,4 @@
-"""Which rows may share a forward: those that get by it what each gets alone.
+"""Decides which rows may share a forward: those that get by it what each gets alone.
 
 Padding is harmless to most models, on one side at least: a BERT counts its positions from the first token, so padding
 before a text moves them. A few models let padding into the result on either side, and dynamically quantised ones let
@@ -20,7 +20,7 @@ from millstream.worker.models.base import Prepared
 log = logging.getLogger(__name__)
 
 Side = Literal["right", "left"]
-"""Where padding stands."""
+"""The side at which padding stands."""
 
 Features = Mapping[str, Sequence[int]]
 """A text as a tokenizer makes it: a number for each token, by the name of the model's input; "input_ids" is one."""
@@ -58,14 +58,14 @@ class Precision(NamedTuple):
 
     @classmethod
     def of(cls, model: torch.nn.Module, device_type: str, backend: str) -> Precision:
-        """That of a model's least precise weights, on the device and backend that run it."""
+        """The precision of a model's least precise weights, on the device and backend that run it."""
         # Exported models, and float32 on GPUs, may compute with fewer digits than their results have.
         plain = FLOAT32 if (device_type, backend) == ("cpu", "torch") else REDUCED
         return max([plain, *(_precision(each.dtype) for each in model.parameters())])
 
 
 FLOAT32, REDUCED, HALF = Precision(1e-5, 1e-4), Precision(1e-3, 5e-3), Precision(0.1, 0.25)
-"""Of float32; of float32 results that TF32 or float16 may be behind; of bfloat16 and float16 in deep models."""
+"""The precision of float32; of float32 results that TF32 or float16 may be behind; of half precision."""
 
 
 def _precision(dtype: torch.dtype) -> Precision:
@@ -74,14 +74,14 @@ def _precision(dtype: torch.dtype) -> Precision:
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """How the rows of one model share forwards. Rows of more than `upto` tokens do by their length at most."""
+    """The way in which rows of one model share forwards. Rows of more than `upto` tokens do by their length at most."""
 
     kind: Kind = "padded"
     side: Side = "right"
     upto: float = float("inf")
 
     def in_groups(self, rows: Sequence[R], run: Callable[[Sequence[R]], torch.Tensor]) -> torch.Tensor:
-        """What `run` gives for rows that may share a forward, [rows, ...] in the order of `rows`."""
+        """The results of `run` for rows that may share a forward, [rows, ...] in the order of `rows`."""
         return in_groups(self._groups(rows), lambda places: run([rows[at] for at in places]))
 
     def of_one_forward(self, rows: Sequence[R]) -> Sequence[R]:
@@ -107,7 +107,7 @@ def grouped(keys: Iterable[Hashable]) -> list[list[int]]:
 
 
 def in_groups(groups: Sequence[Sequence[int]], run: Callable[[Sequence[int]], torch.Tensor]) -> torch.Tensor:
-    """What `run` gives for each group of places, as results [rows, ...] in the order of the rows."""
+    """The results of `run` for each group of places, [rows, ...] in the order of the rows."""
     if len(groups) == 1:
         return run(groups[0])
     found = torch.cat([run(group) for group in groups])
@@ -115,7 +115,7 @@ def in_groups(groups: Sequence[Sequence[int]], run: Callable[[Sequence[int]], to
 
 
 class Filling(NamedTuple):
-    """What padding is made of, by the name of the model's input; of others it is 0."""
+    """The values that padding is made of, by the name of the model's input; of others it is 0."""
 
     ids: Mapping[str, int]
 
@@ -146,7 +146,7 @@ def measured(
     upto: float = float("inf"),
     precision: Precision = FLOAT32,
 ) -> Sharing:
-    """How the rows of `forward` share it, by what `rows` get alone and together; padding is tried at `sides` in turn.
+    """The sharing of `forward`, by what `rows` get alone and together; padding is tried at `sides` in turn.
 
     Rows of more than `upto` tokens are not tried: padding is known to change those. Rows that fail alone are no
     evidence; the warm-up says why they do. `precision` is the model's; that of the results counts if it is less.
@@ -182,14 +182,14 @@ class _Trial(Generic[R]):
         self._alone = [(row, results) for row, results in found if results is not None]
 
     def padding(self, side: Side) -> float:
-        """What it changes to run rows of different lengths together."""
+        """The relative difference that running rows of different lengths together makes."""
         if side not in self._padding:
             of_each_length = {row.tokens: (row, results) for row, results in self._alone}
             self._padding[side] = self._difference(list(of_each_length.values()), side)
         return self._padding[side]
 
     def noise(self) -> float:
-        """What it changes to run rows of one length together; infinity if no two rows have the same."""
+        """The relative difference that rows of one length make to each other; infinity if no two rows have the same."""
         places = max(grouped(row.tokens for row, _ in self._alone), key=len, default=[])
         return self._difference([self._alone[at] for at in places], self._side) if len(places) > 1 else float("inf")
 

@@ -38,7 +38,7 @@ _JSON = ("*config.json", "tokenizer.json", "special_tokens_map.json", "added_tok
 _TEXT = ("vocab.txt", "merges.txt", "*.jinja", "*.model", "*.spm")
 
 _VOCABULARIES = ("vocab.txt", "vocab.json", "*.model", "*.spm", "*.codes", "vocab.bpe", "*.tiktoken", "tekken.json")
-"""From one of which a tokenizer is made if there is no tokenizer.json."""
+"""Files from one of which a tokenizer is made if there is no tokenizer.json."""
 
 _READS_ONE_FILE = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Tokenizers that are made from tokenizer.json alone, whatever is beside it."""
