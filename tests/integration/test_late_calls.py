@@ -293,8 +293,11 @@ def _scripts(redis: Redis) -> tuple[int, int]:
 
 
 CALLS = """
-import sys
+import signal, sys
 from millstream.client import Client
+
+# A shell's background processes ignore it, and what they start does too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 with Client(sys.argv[1]) as client:
     texts = [f"text {n}" for n in range(2_000)]
@@ -315,7 +318,10 @@ def test_ctrl_c_in_a_call_leaves_no_job_of_it_behind(
     eventually(lambda: sum(connection.client.xlen(stream) for stream in streams) >= 8, within_s=LONG_S)
 
     caller.send_signal(signal.SIGINT)
-    _, said = caller.communicate(timeout=LONG_S)
+    try:
+        _, said = caller.communicate(timeout=LONG_S)
+    finally:
+        caller.kill()
 
     assert b"KeyboardInterrupt" in said
     assert [connection.client.xlen(stream) for stream in streams] == [0, 0, 0]
