@@ -14,15 +14,16 @@ import pytest
 from millstream.worker.cgroups import Quota, quota
 from millstream.worker.cores import Claims, Cores, cores, share, usable
 
-HELD = """
+HELD = r"""
 import os, sys
 from pathlib import Path
 from millstream.worker.cores import Claims
 claims = Claims(Path(sys.argv[1]))
 claims.enter()
 if "fork" in sys.argv and (child := os.fork()):
-    print(child, flush=True)
-print("entered", flush=True)
+    os.write(1, b"%d\n" % child)
+# One write, so that a line of the forked child never lands inside one of its parent's.
+os.write(1, b"entered\n")
 sys.stdin.read()
 """
 
