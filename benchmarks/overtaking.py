@@ -15,7 +15,7 @@ import click
 from corpus import mix
 
 from millstream.client.split import estimate_tokens
-from millstream.worker.batcher import Budget, Pool, Row
+from millstream.worker.scheduling.batcher import Budget, Pool, Row
 
 BUDGET = Budget(64, 2_048, 66.0)
 CALLERS, TEXTS, SKIPPED = 128, 6_000, 1_000

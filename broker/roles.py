@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from millstream.broker.keys import DEFAULT_PREFIX, ServiceKeys, services_key
+from millstream.broker.contract.keys import DEFAULT_PREFIX, ServiceKeys, services_key
 
 Role = Literal["viewer", "client", "worker", "admin"]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import yaml
 
-from millstream.broker import eviction
-from millstream.broker.config import DEFAULT_PATH, Config, load
-from millstream.broker.connection import find_url
-from millstream.broker.faults import URL_VARIABLE
-from millstream.broker.keys import DEFAULT_PREFIX
+from millstream.broker.config.load import DEFAULT_PATH, Config, load
+from millstream.broker.contract.keys import DEFAULT_PREFIX
+from millstream.broker.transport import eviction
+from millstream.broker.transport.connection import find_url
+from millstream.broker.transport.faults import URL_VARIABLE
 
 PREFIX_VARIABLE = "MILLSTREAM_REDIS__KEY_PREFIX"
 _SECTIONS = {"models", "services", "redis"}

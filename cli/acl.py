@@ -9,9 +9,9 @@ from pathlib import Path
 
 import click
 
-from millstream.broker.engine import parse_version
-from millstream.broker.errors import ConfigError
+from millstream.broker.contract.errors import ConfigError
 from millstream.broker.roles import ROLES, SELECTORS_SINCE, Role, rules
+from millstream.broker.server.engine import parse_version
 from millstream.cli import options
 
 _USER = re.compile(r"[!-~]{1,64}")
@@ -74,7 +74,7 @@ def _version(given: str | None, url: str | None, prefix: str | None) -> tuple[tu
 
         return version, find_prefix(prefix, os.environ)
     target = options.find(url, prefix)
-    from millstream.broker.connection import check
+    from millstream.broker.transport.connection import check
 
     with options.connected(target.url) as connection:
         return check(connection).version, target.prefix
@@ -86,6 +86,6 @@ def _password(file: Path | None, nopass: bool) -> list[str]:
         return ["resetpass", "nopass"]
     if file is None:
         return []
-    from millstream.broker.access import read_password
+    from millstream.broker.transport.access import read_password
 
     return ["resetpass", f"#{hashlib.sha256(read_password(file).encode()).hexdigest()}"]

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from millstream.broker.errors import MillstreamError, NoWorkers
+from millstream.broker.contract.errors import MillstreamError, NoWorkers
 from millstream.cli import options
 from millstream.cli.options import SecondsRange
 from millstream.cli.table import aligned, number
 
 if TYPE_CHECKING:
-    from millstream.broker.job import Json
-    from millstream.broker.spec import ServiceSpec
+    from millstream.broker.config.spec import ServiceSpec
+    from millstream.broker.contract.job import Json
     from millstream.broker.target import Target
     from millstream.client import AsyncClient
     from millstream.client.calls import PriorityName
@@ -198,7 +198,7 @@ async def _caller(client: AsyncClient, load: Load, texts: Iterator[Json], until:
 
 def _checked(target: Target, service: str) -> ServiceSpec:
     """The service as it is registered. Raises UnknownService, InvalidRequest where it cannot be called, NoWorkers."""
-    from millstream.broker.registry import Registry
+    from millstream.broker.queue.registry import Registry
     from millstream.client.services import Services, op_of
 
     with options.connected(target.url) as connection:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from millstream.broker.config import DEFAULT_PATH, Config, ServiceSpec, load, unenforced
-from millstream.broker.config_yaml import KeyPath
+from millstream.broker.config.load import DEFAULT_PATH, Config, ServiceSpec, load, unenforced
+from millstream.broker.config.yaml import KeyPath
 from millstream.cli.options import allow_eviction
 from millstream.cli.table import aligned
 
@@ -51,10 +51,10 @@ def push(path: Path, url: str | None, replace: bool, allow_eviction: bool) -> No
     """Check PATH, by default ./config.yaml, and publish its services in Redis."""
     loaded = load_and_warn(path)
     # The Redis client takes as long to import as all the rest; `check` does without.
-    from millstream.broker import eviction
-    from millstream.broker.connection import Connection, find_url
-    from millstream.broker.connection import check as check_server
-    from millstream.broker.registry import Registry
+    from millstream.broker.queue.registry import Registry
+    from millstream.broker.transport import eviction
+    from millstream.broker.transport.connection import Connection, find_url
+    from millstream.broker.transport.connection import check as check_server
 
     connection = Connection(find_url(url, loaded, os.environ))
     allow = allow_eviction or eviction.allowed(loaded, os.environ)
@@ -77,7 +77,7 @@ def show(path: Path, origin: bool) -> None:
 
     It is a configuration itself; a password is left out.
     """
-    from millstream.broker.config_origin import resolved
+    from millstream.broker.config.origin import resolved
 
     values = [(each.path, _shown(each.path, each.value), each.origin) for each in resolved(load_and_warn(path))]
     width = min(_WIDEST, max((len(line) for line, _ in _lines(values)), default=0))
@@ -92,7 +92,7 @@ def schema() -> None:
     With it in a file, the line `# yaml-language-server: $schema=PATH` on top of config.yaml makes an editor complete,
     explain and check it.
     """
-    from millstream.broker import config_schema
+    from millstream.broker.config import schema as config_schema
 
     click.echo(json.dumps(config_schema.schema(), indent=2))
 
@@ -114,7 +114,7 @@ def _lines(values: Sequence[tuple[KeyPath, str, str]]) -> Iterator[tuple[str, st
 
 def _shown(path: KeyPath, value: object) -> str:
     if path == ("redis", "url") and value:
-        from millstream.broker.connection import redacted
+        from millstream.broker.transport.connection import redacted
 
         return _yaml(redacted(str(value)))
     return _yaml(value)

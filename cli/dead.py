@@ -13,9 +13,9 @@ from millstream.cli.main import report
 from millstream.cli.table import aligned, counted, harmless
 
 if TYPE_CHECKING:
-    from millstream.broker.connection import Connection
-    from millstream.broker.deadletters import DeadLetters, Letter
-    from millstream.broker.keys import ServiceKeys
+    from millstream.broker.contract.keys import ServiceKeys
+    from millstream.broker.queue.deadletters import DeadLetters, Letter
+    from millstream.broker.transport.connection import Connection
 
 _HEADING = ("ID", "BURIED", "REASON", "PRIORITY", "OP", "ROWS", "ATTEMPTS", "CONSUMER")
 ROOM_S = 60.0
@@ -87,7 +87,7 @@ def requeue(
 
     A letter goes once its job is accepted. `client.job(ID)` finds the answer, for as long as results are kept.
     """
-    from millstream.broker.errors import InvalidRequest, PartialFailure
+    from millstream.broker.contract.errors import InvalidRequest, PartialFailure
 
     if bool(letter_ids) == everything:
         raise InvalidRequest("which letters?", hint="give their ids, or --all")
@@ -159,8 +159,8 @@ def _time(ms: int) -> str:
 
 
 def _letters(connection: Connection, keys: ServiceKeys) -> DeadLetters:
-    from millstream.broker.deadletters import DeadLetters
-    from millstream.broker.registry import Registry
+    from millstream.broker.queue.deadletters import DeadLetters
+    from millstream.broker.queue.registry import Registry
 
     spec = Registry(connection, keys.prefix).read(keys.service)
     return DeadLetters(connection.client, keys, replicated=spec.replicated, where=connection.safe_url)

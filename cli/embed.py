@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, BinaryIO, Literal, cast
 
 import click
 
-from millstream.broker.errors import InvalidRequest, MillstreamError, NoWorkers, PartialFailure
+from millstream.broker.contract.errors import InvalidRequest, MillstreamError, NoWorkers, PartialFailure
 from millstream.cli import options
 from millstream.cli.options import SecondsRange
 
 if TYPE_CHECKING:
-    from millstream.broker.job import Json, Vectors
+    from millstream.broker.contract.job import Json, Vectors
     from millstream.client import Client
     from millstream.client.services import Services
 
@@ -71,7 +71,7 @@ def embed(
     _check_output(output, layout)
     rows = _texts(texts, as_json)
     target = options.find(url, prefix)
-    from millstream.broker.registry import Registry
+    from millstream.broker.queue.registry import Registry
     from millstream.client import Client
     from millstream.client.services import Services
 

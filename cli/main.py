@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from millstream.broker.errors import MillstreamError, did_you_mean
+from millstream.broker.contract.errors import MillstreamError, did_you_mean
 from millstream.cli.standard import open_closed_streams, unwritable
 
 DEBUG_VARIABLE = "MILLSTREAM_DEBUG"

@@ -25,7 +25,7 @@ def pause(service: str, url: str | None, prefix: str | None, for_s: float | None
 
     New jobs are accepted and wait, and their time limits run.
     """
-    from millstream.broker import pause as pauses
+    from millstream.broker.queue import pause as pauses
 
     with options.opened(service, url, prefix) as (connection, keys):
         pauses.pause(connection.client, keys, for_s=for_s, refusing=refusing)
@@ -39,7 +39,7 @@ def pause(service: str, url: str | None, prefix: str | None, for_s: float | None
 @options.prefix
 def resume(service: str, url: str | None, prefix: str | None) -> None:
     """Let the workers of SERVICE claim again."""
-    from millstream.broker import pause as pauses
+    from millstream.broker.queue import pause as pauses
 
     with options.opened(service, url, prefix) as (connection, keys):
         was_paused = pauses.resume(connection.client, keys)
@@ -56,9 +56,9 @@ def purge(service: str, url: str | None, prefix: str | None, yes: bool) -> None:
 
     Jobs that workers hold go on. New ones are accepted meanwhile: pause with --new to keep them out.
     """
-    from millstream.broker.inspector import Inspector
-    from millstream.broker.registry import Registry
-    from millstream.broker.streams import Streams
+    from millstream.broker.queue.inspector import Inspector
+    from millstream.broker.queue.registry import Registry
+    from millstream.broker.queue.streams import Streams
 
     with options.opened(service, url, prefix) as (connection, keys):
         (view,) = Inspector(connection, keys.prefix).services([service])
@@ -83,11 +83,11 @@ def purge(service: str, url: str | None, prefix: str | None, yes: bool) -> None:
 )
 def drain(service: str, url: str | None, prefix: str | None, timeout_s: float) -> None:
     """Pause SERVICE, and wait until no worker holds a job of it. It stays paused."""
-    from millstream.broker.errors import DeadlineExceeded
-    from millstream.broker.inspector import Inspector
-    from millstream.broker.lease import Lease
-    from millstream.broker.pause import find_pause
-    from millstream.broker.pause import pause as begin
+    from millstream.broker.contract.errors import DeadlineExceeded
+    from millstream.broker.queue.inspector import Inspector
+    from millstream.broker.queue.lease import Lease
+    from millstream.broker.queue.pause import find_pause
+    from millstream.broker.queue.pause import pause as begin
 
     deadline = time.monotonic() + timeout_s
     with options.opened(service, url, prefix) as (connection, keys):

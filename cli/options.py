@@ -13,13 +13,13 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import click
 
-from millstream.broker.errors import InvalidRequest
-from millstream.broker.units import seconds
+from millstream.broker.config.units import seconds
+from millstream.broker.contract.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from millstream.broker.connection import Connection
-    from millstream.broker.keys import ServiceKeys
+    from millstream.broker.contract.keys import ServiceKeys
     from millstream.broker.target import Target
+    from millstream.broker.transport.connection import Connection
 
 url = click.option(
     "--url",
@@ -62,7 +62,7 @@ def find(url: str | None, prefix: str | None) -> Target:
 @contextmanager
 def connected(url: str) -> Iterator[Connection]:
     """A connection for one command, closed at its end."""
-    from millstream.broker.connection import Connection
+    from millstream.broker.transport.connection import Connection
 
     connection = Connection(url, name="millstream-cli")
     try:
@@ -78,8 +78,8 @@ def opened(service: str, url: str | None, prefix: str | None) -> Iterator[tuple[
     Raises UnknownService, ConfigError, BrokerUnavailable; inside, the library's errors come as ours.
     """
     target = find(url, prefix)
-    from millstream.broker.connection import translated
-    from millstream.broker.registry import Registry
+    from millstream.broker.queue.registry import Registry
+    from millstream.broker.transport.connection import translated
 
     with connected(target.url) as connection, translated(connection.safe_url):
         registry = Registry(connection, target.prefix)
@@ -102,8 +102,8 @@ def redis_cli(url: str, *words: str) -> str:
 
     Of a master under Sentinel the line says MASTER, since which server that is may change.
     """
-    from millstream.broker.access import without_password_file
-    from millstream.broker.url import read_url, redacted
+    from millstream.broker.config.url import read_url, redacted
+    from millstream.broker.transport.access import without_password_file
 
     url = without_password_file(url)
     place, parts = read_url(url), urlsplit(url)

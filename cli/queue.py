@@ -13,8 +13,8 @@ from millstream.cli.show import as_record, show
 from millstream.cli.table import age, aligned, harmless, number
 
 if TYPE_CHECKING:
-    from millstream.broker.inspector import Entry, ServiceView
-    from millstream.broker.pause import Pause
+    from millstream.broker.queue.inspector import Entry, ServiceView
+    from millstream.broker.queue.pause import Pause
 
 _HEADING = (
     "SERVICE",
@@ -54,7 +54,7 @@ def list_services(url: str | None, prefix: str | None, as_json: bool) -> None:
     where it was given a time.
     """
     target = options.find(url, prefix)
-    from millstream.broker.inspector import Inspector
+    from millstream.broker.queue.inspector import Inspector
 
     with options.connected(target.url) as connection:
         views = Inspector(connection, target.prefix).services()
@@ -76,9 +76,9 @@ def list_services(url: str | None, prefix: str | None, as_json: bool) -> None:
 def peek(service: str, url: str | None, prefix: str | None, priority: str | None, count: int) -> None:
     """Show the oldest jobs that wait for SERVICE, as they lie in the stream, and the redis-cli line that does."""
     target = options.find(url, prefix)
-    from millstream.broker.inspector import Inspector
-    from millstream.broker.job import PRIORITIES, Priority
-    from millstream.broker.registry import Registry
+    from millstream.broker.contract.job import PRIORITIES, Priority
+    from millstream.broker.queue.inspector import Inspector
+    from millstream.broker.queue.registry import Registry
 
     with options.connected(target.url) as connection:
         # Its error knows the services there are.

@@ -13,9 +13,9 @@ from millstream.cli import options
 from millstream.cli.table import age, aligned, bar, number
 
 if TYPE_CHECKING:
-    from millstream.broker.config import ServiceSpec
-    from millstream.broker.inspector import ServiceView
-    from millstream.broker.spec import Runtime
+    from millstream.broker.config.load import ServiceSpec
+    from millstream.broker.config.spec import Runtime
+    from millstream.broker.queue.inspector import ServiceView
 
 
 @click.command()
@@ -32,8 +32,8 @@ def show(service: str, url: str | None, prefix: str | None, as_json: bool) -> No
     says how far that pays.
     """
     target = options.find(url, prefix)
-    from millstream.broker.inspector import Inspector
-    from millstream.broker.registry import Registry
+    from millstream.broker.queue.inspector import Inspector
+    from millstream.broker.queue.registry import Registry
 
     with options.connected(target.url) as connection:
         spec = Registry(connection, target.prefix).read(service)

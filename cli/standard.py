@@ -7,7 +7,7 @@ import io
 import os
 import sys
 
-from millstream.broker.errors import MillstreamError
+from millstream.broker.contract.errors import MillstreamError
 
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 _MODES = {"stdin": "r", "stdout": "w", "stderr": "w"}

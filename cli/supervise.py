@@ -8,12 +8,12 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Mapping
 
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import MillstreamError, ModelUnavailable
-from millstream.broker.inspector import Inspector, ServiceView
+from millstream.broker.contract.errors import MillstreamError, ModelUnavailable
+from millstream.broker.queue.inspector import Inspector, ServiceView
+from millstream.broker.server.embedded import EmbeddedServer
 from millstream.cli.interrupts import Interrupts
 from millstream.cli.status import Status
-from millstream.worker.supervisor import Supervisor
+from millstream.worker.supervision.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from millstream.broker.errors import InvalidRequest, UnknownService, did_you_mean
+from millstream.broker.contract.errors import InvalidRequest, UnknownService, did_you_mean
 from millstream.cli.options import SecondsRange
 from millstream.cli.table import aligned, bar, counted
 
 if TYPE_CHECKING:
-    from millstream.broker.config import Config, ServiceSpec
-    from millstream.worker.batcher import Budget
+    from millstream.broker.config.load import Config, ServiceSpec
+    from millstream.worker.measuring.threads import Threads
+    from millstream.worker.measuring.tuning import Cell
     from millstream.worker.models.base import Model, Prepared
-    from millstream.worker.threads import Threads
-    from millstream.worker.tuning import Cell
+    from millstream.worker.scheduling.batcher import Budget
 
 DEFAULT_S, LONGEST_S = 60.0, 3_600.0
 INTERRUPTED = 130
@@ -82,7 +82,7 @@ def tune(
 
 def _service(config: Config, name: str) -> ServiceSpec:
     """Raises UnknownService, InvalidRequest where its batches have no such limits, ModelUnavailable."""
-    from millstream.worker.supervisor import preflight
+    from millstream.worker.supervision.supervisor import preflight
 
     spec = config.services.get(name)
     if spec is None:
@@ -103,11 +103,11 @@ def _service(config: Config, name: str) -> ServiceSpec:
 def _loaded(spec: ServiceSpec, device: str | None) -> Subject:
     """Raises ModelUnavailable."""
     from millstream.worker import models
-    from millstream.worker.batcher import Budget
-    from millstream.worker.cores import cores
-    from millstream.worker.probe import auto_tokens, most_tokens
+    from millstream.worker.measuring.cores import cores
+    from millstream.worker.measuring.probe import auto_tokens, most_tokens
+    from millstream.worker.measuring.threads import Threads, waiting
     from millstream.worker.process import use_threads
-    from millstream.worker.threads import Threads, waiting
+    from millstream.worker.scheduling.batcher import Budget
 
     place = device or next(iter(spec.model.devices), spec.model.device)
     # Before torch is imported: its OpenMP reads this once.
@@ -134,7 +134,7 @@ def _lines(path: Path) -> list[str]:
 
 def _rows(model: Model, texts: Sequence[str] | None) -> Sequence[Prepared]:
     """Raises InvalidRequest where the model takes none of the texts."""
-    from millstream.worker import tuning
+    from millstream.worker.measuring import tuning
 
     if texts is None:
         return tuning.mix(model)
@@ -148,8 +148,8 @@ def _rows(model: Model, texts: Sequence[str] | None) -> Sequence[Prepared]:
 
 def _measured(subject: Subject, rows: Sequence[Prepared], seconds: float) -> tuple[list[Cell], bool]:
     """The grid as far as there was time, and whether somebody ended it."""
-    from millstream.worker import tuning
-    from millstream.worker.warmup import warm_up
+    from millstream.worker.measuring import tuning
+    from millstream.worker.measuring.warmup import warm_up
     from millstream.worker.window import Window
 
     window = Window(subject.own)
@@ -168,7 +168,7 @@ _HEADING = ("BATCH_SIZE", "TOKENS", "ROWS/S", "LOW-HIGH", "PADDING", "ROWS/FORWA
 
 def report(subject: Subject, cells: Sequence[Cell]) -> str:
     """The curve as a table, and the lines to put into config.yaml."""
-    from millstream.worker.tuning import best
+    from millstream.worker.measuring.tuning import best
 
     chosen = best(cells, subject.own)
     fastest = max((cell.rate for cell in cells), default=0.0)
@@ -192,14 +192,14 @@ def _row(cell: Cell, fastest: float, mark: str) -> tuple[str, ...]:
 
 
 def _mark(subject: Subject, cell: Cell, chosen: Cell | None) -> str:
-    from millstream.worker.tuning import same
+    from millstream.worker.measuring.tuning import same
 
     marks = {"now": same(cell.budget, subject.own), "best": cell is chosen}
     return ", ".join(mark for mark, here in marks.items() if here)
 
 
 def _yaml(subject: Subject, cells: Sequence[Cell], chosen: Cell | None) -> Iterator[str]:
-    from millstream.worker.tuning import same
+    from millstream.worker.measuring.tuning import same
 
     if chosen is None:
         yield "# nothing was measured: give it more --seconds"
@@ -224,7 +224,7 @@ def _yaml(subject: Subject, cells: Sequence[Cell], chosen: Cell | None) -> Itera
 
 
 def _json(subject: Subject, cells: Sequence[Cell]) -> str:
-    from millstream.worker.tuning import best
+    from millstream.worker.measuring.tuning import best
 
     records = [
         {

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from millstream.broker.config import Config
-from millstream.broker.errors import ConfigError
+from millstream.broker.config.load import Config
+from millstream.broker.contract.errors import ConfigError
 from millstream.cli import options
 from millstream.cli.config import config_path, load_and_warn
 
 if TYPE_CHECKING:
-    from millstream.broker.connection import Connection
-    from millstream.broker.embedded import EmbeddedServer
+    from millstream.broker.server.embedded import EmbeddedServer
+    from millstream.broker.transport.connection import Connection
     from millstream.cli.interrupts import Interrupts
 
 URL_VARIABLE = "MILLSTREAM_REDIS_URL"
@@ -60,10 +60,10 @@ def up(
     config = load_and_warn(path)
     if not config.services:
         raise ConfigError(f"{path}: nothing to run", hint="add a service under services:")
-    from millstream.broker import eviction
-    from millstream.broker.access import secured
+    from millstream.broker.transport import eviction
+    from millstream.broker.transport.access import secured
     from millstream.cli.interrupts import Interrupts, interrupt_at_eof
-    from millstream.worker.supervisor import preflight
+    from millstream.worker.supervision.supervisor import preflight
 
     preflight(list(config.services.values()))
     own = data_dir is not None or port is not None
@@ -95,11 +95,11 @@ class Stack:
 
 
 def _run(config: Config, interrupts: Interrupts, stack: Stack) -> None:
-    from millstream.broker.inspector import Inspector
-    from millstream.broker.registry import Registry
+    from millstream.broker.queue.inspector import Inspector
+    from millstream.broker.queue.registry import Registry
     from millstream.cli.status import status_line
     from millstream.cli.supervise import supervise
-    from millstream.worker.supervisor import Plan, Supervisor
+    from millstream.worker.supervision.supervisor import Plan, Supervisor
 
     prefix, specs = config.redis.key_prefix, list(config.services.values())
     with options.connected(stack.url) as connection:
@@ -133,7 +133,7 @@ def _server(
             "redis.durability is replicated, and the server that `millstream up` starts has no replicas",
             hint="set redis.url to a server that has some; or durability: always",
         )
-    from millstream.broker.embedded import EmbeddedServer
+    from millstream.broker.server.embedded import EmbeddedServer
 
     folder = _data_dir(data_dir, config)
     with EmbeddedServer.start(folder, tcp_port=port, appendfsync=durability) as server:
@@ -142,8 +142,8 @@ def _server(
 
 def _introduce(connection: Connection, stack: Stack, stream: str) -> None:
     """Say which server it is and how to reach it. Raises ConfigError if it cannot be used, BrokerUnavailable."""
-    from millstream.broker.connection import check
-    from millstream.broker.engine import version_text
+    from millstream.broker.server.engine import version_text
+    from millstream.broker.transport.connection import check
 
     info, server = check(connection, allow_eviction=stack.allow_eviction), stack.server
     where = ""

@@ -15,9 +15,9 @@ from millstream.cli import options
 from millstream.cli.table import age, aligned, harmless, number
 
 if TYPE_CHECKING:
-    from millstream.broker.config import ServiceSpec
-    from millstream.broker.inspector import WorkerView
-    from millstream.broker.registry import Registry
+    from millstream.broker.config.load import ServiceSpec
+    from millstream.broker.queue.inspector import WorkerView
+    from millstream.broker.queue.registry import Registry
 
 _HEADING = (
     "SERVICE",
@@ -65,12 +65,12 @@ def run(
     workers finish what they hold. Ctrl-C again kills.
     """
     target = options.find(url, prefix)
-    from millstream.broker.connection import check
-    from millstream.broker.registry import Registry
+    from millstream.broker.queue.registry import Registry
+    from millstream.broker.transport.connection import check
     from millstream.cli.interrupts import Interrupts
     from millstream.cli.status import Lines
     from millstream.cli.supervise import supervise
-    from millstream.worker.supervisor import Plan, Supervisor, preflight
+    from millstream.worker.supervision.supervisor import Plan, Supervisor, preflight
 
     with Interrupts() as interrupts:
         with options.connected(target.url) as connection:
@@ -97,7 +97,7 @@ def list_workers(url: str | None, prefix: str | None, as_json: bool) -> None:
     place ended.
     """
     target = options.find(url, prefix)
-    from millstream.broker.inspector import Inspector
+    from millstream.broker.queue.inspector import Inspector
 
     with options.connected(target.url) as connection:
         views = Inspector(connection, target.prefix).services()
@@ -144,8 +144,8 @@ def _row(service: str, each: WorkerView) -> tuple[str, ...]:
 
 def _chosen(registry: Registry, services: Sequence[str], where: str) -> list[ServiceSpec]:
     """The named services, each once, or all that can run here, with their code. Raises UnknownService."""
-    from millstream.broker.errors import UnknownService
-    from millstream.worker.supervisor import RUNNABLE
+    from millstream.broker.contract.errors import UnknownService
+    from millstream.worker.supervision.supervisor import RUNNABLE
 
     names = list(dict.fromkeys(services)) if services else registry.names()
     registered = _with_handlers([registry.read(name) for name in names])

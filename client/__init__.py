@@ -10,7 +10,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from millstream.broker.errors import MillstreamError, PartialFailure
+from millstream.broker.contract.errors import MillstreamError, PartialFailure
 from millstream.client.aio import AsyncClient, AsyncHandle
 from millstream.client.client import Client
 from millstream.client.detached import Detached

@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from millstream.broker.errors import BrokerUnavailable, MillstreamError
-from millstream.broker.job import Draft
-from millstream.broker.submission import Submission
+from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError
+from millstream.broker.contract.job import Draft
+from millstream.broker.queue.submission import Submission
 
 ROOM_S = 60.0
 """Seconds without an acceptance after which the rest is given up."""

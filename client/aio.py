@@ -10,13 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
-from millstream.broker.config import ServiceSpec
-from millstream.broker.embedding import EmbedOptions, Encoding, InputType, Truncate
-from millstream.broker.errors import DeadlineExceeded, InvalidRequest, MillstreamError
-from millstream.broker.job import Json
-from millstream.broker.units import plain
+from millstream.broker.config.load import ServiceSpec
+from millstream.broker.config.units import plain
+from millstream.broker.contract.embedding import EmbedOptions, Encoding, InputType, Truncate
+from millstream.broker.contract.errors import DeadlineExceeded, InvalidRequest, MillstreamError
+from millstream.broker.contract.job import Json
 from millstream.client.asker import Question
 from millstream.client.calls import MODEL_TYPES, NO_HITS, Ask, Calls, PriorityName, frozen, vectors_of
+from millstream.client.channel.wakeups import arrival, listener
 from millstream.client.detached import Detached, Entering
 from millstream.client.handle import CANCEL_S, Handle
 from millstream.client.local import START_S, Local
@@ -25,7 +26,6 @@ from millstream.client.rerank import Ranking, Scores, copied, question
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome
 from millstream.client.terms import Progress, waits_until
-from millstream.client.wakeups import arrival, listener
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future, wait
 from typing import Any, Generic, TypeVar
 
-from millstream.broker.errors import BrokerUnavailable, MillstreamError, described
-from millstream.client.orders import NO_THREAD, client_closed
+from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError, described
+from millstream.client.channel.orders import NO_THREAD, client_closed
 
 T = TypeVar("T")
 

@@ -15,20 +15,20 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 
-from millstream.broker.cache import Cached, Recipe
-from millstream.broker.codec import MAX_ROWS, JsonText, encode_inputs, encode_value
-from millstream.broker.config import ServiceSpec
-from millstream.broker.connection import Connection
-from millstream.broker.embedding import EmbedOptions, Truncate
-from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError
-from millstream.broker.job import Json, Priority
-from millstream.broker.registry import Registry
-from millstream.broker.streams import MAX_JOBS_PER_CALL, Streams
+from millstream.broker.config.load import ServiceSpec
+from millstream.broker.config.units import plain
+from millstream.broker.contract.codec import MAX_ROWS, JsonText, encode_inputs, encode_value
+from millstream.broker.contract.embedding import EmbedOptions, Truncate
+from millstream.broker.contract.errors import InputTooLong, InvalidRequest, MillstreamError
+from millstream.broker.contract.job import Json, Priority
+from millstream.broker.queue.cache import Cached, Recipe
+from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.broker.target import find_target
-from millstream.broker.units import plain
-from millstream.client.channel import Channel
+from millstream.broker.transport.connection import Connection
+from millstream.client.channel.channel import Channel
+from millstream.client.channel.flights import Flights
 from millstream.client.detached import Asked, Detached
-from millstream.client.flights import Flights
 from millstream.client.handle import Handle
 from millstream.client.recall import Recall
 from millstream.client.rerank import check_question

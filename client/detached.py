@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from millstream.broker.codec import MAX_ROWS, JsonText, decode_reply, encode_inputs
-from millstream.broker.config import ServiceSpec
-from millstream.broker.connection import is_transient, translated
-from millstream.broker.errors import (
+from millstream.broker.config.load import ServiceSpec
+from millstream.broker.contract.codec import MAX_ROWS, JsonText, decode_reply, encode_inputs
+from millstream.broker.contract.errors import (
     BrokerUnavailable,
     DeadlineExceeded,
     InvalidRequest,
@@ -26,11 +25,12 @@ from millstream.broker.errors import (
     ModelFailed,
     ResultExpired,
 )
-from millstream.broker.job import Draft, Json, Priority, Reply
-from millstream.broker.streams import MAX_JOBS_PER_CALL, DetachedCall, Group, Streams
-from millstream.broker.submission import Submission, draft_job
+from millstream.broker.contract.job import Draft, Json, Priority, Reply
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, DetachedCall, Group, Streams
+from millstream.broker.queue.submission import Submission, draft_job
+from millstream.broker.transport.connection import is_transient, translated
 from millstream.client.acceptance import Acceptance
-from millstream.client.orders import Cancellation
+from millstream.client.channel.orders import Cancellation
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome, Rows
 from millstream.client.split import MAX_PART_BYTES, Part

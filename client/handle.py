@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
-from millstream.broker.cache import Cached
-from millstream.broker.errors import BrokerUnavailable, DeadlineExceeded, MillstreamError
-from millstream.broker.job import Json
-from millstream.broker.streams import CancelOutcome
-from millstream.client.baton import baton
+from millstream.broker.contract.errors import BrokerUnavailable, DeadlineExceeded, MillstreamError
+from millstream.broker.contract.job import Json
+from millstream.broker.queue.cache import Cached
+from millstream.broker.queue.streams import CancelOutcome
+from millstream.client.channel.baton import baton
 from millstream.client.result import Embeddings
 from millstream.client.rows import RowOutcome
 from millstream.client.split import Part

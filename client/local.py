@@ -12,11 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from millstream.broker.config import DEFAULT_PATH, Config, load
-from millstream.broker.connection import find_url
-from millstream.broker.embedded import running
-from millstream.broker.errors import BrokerUnavailable, ConfigError, MillstreamError, ModelUnavailable, NoWorkers
-from millstream.broker.faults import START_ONE
+from millstream.broker.config.load import DEFAULT_PATH, Config, load
+from millstream.broker.contract.errors import (
+    BrokerUnavailable,
+    ConfigError,
+    MillstreamError,
+    ModelUnavailable,
+    NoWorkers,
+)
+from millstream.broker.server.embedded import running
+from millstream.broker.transport.connection import find_url
+from millstream.broker.transport.faults import START_ONE
 from millstream.client.terms import waits_until
 
 START_S = 300.0

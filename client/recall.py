@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from millstream.broker.cache import CHUNK, Cache, Cached, Recipe
-from millstream.broker.connection import Connection
-from millstream.broker.job import Json
-from millstream.broker.registry import Registry
+from millstream.broker.contract.job import Json
+from millstream.broker.queue.cache import CHUNK, Cache, Cached, Recipe
+from millstream.broker.queue.registry import Registry
+from millstream.broker.transport.connection import Connection
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from millstream.broker.job import Encoded, Json
+from millstream.broker.contract.job import Encoded, Json
 
 Timings = Mapping[str, float]
 

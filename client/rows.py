@@ -7,9 +7,9 @@ from typing import cast
 
 import numpy as np
 
-from millstream.broker.cache import Cached
-from millstream.broker.errors import MillstreamError, MixedModels, ModelFailed, PartialFailure
-from millstream.broker.job import Encoded, Json, Reply
+from millstream.broker.contract.errors import MillstreamError, MixedModels, ModelFailed, PartialFailure
+from millstream.broker.contract.job import Encoded, Json, Reply
+from millstream.broker.queue.cache import Cached
 from millstream.client.result import Embeddings, Timings, Values
 from millstream.client.split import Part
 

@@ -8,10 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-from millstream.broker.admission import resume_hint
-from millstream.broker.config import ServiceSpec
-from millstream.broker.connection import Connection, translated
-from millstream.broker.errors import (
+from millstream.broker.config.load import ServiceSpec
+from millstream.broker.contract.errors import (
     BrokerUnavailable,
     DeadlineExceeded,
     InvalidRequest,
@@ -19,9 +17,11 @@ from millstream.broker.errors import (
     NoWorkers,
     UnknownService,
 )
-from millstream.broker.lease import Lease
-from millstream.broker.pause import find_pause
-from millstream.broker.registry import Registry
+from millstream.broker.queue.admission import resume_hint
+from millstream.broker.queue.lease import Lease
+from millstream.broker.queue.pause import find_pause
+from millstream.broker.queue.registry import Registry
+from millstream.broker.transport.connection import Connection, translated
 from millstream.client.asker import PATIENCE_S, Asker, Question
 
 FRESH_S = 1.0

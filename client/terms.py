@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from millstream.broker.errors import InvalidRequest, MillstreamError
-from millstream.broker.job import Json, Priority
-from millstream.broker.submission import Submission
-from millstream.broker.units import plain
-from millstream.client.orders import Cancellation
+from millstream.broker.config.units import plain
+from millstream.broker.contract.errors import InvalidRequest, MillstreamError
+from millstream.broker.contract.job import Json, Priority
+from millstream.broker.queue.submission import Submission
+from millstream.client.channel.orders import Cancellation
 from millstream.client.services import Known
 
 

@@ -21,25 +21,25 @@ from typing import Any, cast
 
 import numpy as np
 
-from millstream.broker.admission import refusal
-from millstream.broker.cache import Cached
-from millstream.broker.codec import decode_inputs, encode_reply, encode_value
-from millstream.broker.config import ServiceSpec
-from millstream.broker.connection import Connection
-from millstream.broker.embedding import EmbedOptions, shaped
-from millstream.broker.errors import BrokerUnavailable, MillstreamError, ModelFailed, UnknownService, described
-from millstream.broker.job import Draft, Json, Reply, Vectors
-from millstream.broker.registry import Registry
-from millstream.broker.spec import ModelSpec, ModelType, Runtime
-from millstream.broker.streams import Admission, CancelOutcome, Group, Streams, Submitted
-from millstream.broker.submission import Submission
+from millstream.broker.config.load import ServiceSpec
+from millstream.broker.config.spec import ModelSpec, ModelType, Runtime
+from millstream.broker.contract.codec import decode_inputs, encode_reply, encode_value
+from millstream.broker.contract.embedding import EmbedOptions, shaped
+from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError, ModelFailed, UnknownService, described
+from millstream.broker.contract.job import Draft, Json, Reply, Vectors
+from millstream.broker.queue.admission import refusal
+from millstream.broker.queue.cache import Cached
+from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.streams import Admission, CancelOutcome, Group, Streams, Submitted
+from millstream.broker.queue.submission import Submission
+from millstream.broker.transport.connection import Connection
 from millstream.client.aio import AsyncClient
 from millstream.client.calls import NO_HITS, Ask, Calls
-from millstream.client.channel import Channel
+from millstream.client.channel.channel import Channel
+from millstream.client.channel.orders import Cancellation
 from millstream.client.client import Client
 from millstream.client.detached import Asked
 from millstream.client.handle import Handle
-from millstream.client.orders import Cancellation
 from millstream.client.rows import RowOutcome
 from millstream.client.services import Known, Services
 from millstream.client.terms import Progress

@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from millstream.broker.cache import Cached
-from millstream.broker.codec import decode_reply
-from millstream.broker.errors import (
+from millstream.broker.contract.codec import decode_reply
+from millstream.broker.contract.errors import (
     BrokerUnavailable,
     Cancelled,
     DeadlineExceeded,
@@ -24,13 +23,14 @@ from millstream.broker.errors import (
     ServicePaused,
     described,
 )
-from millstream.broker.job import Draft, Json, Reply
-from millstream.broker.streams import CancelOutcome, Group
-from millstream.broker.submission import Submission, draft_job
-from millstream.client.baton import baton
+from millstream.broker.contract.job import Draft, Json, Reply
+from millstream.broker.queue.cache import Cached
+from millstream.broker.queue.streams import CancelOutcome, Group
+from millstream.broker.queue.submission import Submission, draft_job
+from millstream.client.channel.baton import baton
+from millstream.client.channel.ids import new_id
+from millstream.client.channel.orders import Cancellation
 from millstream.client.flow import Flow
-from millstream.client.ids import new_id
-from millstream.client.orders import Cancellation
 from millstream.client.rows import Rows
 from millstream.client.services import Known
 from millstream.client.split import Part

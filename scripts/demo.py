@@ -24,14 +24,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from millstream.broker.config import load
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import running
-from millstream.broker.errors import MillstreamError
-from millstream.broker.inspector import Inspector, ServiceView, WorkerView
-from millstream.broker.job import Vectors
+from millstream.broker.config.load import load
+from millstream.broker.contract.errors import MillstreamError
+from millstream.broker.contract.job import Vectors
+from millstream.broker.queue.inspector import Inspector, ServiceView, WorkerView
+from millstream.broker.server.embedded import running
+from millstream.broker.transport.connection import Connection
 from millstream.client import Client, Embeddings, Handle
-from millstream.worker.models.source import locate, weights_digest
+from millstream.worker.models.loading.source import locate, weights_digest
 
 T = TypeVar("T")
 

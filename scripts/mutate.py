@@ -30,7 +30,9 @@ LONGEST_S = 180.0
 PASSED, FAILED = 0, 1
 """What pytest ends with; everything else means that the tests did not run."""
 
-_WHERE = "import millstream.broker.streams as s, millstream.broker.scripts as c; print(s.__file__, c._FOLDER)"
+_WHERE = (
+    "import millstream.broker.queue.streams as s, millstream.broker.queue.scripts as c; print(s.__file__, c._FOLDER)"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from contracts.queue import Queue
 from support import eventually
 
-from millstream.broker.codec import decode_inputs, encode_reply
-from millstream.broker.connection import Connection
-from millstream.broker.job import Claim, Reply
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.registry import Registry
-from millstream.broker.spec import ServiceSpec
-from millstream.broker.streams import Settlement
+from millstream.broker.config.spec import ServiceSpec
+from millstream.broker.contract.codec import decode_inputs, encode_reply
+from millstream.broker.contract.job import Claim, Reply
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.streams import Settlement
+from millstream.broker.transport.connection import Connection
 
 
 class Bystander:

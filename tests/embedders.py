@@ -17,7 +17,7 @@ from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding, 
 from sentence_transformers.util.quantization import quantize_embeddings
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer
 
-from millstream.broker.job import Encoded, Json, Vectors
+from millstream.broker.contract.job import Encoded, Json, Vectors
 
 PROMPTS = {"query": "the miller: ", "document": "a stream: ", "other": "turns "}
 

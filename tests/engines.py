@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support import eventually
 
-from millstream.broker.engine import bundled, probe
+from millstream.broker.server.engine import bundled, probe
 
 VARIABLE = "MILLSTREAM_TEST_ENGINE"
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Literal
 
-from millstream.broker.job import PRIORITIES, Claim, Priority
-from millstream.broker.keys import RETURNED
-from millstream.broker.streams import Claimed, Limit
+from millstream.broker.contract.job import PRIORITIES, Claim, Priority
+from millstream.broker.contract.keys import RETURNED
+from millstream.broker.queue.streams import Claimed, Limit
 
 MAX_JOBS = 16
 MAX_BATCH_JOBS = 8

@@ -20,8 +20,8 @@ from redis.crc import key_slot
 from redis.retry import Retry
 from support import eventually
 
-from millstream.broker.engine import bundled
-from millstream.broker.keys import ServiceKeys
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.server.engine import bundled
 
 SLOTS = 16_384
 MASTER_NAME = "mill"

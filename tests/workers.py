@@ -9,10 +9,10 @@ from pathlib import Path
 
 from support import eventually
 
-from millstream.broker.connection import Connection
-from millstream.broker.registry import Registry
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
-from millstream.worker.supervisor import Plan, Supervisor
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.queue.registry import Registry
+from millstream.broker.transport.connection import Connection
+from millstream.worker.supervision.supervisor import Plan, Supervisor
 
 LONG_S = 60.0
 

@@ -8,30 +8,30 @@ import socket
 import time
 from collections.abc import Mapping
 
-from millstream.broker.answer import Answer
-from millstream.broker.cache import Cache, Recipe
-from millstream.broker.config import Runtime, ServiceSpec
-from millstream.broker.connection import Connection, is_transient, retrying
-from millstream.broker.errors import ConfigError, UnknownService
-from millstream.broker.job import PRIORITIES, Priority
-from millstream.broker.lease import Beat, Lease
-from millstream.broker.registry import Registry
-from millstream.broker.streams import MAX_JOBS_PER_CALL, Streams
-from millstream.worker.beat import Heart, Watch
-from millstream.worker.claimer import SLEEP_S, Claimer, Policy, Queue
-from millstream.worker.intake import Intake, cancelled
-from millstream.worker.keeper import Keeper
+from millstream.broker.config.load import Runtime, ServiceSpec
+from millstream.broker.contract.answer import Answer
+from millstream.broker.contract.errors import ConfigError, UnknownService
+from millstream.broker.contract.job import PRIORITIES, Priority
+from millstream.broker.queue.cache import Cache, Recipe
+from millstream.broker.queue.lease import Beat, Lease
+from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
+from millstream.broker.transport.connection import Connection, is_transient, retrying
+from millstream.worker.engines.runner import Runner
+from millstream.worker.intake.beat import Heart, Watch
+from millstream.worker.intake.claimer import SLEEP_S, Claimer, Policy, Queue
+from millstream.worker.intake.intake import Intake, cancelled
+from millstream.worker.intake.keeper import Keeper
+from millstream.worker.intake.settler import Settler
+from millstream.worker.intake.timekeeper import Timekeeper
+from millstream.worker.measuring.probe import most_tokens
 from millstream.worker.models.base import ANY_LENGTH, Adapts, Foresees, Laps, Model, Placed, Reads
-from millstream.worker.orders import Orders
-from millstream.worker.patience import Patience
-from millstream.worker.probe import most_tokens
-from millstream.worker.progress import MOST_ENTRIES, State
-from millstream.worker.registrar import Registration
-from millstream.worker.runner import Runner
-from millstream.worker.settler import Settler
+from millstream.worker.scheduling.patience import Patience
+from millstream.worker.scheduling.shares import SAVED_BATCHES, Shares
 from millstream.worker.shared import Shared
-from millstream.worker.shares import SAVED_BATCHES, Shares
-from millstream.worker.timekeeper import Timekeeper
+from millstream.worker.supervision.orders import Orders
+from millstream.worker.supervision.progress import MOST_ENTRIES, State
+from millstream.worker.supervision.registrar import Registration
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import sys
 import threading
 from dataclasses import replace
 
-from millstream.worker.batcher import Budget
+from millstream.worker.scheduling.batcher import Budget
 
 NEW_WEIGHT = 0.2
 """Weight of the latest forward in the running mean of seconds per token."""

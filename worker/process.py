@@ -17,26 +17,26 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-from millstream.broker.config import ServiceSpec
-from millstream.broker.connection import Connection, retrying, translated
-from millstream.broker.errors import ConfigError, MillstreamError, ModelUnavailable, described
-from millstream.broker.lease import Lease
-from millstream.broker.registry import Registry
+from millstream.broker.config.load import ServiceSpec
+from millstream.broker.contract.errors import ConfigError, MillstreamError, ModelUnavailable, described
+from millstream.broker.queue.lease import Lease
+from millstream.broker.queue.registry import Registry
+from millstream.broker.transport.connection import Connection, retrying, translated
 from millstream.worker import models
-from millstream.worker.agreement import answer_of
-from millstream.worker.batcher import Budget
-from millstream.worker.cores import Claims
 from millstream.worker.crew import Crew
-from millstream.worker.givingback import End, give_back
 from millstream.worker.isolation import Takeover, isolate
 from millstream.worker.life import Life, Relay, ThreadFailed
+from millstream.worker.measuring.agreement import answer_of
+from millstream.worker.measuring.cores import Claims
+from millstream.worker.measuring.probe import auto_tokens, most_tokens
+from millstream.worker.measuring.threads import Threads
+from millstream.worker.measuring.warmup import warm_up
 from millstream.worker.models.base import Closes, Model
-from millstream.worker.orders import EXIT_PERMANENT, URL_VARIABLE, Orders
-from millstream.worker.probe import auto_tokens, most_tokens
-from millstream.worker.progress import Look, Progress, State
+from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.shared import Shared
-from millstream.worker.threads import Threads
-from millstream.worker.warmup import warm_up
+from millstream.worker.supervision.givingback import End, give_back
+from millstream.worker.supervision.orders import EXIT_PERMANENT, URL_VARIABLE, Orders
+from millstream.worker.supervision.progress import Look, Progress, State
 from millstream.worker.window import Window
 
 log = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ def _claims(spec: ServiceSpec, device: str | None) -> Claims | None:
 def use_threads(count: int) -> None:
     """Make the calling thread's forwards run on `count` threads of torch."""
     # Only now: torch takes seconds to import, and a worker of another kind needs none.
-    from millstream.worker.models import cpu
+    from millstream.worker.models.kernels import cpu
 
     cpu.use_threads(count)
 

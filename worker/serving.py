@@ -11,20 +11,20 @@ from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from millstream.broker.config import given_service
-from millstream.broker.connection import Connection
-from millstream.broker.connection import check as check_server
-from millstream.broker.errors import ConfigError, InvalidRequest, MillstreamError, UnknownService, described
-from millstream.broker.registry import Registry
-from millstream.broker.spec import ServiceSpec
+from millstream.broker.config.load import given_service
+from millstream.broker.config.spec import ServiceSpec
+from millstream.broker.contract.errors import ConfigError, InvalidRequest, MillstreamError, UnknownService, described
+from millstream.broker.queue.registry import Registry
 from millstream.broker.target import find_target
-from millstream.worker.givingback import End
+from millstream.broker.transport.connection import Connection
+from millstream.broker.transport.connection import check as check_server
 from millstream.worker.isolation import Takeover
 from millstream.worker.life import Ended, Relay
 from millstream.worker.models.custom import CustomModel, Hooks, name_of
-from millstream.worker.orders import Orders, new_consumer
 from millstream.worker.process import STALLED, Worker
-from millstream.worker.progress import Progress
+from millstream.worker.supervision.givingback import End
+from millstream.worker.supervision.orders import Orders, new_consumer
+from millstream.worker.supervision.progress import Progress
 
 log = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from millstream.worker.clock import ServerClock
-from millstream.worker.counters import Counters
 from millstream.worker.life import Life
-from millstream.worker.progress import Progress
-from millstream.worker.threads import Threads
+from millstream.worker.measuring.threads import Threads
+from millstream.worker.scheduling.counters import Counters
+from millstream.worker.supervision.progress import Progress
 from millstream.worker.window import Window
 
 

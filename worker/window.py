@@ -11,13 +11,13 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from millstream.broker.job import PRIORITIES, Priority
-from millstream.broker.streams import MAX_JOBS_PER_CALL, Limit
-from millstream.worker.batcher import Budget, Cut, Pool
+from millstream.broker.contract.job import PRIORITIES, Priority
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Limit
 from millstream.worker.forward_cost import ForwardCost
-from millstream.worker.held import BY_SHARE, SUSPECT, Held, Outcome, Rows
 from millstream.worker.models.base import Prepared
-from millstream.worker.shares import SAVED_BATCHES
+from millstream.worker.scheduling.batcher import Budget, Cut, Pool
+from millstream.worker.scheduling.held import BY_SHARE, SUSPECT, Held, Outcome, Rows
+from millstream.worker.scheduling.shares import SAVED_BATCHES
 
 HOLD_S = 1.0
 """About this much predicted work is held, and half the queue timeout at most: a hoarder starves its neighbours."""

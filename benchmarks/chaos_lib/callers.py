@@ -16,7 +16,13 @@ from pathlib import Path
 from random import Random
 
 from chaos_lib.ledger import CANCELLED, OK, Book, rows_of
-from millstream.broker.errors import BrokerUnavailable, Cancelled, DeadlineExceeded, MillstreamError, PartialFailure
+from millstream.broker.contract.errors import (
+    BrokerUnavailable,
+    Cancelled,
+    DeadlineExceeded,
+    MillstreamError,
+    PartialFailure,
+)
 from millstream.client import AsyncClient, Client, Detached
 from millstream.client.calls import PriorityName
 

@@ -25,8 +25,8 @@ from chaos_lib.grounds import Lone, Many
 from chaos_lib.journal import OrderedEnd
 from chaos_lib.proxy import Proxy
 from chaos_lib.site import MAX_ATTEMPTS, Site
-from millstream.broker.connection import retrying
-from millstream.broker.lease import LEASE_S
+from millstream.broker.queue.lease import LEASE_S
+from millstream.broker.transport.connection import retrying
 
 AT_WORK_S = 5.0
 IN_STEP_S = 30.0

@@ -13,10 +13,10 @@ from topologies import Topology, cluster, sentinel
 
 from chaos_lib.journal import Journal, read
 from chaos_lib.proxy import Proxy
-from millstream.broker.datadir import AppendFsync
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.engine import bundled, version_text
-from millstream.broker.keys import ServiceKeys
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.server.datadir import AppendFsync
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.server.engine import bundled, version_text
 
 Shape = Literal["single", "sentinel", "cluster"]
 

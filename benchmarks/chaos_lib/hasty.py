@@ -11,15 +11,15 @@ from contextlib import closing
 
 import click
 
-from millstream.broker.connection import Connection
-from millstream.broker.errors import MillstreamError
-from millstream.broker.keys import DEFAULT_PREFIX
-from millstream.broker.registry import Registry
+from millstream.broker.contract.errors import MillstreamError
+from millstream.broker.contract.keys import DEFAULT_PREFIX
+from millstream.broker.queue.registry import Registry
+from millstream.broker.transport.connection import Connection
 from millstream.cli.interrupts import Interrupts
 from millstream.cli.status import Lines
 from millstream.cli.supervise import supervise
-from millstream.worker.orders import URL_VARIABLE
-from millstream.worker.supervisor import Plan, Supervisor
+from millstream.worker.supervision.orders import URL_VARIABLE
+from millstream.worker.supervision.supervisor import Plan, Supervisor
 
 # -P: the folder of this file has modules whose names others use.
 PROGRAM = (sys.executable, "-P", __file__)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import hiredis
 
-from millstream.broker.keys import RETURNED, ServiceKeys
+from millstream.broker.contract.keys import RETURNED, ServiceKeys
 
 _CHUNK = 1024 * 1024
 

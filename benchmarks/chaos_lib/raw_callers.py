@@ -17,13 +17,13 @@ from random import Random
 from typing import cast
 
 from chaos_lib.ledger import CANCELLED, OK, Book, rows_of
-from millstream.broker.codec import decode_reply, encode_inputs
-from millstream.broker.connection import Connection, retrying
-from millstream.broker.errors import Cancelled
-from millstream.broker.job import PRIORITIES, Draft
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.registry import Registry
-from millstream.broker.streams import Group, Streams
+from millstream.broker.contract.codec import decode_reply, encode_inputs
+from millstream.broker.contract.errors import Cancelled
+from millstream.broker.contract.job import PRIORITIES, Draft
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.streams import Group, Streams
+from millstream.broker.transport.connection import Connection, retrying
 
 THREADS = 4
 READ_S = 1.0

@@ -24,12 +24,12 @@ from chaos_lib import TESTS, callers, grounds, hasty, raw_callers
 from chaos_lib.grounds import Ground, Lone, Shape
 from chaos_lib.journal import OrderedEnd
 from chaos_lib.ledger import Account, read
-from millstream.broker.cluster import masters
-from millstream.broker.connection import Connection, retrying
-from millstream.broker.datadir import AppendFsync
-from millstream.broker.errors import ConfigError
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.registry import Registry
+from millstream.broker.contract.errors import ConfigError
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.registry import Registry
+from millstream.broker.server.datadir import AppendFsync
+from millstream.broker.transport.cluster import masters
+from millstream.broker.transport.connection import Connection, retrying
 
 POISON = "poison"
 FORWARD_S = 0.02

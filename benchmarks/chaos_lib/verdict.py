@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from chaos_lib.journal import Journal, OrderedEnd
 from chaos_lib.ledger import CANCELLED, OK, Account
-from millstream.broker.keys import DEFAULT_PREFIX, RETURNED, ServiceKeys, services_key
+from millstream.broker.contract.keys import DEFAULT_PREFIX, RETURNED, ServiceKeys, services_key
 
 NAMED = 3
 """So many culprits are named; the others are counted."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from measure import Cell, Sample, Target, percentile
 
-from millstream.broker.errors import MillstreamError
+from millstream.broker.contract.errors import MillstreamError
 
 ANSWERED, UNTYPED, ENDLESS = "answered", "untyped", "endless"
 HEADING = ("calls", "number", "ended by", "p50 s", "p99 s", "max s")

@@ -16,10 +16,10 @@ from typing import Literal
 from measure import Grid, Report, Table, percentile
 from stage import Stage
 
-from millstream.broker.errors import MillstreamError
-from millstream.broker.job import Json
-from millstream.broker.pause import pause, resume
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.errors import MillstreamError
+from millstream.broker.contract.job import Json
+from millstream.broker.queue.pause import pause, resume
 from millstream.client import AsyncClient, Client
 from millstream.client.handle import Handle
 from scenario_lib.calls import ANSWERED, HEADING, Ended, at_least, at_most, counted, name_of, row, timed_async

@@ -20,8 +20,8 @@ from corpus import payloads
 from measure import Cell, Report, Table
 from stage import Stage, Team, echo, until
 
-from millstream.broker.inspector import WorkerView
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.queue.inspector import WorkerView
 from millstream.client import Client
 from millstream.client.handle import Handle
 from scenario_lib.calls import at_least, at_most

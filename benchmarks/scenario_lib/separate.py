@@ -13,9 +13,9 @@ from corpus import payloads
 from measure import Report, Rounds, Table, Target
 from stage import Stage, Team, until
 
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.client import Client
-from millstream.worker.cores import cores
+from millstream.worker.measuring.cores import cores
 
 SPEC = ServiceSpec(
     name="separate",

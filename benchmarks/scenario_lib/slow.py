@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from measure import Cell, Report, Table
 from stage import Stage, Team, echo
 
-from millstream.broker.errors import MillstreamError
-from millstream.broker.lease import LEASE_S
+from millstream.broker.contract.errors import MillstreamError
+from millstream.broker.queue.lease import LEASE_S
 from millstream.client import Client
 from scenario_lib.calls import ANSWERED, ENDLESS, UNTYPED, at_least, at_most, counted, name_of
 

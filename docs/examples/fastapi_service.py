@@ -16,7 +16,7 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from millstream.broker.errors import (
+from millstream.broker.contract.errors import (
     BrokerUnavailable,
     DeadlineExceeded,
     InvalidRequest,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from contracts.queue import CALLER, LEASE_MS, Queue, draft, ids, names
 
-from millstream.broker.codec import decode_reply
-from millstream.broker.errors import Cancelled
-from millstream.broker.job import PRIORITIES, Draft, Priority
-from millstream.broker.keys import STREAM_INDEX
+from millstream.broker.contract.codec import decode_reply
+from millstream.broker.contract.errors import Cancelled
+from millstream.broker.contract.job import PRIORITIES, Draft, Priority
+from millstream.broker.contract.keys import STREAM_INDEX
 
 
 class CancelContract:

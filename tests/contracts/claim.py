@@ -6,10 +6,10 @@ import pytest
 import redis
 from contracts.queue import CALLER, Queue, draft, ids, names
 
-from millstream.broker.codec import encode_entry
-from millstream.broker.job import PRIORITIES, Draft, Job, Priority
-from millstream.broker.keys import GROUP, RETURNED
-from millstream.broker.streams import Claimed, Limit
+from millstream.broker.contract.codec import encode_entry
+from millstream.broker.contract.job import PRIORITIES, Draft, Job, Priority
+from millstream.broker.contract.keys import GROUP, RETURNED
+from millstream.broker.queue.streams import Claimed, Limit
 
 
 def entry(**changed: bytes) -> dict[bytes, bytes]:

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from contracts.queue import Queue, draft, names
 
-from millstream.broker.codec import encode_inputs
-from millstream.broker.deadletters import DeadLetters, Letter
-from millstream.broker.errors import InvalidRequest, QueueFull, ServicePaused
-from millstream.broker.job import Draft, Priority
-from millstream.broker.pause import pause
+from millstream.broker.contract.codec import encode_inputs
+from millstream.broker.contract.errors import InvalidRequest, QueueFull, ServicePaused
+from millstream.broker.contract.job import Draft, Priority
+from millstream.broker.queue.deadletters import DeadLetters, Letter
+from millstream.broker.queue.pause import pause
 
 
 def letters(queue: Queue) -> DeadLetters:

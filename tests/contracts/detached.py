@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import pytest
 from contracts.queue import Queue, draft
 
-from millstream.broker.codec import decode_reply
-from millstream.broker.errors import Cancelled
-from millstream.broker.job import Claim, Draft, Priority
-from millstream.broker.streams import Admission, DetachedCall, Group, Submitted
+from millstream.broker.contract.codec import decode_reply
+from millstream.broker.contract.errors import Cancelled
+from millstream.broker.contract.job import Claim, Draft, Priority
+from millstream.broker.queue.streams import Admission, DetachedCall, Group, Submitted
 
 ACCEPTED, REUSED = Admission(), Admission("reused_key")
 FULL = Admission("queue_full", 0.1)

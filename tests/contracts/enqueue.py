@@ -6,9 +6,9 @@ import time
 
 from contracts.queue import Queue, draft
 
-from millstream.broker.codec import FIELDS, decode_entry
-from millstream.broker.job import PRIORITIES, Priority
-from millstream.broker.streams import Admission, DetachedCall, Group
+from millstream.broker.contract.codec import FIELDS, decode_entry
+from millstream.broker.contract.job import PRIORITIES, Priority
+from millstream.broker.queue.streams import Admission, DetachedCall, Group
 
 ACCEPTED = Admission()
 FULL = Admission("queue_full", 0.1)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 
-from millstream.broker.codec import encode_inputs
-from millstream.broker.errors import MillstreamError
-from millstream.broker.job import Address, Claim, Job, Json, Priority
-from millstream.broker.keys import STREAM_INDEX
-from millstream.worker.held import Held
+from millstream.broker.contract.codec import encode_inputs
+from millstream.broker.contract.errors import MillstreamError
+from millstream.broker.contract.job import Address, Claim, Job, Json, Priority
+from millstream.broker.contract.keys import STREAM_INDEX
 from millstream.worker.models.base import Prepared
+from millstream.worker.scheduling.held import Held
 
 NOW = 1_000_000
 """Server ms at which these jobs were accepted."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from contracts.queue import LEASE_MS, Queue, draft, ids, names
 
-from millstream.broker.job import Priority
-from millstream.broker.keys import GROUP, RETURNED
-from millstream.broker.lease import is_live
+from millstream.broker.contract.job import Priority
+from millstream.broker.contract.keys import GROUP, RETURNED
+from millstream.broker.queue.lease import is_live
 
 
 class BeatContract:

@@ -8,12 +8,12 @@ import pytest
 import redis
 from contracts.queue import CALLER, Queue, draft, ids, names
 
-from millstream.broker.codec import decode_reply
-from millstream.broker.errors import Cancelled
-from millstream.broker.job import PRIORITIES, Priority
-from millstream.broker.keys import GROUP, RETURNED
-from millstream.broker.pause import Pause, find_pause, pause, resume
-from millstream.broker.streams import Admission, Group
+from millstream.broker.contract.codec import decode_reply
+from millstream.broker.contract.errors import Cancelled
+from millstream.broker.contract.job import PRIORITIES, Priority
+from millstream.broker.contract.keys import GROUP, RETURNED
+from millstream.broker.queue.pause import Pause, find_pause, pause, resume
+from millstream.broker.queue.streams import Admission, Group
 
 PAUSED = Admission("paused", 0.5)
 

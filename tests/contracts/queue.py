@@ -10,14 +10,14 @@ from typing import cast
 
 import redis
 
-from millstream.broker import scripts
-from millstream.broker.codec import encode_inputs
-from millstream.broker.connection import Connection
-from millstream.broker.inspector import Inspector, ServiceView
-from millstream.broker.job import Claim, Draft, Priority
-from millstream.broker.keys import GROUP, RETURNED, ServiceKeys
-from millstream.broker.lease import LEASE_S, Lease
-from millstream.broker.streams import Admission, Claimed, Group, Limit, Settled, Settlement, Streams
+from millstream.broker.contract.codec import encode_inputs
+from millstream.broker.contract.job import Claim, Draft, Priority
+from millstream.broker.contract.keys import GROUP, RETURNED, ServiceKeys
+from millstream.broker.queue import scripts
+from millstream.broker.queue.inspector import Inspector, ServiceView
+from millstream.broker.queue.lease import LEASE_S, Lease
+from millstream.broker.queue.streams import Admission, Claimed, Group, Limit, Settled, Settlement, Streams
+from millstream.broker.transport.connection import Connection
 
 CALLER = "caller"
 LEASE_MS = round(LEASE_S * 1000)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from contracts.queue import Queue, draft
 
-from millstream.broker.job import Draft, Priority
-from millstream.broker.streams import Admission, Group
+from millstream.broker.contract.job import Draft, Priority
+from millstream.broker.queue.streams import Admission, Group
 
 ACCEPTED = Admission()
 OVER = Admission("over_burst")

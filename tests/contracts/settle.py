@@ -6,9 +6,9 @@ import secrets
 
 from contracts.queue import CALLER, Queue, draft, ids
 
-from millstream.broker.job import Address, Priority
-from millstream.broker.keys import GROUP
-from millstream.broker.streams import REPLY_TTL_MS, Settlement
+from millstream.broker.contract.job import Address, Priority
+from millstream.broker.contract.keys import GROUP
+from millstream.broker.queue.streams import REPLY_TTL_MS, Settlement
 
 SEEN_AFTER_SETTLE_MS = 20_000
 

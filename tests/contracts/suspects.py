@@ -7,9 +7,9 @@ from typing import cast
 import pytest
 from contracts.queue import CALLER, Queue, draft, ids, names
 
-from millstream.broker.job import Claim, Draft, Priority
-from millstream.broker.keys import GROUP
-from millstream.broker.streams import Claimed, Limit
+from millstream.broker.contract.job import Claim, Draft, Priority
+from millstream.broker.contract.keys import GROUP
+from millstream.broker.queue.streams import Claimed, Limit
 
 
 def suspects(queue: Queue, count: int) -> list[Claim]:

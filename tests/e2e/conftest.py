@@ -13,10 +13,10 @@ import pytest
 from e2e.reference import TEXTS, Reference
 from e2e.sites import MODEL, Site, site_of
 
-from millstream.broker.config import ServiceSpec
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.engine import bundled
-from millstream.worker.models.source import locate
+from millstream.broker.config.load import ServiceSpec
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.server.engine import bundled
+from millstream.worker.models.loading.source import locate
 
 # They install other versions of the model libraries beside these, which takes a minute.
 collect_ignore = [] if os.environ.get("MILLSTREAM_LONG") else ["test_backends.py"]

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
-from millstream.broker.codec import decode_reply, encode_inputs
-from millstream.broker.connection import Connection, retrying
-from millstream.broker.job import Draft, Priority, Reply
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.streams import MAX_JOBS_PER_CALL, Group, Streams
+from millstream.broker.contract.codec import decode_reply, encode_inputs
+from millstream.broker.contract.job import Draft, Priority, Reply
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Group, Streams
+from millstream.broker.transport.connection import Connection, retrying
 
 READ_S = 1.0
 

@@ -19,7 +19,7 @@ time.monotonic = lambda: _monotonic() + CLOCK_S
 import itertools  # noqa: E402
 import threading  # noqa: E402
 
-from millstream.broker.errors import RateLimited  # noqa: E402
+from millstream.broker.contract.errors import RateLimited  # noqa: E402
 from millstream.client import Client  # noqa: E402
 
 THREADS = 4

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from millstream.broker.job import Encoded, Vectors
+from millstream.broker.contract.job import Encoded, Vectors
 
 CLOSE = 1e-5
 

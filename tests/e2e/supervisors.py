@@ -15,11 +15,11 @@ import pytest
 from e2e.sites import Site
 from support import eventually
 
-from millstream.broker.errors import ModelUnavailable
-from millstream.broker.keys import DEFAULT_PREFIX
-from millstream.worker.orders import URL_VARIABLE, Orders
-from millstream.worker.progress import Progress
-from millstream.worker.supervisor import Plan, Supervisor
+from millstream.broker.contract.errors import ModelUnavailable
+from millstream.broker.contract.keys import DEFAULT_PREFIX
+from millstream.worker.supervision.orders import URL_VARIABLE, Orders
+from millstream.worker.supervision.progress import Progress
+from millstream.worker.supervision.supervisor import Plan, Supervisor
 
 START_S = 90.0
 
@@ -65,7 +65,7 @@ def said(caplog: pytest.LogCaptureFixture, text: str, level: int = logging.WARNI
     """Asks for the supervisor's messages of `level` that hold `text`."""
 
     def messages() -> list[str]:
-        found = [record for record in caplog.records if record.name == "millstream.worker.supervisor"]
+        found = [record for record in caplog.records if record.name == "millstream.worker.supervision.supervisor"]
         return [record.message for record in found if record.levelno == level and text in record.message]
 
     return messages

@@ -15,11 +15,11 @@ from e2e.cli_support import Shell
 from e2e.sites import echo
 from workers import LONG_S, working
 
-from millstream.broker.codec import decode_inputs
-from millstream.broker.connection import Connection
-from millstream.broker.job import Priority
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.spec import ModelSpec
+from millstream.broker.config.spec import ModelSpec
+from millstream.broker.contract.codec import decode_inputs
+from millstream.broker.contract.job import Priority
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.transport.connection import Connection
 from millstream.cli.bench import QUERY
 
 pytestmark = pytest.mark.early

@@ -17,9 +17,9 @@ from e2e.cli_support import Shell
 from e2e.sites import MODEL, echo, minilm
 from support import eventually
 
-from millstream.broker.connection import Connection
-from millstream.broker.inspector import Inspector
-from millstream.broker.registry import Registry
+from millstream.broker.queue.inspector import Inspector
+from millstream.broker.queue.registry import Registry
+from millstream.broker.transport.connection import Connection
 from millstream.client import Client
 
 pytestmark = pytest.mark.early

@@ -14,12 +14,12 @@ from e2e.cli_support import Ended, Shell
 from e2e.sites import echo
 from support import eventually
 
-from millstream.broker.codec import decode_reply
-from millstream.broker.connection import Connection
-from millstream.broker.deadletters import DeadLetters
-from millstream.broker.errors import Cancelled
-from millstream.broker.keys import RETURNED
-from millstream.broker.pause import Pause, find_pause, pause
+from millstream.broker.contract.codec import decode_reply
+from millstream.broker.contract.errors import Cancelled
+from millstream.broker.contract.keys import RETURNED
+from millstream.broker.queue.deadletters import DeadLetters
+from millstream.broker.queue.pause import Pause, find_pause, pause
+from millstream.broker.transport.connection import Connection
 from millstream.client import Client
 
 

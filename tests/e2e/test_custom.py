@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from e2e.cli_support import Shell
 
-from millstream.broker.connection import Connection
-from millstream.broker.inspector import Inspector
+from millstream.broker.queue.inspector import Inspector
+from millstream.broker.transport.connection import Connection
 from millstream.client import Client
 
 DRAINED_S = 25.0

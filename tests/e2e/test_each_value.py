@@ -10,7 +10,7 @@ from e2e.conftest import Supervised
 from e2e.sites import Site, echo
 from support import eventually
 
-from millstream.broker.errors import DeadlineExceeded, RateLimited
+from millstream.broker.contract.errors import DeadlineExceeded, RateLimited
 from millstream.client import Client
 
 FORWARD_S = 0.4

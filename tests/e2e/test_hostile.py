@@ -17,9 +17,9 @@ from e2e.reference import TEXTS, Reference
 from e2e.sites import Site, echo, minilm
 from support import eventually
 
-from millstream.broker.codec import salvage
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.job import PRIORITIES, Priority
+from millstream.broker.contract.codec import salvage
+from millstream.broker.contract.job import PRIORITIES, Priority
+from millstream.broker.server.embedded import EmbeddedServer
 from millstream.client import Client
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(240)]

@@ -113,9 +113,7 @@ def test_a_caller_without_torch_imports_the_client_beside_hostile_names(install:
 
 
 def test_the_scripts_are_found_in_the_installed_wheel(install: Install, hostile: Path) -> None:
-    program = (
-        "from importlib.resources import files; print((files('millstream.broker') / 'lua' / 'claim.lua').is_file())"
-    )
+    program = "import importlib.resources as r; print((r.files('millstream.broker.queue') / 'lua/claim.lua').is_file())"
 
     assert run(install.bin / "python", "-c", program, cwd=hostile) == "True\n"
 

@@ -20,7 +20,7 @@ from e2e.sites import Site, echo, minilm, site_of
 from e2e.watch import Entry, freeze_with_work
 from support import eventually
 
-from millstream.broker.embedded import EmbeddedServer
+from millstream.broker.server.embedded import EmbeddedServer
 
 pytestmark = [pytest.mark.early, pytest.mark.timeout(300)]
 

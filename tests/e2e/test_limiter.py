@@ -17,10 +17,10 @@ from e2e.conftest import Say
 from e2e.sites import echo
 from support import eventually
 
-from millstream.broker.connection import Connection
-from millstream.broker.job import Job
-from millstream.broker.registry import Registry
-from millstream.broker.spec import RateLimit, Runtime, ServiceSpec
+from millstream.broker.config.spec import RateLimit, Runtime, ServiceSpec
+from millstream.broker.contract.job import Job
+from millstream.broker.queue.registry import Registry
+from millstream.broker.transport.connection import Connection
 
 pytestmark = pytest.mark.alone
 

@@ -13,12 +13,12 @@ from e2e.sites import Site, echo, site_of
 from e2e.supervisors import beaten
 from support import eventually
 
-from millstream.broker.codec import decode_reply
-from millstream.broker.config import Runtime
-from millstream.broker.errors import NoWorkers, QueueFull, WorkerLost
-from millstream.broker.job import Priority
-from millstream.broker.keys import GROUP
-from millstream.broker.registry import Registry
+from millstream.broker.config.load import Runtime
+from millstream.broker.contract.codec import decode_reply
+from millstream.broker.contract.errors import NoWorkers, QueueFull, WorkerLost
+from millstream.broker.contract.job import Priority
+from millstream.broker.contract.keys import GROUP
+from millstream.broker.queue.registry import Registry
 from millstream.client import Client
 
 

@@ -18,7 +18,7 @@ from e2e.sites import MODEL, Site, echo, minilm, site_of
 from sentence_transformers import SentenceTransformer
 
 from millstream.client import Client
-from millstream.worker.models.source import locate
+from millstream.worker.models.loading.source import locate
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(240)]
 

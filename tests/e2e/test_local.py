@@ -17,11 +17,11 @@ import pytest
 from e2e.cli_support import command_line, environment
 from support import eventually
 
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer, running
-from millstream.broker.errors import BrokerUnavailable, ConfigError, ModelUnavailable, NoWorkers
-from millstream.broker.inspector import Inspector, ServiceView
-from millstream.broker.keys import ServiceKeys
+from millstream.broker.contract.errors import BrokerUnavailable, ConfigError, ModelUnavailable, NoWorkers
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.inspector import Inspector, ServiceView
+from millstream.broker.server.embedded import EmbeddedServer, running
+from millstream.broker.transport.connection import Connection
 from millstream.client import AsyncClient, Client
 
 GONE_S = 5.0

@@ -15,9 +15,9 @@ from e2e.conftest import Say
 from e2e.reference import TEXTS, Reference
 from e2e.sites import MODEL, site_of
 
-from millstream.broker.config import load
-from millstream.broker.errors import DeadlineExceeded, QueueFull, RateLimited
-from millstream.broker.spec import ServiceSpec
+from millstream.broker.config.load import load
+from millstream.broker.config.spec import ServiceSpec
+from millstream.broker.contract.errors import DeadlineExceeded, QueueFull, RateLimited
 from millstream.client import Client
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(240)]

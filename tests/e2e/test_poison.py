@@ -16,11 +16,11 @@ from e2e.sites import Site, custom, echo, site_of
 from e2e.supervisors import said, supervising
 from support import eventually
 
-from millstream.broker.errors import ModelFailed, WorkerLost
-from millstream.broker.job import Priority
-from millstream.broker.pause import pause, resume
-from millstream.worker import supervisor as module
-from millstream.worker.supervisor import Plan
+from millstream.broker.contract.errors import ModelFailed, WorkerLost
+from millstream.broker.contract.job import Priority
+from millstream.broker.queue.pause import pause, resume
+from millstream.worker.supervision import supervisor as module
+from millstream.worker.supervision.supervisor import Plan
 
 TESTS = Path(__file__).parents[1]
 WORKERS, WINDOW, MAX_ATTEMPTS = 4, 16, 3

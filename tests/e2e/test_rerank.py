@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from support import eventually
 
-from millstream.broker.config import ModelSpec, Runtime, ServiceSpec
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import InputTooLong, InvalidRequest, PartialFailure
-from millstream.broker.inspector import Inspector, WorkerView
-from millstream.broker.registry import Registry
+from millstream.broker.config.load import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.errors import InputTooLong, InvalidRequest, PartialFailure
+from millstream.broker.queue.inspector import Inspector, WorkerView
+from millstream.broker.queue.registry import Registry
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import AsyncClient, Client, Ranking
-from millstream.worker.supervisor import Plan, Supervisor
+from millstream.worker.supervision.supervisor import Plan, Supervisor
 
 pytestmark = [pytest.mark.early, pytest.mark.timeout(300)]
 

@@ -17,11 +17,11 @@ from e2e.supervisors import beaten, said, supervising
 from e2e.watch import freeze_with_work
 from support import eventually
 
-from millstream.broker.config import ModelSpec, ServiceSpec
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import WorkerLost
-from millstream.worker import supervisor as module
-from millstream.worker.supervisor import Plan
+from millstream.broker.config.load import ModelSpec, ServiceSpec
+from millstream.broker.contract.errors import WorkerLost
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.worker.supervision import supervisor as module
+from millstream.worker.supervision.supervisor import Plan
 
 pytestmark = pytest.mark.early
 

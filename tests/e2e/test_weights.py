@@ -13,11 +13,11 @@ from e2e.sites import Site, echo, site_of
 from e2e.supervisors import lone_worker, said, supervising
 from support import eventually
 
-from millstream.broker.answer import answer_field, read_answer, written
-from millstream.broker.config import ModelSpec, ServiceSpec
-from millstream.broker.registry import Registry
-from millstream.worker.orders import EXIT_PERMANENT
-from millstream.worker.supervisor import Plan
+from millstream.broker.config.load import ModelSpec, ServiceSpec
+from millstream.broker.contract.answer import answer_field, read_answer, written
+from millstream.broker.queue.registry import Registry
+from millstream.worker.supervision.orders import EXIT_PERMANENT
+from millstream.worker.supervision.supervisor import Plan
 
 pytestmark = pytest.mark.early
 

@@ -9,9 +9,9 @@ from typing import cast
 
 from support import eventually
 
-from millstream.broker.connection import Connection, retrying
-from millstream.broker.keys import GROUP, ServiceKeys
-from millstream.broker.lease import LEASE_S
+from millstream.broker.contract.keys import GROUP, ServiceKeys
+from millstream.broker.queue.lease import LEASE_S
+from millstream.broker.transport.connection import Connection, retrying
 
 Entry = tuple[str, bytes]
 """A stream's key and an entry's id."""

@@ -12,9 +12,9 @@ import pytest
 from bystander import Bystander
 from workers import remove, spec, working
 
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import Client
 
 _KEPT = re.compile(r"q:(realtime|normal|batch)|service|dead|paused")

@@ -16,14 +16,14 @@ from e2e.watch import Watch
 from support import eventually
 from workers import LONG_S
 
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import MillstreamError
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.registry import Registry
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.errors import MillstreamError
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.registry import Registry
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import Client
-from millstream.worker.supervisor import Plan, Supervisor
+from millstream.worker.supervision.supervisor import Plan, Supervisor
 
 SERVICE = "mill"
 THREADS = 8

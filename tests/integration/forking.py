@@ -17,8 +17,8 @@ from contextlib import AbstractContextManager, ExitStack
 from multiprocessing.context import BaseContext
 
 from millstream import client as module
-from millstream.broker.errors import BrokerUnavailable
-from millstream.broker.job import Json
+from millstream.broker.contract.errors import BrokerUnavailable
+from millstream.broker.contract.job import Json
 from millstream.client import Client
 
 CHILDREN, THREADS, CALLS = 4, 4, 200

@@ -18,10 +18,10 @@ from bystander import Bystander
 from support import eventually
 from workers import LONG_S
 
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import Cancelled, DeadlineExceeded, MillstreamError, NoWorkers, QueueFull
-from millstream.broker.job import Json
+from millstream.broker.contract.errors import Cancelled, DeadlineExceeded, MillstreamError, NoWorkers, QueueFull
+from millstream.broker.contract.job import Json
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import AsyncClient, Client
 from millstream.client.aio import AsyncHandle
 

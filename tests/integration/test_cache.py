@@ -17,16 +17,16 @@ from support import eventually
 from topologies import cluster
 from workers import LONG_S, working
 
-from millstream.broker import cache as module
-from millstream.broker.cache import Cache, Cached, Recipe, encode
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import Cancelled, ModelFailed, PartialFailure, WorkerLost
-from millstream.broker.job import PRIORITIES, Json, Reply
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.pause import pause, resume
-from millstream.broker.registry import Registry
-from millstream.broker.spec import CACHE_TTL_S, ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import CACHE_TTL_S, ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.errors import Cancelled, ModelFailed, PartialFailure, WorkerLost
+from millstream.broker.contract.job import PRIORITIES, Json, Reply
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue import cache as module
+from millstream.broker.queue.cache import Cache, Cached, Recipe, encode
+from millstream.broker.queue.pause import pause, resume
+from millstream.broker.queue.registry import Registry
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import AsyncClient, Client, Embeddings
 from millstream.client.recall import AT_ONCE
 

@@ -13,11 +13,11 @@ from e2e.watch import Watch
 from support import eventually
 from workers import LONG_S, remove, spec, working
 
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import BrokerUnavailable, Cancelled, MillstreamError, PartialFailure, QueueFull
-from millstream.broker.job import Json
-from millstream.broker.keys import ServiceKeys
+from millstream.broker.contract.errors import BrokerUnavailable, Cancelled, MillstreamError, PartialFailure, QueueFull
+from millstream.broker.contract.job import Json
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import AsyncClient, Client
 
 

@@ -15,9 +15,7 @@ from contracts.queue import Queue
 from support import eventually
 from workers import LONG_S, spec, working
 
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import (
+from millstream.broker.contract.errors import (
     BrokerUnavailable,
     DeadlineExceeded,
     InputTooLong,
@@ -29,8 +27,10 @@ from millstream.broker.errors import (
     QueueFull,
     UnknownService,
 )
-from millstream.broker.job import Json
-from millstream.broker.keys import ServiceKeys
+from millstream.broker.contract.job import Json
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import Client
 from millstream.client.result import Values
 

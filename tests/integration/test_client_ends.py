@@ -18,10 +18,10 @@ from support import eventually
 from workers import LONG_S
 
 from millstream import client as module
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.job import Reply
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.job import Reply
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import Client
 
 LEAVING = Path(__file__).with_name("leaving.py")

@@ -14,10 +14,10 @@ from support import eventually
 from topologies import Node, Topology, cluster
 from workers import spec, working
 
-from millstream.broker.connection import Connection, check, translated
-from millstream.broker.errors import BrokerUnavailable, ConfigError
-from millstream.broker.inspector import Inspector
-from millstream.broker.registry import Registry
+from millstream.broker.contract.errors import BrokerUnavailable, ConfigError
+from millstream.broker.queue.inspector import Inspector
+from millstream.broker.queue.registry import Registry
+from millstream.broker.transport.connection import Connection, check, translated
 from millstream.client import Client
 
 SERVICES = ["one", "two", "three"]

@@ -16,8 +16,10 @@ import pytest
 import redis
 from support import eventually
 
-from millstream.broker.config import Config, RedisSettings
-from millstream.broker.connection import (
+from millstream.broker.config.load import Config, RedisSettings
+from millstream.broker.contract.errors import BrokerUnavailable, ConfigError, MillstreamError, QueueFull
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import (
     Connection,
     ServerInfo,
     check,
@@ -27,8 +29,6 @@ from millstream.broker.connection import (
     retrying,
     translated,
 )
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import BrokerUnavailable, ConfigError, MillstreamError, QueueFull
 
 
 @pytest.fixture

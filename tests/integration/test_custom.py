@@ -16,13 +16,13 @@ from mill import FITS
 from support import eventually
 from workers import LONG_S, remove, spec, working
 
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError, ModelFailed
-from millstream.broker.inspector import Inspector
-from millstream.broker.job import Json
-from millstream.broker.registry import Registry
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.errors import InputTooLong, InvalidRequest, MillstreamError, ModelFailed
+from millstream.broker.contract.job import Json
+from millstream.broker.queue.inspector import Inspector
+from millstream.broker.queue.registry import Registry
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import AsyncClient, Client, Embeddings
 from millstream.client.rows import RowOutcome
 

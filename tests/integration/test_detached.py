@@ -17,9 +17,8 @@ from support import eventually
 from workers import LONG_S, remove, working
 from workers import spec as echo_spec
 
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import (
+from millstream.broker.config.spec import Runtime
+from millstream.broker.contract.errors import (
     Cancelled,
     DeadlineExceeded,
     InvalidRequest,
@@ -28,9 +27,10 @@ from millstream.broker.errors import (
     ResultExpired,
     UnknownService,
 )
-from millstream.broker.job import Json, Priority
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.spec import Runtime
+from millstream.broker.contract.job import Json, Priority
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import AsyncClient, Client, acceptance
 from millstream.client.detached import Detached
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from bystander import Bystander
 
-from millstream.broker.cache import Cache, Cached, Recipe, encode
-from millstream.broker.codec import decode_inputs
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import InvalidRequest
-from millstream.broker.job import Encoded, Reply
-from millstream.broker.registry import Registry
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.codec import decode_inputs
+from millstream.broker.contract.errors import InvalidRequest
+from millstream.broker.contract.job import Encoded, Reply
+from millstream.broker.queue.cache import Cache, Cached, Recipe, encode
+from millstream.broker.queue.registry import Registry
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import AsyncClient, Client, Embeddings
 
 WRONG: list[dict[str, Any]] = [

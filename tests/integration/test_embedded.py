@@ -19,16 +19,16 @@ import pytest
 import redis
 from support import eventually
 
-from millstream.broker import embedded, engine
-from millstream.broker.datadir import pulse, socket_path
-from millstream.broker.embedded import EmbeddedServer, running
-from millstream.broker.engine import Engine, bundled, probe
-from millstream.broker.errors import BrokerUnavailable, ConfigError
+from millstream.broker.contract.errors import BrokerUnavailable, ConfigError
+from millstream.broker.server import embedded, engine
+from millstream.broker.server.datadir import pulse, socket_path
+from millstream.broker.server.embedded import EmbeddedServer, running
+from millstream.broker.server.engine import Engine, bundled, probe
 
 LAUNCHER = """
 import sys, time
 from pathlib import Path
-from millstream.broker.embedded import EmbeddedServer
+from millstream.broker.server.embedded import EmbeddedServer
 server = EmbeddedServer.start(Path(sys.argv[1]))
 print(server.pid, server.owned, flush=True)
 sys.stdin.read()
@@ -418,7 +418,7 @@ def test_a_named_binary_that_cannot_serve_is_refused(data_dir: Path, tmp_path: P
 
 
 def test_the_wheel_is_found_without_importing_its_client() -> None:
-    code = "import sys; from millstream.broker.engine import bundled; bundled(); print(sorted(sys.modules))"
+    code = "import sys; from millstream.broker.server.engine import bundled; bundled(); print(sorted(sys.modules))"
 
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 

@@ -6,8 +6,8 @@ import pytest
 import redis
 from redis.connection import UnixDomainSocketConnection
 
-from millstream.broker.connection import Connection
-from millstream.broker.exchange import exchange
+from millstream.broker.transport.connection import Connection
+from millstream.broker.transport.exchange import exchange
 
 
 @pytest.fixture(params=["own", "shared"])

@@ -19,9 +19,8 @@ import pytest
 from contracts.queue import Queue
 from support import eventually
 
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import (
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.errors import (
     BrokerUnavailable,
     ConfigError,
     DeadlineExceeded,
@@ -36,10 +35,11 @@ from millstream.broker.errors import (
     UnknownService,
     WorkerLost,
 )
-from millstream.broker.registry import Registry
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.queue.registry import Registry
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import Embeddings
-from millstream.worker.supervisor import Plan, Supervisor
+from millstream.worker.supervision.supervisor import Plan, Supervisor
 
 LONG_S = 60.0
 SECRET = "redis://queue-host:6379"

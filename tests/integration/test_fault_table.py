@@ -20,10 +20,10 @@ from integration.faults import SERVICE, Mill, frozen, milling, unwritable
 from support import eventually
 from workers import LONG_S
 
-from millstream.broker.connection import Connection, check
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import MillstreamError
-from millstream.broker.pause import pause
+from millstream.broker.contract.errors import MillstreamError
+from millstream.broker.queue.pause import pause
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection, check
 
 pytestmark = pytest.mark.early
 

@@ -13,7 +13,7 @@ import redis
 from integration.faults import SERVICE, Mill, frozen, let_pass, milling
 from support import eventually
 
-from millstream.broker.errors import BrokerUnavailable
+from millstream.broker.contract.errors import BrokerUnavailable
 from millstream.client import Client
 
 pytestmark = pytest.mark.early

@@ -13,8 +13,8 @@ from contracts.queue import draft
 from integration.faults import SERVICE, Mill, frozen, let_pass, milling
 from support import eventually
 
-from millstream.broker.errors import DeadlineExceeded, MillstreamError, RateLimited
-from millstream.broker.lease import LEASE_S
+from millstream.broker.contract.errors import DeadlineExceeded, MillstreamError, RateLimited
+from millstream.broker.queue.lease import LEASE_S
 
 HOUR_S = 3600
 

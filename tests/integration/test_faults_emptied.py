@@ -18,17 +18,17 @@ from integration.faults import SERVICE, Mill, milling
 from support import eventually
 from workers import LONG_S
 
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import DeadlineExceeded, MillstreamError, UnknownService
-from millstream.broker.inspector import Inspector
-from millstream.broker.job import PRIORITIES
-from millstream.broker.keys import GROUP
-from millstream.broker.registry import Registry
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.errors import DeadlineExceeded, MillstreamError, UnknownService
+from millstream.broker.contract.job import PRIORITIES
+from millstream.broker.contract.keys import GROUP
+from millstream.broker.queue.inspector import Inspector
+from millstream.broker.queue.registry import Registry
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import Client
 from millstream.client.handle import Handle
-from millstream.worker.registrar import Registrar, Registration
+from millstream.worker.supervision.registrar import Registrar, Registration
 
 HEALED_S = 5.0
 """Within which a new call works again."""

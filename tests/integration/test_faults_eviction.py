@@ -11,11 +11,11 @@ import engines
 import pytest
 from e2e.cli_support import Shell
 
-from millstream.broker.config import Config
-from millstream.broker.connection import Connection, check
-from millstream.broker.errors import ConfigError
-from millstream.broker.eviction import allowed
-from millstream.broker.spec import RedisSettings
+from millstream.broker.config.load import Config
+from millstream.broker.config.spec import RedisSettings
+from millstream.broker.contract.errors import ConfigError
+from millstream.broker.transport.connection import Connection, check
+from millstream.broker.transport.eviction import allowed
 from millstream.worker.serving import serve
 
 FULL = ("--maxmemory", "64mb", "--maxmemory-policy")

@@ -11,9 +11,9 @@ from integration.faults import SERVICE, THREADS, Mill, frozen, let_pass, milling
 from support import eventually
 from workers import LONG_S
 
-from millstream.broker.errors import BrokerUnavailable, MillstreamError, QueueFull
-from millstream.broker.keys import GROUP
-from millstream.broker.pause import pause, resume
+from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError, QueueFull
+from millstream.broker.contract.keys import GROUP
+from millstream.broker.queue.pause import pause, resume
 from millstream.client.handle import Handle
 
 BODY = "x" * 100_000

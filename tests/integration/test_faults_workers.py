@@ -14,10 +14,10 @@ from integration.faults import SERVICE, Mill, milling
 from support import eventually
 from workers import LONG_S
 
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import DeadlineExceeded, MillstreamError, NoWorkers
-from millstream.broker.keys import GROUP
-from millstream.broker.pause import pause
+from millstream.broker.contract.errors import DeadlineExceeded, MillstreamError, NoWorkers
+from millstream.broker.contract.keys import GROUP
+from millstream.broker.queue.pause import pause
+from millstream.broker.server.embedded import EmbeddedServer
 from millstream.client import AsyncClient
 
 LOST = 10

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from e2e.cli_support import Shell
 
-from millstream.broker import ownership
-from millstream.broker.connection import find_url
-from millstream.broker.embedded import EmbeddedServer, running
-from millstream.broker.errors import ConfigError
+from millstream.broker.contract.errors import ConfigError
+from millstream.broker.server import ownership
+from millstream.broker.server.embedded import EmbeddedServer, running
+from millstream.broker.transport.connection import find_url
 
 NOBODY = 65534
 Disown = Callable[[Path], None]

@@ -12,7 +12,7 @@ import pytest
 from bystander import Bystander
 from workers import LONG_S
 
-from millstream.broker.embedded import EmbeddedServer
+from millstream.broker.server.embedded import EmbeddedServer
 
 FORKING = Path(__file__).with_name("forking.py")
 

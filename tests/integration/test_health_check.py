@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.lease import Lease
-from millstream.broker.registry import Registry
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.lease import Lease
+from millstream.broker.queue.registry import Registry
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 
 DOCKERFILE = Path(__file__).parents[2] / "Dockerfile"
 

@@ -9,13 +9,13 @@ from typing import cast
 import pytest
 from contracts.queue import Queue, draft
 
-from millstream.broker.codec import FIELDS, OPTIONAL, encode_inputs
-from millstream.broker.connection import Connection
-from millstream.broker.errors import BrokerUnavailable
-from millstream.broker.inspector import Inspector, ServiceView
-from millstream.broker.job import Draft, Priority
-from millstream.broker.keys import ServiceKeys, services_key
-from millstream.broker.streams import Group
+from millstream.broker.contract.codec import FIELDS, OPTIONAL, encode_inputs
+from millstream.broker.contract.errors import BrokerUnavailable
+from millstream.broker.contract.job import Draft, Priority
+from millstream.broker.contract.keys import ServiceKeys, services_key
+from millstream.broker.queue.inspector import Inspector, ServiceView
+from millstream.broker.queue.streams import Group
+from millstream.broker.transport.connection import Connection
 
 STATUS: dict[str, str | int] = {
     "state": "ready",

@@ -19,12 +19,12 @@ from redis import Redis
 from support import eventually
 from workers import LONG_S, remove, spec, working
 
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import BrokerUnavailable, MillstreamError, NoWorkers
-from millstream.broker.job import Priority
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.registry import Registry
+from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError, NoWorkers
+from millstream.broker.contract.job import Priority
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.registry import Registry
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import AsyncClient, Client
 
 pytestmark = pytest.mark.early

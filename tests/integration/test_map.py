@@ -11,9 +11,9 @@ import pytest
 from bystander import Bystander
 from support import eventually
 
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import InvalidRequest, MillstreamError, NoWorkers, UnknownService
-from millstream.broker.job import Json
+from millstream.broker.contract.errors import InvalidRequest, MillstreamError, NoWorkers, UnknownService
+from millstream.broker.contract.job import Json
+from millstream.broker.server.embedded import EmbeddedServer
 from millstream.client import AsyncClient, Client
 
 T = TypeVar("T")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import redis
 
-from millstream.broker import ownpool
-from millstream.broker.connection import Connection
+from millstream.broker.transport import ownpool
+from millstream.broker.transport.connection import Connection
 
 
 @pytest.fixture

@@ -13,24 +13,24 @@ from contracts.queue import Queue, draft
 from support import eventually
 from workers import LONG_S, spec, working
 
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import Cancelled, DeadlineExceeded, NoWorkers, ServicePaused
-from millstream.broker.inspector import Inspector, ServiceView, WorkerView
-from millstream.broker.job import PRIORITIES
-from millstream.broker.keys import GROUP, RETURNED, ServiceKeys
-from millstream.broker.pause import pause, resume
-from millstream.broker.spec import ServiceSpec
-from millstream.broker.streams import Claimed, Limit, Streams
+from millstream.broker.config.spec import ServiceSpec
+from millstream.broker.contract.errors import Cancelled, DeadlineExceeded, NoWorkers, ServicePaused
+from millstream.broker.contract.job import PRIORITIES
+from millstream.broker.contract.keys import GROUP, RETURNED, ServiceKeys
+from millstream.broker.queue.inspector import Inspector, ServiceView, WorkerView
+from millstream.broker.queue.pause import pause, resume
+from millstream.broker.queue.streams import Claimed, Limit, Streams
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import Client
-from millstream.worker.batcher import Budget
-from millstream.worker.claimer import Claimer, Policy
-from millstream.worker.claimer import Queue as Way
-from millstream.worker.intake import Intake
+from millstream.worker.intake.claimer import Claimer, Policy
+from millstream.worker.intake.claimer import Queue as Way
+from millstream.worker.intake.intake import Intake
 from millstream.worker.models.echo import EchoModel
-from millstream.worker.patience import Patience
+from millstream.worker.scheduling.batcher import Budget
+from millstream.worker.scheduling.patience import Patience
+from millstream.worker.scheduling.shares import Shares
 from millstream.worker.shared import Shared
-from millstream.worker.shares import Shares
 from millstream.worker.window import Window
 
 FELT_S = 1.0

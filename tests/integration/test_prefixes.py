@@ -9,12 +9,12 @@ import pytest
 from contracts.queue import Queue, draft, ids
 from workers import spec
 
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import ConfigError, NoWorkers, UnknownService
-from millstream.broker.inspector import Inspector, ServiceView
-from millstream.broker.job import Priority
-from millstream.broker.registry import Registry
+from millstream.broker.contract.errors import ConfigError, NoWorkers, UnknownService
+from millstream.broker.contract.job import Priority
+from millstream.broker.queue.inspector import Inspector, ServiceView
+from millstream.broker.queue.registry import Registry
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import Client
 
 SERVICE = "embed"

@@ -8,7 +8,7 @@ from integration.faults import SERVICE, milling
 from support import eventually
 from workers import LONG_S
 
-from millstream.broker.pause import pause, resume
+from millstream.broker.queue.pause import pause, resume
 
 
 def test_bulk_that_a_worker_holds_moves_on_while_realtime_saturates_it(tmp_path: Path, server_binary: Path) -> None:

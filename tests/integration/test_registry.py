@@ -12,14 +12,14 @@ import pytest
 import redis
 from contracts.queue import Queue, draft
 
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import BrokerUnavailable, ConfigError, UnknownService
-from millstream.broker.job import Priority
-from millstream.broker.keys import services_key
-from millstream.broker.registry import Registry
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
-from millstream.broker.streams import Admission, Group
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.errors import BrokerUnavailable, ConfigError, UnknownService
+from millstream.broker.contract.job import Priority
+from millstream.broker.contract.keys import services_key
+from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.streams import Admission, Group
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 
 
 def spec(name: str = "embed", model: ModelSpec | None = None, **runtime: object) -> ServiceSpec:

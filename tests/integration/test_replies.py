@@ -10,10 +10,10 @@ import redis
 from contracts.queue import CALLER, Queue, draft
 from support import eventually
 
-from millstream.broker.connection import Connection, is_transient
-from millstream.broker.exchange import Words, exchange
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.replies import KEPT, KEPT_BYTES, READ_COUNT, Replies
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.replies import KEPT, KEPT_BYTES, READ_COUNT, Replies
+from millstream.broker.transport.connection import Connection, is_transient
+from millstream.broker.transport.exchange import Words, exchange
 
 LONG_S = 30.0
 
@@ -132,7 +132,7 @@ def test_a_read_whose_answer_was_lost_on_its_way_is_read_again(
         exchange(client, *commands)
         raise redis.ConnectionError("cut")
 
-    monkeypatch.setattr("millstream.broker.replies.exchange", exchange_and_cut)
+    monkeypatch.setattr("millstream.broker.queue.replies.exchange", exchange_and_cut)
     with pytest.raises(redis.ConnectionError):
         replies.read(LONG_S)
     monkeypatch.undo()

@@ -17,19 +17,19 @@ from contracts.queue import Queue, draft
 from support import eventually
 from workers import LONG_S, remove, spec
 
-from millstream.broker import scripts
-from millstream.broker.connection import Connection, is_transient, translated
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import BrokerUnavailable, Cancelled, UnknownService, WorkerLost
-from millstream.broker.job import Priority
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.registry import Registry
+from millstream.broker.config.spec import ServiceSpec
+from millstream.broker.contract.errors import BrokerUnavailable, Cancelled, UnknownService, WorkerLost
+from millstream.broker.contract.job import Priority
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue import scripts
+from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.streams import Group
 from millstream.broker.roles import ROLES, SELECTORS_SINCE, Role
-from millstream.broker.spec import ServiceSpec
-from millstream.broker.streams import Group
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection, is_transient, translated
 from millstream.cli.main import main
 from millstream.client import Client
-from millstream.worker.supervisor import Plan, Supervisor
+from millstream.worker.supervision.supervisor import Plan, Supervisor
 
 Enter = Callable[..., str]
 CONFIG = """\

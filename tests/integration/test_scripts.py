@@ -15,8 +15,8 @@ from contracts.rate import RateContract
 from contracts.settle import SettleContract
 from contracts.suspects import SuspectsContract
 
-from millstream.broker.connection import Connection
-from millstream.broker.keys import ServiceKeys
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.transport.connection import Connection
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ from support import eventually
 from topologies import MASTER_NAME, Node, Topology, sentinel
 from workers import spec, working
 
-from millstream.broker.connection import Connection, check, is_transient, translated
-from millstream.broker.errors import BrokerUnavailable
-from millstream.broker.job import Priority
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.spec import ServiceSpec
-from millstream.broker.streams import Admission, Group, Streams
+from millstream.broker.config.spec import ServiceSpec
+from millstream.broker.contract.errors import BrokerUnavailable
+from millstream.broker.contract.job import Priority
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.streams import Admission, Group, Streams
+from millstream.broker.transport.connection import Connection, check, is_transient, translated
 from millstream.client import Client
 
 GAP_S = 60.0

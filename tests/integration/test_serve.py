@@ -16,12 +16,12 @@ import pytest
 from support import eventually
 from workers import LONG_S, remove
 
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.inspector import Inspector, ServiceView
-from millstream.broker.keys import GROUP, ServiceKeys
-from millstream.broker.registry import Registry
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.keys import GROUP, ServiceKeys
+from millstream.broker.queue.inspector import Inspector, ServiceView
+from millstream.broker.queue.registry import Registry
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import Client
 
 ROOT = Path(__file__).parents[2]

@@ -9,12 +9,12 @@ import pytest
 from support import eventually
 from workers import remove, working
 
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.inspector import Inspector
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.queue.inspector import Inspector
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import Client
-from millstream.worker.cores import cores
+from millstream.worker.measuring.cores import cores
 
 
 def test_workers_started_separately_share_the_hosts_cores(

@@ -14,14 +14,14 @@ from contracts.queue import Queue, draft
 from support import eventually
 from workers import remove, spec, working
 
-from millstream.broker.codec import encode_inputs
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.inspector import Inspector
-from millstream.broker.job import Draft, Priority
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.registry import Registry
-from millstream.broker.streams import Group
+from millstream.broker.contract.codec import encode_inputs
+from millstream.broker.contract.job import Draft, Priority
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.inspector import Inspector
+from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.streams import Group
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.cli.main import main
 
 LIMITS = {"batch_size": 4, "max_batch_tokens": 16, "inference_timeout": 30.0}

@@ -30,15 +30,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from queue_model import CANCELLED, MAX_BATCH_JOBS, MAX_JOBS, Entry, Model, check_claim
 from redis.client import Pipeline
 
-from millstream.broker.codec import decode_reply, encode_inputs
-from millstream.broker.connection import Connection
-from millstream.broker.errors import Cancelled
-from millstream.broker.job import PRIORITIES, Address, Claim, Draft, Priority
-from millstream.broker.keys import GROUP, ServiceKeys
-from millstream.broker.lease import Lease
-from millstream.broker.pause import Pause, find_pause, pause, resume
-from millstream.broker.replies import KEPT, Replies
-from millstream.broker.streams import Group, Limit, Settlement
+from millstream.broker.contract.codec import decode_reply, encode_inputs
+from millstream.broker.contract.errors import Cancelled
+from millstream.broker.contract.job import PRIORITIES, Address, Claim, Draft, Priority
+from millstream.broker.contract.keys import GROUP, ServiceKeys
+from millstream.broker.queue.lease import Lease
+from millstream.broker.queue.pause import Pause, find_pause, pause, resume
+from millstream.broker.queue.replies import KEPT, Replies
+from millstream.broker.queue.streams import Group, Limit, Settlement
+from millstream.broker.transport.connection import Connection
 
 LEASE_S = 3600.0
 LEASE_MS = round(LEASE_S * 1000)

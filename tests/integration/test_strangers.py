@@ -9,12 +9,12 @@ from contracts.queue import draft
 from support import eventually
 from workers import LONG_S, spec, working
 
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.inspector import Inspector
-from millstream.broker.job import Priority
-from millstream.broker.keys import GROUP, ServiceKeys
-from millstream.broker.streams import Group, Streams
+from millstream.broker.contract.job import Priority
+from millstream.broker.contract.keys import GROUP, ServiceKeys
+from millstream.broker.queue.inspector import Inspector
+from millstream.broker.queue.streams import Group, Streams
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 
 
 def asleep(connection: Connection) -> bool:

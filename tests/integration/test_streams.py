@@ -12,14 +12,14 @@ import redis
 from contracts.queue import CALLER, Queue, draft, ids, names
 from support import eventually
 
-from millstream.broker import streams
-from millstream.broker.codec import decode_reply
-from millstream.broker.connection import Connection, translated
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import MillstreamError, QueueFull, ReaderTooSlow, ReplyTooLarge
-from millstream.broker.job import PRIORITIES, Claim, Priority
-from millstream.broker.keys import GROUP, ServiceKeys
-from millstream.broker.streams import Group, Limit, Settlement, Streams
+from millstream.broker.contract.codec import decode_reply
+from millstream.broker.contract.errors import MillstreamError, QueueFull, ReaderTooSlow, ReplyTooLarge
+from millstream.broker.contract.job import PRIORITIES, Claim, Priority
+from millstream.broker.contract.keys import GROUP, ServiceKeys
+from millstream.broker.queue import streams
+from millstream.broker.queue.streams import Group, Limit, Settlement, Streams
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection, translated
 
 LONG_S = 30.0
 

@@ -16,13 +16,13 @@ import pytest
 from contracts.queue import Queue, draft
 from support import eventually
 
-from millstream.broker.config import ModelSpec, Runtime, ServiceSpec
-from millstream.broker.connection import Connection
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.keys import DEFAULT_PREFIX, ServiceKeys
-from millstream.worker import child
-from millstream.worker import supervisor as module
-from millstream.worker.supervisor import Plan, Supervisor
+from millstream.broker.config.load import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.keys import DEFAULT_PREFIX, ServiceKeys
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
+from millstream.worker.supervision import child
+from millstream.worker.supervision import supervisor as module
+from millstream.worker.supervision.supervisor import Plan, Supervisor
 
 NO_SERVER = "redis://127.0.0.1:1"
 

@@ -13,8 +13,8 @@ import engines
 import pytest
 from workers import LONG_S, spec, working
 
-from millstream.broker.connection import Connection, find_url, is_transient, translated
-from millstream.broker.errors import BrokerUnavailable, ConfigError
+from millstream.broker.contract.errors import BrokerUnavailable, ConfigError
+from millstream.broker.transport.connection import Connection, find_url, is_transient, translated
 from millstream.client import Client
 
 pytestmark = pytest.mark.redis7  # the servers in the wheels have no TLS

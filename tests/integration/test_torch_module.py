@@ -12,12 +12,12 @@ import torch
 from torch_module import FEATURES, LABELS, Net
 from workers import remove, working
 
-from millstream.broker.embedded import EmbeddedServer
-from millstream.broker.errors import InvalidRequest, ModelFailed
-from millstream.broker.job import Json
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.errors import InvalidRequest, ModelFailed
+from millstream.broker.contract.job import Json
+from millstream.broker.server.embedded import EmbeddedServer
 from millstream.client import Client
-from millstream.worker.memory import is_exhaustion
+from millstream.worker.scheduling.memory import is_exhaustion
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from millstream.broker.config import ModelSpec
-from millstream.worker.models.source import locate, settings_digest, weights_digest
+from millstream.broker.config.load import ModelSpec
+from millstream.worker.models.loading.source import locate, settings_digest, weights_digest
 
 pytestmark = pytest.mark.early
 
 PRINT_FINGERPRINTS = """
 import sys
-from millstream.broker.config import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.load import ModelSpec, Runtime, ServiceSpec
 from millstream.worker.models import load
 for name, revision in zip(sys.argv[2::2], sys.argv[3::2]):
     model = ModelSpec(type=sys.argv[1], model_name=name, revision=revision or None)
@@ -75,7 +75,7 @@ def test_a_reranker_of_the_hub_is_known_by_its_files_there_and_by_its_short_name
 
 
 def test_the_fingerprint_counts_the_dtype(tiny_model: Path) -> None:
-    from millstream.worker.models.embedding import EmbeddingModel
+    from millstream.worker.models.embedding.embedding import EmbeddingModel
 
     def of(dtype: str) -> str:
         spec = ModelSpec.model_validate({"type": "embedding", "model_name": str(tiny_model), "dtype": dtype})
@@ -86,7 +86,7 @@ def test_the_fingerprint_counts_the_dtype(tiny_model: Path) -> None:
 
 
 def test_another_tokenizer_under_the_same_path_is_another_model(tiny_model: Path, tmp_path: Path) -> None:
-    from millstream.worker.models.embedding import EmbeddingModel
+    from millstream.worker.models.embedding.embedding import EmbeddingModel
 
     folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     spec = ModelSpec(type="embedding", model_name=str(folder))

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from millstream.broker.access import FilePassword, open_host, read_password, secured, split_password_file
-from millstream.broker.config import Config, RedisSettings
-from millstream.broker.connection import Connection, find_url
-from millstream.broker.errors import ConfigError
+from millstream.broker.config.load import Config, RedisSettings
+from millstream.broker.contract.errors import ConfigError
+from millstream.broker.transport.access import FilePassword, open_host, read_password, secured, split_password_file
+from millstream.broker.transport.connection import Connection, find_url
 
 ELSEWHERE = "192.0.2.1"
 

@@ -12,10 +12,10 @@ import torch
 from embedders import save_sparse
 from safetensors.torch import load_file, save_file
 
-from millstream.broker.answer import Answer, allowed, distance, read_answer, written
-from millstream.broker.errors import ModelUnavailable
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
-from millstream.worker.agreement import answer_of
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.answer import Answer, allowed, distance, read_answer, written
+from millstream.broker.contract.errors import ModelUnavailable
+from millstream.worker.measuring.agreement import answer_of
 from millstream.worker.models import load
 
 SCORES = "6448fa205c576c66+12f420f8 {} cross-encoder Identity"

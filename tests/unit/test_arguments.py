@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from millstream.broker.codec import encode_value
-from millstream.broker.config import given_service
-from millstream.broker.errors import InvalidRequest
-from millstream.broker.units import plain
+from millstream.broker.config.load import given_service
+from millstream.broker.config.units import plain
+from millstream.broker.contract.codec import encode_value
+from millstream.broker.contract.errors import InvalidRequest
 from millstream.client.testing import AsyncFakeClient, FakeClient
 
 torch = pytest.importorskip("torch")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millstream.worker.batcher import Budget, Pool, Row
+from millstream.worker.scheduling.batcher import Budget, Pool, Row
 
 Rows = list[Row[None]]
 

@@ -13,10 +13,10 @@ from embedders import save_prompted, save_routed, save_static
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 
-from millstream.broker.errors import ModelUnavailable
-from millstream.broker.spec import ModelSpec
+from millstream.broker.config.spec import ModelSpec
+from millstream.broker.contract.errors import ModelUnavailable
 from millstream.worker.models.base import Prepared
-from millstream.worker.models.reranker import load_reranker
+from millstream.worker.models.reranking.reranker import load_reranker
 
 CLOSE = 1e-5
 QUERY = "which mill turns"

@@ -12,13 +12,13 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millstream.broker import cache as module
-from millstream.broker.cache import CHUNK, Cache, Cached, Recipe, decode, encode
-from millstream.broker.codec import decode_inputs, encode_inputs
-from millstream.broker.job import Json
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
-from millstream.broker.streams import LONGEST_MS
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.codec import decode_inputs, encode_inputs
+from millstream.broker.contract.job import Json
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue import cache as module
+from millstream.broker.queue.cache import CHUNK, Cache, Cached, Recipe, decode, encode
+from millstream.broker.queue.streams import LONGEST_MS
 
 KEYS = ServiceKeys("embed")
 RECIPE = Recipe("weights float32 384", "embed", "none", 256)

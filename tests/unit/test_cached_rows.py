@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millstream.broker.cache import Cached
-from millstream.broker.errors import InvalidRequest, MillstreamError, MixedModels
-from millstream.broker.job import Reply
+from millstream.broker.contract.errors import InvalidRequest, MillstreamError, MixedModels
+from millstream.broker.contract.job import Reply
+from millstream.broker.queue.cache import Cached
 from millstream.client.result import Embeddings
 from millstream.client.rows import Rows
 from millstream.client.split import Part, split_once

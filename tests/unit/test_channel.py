@@ -9,15 +9,15 @@ from typing import cast
 import pytest
 from support import eventually
 
-from millstream.broker.connection import Connection
-from millstream.broker.errors import BrokerUnavailable, MillstreamError
-from millstream.broker.job import Draft, Priority
-from millstream.broker.registry import Registry
-from millstream.broker.replies import Replies
-from millstream.broker.streams import Group
-from millstream.broker.submission import Submission
-from millstream.client.channel import Channel
-from millstream.client.reader import Reader
+from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError
+from millstream.broker.contract.job import Draft, Priority
+from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.replies import Replies
+from millstream.broker.queue.streams import Group
+from millstream.broker.queue.submission import Submission
+from millstream.broker.transport.connection import Connection
+from millstream.client.channel.channel import Channel
+from millstream.client.channel.reader import Reader
 
 
 class Sink:

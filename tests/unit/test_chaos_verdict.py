@@ -11,7 +11,7 @@ from chaos_lib.journal import GivenBack, Journal, OrderedEnd, replay
 from chaos_lib.ledger import CANCELLED, OK, Account, Book, read
 from chaos_lib.verdict import Evidence, State, judge, lost_by_the_server
 
-from millstream.broker.keys import DEFAULT_PREFIX, ServiceKeys
+from millstream.broker.contract.keys import DEFAULT_PREFIX, ServiceKeys
 
 KEYS = ServiceKeys("embed")
 STREAM, REPLIES = KEYS.streams()[1], KEYS.reply("c1")

@@ -10,9 +10,9 @@ from contracts.held import claim_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millstream.broker.job import PRIORITIES
-from millstream.broker.streams import Claimed, Limit
-from millstream.worker.claim_policy import (
+from millstream.broker.contract.job import PRIORITIES
+from millstream.broker.queue.streams import Claimed, Limit
+from millstream.worker.scheduling.claim_policy import (
     FIRST,
     Claim,
     Look,

@@ -12,20 +12,21 @@ import pytest
 from contracts.queue import Queue, draft
 from support import eventually
 
-from millstream.broker.job import PRIORITIES, Draft, Priority
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.pause import pause
-from millstream.broker.streams import Claimed, Limit, Streams
-from millstream.worker import claim_policy, claimer
-from millstream.worker.batcher import Budget
-from millstream.worker.claim_policy import LONGEST_LOOK_S, LOOK_S
-from millstream.worker.claimer import Claimer, Policy
-from millstream.worker.intake import Intake
+from millstream.broker.contract.job import PRIORITIES, Draft, Priority
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.pause import pause
+from millstream.broker.queue.streams import Claimed, Limit, Streams
+from millstream.worker.intake import claimer
+from millstream.worker.intake.claimer import Claimer, Policy
+from millstream.worker.intake.intake import Intake
+from millstream.worker.intake.settler import Finished
 from millstream.worker.models.echo import EchoModel
-from millstream.worker.patience import Patience
-from millstream.worker.settler import Finished
+from millstream.worker.scheduling import claim_policy
+from millstream.worker.scheduling.batcher import Budget
+from millstream.worker.scheduling.claim_policy import LONGEST_LOOK_S, LOOK_S
+from millstream.worker.scheduling.patience import Patience
+from millstream.worker.scheduling.shares import Shares
 from millstream.worker.shared import Shared
-from millstream.worker.shares import Shares
 from millstream.worker.window import HOLD_BATCHES, Window
 
 LONG_S = 20.0

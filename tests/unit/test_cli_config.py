@@ -13,8 +13,8 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from millstream.broker.config import ServiceSpec
-from millstream.broker.errors import BrokerUnavailable, ConfigError, MillstreamError, UnknownService
+from millstream.broker.config.load import ServiceSpec
+from millstream.broker.contract.errors import BrokerUnavailable, ConfigError, MillstreamError, UnknownService
 from millstream.cli.main import COMMANDS, Lazy, LazyGroup, exit_codes, main
 
 FILE = """\
@@ -122,9 +122,9 @@ def pushes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, list[str], b
             pushed.append((*self.where, names, replace))
             return names[:1]
 
-    monkeypatch.setattr("millstream.broker.connection.Connection", FakeConnection)
-    monkeypatch.setattr("millstream.broker.connection.check", lambda connection, allow_eviction: None)
-    monkeypatch.setattr("millstream.broker.registry.Registry", FakeRegistry)
+    monkeypatch.setattr("millstream.broker.transport.connection.Connection", FakeConnection)
+    monkeypatch.setattr("millstream.broker.transport.connection.check", lambda connection, allow_eviction: None)
+    monkeypatch.setattr("millstream.broker.queue.registry.Registry", FakeRegistry)
     monkeypatch.delenv("MILLSTREAM_REDIS_URL", raising=False)
     return pushed
 

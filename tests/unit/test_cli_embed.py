@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from millstream.broker.errors import InvalidRequest
-from millstream.broker.job import Json, Vectors
+from millstream.broker.contract.errors import InvalidRequest
+from millstream.broker.contract.job import Json, Vectors
 from millstream.cli.embed import encode, parse_json
 
 VECTORS = arrays(np.float32, (3, 4), elements=st.floats(-2, 2, width=32))

@@ -12,14 +12,14 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from millstream.broker.config import ModelSpec, Runtime, ServiceSpec, load
+from millstream.broker.config.load import ModelSpec, Runtime, ServiceSpec, load
 from millstream.cli.main import main
 from millstream.cli.tune import Subject, report
-from millstream.worker.batcher import Budget
+from millstream.worker.measuring.threads import Threads
+from millstream.worker.measuring.tuning import TOKENS, Cell, measure
 from millstream.worker.models.base import Model, Prepared
 from millstream.worker.models.echo import EchoModel
-from millstream.worker.threads import Threads
-from millstream.worker.tuning import TOKENS, Cell, measure
+from millstream.worker.scheduling.batcher import Budget
 
 FILE = """\
 models:
@@ -147,7 +147,7 @@ def test_ctrl_c_ends_it_and_shows_what_was_measured_so_far(file: Path, monkeypat
         yield next(measure(model, cells, 1.0))
         interrupt()
 
-    monkeypatch.setattr("millstream.worker.tuning.measure", interrupted)
+    monkeypatch.setattr("millstream.worker.measuring.tuning.measure", interrupted)
 
     result = tune("echo")
 

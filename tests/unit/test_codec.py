@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from millstream.broker.codec import (
+from millstream.broker.contract.codec import (
     FIELDS,
     MAX_BODY,
     MAX_DEPTH,
@@ -29,7 +29,7 @@ from millstream.broker.codec import (
     origin_of,
     salvage,
 )
-from millstream.broker.errors import (
+from millstream.broker.contract.errors import (
     DeadlineExceeded,
     InputTooLong,
     Malformed,
@@ -39,7 +39,7 @@ from millstream.broker.errors import (
     QueueFull,
     to_wire,
 )
-from millstream.broker.job import Job, Json, Reply
+from millstream.broker.contract.job import Job, Json, Reply
 
 ids = st.text("0123456789abcdef", min_size=32, max_size=32)
 names = st.from_regex(r"[A-Za-z0-9_.-]{0,64}", fullmatch=True)

@@ -16,12 +16,12 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from millstream.broker.config import DEFAULT_PATH, load
-from millstream.broker.connection import find_url
-from millstream.broker.errors import ConfigError
-from millstream.broker.units import seconds
+from millstream.broker.config.load import DEFAULT_PATH, load
+from millstream.broker.config.units import seconds
+from millstream.broker.contract.errors import ConfigError
+from millstream.broker.transport.connection import find_url
 from millstream.cli.main import exit_codes, main
-from millstream.worker.supervisor import DRAIN_S
+from millstream.worker.supervision.supervisor import DRAIN_S
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -18,12 +18,12 @@ from configs import SMALL, USERS_FILE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millstream.broker.config import Config, ServiceSpec, given_service, load, unenforced
-from millstream.broker.errors import ConfigError
-from millstream.broker.job import Priority
-from millstream.broker.keys import DEFAULT_PREFIX
-from millstream.broker.spec import PriorityName, RedisSettings
-from millstream.broker.units import seconds, size
+from millstream.broker.config.load import Config, ServiceSpec, given_service, load, unenforced
+from millstream.broker.config.spec import PriorityName, RedisSettings
+from millstream.broker.config.units import seconds, size
+from millstream.broker.contract.errors import ConfigError
+from millstream.broker.contract.job import Priority
+from millstream.broker.contract.keys import DEFAULT_PREFIX
 
 Load = Callable[..., Config]
 
@@ -501,7 +501,9 @@ def test_names_that_config_repeats_to_stay_light_agree_with_their_source() -> No
 
 
 def test_importing_config_loads_neither_numpy_nor_redis_nor_torch() -> None:
-    code = "import sys, millstream.broker.config; print([m for m in ('numpy', 'redis', 'torch') if m in sys.modules])"
+    code = (
+        "import sys, millstream.broker.config.load; print([m for m in ('numpy', 'redis', 'torch') if m in sys.modules])"
+    )
 
     answer = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
 

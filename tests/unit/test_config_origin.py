@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 from configs import USERS_FILE
 
-from millstream.broker.config import load
-from millstream.broker.config_origin import resolved
+from millstream.broker.config.load import load
+from millstream.broker.config.origin import resolved
 from millstream.cli.main import main
 
 FILE = """\

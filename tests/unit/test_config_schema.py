@@ -13,7 +13,7 @@ import yaml
 from click.testing import CliRunner
 from configs import SMALL, USERS_FILE
 
-from millstream.broker.config_schema import DESCRIPTIONS, schema
+from millstream.broker.config.schema import DESCRIPTIONS, schema
 from millstream.cli.main import main
 
 CONFIG = Path(__file__).parents[2] / "config.yaml"

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from millstream.worker.cgroups import Quota, quota
-from millstream.worker.cores import Claims, Cores, cores, share, usable
+from millstream.worker.measuring.cgroups import Quota, quota
+from millstream.worker.measuring.cores import Claims, Cores, cores, share, usable
 
 HELD = r"""
 import os, sys
 from pathlib import Path
-from millstream.worker.cores import Claims
+from millstream.worker.measuring.cores import Claims
 claims = Claims(Path(sys.argv[1]))
 claims.enter()
 if "fork" in sys.argv and (child := os.fork()):

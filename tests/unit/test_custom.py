@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from millstream.broker.config import ModelSpec, Runtime, ServiceSpec
-from millstream.broker.errors import InvalidRequest, ModelFailed, ModelUnavailable
+from millstream.broker.config.load import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.errors import InvalidRequest, ModelFailed, ModelUnavailable
 from millstream.worker import models
+from millstream.worker.engines.runner import run_rows
 from millstream.worker.life import Ended
 from millstream.worker.models.base import Laps, Prepared
 from millstream.worker.models.custom import CustomModel, Hooks, name_of
-from millstream.worker.runner import run_rows
-from millstream.worker.supervisor import preflight
+from millstream.worker.supervision.supervisor import preflight
 
 Write = Callable[[str], str]
 

@@ -13,11 +13,12 @@ import torch
 from embedders import save_dense, save_routed, save_sparse, save_static
 from safetensors.torch import load_file, save_file
 
-from millstream.broker.errors import ModelUnavailable
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
-from millstream.worker.models import fetch, load
-from millstream.worker.models.parts import parts_of
-from millstream.worker.models.whole import check_whole
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.errors import ModelUnavailable
+from millstream.worker.models import load
+from millstream.worker.models.loading import fetch
+from millstream.worker.models.loading.parts import parts_of
+from millstream.worker.models.loading.whole import check_whole
 
 WEIGHTS = "model.safetensors"
 NEEDLESS = ("README.md", "generation_config.json")

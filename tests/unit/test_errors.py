@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from millstream.broker import errors
-from millstream.broker.errors import (
+from millstream.broker.contract import errors
+from millstream.broker.contract.errors import (
     DeadlineExceeded,
     MillstreamError,
     PartialFailure,

@@ -6,7 +6,7 @@ import pytest
 import redis
 from redis.exceptions import ClusterError
 
-from millstream.broker import scripts
+from millstream.broker.queue import scripts
 
 
 class _Pipe:

@@ -14,12 +14,12 @@ from embedders import save_static
 from rerankers import save_judge
 from sentence_transformers import SentenceTransformer
 
-from millstream.broker.errors import ModelUnavailable
-from millstream.broker.spec import ModelSpec
-from millstream.worker.models.embedding import EmbeddingModel
-from millstream.worker.models.exports import Export, export_digest, exported, find
-from millstream.worker.models.fetch import local
-from millstream.worker.models.reranker import load_reranker
+from millstream.broker.config.spec import ModelSpec
+from millstream.broker.contract.errors import ModelUnavailable
+from millstream.worker.models.embedding.embedding import EmbeddingModel
+from millstream.worker.models.loading.exports import Export, export_digest, exported, find
+from millstream.worker.models.loading.fetch import local
+from millstream.worker.models.reranking.reranker import load_reranker
 
 Files = Callable[..., Path]
 

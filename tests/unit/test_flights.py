@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import eventually
 
-from millstream.broker.codec import encode_inputs, encode_reply
-from millstream.broker.errors import (
+from millstream.broker.contract.codec import encode_inputs, encode_reply
+from millstream.broker.contract.errors import (
     BrokerUnavailable,
     Cancelled,
     DeadlineExceeded,
@@ -24,12 +24,12 @@ from millstream.broker.errors import (
     QueueFull,
     WorkerLost,
 )
-from millstream.broker.job import Draft, Priority, Reply
-from millstream.broker.streams import CancelOutcome, Group
-from millstream.broker.submission import Submission
-from millstream.client.channel import Channel
-from millstream.client.flights import Flights
-from millstream.client.orders import Cancellation
+from millstream.broker.contract.job import Draft, Priority, Reply
+from millstream.broker.queue.streams import CancelOutcome, Group
+from millstream.broker.queue.submission import Submission
+from millstream.client.channel.channel import Channel
+from millstream.client.channel.flights import Flights
+from millstream.client.channel.orders import Cancellation
 
 ANSWER = encode_reply(Reply(values=["done"]))
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from millstream.broker.errors import ModelUnavailable
-from millstream.broker.spec import ModelSpec
+from millstream.broker.config.spec import ModelSpec
+from millstream.broker.contract.errors import ModelUnavailable
 
 Model = Callable[[str], Path]
 
 
 def load(folder: Path, kind: str = "embedding") -> object:
     # Torch takes seconds to import; most tests need none.
-    from millstream.broker.spec import Runtime, ServiceSpec
+    from millstream.broker.config.spec import Runtime, ServiceSpec
     from millstream.worker.models import load
 
     model = ModelSpec(type=kind, model_name=str(folder))

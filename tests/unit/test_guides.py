@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from millstream.broker.engine import FLOORS
-from millstream.broker.job import PRIORITIES
-from millstream.broker.keys import ServiceKeys, services_key
+from millstream.broker.contract.job import PRIORITIES
+from millstream.broker.contract.keys import ServiceKeys, services_key
+from millstream.broker.server.engine import FLOORS
 from millstream.cli.main import exit_codes
-from millstream.worker.supervisor import DRAIN_S
+from millstream.worker.supervision.supervisor import DRAIN_S
 
 DOCS = Path(__file__).parents[2] / "docs"
 OPERATIONS = (DOCS / "operations.md").read_text(encoding="utf-8")

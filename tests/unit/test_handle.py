@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import eventually
 
-from millstream.broker.codec import decode_inputs, encode_reply, origin_of
-from millstream.broker.errors import (
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.codec import decode_inputs, encode_reply, origin_of
+from millstream.broker.contract.errors import (
     BrokerUnavailable,
     DeadlineExceeded,
     InvalidRequest,
@@ -30,15 +31,14 @@ from millstream.broker.errors import (
     RateLimited,
     WorkerLost,
 )
-from millstream.broker.job import Draft, Json, Priority, Reply
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
-from millstream.broker.submission import Submission
+from millstream.broker.contract.job import Draft, Json, Priority, Reply
+from millstream.broker.queue.submission import Submission
 from millstream.client import handle as handle_module
-from millstream.client.baton import baton
-from millstream.client.channel import Channel
+from millstream.client.channel.baton import baton
+from millstream.client.channel.channel import Channel
+from millstream.client.channel.orders import Cancellation
 from millstream.client.flow import JOBS_PER_WORKER
 from millstream.client.handle import Handle
-from millstream.client.orders import Cancellation
 from millstream.client.result import Embeddings, Values
 from millstream.client.services import Known
 from millstream.client.split import split
@@ -584,7 +584,7 @@ def test_an_error_made_for_a_missing_row_is_made_anew() -> None:
 def test_a_forked_child_goes_on_with_names_of_its_own() -> None:
     script = (
         "import os\n"
-        "from millstream.client.ids import new_id\n"
+        "from millstream.client.channel.ids import new_id\n"
         "new_id()\n"
         "read, write = os.pipe()\n"
         "if not os.fork():\n"

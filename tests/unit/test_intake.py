@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 import pytest
 from contracts.held import NOW, claim_of
 
-from millstream.broker.config import Runtime
-from millstream.broker.errors import (
+from millstream.broker.config.load import Runtime
+from millstream.broker.contract.errors import (
     DeadlineExceeded,
     InputTooLong,
     InvalidRequest,
@@ -19,13 +19,13 @@ from millstream.broker.errors import (
     UnsupportedVersion,
     WorkerLost,
 )
-from millstream.broker.job import Address, Claim, Json
-from millstream.worker.intake import Intake
+from millstream.broker.contract.job import Address, Claim, Json
+from millstream.worker.intake.intake import Intake
+from millstream.worker.intake.settler import Finished
 from millstream.worker.models.base import Prepared
 from millstream.worker.models.custom import CustomModel, Hooks
 from millstream.worker.models.echo import EchoModel
-from millstream.worker.progress import Look, Progress, Stage
-from millstream.worker.settler import Finished
+from millstream.worker.supervision.progress import Look, Progress, Stage
 
 
 class Panic(BaseException):

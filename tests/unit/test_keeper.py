@@ -9,12 +9,12 @@ import fakeredis
 import numpy as np
 import pytest
 
-from millstream.broker.cache import Cache, Cached, Recipe
-from millstream.broker.errors import ModelFailed
-from millstream.broker.job import Address, Json, Reply
-from millstream.broker.keys import ServiceKeys
-from millstream.worker.keeper import Keeper
-from millstream.worker.settler import Finished
+from millstream.broker.contract.errors import ModelFailed
+from millstream.broker.contract.job import Address, Json, Reply
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.cache import Cache, Cached, Recipe
+from millstream.worker.intake.keeper import Keeper
+from millstream.worker.intake.settler import Finished
 
 RECIPE = Recipe("weights", "echo", "none", None)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from millstream.worker.models.lengths import UNLIMITED, forget
+from millstream.worker.models.loading.lengths import UNLIMITED, forget
 
 
 def net(folder: Path, name: str, **settings: Any) -> Any:

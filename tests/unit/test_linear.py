@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.activations import NewGELUActivation
 
-from millstream.worker.models.linear import ARCHITECTURES, Prepacked, prepack
+from millstream.worker.models.kernels.linear import ARCHITECTURES, Prepacked, prepack
 
 SIZES: Mapping[str, int] = {
     "vocab_size": 100,

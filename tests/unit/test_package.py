@@ -47,6 +47,6 @@ def test_a_caller_imports_no_model_library(modules: list[str], tmp_path: Path) -
 
 
 def test_the_scripts_are_found_as_package_resources() -> None:
-    scripts = {path.name for path in (resources.files("millstream.broker") / "lua").iterdir()}
+    scripts = {path.name for path in (resources.files("millstream.broker.queue") / "lua").iterdir()}
 
     assert {"enqueue.lua", "claim.lua", "settle.lua"} <= scripts

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.connection import HiredisRespSerializer
 
-from millstream.broker.connection import Connection
-from millstream.broker.packer import Packer
+from millstream.broker.transport.connection import Connection
+from millstream.broker.transport.packer import Packer
 
 names = st.sampled_from(["EVALSHA", "CONFIG GET", b"XREADGROUP", b"XINFO GROUPS"])
 words = st.text(st.characters(exclude_categories=["Cs"])) | st.binary() | st.integers() | st.floats()

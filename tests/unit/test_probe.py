@@ -7,19 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pytest
 
-from millstream.broker.config import ModelSpec, Runtime, ServiceSpec
-from millstream.broker.errors import MillstreamError, ModelUnavailable
-from millstream.broker.job import Json, Vectors
-from millstream.broker.spec import UNKNOWN_TOKENS
-from millstream.worker.memory import is_exhaustion
-from millstream.worker.models.base import NO_OPTIONS, Prepared
-from millstream.worker.probe import (
+from millstream.broker.config.load import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import UNKNOWN_TOKENS
+from millstream.broker.contract.errors import MillstreamError, ModelUnavailable
+from millstream.broker.contract.job import Json, Vectors
+from millstream.worker.measuring.probe import (
     MOST_TOKENS,
     REPEATS,
     auto_tokens,
     most_tokens,
     probe,
 )
+from millstream.worker.models.base import NO_OPTIONS, Prepared
+from millstream.worker.scheduling.memory import is_exhaustion
 
 Cost = Callable[[int], float]
 """Seconds of a forward, by its padded tokens."""

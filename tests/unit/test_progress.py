@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millstream.broker.streams import MAX_JOBS_PER_CALL
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL
 from millstream.worker.crew import MOST_ROWS
-from millstream.worker.progress import MOST_ENTRIES, SIZE, Look, Progress, Stage, State, Track
+from millstream.worker.supervision.progress import MOST_ENTRIES, SIZE, Look, Progress, Stage, State, Track
 
 CHILD = """
 import sys, time
-from millstream.worker.progress import Progress, Stage, State
+from millstream.worker.supervision.progress import Progress, Stage, State
 progress = Progress(int(sys.argv[1]))
 progress.enter(State.READY)
 progress.runner.start(["0:before"], Stage.RUN)
@@ -34,7 +34,7 @@ time.sleep(600)
 
 FLIPPING_CHILD = """
 import sys
-from millstream.worker.progress import Progress, Stage
+from millstream.worker.supervision.progress import Progress, Stage
 progress = Progress(int(sys.argv[1]))
 short, long = ["1:1-1"], [f"2:{n}-0" for n in range(1500)]
 progress.runner.start(short, Stage.RUN)

@@ -12,13 +12,14 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from millstream.broker import codec, errors, streams
-from millstream.broker.codec import FIELDS, OPTIONAL, encode_reply
-from millstream.broker.errors import ModelFailed
-from millstream.broker.job import Reply
-from millstream.broker.keys import ServiceKeys, services_key
+from millstream.broker.contract import codec, errors
+from millstream.broker.contract.codec import FIELDS, OPTIONAL, encode_reply
+from millstream.broker.contract.errors import ModelFailed
+from millstream.broker.contract.job import Reply
+from millstream.broker.contract.keys import ServiceKeys, services_key
+from millstream.broker.queue import streams
+from millstream.broker.queue.scripts import Name
 from millstream.broker.roles import _SCRIPTS
-from millstream.broker.scripts import Name
 
 TEXT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
 

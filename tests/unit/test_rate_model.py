@@ -9,9 +9,9 @@ from contracts.queue import Queue, draft
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millstream.broker.job import Priority
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.streams import Group
+from millstream.broker.contract.job import Priority
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.streams import Group
 
 SLACK = 0.5
 """Rows that the test's own duration may refill, at RATE a second."""

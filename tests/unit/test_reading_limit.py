@@ -17,14 +17,14 @@ from rerankers import save_bi_encoder, save_cross_encoder, save_judge
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, RobertaConfig, RobertaModel
 
-from millstream.broker.errors import MillstreamError, ModelUnavailable
-from millstream.broker.job import Json
-from millstream.broker.spec import ModelSpec
+from millstream.broker.config.spec import ModelSpec
+from millstream.broker.contract.errors import MillstreamError, ModelUnavailable
+from millstream.broker.contract.job import Json
 from millstream.worker.models.base import ANY_LENGTH, Limit, Prepared
-from millstream.worker.models.embedding import EmbeddingModel
-from millstream.worker.models.limits import MOST, positions, settled, stretched
-from millstream.worker.models.reranker import load_reranker
-from millstream.worker.models.tokens import text_of
+from millstream.worker.models.embedding.embedding import EmbeddingModel
+from millstream.worker.models.embedding.tokens import text_of
+from millstream.worker.models.loading.limits import MOST, positions, settled, stretched
+from millstream.worker.models.reranking.reranker import load_reranker
 
 POSITIONS = 40
 SMALL: dict[str, Any] = {

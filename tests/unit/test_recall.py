@@ -10,10 +10,10 @@ import pytest
 import redis
 from support import eventually
 
-from millstream.broker.cache import Cached, Recipe, encode
-from millstream.broker.connection import Connection
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.registry import Registry
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.cache import Cached, Recipe, encode
+from millstream.broker.queue.registry import Registry
+from millstream.broker.transport.connection import Connection
 from millstream.client import recall as module
 from millstream.client.recall import Recall
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from millstream.broker.config import load
-from millstream.broker.errors import ConfigError
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.load import load
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.errors import ConfigError
 from millstream.cli.main import main
 
 FILE = """

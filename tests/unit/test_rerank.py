@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError, PartialFailure
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.errors import InputTooLong, InvalidRequest, MillstreamError, PartialFailure
 from millstream.client import Ranked, Ranking, Values
 from millstream.client.calls import MAX_ROW_BYTES, cut, row_sizes
 from millstream.client.testing import AsyncFakeClient, FakeClient, fake_score

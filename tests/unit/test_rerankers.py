@@ -12,9 +12,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from millstream.broker.errors import InputTooLong, InvalidRequest, ModelUnavailable
-from millstream.broker.job import Json
-from millstream.broker.spec import ModelSpec
+from millstream.broker.config.spec import ModelSpec
+from millstream.broker.contract.errors import InputTooLong, InvalidRequest, ModelUnavailable
+from millstream.broker.contract.job import Json
 from millstream.worker.models.base import Model, Prepared
 
 CLOSE = 1e-5
@@ -67,7 +67,7 @@ def alone(folders: Folders) -> Callable[[str, str, str], float]:
 
 
 def load(folder: Path, **settings: object) -> Any:
-    from millstream.worker.models.reranker import load_reranker
+    from millstream.worker.models.reranking.reranker import load_reranker
 
     spec = ModelSpec.model_validate({"type": "reranker", "model_name": str(folder), **settings})
     return load_reranker(spec, device="cpu", threads=1)
@@ -124,7 +124,7 @@ def test_rows_of_any_length_and_query_score_in_one_batch_as_each_does_alone(
 
 @pytest.mark.parametrize("kind", ["cross-encoder", "classifier", "bi-encoder", "qwen3", "chat"])
 def test_linear_layers_are_those_of_onednn(kind: str, loaded: Mapping[str, Any]) -> None:
-    from millstream.worker.models.linear import Prepacked
+    from millstream.worker.models.kernels.linear import Prepacked
 
     assert any(isinstance(module, Prepacked) for module in loaded[kind]._model.modules())
 
@@ -227,8 +227,8 @@ def test_an_instruction_changes_what_a_generative_reranker_is_asked(
 
 
 def test_the_guide_says_what_a_generative_reranker_is_asked() -> None:
-    from millstream.worker.models.prompts import qwen3_frame
-    from millstream.worker.models.question import Question
+    from millstream.worker.models.reranking.prompts import qwen3_frame
+    from millstream.worker.models.reranking.question import Question
 
     guide = (Path(__file__).parents[2] / "docs" / "rerank.md").read_text(encoding="utf-8")
 
@@ -296,7 +296,7 @@ def test_a_question_that_cannot_be_is_an_error_for_each_row(
 def test_a_bi_encoder_encodes_a_query_once_for_all_rows_of_a_batch(
     loaded: Mapping[str, Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from millstream.worker.models.encoder import Encoder
+    from millstream.worker.models.embedding.encoder import Encoder
 
     model, run = loaded["bi-encoder"], Encoder.run
     rows = [row for query in ("mill", "corn", "mill") for row in model.prepare(texts(6), {"query": query})]
@@ -403,7 +403,7 @@ def uncut(kind: str, folder: Path, query: str, document: str) -> list[int]:
 
 
 def ids(row: object) -> list[int]:
-    from millstream.worker.models.pairs import Pair
+    from millstream.worker.models.reranking.pairs import Pair
 
     assert isinstance(row, Prepared)
     assert isinstance(row.features, Pair)

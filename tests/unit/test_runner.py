@@ -13,17 +13,17 @@ from contracts.held import NOW, claim_of, held_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millstream.broker.errors import DeadlineExceeded, InvalidRequest, MillstreamError, ModelFailed
-from millstream.broker.job import Json, Vectors
-from millstream.worker.batcher import Budget, computed
+from millstream.broker.contract.errors import DeadlineExceeded, InvalidRequest, MillstreamError, ModelFailed
+from millstream.broker.contract.job import Json, Vectors
 from millstream.worker.clock import ServerClock
-from millstream.worker.counters import Counters
-from millstream.worker.held import Held
+from millstream.worker.engines.runner import Runner, run_rows
+from millstream.worker.intake.settler import Finished
 from millstream.worker.life import Ended
 from millstream.worker.models.base import NO_OPTIONS, Prepared
 from millstream.worker.models.echo import EchoModel
-from millstream.worker.runner import Runner, run_rows
-from millstream.worker.settler import Finished
+from millstream.worker.scheduling.batcher import Budget, computed
+from millstream.worker.scheduling.counters import Counters
+from millstream.worker.scheduling.held import Held
 from millstream.worker.shared import Shared
 from millstream.worker.window import Window
 

@@ -18,7 +18,7 @@ from contracts.rate import RateContract
 from contracts.settle import SettleContract
 from contracts.suspects import SuspectsContract
 
-from millstream.broker.keys import ServiceKeys
+from millstream.broker.contract.keys import ServiceKeys
 
 
 @pytest.fixture

@@ -9,17 +9,17 @@ from typing import cast
 import pytest
 from support import eventually
 
-from millstream.broker.connection import Connection
-from millstream.broker.errors import BrokerUnavailable, MillstreamError, QueueFull, UnknownService
-from millstream.broker.job import Draft, Priority
-from millstream.broker.registry import Registry
-from millstream.broker.streams import Admission, CancelOutcome, Group, Streams
-from millstream.broker.submission import Submission
-from millstream.client import sender as sender_module
-from millstream.client.baton import Baton
-from millstream.client.channel import Channel
-from millstream.client.orders import Cancellation
-from millstream.client.sender import Sender
+from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError, QueueFull, UnknownService
+from millstream.broker.contract.job import Draft, Priority
+from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.streams import Admission, CancelOutcome, Group, Streams
+from millstream.broker.queue.submission import Submission
+from millstream.broker.transport.connection import Connection
+from millstream.client.channel import sender as sender_module
+from millstream.client.channel.baton import Baton
+from millstream.client.channel.channel import Channel
+from millstream.client.channel.orders import Cancellation
+from millstream.client.channel.sender import Sender
 
 Told = Sequence[CancelOutcome] | MillstreamError
 

@@ -7,10 +7,10 @@ from typing import cast
 
 import pytest
 
-from millstream.broker.connection import Connection
-from millstream.broker.errors import BrokerUnavailable, UnknownService
-from millstream.broker.registry import Registered, Registry
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.errors import BrokerUnavailable, UnknownService
+from millstream.broker.queue.registry import Registered, Registry
+from millstream.broker.transport.connection import Connection
 from millstream.client import services as module
 from millstream.client.services import Services
 

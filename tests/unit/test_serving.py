@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from millstream.broker.errors import BrokerUnavailable, InvalidRequest, MillstreamError
+from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest, MillstreamError
 from millstream.worker import serve
 
 

@@ -10,18 +10,18 @@ import pytest
 import redis
 from contracts.queue import Queue, draft, ids, names
 
-from millstream.broker.codec import decode_reply, encode_reply
-from millstream.broker.errors import ModelFailed
-from millstream.broker.job import Claim, Json, Reply
-from millstream.broker.keys import ServiceKeys
-from millstream.broker.streams import MAX_JOBS_PER_CALL, Settled, Settlement, Streams
-from millstream.worker import settler as module
-from millstream.worker.batcher import Budget
-from millstream.worker.counters import Counters
+from millstream.broker.contract.codec import decode_reply, encode_reply
+from millstream.broker.contract.errors import ModelFailed
+from millstream.broker.contract.job import Claim, Json, Reply
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Settled, Settlement, Streams
+from millstream.worker.intake import settler as module
+from millstream.worker.intake.settler import Finished, Settler
 from millstream.worker.life import Life
-from millstream.worker.progress import Look, Stage
-from millstream.worker.settler import Finished, Settler
+from millstream.worker.scheduling.batcher import Budget
+from millstream.worker.scheduling.counters import Counters
 from millstream.worker.shared import Shared
+from millstream.worker.supervision.progress import Look, Stage
 from millstream.worker.window import Window
 
 

@@ -23,16 +23,16 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from millstream.broker.spec import ModelSpec
-from millstream.worker.models import encoder
+from millstream.broker.config.spec import ModelSpec
+from millstream.worker.engines.runner import run_rows
 from millstream.worker.models.base import Model, Prepared
-from millstream.worker.models.embedding import EmbeddingModel
-from millstream.worker.models.packing import Packing
-from millstream.worker.models.prompts import qwen3_frame
-from millstream.worker.models.question import Question
-from millstream.worker.models.reranker import load_reranker
-from millstream.worker.models.sharing import FLOAT32, HALF, REDUCED, Filling, Precision, Sharing, Side, measured
-from millstream.worker.runner import run_rows
+from millstream.worker.models.embedding import encoder
+from millstream.worker.models.embedding.embedding import EmbeddingModel
+from millstream.worker.models.kernels.packing import Packing
+from millstream.worker.models.loading.sharing import FLOAT32, HALF, REDUCED, Filling, Precision, Sharing, Side, measured
+from millstream.worker.models.reranking.prompts import qwen3_frame
+from millstream.worker.models.reranking.question import Question
+from millstream.worker.models.reranking.reranker import load_reranker
 
 CLOSE = 1e-5
 LONG = os.environ.get("MILLSTREAM_LONG") == "1"

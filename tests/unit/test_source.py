@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from millstream.broker.errors import ModelUnavailable
-from millstream.worker.models.source import RERANKERS, locate, settings_digest, weights_digest
+from millstream.broker.contract.errors import ModelUnavailable
+from millstream.worker.models.loading.source import RERANKERS, locate, settings_digest, weights_digest
 
 
 @pytest.fixture

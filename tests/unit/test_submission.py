@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millstream.broker.backlog import Backlog
-from millstream.broker.errors import BrokerUnavailable, InvalidRequest, MillstreamError, QueueFull, RateLimited
-from millstream.broker.job import Draft, Priority
-from millstream.broker.streams import Admission, Group, Streams
-from millstream.broker.submission import Submission
-from millstream.broker.submitter import Submitter, deliver
+from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest, MillstreamError, QueueFull, RateLimited
+from millstream.broker.contract.job import Draft, Priority
+from millstream.broker.queue.backlog import Backlog
+from millstream.broker.queue.streams import Admission, Group, Streams
+from millstream.broker.queue.submission import Submission
+from millstream.broker.queue.submitter import Submitter, deliver
 
 
 @dataclass

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from millstream.broker.config import ModelSpec, Runtime, ServiceSpec
-from millstream.worker.supervisor import Plan, _backoff
+from millstream.broker.config.load import ModelSpec, Runtime, ServiceSpec
+from millstream.worker.supervision.supervisor import Plan, _backoff
 
 
 def plan(device: str | None = None, **model: object) -> Plan:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from millstream.broker.errors import ConfigError
+from millstream.broker.contract.errors import ConfigError
 from millstream.broker.target import Target, find_target
 
 OURS = "redis: {url: redis://file:1, key_prefix: staging}"

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 import numpy as np
 import pytest
 
-from millstream.broker.errors import (
+from millstream.broker.contract.errors import (
     BrokerUnavailable,
     InputTooLong,
     InvalidRequest,
@@ -21,7 +21,7 @@ from millstream.broker.errors import (
     ResultExpired,
     UnknownService,
 )
-from millstream.broker.job import Json
+from millstream.broker.contract.job import Json
 from millstream.client import AsyncClient, Client, Embeddings
 from millstream.client.testing import SERVICE, AsyncFakeClient, FakeClient
 

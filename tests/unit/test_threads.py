@@ -8,11 +8,10 @@ from typing import cast
 import numpy as np
 import pytest
 
-from millstream.broker.errors import MillstreamError, ModelUnavailable
-from millstream.broker.job import Json, Vectors
-from millstream.worker.cores import Claims
-from millstream.worker.models.base import NO_OPTIONS, Prepared
-from millstream.worker.threads import (
+from millstream.broker.contract.errors import MillstreamError, ModelUnavailable
+from millstream.broker.contract.job import Json, Vectors
+from millstream.worker.measuring.cores import Claims
+from millstream.worker.measuring.threads import (
     FORWARD_S,
     MEASURE_S,
     Threads,
@@ -23,6 +22,7 @@ from millstream.worker.threads import (
     said_waiting,
     waiting,
 )
+from millstream.worker.models.base import NO_OPTIONS, Prepared
 
 Cost = Callable[[int, int], float]
 """Seconds of a forward, by its rows and threads."""

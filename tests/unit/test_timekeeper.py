@@ -8,13 +8,13 @@ from collections.abc import Mapping
 import pytest
 from contracts.held import claim_of, held_of
 
-from millstream.broker.errors import DeadlineExceeded
-from millstream.broker.job import Priority
-from millstream.worker.batcher import Budget
-from millstream.worker.held import Held
-from millstream.worker.settler import Finished
+from millstream.broker.contract.errors import DeadlineExceeded
+from millstream.broker.contract.job import Priority
+from millstream.worker.intake.settler import Finished
+from millstream.worker.intake.timekeeper import Timekeeper
+from millstream.worker.scheduling.batcher import Budget
+from millstream.worker.scheduling.held import Held
 from millstream.worker.shared import Shared
-from millstream.worker.timekeeper import Timekeeper
 from millstream.worker.window import Window
 
 LIMITS = {Priority.REALTIME: 0.1, Priority.NORMAL: 0.3, Priority.BATCH: None}

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millstream.broker.connection import Connection
-from millstream.broker.errors import ConfigError
-from millstream.broker.url import read_url, redacted
+from millstream.broker.config.url import read_url, redacted
+from millstream.broker.contract.errors import ConfigError
+from millstream.broker.transport.connection import Connection
 
 SECRET = "p4ss"
 

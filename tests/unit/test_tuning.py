@@ -7,11 +7,22 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from millstream.broker.errors import InputTooLong, MillstreamError, ModelUnavailable
-from millstream.broker.job import Json, Vectors
-from millstream.worker.batcher import Budget
+from millstream.broker.contract.errors import InputTooLong, MillstreamError, ModelUnavailable
+from millstream.broker.contract.job import Json, Vectors
+from millstream.worker.measuring.tuning import (
+    FORWARD_S,
+    ROWS,
+    TOKENS,
+    Cell,
+    best,
+    grid,
+    measure,
+    micro_batches,
+    mix,
+    rows_of,
+)
 from millstream.worker.models.base import NO_OPTIONS, Prepared
-from millstream.worker.tuning import FORWARD_S, ROWS, TOKENS, Cell, best, grid, measure, micro_batches, mix, rows_of
+from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.window import HOLD_BATCHES, Window
 
 OWN = Budget(64, 2_048)

@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 
-from millstream.broker.spec import PRESETS, TYPE_DEFAULTS, ModelType, Runtime
+from millstream.broker.config.spec import PRESETS, TYPE_DEFAULTS, ModelType, Runtime
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tuning.md").read_text(encoding="utf-8")
 

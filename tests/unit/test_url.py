@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from millstream.broker.config import load
-from millstream.broker.connection import Connection, find_url
-from millstream.broker.errors import ConfigError
-from millstream.broker.url import canonical, read_url
+from millstream.broker.config.load import load
+from millstream.broker.config.url import canonical, read_url
+from millstream.broker.contract.errors import ConfigError
+from millstream.broker.transport.connection import Connection, find_url
 
 
 @pytest.mark.parametrize(

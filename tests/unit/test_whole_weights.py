@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM, BertModel
 
-from millstream.broker.errors import ModelUnavailable
-from millstream.broker.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.errors import ModelUnavailable
 from millstream.worker.models import Model, load
 
 Tensors = dict[str, torch.Tensor]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-from millstream.broker.config import ServiceSpec
-from millstream.broker.errors import ModelUnavailable
+from millstream.broker.config.load import ServiceSpec
+from millstream.broker.contract.errors import ModelUnavailable
 from millstream.worker.models.base import Model, Prepared, packs
-from millstream.worker.models.source import handler_of
+from millstream.worker.models.loading.source import handler_of
 
 __all__ = ["Model", "Prepared", "load", "packs"]
 
@@ -23,13 +23,13 @@ def load(spec: ServiceSpec, device: str | None, threads: int, folder: str = "") 
         return EchoModel(spec.model.model_name, spec.model.max_length)
     if spec.model.type == "embedding":
         try:
-            from millstream.worker.models.embedding import EmbeddingModel
+            from millstream.worker.models.embedding.embedding import EmbeddingModel
         except ModuleNotFoundError as error:
             raise _missing(spec, error) from None
         return EmbeddingModel(spec.model, device, threads, spec.runtime.truncate)
     if spec.model.type == "reranker":
         try:
-            from millstream.worker.models.reranker import load_reranker
+            from millstream.worker.models.reranking.reranker import load_reranker
         except ModuleNotFoundError as error:
             raise _missing(spec, error) from None
         return load_reranker(spec.model, device, threads, spec.runtime.truncate)

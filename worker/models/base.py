@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from millstream.broker.config import Runtime
-from millstream.broker.errors import MillstreamError
-from millstream.broker.job import Encoded, Json, Vectors
+from millstream.broker.config.load import Runtime
+from millstream.broker.contract.errors import MillstreamError
+from millstream.broker.contract.job import Encoded, Json, Vectors
 
 Result = Encoded | Json | MillstreamError
 """What becomes of one row in a forward: a vector [dim], a JSON value, or its error."""

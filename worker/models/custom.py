@@ -16,8 +16,8 @@ from typing import cast
 
 import numpy as np
 
-from millstream.broker.config import Runtime
-from millstream.broker.errors import (
+from millstream.broker.config.load import Runtime
+from millstream.broker.contract.errors import (
     InvalidRequest,
     MillstreamError,
     ModelFailed,
@@ -25,7 +25,7 @@ from millstream.broker.errors import (
     described,
     message_of,
 )
-from millstream.broker.job import Json, Vectors
+from millstream.broker.contract.job import Json, Vectors
 from millstream.worker.life import Ended
 from millstream.worker.models.base import NO_OPTIONS, Prepared
 

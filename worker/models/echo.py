@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from millstream.broker.errors import InputTooLong, InvalidRequest, MillstreamError
-from millstream.broker.job import Json, Vectors
+from millstream.broker.contract.errors import InputTooLong, InvalidRequest, MillstreamError
+from millstream.broker.contract.job import Json, Vectors
 from millstream.worker.models.base import NO_OPTIONS, Prepared
 
 SPARE_BYTES, CHUNK_BYTES = 256 * 2**20, 16 * 2**20

@@ -1,0 +1,239 @@
+"""Checks a configuration as a whole: every error of a file at once, each with its place, its reason and the fix."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from typing import get_args
+
+from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from millstream.broker.config.spec import (
+    NO_CACHE,
+    PRESETS,
+    TYPE_DEFAULTS,
+    ModelSpec,
+    ModelType,
+    PriorityLimits,
+    RateLimit,
+    RedisSettings,
+    Runtime,
+    Section,
+    ServiceName,
+    Settings,
+    discard,
+)
+from millstream.broker.config.yaml import Document, KeyPath
+from millstream.broker.contract.errors import did_you_mean
+
+
+class Entry(Settings):
+    """A service as the file has it: its model by name."""
+
+    model: str
+    runtime: Section[Runtime]
+
+
+class ConfigFile(Settings):
+    """The file as a whole."""
+
+    models: Section[dict[str, ModelSpec]] = Field(default_factory=dict)
+    services: Section[dict[ServiceName, Entry]] = Field(default_factory=dict)
+    redis: Section[RedisSettings] = RedisSettings()
+
+
+def check(document: Document) -> ConfigFile:
+    """The document as models, defaults filled in; what is wrong goes to `document.problems` and is left out."""
+    file = _validate(document)
+    reported = {problem.path for problem in document.problems}
+    for path, reason in list(_problems(file, document)):
+        if path not in reported:
+            document.report(path, reason)
+    return file
+
+
+def _problems(file: ConfigFile, document: Document) -> Found:
+    yield from _unnamed_models(file)
+    yield from _unknown_models(file, document)
+    yield from _long_timeouts(file, document)
+    yield from _cached_code(file)
+    for name, model in file.models.items():
+        if model.device and model.devices:
+            yield ("models", name, "devices"), "device is set too; keep one of them"
+        yield from _backends(name, model)
+
+
+def _validate(document: Document) -> ConfigFile:
+    tree = _with_defaults(document.tree)
+    reported: set[KeyPath] = set()
+    while True:
+        try:
+            return ConfigFile.model_validate(tree)
+        except ValidationError as error:
+            for each in error.errors():
+                path = tuple(str(step) for step in each["loc"] if step != "[key]")
+                # A required key may be missing only because its value was left out a round ago.
+                if path not in reported:
+                    reported.add(path)
+                    document.report(path, _reason(each, path, document))
+            for each in error.errors():
+                loc = each["loc"]
+                discard(tree, loc[:-1] if each["type"] == "missing" or loc[-1] == "[key]" else loc)
+
+
+def _with_defaults(original: Mapping[str, object]) -> dict[str, object]:
+    tree = copy.deepcopy(dict(original))
+    models = _mapping(tree.get("models"))
+    for entry in _mapping(tree.get("services")).values():
+        runtime = _mapping(entry).get("runtime") or {}
+        if isinstance(entry, dict) and isinstance(runtime, dict):
+            model = _mapping(models.get(str(entry.get("model"))))
+            by_type = TYPE_DEFAULTS.get(str(model.get("type")), {})
+            preset = PRESETS.get(str(runtime.get("preset")), {})
+            entry["runtime"] = {**by_type, **preset, **runtime}
+    return tree
+
+
+def _mapping(value: object) -> dict[str, object]:
+    return value if isinstance(value, dict) else {}
+
+
+_REASONS = {
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "dict_type": "must be a mapping",
+    "finite_number": "must be a finite number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "greater_than": "must be more than {gt:g}",
+    "greater_than_equal": "must be at least {ge}",
+    "int_from_float": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "literal_error": "must be {expected}",
+    "model_type": "must be a mapping",
+    "path_type": "must be a path",
+    "string_type": "must be text; put it in quotes",
+    "value_error": "{error}",
+}
+"""Pydantic's error types in our words."""
+
+
+def _reason(error: ErrorDetails, path: KeyPath, document: Document) -> str:
+    if error["type"] == "extra_forbidden":
+        return f"unknown key; {_fix_for_key(path)}"
+    if error["type"] == "missing":
+        known = _mapping(document.tree.get("models")) if path[-1] == "model" else get_args(ModelType)
+        return f"missing; name one of: {', '.join(known)}"
+    context = error.get("ctx", {})
+    reason = _REASONS.get(error["type"], error["msg"]).format(**context)
+    close = did_you_mean(str(error["input"]), re.findall(r"'(\w+)'", str(context.get("expected", ""))))
+    # What stands under redis may hold a password.
+    shown = "" if path[0] == "redis" else f", not {_shown(error['input'], document.written.get(path))}"
+    return reason + shown + (f"; did you mean {close}?" if close else "")
+
+
+def _shown(value: object, written: str | None) -> str:
+    """A value as its writer knows it: YAML makes True of `on`, and a date of 2026-01-01."""
+    text = "nothing" if value is None else repr(value) if written is None else written
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _fix_for_key(path: KeyPath) -> str:
+    known = _known_keys(path[:-1])
+    if close := did_you_mean(path[-1], known):
+        return f"did you mean {close}?"
+    if len(path) == 3 and path[0] == "services" and path[-1] in Runtime.model_fields:
+        return f"did you mean runtime.{path[-1]}?"
+    return f"known are: {', '.join(known)}"
+
+
+def _known_keys(path: KeyPath) -> list[str]:
+    """The keys that may stand under `path`."""
+    match path:
+        case ():
+            return list(ConfigFile.model_fields)
+        case ("models", _):
+            return list(ModelSpec.model_fields)
+        case ("services", _):
+            return list(Entry.model_fields)
+        case ("services", _, "runtime"):
+            return list(Runtime.model_fields)
+        case ("services", _, "runtime", "rate_limit"):
+            return list(RateLimit.model_fields)
+        case ("services", _, "runtime", "priorities", _):
+            return list(PriorityLimits.model_fields)
+    return list(RedisSettings.model_fields)
+
+
+Found = Iterable[tuple[KeyPath, str]]
+
+
+def _unnamed_models(file: ConfigFile) -> Found:
+    for name, model in file.models.items():
+        if model.type == "custom" and not model.handler:
+            yield ("models", name, "handler"), "missing; name the code to run, as in my_module:process"
+        if model.type != "custom" and model.handler:
+            yield ("models", name, "handler"), f"only type custom runs code, this is {model.type}; change one of them"
+        if not model.model_name and model.type not in ("echo", "custom"):
+            fix = "name a folder, a hub model, or package:<package>/<folder>"
+            yield ("models", name, "model_name"), f"missing; {fix}"
+
+
+def _backends(name: str, model: ModelSpec) -> Found:
+    path: KeyPath = ("models", name)
+    if model.backend == "torch":
+        if model.model_file:
+            yield (*path, "model_file"), "only backend onnx or openvino reads it, this is torch; change one of them"
+        return
+    if model.type not in ("embedding", "reranker"):
+        yield (*path, "backend"), f"type {model.type} runs with torch alone; leave backend out"
+    for key in ("dtype", "attention"):
+        if getattr(model, key) != ModelSpec.model_fields[key].default:
+            yield (*path, key), f"an exported file has its own {key}; leave it out, or name another model_file"
+
+
+def _unknown_models(file: ConfigFile, document: Document) -> Found:
+    known = list(_mapping(document.tree.get("models")))
+    for name, entry in file.services.items():
+        if entry.model not in known:
+            close = did_you_mean(entry.model, known)
+            fix = f"did you mean {close}?" if close else f"known are: {', '.join(known) or 'none'}"
+            yield ("services", name, "model"), f"no model named {entry.model}; {fix}"
+
+
+def _cached_code(file: ConfigFile) -> Found:
+    for name, entry in file.services.items():
+        model = file.models.get(entry.model)
+        if model and model.type == "custom" and entry.runtime.enable_cache:
+            yield ("services", name, "runtime", "enable_cache"), NO_CACHE
+
+
+_AT_MOST = (
+    ("queue_timeout", "total_timeout"),
+    ("inference_timeout", "total_timeout"),
+    ("inference_timeout", "stall_timeout"),
+)
+
+
+def _long_timeouts(file: ConfigFile, document: Document) -> Found:
+    for name, entry in file.services.items():
+        path: KeyPath = ("services", name, "runtime")
+        service = entry.runtime.model_dump()
+        yield from _contradictions(path, service, document)
+        for priority, limits in entry.runtime.priorities.items():
+            own = limits.model_dump(exclude_none=True)
+            if own.keys() & {name for pair in _AT_MOST for name in pair}:
+                yield from _contradictions((*path, "priorities", priority), service | own, document)
+
+
+def _contradictions(path: KeyPath, limits: Mapping[str, float | None], document: Document) -> Found:
+    # A value that was left out as invalid has only its default here.
+    invalid = {problem.path[-1] for problem in document.problems if problem.path[:2] == path[:2]}
+    for inner, outer in _AT_MOST:
+        short, long = limits[inner], limits[outer]
+        if short is not None and long is not None and short > long and not {inner, outer} & invalid:
+            key = inner if (*path, inner) in document.places else outer
+            yield (*path, key), f"{inner} ({short:g} s) is longer than {outer} ({long:g} s); lower it or raise {outer}"

@@ -1,0 +1,82 @@
+"""Where each value of a resolved configuration came from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from millstream.broker.config.load import Config
+from millstream.broker.config.spec import PRESETS, TYPE_DEFAULTS, ServiceSpec, Settings
+from millstream.broker.config.yaml import KeyPath
+from millstream.broker.server.datadir import default_data_dir
+
+URL_VARIABLE = "MILLSTREAM_REDIS_URL"
+DATA_DIR_VARIABLE = "MILLSTREAM_DATA_DIR"
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One resolved value, in plain JSON types. `origin`: a variable, file:line, a preset, a type's default, default."""
+
+    path: KeyPath
+    value: object
+    origin: str
+
+
+def resolved(config: Config, environ: Mapping[str, str] = os.environ) -> Iterator[Value]:
+    """Every value there is, in the file's order and under its keys: loaded again, they make the same configuration."""
+    for name, model in config.models.items():
+        yield from _values(config, ("models", name), model)
+    for name, service in config.services.items():
+        yield _value(config, ("services", name), ("model",), service.model_ref)
+        yield from _runtime(config, name, service)
+    for each in _values(config, ("redis",), config.redis):
+        yield _overruled(each, environ)
+
+
+def _runtime(config: Config, name: str, service: ServiceSpec) -> Iterator[Value]:
+    preset = service.runtime.preset
+    by_preset = PRESETS.get(preset or "", {})
+    by_type = TYPE_DEFAULTS.get(service.model.type, {})
+    for each in _values(config, ("services", name, "runtime"), service.runtime):
+        key = each.path[3]
+        if each.origin == "default" and key in by_preset:
+            yield Value(each.path, each.value, f"preset {preset}")
+        elif each.origin == "default" and key in by_type:
+            yield Value(each.path, each.value, f"default of type {service.model.type}")
+        else:
+            yield each
+
+
+def _values(config: Config, section: KeyPath, settings: Settings) -> Iterator[Value]:
+    for key in type(settings).model_fields:
+        yield from _leaves(config, section, (key,), getattr(settings, key))
+
+
+def _leaves(config: Config, section: KeyPath, keys: KeyPath, value: object) -> Iterator[Value]:
+    """The single values of `section`'s value under `keys`: of a mapping below it those that are set."""
+    if isinstance(value, Settings):
+        value = value.model_dump(exclude_none=True)
+    if isinstance(value, dict) and value:
+        for key, below in value.items():
+            yield from _leaves(config, section, (*keys, key), below)
+    else:
+        yield _value(config, section, keys, value)
+
+
+def _value(config: Config, section: KeyPath, keys: KeyPath, value: object) -> Value:
+    plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, os.PathLike) else value
+    # Or where a value above it was written: `rate_limit: 5` has no `requests`.
+    places = (config.places.get((*section, *keys[:length])) for length in range(len(keys), 0, -1))
+    return Value((*section, *keys), plain, str(next(filter(None, places), "default")))
+
+
+def _overruled(each: Value, environ: Mapping[str, str]) -> Value:
+    """As commands see it: two variables of their own go before what is configured."""
+    if each.path == ("redis", "url") and environ.get(URL_VARIABLE):
+        return Value(each.path, environ[URL_VARIABLE], URL_VARIABLE)
+    if each.path == ("redis", "data_dir") and (environ.get(DATA_DIR_VARIABLE) or each.value is None):
+        origin = DATA_DIR_VARIABLE if environ.get(DATA_DIR_VARIABLE) else each.origin
+        return Value(each.path, str(default_data_dir(environ)), origin)
+    return each

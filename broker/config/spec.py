@@ -1,0 +1,406 @@
+"""What config.yaml may say of models, services and Redis: frozen pydantic models, presets and defaults by type."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+from millstream.broker.config.units import DURATION_PATTERN, SIZE_PATTERN, seconds, size
+from millstream.broker.config.url import ACCEPTED, canonical, read_url
+from millstream.broker.contract.errors import ConfigError
+
+ModelType = Literal["embedding", "reranker", "llm", "custom", "echo"]
+Preset = Literal["latency", "balanced", "throughput"]
+PriorityName = Literal["realtime", "normal", "batch"]
+
+PRESETS: Mapping[str, Mapping[str, object]] = {
+    "latency": {"batch_size": 8, "batch_timeout": 0.01},
+    "balanced": {"batch_size": 32, "batch_timeout": 0.05},
+    "throughput": {"batch_size": 64, "batch_timeout": 0.1},
+}
+
+TYPE_DEFAULTS: Mapping[str, Mapping[str, object]] = {
+    "embedding": {
+        "batch_size": 64,
+        "batch_timeout": 0.01,
+        "max_queue_size": 10_000,
+        "worker_count": 2,
+        "total_timeout": 60.0,
+    },
+    "reranker": {
+        "batch_size": 32,
+        "batch_timeout": 0.02,
+        "max_queue_size": 2_000,
+        "worker_count": 2,
+        "total_timeout": 60.0,
+    },
+    # One text of a prompt is often longer than 2,048 tokens; prompts are few and dear.
+    "llm": {
+        "batch_size": 4,
+        "batch_timeout": 0.05,
+        "max_queue_size": 200,
+        "worker_count": 1,
+        "total_timeout": 300.0,
+        "max_batch_tokens": 8_192,
+        "rate_limit": {"requests": 10.0},
+    },
+}
+"""Types without a row take the defaults of Runtime."""
+
+LEAST_STALL_S = 30.0
+UNKNOWN_TOKENS = 2_048
+NO_CACHE = "a service of type custom has no cache: nothing tells whether its code has changed; leave enable_cache out"
+RESULT_TTL_S = 3_600.0
+CACHE_TTL_S = 3_600.0
+WEIGHTS: Mapping[PriorityName, float] = {"realtime": 7.0, "normal": 2.0, "batch": 1.0}
+
+SERVICE_NAME = "[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
+_PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+_DOTTED = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
+_HANDLER = re.compile(f"{_DOTTED}:{_DOTTED}")
+
+
+def _optional_seconds(value: object) -> float | None:
+    return None if value in (None, "none", "null") else seconds(value)
+
+
+def _count(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a whole number")
+    return value
+
+
+def _tokens(value: object) -> object:
+    if value == "auto":
+        return value
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ValueError('must be a whole number of at least 1, or "auto"')
+    return number
+
+
+def _rates(value: object) -> object:
+    if value in (None, "none", "null"):
+        return None
+    return {"requests": value} if isinstance(value, int | float | str) and not isinstance(value, bool) else value
+
+
+def _empty_section(value: object) -> object:
+    return {} if value is None else value
+
+
+def _automatic(value: str) -> str | None:
+    return None if value == "auto" else value
+
+
+def _service_name(name: str) -> str:
+    if not re.fullmatch(SERVICE_NAME, name):
+        raise ValueError("a service name has 1 to 64 of A-Z a-z 0-9 _ . - and starts with a letter or digit")
+    return name
+
+
+def _key_prefix(prefix: str) -> str:
+    if not _PREFIX.fullmatch(prefix):
+        raise ValueError("must be 1 to 64 of A-Z a-z 0-9 _ . : -")
+    return prefix
+
+
+def _redis_url(url: str | None) -> str | None:
+    """The URL in its canonical spelling. The error does not quote it: it may hold a password."""
+    if url is None or not url.strip():
+        return None
+    try:
+        read_url(url)
+    except ValueError as problem:
+        raise ValueError(f"no Redis URL: {problem}; {ACCEPTED}") from None
+    return canonical(url)
+
+
+def _below(path: str) -> str:
+    if path.startswith("/") or not {"..", ""}.isdisjoint(path.split("/")):
+        raise ValueError("must be a path below the model's folder, as in onnx/model.onnx")
+    return path
+
+
+def _handler(name: str) -> str:
+    if not _HANDLER.fullmatch(name):
+        raise ValueError("must be module:function, as in my_package.my_module:process")
+    return name
+
+
+# Compared by identity: typing hashes what stands in Annotated.
+@dataclass(frozen=True, slots=True, eq=False)
+class Also:
+    """For the JSON Schema of config.yaml: what a validator takes besides the JSON of its own type."""
+
+    accepted: Sequence[JsonSchemaValue]
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        own = handler(core)
+        return {"anyOf": [*(own["anyOf"] if set(own) == {"anyOf"} else [own]), *self.accepted]}
+
+
+_RATE: JsonSchemaValue = {"type": "number", "exclusiveMinimum": 0}
+_NO_LIMIT: JsonSchemaValue = {"enum": ["none", "null"]}
+_DURATION: JsonSchemaValue = {"type": "string", "pattern": DURATION_PATTERN}
+_SIZE: JsonSchemaValue = {"type": "string", "pattern": SIZE_PATTERN}
+
+Count = Annotated[Annotated[int, Field(ge=1)], BeforeValidator(_count)]
+Rate = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)], BeforeValidator(_count)]
+Duration = Annotated[Annotated[float, Field(ge=0)], BeforeValidator(seconds), Also([_DURATION])]
+Span = Annotated[Annotated[float, Field(gt=0)], BeforeValidator(seconds), Also([_DURATION])]
+"""A duration above zero."""
+Limit = Annotated[
+    Annotated[float, Field(gt=0)] | None, BeforeValidator(_optional_seconds), Also([_DURATION, _NO_LIMIT])
+]
+"""A Span; None is no limit."""
+Size = Annotated[Annotated[int, Field(gt=0)], BeforeValidator(size), Also([_SIZE])]
+ServiceName = Annotated[str, AfterValidator(_service_name)]
+
+T = TypeVar("T")
+Section = Annotated[T, BeforeValidator(_empty_section), Also([{"type": "null"}])]
+"""A mapping whose keys may all be commented out."""
+
+
+class Settings(BaseModel):
+    """Base of all: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class RateLimit(Settings):
+    """At most this much per second; `burst` at once, by default one second's worth; `per: tenant` counts each apart."""
+
+    requests: Rate | None = None
+    rows: Rate | None = None
+    tokens: Rate | None = None
+    burst: Rate | None = None
+    per: Literal["tenant"] | None = None
+
+    @property
+    def burst_s(self) -> float:
+        """The burst in seconds of the limit: `burst` counts in the first unit that is limited, the others in step."""
+        first = self.requests or self.rows or self.tokens
+        return self.burst / first if self.burst and first else 1.0
+
+
+class PriorityLimits(Settings):
+    """What differs for one priority of a service; None takes the service's value.
+
+    `share` is its weight beside the other priorities' when they all wait. `max_queue_size` counts its own jobs.
+    """
+
+    share: Rate | None = None
+    queue_timeout: Limit = None
+    inference_timeout: Limit = None
+    total_timeout: Limit = None
+    max_queue_size: Count | None = None
+    batch_timeout: Annotated[
+        Annotated[float, Field(ge=0)] | None, BeforeValidator(_optional_seconds), Also([_DURATION, _NO_LIMIT])
+    ] = None
+
+
+class Runtime(Settings):
+    """A service's limits. Times are seconds, `max_queue_size` is jobs, `memory_limit` bytes; None is no limit."""
+
+    batch_size: Count = 32
+    batch_timeout: Duration = 0.01
+    max_queue_size: Count = 10_000
+    worker_count: Count = 1
+    queue_timeout: Limit = None
+    inference_timeout: Limit = None
+    total_timeout: Limit = 60.0
+    rate_limit: Annotated[RateLimit | None, BeforeValidator(_rates), Also([_RATE, _NO_LIMIT])] = None
+    enable_cache: bool = False
+    preset: Preset | None = None
+    max_batch_tokens: Annotated[int | Literal["auto"], BeforeValidator(_tokens)] = 2_048
+    stall_timeout: Limit = None
+    max_attempts: Count = 3
+    memory_limit: Size | None = None
+    cache_ttl: Limit = None
+    truncate: Literal["none", "start", "end"] = "none"
+    priorities: Section[dict[PriorityName, Section[PriorityLimits]]] = {}
+
+    def limits(self, priority: PriorityName) -> PriorityLimits:
+        """The limits of one priority: its own if given, else the service's.
+
+        Batch jobs are in no hurry: they have no queue_timeout and no total_timeout but their own.
+        """
+        return self._limits[priority]
+
+    @cached_property
+    def _limits(self) -> dict[PriorityName, PriorityLimits]:
+        # Asked at each call, and not quick to validate.
+        names: tuple[PriorityName, ...] = get_args(PriorityName)
+        return {name: self._merged(name) for name in names}
+
+    def _merged(self, priority: PriorityName) -> PriorityLimits:
+        own = self.priorities.get(priority, PriorityLimits())
+        inherited = {
+            "queue_timeout": None if priority == "batch" else self.queue_timeout,
+            "inference_timeout": self.inference_timeout,
+            "total_timeout": None if priority == "batch" else self.total_timeout,
+            "batch_timeout": self.batch_timeout,
+        }
+        return PriorityLimits.model_validate(inherited | own.model_dump(exclude_none=True))
+
+    @property
+    def shares(self) -> dict[PriorityName, float]:
+        """The part of 1 that each priority is sure of while more urgent ones saturate the workers."""
+        names: tuple[PriorityName, ...] = get_args(PriorityName)
+        weights = {name: self.priorities.get(name, PriorityLimits()).share or WEIGHTS[name] for name in names}
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+    @property
+    def cache_s(self) -> float | None:
+        """Seconds an answer is kept for rows that are asked again; None where the cache is off."""
+        return (self.cache_ttl or CACHE_TTL_S) if self.enable_cache else None
+
+    @property
+    def batch_tokens(self) -> int:
+        """`max_batch_tokens` as a number."""
+        return UNKNOWN_TOKENS if self.max_batch_tokens == "auto" else self.max_batch_tokens
+
+    @property
+    def row_tokens(self) -> int:
+        """What a row counts that has no length of its own: an equal share of a batch of `batch_size` rows."""
+        return max(1, self.batch_tokens // self.batch_size)
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds a forward may take before its process counts as stuck."""
+        limits = [self.inference_timeout, *(each.inference_timeout for each in self.priorities.values())]
+        return self.stall_timeout or max(LEAST_STALL_S, *(10 * (limit or 0.0) for limit in limits))
+
+
+class ModelSpec(Settings):
+    """Which weights to run, and how. `device` None is the best the host has, `max_length` None the model's own."""
+
+    type: ModelType
+    model_name: str = ""
+    device: Annotated[str | None, AfterValidator(_automatic)] = None
+    # In turn, a process each; instead of `device`.
+    devices: tuple[str, ...] = ()
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "float32"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    # What runs the weights; where it is not torch, `model_file` is the exported file, below the model's folder.
+    backend: Literal["torch", "onnx", "openvino"] = "torch"
+    model_file: Annotated[str, AfterValidator(_below)] | None = None
+    max_length: Count | None = None
+    warmup: bool | None = None
+    priority: int | None = None
+    # Code is named by a worker's own file only: it neither goes into Redis nor is taken from there.
+    handler: Annotated[str, AfterValidator(_handler)] | None = Field(default=None, exclude=True)
+
+
+class RedisSettings(Settings):
+    """Where the queue lives. `data_dir` is the embedded server's folder; `result_ttl` is seconds."""
+
+    url: Annotated[str | None, AfterValidator(_redis_url)] = None
+    password_file: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
+    insecure: bool = False
+    allow_eviction: bool = False
+    key_prefix: Annotated[str, AfterValidator(_key_prefix)] = "ms"
+    result_ttl: Span = RESULT_TTL_S
+    durability: Literal["everysec", "always", "replicated"] = "everysec"
+    data_dir: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
+
+
+class ServiceSpec(Settings):
+    """One service, fully resolved: every default is filled in. `model_ref` is the model's name in config.yaml.
+
+    `result_ttl` is how long the results of a detached call are kept after the last one, seconds. `replicated`: no job
+    counts as accepted before a replica of the server has it.
+    """
+
+    name: ServiceName
+    model: ModelSpec
+    model_ref: str
+    runtime: Runtime
+    result_ttl: float = RESULT_TTL_S
+    replicated: bool = False
+
+    @model_validator(mode="after")
+    def _caches_no_code(self) -> ServiceSpec:
+        if self.model.type == "custom" and self.runtime.enable_cache:
+            raise ValueError(NO_CACHE)
+        return self
+
+    @property
+    def rate_per_tenant(self) -> bool:
+        """Whether the rate limit counts each tenant apart."""
+        return self.runtime.rate_limit is not None and self.runtime.rate_limit.per == "tenant"
+
+    def with_handler(self, handler: str | None) -> ServiceSpec:
+        """The same with the code that this host's own file names for it."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"handler": handler})})
+
+    def to_json(self) -> str:
+        """The record the registry keeps, without `model.handler`. Equal specs give equal text."""
+        # Left out where they are off: the records of versions that do not know them stay equal.
+        off: dict[str, bool | set[str]] = {} if self.replicated else {"replicated": True}
+        newer = ("attention", "backend", "model_file")
+        off["model"] = {name for name in newer if getattr(self.model, name) == ModelSpec.model_fields[name].default}
+        return self.model_dump_json(exclude=off)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> ServiceSpec:
+        """The spec of a registry's record. Keys of a newer version are ignored; ConfigError where it cannot be read."""
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise _unreadable("not JSON") from error
+        discard(record, ("model", "handler"))
+        try:
+            for path in _unknown_keys(record):
+                discard(record, path)
+            return cls.model_validate(record)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise _unreadable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def _unknown_keys(record: object) -> list[Sequence[str | int]]:
+    try:
+        ServiceSpec.model_validate(record)
+    except ValidationError as error:
+        return [each["loc"] for each in error.errors() if each["type"] == "extra_forbidden"]
+    return []
+
+
+def _unreadable(reason: str) -> ConfigError:
+    message = f"a service's record in Redis cannot be read: {reason}"
+    return ConfigError(message, hint="write it again with `millstream config push --replace`")
+
+
+def discard(tree: object, path: Sequence[str | int]) -> None:
+    """Delete `path` from nested dicts, or the deepest part of it that is there; nothing where its start is missing."""
+    for depth, key in enumerate(path):
+        if not isinstance(tree, dict) or key not in tree:
+            return
+        if depth == len(path) - 1 or not isinstance(tree[key], dict):
+            del tree[key]
+            return
+        tree = tree[key]

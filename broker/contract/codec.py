@@ -1,0 +1,369 @@
+"""Bytes to nouns and back: stream entries, request bodies, replies. Pure; nothing here trusts what it decodes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
+from operator import add
+from typing import Any, NoReturn, cast
+
+import numpy as np
+
+from millstream.broker.config.units import plain
+from millstream.broker.contract.errors import Malformed, MillstreamError, NewerVersion, from_wire, to_wire
+from millstream.broker.contract.job import Encoded, Job, Json, Reply, Scalar
+
+VERSION = "1"
+FIELDS = ("v", "id", "at", "op", "rows", "tokens", "deadline", "queue_by", "client", "tenant", "trace", "call", "body")
+"""Of a stream entry, always in this order: plain words, so that XRANGE reads like a table. See docs/protocol.md."""
+
+OPTIONAL = frozenset({"deadline", "queue_by", "client", "tenant", "trace", "call"})
+"""Those that are left out where there is nothing to say: each word costs the server and the worker time."""
+
+MAX_UNKNOWN = 16
+"""Fields of newer clients that an entry may have beside FIELDS; they are ignored."""
+
+MAX_UNKNOWN_BYTES = 4096
+"""Bytes of their names and values in all."""
+
+MAX_ROWS = 4096
+MAX_TOKENS = 100_000_000
+MAX_BODY = 8 * 1024 * 1024
+MAX_MS = 2**53
+MAX_DEPTH = 64
+"""Of the lists and objects in a body, one within another: what Python bears differs by version and by thread."""
+
+_MOST_WORDS = 2 * len(FIELDS)
+_NUMBER = rb"[0-9]{1,16}"
+_NAME = rb"[A-Za-z0-9_.-]{0,64}"
+_PATTERNS = {
+    name: re.compile(pattern)
+    for name, pattern in {
+        "v": VERSION.encode(),
+        "id": rb"[0-9a-f]{32}",
+        "at": _NUMBER,
+        "op": _NAME,
+        "rows": _NUMBER,
+        "tokens": _NUMBER,
+        "deadline": _NUMBER,
+        "queue_by": _NUMBER,
+        "client": _NAME,
+        "tenant": _NAME,
+        "trace": rb"[\x20-\x7e]{0,128}",
+        "call": rb"(?:[0-9a-f]{32})?",
+    }.items()
+}
+"""Of each field but the body."""
+_NAMES = frozenset(name.encode() for name in FIELDS)
+_NEW_NAME = re.compile(rb"[a-z][a-z0-9_]{0,31}")
+"""Of a field that newer clients may add."""
+_NEWER = re.compile(rb"[1-9][0-9]{0,8}")
+_MAX_NAME = 512
+"""Characters of a fingerprint or of a version in a reply."""
+
+_WORDS = re.compile(
+    "".join(
+        rf"(?:{name}\0({pattern.pattern.decode()})\0){'?' if name in OPTIONAL else ''}"
+        for name, pattern in _PATTERNS.items()
+    )
+    + "body"
+)
+"""All names and values before the body, which no pattern of a value lets the separator into."""
+
+_FLOATS = np.dtype("<f4")
+_DTYPES: Mapping[Json, np.dtype[Scalar]] = {"float32": _FLOATS, "float16": np.dtype("<f2"), "uint8": np.dtype("u1")}
+"""Of vectors, as the wire names and carries them."""
+_NAMED: Mapping[object, str] = {dtype: str(name) for name, dtype in _DTYPES.items() if dtype != _FLOATS}
+"""Those that a head must name; any other one travels as float32."""
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+# One of each, not one a call. Not escaped, so that redis-cli shows a Chinese text as it is.
+
+
+def _scalar(value: object) -> object:
+    """The Python value of a NumPy scalar, which the library's encoder does not know. Raises TypeError."""
+    held = plain(value)
+    if held is value:
+        raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+    return held
+
+
+_body = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_scalar).encode
+_value = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+_quoted = json.encoder.encode_basestring
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
+
+
+_decoder = json.JSONDecoder(parse_constant=_refuse)
+_decoded = _decoder.raw_decode
+_ZEROS = bytes.maketrans(b"123456789E+", b"000000000ee")
+_find_huge = re.compile(b"ee?000|0{300}").search
+"""Finds what a number that Python may read as infinite has, with _ZEROS for its digits."""
+
+
+def encode_entry(job: Job) -> list[str | bytes | int]:
+    """The flat fields of `job`, as XADD takes them. The enqueue script writes the same ones."""
+    flat: list[str | bytes | int] = []
+    values = VERSION, job.id, job.at, job.op, job.rows, job.tokens, job.deadline, job.queue_by
+    named: Iterable[tuple[str, str | bytes | int]]
+    named = zip(FIELDS, (*values, job.client, job.tenant, job.trace, job.call, job.body), strict=True)
+    for name, value in named:
+        if value or name not in OPTIONAL:
+            flat += (name, value)
+    return flat
+
+
+def decode_entry(flat: Sequence[bytes]) -> Job:
+    """The job of an entry's flat fields; fields of newer clients are passed over. Raises Malformed, or NewerVersion."""
+    # All at once: this runs for every job.
+    found = _WORDS.fullmatch(b"\0".join(flat[:-1]).decode("latin-1")) if len(flat) <= _MOST_WORDS else None
+    if not found or found[0].count("\0") != len(flat) - 2 or len(flat[-1]) > MAX_BODY:
+        return _decode_unusual(flat)
+    _, job_id, at, op, rows, tokens, deadline, queue_by, client, tenant, trace, call = found.groups("")
+    times = int(at), int(deadline or 0), int(queue_by or 0)
+    job = Job(job_id, times[0], op, int(rows), int(tokens), *times[1:], client, tenant, trace, flat[-1], call)
+    if job.rows > MAX_ROWS or job.tokens > MAX_TOKENS or max(times) > MAX_MS:
+        raise Malformed(f"a number is over its bound: rows {MAX_ROWS}, tokens {MAX_TOKENS}, times {MAX_MS} ms")
+    return job
+
+
+def _decode_unusual(flat: Sequence[bytes]) -> Job:
+    """The job of an entry that has more fields than we know. Raises NewerVersion or Malformed for any other one."""
+    if flat[:1] == [b"v"] and len(flat) > 1 and _NEWER.fullmatch(flat[1]) and int(flat[1]) > int(VERSION):
+        raise NewerVersion(f"the entry has version {flat[1].decode()}, this program reads up to {VERSION}")
+    unknown = [at for at in range(0, len(flat), 2) if flat[at] not in _NAMES]
+    if not unknown or len(flat) % 2:
+        raise Malformed(_wrong(flat))
+    size = sum([len(flat[at]) + len(flat[at + 1]) for at in unknown])
+    if len(unknown) > MAX_UNKNOWN or size > MAX_UNKNOWN_BYTES:
+        raise Malformed(
+            f"{len(unknown)} unknown fields of {size} bytes are more than {MAX_UNKNOWN} or {MAX_UNKNOWN_BYTES}"
+        )
+    if not all(_NEW_NAME.fullmatch(flat[at]) for at in unknown):
+        raise Malformed(f"an unknown field's name does not match {_NEW_NAME.pattern.decode()}")
+    dropped = set(unknown)
+    return decode_entry([part for at, part in enumerate(flat) if at - at % 2 not in dropped])
+
+
+def _wrong(flat: Sequence[bytes]) -> str:
+    """Which field is not as it should be."""
+    names = flat[0::2]
+    expected = [name.encode() for name in FIELDS if name not in OPTIONAL or name.encode() in names[: len(FIELDS)]]
+    if len(flat) % 2 or names != expected:
+        return f"fields are not {' '.join(f'[{name}]' if name in OPTIONAL else name for name in FIELDS)}"
+    for name, value in zip(names, flat[1::2], strict=True):
+        pattern = _PATTERNS.get(name.decode())
+        if pattern and not pattern.fullmatch(value):
+            return f"{name.decode()} does not match {pattern.pattern.decode()}"
+    return f"body of {len(flat[-1])} bytes is over {MAX_BODY}"
+
+
+def salvage(flat: Sequence[bytes]) -> tuple[str, str, str]:
+    """Job id, client and detached call of a malformed entry: enough to answer it. Empty unless all are well formed."""
+    fields = dict(zip(flat[0:64:2], flat[1:64:2], strict=False))
+    named = [(name, fields.get(name.encode(), b"")) for name in ("id", "client", "call")]
+    if not all(_PATTERNS[name].fullmatch(value) for name, value in named):
+        return "", "", ""
+    job_id, client, call = (value.decode() for _, value in named)
+    return job_id, client, call
+
+
+class JsonText(str):
+    """A row of a request as JSON text: encoded when its call was made, whatever its caller does to it later."""
+
+    __slots__ = ()
+
+
+def encode_value(value: object) -> JsonText:
+    """A row or a result as JSON text that any reader takes: valid Unicode, no NaN, no deeper than bodies may be.
+
+    Raises TypeError or ValueError.
+    """
+    try:
+        text = _body(value)
+        # A body and a reply are an object with a list around it.
+        deep = _is_deep(text.encode(), MAX_DEPTH - 2)
+    except RecursionError:
+        deep = True
+    if deep:
+        raise ValueError(f"nested more than {MAX_DEPTH - 2} deep")
+    return JsonText(text)
+
+
+def encode_inputs(inputs: Sequence[Json], options: Mapping[str, Json]) -> bytes:
+    """The body of a job: UTF-8 JSON. A JsonText among the inputs stands for the value it holds.
+
+    Raises UnicodeEncodeError for a text with a lone surrogate, TypeError or ValueError for what JSON cannot carry, and
+    for options that are nested too deeply.
+    """
+    if not options and {str}.issuperset(map(type, inputs)):
+        # What nearly every body is, in half the time.
+        return f'{{"inputs":[{",".join(map(_quoted, inputs))}]}}'.encode()  # type: ignore[arg-type]
+    if inputs and {JsonText}.issuperset(map(type, inputs)):
+        named = f',"options":{_body(options)}' if options else ""
+        return f'{{"inputs":[{",".join(inputs)}]{named}}}'.encode()  # type: ignore[arg-type]
+    encoded = _body({"inputs": inputs, "options": options} if options else {"inputs": inputs}).encode()
+    if options and _is_deep(encoded):
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+    return encoded
+
+
+def decode_inputs(body: bytes, rows: int) -> tuple[list[Json], dict[str, Json]]:
+    """The inputs, one a row, and the options of a body. Raises Malformed."""
+    if _is_deep(body):
+        raise Malformed(f"body is nested more than {MAX_DEPTH} deep")
+    decoded = _json(body)
+    if not isinstance(decoded, dict):
+        raise Malformed("body is not a JSON object")
+    inputs, options = decoded.get("inputs"), decoded.get("options", {})
+    if not isinstance(inputs, list) or not isinstance(options, dict):
+        raise Malformed("body has no list `inputs` or no object `options`")
+    if len(inputs) != rows or not inputs:
+        raise Malformed(f"body has {len(inputs)} inputs, the entry says {rows} rows")
+    return inputs, options
+
+
+_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_BRACKETS = bytes.maketrans(b"{}", b"[]")
+_OTHERS = bytes(set(range(256)) - set(b"[]{}"))
+
+
+def _is_deep(text: bytes, most: int = MAX_DEPTH) -> bool:
+    """Whether JSON is nested deeper than `most`; in linear time, and with no stack."""
+    if text.count(b"[") + text.count(b"{") <= most:
+        return False
+    brackets = np.frombuffer(_TEXT.sub(b"", text).translate(_BRACKETS, _OTHERS), dtype=np.uint8)
+    return bool(np.cumsum(np.where(brackets == ord("["), 1, -1), dtype=np.int32).max(initial=0) > most)
+
+
+def _json(text: bytes) -> Json:
+    try:
+        string = text.decode()
+        decoded, end = _decoded(string)
+        if end < len(string):
+            # Space around it is JSON, too.
+            decoded = _decoder.decode(string)
+        if b"\\u" in text and _SURROGATE.search(text):
+            # Half a pair is no text: it could neither run nor be sent back.
+            json.dumps(decoded, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"not JSON: {str(error)[:80]}") from None
+    return cast(Json, decoded)
+
+
+def origin_of(fingerprint: str, version: str = "") -> str:
+    """The part of a reply's head that is the same for all replies of a worker: what made them. Empty for nothing."""
+    named = {"fingerprint": fingerprint, "version": version}
+    return ",".join([f'"{name}":{_quoted(value[:_MAX_NAME])}' for name, value in named.items() if value])
+
+
+def encode_reply(reply: Reply, origin: str = "") -> bytes:
+    """One line of JSON, then the vectors' raw little-endian bytes: float32 where the line names no other `dtype`.
+
+    `origin`, from `origin_of`, is written in place of the reply's own fingerprint and version.
+    """
+    # Written piece by piece: most replies have these few numbers only, and one is made for every job.
+    head = ['"v":1']
+    if reply.error is not None:
+        head.append(f'"error":{_value(to_wire(reply.error))}')
+    if reply.errors:
+        head.append(f'"errors":{_value({str(row): to_wire(error) for row, error in reply.errors.items()})}')
+    if reply.values is not None:
+        head.append(f'"values":{_value(reply.values)}')
+    if reply.truncated:
+        head.append(f'"truncated":{_value(reply.truncated)}')
+    if reply.timings:
+        timings = [f"{_quoted(name)}:{ms:.3f}" for name, ms in reply.timings.items()]
+        head.append(f'"timings":{{{",".join(timings)}}}')
+    head.append(f'"tokens":{reply.tokens}')
+    if origin or reply.fingerprint or reply.version:
+        head.append(origin or origin_of(reply.fingerprint, reply.version))
+    data = b""
+    if reply.vectors is not None:
+        rows, dim = reply.vectors.shape
+        head.append(f'"shape":[{rows},{dim}]')
+        name = _NAMED.get(reply.vectors.dtype, "float32")
+        if name != "float32":
+            head.append(f'"dtype":"{name}"')
+        data = np.asarray(reply.vectors, _DTYPES[name]).tobytes()
+    return f"{{{','.join(head)}}}\n".encode() + data
+
+
+def decode_reply(blob: bytes) -> Reply:
+    """The reply encode_reply wrote; its vectors are a read-only view of `blob`. Raises Malformed.
+
+    Fields of newer workers are passed over. Numbers in `values` are finite; those of vectors are the reader's to check.
+    """
+    line, _, data = blob.partition(b"\n")
+    head = _json(line)
+    if not isinstance(head, dict):
+        raise Malformed("reply has no head")
+    try:
+        reply = _reply(head, data)
+        if reply.values and _has_huge(line):
+            _value(reply.values)
+    except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise Malformed(f"reply: {error}") from None
+    return reply
+
+
+def _has_huge(text: bytes) -> bool:
+    """Whether JSON may hold a number beyond what a float holds; quick, and wrong only by saying yes."""
+    return _find_huge(text.translate(_ZEROS)) is not None
+
+
+def _reply(head: dict[str, Any], data: bytes) -> Reply:
+    """Raises whatever a head makes that nobody of ours wrote."""
+    if head.get("v", 1) != 1:
+        raise ValueError(f"its version is {str(head['v'])[:20]}, this client reads version 1: update the client")
+    if "shape" in head and "values" in head:
+        raise ValueError("both vectors and values")
+    # In C, but for the rare: it is done for every job.
+    given = head.get("timings", {})
+    timings = dict(zip(given, map(add, given.values(), repeat(0.0)), strict=True))
+    values = head.get("values")
+    if values is not None and not isinstance(values, list):
+        raise ValueError("values are no list")
+    tokens, fingerprint, version = head.get("tokens", 0), head.get("fingerprint", ""), head.get("version", "")
+    if type(tokens) is not int or not 0 <= tokens < MAX_MS:
+        raise ValueError("tokens are no count")
+    if not (isinstance(fingerprint, str) and isinstance(version, str)):
+        raise ValueError("a fingerprint or version is no text")
+    if len(fingerprint) > _MAX_NAME or len(version) > _MAX_NAME:
+        raise ValueError("a fingerprint or version is no short text")
+    return Reply(
+        _vectors(head["shape"], head.get("dtype", "float32"), data) if "shape" in head else None,
+        values,
+        _errors(head["errors"]) if "errors" in head else {},
+        from_wire(head["error"]) if "error" in head else None,
+        tokens,
+        tuple(map(_row, head["truncated"])) if "truncated" in head else (),
+        timings,
+        fingerprint,
+        version,
+    )
+
+
+def _vectors(shape: list[int], dtype: str, data: bytes) -> Encoded:
+    rows, dim = shape
+    if dtype not in _DTYPES:
+        raise ValueError(f"no dtype {dtype}")
+    if rows < 0 or dim < 0:
+        # reshape takes -1 for whatever fits.
+        raise ValueError(f"shape {rows} x {dim}")
+    return np.frombuffer(data, _DTYPES[dtype]).reshape(rows, dim)
+
+
+def _row(index: int | str) -> int:
+    if int(index) < 0:
+        raise ValueError(f"no row {index}")
+    return int(index)
+
+
+def _errors(wire: dict[str, dict[str, object]]) -> dict[int, MillstreamError]:
+    return {_row(row): from_wire(error) for row, error in wire.items()}

@@ -1,0 +1,177 @@
+"""Answers kept for rows that are asked again: named by all that makes them, read by callers, written by workers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, NoReturn, cast
+
+import numpy as np
+import redis
+
+from millstream.broker.config.spec import ServiceSpec
+from millstream.broker.contract.job import Encoded, Json, Scalar
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.streams import LONGEST_MS
+from millstream.broker.transport.cluster import owner
+
+CHUNK = 512
+"""Keys of one MGET, and of one pipeline of SETs: another client of the server waits for no more than these."""
+
+MOST_MEMORY = 0.75
+"""Of the server's maxmemory: nothing is kept beyond it, the rest is for jobs."""
+
+MOST_OF_HOST = 0.5
+"""Of the memory of the server's host, if the server has no maxmemory: nothing is kept beyond it."""
+
+MOST_UNKNOWN = 1024**3
+"""Bytes, if the server says neither."""
+
+LOOK_S = 1.0
+"""How long what was seen of the server's memory holds."""
+
+_DIGEST_BYTES = 16
+_VERSION = 1
+_TRUNCATED, _JSON = 1, 2
+_DTYPES: Mapping[int, np.dtype[Scalar]] = {0: np.dtype("<f4"), 8: np.dtype("<f2"), 16: np.dtype("u1")}
+"""Of a vector, by the flag that says so."""
+_FLAGS: Mapping[object, int] = {dtype: flag for flag, dtype in _DTYPES.items()}
+
+
+class Cached(NamedTuple):
+    """One row's answer, a vector [dim] or a JSON value, whether its text was cut for it, and which weights made it."""
+
+    result: Encoded | Json
+    truncated: bool = False
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All that makes an answer beside the row and the call's options: which weights, what is asked, the settings."""
+
+    fingerprint: str
+    op: str
+    truncate: str
+    max_length: int | None
+
+    @classmethod
+    def of(cls, spec: ServiceSpec, fingerprint: str, op: str) -> Recipe:
+        return cls(fingerprint, op, spec.runtime.truncate, spec.model.max_length)
+
+    def digests(self, texts: Iterable[str], options: Mapping[str, Json]) -> list[str]:
+        """The name of each text's answer: 32 hex digits. `options` are such that JSON can carry."""
+        parts = (_VERSION, self.fingerprint, self.op, self.truncate, self.max_length, _canonical(options))
+        # JSON says where each part ends, and holds no zero byte: what comes after the first one is the text.
+        common = hashlib.blake2b(json.dumps(parts).encode() + b"\0", digest_size=_DIGEST_BYTES)
+        return [_continued(common, text) for text in texts]
+
+
+def _canonical(options: Mapping[str, Json]) -> str:
+    """The same for a caller's options and for what a worker reads of them."""
+    return json.dumps(json.loads(json.dumps(options)), sort_keys=True) if options else "{}"
+
+
+def _continued(common: hashlib.blake2b, text: str) -> str:
+    digest = common.copy()
+    digest.update(text.encode(errors="surrogatepass"))
+    return digest.hexdigest()
+
+
+def encode(cached: Cached) -> bytes:
+    """A byte of flags, then a vector's raw little-endian bytes, or JSON.
+
+    Raises TypeError, ValueError or RecursionError.
+    """
+    flags = _TRUNCATED if cached.truncated else 0
+    if isinstance(cached.result, np.ndarray):
+        flag = _FLAGS.get(cached.result.dtype, 0)
+        return bytes((flags | flag,)) + np.ascontiguousarray(cached.result, dtype=_DTYPES[flag]).tobytes()
+    return bytes((flags | _JSON,)) + json.dumps(cached.result, ensure_ascii=False, allow_nan=False).encode()
+
+
+def decode(blob: bytes | None) -> Cached | None:
+    """What `encode` wrote, its vector read-only; None, a miss, for anything else."""
+    if not blob:
+        return None
+    kind, truncated = blob[0] & ~_TRUNCATED, bool(blob[0] & _TRUNCATED)
+    if kind in _DTYPES:
+        if len(blob) == 1 or (len(blob) - 1) % _DTYPES[kind].itemsize:
+            return None
+        # Cut off, not skipped: behind one byte the numbers would not be aligned.
+        vector = np.frombuffer(blob[1:], _DTYPES[kind])
+        return Cached(vector, truncated) if b"\0" not in np.isfinite(vector).tobytes() else None
+    if kind != _JSON:
+        return None
+    try:
+        return Cached(json.loads(blob[1:], parse_constant=_refuse), truncated)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no answer")
+
+
+def _has_room(memory: Mapping[str, int]) -> bool:
+    """Whether more may be kept, by what INFO says of the server's memory."""
+    limit, host = memory.get("maxmemory", 0), memory.get("total_system_memory", 0)
+    most = limit * MOST_MEMORY or host * MOST_OF_HOST or MOST_UNKNOWN
+    return memory["used_memory"] < most
+
+
+class Cache:
+    """The kept answers of one service. Raises no fault of the server: a cache must not cost a job its answer.
+
+    `faults` counts them, and `fault` is the last one.
+    """
+
+    def __init__(self, client: redis.Redis, keys: ServiceKeys) -> None:
+        self._client = client
+        self._keys = keys
+        self._looked_at = float("-inf")
+        self._room = True
+        self.faults = 0
+        self.fault: redis.RedisError | None = None
+
+    def look_up(self, digests: Sequence[str]) -> list[Cached | None]:
+        """What is kept under each of `digests`, None for nothing; after a fault nothing more is asked for."""
+        found: list[Cached | None] = []
+        try:
+            for at in range(0, len(digests), CHUNK):
+                names = [self._keys.cache(digest) for digest in digests[at : at + CHUNK]]
+                blobs = cast(list[bytes | None], self._client.mget(names))
+                found += map(decode, blobs)
+        except redis.RedisError as error:
+            self._note(error)
+        return found + [None] * (len(digests) - len(found))
+
+    def keep(self, answers: Sequence[tuple[str, bytes]], ttl_s: float) -> None:
+        """Write encoded answers, (digest, bytes), for `ttl_s` seconds; none while the server is short of memory."""
+        ttl_ms = max(1, round(min(ttl_s * 1000, LONGEST_MS)))
+        try:
+            if not answers or not self._has_room(answers[0][0]):
+                return
+            for at in range(0, len(answers), CHUNK):
+                pipe = self._client.pipeline(transaction=False)
+                for digest, blob in answers[at : at + CHUNK]:
+                    pipe.set(self._keys.cache(digest), blob, px=ttl_ms)
+                for answer in pipe.execute(raise_on_error=False):
+                    if isinstance(answer, redis.RedisError):
+                        self._note(answer)
+        except redis.RedisError as error:
+            self._note(error)
+
+    def _has_room(self, digest: str) -> bool:
+        if time.monotonic() - self._looked_at > LOOK_S:
+            node = owner(self._client, self._keys.cache(digest))
+            self._room = _has_room(cast(Mapping[str, int], node.info("memory")))
+            self._looked_at = time.monotonic()
+        return self._room
+
+    def _note(self, error: redis.RedisError) -> None:
+        self.faults += 1
+        self.fault = error

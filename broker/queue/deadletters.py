@@ -1,0 +1,147 @@
+"""Dead letters: jobs that could not succeed, kept as they were with the reason, to look at, run again or remove."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import redis
+
+from millstream.broker.contract.codec import decode_entry, decode_inputs
+from millstream.broker.contract.errors import InvalidRequest, Malformed
+from millstream.broker.contract.job import Draft, Priority
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.streams import DetachedCall, Group, Streams
+from millstream.broker.queue.submitter import deliver
+
+_PAGE = 100
+_ID = re.compile("[0-9]{1,16}-[0-9]{1,16}")
+_WHOLE = re.compile("[0-9]{1,16}")
+_ATTEMPTS = re.compile(r"[0-9]{1,9}(\.5)?")
+_OURS = (b"reason", b"entry", b"buried", b"priority", b"attempts", b"consumer", b"history")
+"""What settle writes before the fields of the entry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A buried job: its `fields` as they lay in the stream of its `priority` under `entry`, and why it ended here.
+
+    `buried_at` is in ms of the server's clock. `consumer` is the worker that held it then. Both are None where the
+    letter does not say, as `attempts` is: the starts that did not end. `history` has a line for each of them and for
+    each host lost: server ms, the worker, how it ended.
+    """
+
+    id: str
+    reason: str
+    entry: str
+    buried_at: int | None
+    priority: Priority
+    attempts: float | None
+    consumer: str | None
+    history: Sequence[str]
+    fields: Mapping[bytes, bytes]
+
+
+class DeadLetters:
+    """The dead letters of one service, over one client. `replicated` is as the service's specification says.
+
+    `where` names the server in errors.
+    """
+
+    def __init__(
+        self, client: redis.Redis, keys: ServiceKeys, *, replicated: bool = False, where: str = "the queue's URL"
+    ) -> None:
+        self._where = where
+        self._client = client
+        self._replicated = replicated
+        self._keys = keys
+        self._streams = Streams(client, keys)
+
+    def __len__(self) -> int:
+        return int(self._client.xlen(self._keys.dead()))
+
+    def page(self, count: int = 20, before: str | None = None) -> list[Letter]:
+        """The newest `count` letters, or the newest of those older than the letter `before`; the newest comes first."""
+        end = "+" if before is None else f"({_checked(before)}"
+        entries = self._client.xrevrange(self._keys.dead(), end, "-", count=count)
+        return [_letter(*each) for each in cast(list[tuple[bytes, dict[bytes, bytes]]], entries)]
+
+    def __iter__(self) -> Iterator[Letter]:
+        """All that are there at the beginning, the newest first."""
+        page = self.page(_PAGE)
+        while page:
+            yield from page
+            page = self.page(_PAGE, before=page[-1].id)
+
+    def find(self, letter_id: str) -> Letter:
+        """One letter. Raises InvalidRequest where there is none of this id."""
+        entries = self._client.xrange(self._keys.dead(), _checked(letter_id), letter_id)
+        if not entries:
+            raise InvalidRequest(
+                f"service {self._keys.service!r} has no dead letter {letter_id}", hint="see `millstream dead ls`"
+            )
+        return _letter(*cast(list[tuple[bytes, dict[bytes, bytes]]], entries)[0])
+
+    def requeue(self, letter: Letter, wait_s: float = 0.0) -> str:
+        """Run it again, as a detached call of one job without a deadline; the id of both. Repeated, it makes one job.
+
+        The letter goes when the job is accepted. Waits at most `wait_s` seconds for room, or for the server. Raises
+        InvalidRequest if it is malformed, QueueFull, RateLimited, ServicePaused, BrokerUnavailable.
+        """
+        draft = _draft(self._keys, letter)
+        call = DetachedCall(draft.id, 1, f"{draft.rows}x{draft.rows} ")
+        group = Group(letter.priority, [draft], replicated=self._replicated, call=call)
+        deliver(self._streams, self._where, self._keys.service, group, wait_s)
+        self.remove([letter.id])
+        return draft.id
+
+    def remove(self, letter_ids: Sequence[str]) -> int:
+        """Delete these letters; how many there were."""
+        return int(self._client.xdel(self._keys.dead(), *map(_checked, letter_ids)))
+
+    def purge(self) -> int:
+        """Delete all letters; how many there were."""
+        return int(self._client.xtrim(self._keys.dead(), maxlen=0, approximate=False))
+
+
+def _draft(keys: ServiceKeys, letter: Letter) -> Draft:
+    """The job as a new one. What newer clients added to the entry is left out: it is optional."""
+    try:
+        if b"cut" in letter.fields:
+            raise Malformed("the letter does not hold all of its entry")
+        job = decode_entry([part for pair in letter.fields.items() for part in pair])
+        decode_inputs(job.body, job.rows)
+    except Malformed as error:
+        raise InvalidRequest(
+            f"dead letter {letter.id} cannot run again: it is malformed: {error}", hint="`millstream dead show` it"
+        ) from None
+    # The same id each time: where the answer to an enqueue is lost, to try again makes no second job.
+    job_id = hashlib.sha256(f"{keys.spec()}\0{letter.id}".encode()).hexdigest()[:32]
+    return Draft(job_id, job.op, job.rows, job.tokens, job.body, tenant=job.tenant, trace=job.trace)
+
+
+def _letter(letter_id: bytes, fields: Mapping[bytes, bytes]) -> Letter:
+    # Settle wrote these, but anybody else could have, too.
+    reason, entry, buried, priority, attempts, consumer, history = (
+        fields.get(name, b"").decode(errors="backslashreplace") for name in _OURS
+    )
+    return Letter(
+        id=letter_id.decode(),
+        reason=reason,
+        entry=entry,
+        buried_at=int(buried) if _WHOLE.fullmatch(buried) else None,
+        priority=Priority(priority) if priority in set(Priority) else Priority.NORMAL,
+        attempts=float(attempts) if _ATTEMPTS.fullmatch(attempts) else None,
+        consumer=consumer or None,
+        history=history.splitlines(),
+        fields={name: value for name, value in fields.items() if name not in _OURS},
+    )
+
+
+def _checked(letter_id: str) -> str:
+    if not _ID.fullmatch(letter_id):
+        raise InvalidRequest(f"{letter_id[:80]!r} is no id of a dead letter", hint="such as 1700000000000-0")
+    return letter_id

@@ -1,0 +1,231 @@
+"""Looking without touching: depths, ages, workers, waiting entries. What the CLI and metrics show comes from here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import cast
+
+import redis
+
+from millstream.broker.contract.job import PRIORITIES, Priority
+from millstream.broker.contract.keys import DEFAULT_PREFIX, GROUP, RETURNED, ServiceKeys
+from millstream.broker.queue.lease import is_live
+from millstream.broker.queue.pause import Pause, queue_pause, read_pause
+from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.views import ServiceView, WorkerView
+from millstream.broker.transport.connection import Connection, translated
+
+__all__ = ["Entry", "Inspector", "Peek", "ServiceView", "WorkerView"]
+
+Fields = Mapping[bytes, bytes]
+Entries = Sequence[tuple[bytes, Fields | None]]
+
+_START = "0-0"
+_CUT = b"cut_"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A stream entry as it lies there, well-formed or not; bytes that are no UTF-8 come as backslash escapes."""
+
+    id: str
+    fields: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Peek:
+    """The oldest entries that wait in one stream. `after` is the id of the last one that was ever claimed."""
+
+    stream: str
+    after: str
+    entries: Sequence[Entry]
+
+
+class Inspector:
+    """A read-only view of one server's services under one key prefix."""
+
+    def __init__(self, connection: Connection, prefix: str = DEFAULT_PREFIX) -> None:
+        self._connection = connection
+        self._registry = Registry(connection, prefix)
+
+    def services(self, names: Sequence[str] | None = None) -> list[ServiceView]:
+        """These services, or all that are registered, in two round trips however many they are.
+
+        The figures of a moment, not of one instant: they may disagree by what happened between two commands.
+        Raises BrokerUnavailable.
+        """
+        chosen = [self._registry.keys(name) for name in (self._registry.names() if names is None else names)]
+        with translated(self._connection.safe_url):
+            queues = self._queues(chosen)
+            workers = self._workers(list(zip(chosen, queues, strict=True)))
+        return [queue.view(keys.service, workers) for keys, queue in zip(chosen, queues, strict=True)]
+
+    def peek(self, service: str, priority: Priority, count: int = 10) -> Peek:
+        """The oldest waiting entries of a stream, those given back by dead workers first. Raises BrokerUnavailable."""
+        stream = self._registry.keys(service).stream(priority)
+        with translated(self._connection.safe_url):
+            after, returned = self._positions(stream, count)
+            pipe = self._connection.client.pipeline(transaction=False)
+            for entry_id in returned:
+                pipe.xrange(stream, entry_id, entry_id)
+            pipe.xrange(stream, f"({after}", count=count)
+            found = [entry for entries in cast(list[Entries], pipe.execute()) for entry in entries]
+        return Peek(stream, after, [_entry(entry_id, fields or {}) for entry_id, fields in found[:count]])
+
+    def _queues(self, services: Sequence[ServiceKeys]) -> list[_Queue]:
+        pipe = self._connection.client.pipeline(transaction=False)
+        for keys in services:
+            for stream in keys.streams():
+                pipe.xlen(stream)
+                pipe.xpending(stream, GROUP)
+                pipe.xrange(stream, count=1)
+            # Each service's own: in a Cluster its times are those of the node that has its keys.
+            pipe.time()
+            pipe.xlen(keys.dead())
+            pipe.zrange(keys.workers(), 0, -1, withscores=True)
+            pipe.hgetall(keys.refused())
+            queue_pause(pipe, keys)
+        answers = iter(_answers(pipe))
+        return [_Queue.read(answers) for _ in services]
+
+    def _workers(self, queues: Sequence[tuple[ServiceKeys, _Queue]]) -> Mapping[tuple[str, str], WorkerView]:
+        live = [(keys, consumer, queue.now) for keys, queue in queues for consumer in queue.live]
+        if not live:
+            return {}
+        pipe = self._connection.client.pipeline(transaction=False)
+        for keys, consumer, _ in live:
+            pipe.hgetall(keys.worker(_text(consumer)))
+        hashes = cast(list[Fields], pipe.execute())
+        views = (_worker(consumer, fields, now) for (_, consumer, now), fields in zip(live, hashes, strict=True))
+        return {(keys.service, view.consumer): view for (keys, *_), view in zip(live, views, strict=True)}
+
+    def _positions(self, stream: str, count: int) -> tuple[str, list[bytes]]:
+        """The last id delivered to the group, and the oldest entries that were given back to it."""
+        pipe = self._connection.client.pipeline(transaction=False)
+        pipe.xinfo_groups(stream)
+        pipe.xpending_range(stream, GROUP, min="-", max="+", count=count, consumername=RETURNED)
+        groups, pending = _answers(pipe)
+        after = (each["last-delivered-id"] for each in cast(list[dict[str, bytes]], groups or []) if _is_ours(each))
+        returned = [each["message_id"] for each in cast(list[dict[str, bytes]], pending or [])]
+        return next((entry_id.decode() for entry_id in after), _START), returned
+
+
+@dataclass(frozen=True, slots=True)
+class _Queue:
+    """The answers about one service, at `now`, server ms."""
+
+    now: int
+    waiting: Mapping[Priority, int]
+    pending: Counter[str]
+    oldest_at: int | None
+    live: Sequence[bytes]
+    dead_letters: int
+    refused: Mapping[str, int]
+    paused: Pause | None
+
+    @classmethod
+    def read(cls, answers: Iterator[object]) -> _Queue:
+        waiting: dict[Priority, int] = {}
+        pending: Counter[str] = Counter()
+        oldest: list[int] = []
+        for priority in PRIORITIES:
+            length, group, first = islice(answers, 3)
+            claimed = _pending(group)
+            waiting[priority] = max(0, cast(int, length) - claimed.total())
+            pending += claimed
+            oldest += _accepted_at(cast(Entries, first))
+        time, dead_letters, beats, refusals, pause, left_ms = islice(answers, 6)
+        now = _ms(time)
+        refused = {_text(reason): _count(cast(Fields, refusals), reason) for reason in cast(Fields, refusals)}
+        live = [name for name, beat in cast(list[tuple[bytes, float]], beats) if is_live(beat, now)]
+        depth = cast(int, dead_letters)
+        return cls(now, waiting, pending, min(oldest, default=None), live, depth, refused, read_pause(pause, left_ms))
+
+    def view(self, service: str, workers: Mapping[tuple[str, str], WorkerView]) -> ServiceView:
+        return ServiceView(
+            name=service,
+            waiting=self.waiting,
+            held={consumer: count for consumer, count in self.pending.items() if consumer != RETURNED},
+            returned=self.pending[RETURNED],
+            oldest_ms=None if self.oldest_at is None else max(0, self.now - self.oldest_at),
+            workers=[workers[service, _text(consumer)] for consumer in self.live],
+            dead_letters=self.dead_letters,
+            paused=self.paused,
+            refused=self.refused,
+        )
+
+
+def _answers(pipe: redis.client.Pipeline) -> list[object]:
+    """The pipeline's answers; None for a stream or group that is not there yet."""
+    answers: list[object] = pipe.execute(raise_on_error=False)
+    for at, answer in enumerate(answers):
+        if isinstance(answer, redis.exceptions.ResponseError) and str(answer).startswith(("NOGROUP", "no such key")):
+            answers[at] = None
+        elif isinstance(answer, Exception):
+            raise answer
+    return answers
+
+
+def _pending(group: object) -> Counter[str]:
+    """How many entries each consumer of the group owns."""
+    summary = cast(dict[str, object], group or {})
+    consumers = cast(list[dict[str, object]], summary.get("consumers") or [])
+    return Counter({_text(cast(bytes, each["name"])): cast(int, each["pending"]) for each in consumers})
+
+
+def _accepted_at(first: Entries) -> list[int]:
+    """When the entry was accepted, server ms; nothing where it does not say so."""
+    return [int(at) for _, fields in first if (at := (fields or {}).get(b"at", b"")).isdigit() and len(at) <= 16]
+
+
+def _worker(consumer: bytes, fields: Fields, now: int) -> WorkerView:
+    return WorkerView(
+        consumer=_text(consumer),
+        state=_text(fields.get(b"state", b"unknown")),
+        host=_text(fields.get(b"host", b"")),
+        pid=_count(fields, b"pid"),
+        device=_text(fields.get(b"device", b"")),
+        fingerprint=_text(fields.get(b"fingerprint", b"")),
+        beat_age_ms=max(0, now - (_count(fields, b"beat") or now)),
+        age_ms=_count(fields, b"age_ms"),
+        running=_count(fields, b"running"),
+        running_ms=_count(fields, b"running_ms"),
+        past=_text(fields.get(b"past", b"")),
+        jobs=_count(fields, b"jobs"),
+        rows=_count(fields, b"rows"),
+        forwards=_count(fields, b"forwards"),
+        tokens=_count(fields, b"tokens"),
+        padded=_count(fields, b"padded"),
+        errors=_count(fields, b"errors"),
+        late=_count(fields, b"late"),
+        busy_ms=_count(fields, b"busy_ms"),
+        batch_tokens=_count(fields, b"batch_tokens"),
+        text_tokens=_count(fields, b"text_tokens"),
+        threads=_count(fields, b"threads"),
+        cuts={_text(name[len(_CUT) :]): _count(fields, name) for name in fields if name.startswith(_CUT)},
+    )
+
+
+def _entry(entry_id: bytes, fields: Fields) -> Entry:
+    return Entry(_text(entry_id), {_text(name): _text(value) for name, value in fields.items()})
+
+
+def _is_ours(group: Mapping[str, bytes]) -> bool:
+    return group["name"] == GROUP.encode()
+
+
+def _count(fields: Fields, name: bytes) -> int:
+    value = fields.get(name, b"")
+    return int(value) if value.isdigit() and len(value) <= 16 else 0
+
+
+def _ms(time: object) -> int:
+    seconds, micros = cast(tuple[int, int], time)
+    return seconds * 1000 + micros // 1000
+
+
+def _text(value: bytes) -> str:
+    return value.decode(errors="backslashreplace")

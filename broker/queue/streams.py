@@ -1,0 +1,404 @@
+"""The verbs of the job streams: enqueue, claim, settle. One class, each method one script."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, cast
+
+import redis
+
+from millstream.broker.contract.codec import decode_entry, encode_reply, salvage
+from millstream.broker.contract.errors import (
+    BrokerUnavailable,
+    Cancelled,
+    Malformed,
+    NewerVersion,
+    ReaderTooSlow,
+    ReplyTooLarge,
+)
+from millstream.broker.contract.job import PRIORITIES, Address, Claim, Draft, Priority, Reply
+from millstream.broker.contract.keys import GROUP, RETURNED, STREAM_INDEX, ServiceKeys
+from millstream.broker.queue import scripts
+from millstream.broker.queue.lease import LEASE_MS
+
+MAX_JOBS_PER_CALL = 128
+MAX_BYTES_PER_CALL = 1024 * 1024
+DEAD_LETTERS_KEPT = 10_000
+REPLY_TTL_MS = 300_000
+REPLICA_MS = 500
+"""How long a replica may take to confirm jobs: one sender waits meanwhile for all of a process."""
+
+UNREAD_BYTES = 128 * 1024 * 1024
+"""A client that leaves more unread in its reply stream is dead or slow: each further job gets a small error instead."""
+
+MAX_REPLY_BYTES = 60 * 1024 * 1024
+"""A larger reply is replaced by an error: a server with `proto-max-bulk-len 64mb` would cut the worker's connection."""
+
+MARKS_KEPT_MS = 2 * LEASE_MS
+"""How long the mark of a cancelled job lives: its worker reads it at its next beat, or has lost the job by then."""
+
+LONGEST_MS = 100 * 366 * 86_400_000
+"""A longer time, or an infinite one, is sent as this: no server can keep a key for longer than it can count."""
+
+Entries = list[tuple[bytes, dict[bytes, bytes]]]
+Delivered = list[tuple[bytes, list[tuple[bytes, list[bytes]]]]]
+
+_XREADGROUP = b"XREADGROUP"
+"""As bytes the library has no callback for it, and does not make a dict of each entry: doubled fields would merge."""
+
+
+class DetachedCall(NamedTuple):
+    """A detached call that a group of jobs is part of: `jobs` in all.
+
+    `payload` says in at most about 100 characters what was submitted, in which shape: a call is accepted under its id
+    only with the payload that it was first accepted with. Its results live for `result_ttl_ms` after the last one, or
+    as long as the worker that writes it says.
+    """
+
+    id: str
+    jobs: int
+    payload: str
+    result_ttl_ms: int | None = None
+
+
+class Group(NamedTuple):
+    """Jobs of one call and tenant: accepted together or refused together.
+
+    `calls` is what the rate limit on requests is charged: 1, or 0 for the later parts of a call. `replicated`: nothing
+    counts as accepted before a replica has it. `refusals` is by how much the count of refused calls rises if the group
+    is refused: `calls`, and 0 when it is sent again. Jobs of a detached `call` that were accepted before are passed
+    over.
+    """
+
+    priority: Priority
+    drafts: Sequence[Draft]
+    calls: int = 1
+    replicated: bool = False
+    refusals: int = 1
+    call: DetachedCall | None = None
+
+
+Refusal = Literal["unknown_service", "paused", "queue_full", "rate_limited", "over_burst", "reused_key"]
+
+
+class Admission(NamedTuple):
+    """What became of a group. `refused` is empty where it was accepted; `retry_after` in seconds."""
+
+    refused: Refusal | Literal[""] = ""
+    retry_after: float = 0.0
+
+
+_ACCEPTED = Admission()
+
+
+class Limit(NamedTuple):
+    """How much one claim may take. `empty_handed`: the worker holds nothing, so one job may exceed rows and tokens.
+
+    `saved` are the rows that normal and batch jobs may take before more urgent ones. New jobs are taken from the first
+    `streams`, the most urgent ones, and returned jobs from the first `returned`. `held`: jobs in this worker's hand, a
+    part of its share of all that waits; beyond its share it takes `next_rows`, those missing in its next micro-batch.
+    `max_attempts` bounds groups of suspects; `job`: rows and tokens of the job it took last. `large`: a job with more
+    rows or tokens than these that does not fit is reported as if it were a suspect: the worker is to be free for it.
+    """
+
+    jobs: int
+    rows: int
+    tokens: int
+    live_workers: int = 1
+    empty_handed: bool = False
+    streams: int = 3
+    returned: int = 3
+    saved: tuple[int, int] = (0, 0)
+    held: int = 0
+    next_rows: int = 0
+    max_attempts: int = 3
+    job: tuple[int, int] = (1, 1)
+    large: tuple[int, int] = (10**9, 10**9)
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """One claim's yield. `now`: server clock, ms. `waiting`: jobs left, new and returned ones, by stream.
+
+    `suspects`: the most urgent stream, 1 to 3, with suspects or a large job left for a worker that holds nothing; 0 for
+    none. `paused`: nothing is given to anybody for the time being. The first `woken` claims came to a sleeper, even so.
+    `blocked`: the stream, 1 to 3, whose next job had more rows or tokens than there was room left for; 0 for none.
+    """
+
+    now: int
+    waiting: tuple[int, ...] = (0, 0, 0)
+    suspects: int = 0
+    paused: bool = False
+    blocked: int = 0
+    claims: list[Claim] = field(default_factory=list)
+    woken: int = 0
+
+
+class Settlement(NamedTuple):
+    """One job's end: its encoded reply, and for a job that cannot succeed the reason to bury it."""
+
+    address: Address
+    reply: bytes
+    bury: str = ""
+
+
+class Submitted(NamedTuple):
+    """What is known of a detached call: the `payload` it was accepted with, and how many jobs are `answered`."""
+
+    payload: str
+    answered: int
+
+
+CALL_FIELDS = 4
+"""Fields of a detached call's hash that are no job's."""
+
+Settled = Literal["answered", "unread", "late", "unwritable"]
+"""`unread`: its client reads too slowly, and got an error in place of the reply."""
+_SETTLED: dict[int, Settled] = {1: "answered", 2: "unread", 0: "late", -1: "unwritable"}
+
+CancelOutcome = Literal["waiting", "running", "gone"]
+_CANCEL_OUTCOMES: dict[int, CancelOutcome] = {2: "waiting", 1: "running", 0: "gone"}
+_CANCELLED = encode_reply(Reply(error=Cancelled("cancelled by its caller before it ran")))
+_UNREAD = encode_reply(
+    Reply(
+        error=ReaderTooSlow(
+            f"the answer was dropped: {UNREAD_BYTES >> 20} MiB of answers wait unread by this client",
+            hint="keep its process and its event loop from blocking, or have fewer and smaller calls under way",
+        )
+    )
+)
+_TOO_LARGE = encode_reply(
+    Reply(
+        error=ReplyTooLarge(
+            f"the answer has more than {MAX_REPLY_BYTES >> 20} MiB",
+            hint="lower batch_size, or ask for fewer rows, fewer dimensions or encoding=float16",
+        )
+    )
+)
+_PURGED = encode_reply(Reply(error=Cancelled("purged from the queue before it ran", hint="an operator did it")))
+
+
+class Streams:
+    """The three job streams of one service, over one client."""
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        keys: ServiceKeys,
+        *,
+        result_ttl_ms: int = 3_600_000,
+        unread_bytes: int = UNREAD_BYTES,
+    ) -> None:
+        self._client = client
+        self._keys = keys
+        # What every job needs, made once.
+        self._streams = keys.streams()
+        self._bucket, self._seen = keys.bucket(), keys.seen("")
+        self._enqueue_keys = [keys.spec(), *self._streams, self._bucket, keys.paused(), keys.refused()]
+        self._claim_keys = [*self._streams, keys.paused(), keys.workers(), keys.trail()]
+        self._settle_keys = [*self._streams, keys.dead(), keys.trail(), keys.cancelled()]
+        self._result_ttl_ms = result_ttl_ms
+        self._unread_bytes = unread_bytes
+
+    def create_groups(self) -> None:
+        """Make streams and group where they are missing, from the first entry on: a queued job is never skipped."""
+        for stream in self._streams:
+            try:
+                self._client.xgroup_create(stream, GROUP, id="0", mkstream=True)
+            except redis.exceptions.ResponseError as error:
+                # At maxmemory the server refuses before it looks: a worker may start where the group is there.
+                if "BUSYGROUP" not in str(error) and not self._has_group(stream):
+                    raise
+
+    def _has_group(self, stream: str) -> bool:
+        try:
+            return bool(self._client.xinfo_groups(stream))
+        except redis.exceptions.ResponseError:
+            return False
+
+    def enqueue(self, groups: Sequence[Group]) -> list[Admission]:
+        """Accept each group or refuse it whole; sending the same jobs again changes nothing.
+
+        At most MAX_JOBS_PER_CALL jobs and about MAX_BYTES_PER_CALL in one call. Raises BrokerUnavailable where a group
+        is to be replicated and no replica had it in time: it may run all the same, and is to be sent again.
+        """
+        keys, seen, args = self._enqueue_keys.copy(), self._seen, list[scripts.Argument]((len(groups),))
+        now = time.monotonic()
+        for priority, drafts, calls, _, refusals, call in groups:
+            tenant = drafts[0].tenant
+            keys.append(self._keys.bucket(tenant) if tenant else self._bucket)
+            args += (STREAM_INDEX[priority], len(drafts), calls, refusals)
+            if call is None:
+                args.append("")
+            else:
+                keys.append(self._keys.call(call.id))
+                args += (call.id, call.jobs, call.payload, "" if call.result_ttl_ms is None else call.result_ttl_ms)
+            for draft in drafts:
+                keys.append(seen + draft.id)
+                args += _draft_args(draft, now)
+        if any(group.replicated for group in groups):
+            return self._enqueue_replicated(keys, args)
+        return [_admission(outcome) for outcome in scripts.run(self._client, "enqueue", keys, args)]
+
+    def _enqueue_replicated(self, keys: Sequence[str], args: Sequence[scripts.Argument]) -> list[Admission]:
+        outcomes, replicas = scripts.run_copied(self._client, "enqueue", keys, args, REPLICA_MS)
+        admissions = [_admission(outcome) for outcome in outcomes]
+        if not replicas and not all(admission.refused for admission in admissions):
+            raise BrokerUnavailable(
+                f"no replica confirmed within {REPLICA_MS} ms that it has the jobs of service {self._keys.service!r}",
+                hint="see INFO replication on the master; redis.durability is replicated",
+            )
+        return admissions
+
+    def claim(self, consumer: str, limit: Limit) -> Claimed:
+        """Take what waits, within `limit`, at once. A malformed entry comes as a claim that says so."""
+        return _claimed([], scripts.run(self._client, "claim", *self._claim_words(consumer, limit)))
+
+    def wait(self, consumer: str, wait_s: float, limit: Limit) -> Claimed:
+        """Sleep until a new job comes and take it, with what else waits within `limit`; for `wait_s` at most.
+
+        Of those who sleep one wakes for each job. Its job comes first, also where the service is paused.
+        """
+        block_ms = max(1, round(wait_s * 1000))
+        command: list[scripts.Argument] = [_XREADGROUP, "GROUP", GROUP, consumer, "COUNT", 1, "BLOCK", block_ms]
+        command += ["STREAMS", *self._streams, ">", ">", ">"]
+        woken, rest = scripts.run_after(self._client, command, "claim", *self._claim_words(consumer, limit))
+        # A stream went while we slept: Redis 7.0's own word for it. The next claim says what is the matter.
+        if isinstance(woken, Exception) and "UNBLOCKED" not in str(woken):
+            raise woken
+        delivered = [] if isinstance(woken, Exception) else cast(Delivered, woken or [])
+        claims = [
+            _claim(self._streams.index(stream.decode()) + 1, entry, flat, 0.0)
+            for stream, entries in delivered
+            for entry, flat in entries
+        ]
+        return _claimed(claims, rest)
+
+    def _claim_words(self, consumer: str, limit: Limit) -> tuple[list[str], list[scripts.Argument]]:
+        """Keys and arguments of the claim script."""
+        args: list[scripts.Argument] = [GROUP, consumer, RETURNED, limit.jobs, limit.rows, limit.tokens]
+        args += (max(1, limit.live_workers), limit.held, limit.next_rows, int(limit.empty_handed))
+        args += (limit.streams, limit.returned, *limit.saved, limit.max_attempts, LEASE_MS, *limit.job, *limit.large)
+        return self._claim_keys, args
+
+    def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
+        """Write each job's reply and retire its entry, in one step and once: a late twin is dropped."""
+        keys, jobs = self._settle_keys.copy(), list[str]()
+        # Most answers of a call go the same way, to one client.
+        ways: dict[tuple[str, str, int], int] = {}
+        words: list[scripts.Argument] = []
+        for address, reply, bury in settlements:
+            way = ways.setdefault(self._destination(address), len(ways) + 1)
+            jobs.append(self._seen + address.job_id)
+            if len(reply) > MAX_REPLY_BYTES:
+                reply = _TOO_LARGE
+            words += (address.name, way, address.job_id, reply, bury)
+        args: list[scripts.Argument] = [GROUP, DEAD_LETTERS_KEPT, self._unread_bytes, _UNREAD, len(ways)]
+        for kind, key, ttl in ways:
+            keys.append(key)
+            args += (kind, ttl)
+        keys += jobs
+        args += words
+        return [_SETTLED[outcome] for outcome in scripts.run(self._client, "settle", keys, args)]
+
+    def cancel(self, job_ids: Sequence[str], client: str, call: str = "") -> list[CancelOutcome]:
+        """Stop jobs of `client`, or of the detached `call`, each by its id: "waiting" ones are gone, "running" ones end
+        at their worker's next beat, "gone" ones are settled or never were.
+
+        A detached job that waited has Cancelled as its result. A client is told by this outcome alone: it waits for no
+        reply to what it cancels.
+        """
+        keys = [*self._streams, self._keys.cancelled(), self._keys.trail()]
+        args: list[scripts.Argument] = [GROUP, RETURNED, MARKS_KEPT_MS]
+        result = b"" if client else _CANCELLED
+        for job_id in job_ids:
+            kind, key, ttl = self._destination(Address("", job_id, client, call))
+            # Every job names a key of its service, also if nothing is written there.
+            keys += (self._keys.seen(job_id), key)
+            args += (job_id, "none" if client else kind, ttl, result)
+        return [_CANCEL_OUTCOMES[outcome] for outcome in scripts.run(self._client, "cancel", keys, args)]
+
+    def purge(self) -> int:
+        """Take every job off the queue that waits now, each answered as Cancelled; how many. Running ones go on."""
+        # Up to the newest entries there are: jobs that keep coming must not make it endless.
+        ends = [cast(Entries, self._client.xrevrange(stream, count=1)) for stream in self._streams]
+        return sum([self._purge(each, end[0][0]) for each, end in zip(PRIORITIES, ends, strict=True) if end])
+
+    def _purge(self, priority: Priority, last: bytes) -> int:
+        stream, purged, after = self._keys.stream(priority), 0, "-"
+        while page := cast(Entries, self._client.xrange(stream, after, last, count=MAX_JOBS_PER_CALL)):
+            keys = [*self._streams, self._keys.trail()]
+            args: list[scripts.Argument] = [GROUP, RETURNED, self._unread_bytes]
+            for entry, fields in page:
+                address, job, *_ = _claim(STREAM_INDEX[priority], entry, _flat(fields), 0.0)
+                kind, key, ttl = self._destination(address)
+                keys += (key, self._keys.seen(address.job_id))
+                deadline = job.deadline if job else 0
+                args += (STREAM_INDEX[priority], address.entry, address.job_id, kind, ttl, deadline, _PURGED)
+            purged += sum(scripts.run(self._client, "purge", keys, args))
+            after = f"({page[-1][0].decode()}"
+        return purged
+
+    def submitted(self, call: str) -> Submitted | None:
+        """What is known of a detached call; None if its results have expired, or there never was such a call."""
+        pipe = self._client.pipeline(transaction=False)
+        pipe.hmget(self._keys.call(call), ["payload", "left"])
+        pipe.hlen(self._keys.call(call))
+        (payload, left), fields = pipe.execute()
+        return Submitted(payload.decode(), fields - CALL_FIELDS - int(left)) if payload and left else None
+
+    def results(self, call: str, job_ids: Sequence[str]) -> list[bytes | None]:
+        """The encoded replies of jobs of a detached call, None for those that are not answered."""
+        found = cast(list[bytes | None], self._client.hmget(self._keys.call(call), list(job_ids)))
+        return [reply or None for reply in found]
+
+    def _destination(self, address: Address) -> tuple[str, str, int]:
+        # Built from ids that were checked: a key taken from the entry would make the worker write anywhere.
+        if not address.job_id:
+            return "none", self._keys.dead(), 0
+        if address.client:
+            return "stream", self._keys.reply(address.client), REPLY_TTL_MS
+        if address.call:
+            return "hash", self._keys.call(address.call), self._result_ttl_ms
+        return "string", self._keys.result(address.job_id), self._result_ttl_ms
+
+
+def _remaining(moment: float | None, now: float) -> int | str:
+    return "" if moment is None else round(min(max(0.0, (moment - now) * 1000), LONGEST_MS))
+
+
+def _draft_args(draft: Draft, now: float) -> tuple[scripts.Argument, ...]:
+    job_id, op, rows, tokens, body, client, deadline, queue_by, tenant, trace = draft
+    until, until_start = _remaining(deadline, now), _remaining(queue_by, now)
+    return job_id, op, rows, tokens, until, until_start, client, tenant, trace, body
+
+
+def _admission(outcome: list[int | bytes]) -> Admission:
+    if outcome[0] != 0:
+        return _ACCEPTED
+    return Admission(cast(Refusal, cast(bytes, outcome[1]).decode()), cast(int, outcome[2]) / 1000)
+
+
+def _claim(stream: int, entry: bytes, flat: Sequence[bytes], attempts: float, *, by_share: bool = False) -> Claim:
+    name = f"{stream}:{entry.decode()}"
+    try:
+        job = decode_entry(flat)
+    except Malformed as error:
+        newer = isinstance(error, NewerVersion)
+        return Claim(Address(name, *salvage(flat)), None, attempts, str(error), by_share, newer)
+    return Claim(Address(name, job.id, job.client, job.call), job, attempts, by_share=by_share)
+
+
+def _claimed(woken: list[Claim], answer: Any) -> Claimed:
+    now, waiting, suspects, paused, blocked, *taken = answer
+    claims = [
+        _claim(stream, entry, fields, (deliveries - 1) / 2, by_share=bool(by_share))
+        for stream, entry, deliveries, fields, by_share in taken
+    ]
+    return Claimed(now, tuple(waiting), suspects, bool(paused), blocked, woken + claims, len(woken))
+
+
+def _flat(fields: dict[bytes, bytes]) -> list[bytes]:
+    return [part for pair in fields.items() for part in pair]

@@ -1,0 +1,143 @@
+"""The embedded server's data dir: its record, its lock, and the short folder its socket lives in."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import socket
+import stat
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter
+
+from millstream.broker.contract.errors import ConfigError
+from millstream.broker.server.engine import Engine, EngineName, Version
+from millstream.broker.server.ownership import check_private, open_private
+
+AppendFsync = Literal["everysec", "always"]
+Pulse = Literal["up", "loading", "silent", "absent"]
+
+_SOCKET_BYTES = 100  # Unix allows 107, and Redis 6.2 runs on without any socket where a path is longer.
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """engine.json: who wrote the data last, and where that server listens. `pid` and `tcp_port` are 0 for none."""
+
+    engine: EngineName
+    version: Version
+    binary: Path
+    socket: Path
+    pid: int
+    tcp_port: int
+    appendfsync: AppendFsync
+    maxmemory: int
+
+    def writer(self) -> Engine:
+        return Engine(self.engine, self.version, self.binary)
+
+
+_RECORD = TypeAdapter(Record)
+
+
+def default_data_dir(environ: Mapping[str, str]) -> Path:
+    """MILLSTREAM_DATA_DIR, or millstream's folder in the user's data home."""
+    if chosen := environ.get("MILLSTREAM_DATA_DIR"):
+        return Path(chosen).expanduser()
+    home = environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(home).expanduser() / "millstream"
+
+
+def prepare(data_dir: Path) -> Path:
+    """`data_dir`, absolute and there; a new one is readable by its owner only. As check_private raises."""
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_private(data_dir)
+    return data_dir.resolve()
+
+
+def read_record(data_dir: Path) -> Record | None:
+    """The record, or None if there is none that can be read. Raises ConfigError if others may have written it."""
+    try:
+        check_private(data_dir)
+        with os.fdopen(open_private(data_dir / "engine.json", os.O_RDONLY), "rb") as file:
+            return _RECORD.validate_json(file.read())
+    except (OSError, ValueError):
+        return None
+
+
+def write_record(data_dir: Path, record: Record | None) -> None:
+    """Replace the record at once, so that a reader never meets half of it; None removes it."""
+    path = data_dir / "engine.json"
+    if record is None:
+        path.unlink(missing_ok=True)
+        return
+    draft = path.with_suffix(".new")
+    draft.unlink(missing_ok=True)
+    with os.fdopen(open_private(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+        file.write(_RECORD.dump_json(record, indent=2))
+    draft.replace(path)
+
+
+def last_writer(data_dir: Path) -> Engine | None:
+    """The engine that wrote the data, None where there is no data. A lost record is inferred from the files' layout."""
+    if record := read_record(data_dir):
+        return record.writer()
+    if (data_dir / "appendonlydir").exists():
+        return Engine("redis", (7, 0, 0), Path("redis-server"))
+    return None
+
+
+def try_lock(data_dir: Path) -> int | None:
+    """A descriptor that holds the data dir until its last copy is closed, or None where another process holds it."""
+    descriptor = open_private(data_dir / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def socket_path(data_dir: Path, environ: Mapping[str, str]) -> Path:
+    """The server's socket, in a private folder made here; its path is short however long the data dir's is."""
+    digest = hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:10]
+    for base in (environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"):
+        path = Path(base) / f"millstream-{os.getuid()}-{digest}" / "redis.sock"
+        if os.path.isabs(base) and os.access(base, os.W_OK | os.X_OK) and len(os.fsencode(path)) <= _SOCKET_BYTES:
+            _make_private(path.parent)
+            return path
+    raise ConfigError(
+        "no folder for the server's socket", hint="point XDG_RUNTIME_DIR or TMPDIR at a short, writable one"
+    )
+
+
+def _make_private(folder: Path) -> None:
+    """Make `folder`, or accept it where nobody else can have put anything in it."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise ConfigError(
+            f"{folder} is not a private folder of this user", hint="remove it, or point XDG_RUNTIME_DIR elsewhere"
+        )
+
+
+def pulse(path: Path, timeout_s: float = 1.0) -> Pulse:
+    """Whether a server answers on a Unix socket. A refusal is an answer too: with a full disk, PING gets MISCONF."""
+    with socket.socket(socket.AF_UNIX) as link:
+        link.settimeout(timeout_s)
+        try:
+            link.connect(os.fspath(path))
+            link.sendall(b"PING\r\n")
+            answer = link.recv(64)
+        except (TimeoutError, BlockingIOError):
+            return "silent"
+        except OSError:
+            return "absent"
+    if answer.startswith(b"-LOADING"):
+        return "loading"
+    return "up" if answer else "absent"

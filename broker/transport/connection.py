@@ -1,0 +1,139 @@
+"""One process's way to its Redis: finding it, clients with our own timeouts, checking its version."""
+
+from __future__ import annotations
+
+# Else imported at the first connection: a process forked meanwhile would wait for that import for ever.
+import encodings.idna  # noqa: F401
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import redis
+
+from millstream.broker.config.url import ACCEPTED, canonical, read_url, redacted
+from millstream.broker.contract.errors import BrokerUnavailable, ConfigError
+from millstream.broker.server.datadir import default_data_dir
+from millstream.broker.server.embedded import running
+from millstream.broker.server.engine import FLOORS, EngineName, Version, floor_text, parse_version, version_text
+from millstream.broker.transport.access import secured
+from millstream.broker.transport.cluster import masters
+from millstream.broker.transport.eviction import check_policy
+from millstream.broker.transport.faults import START_ONE, URL_VARIABLE, is_transient, retrying, translated
+from millstream.broker.transport.topology import opener
+
+if TYPE_CHECKING:
+    from millstream.broker.config.load import Config
+
+__all__ = ["Connection", "ServerInfo", "check", "find_url", "is_transient", "redacted", "retrying", "translated"]
+
+_TIMEOUT_S = 5.0
+_BLOCK_GRACE_S = 3.0
+
+
+class Connection:
+    """The clients of one process to one server, Cluster or Sentinel master. Thread-safe and fork-safe.
+
+    `url` is redis://, rediss:// (TLS) or unix://; or, with any number of hosts, redis+cluster://host:port,host:port or
+    redis+sentinel://host:port,host:port/MASTER_NAME/db, both also with rediss. `name` shows in CLIENT LIST. A forked
+    child opens sockets of its own. Raises ConfigError where `url` has none of these forms; connects on first use.
+    """
+
+    def __init__(self, url: str, *, name: str = "millstream") -> None:
+        url = canonical(url)
+        self.safe_url = redacted(url)
+        try:
+            self._place = read_url(url)
+        except ValueError as problem:
+            raise ConfigError(f"bad Redis URL {self.safe_url}: {problem}", hint=ACCEPTED) from None
+        self.url = url
+        self._name = name
+        self._begin()
+
+    def _begin(self) -> None:
+        self._clients: list[redis.Redis] = []
+        self._open = opener(self._place, self._name, self._clients.append)
+        self.client = self._open(_TIMEOUT_S)
+        """For plain commands. It never sends a command again by itself: whoever may repeat one uses `retrying`."""
+
+    def blocking(self, block_s: float) -> redis.Redis:
+        """A client for commands that block for at most `block_s` seconds: for one thread, and for its life."""
+        return self._open(block_s + _BLOCK_GRACE_S, own=True)
+
+    def own(self) -> redis.Redis:
+        """A client for the plain commands of one thread that sends many: for its life, and for no other thread."""
+        return self._open(_TIMEOUT_S, own=True)
+
+    def within(self, timeout_s: float) -> redis.Redis:
+        """A client whose commands fail after `timeout_s` seconds: for what is not worth a longer wait."""
+        return self._open(timeout_s)
+
+    def close(self) -> None:
+        """Close every socket; a thread that blocks on one gets an error at once."""
+        for client in list(self._clients):
+            client.close()
+
+    def after_fork(self) -> None:
+        """In a forked child: clients of its own; the parent's sockets are left alone."""
+        # To close an inherited client would wait for the lock of its pool, which a thread of the parent may have held.
+        for client in self._clients:
+            client.auto_close_connection_pool = False
+        self._begin()
+
+    def __repr__(self) -> str:
+        return f"Connection({self.safe_url!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """The kind of server that answers."""
+
+    engine: EngineName
+    version: Version
+
+
+def check(connection: Connection, *, allow_eviction: bool = False) -> ServerInfo:
+    """Ask the server what it is, in a Cluster every node that serves keys; the oldest.
+
+    Raises ConfigError if it is older than millstream needs, or deletes keys when its memory is full and
+    `allow_eviction` does not say otherwise; BrokerUnavailable.
+    """
+    with translated(connection.safe_url):
+        nodes = masters(connection.client)
+        answers: list[Mapping[str, object]] = [node.info("server") for node in nodes]
+        for node in nodes:
+            check_policy(connection.safe_url, node, node.info("memory"), allow=allow_eviction)
+    info = min(map(server_info, answers), key=lambda each: (each.version >= FLOORS[each.engine], each.version))
+    if info.version < FLOORS[info.engine]:
+        raise ConfigError(
+            f"{connection.safe_url} is {info.engine} {version_text(info.version)}, which is too old",
+            hint=f"{floor_text(info.engine)} is the oldest supported",
+        )
+    return info
+
+
+def server_info(answer: Mapping[str, object]) -> ServerInfo:
+    """Read INFO's answer. Valkey also gives a redis_version, the one it forked from."""
+    if "valkey_version" in answer:
+        return ServerInfo("valkey", parse_version(str(answer["valkey_version"])))
+    return ServerInfo("redis", parse_version(str(answer.get("redis_version", ""))))
+
+
+def find_url(flag: str | None, config: Config | None, environ: Mapping[str, str]) -> str:
+    """The server to use: the flag's, MILLSTREAM_REDIS_URL's, the configuration's, or the local one that is running.
+
+    Raises BrokerUnavailable where there is none, ConfigError where it is another host's and open to everybody.
+    """
+    configured = config.redis.url if config else None
+    if named := flag or environ.get(URL_VARIABLE) or configured:
+        return secured(named, config, environ)
+    url = running(_data_dir(config, environ))
+    if not url:
+        raise BrokerUnavailable("no Redis server is configured, and no local one is running", hint=START_ONE)
+    return url
+
+
+def _data_dir(config: Config | None, environ: Mapping[str, str]) -> Path:
+    if config and config.redis.data_dir and not environ.get("MILLSTREAM_DATA_DIR"):
+        return config.redis.data_dir
+    return default_data_dir(environ)

@@ -1,0 +1,259 @@
+"""Jobs that are alike and under way at the same time: one is sent, the others get its answer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Hashable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from threading import Lock, Thread
+
+from millstream.broker.contract.codec import decode_reply
+from millstream.broker.contract.errors import InvalidRequest, Malformed, MillstreamError, ModelFailed
+from millstream.broker.queue.streams import CancelOutcome
+from millstream.broker.queue.submission import Sink, Submission
+from millstream.client.channel.channel import Channel
+from millstream.client.channel.orders import Cancellation
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 0.1
+"""Seconds between two checks of jobs whose own caller left: their time may be over before that of their followers."""
+
+_FAILED = b'"error'
+"""Stands in the first line of the reply of a job that failed, or of which a row did."""
+
+_OF_THE_INPUT = (InvalidRequest, ModelFailed)
+"""Errors that a like job would get as well: its input causes them."""
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """A job that was sent, as its sink, and the jobs that wait for its answer, by job id.
+
+    `leader` is the sink of the caller whose job was sent; None once that caller has left the job to the followers.
+    """
+
+    flights: Flights
+    key: Hashable
+    service: str
+    job_id: str
+    leader: Sink | None
+    end: float | None
+    followers: dict[str, Submission] = field(default_factory=dict)
+
+    def answered(self, job_id: str, reply: bytes) -> None:
+        followers = self.flights.land(self, resend=not _is_shared(reply))
+        sinks = [(job_id, self.leader)] if self.leader else []
+        for each, sink in [*sinks, *((follower, submission.sink) for follower, submission in followers.items())]:
+            try:
+                sink.answered(each, reply)
+            except Exception:
+                # One caller's fault must not cost the others their answer.
+                log.exception("job %s: its answer could not be handed over", each)
+
+    def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
+        self.flights.land(self, resend=True)
+        if self.leader:
+            self.leader.refused(job_ids, error)
+
+    def is_over(self, now: float) -> bool:
+        return self.end is not None and now >= self.end
+
+
+def _is_shared(reply: bytes) -> bool:
+    """Whether followers get this reply: an answer, or errors that their own jobs would get as well."""
+    # Most replies are answers, and need not be decoded once more.
+    if reply.find(_FAILED, 0, reply.find(b"\n")) < 0:
+        return True
+    try:
+        decoded = decode_reply(reply)
+    except Malformed:
+        return True
+    errors = [decoded.error] if decoded.error else decoded.errors.values()
+    return all(isinstance(error, _OF_THE_INPUT) for error in errors)
+
+
+class Flights:
+    """A channel for services with a cache, in front of the real one.
+
+    The rate limit does not charge who gets another one's answer, no more than one whom the cache answers. Each keeps
+    its own time. An error that may be the sent job's own (its time, a refusal, a lost worker) is not shared: all its
+    followers are then sent at once, each for itself. A caller that cancels the sent job leaves it to its followers.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """In a forked child: its parent's calls are not its calls."""
+        # Taken before the channel's locks, after a handle's.
+        self._lock = Lock()
+        self._flights: dict[Hashable, _Flight] = {}
+        self._led: dict[str, _Flight] = {}
+        self._followed: dict[str, _Flight] = {}
+        self._left: set[_Flight] = set()
+        self._watched = False
+
+    @property
+    def client_id(self) -> str:
+        return self._channel.client_id
+
+    def submit(self, submissions: Sequence[Submission]) -> None:
+        """As Channel.submit."""
+        own = [led for each in submissions if (led := self._board(each))]
+        if not own:
+            return
+        try:
+            self._channel.submit(own)
+        except BaseException:
+            # An interrupt, too: what was never sent must keep nobody waiting.
+            for each in own:
+                if isinstance(each.sink, _Flight):
+                    self.land(each.sink, resend=True)
+            raise
+
+    def _board(self, submission: Submission) -> Submission | None:
+        """The submission to send for it: itself, with a flight as its sink; None if one like it is under way."""
+        # A caller that does not wait for room must not wait for one that does.
+        if submission.jobs != 1 or submission.until == 0.0:
+            return submission
+        (draft,) = submission.group.drafts
+        key = (submission.service, submission.group.priority, draft.op, draft.tenant, draft.body)
+        with self._lock:
+            flight = self._flights.get(key)
+            # A caller may have dropped its call, and nobody gives it up: its answer may never come.
+            if flight and not flight.is_over(time.monotonic()):
+                flight.followers[draft.id] = submission
+                self._followed[draft.id] = flight
+                return None
+            led = _Flight(self, key, submission.service, draft.id, submission.sink, draft.deadline)
+            self._flights[key] = self._led[draft.id] = led
+            return submission._replace(sink=led)
+
+    def land(self, flight: _Flight, *, resend: bool) -> dict[str, Submission]:
+        """End the flight. Returns its followers, once; with `resend` they are sent instead, and none is returned."""
+        with self._lock:
+            followers = self._land(flight)
+            if resend and followers:
+                self._send(list(followers.values()))
+                return {}
+        return followers
+
+    def _land(self, flight: _Flight) -> dict[str, Submission]:
+        if self._flights.get(flight.key) is flight:
+            del self._flights[flight.key]
+        self._led.pop(flight.job_id, None)
+        self._left.discard(flight)
+        followers, flight.followers = flight.followers, {}
+        for job_id in followers:
+            del self._followed[job_id]
+        return followers
+
+    def _send(self, submissions: Sequence[Submission]) -> None:
+        """Submit jobs that followed another one, all at once: one after another, each would wait for those before it.
+
+        Under the lock: the cancellation of one of them must not overtake it.
+        """
+        try:
+            self._channel.submit(submissions)
+        except MillstreamError as error:
+            # In a thread: whoever ends the flight may hold the lock of another call.
+            Thread(target=_refuse, args=(submissions, error), daemon=True).start()
+
+    def cancel(self, cancellation: Cancellation) -> None:
+        """As Channel.cancel. A job with followers goes on for them; one that follows another was never sent."""
+        known: dict[str, CancelOutcome] = {}
+        sent: dict[str, str] = {}
+        with self._lock:
+            for job_id in cancellation.job_ids:
+                if outcome := self._leave(job_id):
+                    known[job_id] = outcome
+                else:
+                    sent[job_id] = self._ended(job_id)
+        self._cancel(cancellation, known, sent)
+
+    def _leave(self, job_id: str) -> CancelOutcome | None:
+        """What a caller learns of a job that needs no cancelling; None if it is to be cancelled on the server."""
+        if flight := self._followed.get(job_id):
+            if flight.leader is None and len(flight.followers) == 1:
+                return None
+            del flight.followers[job_id], self._followed[job_id]
+            return "waiting"
+        if (flight := self._led.get(job_id)) and flight.followers and not flight.is_over(time.monotonic()):
+            flight.leader = None
+            self._watch(flight)
+            return "running"
+        return None
+
+    def _ended(self, job_id: str) -> str:
+        """The id under which the server knows the job; its flight is over."""
+        if flight := self._followed.get(job_id):
+            self._land(flight)
+            return flight.job_id
+        return job_id
+
+    def _cancel(self, cancellation: Cancellation, known: dict[str, CancelOutcome], sent: dict[str, str]) -> None:
+        def told(outcomes: Sequence[CancelOutcome] | MillstreamError) -> None:
+            if not isinstance(outcomes, MillstreamError):
+                found = known | dict(zip(sent, outcomes, strict=True))
+                outcomes = [found[job_id] for job_id in cancellation.job_ids]
+            cancellation.told(outcomes)
+
+        if not sent:
+            told([])
+            return
+        try:
+            self._channel.cancel(Cancellation(cancellation.service, list(sent.values()), told))
+        finally:
+            # If the client is being closed, too: nobody else tells the followers.
+            for job_id in sent:
+                if flight := self._led.get(job_id):
+                    self.land(flight, resend=True)
+
+    def refusal_of(self, job_id: str) -> MillstreamError | None:
+        """As Channel.refusal_of. A job that follows another one waits for what that one waits for."""
+        flight = self._followed.get(job_id)
+        return self._channel.refusal_of(flight.job_id if flight else job_id)
+
+    def forget(self, service: str, job_ids: Sequence[str]) -> None:
+        """As Channel.forget."""
+        self._channel.forget(service, job_ids)
+
+    # -- jobs whose caller left them to their followers --------------------------------------------------------
+
+    def _watch(self, flight: _Flight) -> None:
+        if flight.end is None:
+            return
+        self._left.add(flight)
+        # Without a thread the followers' own time ends their wait.
+        with suppress(RuntimeError):
+            if not self._watched:
+                Thread(target=self._watch_all, name="millstream-flights", daemon=True).start()
+                self._watched = True
+
+    def _watch_all(self) -> None:
+        """Thread: ends each flight whose leader left when the job's time is over, while there are any."""
+        while self._give_up_late():
+            time.sleep(WATCH_S)
+
+    def _give_up_late(self) -> bool:
+        """Give up jobs whose time is over; False if none is left to watch."""
+        with self._lock:
+            now = time.monotonic()
+            late = [flight for flight in self._left if flight.is_over(now)]
+            self._watched = len(late) < len(self._left)
+            watched = self._watched
+            for flight in late:
+                self._send(list(self._land(flight).values()))
+        with suppress(MillstreamError):
+            for flight in late:
+                self._channel.cancel(Cancellation(flight.service, [flight.job_id], lambda outcomes: None))
+        return watched
+
+
+def _refuse(submissions: Sequence[Submission], error: MillstreamError) -> None:
+    for submission in submissions:
+        submission.sink.refused(submission.job_ids, error)

@@ -1,0 +1,129 @@
+"""Thread: reads the replies of one service to this process, and hands each to whoever waits for it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+from millstream.broker.contract.errors import (
+    BrokerUnavailable,
+    DeadlineExceeded,
+    MillstreamError,
+    ModelFailed,
+    described,
+)
+from millstream.broker.queue.replies import Replies
+from millstream.broker.queue.submission import Sink, Submission
+from millstream.broker.queue.submitter import AWAY_PAUSE_S
+from millstream.broker.transport.connection import is_transient
+from millstream.client.channel.orders import client_closed
+
+log = logging.getLogger(__name__)
+
+READ_S = 2.0
+SWEEP_S = 10.0
+_NOBODY: tuple[Sink | None, float | None] = (None, None)
+
+
+class Reader(threading.Thread):
+    """Reads one service's replies while anybody waits for one; sleeps otherwise."""
+
+    def __init__(self, service: str, replies: Replies) -> None:
+        super().__init__(name=f"millstream-reader-{service}", daemon=True)
+        self.strays = 0
+        self._replies = replies
+        self._waiting: dict[str, tuple[Sink, float | None]] = {}
+        self._swept_at = time.monotonic()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._closed = False
+
+    @property
+    def awaited(self) -> int:
+        """Jobs whose answers have not been read."""
+        return len(self._waiting)
+
+    def expect(self, submission: Submission) -> None:
+        """Raises BrokerUnavailable once closed."""
+        with self._lock:
+            if self._closed:
+                raise client_closed()
+            asleep = not self._waiting
+            for draft in submission.group.drafts:
+                self._waiting[draft.id] = (submission.sink, draft.deadline)
+            if asleep:
+                self._changed.notify()
+
+    def forget(self, job_ids: Sequence[str]) -> None:
+        with self._lock:
+            for job_id in job_ids:
+                self._waiting.pop(job_id, None)
+
+    def close(self) -> None:
+        """Nobody reads any more: who waits is told."""
+        with self._lock:
+            self._closed = True
+            self._changed.notify()
+            waiting, self._waiting = self._waiting, {}
+        for job_id, (sink, _) in waiting.items():
+            # One of its own for each: a raised error keeps its caller's frames alive.
+            closed = BrokerUnavailable("this client was closed", hint="the job goes on without anybody waiting")
+            _refuse(sink, job_id, closed)
+
+    def run(self) -> None:
+        while self._wanted():
+            self._step()
+
+    def _step(self) -> None:
+        # A call of its own: what it held must not stay alive while nobody waits.
+        try:
+            answers = self._replies.read(READ_S)
+        except Exception as error:  # noqa: BLE001 - whatever happened, callers wait for what comes next
+            self._away(error)
+            return
+        with self._lock:
+            sinks = [self._waiting.pop(job_id, _NOBODY)[0] for job_id, _ in answers]
+        for sink, (job_id, reply) in zip(sinks, answers, strict=True):
+            if not sink:
+                self.strays += 1
+                continue
+            try:
+                sink.answered(job_id, reply)
+            except Exception as error:
+                # One caller's fault must not end the thread that serves all others.
+                log.exception("a reply could not be handed to its caller")
+                _refuse(sink, job_id, ModelFailed(f"its reply cannot be used: {described(error)}"))
+        self._sweep()
+
+    def _wanted(self) -> bool:
+        with self._lock:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            return not self._closed
+
+    def _sweep(self) -> None:
+        """End calls that their callers dropped, and that nobody answered in time."""
+        now = time.monotonic()
+        if now - self._swept_at < SWEEP_S:
+            return
+        self._swept_at = now
+        with self._lock:
+            over = [job for job, (_, end) in self._waiting.items() if end is not None and now > end + SWEEP_S]
+            sinks = [self._waiting.pop(job_id)[0] for job_id in over]
+        for job_id, sink in zip(over, sinks, strict=True):
+            _refuse(sink, job_id, DeadlineExceeded("no answer in time"))
+
+    def _away(self, error: Exception) -> None:
+        # A closed socket ends a read in many ways.
+        if not self._closed and not is_transient(error):
+            log.error("reading replies failed, trying again: %s", error)
+        with self._lock:
+            self._changed.wait_for(lambda: self._closed, AWAY_PAUSE_S)
+
+
+def _refuse(sink: Sink, job_id: str, error: MillstreamError) -> None:
+    try:
+        sink.refused([job_id], error)
+    except Exception:
+        log.exception("an error could not be handed to its caller")

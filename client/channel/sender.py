@@ -1,0 +1,200 @@
+"""Thread: carries what all threads of a process submit to the server, in few script calls and in order.
+
+Enqueueing is idempotent by job id, so it sends again through cut connections and restarts until the submission's time
+is over.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError
+from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, CancelOutcome, Streams
+from millstream.broker.queue.submission import Submission
+from millstream.broker.queue.submitter import Submitter
+from millstream.broker.transport.connection import Connection, translated
+from millstream.client.channel.baton import baton
+from millstream.client.channel.orders import Cancellation, client_closed
+
+log = logging.getLogger(__name__)
+
+LINGER_S = 0.002
+"""Seconds the sender waits at most for what callers send that are being woken: a script call for each costs more."""
+
+LINGER_FOR, LINGER_SHARE = 64, 3
+"""It waits for at most LINGER_FOR submissions, and at most 1/LINGER_SHARE of the jobs in flight: the others keep server
+and workers busy meanwhile."""
+
+
+class Sender(threading.Thread):
+    """Takes submissions in order, those of one service together, and carries them to the server."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        registry: Registry,
+        client_id: str,
+        forget: Callable[[str, Sequence[str]], None],
+        awaited: Callable[[], int],
+    ) -> None:
+        super().__init__(name="millstream-sender", daemon=True)
+        self._client_id = client_id
+        self._forget = forget
+        self._awaited = awaited
+        self._connection = connection
+        self._registry = registry
+        self._ready: deque[Submission | Cancellation] = deque()
+        self._client = connection.own()
+        self._services: dict[str, Streams] = {}
+        self._submitter = Submitter(lambda service: self._streams(service), connection.safe_url, self._refuse)
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._waits = False
+        self._closed = False
+        self._cancelling = 0
+
+    def put(self, orders: Sequence[Submission | Cancellation]) -> None:
+        """Raises BrokerUnavailable once closed."""
+        with self._lock:
+            if self._closed:
+                raise client_closed()
+            self._ready.extend(orders)
+            if orders and isinstance(orders[0], Cancellation):
+                self._cancelling += 1
+            if self._waits:
+                self._changed.notify()
+
+    def close(self) -> None:
+        """End the thread."""
+        with self._lock:
+            self._closed = True
+            self._changed.notify()
+
+    def flush(self, timeout: float) -> None:
+        """Wait until the server has heard of every cancellation, for at most `timeout` seconds."""
+        with self._lock:
+            self._changed.wait_for(lambda: not self._cancelling or self._closed, timeout)
+
+    def refusal_of(self, job_id: str) -> MillstreamError | None:
+        """Why a job waits here to be sent again; None if it does not."""
+        return self._submitter.refusal_of(job_id)
+
+    def run(self) -> None:
+        while not self._closed:
+            try:
+                self._step()
+            except Exception:
+                # It serves all calls of the process.
+                log.exception("sending failed, going on")
+        self._submitter.close(client_closed)
+        for order in self._ready:
+            if isinstance(order, Cancellation):
+                _tell(order, BrokerUnavailable("this client was closed", hint="its jobs go on"))
+            else:
+                self._refuse(order, client_closed())
+
+    def _step(self) -> None:
+        # A call of its own: what it held must not stay alive while the next step waits.
+        self._submitter.retry()
+        batch = self._gather(self._submitter.next_at)
+        if batch and isinstance(batch[0], Cancellation):
+            self._cancel(cast(list[Cancellation], batch))
+        elif batch:
+            self._submitter.submit(cast(list[Submission], batch))
+
+    def _streams(self, service: str) -> Streams:
+        if service not in self._services:
+            self._services[service] = Streams(self._client, self._registry.keys(service))
+        return self._services[service]
+
+    def _cancel(self, batch: Sequence[Cancellation]) -> None:
+        job_ids = [job_id for each in batch for job_id in each.job_ids]
+        # In order behind their submissions: those that the server does not have wait to be sent again.
+        unsent = self._submitter.withdraw(job_ids)
+        try:
+            with translated(self._connection.safe_url):
+                call = batch[0].call
+                found = self._streams(batch[0].service).cancel(job_ids, "" if call else self._client_id, call)
+        except Exception as error:  # noqa: BLE001 - every caller hears of it; the sender serves the next
+            for cancellation in batch:
+                _tell(cancellation, _ours(error))
+        else:
+            outcomes = dict(zip(job_ids, found, strict=True))
+            outcomes |= {job_id: "waiting" for job_id in unsent if outcomes[job_id] == "gone"}
+            for cancellation in batch:
+                _tell(cancellation, [outcomes[job_id] for job_id in cancellation.job_ids])
+        with self._lock:
+            self._cancelling -= len(batch)
+            self._changed.notify_all()
+
+    def _gather(self, next_at: float | None) -> list[Submission | Cancellation]:
+        """What is ready for one script call: submissions of one service, or cancellations; nothing at `next_at`."""
+        with self._lock:
+            while not self._closed and not self._ready:
+                left_s = None if next_at is None else next_at - time.monotonic()
+                if left_s is not None and left_s <= 0:
+                    return []
+                self._waits = True
+                self._changed.wait(left_s)
+                self._waits = False
+            if not self._closed:
+                self._linger()
+            if self._closed:
+                return []
+            first = self._ready.popleft()
+            batch = [first]
+            if not self._ready:
+                return batch
+            jobs, size = first.jobs, first.size
+            while self._ready and _alike(after := self._ready[0], first):
+                jobs, size = jobs + after.jobs, size + after.size
+                if jobs > MAX_JOBS_PER_CALL or size > MAX_BYTES_PER_CALL:
+                    break
+                batch.append(after)
+                self._ready.popleft()
+            return batch
+
+    def _linger(self) -> None:
+        """More is on its way here, from callers that have their answers."""
+        due = baton.due
+        missing = min(LINGER_FOR, (due + self._awaited()) // LINGER_SHARE) - len(self._ready)
+        if not due or missing <= 0:
+            return
+        self._lock.release()
+        try:
+            baton.after(missing, LINGER_S)
+        finally:
+            self._lock.acquire()
+
+    def _refuse(self, submission: Submission, error: MillstreamError) -> None:
+        self._forget(submission.service, submission.job_ids)
+        try:
+            submission.sink.refused(submission.job_ids, error)
+        except Exception:
+            # One caller's fault must not end the thread that serves all others.
+            log.exception("a refusal could not be handed to its caller")
+
+
+def _tell(cancellation: Cancellation, outcomes: Sequence[CancelOutcome] | MillstreamError) -> None:
+    try:
+        cancellation.told(outcomes)
+    except Exception:
+        log.exception("the outcome of a cancellation could not be handed to its caller")
+
+
+def _alike(one: Submission | Cancellation, other: Submission | Cancellation) -> bool:
+    if isinstance(one, Cancellation) and isinstance(other, Cancellation) and one.call != other.call:
+        return False
+    return type(one) is type(other) and one.service == other.service
+
+
+def _ours(error: Exception) -> MillstreamError:
+    if isinstance(error, MillstreamError):
+        return error
+    return BrokerUnavailable(f"cancel failed: {type(error).__name__}: {error}")

@@ -1,0 +1,206 @@
+"""The main loop: take a micro-batch, run it, hand back its outcomes. Owns the device; runs in the main thread."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import numpy as np
+
+from millstream.broker.contract.codec import encode_value
+from millstream.broker.contract.errors import MillstreamError, ModelFailed, described
+from millstream.broker.contract.job import Json, Reply, Vectors
+from millstream.worker.intake.intake import expired
+from millstream.worker.intake.settler import Finished
+from millstream.worker.life import Ended
+from millstream.worker.models.base import NOT_FINITE, Model, Prepared, packs
+from millstream.worker.scheduling.held import Held, Outcome, Rows
+from millstream.worker.scheduling.memory import Fit, is_exhaustion
+from millstream.worker.shared import Shared
+from millstream.worker.supervision.progress import Stage
+
+log = logging.getLogger(__name__)
+
+Jobs = dict[str, Held]
+"""By name."""
+
+
+class Runner:
+    """Runs the window's rows until it is closed and empty."""
+
+    def __init__(self, shared: Shared, model: Model, finish: Callable[[Finished], None]) -> None:
+        self._window = shared.window
+        self._clock = shared.clock
+        self._counters = shared.counters
+        self._model = model
+        self._track = shared.page.runner
+        self._threads = shared.threads
+        self._finish = finish
+
+    def run(self) -> None:
+        while batch := self._window.take():
+            # First: it may take a while, and nothing that is late by it may start.
+            self._threads.adapt(idle=not self._window.waiting)
+            batch, jobs = self._in_time(batch)
+            outcomes = self._forward(batch, jobs) if batch else []
+            for held in self._window.complete(batch, outcomes):
+                self._finish(Finished(held.claim.address, held.reply(), digests=held.digests))
+            # Only now: to make a reply of large results may be what ends the process.
+            self._track.stop()
+
+    def _in_time(self, batch: Rows) -> tuple[Rows, Jobs]:
+        """The rows that may still start, and their jobs; the callers of the others are told.
+
+        The last check before the model. Rows whose job was dropped meanwhile go, too.
+        """
+        now = self._clock.now()
+        found = self._window.jobs_of(batch)
+        jobs = {held.name: held for held in found if held}
+        missed = [name for name, held in jobs.items() if _missed(held, now)]
+        if not missed and None not in found:
+            return batch, jobs
+        for held in self._window.end(missed):
+            self._finish(Finished(held.claim.address, Reply(error=expired(held.job, _missed(held, now), now))))
+        in_time = {name: held for name, held in jobs.items() if name not in missed}
+        return [row for row, held in zip(batch, found, strict=True) if held and held.name in in_time], in_time
+
+    def _forward(self, batch: Rows, jobs: Jobs) -> list[Outcome]:
+        now, start = self._clock.now(), time.monotonic()
+        for held in jobs.values():
+            held.started_at = held.started_at or now
+            held.running_since = start
+        self._track.start(jobs, Stage.RUN)
+        once, places = _once(batch, jobs)
+        outcomes = run_rows(self._model, [row.payload for row in once], self._track.lap, self._too_large)
+        self._account(once, outcomes, jobs, time.monotonic() - start)
+        return [outcomes[place] for place in places]
+
+    def _too_large(self, most: int) -> None:
+        """Begin the next batch with what fitted into this one's memory."""
+        if self._window.cost.cap(most):
+            log.warning("out of memory: batches hold at most %d tokens from now on, padding included", most)
+
+    def _account(self, batch: Rows, outcomes: list[Outcome], jobs: Jobs, seconds: float) -> None:
+        tokens, computed = sum(row.tokens for row in batch), self._window.budget.computed(batch)
+        count = self._counters
+        count.forwards += 1
+        count.cuts[self._window.cut] += 1
+        count.rows += len(batch)
+        count.tokens += tokens
+        count.padded += computed
+        count.errors += sum(1 for outcome in outcomes if isinstance(outcome, MillstreamError))
+        count.busy_ms += round(seconds * 1000)
+        self._window.cost.observe(computed, seconds)
+        for held in jobs.values():
+            held.running_since = None
+            held.inference_ms += seconds * 1000
+
+
+def _once(batch: Rows, jobs: Jobs) -> tuple[Rows, Sequence[int]]:
+    """The rows to run, and each row's place among them: those whose answer is kept under one name run once."""
+    if not any(held.digests for held in jobs.values()):
+        return batch, range(len(batch))
+    once: Rows = []
+    places: list[int] = []
+    first: dict[str, int] = {}
+    for row in batch:
+        digests = jobs[row.owner].digests
+        name = digests[row.index] if digests else ""
+        place = first.setdefault(name, len(once)) if name else len(once)
+        if place == len(once):
+            once.append(row)
+        places.append(place)
+    return once, places
+
+
+def _missed(held: Held, now: int) -> str:
+    """The phase that is over at `now`; queue time ends with the job's first forward."""
+    phase = held.job.missed(now)
+    return "" if phase == "queue" and held.started_at else phase
+
+
+def run_rows(
+    model: Model,
+    rows: Sequence[Prepared],
+    lap: Callable[[], None] = lambda: None,
+    too_large: Callable[[int], None] = lambda most: None,
+) -> list[Outcome]:
+    """One outcome a row. Where a forward fails its rows are halved until the guilty one stands alone.
+
+    `lap` is called between two forwards: each has the whole stall timeout. `too_large` is told how many tokens, padding
+    included, fit into memory, where a forward failed for having more of them.
+    """
+    fit = Fit(packs(model))
+    outcomes = _run(model, rows, lap, fit)
+    if fit.most is not None:
+        too_large(fit.most)
+    return outcomes
+
+
+def _run(model: Model, rows: Sequence[Prepared], lap: Callable[[], None], fit: Fit) -> list[Outcome]:
+    exhausted, failure = True, None
+    if not fit.rules_out(rows):
+        try:
+            outcomes = _checked(model.forward(rows), len(rows))
+            fit.fitted(rows)
+            return outcomes
+        except Ended:
+            raise
+        except BaseException as error:  # noqa: BLE001 - a user's sys.exit or a panic ends neither neighbours nor worker
+            exhausted, failure = is_exhaustion(error), _failure(error)
+    # Only now: an error that is being handled keeps alive what its forward had allocated.
+    if failure and len(rows) == 1:
+        fit.alone += exhausted
+        return [failure]
+    alone, half, outcomes = fit.alone, len(rows) // 2, []
+    for part in (rows[:half], rows[half:]):
+        lap()
+        outcomes += _run(model, part, lap, fit)
+    if exhausted and fit.alone == alone:
+        fit.exceeded(rows)
+    return outcomes
+
+
+def _failure(error: BaseException) -> MillstreamError:
+    log.debug("a forward failed", exc_info=error)
+    if isinstance(error, MillstreamError):
+        return error.with_traceback(None)
+    return ModelFailed(described(error))
+
+
+def _checked(results: Vectors | list[Json] | list[Outcome], count: int) -> list[Outcome]:
+    if len(results) != count:
+        raise ModelFailed(f"the model gave {len(results)} results for {count} rows")
+    # All at once where all are sound, as they nearly always are.
+    if isinstance(results, np.ndarray) and np.isfinite(results).all():
+        return list(results)
+    if {str}.issuperset(map(type, results)) and _is_unicode(cast(list[str], results)):
+        return list(results)
+    return [_checked_row(result) for result in results]
+
+
+def _is_unicode(texts: Sequence[str]) -> bool:
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _checked_row(result: Outcome) -> Outcome:
+    if isinstance(result, MillstreamError):
+        return result
+    if isinstance(result, np.ndarray):
+        return result if np.isfinite(result).all() else ModelFailed(NOT_FINITE)
+    if isinstance(result, float):
+        return result if math.isfinite(result) else ModelFailed(NOT_FINITE)
+    try:
+        encode_value(result)
+    except Ended:
+        raise
+    except BaseException as error:  # noqa: BLE001 - what a model answers may have code of its own
+        return ModelFailed(f"the model answered what JSON cannot carry: {described(error)}")
+    return result

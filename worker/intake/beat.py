@@ -1,0 +1,77 @@
+"""Thread: once a second says that this process lives, extends its lease, and hears what it lost."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from millstream.broker.queue.lease import Beat, Lease
+from millstream.broker.transport.connection import is_transient
+from millstream.worker.shared import Shared
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 1.0
+
+
+class Watch(NamedTuple):
+    """Callbacks of a beat: `status` is asked at each one, `heard` gets the server's answer.
+
+    `emptied` is called if the server has lost the service's streams, `stuck` says whether the runner is.
+    """
+
+    status: Callable[[], Mapping[str, str | int]]
+    heard: Callable[[Beat], None]
+    emptied: Callable[[], object]
+    stuck: Callable[[], bool]
+
+
+class Heart(threading.Thread):
+    """Beats until `stop`."""
+
+    def __init__(self, shared: Shared, lease: Lease, watch: Watch) -> None:
+        super().__init__(name="beat", daemon=True)
+        self._consumer = shared.consumer
+        self._lease = lease
+        self._watch = watch
+        self._held = shared.window.names
+        self._life = shared.life
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def run(self) -> None:
+        with self._life.guard():
+            while not self._stopped.wait(EVERY_S):
+                self.beat()
+
+    def beat(self) -> None:
+        """One beat, and a reclaim pass where one is due. A server that is away is tried again at the next beat.
+
+        A process whose runner is stuck stops beating: its jobs are not its own for longer than its lease.
+        """
+        if self._watch.stuck():
+            return
+        try:
+            beat = self._lease.beat(self._consumer, self._watch.status(), self._held())
+            self._watch.heard(beat)
+            if beat.reclaim_due and (returned := self._lease.reclaim()):
+                log.warning("%d jobs of lost workers were given back to the queue", returned)
+        except Exception as error:
+            if not is_transient(error) and "NOGROUP" not in str(error):
+                raise
+            log.debug("beat: %s", error)
+            if "NOGROUP" in str(error):
+                self._repair()
+
+    def _repair(self) -> None:
+        """See that the service is registered. The claimer makes groups again, but not while its window is full."""
+        try:
+            self._watch.emptied()
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            log.debug("beat: %s", error)

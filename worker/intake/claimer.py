@@ -1,0 +1,325 @@
+"""Thread: claims jobs, prepares their rows, keeps the window filled while the model is busy."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from millstream.broker.contract.job import PRIORITIES, Claim, Priority
+from millstream.broker.queue.lease import Lease
+from millstream.broker.queue.streams import Claimed, Limit, Streams
+from millstream.broker.transport.connection import is_transient
+from millstream.worker.intake.intake import Intake, cancelled
+from millstream.worker.intake.settler import Finished
+from millstream.worker.scheduling import claim_policy
+from millstream.worker.scheduling.claim_policy import State, next_step
+from millstream.worker.scheduling.patience import Patience
+from millstream.worker.scheduling.shares import CLASSES, Shares
+from millstream.worker.shared import Shared
+
+log = logging.getLogger(__name__)
+
+MOST_WAITS = 5
+"""Times SLEEP_S that suspects wait, while no forward runs, for answers to be settled."""
+
+SLEEP_S = 1.0
+"""Seconds of one wait in Redis: also how late jobs that were given back are seen by an idle worker."""
+
+LEAST_WAIT_S = 0.002
+"""Seconds of the shortest wait for company."""
+
+PAUSED_S = 0.25
+"""Seconds between two claims from a paused service."""
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """The claimer's way to its service: on the connection of `streams`, its own, it also sleeps until a job comes."""
+
+    streams: Streams
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """When to wait for company, how long at most by priority (seconds), and who comes before whom.
+
+    `supervised`: somebody knows what was in work if this process dies, and what only waited.
+    """
+
+    patience: Patience
+    batch_timeouts: dict[Priority, float]
+    shares: Shares
+    supervised: bool = False
+
+
+class Claimer(threading.Thread):
+    """Claims until the process drains, then closes the window. `live_workers` is what the last beat heard.
+
+    What to do next is decided by claim_policy.py.
+    """
+
+    def __init__(
+        self,
+        shared: Shared,
+        queue: Queue,
+        intake: Intake,
+        policy: Policy,
+        finish: Callable[[Finished], None],
+    ) -> None:
+        super().__init__(name="claimer", daemon=True)
+        self._consumer = shared.consumer
+        self._window = shared.window
+        self._clock = shared.clock
+        self._life = shared.life
+        self._queue = queue
+        self._intake = intake
+        self._patience = policy.patience
+        self._batch_timeouts = policy.batch_timeouts
+        self._shares = policy.shares
+        self._supervised = policy.supervised
+        self._sought_at = -math.inf
+        self._finish = finish
+        self._in_hand_s = 0.0
+        self._look = claim_policy.FIRST
+        self._last_job = (1, 1)
+        self._pause_s = 0.0
+        self._gathered: list[str] = []
+        self.live_workers = 1
+
+    @property
+    def paused(self) -> bool:
+        """Whether the last claim was given nothing because the service is paused."""
+        return self._look.paused
+
+    def run(self) -> None:
+        with self._life.guard():
+            while not self._life.draining:
+                self._step()
+        self._window.close()
+
+    def _step(self) -> None:
+        try:
+            self._recover()
+            self._do(next_step(self._state()))
+        except Exception as error:
+            self._window.forget(self._gathered)
+            self._gathered.clear()
+            self._look = claim_policy.FIRST
+            if "NOGROUP" in str(error):
+                # FLUSHALL or a lost stream: start over from the first entry, skipping nothing.
+                self._queue.streams.create_groups()
+            elif is_transient(error):
+                self._away(error)
+            else:
+                raise
+
+    def _away(self, error: Exception) -> None:
+        if not self._pause_s:
+            log.warning("the server is away, claiming goes on when it is back: %s", error)
+        self._pause_s = min(_LONGEST_PAUSE_S, max(_FIRST_PAUSE_S, 2 * self._pause_s))
+        self._life.pause(self._pause_s)
+
+    def _recover(self) -> None:
+        """After a fault: give back what a cut-off reply may have left on our name without our knowing."""
+        if self._pause_s:
+            self._queue.streams.create_groups()
+            lost = self._queue.lease.release(self._consumer, keep=self._window.names())
+            log.warning("the server is back; %d claimed jobs whose delivery was cut off are given back", lost)
+            self._pause_s = 0.0
+
+    def _state(self) -> State:
+        window, look = self._window, self._look
+        # Takes first: one that comes in between is then seen as one that came after.
+        takes, room = window.takes, self._room()
+        # What only a full window and suspects ask for is not looked at for every job.
+        is_full = room is None or look.blocked or look.suspects
+        return State(
+            look,
+            room=room,
+            urgent_room=window.urgent_room() if is_full else None,
+            waiting=window.waiting,
+            empty_handed=window.empty,
+            takes=takes,
+            forward_left_s=window.forward_left_s,
+            saved=[0 if window.waiting_of(each) else rows for each, rows in self._saved()] if is_full else (0, 0),
+            batch_rows=window.budget.rows,
+            less_urgent=bool(is_full) and any(map(window.waiting_of, CLASSES)),
+            suspect_room=self._suspect_room() if look.suspects else None,
+        )
+
+    def _suspect_room(self) -> Limit | None:
+        """Not soon after it was used in vain: what was reported may be a large job, which waits until this is free."""
+        if not self._supervised or time.monotonic() - self._sought_at < SLEEP_S:
+            return None
+        room = self._window.suspect_room(self._look.suspects, self.live_workers)
+        return room and room._replace(max_attempts=self._intake.max_attempts, job=self._last_job)
+
+    def _room(self) -> Limit | None:
+        return self._window.room(self.live_workers, self._intake.max_attempts, self._last_job)
+
+    def _do(self, step: claim_policy.Step) -> None:
+        match step:
+            case claim_policy.Claim(limit):
+                self._fill(limit)
+            case claim_policy.Overtake(limit):
+                self._hold(self._claim(limit).claims)
+            case claim_policy.SleepInRedis(limit):
+                self._sleep(limit)
+            case claim_policy.WaitForTake(seconds):
+                if not self._window.wait_for_take(seconds):
+                    self._look = self._look._replace(waited=True)
+            case claim_policy.WaitUntilEmpty():
+                self._window.wait_until_empty(SLEEP_S)
+            case claim_policy.RunSuspects(limit):
+                self._run_suspects(limit)
+            case claim_policy.Pause():
+                self._life.pause(PAUSED_S)
+                self._look = self._look._replace(waited=True)
+
+    def _fill(self, limit: Limit) -> None:
+        claims = self._claim(limit).claims
+        if self._look.alone:
+            # No job may join suspects.
+            self._hold(claims)
+        elif claims:
+            self._hold(self._with_company(claims, limit))
+
+    def _run_suspects(self, limit: Limit) -> None:
+        """Group after group, each alone and settled before the next; and what is more urgent instead, if it came."""
+        suspects, found = self._look.suspects, False
+        with self._window.set_aside():
+            while self._rests():
+                self._hold(self._claim(limit).claims)
+                if not self._look.alone:
+                    break
+                found = True
+                # Their share paid for the first group alone.
+                limit = limit._replace(streams=max(limit.streams, suspects - 1))
+        self._sought_at = -math.inf if found else time.monotonic()
+        if not found:
+            self._look = self._look._replace(suspects=self._look.suspects or suspects)
+
+    def _rests(self) -> bool:
+        """Wait until nothing that is held is in a stage; False if the process drains, or answers cannot be settled."""
+        waits = 0
+        while not self._life.draining and waits < MOST_WAITS:
+            if self._window.wait_until_at_rest(SLEEP_S):
+                return True
+            waits += not self._window.running
+        return False
+
+    def _sleep(self, limit: Limit) -> None:
+        """Sleep in Redis until a job comes and hold it with what came with it."""
+        takes = self._window.takes
+        claimed = self._queue.streams.wait(self._consumer, SLEEP_S, self._saving(limit))
+        self._note(claimed)
+        self._look = self._look.then(claimed, limit, takes, asleep=True)
+        # It may have waited for us: a process can be frozen, and sleeps here most of its time.
+        if not self._clock.heard_late(claimed.now):
+            self._clock.heard(self._queue.lease.now())
+        if claimed.claims and claimed.paused:
+            self._hand_back()
+        elif claimed.claims:
+            self._hold(self._with_company(claimed.claims, limit))
+
+    def _hand_back(self) -> None:
+        """The service was paused while these were on their way here: they wait again, and nothing is counted."""
+        self._queue.lease.release(self._consumer, only=self._gathered)
+        self._window.forget(self._gathered)
+        self._gathered.clear()
+
+    def _claim_more(self, limit: Limit) -> list[Claim]:
+        """Claim on top of what was gathered and is not in the window yet."""
+        room = self._room()
+        if room is None:
+            return []
+        before = self._look
+        claims = self._claim(room._replace(streams=limit.streams, returned=limit.returned)).claims
+        self._look = self._look._replace(takes=before.takes, found=True, asleep=before.asleep)
+        return claims
+
+    def _claim(self, limit: Limit) -> Claimed:
+        takes = self._window.takes
+        claimed = self._queue.streams.claim(self._consumer, self._saving(limit))
+        self._clock.heard(claimed.now)
+        self._note(claimed)
+        self._look = self._look.then(claimed, limit, takes)
+        return claimed
+
+    def _note(self, claimed: Claimed) -> None:
+        in_hand = map(self._window.waiting_of, PRIORITIES)
+        self._shares.served(claimed.claims, [sum(each) for each in zip(claimed.waiting, in_hand, strict=True)])
+        self._gather(claimed.claims)
+        if claimed.claims and (job := claimed.claims[-1].job):
+            self._last_job = (job.rows, job.tokens)
+
+    def _saved(self) -> list[tuple[Priority, int]]:
+        return list(zip(CLASSES, self._shares.saved(), strict=True))
+
+    def _saving(self, limit: Limit) -> Limit:
+        """`limit` with the rows each class may be claimed out of its share, which what is in hand spends first."""
+        if not any(self._shares.saved()):
+            return limit
+        normal, batch = (self._spend_share(*each) for each in self._saved())
+        return limit._replace(saved=(normal, batch))
+
+    def _spend_share(self, priority: Priority, saved: int) -> int:
+        if not self._window.waiting_of(priority):
+            return saved
+        self._shares.spent(priority, self._window.spend_share(priority, saved))
+        return 0
+
+    def _gather(self, claims: Sequence[Claim]) -> None:
+        """Hold these entries in name until their rows are in the window, so that no beat takes them for strangers."""
+        names = [claim.address.name for claim in claims]
+        self._window.keep(names)
+        self._gathered += names
+
+    def _with_company(self, gathered: list[Claim], limit: Limit) -> list[Claim]:
+        """While the model is idle and more is likely, wait for more; at most batch_timeout from the first job."""
+        self._observe(len(gathered))
+        # The least patient of them decides for all.
+        self._patience.batch_timeout_s = min(self._batch_timeouts[claim.address.priority] for claim in gathered)
+        first = last = time.monotonic()
+        while self._window.idle and sum(_rows(claim) for claim in gathered) < self._window.budget.rows:
+            since = time.monotonic()
+            wait_s = self._patience.wait_s(since - first, since - last)
+            # What company saves is a forward: one that is over sooner than the shortest wait is not worth any.
+            if not wait_s or self._window.cost.smallest_s < LEAST_WAIT_S or self._life.draining:
+                break
+            # Not a blocking read: an idle server ends one up to 100 ms late (its timer runs 10 times a second).
+            self._life.pause(max(LEAST_WAIT_S, wait_s / 4))
+            more = self._claim_more(limit)
+            self._patience.observe(len(more), time.monotonic() - since)
+            gathered += more
+            last = time.monotonic() if more else last
+        if last == first and time.monotonic() - first > LEAST_WAIT_S:
+            self._patience.waited_in_vain()
+        return gathered
+
+    def _observe(self, arrived: int) -> None:
+        """Tell patience what came while others were in hand; the first job after idleness came to nobody's company."""
+        in_hand_s = self._window.in_hand_s()
+        alone = self._window.idle
+        self._patience.observe(arrived - alone, in_hand_s - self._in_hand_s)
+        self._in_hand_s = in_hand_s
+
+    def _hold(self, claims: list[Claim]) -> None:
+        held, finished = self._intake.admit(claims, self._clock.now())
+        for each in finished:
+            self._finish(each)
+        for unwanted in self._window.hold(held):
+            self._finish(cancelled(unwanted))
+        self._intake.handed_on()
+        self._gathered.clear()
+
+
+def _rows(claim: Claim) -> int:
+    return claim.job.rows if claim.job else 1

@@ -1,0 +1,61 @@
+"""Keeps what this worker computed for callers that ask again, where its service has a cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+
+from millstream.broker.contract.job import Json
+from millstream.broker.queue.cache import Cache, Cached, Recipe, encode
+from millstream.worker.intake.settler import Finished
+
+log = logging.getLogger(__name__)
+
+
+class Keeper:
+    """Names rows in the claimer's thread and writes their answers in the settler's. `ttl_s` None: does neither."""
+
+    def __init__(self, cache: Cache, recipe: Recipe) -> None:
+        self._cache = cache
+        self._recipe = recipe
+        self.ttl_s: float | None = None
+
+    def digests(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> Sequence[str]:
+        """Under which name each row's answer is to be kept: "" for what is no text; nothing where none is kept."""
+        if self.ttl_s is None:
+            return ()
+        names = iter(self._recipe.digests((text for text in inputs if isinstance(text, str)), options))
+        return [next(names) if isinstance(text, str) else "" for text in inputs]
+
+    def encoded(self, finished: Finished) -> list[tuple[str, bytes]]:
+        """The answers of the job's rows without an error, by their names; nothing where none is kept."""
+        return list(_answers(finished)) if self.ttl_s is not None and finished.digests else []
+
+    def write(self, answers: Sequence[tuple[str, bytes]]) -> None:
+        """Keep these. A fault costs the answers' being kept, and nothing else."""
+        if self.ttl_s is None or not answers:
+            return
+        before = self._cache.faults
+        self._cache.keep(answers, self.ttl_s)
+        if self._cache.faults and not before:
+            log.warning("answers cannot be kept in the cache: %s", self._cache.fault)
+
+
+def _answers(finished: Finished) -> Iterator[tuple[str, bytes]]:
+    reply = finished.reply
+    if reply.error is not None:
+        return
+    results: Iterator[object] = iter(reply.vectors if reply.vectors is not None else reply.values or [])
+    for at, digest in enumerate(finished.digests):
+        if at in reply.errors:
+            continue
+        cached = Cached(next(results), at in reply.truncated)  # type: ignore[arg-type]
+        if digest and (kept := _encoded(cached)) is not None:
+            yield digest, kept
+
+
+def _encoded(cached: Cached) -> bytes | None:
+    try:
+        return encode(cached)
+    except BaseException:  # noqa: BLE001 - a result may have code of its own, and its neighbours must live
+        return None

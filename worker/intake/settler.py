@@ -1,0 +1,134 @@
+"""Thread: encodes answers and settles them, many jobs a round trip. Keeps them through a server's absence."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from millstream.broker.contract.codec import encode_reply, origin_of
+from millstream.broker.contract.errors import ModelFailed
+from millstream.broker.contract.job import Address, Reply
+from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Settlement, Streams
+from millstream.broker.transport.connection import retrying
+from millstream.worker.shared import Shared
+from millstream.worker.supervision.progress import Stage
+
+log = logging.getLogger(__name__)
+
+
+class Finished(NamedTuple):
+    """A job's answer, on its way out; `bury` is the reason where it goes to the dead letters.
+
+    `digests` has a name for each row, under which its answer is kept; none where it is not to be.
+    """
+
+    address: Address
+    reply: Reply
+    bury: str = ""
+    digests: Sequence[str] = ()
+
+
+class Keeper(Protocol):
+    """Keeps answers for callers that ask again."""
+
+    def encoded(self, finished: Finished) -> list[tuple[str, bytes]]:
+        """The answers of one job that are to be kept, by their names."""
+
+    def write(self, answers: Sequence[tuple[str, bytes]]) -> None:
+        """Keep these; may wait for the server."""
+
+
+class Settler(threading.Thread):
+    """Writes what is `put`, until `finish`; nothing put is dropped while the process lives."""
+
+    def __init__(
+        self,
+        shared: Shared,
+        streams: Streams,
+        keeper: Keeper | None = None,
+        fingerprint: str = "",
+    ) -> None:
+        super().__init__(name="settler", daemon=True)
+        self._origin = origin_of(fingerprint)
+        self._streams = streams
+        self._keeper = keeper
+        self._window = shared.window
+        self._counters = shared.counters
+        self._life = shared.life
+        self._track = shared.page.settler
+        self._queue: queue.SimpleQueue[Finished | None] = queue.SimpleQueue()
+        self._left: list[Finished] = []
+        self._ended = False
+
+    def put(self, finished: Finished) -> None:
+        self._queue.put(finished)
+
+    def finish(self) -> None:
+        """Settle what was put so far, then end."""
+        self._queue.put(None)
+
+    def run(self) -> None:
+        with self._life.guard():
+            while ready := self._next():
+                self._settle(ready)
+
+    def _next(self) -> list[Finished]:
+        """What the last call had no room for and what else is put, waiting for the first; nothing after `finish`."""
+        ready, self._left = self._left, []
+        while not self._ended and len(ready) < MAX_JOBS_PER_CALL and not (ready and self._queue.empty()):
+            finished = self._queue.get()
+            if finished is None:
+                self._ended = True
+            else:
+                ready.append(finished)
+        return ready
+
+    def _settle(self, ready: list[Finished]) -> None:
+        batch, answers = self._encode(ready)
+        self._left = ready[len(batch) :]
+        # First: whoever has this answer and asks again finds it.
+        if self._keeper:
+            self._keeper.write(answers)
+        self._write(batch)
+
+    def _encode(self, ready: Sequence[Finished]) -> tuple[list[Settlement], list[tuple[str, bytes]]]:
+        """As many of these as go into one call, and the answers to keep.
+
+        The stage ends before anything is written: that may wait for the server.
+        """
+        self._track.start([each.address.name for each in ready], Stage.SETTLE)
+        batch: list[Settlement] = []
+        answers: list[tuple[str, bytes]] = []
+        size = 0
+        for place, finished in enumerate(ready, 1):
+            if size >= MAX_BYTES_PER_CALL:
+                break
+            self._track.point(place)
+            batch.append(_encoded(finished, self._origin))
+            size += len(batch[-1].reply)
+            answers += self._keeper.encoded(finished) if self._keeper else ()
+        self._track.stop()
+        return batch, answers
+
+    def _write(self, batch: list[Settlement]) -> None:
+        # Settling again what was settled changes nothing, so a cut connection is simply tried again.
+        outcomes = retrying(lambda: self._streams.settle(batch), until=None, stop=None)
+        for settlement, outcome in zip(batch, outcomes, strict=True):
+            if outcome == "late":
+                self._counters.late += 1
+            elif outcome == "unwritable":
+                log.error("job %s: its reply could not be written; it is among the dead letters", settlement.address)
+            else:
+                self._counters.jobs += 1
+        self._window.forget([settlement.address.name for settlement in batch])
+
+
+def _encoded(finished: Finished, origin: str) -> Settlement:
+    try:
+        reply = encode_reply(finished.reply, origin)
+    except BaseException as error:  # noqa: BLE001 - a result may have code of its own, and its neighbours must live
+        reply = encode_reply(Reply(error=ModelFailed(f"the answer cannot be sent: {type(error).__name__}")))
+    return Settlement(finished.address, reply, finished.bury)

@@ -1,0 +1,56 @@
+"""A fixed text's answer, by which two workers of one fingerprint know that they run the same numbers.
+
+A fingerprint names what the files hold. It does not tell of a library that loads them another way, of random weights in
+their place, or of a device that computes wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import numpy as np
+
+from millstream.broker.contract.answer import Answer
+from millstream.broker.contract.errors import MillstreamError, ModelUnavailable, described
+from millstream.broker.contract.job import Json
+from millstream.worker.models.base import Model
+
+_TEXTS: Mapping[str, Sequence[Json]] = {
+    "embed": ("The mill turns in the stream, 24 hours a day: who grinds the corn?",),
+    "rerank": ("The miller grinds the corn.", "A stream turns the mill.", "Rain, snow and 12 winds."),
+}
+
+_OPTIONS: Mapping[str, Mapping[str, Json]] = {
+    "embed": {"truncate": "end"},
+    "rerank": {"query": "corn", "truncate": "end", "scores": "raw"},
+}
+
+
+def answer_of(model: Model) -> Answer:
+    """The answer of `model` to a few fixed texts, as places and numbers. Raises ModelUnavailable if it is no number."""
+    rows = model.prepare(list(_TEXTS[model.op]), _OPTIONS[model.op])
+    for row in rows:
+        if isinstance(row, MillstreamError):
+            raise ModelUnavailable(f"the model refuses a plain text: {row}")
+    try:
+        results = model.forward(rows)  # type: ignore[arg-type]
+    except Exception as error:
+        raise ModelUnavailable(f"the model fails on a plain text: {described(error)}") from error
+    return _flat(results)
+
+
+def _flat(results: object) -> Answer:
+    first = cast(Sequence[object], results)[0]
+    if isinstance(first, MillstreamError):
+        raise ModelUnavailable(f"the model fails on a plain text: {first}")
+    if isinstance(first, Mapping):
+        places, numbers = np.asarray(first["indices"], dtype=np.int64), np.asarray(first["values"], dtype=np.float64)
+    else:
+        numbers = np.asarray(results, dtype=np.float64).ravel()
+        places = np.arange(len(numbers))
+    if not np.isfinite(numbers).all():
+        raise ModelUnavailable(
+            "the model answers NaN or infinity to a plain text", hint="check its weights; try dtype: float32"
+        )
+    return dict(zip(places.tolist(), numbers.tolist(), strict=True))

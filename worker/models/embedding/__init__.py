@@ -1,0 +1,1 @@
+"""Vectors of texts. `tokens.py` makes rows, `encoder.py` runs them, `embedding.py` answers jobs. Start there."""

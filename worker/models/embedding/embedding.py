@@ -1,0 +1,95 @@
+"""Sentence-transformers embedding models, dense and sparse: one forward a micro-batch, whatever its rows ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
+
+import numpy as np
+from sentence_transformers import SparseEncoder
+
+from millstream.broker.config.load import ModelSpec
+from millstream.broker.contract.embedding import shaped
+from millstream.broker.contract.errors import InvalidRequest, MillstreamError, ModelFailed
+from millstream.broker.contract.job import Json, Vectors
+from millstream.worker.models.base import NO_OPTIONS, NOT_FINITE, Prepared, Result, Upcoming
+from millstream.worker.models.embedding.encoder import Encoder, Text, Wish
+
+
+class EmbeddingModel:
+    """One embedding model on one device.
+
+    `prepare` and `forward` give what the model's own `encode`, `encode_query` or `encode_document` gives for the text
+    alone. A model whose settings say SparseEncoder answers {"indices": [...], "values": [...]}, by rising index.
+    """
+
+    op = "embed"
+    sample_options = NO_OPTIONS
+
+    def __init__(self, spec: ModelSpec, device: str | None, threads: int, truncate: str = "none") -> None:
+        self._encoder = Encoder(spec, device, threads, truncate)
+        model = self._encoder.model
+        self.packs = self._encoder.packs
+        self.limit = self._encoder.limit
+        self.device_type, self.backend = self._encoder.device_type, spec.backend
+        self._sparse = isinstance(model, SparseEncoder)
+        self._dimension = int(model.get_embedding_dimension() or 0)
+        self._gives_units = type(list(model.modules())[-1]).__name__ == "Normalize" and not self._encoder.own_cut
+        self._most_active = getattr(model, "max_active_dims", None)
+        # The library learns how long a sparse vector is from the first one it makes.
+        self.fingerprint = self._encoder.fingerprint("sparse" if self._sparse else str(self._dimension))
+
+    def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
+        try:
+            wish = self._encoder.wish(options)
+            self._check(wish)
+        except InvalidRequest as error:
+            return [error] * len(inputs)
+        return self._encoder.prepare(inputs, wish)
+
+    def _check(self, wish: Wish) -> None:
+        asked = wish.options
+        if self._sparse and (asked.dimensions, asked.normalize, asked.encoding) != (None, None, "float32"):
+            raise InvalidRequest("the model's vectors are sparse", hint="without dimensions, normalize and encoding")
+        if asked.dimensions and asked.dimensions > self._dimension:
+            raise InvalidRequest(
+                f"dimensions={asked.dimensions}, the model gives {self._dimension}", hint="ask for at most that many"
+            )
+
+    def foresee(self, upcoming: Upcoming) -> None:
+        self._encoder.foresee(upcoming)
+
+    def forward(self, rows: Sequence[Prepared]) -> Vectors | list[Result]:
+        vectors = self._encoder.run(rows)
+        if self._sparse:
+            return list(self._sparse_rows(vectors))
+        wishes = {row.wish for row in cast(Sequence[Text], rows)}
+        return vectors if wishes == {self._encoder.plain} else self._as_asked(cast(Sequence[Text], rows), vectors)
+
+    def _as_asked(self, rows: Sequence[Text], vectors: Vectors) -> list[Result]:
+        results: list[Result] = list(vectors)
+        for wish in {row.wish for row in rows}:
+            asked = wish.options
+            places = [at for at, row in enumerate(rows) if row.wish is wish]
+            some = shaped(vectors[places], asked.dimensions, asked.unit(self._gives_units), asked.encoding)
+            for at, result in zip(places, some, strict=True):
+                results[at] = result
+        # Looked for before they were encoded: no bit tells of a NaN.
+        for at in np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist():
+            results[at] = ModelFailed(NOT_FINITE)
+        return results
+
+    def _sparse_rows(self, vectors: Vectors) -> Iterator[Result]:
+        for vector in vectors:
+            if not np.isfinite(vector).all():
+                yield ModelFailed(NOT_FINITE)
+                continue
+            (active,) = np.nonzero(vector)
+            if self._most_active is not None and len(active) > self._most_active:
+                strongest = np.argsort(-np.abs(vector[active]), kind="stable")[: self._most_active]
+                active = np.sort(active[strongest])
+            indices, values = cast(tuple[Json, Json], (active.tolist(), vector[active].tolist()))
+            yield {"indices": indices, "values": values}
+
+    def samples(self, tokens: int) -> Sequence[Json]:
+        return self._encoder.samples(tokens)

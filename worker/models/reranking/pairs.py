@@ -1,0 +1,172 @@
+"""A query with each of its documents as token ids, made once; where a row is too long, only the document is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+
+from millstream.broker.contract.errors import InputTooLong, MillstreamError
+from millstream.broker.contract.job import Json
+from millstream.worker.models.base import Limit, Model, Prepared
+from millstream.worker.models.loading.limits import settled, stretched_row
+from millstream.worker.models.reranking.question import Question
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+SAMPLE_OPTIONS: Mapping[str, Json] = MappingProxyType({"query": "a", "truncate": "end"})
+
+
+@dataclass(slots=True, eq=False)
+class Pair:
+    """One row: what the tokenizer made of it, by the name of the model's input, and how its score is wanted."""
+
+    ids: Mapping[str, Sequence[int]]
+    scores: str
+
+
+def pairs_of(rows: Sequence[Prepared]) -> list[Pair]:
+    return [cast(Pair, row.features) for row in rows]
+
+
+class TextPairs:
+    """Query and document as the two texts that a cross-encoder's tokenizer takes. `prompt` goes before the query."""
+
+    def __init__(self, tokenizer: Any, limit: int, prompt: str = "") -> None:
+        self._tokenizer = tokenizer
+        self.limit = limit
+        self._prompt = prompt
+        self._special = int(tokenizer.num_special_tokens_to_add(pair=True))
+
+    def rows(self, question: Question, documents: Sequence[str]) -> list[Prepared | MillstreamError]:
+        """Raises InputTooLong where the query leaves no room for any document."""
+        if (taken := self.taken(question)) >= self.limit:
+            raise too_long_query(taken, self.limit)
+        if not documents:
+            return []
+        query = self._prompt + question.query
+        ids = self._ids([query] * len(documents), list(documents))
+        rows = (Pair({name: ids[name][at] for name in ids}, question.scores) for at in range(len(documents)))
+        return [self._row(query, document, row, question) for document, row in zip(documents, rows, strict=True)]
+
+    def short(self) -> Pair:
+        """A row of a few tokens."""
+        return Pair(dict(self._ids("a", "a")), "raw")
+
+    def taken(self, question: Question) -> int:
+        """Tokens of a row without a document."""
+        return len(self._ids(self._prompt + question.query, add_special_tokens=False)["input_ids"]) + self._special
+
+    def _row(self, query: str, document: str, pair: Pair, question: Question) -> Prepared | MillstreamError:
+        tokens = len(pair.ids["input_ids"])
+        if tokens <= self.limit:
+            return Prepared(tokens, pair)
+        if question.truncate == "none":
+            return too_long(tokens, self.limit)
+        # Only this thread truncates; padding, in the runner's, does not read the side.
+        self._tokenizer.truncation_side = "left" if question.truncate == "start" else "right"
+        cut = self._ids(query, document, truncation="only_second", max_length=self.limit)
+        return Prepared(len(cut["input_ids"]), Pair(dict(cut), question.scores), truncated=True)
+
+    def _ids(self, *texts: str | list[str], truncation: str | bool = False, **options: object) -> Any:
+        # verbose: the tokenizer warns about long texts; here they are an error or cut.
+        return self._tokenizer(
+            *texts, truncation=truncation, padding=False, return_attention_mask=False, verbose=False, **options
+        )
+
+
+Frame = Callable[[Question], tuple[str, str]]
+"""What a prompt says before the document, the query among it, and what after it."""
+
+
+class Prompts:
+    """Query and document in one text, as a `frame` puts them to a language model."""
+
+    def __init__(self, tokenizer: Any, limit: int, frame: Frame) -> None:
+        self._tokenizer = tokenizer
+        self.limit = limit
+        self._frame = frame
+
+    def rows(self, question: Question, documents: Sequence[str]) -> list[Prepared | MillstreamError]:
+        """Raises InputTooLong where the query leaves no room for any document."""
+        if (taken := self.taken(question)) >= self.limit:
+            raise too_long_query(taken, self.limit)
+        if not documents:
+            return []
+        head, tail = self._frame(question)
+        ids = self._ids([head + document + tail for document in documents])["input_ids"]
+        return [
+            self._row((head, document, tail), tokens, question) for document, tokens in zip(documents, ids, strict=True)
+        ]
+
+    def short(self) -> Pair:
+        """A row of a few tokens."""
+        return Pair({"input_ids": self._ids(["a"])["input_ids"][0]}, "raw")
+
+    def taken(self, question: Question) -> int:
+        """Tokens of a row without a document."""
+        return sum(map(len, self._ids(list(self._frame(question)))["input_ids"]))
+
+    def _row(self, text: tuple[str, str, str], ids: list[int], question: Question) -> Prepared | MillstreamError:
+        truncated = len(ids) > self.limit
+        if truncated and question.truncate == "none":
+            return too_long(len(ids), self.limit)
+        if truncated:
+            ids = self._cut(text, question.truncate)
+        return Prepared(len(ids), Pair({"input_ids": ids}, question.scores), truncated)
+
+    def _cut(self, text: tuple[str, str, str], side: str) -> list[int]:
+        """The ids without as many of the document's, from `side`, as there are too many."""
+        head, document, _ = text
+        made = self._ids(["".join(text)], return_offsets_mapping=True)
+        ids, spans = made["input_ids"][0], made["offset_mapping"][0]
+        first, end = len(head), len(head) + len(document)
+        own = [at for at, (start, stop) in enumerate(spans) if stop > first and start < end]
+        excess = len(ids) - self.limit
+        gone = set(own[:excess] if side == "start" else own[-excess:])
+        return [token for at, token in enumerate(ids) if at not in gone]
+
+    def _ids(self, texts: list[str], **options: object) -> Any:
+        # The frame says which special tokens there are.
+        return self._tokenizer(
+            texts, add_special_tokens=False, padding=False, truncation=False, verbose=False, **options
+        )
+
+
+def settle(pairs: TextPairs | Prompts, model: Model, configured: int | None) -> Limit:
+    """Give `pairs` the limit that `model` proves to have. Raises ModelUnavailable, also if `configured` exceeds it."""
+    short = pairs.short()
+
+    def forward(tokens: int) -> object:
+        return model.forward([Prepared(tokens, Pair(stretched_row(short.ids, tokens), short.scores))])
+
+    limit = settled(pairs.limit, forward, configured)
+    pairs.limit = limit.tokens
+    return limit
+
+
+def too_long(tokens: int, limit: int) -> InputTooLong:
+    return InputTooLong(
+        f"{tokens} tokens with the query, the model reads {limit}", hint='shorten it, or pass truncate="end"'
+    )
+
+
+def too_long_query(tokens: int, limit: int) -> InputTooLong:
+    return InputTooLong(
+        f"the query alone makes {tokens} tokens, the model reads {limit} with a document", hint="shorten the query"
+    )
+
+
+def sample(pairs: TextPairs | Prompts, tokens: int) -> str:
+    """A document that makes a row of about `tokens` tokens with the query of SAMPLE_OPTIONS."""
+    return "a " * max(1, tokens - pairs.taken(Question.of(SAMPLE_OPTIONS, "end")))
+
+
+def scored(logits: torch.Tensor, pairs: Sequence[Pair], own: Activation) -> list[Json]:
+    """A score for each row, from `logits` [rows] and as its call wants it; `own` is what the model does by itself."""
+    ways: dict[str, Activation] = {"": own, "raw": lambda each: each, "sigmoid": torch.sigmoid}
+    given = {how: ways[how](logits.float()).tolist() for how in {pair.scores for pair in pairs}}
+    return [given[pair.scores][at] for at, pair in enumerate(pairs)]

@@ -1,0 +1,57 @@
+"""How a reranker that is a language model is asked: in the words of its own chat template, or of Qwen3-Reranker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import TemplateError
+
+from millstream.broker.contract.errors import ModelUnavailable
+from millstream.worker.models.reranking.pairs import Frame
+from millstream.worker.models.reranking.question import Question
+
+_HEAD = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+)
+_TAIL = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+
+_MARK = "\ue000"
+"""Stands for a document: a character of private use, which no template holds."""
+
+
+def qwen3_frame(question: Question) -> tuple[str, str]:
+    """As Qwen3-Reranker was trained: "<Instruct>: ...", "<Query>: ...", "<Document>: ..." to a judge of yes or no."""
+    instruction = question.instruction or _INSTRUCTION
+    return f"{_HEAD}<Instruct>: {instruction}\n<Query>: {question.query}\n<Document>: ", _TAIL
+
+
+def chat_frame(tokenizer: Any, prompt: str, settings: Mapping[str, object], name: str) -> Frame:
+    """As sentence-transformers asks: the chat template over a query and a document, each a message of that role.
+
+    The instruction, or else the model's own `prompt`, goes before them as the system's message. Raises ModelUnavailable
+    where the template drops one of the two.
+    """
+
+    def rendered(question: Question, document: str) -> str:
+        messages = [{"role": "query", "content": question.query}, {"role": "document", "content": document}]
+        if system := question.instruction or prompt:
+            messages.insert(0, {"role": "system", "content": system})
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **settings))
+
+    def frame(question: Question) -> tuple[str, str]:
+        head, _, tail = rendered(question, _MARK).rpartition(_MARK)
+        return head, tail
+
+    try:
+        carried = all(text in rendered(Question("mill?", "", "", "none"), "stream!") for text in ("mill?", "stream!"))
+    except (TemplateError, ValueError, TypeError):
+        carried = False
+    if not carried:
+        raise ModelUnavailable(
+            f"the chat template of {name!r} does not carry a query and a document",
+            hint="give a reranker saved by sentence-transformers with its chat_template.jinja",
+        )
+    return frame

@@ -1,0 +1,64 @@
+"""Which of three kinds of model ranks documents: the model's own files say it."""
+
+from __future__ import annotations
+
+import transformers
+
+from millstream.broker.config.load import ModelSpec
+from millstream.broker.contract.errors import ModelUnavailable
+from millstream.worker.models.base import Model
+from millstream.worker.models.loading.fetch import local
+from millstream.worker.models.loading.loading import LOAD_ERRORS, Folder, unavailable
+from millstream.worker.models.loading.source import RERANKERS
+from millstream.worker.models.reranking.bi_encoder import BiEncoderModel
+from millstream.worker.models.reranking.cross_encoder import CrossEncoderModel
+from millstream.worker.models.reranking.generative_reranker import GenerativeReranker
+
+# A worker logs one line when it is ready; bars of many processes only garble a terminal.
+transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+Reranker = type[CrossEncoderModel] | type[BiEncoderModel] | type[GenerativeReranker]
+
+_OF_ARCHITECTURE: dict[str, Reranker] = {
+    "ForSequenceClassification": CrossEncoderModel,
+    "ForCausalLM": GenerativeReranker,
+    "LMHeadModel": GenerativeReranker,
+}
+_OF_MODULES: dict[tuple[str, ...], Reranker] = {
+    ("Transformer",): CrossEncoderModel,
+    ("Transformer", "LogitScore"): GenerativeReranker,
+}
+
+
+def load_reranker(spec: ModelSpec, device: str | None, threads: int, truncate: str = "none") -> Model:
+    """The reranker of `spec`, loaded. Raises ModelUnavailable.
+
+    A folder with modules.json was saved by sentence-transformers: as a cross-encoder, with a classifier or with a
+    language model that is asked for yes or no, or as an embedding model, which ranks by the cosine. Of any other, the
+    architecture in config.json decides: a sequence classifier is a cross-encoder, a causal language model generative.
+    """
+    folder = Folder(local(spec, RERANKERS), spec.revision)
+    try:
+        kind = _kind(folder)
+    except LOAD_ERRORS as error:
+        raise unavailable(error, spec, device) from error
+    if kind is None:
+        raise ModelUnavailable(
+            f"{spec.model_name!r} is no reranker that can be run here",
+            hint="give a cross-encoder, a sentence-transformers embedding model, or a causal language model",
+        )
+    if kind is GenerativeReranker and spec.backend != "torch":
+        raise ModelUnavailable(f"{spec.model_name!r} is a language model", hint="it runs with backend torch alone")
+    return kind(folder, spec, device, threads, truncate)
+
+
+def _kind(folder: Folder) -> Reranker | None:
+    modules = folder.read("modules.json")
+    if modules is None:
+        architectures = (folder.read("config.json") or {}).get("architectures") or [""]
+        return next((kind for end, kind in _OF_ARCHITECTURE.items() if architectures[0].endswith(end)), None)
+    names = tuple(str(module["type"]).rpartition(".")[2] for module in modules)
+    model_type = folder.settings().get("model_type", "SentenceTransformer")
+    if model_type == "CrossEncoder":
+        return _OF_MODULES.get(names)
+    return BiEncoderModel if model_type == "SentenceTransformer" else None

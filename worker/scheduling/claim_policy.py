@@ -1,0 +1,220 @@
+"""What a worker does next to keep its window filled: a pure table over what it holds and what its last claim found.
+
+A suspect waits for a worker that holds nothing. So does a job larger than its class may save, or than a window, if it
+does not fit: here it counts as a suspect. While one waits, the worker claims only what is more urgent and so makes
+itself free; once the class of the suspect has saved a micro-batch, it claims nothing at all until it is free. While a
+realtime suspect waits, new realtime jobs are claimed as long as less urgent rows wait here: they keep the worker busy.
+
+A supervised worker need not become free, unless rows that are more urgent than the suspect wait here: after the forward
+under way it sets aside what waits, and runs the suspects first. If it dies of them, its supervisor knows that the
+others only waited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from millstream.broker.contract.job import PRIORITIES
+from millstream.broker.queue.lease import SUSPECT_ATTEMPTS
+from millstream.broker.queue.streams import Claimed, Limit
+
+LOOK_S, LONGEST_LOOK_S = 0.02, 0.25
+"""Seconds between two claims of a busy worker, at least and at most: the fewer, the sooner its forward ends."""
+
+RELIED_ON = 0.75
+"""Part of the predicted rest of a forward after which the worker claims again: predictions come from other forwards."""
+
+
+class Look(NamedTuple):
+    """What the last claim found, or the last sleep in Redis if `asleep`.
+
+    `takes`: micro-batches taken before it. `found`: it took jobs. `left`: it left jobs. `blocked`: the stream whose
+    next job had no room, 0 for none. `suspects`: the most urgent stream with suspects left, 0 for none. `alone`: it
+    took suspects. `paused`: the service gives out nothing. `waited`: a wait ended since, without a take.
+    """
+
+    takes: int = -1
+    found: bool = True
+    left: bool = True
+    blocked: int = 0
+    suspects: int = 0
+    alone: bool = False
+    paused: bool = False
+    asleep: bool = False
+    waited: bool = False
+
+    def then(self, claimed: Claimed, limit: Limit, takes: int, *, asleep: bool = False) -> Look:
+        """What `claimed` within `limit` says of the queue, after this; `takes` as it was before the claim."""
+        not_asked = self.takes == takes and limit.streams < self.blocked
+        return Look(
+            takes,
+            found=bool(claimed.claims),
+            left=any(claimed.waiting),
+            blocked=claimed.blocked or (self.blocked if not_asked else 0),
+            suspects=claimed.suspects,
+            alone=any(claim.attempts >= SUSPECT_ATTEMPTS for claim in claimed.claims),
+            paused=claimed.paused,
+            asleep=asleep,
+        )
+
+
+FIRST = Look()
+"""Before the first claim, and after a fault: anything may wait."""
+
+
+class State(NamedTuple):
+    """One worker at one moment.
+
+    `room`: what may be claimed on top of what waits here, None if the window is full. `urgent_room`: how much realtime
+    work may pass a full window, None for none. `waiting`: rows wait for the runner. `empty_handed`: every entry is
+    settled and no forward runs. `takes`: micro-batches taken so far. `forward_left_s`: predicted rest of the forward
+    under way. `saved`: rows that normal and batch jobs may run before more urgent ones, 0 if such rows wait here.
+    `batch_rows`: rows of a micro-batch. `less_urgent`: rows of normal or batch jobs wait for the runner.
+    `suspect_room`: what may be claimed of suspects to run before what waits, None if they wait until it is free.
+    """
+
+    look: Look
+    room: Limit | None
+    urgent_room: Limit | None = None
+    waiting: bool = False
+    empty_handed: bool = False
+    takes: int = 0
+    forward_left_s: float = 0.0
+    saved: Sequence[int] = (0, 0)
+    batch_rows: int = 1
+    less_urgent: bool = False
+    suspect_room: Limit | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Claim within `limit`."""
+
+    limit: Limit
+
+
+@dataclass(frozen=True, slots=True)
+class Overtake:
+    """The window is full, or the worker is to be free: claim realtime jobs within `limit`, to run before what waits."""
+
+    limit: Limit
+
+
+@dataclass(frozen=True, slots=True)
+class SleepInRedis:
+    """Sleep until a new job comes; claim it, and what came with it within `limit`."""
+
+    limit: Limit
+
+
+@dataclass(frozen=True, slots=True)
+class WaitForTake:
+    """Wait until the runner takes a micro-batch, for `seconds` at most."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class WaitUntilEmpty:
+    """Wait until every held entry is settled and no forward runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunSuspects:
+    """Set aside what waits here, claim suspects within `limit`, and wait until they are settled."""
+
+    limit: Limit
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Wait a moment: the service is paused."""
+
+
+Step = Claim | Overtake | SleepInRedis | WaitForTake | WaitUntilEmpty | RunSuspects | Pause
+
+
+def next_step(state: State) -> Step:
+    """The next thing to do. It is asked again after each step."""
+    look = state.look
+    if look.paused and not look.waited:
+        return Pause()
+    last = _last_stream(state)
+    if look.alone and not state.empty_handed:
+        return WaitUntilEmpty()
+    if look.suspects and state.suspect_room and not state.empty_handed:
+        return RunSuspects(state.suspect_room._replace(streams=last, returned=look.suspects))
+    if not last:
+        return _past_a_full_window(state) if look.suspects == 1 and state.less_urgent else WaitUntilEmpty()
+    with_room = _last_with_room(state)
+    if state.room is None or (state.waiting and not with_room):
+        return _past_a_full_window(state)
+    if not look.paused:
+        if state.waiting and not look.waited and _is_exhausted(state):
+            return _wait_for_take(state)
+        if not state.waiting and not (with_room and _may_find_more(state)):
+            return _rest(state, state.room)
+    return Claim(_first_of(state.room, min(last, with_room), last))
+
+
+def _first_of(room: Limit, streams: int, returned: int) -> Limit:
+    """`room` for new jobs of the first `streams` and returned jobs of the first `returned`."""
+    if (streams, returned) == (room.streams, room.returned):
+        return room
+    return room._replace(streams=streams, returned=returned)
+
+
+def _last_stream(state: State) -> int:
+    """The least urgent stream to claim from: before a suspect that waits, and 0 once its class has saved enough."""
+    suspects = state.look.suspects
+    if state.empty_handed or not suspects:
+        return len(PRIORITIES)
+    is_due = suspects > 1 and state.saved[suspects - 2] >= state.batch_rows
+    return 0 if is_due else suspects - 1
+
+
+def _last_with_room(state: State) -> int:
+    """The least urgent stream whose next job may have room. A take makes room, and an empty worker has some for any."""
+    look = state.look
+    is_blocked = look.blocked and state.takes == look.takes and not state.empty_handed
+    return look.blocked - 1 if is_blocked else len(PRIORITIES)
+
+
+def _is_exhausted(state: State) -> bool:
+    """Whether to claim again at once would find nothing, as far as is known."""
+    look = state.look
+    took_all = not look.found or bool(look.blocked) or (look.asleep and not look.left)
+    return took_all and state.takes == look.takes
+
+
+def _may_find_more(state: State) -> bool:
+    """Whether a worker without waiting rows should claim rather than rest."""
+    look = state.look
+    if state.empty_handed and (look.suspects or look.blocked):
+        return True
+    if look.asleep:
+        return look.left
+    return state.takes != look.takes or (look.found and not look.blocked)
+
+
+def _rest(state: State, room: Limit) -> Step:
+    """Nothing can be claimed and nothing waits here."""
+    if state.look.suspects or state.look.blocked:
+        return WaitUntilEmpty()
+    # One more may come than is claimed: what must run alone is not for the same moment.
+    return SleepInRedis(room._replace(empty_handed=False) if room.empty_handed else room)
+
+
+def _past_a_full_window(state: State) -> Step:
+    if state.look.waited and state.urgent_room is not None:
+        return Overtake(state.urgent_room)
+    return _wait_for_take(state)
+
+
+def _wait_for_take(state: State) -> WaitForTake:
+    """What comes runs after the forward under way at the earliest, and a claim takes time from a model that fills all
+    cores.
+    """
+    return WaitForTake(min(LONGEST_LOOK_S, max(LOOK_S, RELIED_ON * state.forward_left_s)))

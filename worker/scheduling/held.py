@@ -1,0 +1,116 @@
+"""A job in a worker's hand: its rows, what became of each, and the reply they make."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import numpy as np
+
+from millstream.broker.contract.errors import MillstreamError, ModelFailed
+from millstream.broker.contract.job import Claim, Encoded, Job, Json, Reply
+from millstream.broker.queue.lease import SUSPECT_ATTEMPTS
+from millstream.worker.models.base import Prepared, Result
+from millstream.worker.scheduling.batcher import Row
+
+Outcome = Result
+
+Rows = list[Row[Prepared]]
+
+BY_SHARE = -1
+"""The rank of rows that spend their class's share, before that of the first priority."""
+
+SUSPECT = -2
+"""The rank of the rows of suspects, before all others: a forward holds rows of one rank only."""
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """A job in hand. `prepared` has one entry a row; `outcomes` fills as rows come back.
+
+    `digests` names each row's answer in the cache; empty where none is kept.
+    """
+
+    claim: Claim
+    job: Job
+    prepared: Sequence[Prepared | MillstreamError]
+    name: str = field(init=False)
+    outcomes: list[Outcome | None] = field(init=False)
+    left: int = field(init=False)
+    started_at: int = 0
+    running_since: float | None = None
+    inference_ms: float = 0.0
+    digests: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.name = self.claim.address.name
+        self.outcomes = [row if isinstance(row, MillstreamError) else None for row in self.prepared]
+        self.left = self.outcomes.count(None)
+
+    def in_model_s(self, now: float) -> float:
+        """Seconds the forwards over this job's rows took, the one under way included. `now`: monotonic seconds."""
+        since = self.running_since
+        return self.inference_ms / 1000 + (now - since if since is not None else 0.0)
+
+    def rows(self) -> Rows:
+        rank = BY_SHARE if self.claim.by_share else int(self.name[0]) - 1
+        if self.claim.attempts >= SUSPECT_ATTEMPTS:
+            rank = SUSPECT
+        # By the entry, not by the ms of its arrival alone: jobs of one ms would share micro-batches, and all end late.
+        ms, _, sequence = self.name[2:].partition("-")
+        urgency = (rank, int(ms), int(sequence))
+        return [
+            Row(row.tokens, urgency, self.name, index, row)
+            for index, row in enumerate(self.prepared)
+            if isinstance(row, Prepared)
+        ]
+
+    def reply(self) -> Reply:
+        """The answer, once every row has its outcome."""
+        if len(self.outcomes) == 1 and isinstance(vector := self.outcomes[0], np.ndarray):
+            # What most jobs come to, at once.
+            (row,) = cast(Sequence[Prepared], self.prepared)
+            return Reply(
+                vector[np.newaxis], tokens=row.tokens, truncated=(0,) if row.truncated else (), timings=self._timings()
+            )
+        errors = {at: out for at, out in enumerate(self.outcomes) if isinstance(out, MillstreamError)}
+        good = [out for out in self.outcomes if not isinstance(out, MillstreamError)] if errors else self.outcomes
+        shapes = {out.shape if isinstance(out, np.ndarray) else None for out in good}
+        if len(shapes) > 1:
+            self.outcomes = _alike(self.outcomes)
+            return self.reply()
+        prepared = [(at, row) for at, row in enumerate(self.prepared) if isinstance(row, Prepared)]
+        dense = bool(shapes) and None not in shapes
+        return Reply(
+            vectors=np.stack(cast(list[Encoded], good)) if dense else None,
+            values=None if dense else cast(list[Json], good),
+            errors=errors,
+            tokens=sum([row.tokens for _, row in prepared]),
+            truncated=tuple([at for at, row in prepared if row.truncated]),
+            timings=self._timings(),
+        )
+
+    def _timings(self) -> dict[str, float]:
+        """In ms; none where no row came to run."""
+        if not self.started_at:
+            return {}
+        return {"queue": float(max(0, self.started_at - self.job.at)), "inference": self.inference_ms}
+
+
+def _shape(outcome: Outcome | None) -> tuple[int, ...] | None:
+    return outcome.shape if isinstance(outcome, np.ndarray) else None
+
+
+def _alike(outcomes: Sequence[Outcome | None]) -> list[Outcome | None]:
+    """The outcomes, where results of another shape than most of them have are their rows' failures."""
+    counts = Counter(_shape(out) for out in outcomes if not isinstance(out, MillstreamError))
+    most, number = counts.most_common(1)[0]
+    usual = {most} if 2 * number > counts.total() else set()
+    return [
+        out
+        if isinstance(out, MillstreamError) or _shape(out) in usual
+        else ModelFailed("the model's result has another shape than those of its neighbours")
+        for out in outcomes
+    ]

@@ -1,0 +1,53 @@
+"""How less urgent jobs keep moving while more urgent ones saturate the workers: a pure deficit count, in rows.
+
+After deficit round robin (Shreedhar and Varghese, 1995): a class that waits saves its share of all rows served, and may
+spend what it saved before more urgent classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from millstream.broker.contract.job import PRIORITIES, Claim, Priority
+
+CLASSES = (Priority.NORMAL, Priority.BATCH)
+"""The classes that can starve; realtime is always served first."""
+
+
+SAVED_BATCHES = 2
+"""Micro-batches of rows that a class saves at most."""
+
+
+class Shares:
+    """One worker's count. `shares` are parts of 1; at most `most_rows` are saved: nobody holds others up for long."""
+
+    def __init__(self, shares: Mapping[Priority, float], most_rows: int) -> None:
+        self._saved = dict.fromkeys(CLASSES, 0.0)
+        self.change(shares, most_rows)
+
+    def change(self, shares: Mapping[Priority, float], most_rows: int) -> None:
+        """Take over changed limits."""
+        self._shares = shares
+        self._most_rows = most_rows
+
+    def saved(self) -> tuple[int, int]:
+        """Rows that normal and batch jobs may take before more urgent ones."""
+        normal, batch = (int(self._saved[each]) for each in CLASSES)
+        return normal, batch
+
+    def spent(self, priority: Priority, rows: int) -> None:
+        """Charge `rows`, claimed before, that run now ahead of more urgent ones."""
+        self._saved[priority] = max(0.0, self._saved[priority] - rows * (1 - self._shares[priority]))
+
+    def served(self, claims: Sequence[Claim], waiting: Sequence[int]) -> None:
+        """Note what a claim took, and how much of each priority still waits, in the streams or in hand."""
+        rows = dict.fromkeys(PRIORITIES, 0)
+        for claim in claims:
+            rows[claim.address.priority] += claim.job.rows if claim.job else 1
+        total = sum(rows.values())
+        for each in CLASSES:
+            if not waiting[PRIORITIES.index(each)]:
+                self._saved[each] = 0.0
+            else:
+                earned = self._saved[each] + self._shares[each] * total - rows[each]
+                self._saved[each] = min(float(self._most_rows), max(0.0, earned))

@@ -1,0 +1,312 @@
+"""Starts worker processes, starts them again when they die, and gives back at once what a dead one held."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from millstream.broker.config.load import ServiceSpec
+from millstream.broker.contract.errors import ModelUnavailable
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.lease import Lease
+from millstream.broker.queue.registry import Registry
+from millstream.broker.transport.connection import Connection, is_transient
+from millstream.worker.measuring.cores import cores
+from millstream.worker.measuring.threads import waiting
+from millstream.worker.models.loading.source import RERANKERS, handler_of, locate
+from millstream.worker.supervision.child import Child
+from millstream.worker.supervision.givingback import End, give_back
+from millstream.worker.supervision.orders import EXIT_PERMANENT, URL_VARIABLE, Orders, new_consumer
+from millstream.worker.supervision.progress import Progress
+from millstream.worker.supervision.registrar import Registrar
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.1
+DRAIN_S = 30.0
+CRASH_LOOP = 5
+_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
+_LIBRARIES = ("torch", "sentence_transformers")
+RUNNABLE = ("embedding", "reranker", "custom", "echo")
+"""The model types this version has a worker for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How many processes of a service to run here, each on `device` (None: the model's, or the best there is).
+
+    `folder` is where the code of a custom model is looked for, beside what is installed.
+    """
+
+    spec: ServiceSpec
+    count: int
+    device: str | None = None
+    folder: str = ""
+
+    def device_of(self, index: int) -> str | None:
+        """Where the process number `index` of this plan runs: its devices in turn."""
+        devices = (self.device,) if self.device else self.spec.model.devices or (self.spec.model.device,)
+        return devices[index % len(devices)]
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """What a dead child left behind, until it is given back to the queue."""
+
+    service: str
+    consumer: str
+    end: End
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One place for a child: its plan, the child in it, and when the next may start after a death.
+
+    `past` says how its last child ended. `ready` is what the last look found: other threads read it, and must not touch
+    a child that may just be buried.
+    """
+
+    plan: Plan
+    device: str | None
+    child: Child | None = None
+    past: str = ""
+    ready: bool = False
+    failures: int = 0
+    start_at: float = 0.0
+    refused: bool = False
+
+
+def preflight(specs: Sequence[ServiceSpec]) -> None:
+    """Check in milliseconds, without torch, what a worker could only find out in seconds. Raises ModelUnavailable."""
+    for spec in specs:
+        if spec.model.type not in RUNNABLE:
+            raise ModelUnavailable(
+                f"service {spec.name!r}: this version has no worker for models of type {spec.model.type!r}",
+                hint=f"types that run today: {', '.join(RUNNABLE)}",
+            )
+        if spec.model.type in ("embedding", "reranker"):
+            _check_libraries(spec)
+            locate(spec.model.model_name, RERANKERS if spec.model.type == "reranker" else "")
+        if spec.model.type == "custom":
+            handler_of(spec)
+
+
+def _check_libraries(spec: ServiceSpec) -> None:
+    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelUnavailable(
+            f"service {spec.name!r} needs {' and '.join(missing)}, not installed here",
+            hint='pip install "millstream[worker]"',
+        )
+
+
+class Supervisor:
+    """Keeps the planned processes alive until `drain`.
+
+    Not thread-safe but for `stop`, `kill` and the read-only properties.
+    """
+
+    def __init__(self, url: str, prefix: str, plans: Sequence[Plan], *, drain_s: float = DRAIN_S) -> None:
+        self._url = url
+        self._prefix = prefix
+        self._drain_s = drain_s
+        self._connection = Connection(url, name="millstream-supervisor")
+        self._slots = [Slot(plan, plan.device_of(index)) for plan in plans for index in range(plan.count)]
+        self._deaths: list[Death] = []
+        self._said: set[tuple[str, str]] = set()
+        self._registrar = Registrar(Registry(self._connection, prefix), [plan.spec for plan in plans])
+        self._stopping = False
+        self.restarts = 0
+
+    def run(self) -> None:
+        """Start the processes, watch over them until `stop`, drain. Raises ModelUnavailable if none can start."""
+        self._registrar.start()
+        try:
+            while not self._stopping:
+                self.step()
+                time.sleep(POLL_S)
+        finally:
+            self.drain()
+
+    def stop(self) -> None:
+        """End `run`, from another thread or a signal handler, which must take no lock."""
+        self._stopping = True
+
+    def kill(self) -> None:
+        """Kill all children at once, from another thread. That is ordered: it costs no job an attempt."""
+        for child in [slot.child for slot in self._slots]:
+            if child:
+                child.kill("the drain was cut short")
+
+    def step(self) -> None:
+        """One look at every child: start what is missing, end what is stuck, bury what died."""
+        for slot in self._slots:
+            self._look(slot)
+        self._give_back()
+        if all(slot.refused for slot in self._slots):
+            raise ModelUnavailable("no worker process could start", hint="see the errors above")
+
+    def _look(self, slot: Slot) -> None:
+        if slot.child:
+            slot.child.end_stuck()
+            slot.child.note_ready()
+        if slot.child and not slot.child.lives:
+            self._died(slot, slot.child)
+        elif slot.child and slot.child.steady:
+            slot.failures = 0
+        if not slot.child and not slot.refused and time.monotonic() >= slot.start_at:
+            self._fill(slot)
+        slot.ready = slot.child is not None and slot.child.ready
+
+    @property
+    def ready(self) -> int:
+        return sum(1 for slot in self._slots if slot.ready)
+
+    @property
+    def size(self) -> int:
+        return len(self._slots)
+
+    def tally(self) -> dict[str, tuple[int, int]]:
+        """Service -> (processes that are ready, processes planned)."""
+        counts: dict[str, tuple[int, int]] = {}
+        for slot in self._slots:
+            ready, planned = counts.get(slot.plan.spec.name, (0, 0))
+            counts[slot.plan.spec.name] = (ready + slot.ready, planned + 1)
+        return counts
+
+    def refusals(self) -> dict[str, str]:
+        """Service -> how its last worker ended, of the services for which none is started again."""
+        going = {slot.plan.spec.name for slot in self._slots if not slot.refused}
+        return {slot.plan.spec.name: slot.past for slot in self._slots if slot.plan.spec.name not in going}
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the children not yet waited for: until then the system gives a pid to nobody else."""
+        children = [slot.child for slot in self._slots]
+        return [child.process.pid for child in children if child and child.process.returncode is None]
+
+    def drain(self) -> None:
+        """Let every child settle what it holds, for at most `drain_s`; kill what is left and give back its jobs."""
+        children = [slot.child for slot in self._slots if slot.child]
+        for child in children:
+            child.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + self._drain_s
+        while (left := [child for child in children if child.lives]) and time.monotonic() < deadline:
+            for child in left:
+                child.end_stuck()
+            time.sleep(POLL_S)
+        for child in left:
+            log.warning("worker %s did not drain in %g s: killed", child.consumer, self._drain_s)
+            child.kill(f"it did not drain in {self._drain_s:g} s")
+            child.await_end()
+        for slot in self._slots:
+            if slot.child:
+                self._bury(slot, slot.child)
+        self._give_back()
+        if self._deaths:
+            log.warning("the server is away: what %d workers held stays theirs for a lease", len(self._deaths))
+        self._registrar.stop()
+        self._connection.close()
+
+    def _fill(self, slot: Slot) -> None:
+        try:
+            slot.child = self._start(slot)
+        except OSError as error:
+            slot.failures += 1
+            slot.past = f"could not be started ({error})"
+            self._back_off(slot, f"service {slot.plan.spec.name}: a worker")
+
+    def _start(self, slot: Slot) -> Child:
+        plan = slot.plan
+        progress = Progress.create()
+        consumer = new_consumer()
+        orders = Orders(
+            service=plan.spec.name,
+            prefix=self._prefix,
+            consumer=consumer,
+            device=slot.device,
+            threads=max(1, cores() // len(self._slots)),
+            progress_fd=progress.fd,
+            past=slot.past,
+            handler=plan.spec.model.handler,
+            folder=plan.folder,
+        )
+        try:
+            # A session of its own: Ctrl-C in the terminal reaches the supervisor alone, which drains its children.
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "millstream.worker.process", orders.to_json()],
+                stdin=subprocess.PIPE,
+                pass_fds=[progress.fd],
+                env={**os.environ, **waiting(os.environ), URL_VARIABLE: self._url},
+                start_new_session=True,
+            )
+        except OSError:
+            progress.close()
+            raise
+        return Child(consumer, process, progress)
+
+    def _died(self, slot: Slot, child: Child) -> None:
+        slot.past, failures = str(child.end), child.failures(slot.failures)
+        reason = child.progress.reason or slot.past
+        self._bury(slot, child)
+        if child.process.returncode == EXIT_PERMANENT:
+            self._refuse(slot, reason)
+            return
+        self.restarts += 1
+        slot.failures = failures
+        self._back_off(slot, f"worker {child.consumer}")
+
+    def _refuse(self, slot: Slot, reason: str) -> None:
+        """Start no more here: it would fail again. What all workers of a service fail by is said once."""
+        slot.refused = True
+        said = (slot.plan.spec.name, reason)
+        if said not in self._said:
+            self._said.add(said)
+            log.error("service %s: %s", *said)
+
+    def _back_off(self, slot: Slot, who: str) -> None:
+        backoff = _backoff(slot.failures)
+        slot.start_at = time.monotonic() + backoff
+        log.warning("%s %s; the next starts in %g s", who, slot.past, backoff)
+        if slot.failures == CRASH_LOOP:
+            log.error(
+                "service %s: %d workers in a row died young, the last one %s; trying on, every %g s",
+                slot.plan.spec.name,
+                CRASH_LOOP,
+                slot.past,
+                _LONGEST_BACKOFF_S,
+            )
+
+    def _bury(self, slot: Slot, child: Child) -> None:
+        self._deaths.append(Death(slot.plan.spec.name, child.consumer, child.end))
+        child.close()
+        slot.child, slot.ready = None, False
+
+    def _give_back(self) -> None:
+        """Release what the dead held: at once, or as soon as the server is back."""
+        for death in list(self._deaths):
+            lease = Lease(self._connection.client, ServiceKeys(death.service, self._prefix))
+            try:
+                returned = give_back(lease, death.consumer, death.end)
+            except Exception as error:  # noqa: BLE001 - one service's broken keys must not end the workers of all others
+                if is_transient(error):
+                    return
+                log.error("what worker %s held waits for the end of its lease: %s", death.consumer, error)
+                returned = 0
+            self._deaths.remove(death)
+            if returned:
+                log.warning("worker %s: %d jobs it held are given back to the queue", death.consumer, returned)
+
+
+def _backoff(failures: int) -> float:
+    """Seconds until the next start: none after a steady life, doubling with each early death, long in a crash loop."""
+    if failures >= CRASH_LOOP:
+        return _LONGEST_BACKOFF_S
+    return _FIRST_BACKOFF_S * 2 ** (failures - 1) if failures else 0.0
