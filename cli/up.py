@@ -114,11 +114,6 @@ def _run(config: Config, interrupts: Interrupts, stack: Stack) -> None:
     click.echo("drained: what no worker had claimed waits in the queue")
 
 
-def _data_dir(flag: Path | None, config: Config) -> Path | None:
-    """None is the default one, which the environment can name."""
-    return flag or (None if os.environ.get("MILLSTREAM_DATA_DIR") else config.redis.data_dir)
-
-
 @contextmanager
 def _server(
     config: Config, external: str | None, data_dir: Path | None, port: int | None
@@ -133,9 +128,10 @@ def _server(
             "redis.durability is replicated, and the server that `millstream up` starts has no replicas",
             hint="set redis.url to a server that has some; or durability: always",
         )
+    from millstream.broker.config.data_dir import find_data_dir
     from millstream.broker.server.embedded import EmbeddedServer
 
-    folder = _data_dir(data_dir, config)
+    folder = find_data_dir(data_dir, config, os.environ)
     with EmbeddedServer.start(folder, tcp_port=port, appendfsync=durability) as server:
         yield server.url, server
 

@@ -11,10 +11,10 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
 from millstream.broker.config.load import ServiceSpec
-from millstream.broker.config.units import plain
 from millstream.broker.contract.embedding import EmbedOptions, Encoding, InputType, Truncate
 from millstream.broker.contract.errors import DeadlineExceeded, InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Json
+from millstream.broker.contract.scalars import plain
 from millstream.client.asker import Question
 from millstream.client.calls import MODEL_TYPES, NO_HITS, Ask, Calls, PriorityName, frozen, vectors_of
 from millstream.client.channel.wakeups import arrival, listener

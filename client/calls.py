@@ -16,11 +16,11 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import numpy as np
 
 from millstream.broker.config.load import ServiceSpec
-from millstream.broker.config.units import plain
 from millstream.broker.contract.codec import MAX_ROWS, JsonText, encode_inputs, encode_value
 from millstream.broker.contract.embedding import EmbedOptions, Truncate
 from millstream.broker.contract.errors import InputTooLong, InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Json, Priority
+from millstream.broker.contract.scalars import plain
 from millstream.broker.queue.cache import Cached, Recipe
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams

@@ -7,9 +7,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
-from millstream.broker.config.units import plain
 from millstream.broker.contract.embedding import EmbedOptions, Encoding, InputType, Truncate
 from millstream.broker.contract.job import Json
+from millstream.broker.contract.scalars import plain
 from millstream.client.calls import Ask, Calls, PriorityName, vectors_of
 from millstream.client.detached import Detached
 from millstream.client.handle import Handle

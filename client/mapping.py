@@ -9,9 +9,9 @@ from contextlib import closing
 from itertools import islice
 from typing import Any, Literal, get_args
 
-from millstream.broker.config.units import plain
 from millstream.broker.contract.errors import InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Json
+from millstream.broker.contract.scalars import plain
 from millstream.client.handle import Handle
 from millstream.client.rows import RowOutcome
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, cast, get_args
 
-from millstream.broker.config.units import plain
 from millstream.broker.contract.errors import InvalidRequest, did_you_mean
 from millstream.broker.contract.job import Json
+from millstream.broker.contract.scalars import plain
 from millstream.client.result import Embeddings, Timings, Values
 
 Scores = Literal["sigmoid", "raw"]

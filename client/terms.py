@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-from millstream.broker.config.units import plain
 from millstream.broker.contract.errors import InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Json, Priority
+from millstream.broker.contract.scalars import plain
 from millstream.broker.queue.submission import Submission
 from millstream.client.channel.orders import Cancellation
 from millstream.client.services import Known

@@ -15,9 +15,9 @@ from pydantic import Field
 from millstream.broker.config import yaml as config_yaml
 from millstream.broker.config.check import ConfigFile, check
 from millstream.broker.config.spec import ModelSpec, RedisSettings, Runtime, ServiceSpec, Settings
-from millstream.broker.config.units import plain
 from millstream.broker.config.yaml import KeyPath, Place
 from millstream.broker.contract.errors import ConfigError
+from millstream.broker.contract.scalars import plain
 
 __all__ = ["Config", "ModelSpec", "RedisSettings", "Runtime", "ServiceSpec", "load", "unenforced"]
 

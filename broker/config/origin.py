@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from millstream.broker.config.data_dir import default_data_dir
 from millstream.broker.config.load import Config
 from millstream.broker.config.spec import PRESETS, TYPE_DEFAULTS, ServiceSpec, Settings
 from millstream.broker.config.yaml import KeyPath
-from millstream.broker.server.datadir import default_data_dir
 
 URL_VARIABLE = "MILLSTREAM_REDIS_URL"
 DATA_DIR_VARIABLE = "MILLSTREAM_DATA_DIR"

@@ -6,6 +6,8 @@ import math
 import re
 from decimal import Decimal
 
+from millstream.broker.contract.scalars import plain
+
 _TEN_YEARS = Decimal(10 * 365 * 86_400)
 _SECONDS = {"ms": Decimal("0.001"), "s": Decimal(1), "m": Decimal(60), "h": Decimal(3_600), "d": Decimal(86_400)}
 _BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -15,20 +17,6 @@ _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]{1,3})?\s*([a
 DURATION_PATTERN = rf"^\s*{_NUMBER}\s*({'|'.join(_SECONDS)})?\s*$"
 SIZE_PATTERN = rf"^\s*{_NUMBER}\s*([kKmMgG]?[bB]|[kKmMgG][iI][bB])?\s*$"
 """What `seconds` and `size` take as text, as far as a pattern can say."""
-
-
-_PLAIN = (str, int, float, bool, type(None))
-
-
-def plain(value: object) -> object:
-    """The Python value that a scalar of an array library holds; everything else as it is.
-
-    Scalars are those of NumPy and arrays or tensors without a dimension.
-    """
-    if type(value) in _PLAIN or getattr(value, "ndim", None) != 0:
-        return value
-    item = getattr(value, "item", None)
-    return item() if callable(item) else value
 
 
 def seconds(value: object) -> float:

@@ -11,9 +11,9 @@ from typing import Any, NoReturn, cast
 
 import numpy as np
 
-from millstream.broker.config.units import plain
 from millstream.broker.contract.errors import Malformed, MillstreamError, NewerVersion, from_wire, to_wire
 from millstream.broker.contract.job import Encoded, Job, Json, Reply, Scalar
+from millstream.broker.contract.scalars import plain
 
 VERSION = "1"
 FIELDS = ("v", "id", "at", "op", "rows", "tokens", "deadline", "queue_by", "client", "tenant", "trace", "call", "body")

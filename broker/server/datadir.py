@@ -45,14 +45,6 @@ class Record:
 _RECORD = TypeAdapter(Record)
 
 
-def default_data_dir(environ: Mapping[str, str]) -> Path:
-    """MILLSTREAM_DATA_DIR, or millstream's folder in the user's data home."""
-    if chosen := environ.get("MILLSTREAM_DATA_DIR"):
-        return Path(chosen).expanduser()
-    home = environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return Path(home).expanduser() / "millstream"
-
-
 def prepare(data_dir: Path) -> Path:
     """`data_dir`, absolute and there; a new one is readable by its owner only. As check_private raises."""
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)

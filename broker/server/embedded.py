@@ -19,7 +19,6 @@ from millstream.broker.contract.errors import BrokerUnavailable, ConfigError
 from millstream.broker.server.datadir import (
     AppendFsync,
     Record,
-    default_data_dir,
     prepare,
     pulse,
     read_record,
@@ -34,9 +33,9 @@ _READY_S = 60.0
 _POLL_S = 0.01
 
 
-def running(data_dir: Path | None = None) -> str | None:
+def running(data_dir: Path) -> str | None:
     """The URL of the live server (it may still be loading) of `data_dir`, or None."""
-    record = read_record(data_dir or default_data_dir(os.environ))
+    record = read_record(data_dir)
     if record is None or pulse(record.socket) not in ("up", "loading"):
         return None
     return _unix_url(record.socket)
@@ -53,7 +52,7 @@ class EmbeddedServer:
     @classmethod
     def start(
         cls,
-        data_dir: Path | None = None,
+        data_dir: Path,
         *,
         binary: Path | None = None,
         tcp_port: int | None = None,
@@ -65,8 +64,7 @@ class EmbeddedServer:
         Raises ConfigError where no binary fits the data or a setting cannot work, and BrokerUnavailable where the
         server does not come up; both with the end of its log.
         """
-        chosen = data_dir or default_data_dir(os.environ)
-        server = cls(Settings(chosen, binary, tcp_port, appendfsync, maxmemory))
+        server = cls(Settings(data_dir, binary, tcp_port, appendfsync, maxmemory))
         server._open()
         return server
 

@@ -6,14 +6,13 @@ from __future__ import annotations
 import encodings.idna  # noqa: F401
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import redis
 
+from millstream.broker.config.data_dir import find_data_dir
 from millstream.broker.config.url import ACCEPTED, canonical, read_url, redacted
 from millstream.broker.contract.errors import BrokerUnavailable, ConfigError
-from millstream.broker.server.datadir import default_data_dir
 from millstream.broker.server.embedded import running
 from millstream.broker.server.engine import FLOORS, EngineName, Version, floor_text, parse_version, version_text
 from millstream.broker.transport.access import secured
@@ -127,13 +126,7 @@ def find_url(flag: str | None, config: Config | None, environ: Mapping[str, str]
     configured = config.redis.url if config else None
     if named := flag or environ.get(URL_VARIABLE) or configured:
         return secured(named, config, environ)
-    url = running(_data_dir(config, environ))
+    url = running(find_data_dir(None, config, environ))
     if not url:
         raise BrokerUnavailable("no Redis server is configured, and no local one is running", hint=START_ONE)
     return url
-
-
-def _data_dir(config: Config | None, environ: Mapping[str, str]) -> Path:
-    if config and config.redis.data_dir and not environ.get("MILLSTREAM_DATA_DIR"):
-        return config.redis.data_dir
-    return default_data_dir(environ)

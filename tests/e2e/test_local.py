@@ -309,11 +309,11 @@ def test_a_server_that_is_away_is_named(home: Path, monkeypatch: pytest.MonkeyPa
 def test_clients_on_one_data_dir_share_the_server_and_any_of_them_may_close_first(home: Path, started: Started) -> None:
     with ExitStack() as ends:
         first, second, third = (ends.enter_context(Client.local()) for _ in range(3))
-        assert len(view(running()).workers) == 6
+        assert len(view(running(home / "millstream")).workers) == 6
         assert third.submit("mill", ["a"]).result(timeout=30) == ["a"]
 
         second.close()
-        assert len(view(running()).workers) == 4
+        assert len(view(running(home / "millstream")).workers) == 4
         assert first.submit("mill", ["b"]).result(timeout=30) == ["b"]
 
         # The server was the first one's: the third one's own `up` starts it again, with its data.

@@ -19,15 +19,19 @@ import pytest
 import redis
 from support import eventually
 
+from millstream.broker.config.data_dir import find_data_dir
 from millstream.broker.contract.errors import BrokerUnavailable, ConfigError
 from millstream.broker.server import embedded, engine
 from millstream.broker.server.datadir import pulse, socket_path
 from millstream.broker.server.embedded import EmbeddedServer, running
 from millstream.broker.server.engine import Engine, bundled, probe
+from millstream.broker.transport.connection import find_url
 
 LAUNCHER = """
 import sys, time
 from pathlib import Path
+from millstream.broker.config.data_dir import find_data_dir
+from millstream.broker.transport.connection import find_url
 from millstream.broker.server.embedded import EmbeddedServer
 server = EmbeddedServer.start(Path(sys.argv[1]))
 print(server.pid, server.owned, flush=True)
@@ -468,12 +472,11 @@ def test_a_data_dir_that_cannot_be_used_is_reported_with_the_fix(tmp_path: Path)
         EmbeddedServer.start(tmp_path / "file" / "data")
 
 
-def test_the_default_data_dir_is_named_by_the_environment(
-    data_dir: Path, wheel_binary: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MILLSTREAM_DATA_DIR", os.fspath(data_dir))
+def test_the_default_data_dir_is_named_by_the_environment(data_dir: Path, wheel_binary: Path) -> None:
+    found = find_data_dir(None, None, {"MILLSTREAM_DATA_DIR": os.fspath(data_dir)})
 
-    with EmbeddedServer.start(binary=wheel_binary) as server:
-        assert server.data_dir == data_dir
-        assert running() == server.url
+    with EmbeddedServer.start(found, binary=wheel_binary) as server:
+        assert found == server.data_dir == data_dir
+        assert running(data_dir) == server.url
+        assert find_url(None, None, {"MILLSTREAM_DATA_DIR": os.fspath(data_dir)}) == server.url
         assert json.loads((data_dir / "engine.json").read_text())["pid"] == server.pid

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from millstream.broker.config.load import given_service
-from millstream.broker.config.units import plain
 from millstream.broker.contract.codec import encode_value
 from millstream.broker.contract.errors import InvalidRequest
+from millstream.broker.contract.scalars import plain
 from millstream.client.testing import AsyncFakeClient, FakeClient
 
 torch = pytest.importorskip("torch")

@@ -1,0 +1,27 @@
+"""The folder in which a local server of this user keeps its data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from millstream.broker.config.load import Config
+
+DATA_DIR_VARIABLE = "MILLSTREAM_DATA_DIR"
+
+
+def find_data_dir(flag: Path | None, config: Config | None, environ: Mapping[str, str]) -> Path:
+    """The flag's, MILLSTREAM_DATA_DIR's, the configuration's, or the default one."""
+    if flag:
+        return flag
+    if config and config.redis.data_dir and not environ.get(DATA_DIR_VARIABLE):
+        return config.redis.data_dir
+    return default_data_dir(environ)
+
+
+def default_data_dir(environ: Mapping[str, str]) -> Path:
+    """MILLSTREAM_DATA_DIR, or millstream's folder in the user's data home."""
+    if chosen := environ.get(DATA_DIR_VARIABLE):
+        return Path(chosen).expanduser()
+    home = environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(home).expanduser() / "millstream"
