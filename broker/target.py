@@ -12,7 +12,7 @@ from millstream.broker.config.load import DEFAULT_PATH, Config, load
 from millstream.broker.contract.keys import DEFAULT_PREFIX
 from millstream.broker.transport import eviction
 from millstream.broker.transport.connection import find_url
-from millstream.broker.transport.faults import URL_VARIABLE
+from millstream.broker.transport.error_map import URL_VARIABLE
 
 PREFIX_VARIABLE = "MILLSTREAM_REDIS__KEY_PREFIX"
 _SECTIONS = {"models", "services", "redis"}

@@ -17,15 +17,15 @@ from millstream.broker.contract.job import Json
 from millstream.broker.contract.scalars import plain
 from millstream.client.asker import Question
 from millstream.client.calls import MODEL_TYPES, NO_HITS, Ask, Calls, PriorityName, frozen, vectors_of
-from millstream.client.channel.wakeups import arrival, listener
+from millstream.client.channel.loop_calls import arrival, listener
 from millstream.client.detached import Detached, Entering
 from millstream.client.handle import CANCEL_S, Handle
+from millstream.client.job_terms import Progress, waits_until
 from millstream.client.local import START_S, Local
 from millstream.client.mapping import Results, check_map, chunking
 from millstream.client.rerank import Ranking, Scores, copied, question
 from millstream.client.result import Embeddings
-from millstream.client.rows import RowOutcome
-from millstream.client.terms import Progress, waits_until
+from millstream.client.row_results import RowOutcome
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from concurrent.futures import Future, wait
 from typing import Any, Generic, TypeVar
 
 from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError, described
-from millstream.client.channel.orders import NO_THREAD, client_closed
+from millstream.client.channel.requests import NO_THREAD, client_closed
 
 T = TypeVar("T")
 

@@ -26,16 +26,16 @@ from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.broker.target import find_target
 from millstream.broker.transport.connection import Connection
+from millstream.client.cache_reader import Recall
 from millstream.client.channel.channel import Channel
-from millstream.client.channel.flights import Flights
+from millstream.client.channel.coalescing import Flights
 from millstream.client.detached import Asked, Detached
 from millstream.client.handle import Handle
-from millstream.client.recall import Recall
+from millstream.client.job_terms import Progress, Terms
 from millstream.client.rerank import check_question
 from millstream.client.result import Embeddings
 from millstream.client.services import Services, op_of
 from millstream.client.split import Part, estimate_tokens, split, split_evenly, split_once
-from millstream.client.terms import Progress, Terms
 
 MAX_ROW_BYTES = 512 * 1024
 NO_HITS: Mapping[int, Cached] = MappingProxyType({})

@@ -13,11 +13,11 @@ from millstream.broker.contract.scalars import plain
 from millstream.client.calls import Ask, Calls, PriorityName, vectors_of
 from millstream.client.detached import Detached
 from millstream.client.handle import Handle
+from millstream.client.job_terms import Progress
 from millstream.client.local import START_S, Local
 from millstream.client.mapping import Results, map_rows
 from millstream.client.rerank import Ranking, Scores, copied, question
 from millstream.client.result import Embeddings
-from millstream.client.terms import Progress
 
 
 class Client:

@@ -30,11 +30,11 @@ from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, DetachedCall, Gro
 from millstream.broker.queue.submission import Submission, draft_job
 from millstream.broker.transport.connection import is_transient, translated
 from millstream.client.acceptance import Acceptance
-from millstream.client.channel.orders import Cancellation
+from millstream.client.channel.requests import Cancellation
+from millstream.client.job_terms import waits_until
 from millstream.client.result import Embeddings
-from millstream.client.rows import RowOutcome, Rows
+from millstream.client.row_results import RowOutcome, Rows
 from millstream.client.split import MAX_PART_BYTES, Part
-from millstream.client.terms import waits_until
 
 if TYPE_CHECKING:
     from millstream.client.calls import Ask, Calls

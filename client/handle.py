@@ -12,11 +12,11 @@ from millstream.broker.contract.errors import BrokerUnavailable, DeadlineExceede
 from millstream.broker.contract.job import Json
 from millstream.broker.queue.cache import Cached
 from millstream.broker.queue.streams import CancelOutcome
-from millstream.client.channel.baton import baton
+from millstream.client.channel.wake_chain import baton
+from millstream.client.job_terms import Lane, Progress, Terms, Watch, seconds_of, waits_until
 from millstream.client.result import Embeddings
-from millstream.client.rows import RowOutcome
+from millstream.client.row_results import RowOutcome
 from millstream.client.split import Part
-from millstream.client.terms import Lane, Progress, Terms, Watch, seconds_of, waits_until
 from millstream.client.transfer import Transfer
 
 CANCEL_S = 5.0

@@ -22,8 +22,8 @@ from millstream.broker.contract.errors import (
 )
 from millstream.broker.server.embedded import running
 from millstream.broker.transport.connection import find_url
-from millstream.broker.transport.faults import START_ONE
-from millstream.client.terms import waits_until
+from millstream.broker.transport.error_map import START_ONE
+from millstream.client.job_terms import waits_until
 
 START_S = 300.0
 """How long workers may take to be ready: a first start can have a model to download."""

@@ -13,7 +13,7 @@ from millstream.broker.contract.errors import InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.scalars import plain
 from millstream.client.handle import Handle
-from millstream.client.rows import RowOutcome
+from millstream.client.row_results import RowOutcome
 
 Results = Literal["values", "outcomes"]
 Start = Callable[[Sequence[Json]], Handle]

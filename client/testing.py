@@ -36,13 +36,13 @@ from millstream.broker.transport.connection import Connection
 from millstream.client.aio import AsyncClient
 from millstream.client.calls import NO_HITS, Ask, Calls
 from millstream.client.channel.channel import Channel
-from millstream.client.channel.orders import Cancellation
+from millstream.client.channel.requests import Cancellation
 from millstream.client.client import Client
 from millstream.client.detached import Asked
 from millstream.client.handle import Handle
-from millstream.client.rows import RowOutcome
+from millstream.client.job_terms import Progress
+from millstream.client.row_results import RowOutcome
 from millstream.client.services import Known, Services
-from millstream.client.terms import Progress
 
 Answers = Callable[[str], RowOutcome]
 """The outcome of one text: a vector [dim], a JSON value such as a score, or an error, returned or raised."""

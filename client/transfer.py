@@ -27,14 +27,14 @@ from millstream.broker.contract.job import Draft, Json, Reply
 from millstream.broker.queue.cache import Cached
 from millstream.broker.queue.streams import CancelOutcome, Group
 from millstream.broker.queue.submission import Submission, draft_job
-from millstream.client.channel.baton import baton
 from millstream.client.channel.ids import new_id
-from millstream.client.channel.orders import Cancellation
+from millstream.client.channel.requests import Cancellation
+from millstream.client.channel.wake_chain import baton
 from millstream.client.flow import Flow
-from millstream.client.rows import Rows
+from millstream.client.job_terms import Lane, Progress, Terms, Watch
+from millstream.client.row_results import Rows
 from millstream.client.services import Known
 from millstream.client.split import Part
-from millstream.client.terms import Lane, Progress, Terms, Watch
 
 VERDICT_S = 0.25
 """Seconds after its time that a call waits at most for the server to say why it is late."""

@@ -23,9 +23,9 @@ from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection, retrying, translated
 from millstream.worker import models
-from millstream.worker.crew import Crew
+from millstream.worker.context import Shared
 from millstream.worker.isolation import Takeover, isolate
-from millstream.worker.life import Life, Relay, ThreadFailed
+from millstream.worker.lane import Crew
 from millstream.worker.measuring.agreement import answer_of
 from millstream.worker.measuring.cores import Claims
 from millstream.worker.measuring.probe import auto_tokens, most_tokens
@@ -33,9 +33,9 @@ from millstream.worker.measuring.threads import Threads
 from millstream.worker.measuring.warmup import warm_up
 from millstream.worker.models.base import Closes, Model
 from millstream.worker.scheduling.batcher import Budget
-from millstream.worker.shared import Shared
-from millstream.worker.supervision.givingback import End, give_back
-from millstream.worker.supervision.orders import EXIT_PERMANENT, URL_VARIABLE, Orders
+from millstream.worker.shutdown import Life, Relay, ThreadFailed
+from millstream.worker.supervision.charging import End, give_back
+from millstream.worker.supervision.child_args import EXIT_PERMANENT, URL_VARIABLE, Orders
 from millstream.worker.supervision.progress import Look, Progress, State
 from millstream.worker.window import Window
 

@@ -19,11 +19,11 @@ from millstream.broker.target import find_target
 from millstream.broker.transport.connection import Connection
 from millstream.broker.transport.connection import check as check_server
 from millstream.worker.isolation import Takeover
-from millstream.worker.life import Ended, Relay
 from millstream.worker.models.custom import CustomModel, Hooks, name_of
 from millstream.worker.process import STALLED, Worker
-from millstream.worker.supervision.givingback import End
-from millstream.worker.supervision.orders import Orders, new_consumer
+from millstream.worker.shutdown import Ended, Relay
+from millstream.worker.supervision.charging import End
+from millstream.worker.supervision.child_args import Orders, new_consumer
 from millstream.worker.supervision.progress import Progress
 
 log = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from millstream.broker.contract.job import PRIORITIES, Priority
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Limit
 from millstream.worker.forward_cost import ForwardCost
 from millstream.worker.models.base import Prepared
+from millstream.worker.scheduling.active_job import BY_SHARE, SUSPECT, Held, Outcome, Rows
 from millstream.worker.scheduling.batcher import Budget, Cut, Pool
-from millstream.worker.scheduling.held import BY_SHARE, SUSPECT, Held, Outcome, Rows
-from millstream.worker.scheduling.shares import SAVED_BATCHES
+from millstream.worker.scheduling.fair_share import SAVED_BATCHES
 
 HOLD_S = 1.0
 """About this much predicted work is held, and half the queue timeout at most: a hoarder starves its neighbours."""

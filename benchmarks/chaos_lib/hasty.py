@@ -18,7 +18,7 @@ from millstream.broker.transport.connection import Connection
 from millstream.cli.interrupts import Interrupts
 from millstream.cli.status import Lines
 from millstream.cli.supervise import supervise
-from millstream.worker.supervision.orders import URL_VARIABLE
+from millstream.worker.supervision.child_args import URL_VARIABLE
 from millstream.worker.supervision.supervisor import Plan, Supervisor
 
 # -P: the folder of this file has modules whose names others use.

@@ -13,7 +13,7 @@ from millstream.broker.queue.admission import refusal
 from millstream.broker.queue.backlog import Backlog, Why
 from millstream.broker.queue.streams import Admission, Group, Streams
 from millstream.broker.queue.submission import Submission
-from millstream.broker.transport.faults import is_transient, translated
+from millstream.broker.transport.error_map import is_transient, translated
 
 AWAY_PAUSE_S = 0.1
 """Seconds between two tries while the server is away."""

@@ -17,8 +17,8 @@ from millstream.broker.server.embedded import running
 from millstream.broker.server.engine import FLOORS, EngineName, Version, floor_text, parse_version, version_text
 from millstream.broker.transport.access import secured
 from millstream.broker.transport.cluster import masters
+from millstream.broker.transport.error_map import START_ONE, URL_VARIABLE, is_transient, retrying, translated
 from millstream.broker.transport.eviction import check_policy
-from millstream.broker.transport.faults import START_ONE, URL_VARIABLE, is_transient, retrying, translated
 from millstream.broker.transport.topology import opener
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 
 import redis
 
-from millstream.broker.transport.ownpool import OwnPool
+from millstream.broker.transport.single_connection import OwnPool
 
 Words = Sequence[str | bytes | int]
 """One command: its name in one word, and its arguments."""

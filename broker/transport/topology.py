@@ -14,9 +14,9 @@ from redis.retry import Retry
 from millstream.broker.config.url import Place
 from millstream.broker.transport.access import FilePassword, check_tls_files, split_password_file
 from millstream.broker.transport.cluster import ClusterClient, Slots
-from millstream.broker.transport.ownpool import OwnPool
-from millstream.broker.transport.packer import Packer
+from millstream.broker.transport.fast_packer import Packer
 from millstream.broker.transport.sentinel import master_client, watchers
+from millstream.broker.transport.single_connection import OwnPool
 
 _CONNECT_TIMEOUT_S = 2.0
 _ASK_TIMEOUT_S = 2.0

@@ -11,8 +11,8 @@ from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.replies import Replies
 from millstream.broker.queue.submission import Submission
 from millstream.broker.transport.connection import Connection
-from millstream.client.channel.orders import NO_THREAD, Cancellation, client_closed
 from millstream.client.channel.reader import READ_S, Reader
+from millstream.client.channel.requests import NO_THREAD, Cancellation, client_closed
 from millstream.client.channel.sender import Sender
 
 

@@ -18,7 +18,7 @@ from millstream.broker.queue.replies import Replies
 from millstream.broker.queue.submission import Sink, Submission
 from millstream.broker.queue.submitter import AWAY_PAUSE_S
 from millstream.broker.transport.connection import is_transient
-from millstream.client.channel.orders import client_closed
+from millstream.client.channel.requests import client_closed
 
 log = logging.getLogger(__name__)
 

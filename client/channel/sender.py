@@ -19,8 +19,8 @@ from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CAL
 from millstream.broker.queue.submission import Submission
 from millstream.broker.queue.submitter import Submitter
 from millstream.broker.transport.connection import Connection, translated
-from millstream.client.channel.baton import baton
-from millstream.client.channel.orders import Cancellation, client_closed
+from millstream.client.channel.requests import Cancellation, client_closed
+from millstream.client.channel.wake_chain import baton
 
 log = logging.getLogger(__name__)
 

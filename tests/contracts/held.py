@@ -10,7 +10,7 @@ from millstream.broker.contract.errors import MillstreamError
 from millstream.broker.contract.job import Address, Claim, Job, Json, Priority
 from millstream.broker.contract.keys import STREAM_INDEX
 from millstream.worker.models.base import Prepared
-from millstream.worker.scheduling.held import Held
+from millstream.worker.scheduling.active_job import Held
 
 NOW = 1_000_000
 """Server ms at which these jobs were accepted."""

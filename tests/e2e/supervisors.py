@@ -17,7 +17,7 @@ from support import eventually
 
 from millstream.broker.contract.errors import ModelUnavailable
 from millstream.broker.contract.keys import DEFAULT_PREFIX
-from millstream.worker.supervision.orders import URL_VARIABLE, Orders
+from millstream.worker.supervision.child_args import URL_VARIABLE, Orders
 from millstream.worker.supervision.progress import Progress
 from millstream.worker.supervision.supervisor import Plan, Supervisor
 

@@ -16,7 +16,7 @@ from support import eventually
 from millstream.broker.config.load import ModelSpec, ServiceSpec
 from millstream.broker.contract.answer import answer_field, read_answer, written
 from millstream.broker.queue.registry import Registry
-from millstream.worker.supervision.orders import EXIT_PERMANENT
+from millstream.worker.supervision.child_args import EXIT_PERMANENT
 from millstream.worker.supervision.supervisor import Plan
 
 pytestmark = pytest.mark.early

@@ -28,7 +28,7 @@ from millstream.broker.queue.registry import Registry
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.client import AsyncClient, Client, Embeddings
-from millstream.client.recall import AT_ONCE
+from millstream.client.cache_reader import AT_ONCE
 
 WEIGHTS = "echo:planted"
 

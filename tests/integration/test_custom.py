@@ -24,7 +24,7 @@ from millstream.broker.queue.registry import Registry
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.client import AsyncClient, Client, Embeddings
-from millstream.client.rows import RowOutcome
+from millstream.client.row_results import RowOutcome
 
 TESTS = Path(__file__).parents[1]
 ROWS, BAD = 64, 41

@@ -23,14 +23,14 @@ from millstream.broker.queue.streams import Claimed, Limit, Streams
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.client import Client
+from millstream.worker.context import Shared
 from millstream.worker.intake.claimer import Claimer, Policy
 from millstream.worker.intake.claimer import Queue as Way
 from millstream.worker.intake.intake import Intake
 from millstream.worker.models.echo import EchoModel
+from millstream.worker.scheduling.batch_delay import Patience
 from millstream.worker.scheduling.batcher import Budget
-from millstream.worker.scheduling.patience import Patience
-from millstream.worker.scheduling.shares import Shares
-from millstream.worker.shared import Shared
+from millstream.worker.scheduling.fair_share import Shares
 from millstream.worker.window import Window
 
 FELT_S = 1.0

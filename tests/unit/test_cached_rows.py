@@ -13,7 +13,7 @@ from millstream.broker.contract.errors import InvalidRequest, MillstreamError, M
 from millstream.broker.contract.job import Reply
 from millstream.broker.queue.cache import Cached
 from millstream.client.result import Embeddings
-from millstream.client.rows import Rows
+from millstream.client.row_results import Rows
 from millstream.client.split import Part, split_once
 
 

@@ -16,17 +16,17 @@ from millstream.broker.contract.job import PRIORITIES, Draft, Priority
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.pause import pause
 from millstream.broker.queue.streams import Claimed, Limit, Streams
+from millstream.worker.context import Shared
 from millstream.worker.intake import claimer
 from millstream.worker.intake.claimer import Claimer, Policy
 from millstream.worker.intake.intake import Intake
 from millstream.worker.intake.settler import Finished
 from millstream.worker.models.echo import EchoModel
 from millstream.worker.scheduling import claim_policy
+from millstream.worker.scheduling.batch_delay import Patience
 from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.scheduling.claim_policy import LONGEST_LOOK_S, LOOK_S
-from millstream.worker.scheduling.patience import Patience
-from millstream.worker.scheduling.shares import Shares
-from millstream.worker.shared import Shared
+from millstream.worker.scheduling.fair_share import Shares
 from millstream.worker.window import HOLD_BATCHES, Window
 
 LONG_S = 20.0

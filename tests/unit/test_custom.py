@@ -16,9 +16,9 @@ from millstream.broker.config.load import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.contract.errors import InvalidRequest, ModelFailed, ModelUnavailable
 from millstream.worker import models
 from millstream.worker.engines.runner import run_rows
-from millstream.worker.life import Ended
 from millstream.worker.models.base import Laps, Prepared
 from millstream.worker.models.custom import CustomModel, Hooks, name_of
+from millstream.worker.shutdown import Ended
 from millstream.worker.supervision.supervisor import preflight
 
 Write = Callable[[str], str]

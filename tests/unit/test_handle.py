@@ -34,15 +34,15 @@ from millstream.broker.contract.errors import (
 from millstream.broker.contract.job import Draft, Json, Priority, Reply
 from millstream.broker.queue.submission import Submission
 from millstream.client import handle as handle_module
-from millstream.client.channel.baton import baton
 from millstream.client.channel.channel import Channel
-from millstream.client.channel.orders import Cancellation
+from millstream.client.channel.requests import Cancellation
+from millstream.client.channel.wake_chain import baton
 from millstream.client.flow import JOBS_PER_WORKER
 from millstream.client.handle import Handle
+from millstream.client.job_terms import Progress, Terms
 from millstream.client.result import Embeddings, Values
 from millstream.client.services import Known
 from millstream.client.split import split
-from millstream.client.terms import Progress, Terms
 from millstream.client.testing import FakeClient
 from millstream.client.transfer import VERDICT_S
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL
-from millstream.worker.crew import MOST_ROWS
+from millstream.worker.lane import MOST_ROWS
 from millstream.worker.supervision.progress import MOST_ENTRIES, SIZE, Look, Progress, Stage, State, Track
 
 CHILD = """

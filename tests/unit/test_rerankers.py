@@ -227,8 +227,8 @@ def test_an_instruction_changes_what_a_generative_reranker_is_asked(
 
 
 def test_the_guide_says_what_a_generative_reranker_is_asked() -> None:
+    from millstream.worker.models.reranking.options import Question
     from millstream.worker.models.reranking.prompts import qwen3_frame
-    from millstream.worker.models.reranking.question import Question
 
     guide = (Path(__file__).parents[2] / "docs" / "rerank.md").read_text(encoding="utf-8")
 

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from millstream.broker.contract.errors import DeadlineExceeded, InvalidRequest, MillstreamError, ModelFailed
 from millstream.broker.contract.job import Json, Vectors
 from millstream.worker.clock import ServerClock
+from millstream.worker.context import Shared
 from millstream.worker.engines.runner import Runner, run_rows
 from millstream.worker.intake.settler import Finished
-from millstream.worker.life import Ended
 from millstream.worker.models.base import NO_OPTIONS, Prepared
 from millstream.worker.models.echo import EchoModel
+from millstream.worker.scheduling.active_job import Held
 from millstream.worker.scheduling.batcher import Budget, computed
 from millstream.worker.scheduling.counters import Counters
-from millstream.worker.scheduling.held import Held
-from millstream.worker.shared import Shared
+from millstream.worker.shutdown import Ended
 from millstream.worker.window import Window
 
 

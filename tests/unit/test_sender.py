@@ -16,10 +16,10 @@ from millstream.broker.queue.streams import Admission, CancelOutcome, Group, Str
 from millstream.broker.queue.submission import Submission
 from millstream.broker.transport.connection import Connection
 from millstream.client.channel import sender as sender_module
-from millstream.client.channel.baton import Baton
 from millstream.client.channel.channel import Channel
-from millstream.client.channel.orders import Cancellation
+from millstream.client.channel.requests import Cancellation
 from millstream.client.channel.sender import Sender
+from millstream.client.channel.wake_chain import Baton
 
 Told = Sequence[CancelOutcome] | MillstreamError
 

@@ -15,12 +15,12 @@ from millstream.broker.contract.errors import ModelFailed
 from millstream.broker.contract.job import Claim, Json, Reply
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Settled, Settlement, Streams
+from millstream.worker.context import Shared
 from millstream.worker.intake import settler as module
 from millstream.worker.intake.settler import Finished, Settler
-from millstream.worker.life import Life
 from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.scheduling.counters import Counters
-from millstream.worker.shared import Shared
+from millstream.worker.shutdown import Life
 from millstream.worker.supervision.progress import Look, Stage
 from millstream.worker.window import Window
 

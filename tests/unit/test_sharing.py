@@ -30,8 +30,8 @@ from millstream.worker.models.embedding import encoder
 from millstream.worker.models.embedding.embedding import EmbeddingModel
 from millstream.worker.models.kernels.packing import Packing
 from millstream.worker.models.loading.sharing import FLOAT32, HALF, REDUCED, Filling, Precision, Sharing, Side, measured
+from millstream.worker.models.reranking.options import Question
 from millstream.worker.models.reranking.prompts import qwen3_frame
-from millstream.worker.models.reranking.question import Question
 from millstream.worker.models.reranking.reranker import load_reranker
 
 CLOSE = 1e-5

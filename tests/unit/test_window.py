@@ -15,9 +15,9 @@ from millstream.broker.contract.errors import ModelFailed
 from millstream.broker.contract.job import Claim, Priority
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL
 from millstream.worker.models.base import Prepared
+from millstream.worker.scheduling.active_job import Held, Outcome, Rows
 from millstream.worker.scheduling.batcher import Budget
-from millstream.worker.scheduling.held import Held, Outcome, Rows
-from millstream.worker.scheduling.shares import SAVED_BATCHES
+from millstream.worker.scheduling.fair_share import SAVED_BATCHES
 from millstream.worker.window import HOLD_BATCHES, LEAST_BATCHES, Window
 
 LONG_S = 10.0

@@ -13,13 +13,13 @@ import numpy as np
 from millstream.broker.contract.codec import encode_value
 from millstream.broker.contract.errors import MillstreamError, ModelFailed, described
 from millstream.broker.contract.job import Json, Reply, Vectors
+from millstream.worker.context import Shared
 from millstream.worker.intake.intake import expired
 from millstream.worker.intake.settler import Finished
-from millstream.worker.life import Ended
 from millstream.worker.models.base import NOT_FINITE, Model, Prepared, packs
-from millstream.worker.scheduling.held import Held, Outcome, Rows
+from millstream.worker.scheduling.active_job import Held, Outcome, Rows
 from millstream.worker.scheduling.memory import Fit, is_exhaustion
-from millstream.worker.shared import Shared
+from millstream.worker.shutdown import Ended
 from millstream.worker.supervision.progress import Stage
 
 log = logging.getLogger(__name__)

@@ -13,13 +13,13 @@ from millstream.broker.contract.job import PRIORITIES, Claim, Priority
 from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.streams import Claimed, Limit, Streams
 from millstream.broker.transport.connection import is_transient
+from millstream.worker.context import Shared
 from millstream.worker.intake.intake import Intake, cancelled
 from millstream.worker.intake.settler import Finished
 from millstream.worker.scheduling import claim_policy
+from millstream.worker.scheduling.batch_delay import Patience
 from millstream.worker.scheduling.claim_policy import State, next_step
-from millstream.worker.scheduling.patience import Patience
-from millstream.worker.scheduling.shares import CLASSES, Shares
-from millstream.worker.shared import Shared
+from millstream.worker.scheduling.fair_share import CLASSES, Shares
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from millstream.broker.contract.errors import (
 from millstream.broker.contract.job import Claim, Job, Json, Reply
 from millstream.worker.intake.settler import Finished
 from millstream.worker.models.base import Model, Prepared
-from millstream.worker.scheduling.held import Held
+from millstream.worker.scheduling.active_job import Held
 from millstream.worker.supervision.progress import Progress, Stage, Track
 
 

@@ -13,7 +13,7 @@ from millstream.broker.contract.errors import ModelFailed
 from millstream.broker.contract.job import Address, Reply
 from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Settlement, Streams
 from millstream.broker.transport.connection import retrying
-from millstream.worker.shared import Shared
+from millstream.worker.context import Shared
 from millstream.worker.supervision.progress import Stage
 
 log = logging.getLogger(__name__)

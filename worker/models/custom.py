@@ -26,8 +26,8 @@ from millstream.broker.contract.errors import (
     message_of,
 )
 from millstream.broker.contract.job import Json, Vectors
-from millstream.worker.life import Ended
 from millstream.worker.models.base import NO_OPTIONS, Prepared
+from millstream.worker.shutdown import Ended
 
 log = logging.getLogger(__name__)
 

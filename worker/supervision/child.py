@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from millstream.worker.supervision.givingback import End
+from millstream.worker.supervision.charging import End
 from millstream.worker.supervision.progress import Look, Progress, State
 
 STEADY_S = 30.0

@@ -21,9 +21,9 @@ from millstream.broker.transport.connection import Connection, is_transient
 from millstream.worker.measuring.cores import cores
 from millstream.worker.measuring.threads import waiting
 from millstream.worker.models.loading.source import RERANKERS, handler_of, locate
+from millstream.worker.supervision.charging import End, give_back
 from millstream.worker.supervision.child import Child
-from millstream.worker.supervision.givingback import End, give_back
-from millstream.worker.supervision.orders import EXIT_PERMANENT, URL_VARIABLE, Orders, new_consumer
+from millstream.worker.supervision.child_args import EXIT_PERMANENT, URL_VARIABLE, Orders, new_consumer
 from millstream.worker.supervision.progress import Progress
 from millstream.worker.supervision.registrar import Registrar
 

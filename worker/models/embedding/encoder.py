@@ -16,8 +16,8 @@ from millstream.broker.contract.errors import InputTooLong, InvalidRequest, Mill
 from millstream.broker.contract.job import Json, Vectors
 from millstream.worker.models.base import Limit, Prepared, Upcoming
 from millstream.worker.models.embedding.tokens import Reader, reader_of, text_of
-from millstream.worker.models.kernels.feed import Feed, sent
 from millstream.worker.models.kernels.packing import Packing
+from millstream.worker.models.kernels.prefetch import Feed, sent
 from millstream.worker.models.loading.fetch import local
 from millstream.worker.models.loading.lengths import forget
 from millstream.worker.models.loading.limits import settled, stretched_row

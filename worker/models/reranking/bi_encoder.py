@@ -17,8 +17,8 @@ from millstream.worker.models.base import Prepared
 from millstream.worker.models.embedding.encoder import Encoder, Text, Wish
 from millstream.worker.models.loading.loading import Folder
 from millstream.worker.models.loading.sharing import Features
+from millstream.worker.models.reranking.options import Question, answer_each
 from millstream.worker.models.reranking.pairs import SAMPLE_OPTIONS, too_long_query
-from millstream.worker.models.reranking.question import Question, answer_each
 
 
 @dataclass(slots=True, eq=False)

@@ -12,10 +12,11 @@ from millstream.broker.config.load import ModelSpec
 from millstream.broker.contract.errors import InvalidRequest, MillstreamError, ModelUnavailable
 from millstream.broker.contract.job import Json
 from millstream.worker.models.base import Prepared, Upcoming
-from millstream.worker.models.kernels.feed import Feed, sent
+from millstream.worker.models.kernels.prefetch import Feed, sent
 from millstream.worker.models.loading.lengths import forget
 from millstream.worker.models.loading.loading import Folder, dtype_of, loaded, longest
 from millstream.worker.models.loading.sharing import PROBES, QUERY, Filling, Precision, Sharing, Side, measured
+from millstream.worker.models.reranking.options import Question, answer_each
 from millstream.worker.models.reranking.pairs import (
     SAMPLE_OPTIONS,
     Activation,
@@ -27,7 +28,6 @@ from millstream.worker.models.reranking.pairs import (
     settle,
 )
 from millstream.worker.models.reranking.prompts import chat_frame
-from millstream.worker.models.reranking.question import Question, answer_each
 
 
 class CrossEncoderModel:

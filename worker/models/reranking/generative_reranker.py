@@ -14,8 +14,8 @@ from millstream.broker.config.load import ModelSpec
 from millstream.broker.contract.errors import MillstreamError, ModelUnavailable
 from millstream.broker.contract.job import Json
 from millstream.worker.models.base import Prepared, Upcoming
-from millstream.worker.models.kernels.feed import Feed, sent
 from millstream.worker.models.kernels.linear import prepack
+from millstream.worker.models.kernels.prefetch import Feed, sent
 from millstream.worker.models.loading.lengths import forget
 from millstream.worker.models.loading.loading import (
     LOAD_ERRORS,
@@ -27,9 +27,9 @@ from millstream.worker.models.loading.loading import (
 )
 from millstream.worker.models.loading.sharing import PROBES, QUERY, Filling, Precision, Sharing, Side, measured
 from millstream.worker.models.loading.weights import whole_weights
+from millstream.worker.models.reranking.options import answer_each
 from millstream.worker.models.reranking.pairs import SAMPLE_OPTIONS, Frame, Prompts, pairs_of, sample, scored, settle
 from millstream.worker.models.reranking.prompts import chat_frame, qwen3_frame
-from millstream.worker.models.reranking.question import answer_each
 
 _ACTIVATIONS = (torch.nn.Sigmoid, torch.nn.Identity, torch.nn.Tanh)
 

@@ -13,7 +13,7 @@ from millstream.broker.contract.errors import InputTooLong, MillstreamError
 from millstream.broker.contract.job import Json
 from millstream.worker.models.base import Limit, Model, Prepared
 from millstream.worker.models.loading.limits import settled, stretched_row
-from millstream.worker.models.reranking.question import Question
+from millstream.worker.models.reranking.options import Question
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 

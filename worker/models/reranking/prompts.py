@@ -8,8 +8,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from millstream.broker.contract.errors import ModelUnavailable
+from millstream.worker.models.reranking.options import Question
 from millstream.worker.models.reranking.pairs import Frame
-from millstream.worker.models.reranking.question import Question
 
 _HEAD = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "

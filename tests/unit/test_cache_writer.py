@@ -13,7 +13,7 @@ from millstream.broker.contract.errors import ModelFailed
 from millstream.broker.contract.job import Address, Json, Reply
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.cache import Cache, Cached, Recipe
-from millstream.worker.intake.keeper import Keeper
+from millstream.worker.intake.cache_writer import Keeper
 from millstream.worker.intake.settler import Finished
 
 RECIPE = Recipe("weights", "echo", "none", None)

@@ -15,7 +15,7 @@ from millstream.broker.config.spec import ModelSpec
 from millstream.broker.contract.job import Json
 from millstream.worker.models.base import Foresees, Model, Prepared
 from millstream.worker.models.embedding.embedding import EmbeddingModel
-from millstream.worker.models.kernels.feed import Feed, runs_by_itself
+from millstream.worker.models.kernels.prefetch import Feed, runs_by_itself
 from millstream.worker.models.reranking.reranker import load_reranker
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def make() -> Maker:
 @pytest.fixture
 def by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the CPU ran forwards while their callers do something else."""
-    monkeypatch.setattr("millstream.worker.models.kernels.feed.runs_by_itself", lambda device, backend: True)
+    monkeypatch.setattr("millstream.worker.models.kernels.prefetch.runs_by_itself", lambda device, backend: True)
 
 
 @pytest.fixture

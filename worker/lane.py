@@ -17,19 +17,19 @@ from millstream.broker.queue.lease import Beat, Lease
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.broker.transport.connection import Connection, is_transient, retrying
+from millstream.worker.context import Shared
 from millstream.worker.engines.runner import Runner
-from millstream.worker.intake.beat import Heart, Watch
+from millstream.worker.intake.cache_writer import Keeper
 from millstream.worker.intake.claimer import SLEEP_S, Claimer, Policy, Queue
+from millstream.worker.intake.heartbeat import Heart, Watch
+from millstream.worker.intake.inference_timeout import Timekeeper
 from millstream.worker.intake.intake import Intake, cancelled
-from millstream.worker.intake.keeper import Keeper
 from millstream.worker.intake.settler import Settler
-from millstream.worker.intake.timekeeper import Timekeeper
 from millstream.worker.measuring.probe import most_tokens
 from millstream.worker.models.base import ANY_LENGTH, Adapts, Foresees, Laps, Model, Placed, Reads
-from millstream.worker.scheduling.patience import Patience
-from millstream.worker.scheduling.shares import SAVED_BATCHES, Shares
-from millstream.worker.shared import Shared
-from millstream.worker.supervision.orders import Orders
+from millstream.worker.scheduling.batch_delay import Patience
+from millstream.worker.scheduling.fair_share import SAVED_BATCHES, Shares
+from millstream.worker.supervision.child_args import Orders
 from millstream.worker.supervision.progress import MOST_ENTRIES, State
 from millstream.worker.supervision.registrar import Registration
 

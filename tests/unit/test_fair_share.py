@@ -9,7 +9,7 @@ from contracts.held import claim_of
 
 from millstream.broker.config.spec import Runtime
 from millstream.broker.contract.job import PRIORITIES, Claim, Priority
-from millstream.worker.scheduling.shares import Shares
+from millstream.worker.scheduling.fair_share import Shares
 
 REALTIME, NORMAL, BATCH = PRIORITIES
 SHARES = {REALTIME: 0.7, NORMAL: 0.2, BATCH: 0.1}

@@ -10,11 +10,11 @@ from contracts.held import claim_of, held_of
 
 from millstream.broker.contract.errors import DeadlineExceeded
 from millstream.broker.contract.job import Priority
+from millstream.worker.context import Shared
+from millstream.worker.intake.inference_timeout import Timekeeper
 from millstream.worker.intake.settler import Finished
-from millstream.worker.intake.timekeeper import Timekeeper
+from millstream.worker.scheduling.active_job import Held
 from millstream.worker.scheduling.batcher import Budget
-from millstream.worker.scheduling.held import Held
-from millstream.worker.shared import Shared
 from millstream.worker.window import Window
 
 LIMITS = {Priority.REALTIME: 0.1, Priority.NORMAL: 0.3, Priority.BATCH: None}

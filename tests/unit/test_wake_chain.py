@@ -7,8 +7,8 @@ import threading
 import pytest
 from support import eventually
 
-from millstream.client.channel import baton as baton_module
-from millstream.client.channel.baton import Baton
+from millstream.client.channel import wake_chain as baton_module
+from millstream.client.channel.wake_chain import Baton
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from millstream.worker.clock import ServerClock
-from millstream.worker.life import Life
 from millstream.worker.measuring.threads import Threads
 from millstream.worker.scheduling.counters import Counters
+from millstream.worker.shutdown import Life
 from millstream.worker.supervision.progress import Progress
 from millstream.worker.window import Window
 

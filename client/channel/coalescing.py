@@ -14,7 +14,7 @@ from millstream.broker.contract.errors import InvalidRequest, Malformed, Millstr
 from millstream.broker.queue.streams import CancelOutcome
 from millstream.broker.queue.submission import Sink, Submission
 from millstream.client.channel.channel import Channel
-from millstream.client.channel.orders import Cancellation
+from millstream.client.channel.requests import Cancellation
 
 log = logging.getLogger(__name__)
 

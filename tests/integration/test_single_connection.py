@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import redis
 
-from millstream.broker.transport import ownpool
+from millstream.broker.transport import single_connection as ownpool
 from millstream.broker.transport.connection import Connection
 
 

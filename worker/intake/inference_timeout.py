@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 
 from millstream.broker.contract.errors import DeadlineExceeded
 from millstream.broker.contract.job import Priority, Reply
+from millstream.worker.context import Shared
 from millstream.worker.intake.settler import Finished
-from millstream.worker.scheduling.held import Held
-from millstream.worker.shared import Shared
+from millstream.worker.scheduling.active_job import Held
 
 IDLE_LOOK_S = 0.5
 """How soon a limit that was pushed is felt where there was none."""

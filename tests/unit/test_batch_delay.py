@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millstream.worker.scheduling.patience import HALF_LIFE_S, Patience
+from millstream.worker.scheduling.batch_delay import HALF_LIFE_S, Patience
 
 seconds = st.floats(0, 5, allow_nan=False)
 

@@ -11,7 +11,7 @@ from millstream.broker.contract.errors import InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Json, Priority
 from millstream.broker.contract.scalars import plain
 from millstream.broker.queue.submission import Submission
-from millstream.client.channel.orders import Cancellation
+from millstream.client.channel.requests import Cancellation
 from millstream.client.services import Known
 
 

@@ -28,8 +28,8 @@ from millstream.broker.contract.job import Draft, Priority, Reply
 from millstream.broker.queue.streams import CancelOutcome, Group
 from millstream.broker.queue.submission import Submission
 from millstream.client.channel.channel import Channel
-from millstream.client.channel.flights import Flights
-from millstream.client.channel.orders import Cancellation
+from millstream.client.channel.coalescing import Flights
+from millstream.client.channel.requests import Cancellation
 
 ANSWER = encode_reply(Reply(values=["done"]))
 

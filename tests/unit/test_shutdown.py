@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from support import eventually
 
-from millstream.worker.life import Life, Relay, ThreadFailed
+from millstream.worker.shutdown import Life, Relay, ThreadFailed
 
 
 class Panic(BaseException):

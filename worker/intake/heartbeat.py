@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from millstream.broker.queue.lease import Beat, Lease
 from millstream.broker.transport.connection import is_transient
-from millstream.worker.shared import Shared
+from millstream.worker.context import Shared
 
 log = logging.getLogger(__name__)
 

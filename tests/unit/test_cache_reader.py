@@ -14,8 +14,8 @@ from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.cache import Cached, Recipe, encode
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection
-from millstream.client import recall as module
-from millstream.client.recall import Recall
+from millstream.client import cache_reader as module
+from millstream.client.cache_reader import Recall
 
 RECIPE = Recipe("weights", "echo", "none", None)
 HIT = Cached("A", fingerprint="weights")
@@ -68,7 +68,7 @@ def test_after_a_look_up_that_failed_none_is_tried_for_a_moment(
     recall: Recall, server: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
-    monkeypatch.setattr("millstream.client.recall.time.monotonic", lambda: now)
+    monkeypatch.setattr("millstream.client.cache_reader.time.monotonic", lambda: now)
     server.away = True
     assert recall.rows("echo", RECIPE, {0: "a"}, {}) == {}
     server.away = False

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 
-from millstream.client.channel.wakeups import Listener, Mailbox, listener, mailbox
+from millstream.client.channel.loop_calls import Listener, Mailbox, listener, mailbox
 
 
 class Loop(asyncio.SelectorEventLoop):
