@@ -18,7 +18,7 @@ from stage import Stage, echo, until
 from millstream.broker.config.spec import ServiceSpec
 from millstream.broker.contract.codec import encode_inputs, encode_reply
 from millstream.broker.contract.job import Draft, Priority, Reply
-from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Group, Limit, Settlement, Streams
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, ClaimBudget, Group, Settlement, Streams
 
 SIZES, QUICK_SIZES = (1_000, 100_000, 1_000_000), (1_000, 5_000)
 JOBS, QUICK_JOBS = 5_000, 512
@@ -79,7 +79,7 @@ def settle_down(stage: Stage) -> None:
 def served(streams: Streams, jobs: int) -> Mapping[str, float]:
     """Claim and settle `jobs`, MAX_JOBS_PER_CALL at a time: us a job, waiting for the server included."""
     claiming = settling = 0.0
-    limit = Limit(jobs=MAX_JOBS_PER_CALL, rows=MAX_JOBS_PER_CALL, tokens=10**9)
+    limit = ClaimBudget(jobs=MAX_JOBS_PER_CALL, rows=MAX_JOBS_PER_CALL, tokens=10**9)
     for _ in range(-(-jobs // MAX_JOBS_PER_CALL)):
         began = time.perf_counter()
         claims = streams.claim("worker", limit).claims

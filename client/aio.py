@@ -16,7 +16,7 @@ from millstream.broker.contract.errors import DeadlineExceeded, InvalidRequest, 
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.scalars import plain
 from millstream.client.asker import Question
-from millstream.client.calls import MODEL_TYPES, NO_HITS, Ask, Calls, PriorityName, frozen, vectors_of
+from millstream.client.calls import MODEL_TYPES, NO_HITS, CallOptions, Calls, PriorityName, frozen, vectors_of
 from millstream.client.channel.loop_calls import arrival, listener
 from millstream.client.detached import Detached, Entering
 from millstream.client.handle import CANCEL_S, Handle
@@ -175,7 +175,7 @@ class AsyncClient:
         single = isinstance(texts, str)
         options = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding).json()
         rows = cast(Sequence[Json], [texts] if single else texts)
-        handle = await self._start(service, rows, Ask(priority, timeout, wait, tenant, options, "embed"))
+        handle = await self._start(service, rows, CallOptions(priority, timeout, wait, tenant, options, "embed"))
         return vectors_of(await AsyncHandle(handle).result(), single)
 
     async def rerank(
@@ -197,8 +197,8 @@ class AsyncClient:
         """As Client.rerank."""
         asked = question(query, top_n, scores, instruction, truncate)
         texts = copied(documents)
-        ask = Ask(priority, timeout, wait, tenant, asked, op="rerank")
-        handle = await self._start(service, cast(Sequence[Json], texts), ask)
+        opts = CallOptions(priority, timeout, wait, tenant, asked, op="rerank")
+        handle = await self._start(service, cast(Sequence[Json], texts), opts)
         return Ranking.of(await AsyncHandle(handle).result(), top_n, texts if return_documents else None)
 
     async def submit(
@@ -213,7 +213,7 @@ class AsyncClient:
         **options: Json,
     ) -> AsyncHandle:
         """As Client.submit."""
-        return AsyncHandle(await self._start(service, inputs, Ask(priority, timeout, wait, tenant, options)))
+        return AsyncHandle(await self._start(service, inputs, CallOptions(priority, timeout, wait, tenant, options)))
 
     async def call(
         self,
@@ -227,7 +227,7 @@ class AsyncClient:
     ) -> Any:
         """As Client.call."""
         rows = cast(Sequence[Json], [payload])
-        handle = await self._start(service, rows, Ask(priority, timeout, wait, tenant))
+        handle = await self._start(service, rows, CallOptions(priority, timeout, wait, tenant))
         return (await AsyncHandle(handle).result())[0]
 
     async def map(
@@ -244,14 +244,14 @@ class AsyncClient:
     ) -> AsyncGenerator[Any, None]:
         """As Client.map, for async iterables too. To cancel the rest at once, `aclose` it (as contextlib.aclosing)."""
         window = check_map(window, results)
-        ask = Ask(priority, None, True, tenant, options)
+        opts = CallOptions(priority, None, True, tenant, options)
         count, size = chunking(window)
         progress = Progress()
         under_way: list[tuple[int, Handle]] = []
         first = 0
         try:
             async for rows in _chunks(inputs, size):
-                under_way.append((first, await self._start(service, rows, ask, progress)))
+                under_way.append((first, await self._start(service, rows, opts, progress)))
                 first += len(rows)
                 if len(under_way) == count:
                     async for pair in _collected(under_way, ordered, results):
@@ -275,12 +275,12 @@ class AsyncClient:
         **options: Json,
     ) -> Detached:
         """As Client.submit_detached; ask the result's methods in a thread, for instance with asyncio.to_thread."""
-        ask = Ask(priority, timeout, True, tenant, options)
-        ask = ask.checked()
-        until = ask.until(time.monotonic())
-        rows, ask = frozen(inputs, ask)
+        opts = CallOptions(priority, timeout, True, tenant, options)
+        opts = opts.checked()
+        until = opts.until(time.monotonic())
+        rows, opts = frozen(inputs, opts)
         spec = await self._spec(service, until)
-        asked = self._calls.asked(spec, rows, ask, until, idempotency_key)
+        asked = self._calls.asked(spec, rows, opts, until, idempotency_key)
         try:
             return await _entered(asked.begin(self._calls, asked.per_job))
         except InvalidRequest:
@@ -308,30 +308,30 @@ class AsyncClient:
         await self.close()
 
     async def _start(
-        self, service: str | None, inputs: Sequence[Json], ask: Ask, progress: Progress | None = None
+        self, service: str | None, inputs: Sequence[Json], opts: CallOptions, progress: Progress | None = None
     ) -> Handle:
         """As Calls.start, waiting for the server without a thread."""
-        ask = ask.checked()
+        opts = opts.checked()
         began = time.monotonic()
-        until = ask.until(began)
+        until = opts.until(began)
         services = self._calls.services
-        name = service or services.remembered(MODEL_TYPES[ask.op])
+        name = service or services.remembered(MODEL_TYPES[opts.op])
         spec = services.known(name) if name else None
         if spec is None or spec.runtime.enable_cache:
             # While this waits the caller may change what it gave.
-            inputs, ask = frozen(inputs, ask)
+            inputs, opts = frozen(inputs, opts)
         if name is None:
-            name = await _answer(services.ask_only(MODEL_TYPES[ask.op]), until)
+            name = await _answer(services.ask_only(MODEL_TYPES[opts.op]), until)
         if spec is None:
             spec = await self._spec(name, until)
         cached = spec.runtime.enable_cache
-        hits = await arrival(partial(self._calls.recall_soon, spec, inputs, ask)) if cached else NO_HITS
-        return self._calls.begin(spec, inputs, ask, hits, began, progress)
+        hits = await arrival(partial(self._calls.recall_soon, spec, inputs, opts)) if cached else NO_HITS
+        return self._calls.begin(spec, inputs, opts, hits, began, progress)
 
     async def _spec(self, service: str, until: float | None) -> ServiceSpec:
         """As Services.read."""
         services = self._calls.services
-        return services.known(service) or (await _answer(services.ask(service), until)).spec
+        return services.known(service) or (await _answer(services.opts(service), until)).spec
 
     async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._calls.executor, partial(function, *args))

@@ -83,7 +83,7 @@ class Asker:
         """Ask nothing any more; a question under way goes on."""
         self._closed = True
 
-    def ask(self, key: Hashable, action: Callable[[], T], before: T | None) -> Question[T]:
+    def opts(self, key: Hashable, action: Callable[[], T], before: T | None) -> Question[T]:
         """The question `key` that is under way, or a new one that `action` answers. Returns at once."""
         with self._lock:
             question = self._under_way.get(key)

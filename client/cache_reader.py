@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from millstream.broker.contract.job import Json
-from millstream.broker.queue.cache import CHUNK, Cache, Cached, Recipe
+from millstream.broker.queue.cache import CHUNK, Cache, Cached, CacheKey
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection
 
@@ -34,7 +34,7 @@ class _Question:
     """Rows of one call (row -> text), whose kept answers `told` gets, by row, from any thread."""
 
     service: str
-    recipe: Recipe
+    cache_key: CacheKey
     texts: Mapping[int, str]
     options: Mapping[str, Json]
     told: Callable[[dict[int, Cached]], object]
@@ -45,20 +45,20 @@ class _Question:
     def name(self) -> None:
         """Find the names of the answers. A text that comes twice is asked for once."""
         self.once = list(dict.fromkeys(self.texts.values()))
-        self.digests = self.recipe.digests(self.once, self.options)
+        self.digests = self.cache_key.digests(self.once, self.options)
 
     @property
     def missing(self) -> int:
         return len(self.digests) - len(self.found)
 
     def rows(self) -> dict[int, Cached]:
-        made_by = self.recipe.fingerprint
+        made_by = self.cache_key.fingerprint
         hits = zip(self.once, self.found, strict=False)
         found = {text: hit._replace(fingerprint=made_by) for text, hit in hits if hit is not None}
         return {row: found[text] for row, text in self.texts.items() if text in found}
 
 
-class Recall:
+class CacheReader:
     """Looks up kept answers; thread-safe. A server that does not answer has none."""
 
     def __init__(self, connection: Connection, registry: Registry) -> None:
@@ -75,10 +75,10 @@ class Recall:
         self._gatherer: _Gatherer | None = None
 
     def rows(
-        self, service: str, recipe: Recipe, texts: Mapping[int, str], options: Mapping[str, Json]
+        self, service: str, cache_key: CacheKey, texts: Mapping[int, str], options: Mapping[str, Json]
     ) -> dict[int, Cached]:
         """The kept answers of `texts` (row -> text), by row. Waits for the server."""
-        question = _Question(service, recipe, texts, options, told=len)
+        question = _Question(service, cache_key, texts, options, told=len)
         question.name()
         with self._free:
             question.found += self._look_up(service, question.digests)
@@ -87,17 +87,17 @@ class Recall:
     def soon(
         self,
         service: str,
-        recipe: Recipe,
+        cache_key: CacheKey,
         texts: Mapping[int, str],
         options: Mapping[str, Json],
         told: Callable[[dict[int, Cached]], object],
     ) -> None:
         """As `rows`, but returns at once: `told` gets the answers, from another thread."""
-        question = _Question(service, recipe, texts, options, told)
+        question = _Question(service, cache_key, texts, options, told)
         with self._lock, suppress(RuntimeError):
-            if self._gatherer is None or not self._gatherer.ask(question):
+            if self._gatherer is None or not self._gatherer.opts(question):
                 gatherer = _Gatherer(self._look_up)
-                gatherer.ask(question)
+                gatherer.opts(question)
                 gatherer.start()
                 self._gatherer = gatherer
             return
@@ -125,7 +125,7 @@ class _Gatherer(threading.Thread):
         self._lock = threading.Lock()
         self._ended = False
 
-    def ask(self, question: _Question) -> bool:
+    def opts(self, question: _Question) -> bool:
         """Answer `question` soon; False if this thread has ended."""
         with self._lock:
             if not self._ended:

@@ -21,17 +21,17 @@ from millstream.broker.contract.embedding import EmbedOptions, Truncate
 from millstream.broker.contract.errors import InputTooLong, InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Json, Priority
 from millstream.broker.contract.scalars import plain
-from millstream.broker.queue.cache import Cached, Recipe
+from millstream.broker.queue.cache import Cached, CacheKey
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.broker.target import find_target
 from millstream.broker.transport.connection import Connection
-from millstream.client.cache_reader import Recall
+from millstream.client.cache_reader import CacheReader
 from millstream.client.channel.channel import Channel
-from millstream.client.channel.coalescing import Flights
+from millstream.client.channel.coalescing import Coalescer
 from millstream.client.detached import Asked, Detached
 from millstream.client.handle import Handle
-from millstream.client.job_terms import Progress, Terms
+from millstream.client.job_terms import JobTerms, Progress
 from millstream.client.rerank import check_question
 from millstream.client.result import Embeddings
 from millstream.client.services import Services, op_of
@@ -49,7 +49,7 @@ MODEL_TYPES: Mapping[str, str] = {"embed": "embedding", "rerank": "reranker"}
 _PRIORITIES: Mapping[str, Priority] = {str(each): each for each in Priority}
 
 
-class Ask(NamedTuple):
+class CallOptions(NamedTuple):
     """What a caller may say about a call. `timeout` in seconds, for all of it; `options` go to the model.
 
     `op` is the operation that the service must run; an empty one is whatever it does.
@@ -66,16 +66,16 @@ class Ask(NamedTuple):
         """When the time of a call is over that began at `began`, monotonic seconds."""
         return None if self.timeout is None else began + self.timeout
 
-    def checked(self) -> Ask:
+    def checked(self) -> CallOptions:
         """The same, with Python's own values in the place of NumPy's. Raises InvalidRequest."""
-        ask = self if _is_plain(self) else self._plain()
-        ask._check()
-        return ask
+        opts = self if _is_plain(self) else self._plain()
+        opts._check()
+        return opts
 
-    def _plain(self) -> Ask:
+    def _plain(self) -> CallOptions:
         given = [plain(value) for value in self]
         options = {name: cast(Json, plain(value)) for name, value in self.options.items()}
-        return Ask(*cast(tuple[Any, ...], given))._replace(options=options)
+        return CallOptions(*cast(tuple[Any, ...], given))._replace(options=options)
 
     def _check(self) -> None:
         if not isinstance(self.priority, str) or self.priority not in _PRIORITIES:
@@ -100,11 +100,11 @@ class Ask(NamedTuple):
 _PLAIN_TYPES = frozenset({str, int, float, bool, type(None)})
 
 
-def _is_plain(ask: Ask) -> bool:
+def _is_plain(opts: CallOptions) -> bool:
     """Whether nothing needs to be converted; asked at each call."""
-    if ask.options and not _PLAIN_TYPES.issuperset(map(type, ask.options.values())):
+    if opts.options and not _PLAIN_TYPES.issuperset(map(type, opts.options.values())):
         return False
-    return type(ask.timeout) in _PLAIN_TYPES and type(ask.wait) in _PLAIN_TYPES and type(ask.tenant) in _PLAIN_TYPES
+    return type(opts.timeout) in _PLAIN_TYPES and type(opts.wait) in _PLAIN_TYPES and type(opts.tenant) in _PLAIN_TYPES
 
 
 def _is_number(value: object) -> bool:
@@ -119,88 +119,94 @@ class Calls:
         self.connection = Connection(target.url, name="millstream-client")
         self.registry = Registry(self.connection, target.prefix)
         self.channel = Channel(self.connection, self.registry)
-        self._flights = Flights(self.channel)
+        self._coalescer = Coalescer(self.channel)
         self.services = Services(self.connection, self.registry)
-        self._recall = Recall(self.connection, self.registry)
+        self._cache_reader = CacheReader(self.connection, self.registry)
         _living.add(self)
         self.executor = _executor()
         # Not at exit: threads that wait then end with the process, and say nothing.
         weakref.finalize(self, _close, self.channel, self.services).atexit = False
 
-    def start(self, service: str | None, inputs: Sequence[Json], ask: Ask, progress: Progress | None = None) -> Handle:
-        """Send `inputs`, one a row, and return at once. Without a `service` it is the only one that runs `ask.op`.
+    def start(
+        self, service: str | None, inputs: Sequence[Json], opts: CallOptions, progress: Progress | None = None
+    ) -> Handle:
+        """Send `inputs`, one a row, and return at once. Without a `service` it is the only one that runs `opts.op`.
 
         Raises InvalidRequest, UnknownService, BrokerUnavailable.
         """
-        ask = ask.checked()
+        opts = opts.checked()
         # The clock starts here: reading the service, too, waits for the server.
         began = time.monotonic()
-        until = ask.until(began)
-        spec = self.services.read(service or self.services.only(MODEL_TYPES[ask.op], until), until)
-        hits = self.recall(spec, inputs, ask) if spec.runtime.enable_cache else {}
-        return self.begin(spec, inputs, ask, hits, began, progress)
+        until = opts.until(began)
+        spec = self.services.read(service or self.services.only(MODEL_TYPES[opts.op], until), until)
+        hits = self.recall(spec, inputs, opts) if spec.runtime.enable_cache else {}
+        return self.begin(spec, inputs, opts, hits, began, progress)
 
-    def recall(self, spec: ServiceSpec, inputs: Sequence[Json], ask: Ask) -> Mapping[int, Cached]:
+    def recall(self, spec: ServiceSpec, inputs: Sequence[Json], opts: CallOptions) -> Mapping[int, Cached]:
         """What the cache of a service that was read has for `inputs`, by row; nothing if the server is too slow.
 
         Waits for the server: LOOK_UP_S at most for each CHUNK of rows.
         """
-        recipe, texts = self._kept_rows(spec, inputs)
-        return self._recall.rows(spec.name, recipe, texts, ask.options) if recipe and texts else {}
+        cache_key, texts = self._kept_rows(spec, inputs)
+        return self._cache_reader.rows(spec.name, cache_key, texts, opts.options) if cache_key and texts else {}
 
     def recall_soon(
-        self, spec: ServiceSpec, inputs: Sequence[Json], ask: Ask, told: Callable[[Mapping[int, Cached]], object]
+        self,
+        spec: ServiceSpec,
+        inputs: Sequence[Json],
+        opts: CallOptions,
+        told: Callable[[Mapping[int, Cached]], object],
     ) -> None:
         """Hand what `recall` finds to `told`, from another thread. Returns at once."""
-        recipe, texts = self._kept_rows(spec, inputs)
-        if recipe and texts:
-            self._recall.soon(spec.name, recipe, texts, ask.options, told)
+        cache_key, texts = self._kept_rows(spec, inputs)
+        if cache_key and texts:
+            self._cache_reader.soon(spec.name, cache_key, texts, opts.options, told)
         else:
             told({})
 
-    def _kept_rows(self, spec: ServiceSpec, inputs: Sequence[Json]) -> tuple[Recipe | None, dict[int, str]]:
+    def _kept_rows(self, spec: ServiceSpec, inputs: Sequence[Json]) -> tuple[CacheKey | None, dict[int, str]]:
         """The recipe and texts, by row, of answers that may be kept; no recipe while the weights are unknown."""
         fingerprint = self.services.fingerprint(spec.name)
         sizes, _ = row_sizes(inputs)
-        recipe = Recipe.of(spec, fingerprint, op_of(spec)) if fingerprint else None
-        return recipe, {row: str(inputs[row]) for row in sizes}
+        cache_key = CacheKey.of(spec, fingerprint, op_of(spec)) if fingerprint else None
+        return cache_key, {row: str(inputs[row]) for row in sizes}
 
     def begin(
         self,
         spec: ServiceSpec,
         inputs: Sequence[Json],
-        ask: Ask,
+        opts: CallOptions,
         hits: Mapping[int, Cached] = NO_HITS,
         began: float | None = None,
         progress: Progress | None = None,
     ) -> Handle:
-        """As `start`, for a checked `ask`, a service that was read and what `recall` found: waits for nothing.
+        """As `start`, for a checked `opts`, a service that was read and what `recall` found: waits for nothing.
 
         The call's time counts from `began`, monotonic seconds.
         """
-        op, beside = checked(spec, ask)
-        self.check_options(spec, ask.options)
-        inputs = outgoing(spec, inputs, ask.options)
+        op, beside = checked(spec, opts)
+        self.check_options(spec, opts.options)
+        inputs = outgoing(spec, inputs, opts.options)
         parts, refused = cut(spec, inputs, hits, beside)
-        limits = spec.runtime.limits(ask.priority)
-        terms = Terms(
+        limits = spec.runtime.limits(opts.priority)
+        terms = JobTerms(
             service=spec.name,
             op=op,
-            priority=_PRIORITIES[ask.priority],
+            priority=_PRIORITIES[opts.priority],
             # A copy, too: a caller may change a list among them.
-            options=copy.deepcopy(ask.options) if ask.options else ask.options,
-            timeout=ask.timeout,
+            options=copy.deepcopy(opts.options) if opts.options else opts.options,
+            timeout=opts.timeout,
             total_timeout=limits.total_timeout,
             queue_timeout=limits.queue_timeout,
-            wait=ask.wait,
+            wait=opts.wait,
             most_jobs=_most_jobs(spec),
-            tenant=ask.tenant,
+            tenant=opts.tenant,
             replicated=spec.replicated,
-            rate_per_tenant=bool(ask.tenant) and spec.rate_per_tenant,
+            rate_per_tenant=bool(opts.tenant) and spec.rate_per_tenant,
             idle_timeout=spec.runtime.total_timeout,
         )
         # Where answers are kept, those of jobs under way are shared, too.
-        channel = self._flights if spec.runtime.enable_cache else self.channel
+        channel = self._coalescer if spec.runtime.enable_cache else self.channel
         given: dict[int, MillstreamError | Cached] = {**refused, **hits} if refused or hits else {}
         return Handle(channel, terms, inputs, parts, given, self.services, began, progress, self)
 
@@ -209,15 +215,20 @@ class Calls:
         if options and spec.model.type == "embedding":
             EmbedOptions.read(options)
 
-    def leave(self, service: str, inputs: Sequence[Json], ask: Ask, idempotency_key: str | None) -> Detached:
+    def leave(self, service: str, inputs: Sequence[Json], opts: CallOptions, idempotency_key: str | None) -> Detached:
         """Client.submit_detached."""
-        return Detached.submit(self, service, inputs, ask, idempotency_key)
+        return Detached.submit(self, service, inputs, opts, idempotency_key)
 
     def asked(
-        self, spec: ServiceSpec, inputs: Sequence[Json], ask: Ask, deadline: float | None, idempotency_key: str | None
+        self,
+        spec: ServiceSpec,
+        inputs: Sequence[Json],
+        opts: CallOptions,
+        deadline: float | None,
+        idempotency_key: str | None,
     ) -> Asked:
         """A detached call that may be begun. Raises InvalidRequest."""
-        return Asked.of(self, spec, inputs, ask, deadline, idempotency_key)
+        return Asked.of(self, spec, inputs, opts, deadline, idempotency_key)
 
     def streams(self, service: str, within_s: float | None = None) -> Streams:
         """The job streams of `service`, for calls that go past the channel.
@@ -236,18 +247,18 @@ class Calls:
         """In a forked child: connections, threads and an identity of its own."""
         self.connection.after_fork()
         self.channel.after_fork()
-        self._flights.after_fork()
+        self._coalescer.after_fork()
         self.services.after_fork()
         self.executor = _executor()
-        self._recall.begin()
+        self._cache_reader.begin()
 
 
-def frozen(inputs: Sequence[Json], ask: Ask) -> tuple[Sequence[Json], Ask]:
+def frozen(inputs: Sequence[Json], opts: CallOptions) -> tuple[Sequence[Json], CallOptions]:
     """Copies of what a caller gave: it may change them while its call waits for the server. What is no list is kept."""
     if not _is_list(inputs):
-        return inputs, ask
+        return inputs, opts
     rows = [row if isinstance(row, str) else _copied(row) for row in inputs]
-    return rows, ask._replace(options=copy.deepcopy(dict(ask.options))) if ask.options else ask
+    return rows, opts._replace(options=copy.deepcopy(dict(opts.options))) if opts.options else opts
 
 
 def _copied(row: Json) -> Json:
@@ -257,13 +268,13 @@ def _copied(row: Json) -> Json:
         return row
 
 
-def checked(spec: ServiceSpec, ask: Ask) -> tuple[str, int]:
+def checked(spec: ServiceSpec, opts: CallOptions) -> tuple[str, int]:
     """The operation of a call's jobs, and the bytes that are read with each row. Raises InvalidRequest."""
     op = op_of(spec)
     # A user's own code may answer vectors.
-    if ask.op and ask.op != op and not (ask.op == "embed" and op in ("call", "echo")):
-        raise InvalidRequest(f"service {spec.name!r} is of type {spec.model.type!r}", hint=f"it cannot {ask.op}")
-    return op, check_question(ask.options) if op == "rerank" else 0
+    if opts.op and opts.op != op and not (opts.op == "embed" and op in ("call", "echo")):
+        raise InvalidRequest(f"service {spec.name!r} is of type {spec.model.type!r}", hint=f"it cannot {opts.op}")
+    return op, check_question(opts.options) if op == "rerank" else 0
 
 
 def cut(

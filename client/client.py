@@ -10,7 +10,7 @@ from typing import Any, Self, cast
 from millstream.broker.contract.embedding import EmbedOptions, Encoding, InputType, Truncate
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.scalars import plain
-from millstream.client.calls import Ask, Calls, PriorityName, vectors_of
+from millstream.client.calls import CallOptions, Calls, PriorityName, vectors_of
 from millstream.client.detached import Detached
 from millstream.client.handle import Handle
 from millstream.client.job_terms import Progress
@@ -95,7 +95,7 @@ class Client:
         single = isinstance(texts, str)
         options = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding).json()
         rows = cast(Sequence[Json], [texts] if single else texts)
-        handle = self._calls.start(service, rows, Ask(priority, timeout, wait, tenant, options, "embed"))
+        handle = self._calls.start(service, rows, CallOptions(priority, timeout, wait, tenant, options, "embed"))
         return vectors_of(handle.finish(), single)
 
     def rerank(
@@ -125,7 +125,7 @@ class Client:
         asked = question(query, top_n, scores, instruction, truncate)
         texts = copied(documents)
         handle = self._calls.start(
-            service, cast(Sequence[Json], texts), Ask(priority, timeout, wait, tenant, asked, op="rerank")
+            service, cast(Sequence[Json], texts), CallOptions(priority, timeout, wait, tenant, asked, op="rerank")
         )
         return Ranking.of(handle.finish(), top_n, texts if return_documents else None)
 
@@ -146,7 +146,7 @@ class Client:
         which it must have, `truncate`, `scores` and `instruction`. A sparse embedding model answers
         {"indices": [...], "values": [...]} for each text, by rising index. The rows of a custom service are any JSON.
         """
-        return self._calls.start(service, inputs, Ask(priority, timeout, wait, tenant, options))
+        return self._calls.start(service, inputs, CallOptions(priority, timeout, wait, tenant, options))
 
     def call(
         self,
@@ -164,7 +164,7 @@ class Client:
         ModelFailed if the function failed on this payload.
         """
         rows = cast(Sequence[Json], [payload])
-        return self._calls.start(service, rows, Ask(priority, timeout, wait, tenant)).finish()[0]
+        return self._calls.start(service, rows, CallOptions(priority, timeout, wait, tenant)).finish()[0]
 
     def map(
         self,
@@ -184,9 +184,9 @@ class Client:
         error; with `results="outcomes"` the error is yielded in its place. Ending the iteration, by an error or by the
         generator's `close`, cancels the rest.
         """
-        ask = Ask(priority, None, True, tenant, options)
+        opts = CallOptions(priority, None, True, tenant, options)
         progress = Progress()
-        return map_rows(lambda rows: self._calls.start(service, rows, ask, progress), inputs, window, ordered, results)
+        return map_rows(lambda rows: self._calls.start(service, rows, opts, progress), inputs, window, ordered, results)
 
     def submit_detached(
         self,
@@ -205,8 +205,8 @@ class Client:
         submission under the same `idempotency_key` is the first one; with other inputs or options it is InvalidRequest.
         Raises QueueFull, InvalidRequest, UnknownService, BrokerUnavailable.
         """
-        ask = Ask(priority, timeout, True, tenant, options)
-        return self._calls.leave(service, inputs, ask, idempotency_key)
+        opts = CallOptions(priority, timeout, True, tenant, options)
+        return self._calls.leave(service, inputs, opts, idempotency_key)
 
     def job(self, job_id: str) -> Detached:
         """A detached call by its id, from any process. Raises InvalidRequest if it is no such id."""

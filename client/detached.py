@@ -33,11 +33,11 @@ from millstream.client.acceptance import Acceptance
 from millstream.client.channel.requests import Cancellation
 from millstream.client.job_terms import waits_until
 from millstream.client.result import Embeddings
-from millstream.client.row_results import RowOutcome, Rows
+from millstream.client.row_results import RowOutcome, RowResults
 from millstream.client.split import MAX_PART_BYTES, Part
 
 if TYPE_CHECKING:
-    from millstream.client.calls import Ask, Calls
+    from millstream.client.calls import CallOptions, Calls
 
 _ID = re.compile(
     r"(?P<service>[A-Za-z0-9][A-Za-z0-9_.-]{0,63}):(?P<rows>[1-9]\d{0,8})x(?P<per_job>[1-9]\d{0,3}):(?P<call>[0-9a-f]{32})"
@@ -93,13 +93,13 @@ class Detached:
 
     @classmethod
     def submit(
-        cls, calls: Calls, service: str, inputs: Sequence[Json], ask: Ask, idempotency_key: str | None
+        cls, calls: Calls, service: str, inputs: Sequence[Json], opts: CallOptions, idempotency_key: str | None
     ) -> Detached:
         """Client.submit_detached."""
-        ask = ask.checked()
+        opts = opts.checked()
         began = time.monotonic()
-        spec = calls.services.read(service, ask.until(began))
-        asked = calls.asked(spec, inputs, ask, ask.until(began), idempotency_key)
+        spec = calls.services.read(service, opts.until(began))
+        asked = calls.asked(spec, inputs, opts, opts.until(began), idempotency_key)
         try:
             return asked.begin(calls, asked.per_job).accepted()
         except InvalidRequest:
@@ -181,9 +181,9 @@ class Detached:
     def _missing(self) -> list[str]:
         return [job_id for job_id in self._parts if job_id not in self._replies]
 
-    def _collected(self) -> Rows:
+    def _collected(self) -> RowResults:
         # Made anew each time: threads, and a forked child, may ask at once.
-        rows = Rows(sum(len(part.rows) for part in self._parts.values()), {})
+        rows = RowResults(sum(len(part.rows) for part in self._parts.values()), {})
         for job_id, part in self._parts.items():
             rows.place(part, self._replies[job_id])
         return rows
@@ -226,7 +226,7 @@ class Asked:
     op: str
     inputs: Sequence[Json]
     sizes: Mapping[int, int]
-    ask: Ask
+    opts: CallOptions
     deadline: float | None
     key: str | None
     per_job: int
@@ -239,16 +239,16 @@ class Asked:
         calls: Calls,
         spec: ServiceSpec,
         inputs: Sequence[Json],
-        ask: Ask,
+        opts: CallOptions,
         deadline: float | None,
         idempotency_key: str | None,
     ) -> Asked:
         """Raises InvalidRequest."""
         from millstream.client.calls import checked, outgoing, row_sizes
 
-        calls.check_options(spec, ask.options)
-        op, beside = checked(spec, ask)
-        inputs = outgoing(spec, inputs, ask.options)
+        calls.check_options(spec, opts.options)
+        op, beside = checked(spec, opts)
+        inputs = outgoing(spec, inputs, opts.options)
         sizes, refused = row_sizes(inputs, beside)
         if refused:
             row, error = next(iter(refused.items()))
@@ -257,11 +257,11 @@ class Asked:
             raise InvalidRequest("no rows", hint="a detached call needs at least one")
         per_job = max(1, min(spec.runtime.batch_size, MAX_ROWS, MAX_PART_BYTES // max(1, *sizes.values())))
         _check_jobs(len(inputs), per_job)
-        return cls(spec, op, inputs, sizes, ask, deadline, idempotency_key, per_job)
+        return cls(spec, op, inputs, sizes, opts, deadline, idempotency_key, per_job)
 
     def __post_init__(self) -> None:
         """`call` is the id of the call: the same for the same key."""
-        named = f"{self.spec.name}\0{self.ask.tenant}\0{self.key}".encode()
+        named = f"{self.spec.name}\0{self.opts.tenant}\0{self.key}".encode()
         call = secrets.token_hex(16) if self.key is None else hashlib.sha256(named).hexdigest()[:32]
         object.__setattr__(self, "call", call)
         object.__setattr__(self, "digest", "" if self.key is None else self._digest())
@@ -282,7 +282,7 @@ class Asked:
 
     def _digest(self) -> str:
         """The name of what is asked for, however it is cut into jobs."""
-        digest = hashlib.sha256(json.dumps([self.op, dict(self.ask.options)], sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps([self.op, dict(self.opts.options)], sort_keys=True).encode())
         for row in self.inputs:
             digest.update(b"\0" + encode_inputs([_sorted(row)], {}))
         return digest.hexdigest()[:32]
@@ -309,17 +309,17 @@ class Asked:
                 self.op,
                 [self.inputs[row] for row in part.rows],
                 tokens_of(self.spec, [self.sizes[row] for row in part.rows]),
-                self.ask.options,
+                self.opts.options,
                 deadline=self.deadline,
-                tenant=self.ask.tenant,
+                tenant=self.opts.tenant,
             )
             for job_id, part in parts.items()
         ]
 
     def _submission(self, drafts: Sequence[Draft], per_job: int) -> Callable[[Draft, float, Acceptance], Submission]:
         """Makes a submission of one job: they enter one by one, as room appears. The first is charged for the call."""
-        record, priority = self.record(per_job, len(drafts)), Priority(self.ask.priority)
-        tenant = self.ask.tenant if self.spec.rate_per_tenant else ""
+        record, priority = self.record(per_job, len(drafts)), Priority(self.opts.priority)
+        tenant = self.opts.tenant if self.spec.rate_per_tenant else ""
         first = drafts[0].id
 
         def make(draft: Draft, until: float, acceptance: Acceptance) -> Submission:

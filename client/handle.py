@@ -12,8 +12,8 @@ from millstream.broker.contract.errors import BrokerUnavailable, DeadlineExceede
 from millstream.broker.contract.job import Json
 from millstream.broker.queue.cache import Cached
 from millstream.broker.queue.streams import CancelOutcome
-from millstream.client.channel.wake_chain import baton
-from millstream.client.job_terms import Lane, Progress, Terms, Watch, seconds_of, waits_until
+from millstream.client.channel.wake_chain import wake_chain
+from millstream.client.job_terms import CallChannel, JobTerms, Progress, Watch, seconds_of, waits_until
 from millstream.client.result import Embeddings
 from millstream.client.row_results import RowOutcome
 from millstream.client.split import Part
@@ -56,8 +56,8 @@ class Handle:
 
     def __init__(
         self,
-        channel: Lane,
-        terms: Terms,
+        channel: CallChannel,
+        terms: JobTerms,
         inputs: Sequence[Json],
         parts: Sequence[Part],
         given: Mapping[int, MillstreamError | Cached],
@@ -212,7 +212,7 @@ class Handle:
             self._lock.acquire()
             if waiter in self._transfer.waiters:
                 self._transfer.waiters.remove(waiter)
-            baton.left(waiter)
+            wake_chain.left(waiter)
 
     # ----------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from millstream.client.channel.requests import Cancellation
 from millstream.client.services import Known
 
 
-class Terms(NamedTuple):
+class JobTerms(NamedTuple):
     """How a call is to be run. Times in seconds; None is no limit.
 
     `timeout` bounds the whole call. Without it the call ends when nothing of it was answered for `total_timeout`: a
@@ -79,7 +79,7 @@ class Watch(Protocol):
         """The state of the service as last heard."""
 
 
-class Lane(Protocol):
+class CallChannel(Protocol):
     """The part of a channel that a call uses."""
 
     @property

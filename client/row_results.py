@@ -17,7 +17,7 @@ RowOutcome = Encoded | Json | MillstreamError
 """A vector [dim], a JSON value, or the row's error."""
 
 
-class Rows:
+class RowResults:
     """Outcomes by row, filled part by part; those of `given` are there from the start. `left` rows have none yet.
 
     `op` is the operation that was asked for: results it cannot have are their rows' errors. An empty one has any.

@@ -128,13 +128,13 @@ class Services:
         """
         if spec := self.known(service):
             return spec
-        question = self.ask(service)
+        question = self.opts(service)
         question.wait(until)
         return question.answer().spec
 
-    def ask(self, service: str) -> Question[Known]:
+    def opts(self, service: str) -> Question[Known]:
         """Ask the server about `service`; calls that ask meanwhile share its answer."""
-        return self._asker.ask(service, lambda: self._ask(service), self._known.get(service))
+        return self._asker.opts(service, lambda: self._ask(service), self._known.get(service))
 
     def fingerprint(self, service: str) -> str:
         """The weights of `service` as last read; "" if no worker has said them, or the server is away."""
@@ -160,7 +160,7 @@ class Services:
     def ask_only(self, model_type: str) -> Question[str]:
         """Ask the server which service is the only one of `model_type`."""
         before, _ = self._only.get(model_type, (None, 0.0))
-        return self._asker.ask(("type", model_type), lambda: self._find_only(model_type), before)
+        return self._asker.opts(("type", model_type), lambda: self._find_only(model_type), before)
 
     def live(self, service: str, changed: Callable[[], None]) -> int:
         """Workers that lived when the server was last asked, at least 1. Waits for nothing.
@@ -176,7 +176,7 @@ class Services:
                 if future.exception() is None and max(1, future.result().live_workers) != live:
                     changed()
 
-            self.ask(service).future.add_done_callback(answered)
+            self.opts(service).future.add_done_callback(answered)
         return live
 
     def explain(self, service: str, tell: Callable[[Known], None]) -> None:
@@ -190,7 +190,7 @@ class Services:
             error, word = future.exception(), self.last_word(service)
             tell(replace(word, away=error) if isinstance(error, MillstreamError) else word)
 
-        self.ask(service).future.add_done_callback(answered)
+        self.opts(service).future.add_done_callback(answered)
 
     def last_word(self, service: str) -> Known:
         """What the server last said of a service that was read; `away` if a question to it has no answer yet."""
@@ -204,7 +204,7 @@ class Services:
 
     def live_workers(self, service: str) -> int:
         """Workers with a beat younger than a lease, asked now. Raises UnknownService, BrokerUnavailable."""
-        known = self.ask(service).future.result()
+        known = self.opts(service).future.result()
         if known.away:
             raise known.away
         return known.live_workers

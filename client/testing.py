@@ -34,7 +34,7 @@ from millstream.broker.queue.streams import Admission, CancelOutcome, Group, Str
 from millstream.broker.queue.submission import Submission
 from millstream.broker.transport.connection import Connection
 from millstream.client.aio import AsyncClient
-from millstream.client.calls import NO_HITS, Ask, Calls
+from millstream.client.calls import NO_HITS, CallOptions, Calls
 from millstream.client.channel.channel import Channel
 from millstream.client.channel.requests import Cancellation
 from millstream.client.client import Client
@@ -66,7 +66,7 @@ class Call:
 
     service: str
     inputs: list[Json]
-    ask: Ask
+    opts: CallOptions
     detached: bool = False
     idempotency_key: str | None = None
 
@@ -163,13 +163,13 @@ class _FakeCalls(Calls):
         self,
         spec: ServiceSpec,
         inputs: Sequence[Json],
-        ask: Ask,
+        opts: CallOptions,
         hits: Mapping[int, Cached] = NO_HITS,
         began: float | None = None,
         progress: Progress | None = None,
     ) -> Handle:
-        handle = super().begin(spec, inputs, ask, hits, began, progress)
-        self.made.append(Call(spec.name, list(inputs), ask))
+        handle = super().begin(spec, inputs, opts, hits, began, progress)
+        self.made.append(Call(spec.name, list(inputs), opts))
         return handle
 
     def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> None:
@@ -177,10 +177,15 @@ class _FakeCalls(Calls):
             _embed_options(options)
 
     def asked(
-        self, spec: ServiceSpec, inputs: Sequence[Json], ask: Ask, deadline: float | None, idempotency_key: str | None
+        self,
+        spec: ServiceSpec,
+        inputs: Sequence[Json],
+        opts: CallOptions,
+        deadline: float | None,
+        idempotency_key: str | None,
     ) -> Asked:
-        asked = super().asked(spec, inputs, ask, deadline, idempotency_key)
-        self.made.append(Call(spec.name, list(inputs), ask, True, idempotency_key))
+        asked = super().asked(spec, inputs, opts, deadline, idempotency_key)
+        self.made.append(Call(spec.name, list(inputs), opts, True, idempotency_key))
         if self.faults:
             raise self.faults.popleft()
         return asked

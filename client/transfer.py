@@ -29,10 +29,10 @@ from millstream.broker.queue.streams import CancelOutcome, Group
 from millstream.broker.queue.submission import Submission, draft_job
 from millstream.client.channel.ids import new_id
 from millstream.client.channel.requests import Cancellation
-from millstream.client.channel.wake_chain import baton
+from millstream.client.channel.wake_chain import wake_chain
 from millstream.client.flow import Flow
-from millstream.client.job_terms import Lane, Progress, Terms, Watch
-from millstream.client.row_results import Rows
+from millstream.client.job_terms import CallChannel, JobTerms, Progress, Watch
+from millstream.client.row_results import RowResults
 from millstream.client.services import Known
 from millstream.client.split import Part
 
@@ -52,9 +52,9 @@ class Transfer:
 
     def __init__(
         self,
-        channel: Lane,
+        channel: CallChannel,
         watch: Watch,
-        terms: Terms,
+        terms: JobTerms,
         inputs: Sequence[Json],
         parts: Sequence[Part],
         given: Mapping[int, MillstreamError | Cached],
@@ -63,7 +63,7 @@ class Transfer:
     ) -> None:
         self.id = self._first_id = self._charged_with = new_id()
         self.lock = threading.RLock()
-        self.rows = Rows(len(inputs), given, terms.op)
+        self.rows = RowResults(len(inputs), given, terms.op)
         self.began = self.ended = began
         self._channel = channel
         self._watch = watch
@@ -208,7 +208,7 @@ class Transfer:
         if self.waiters:
             # First: an interrupt must not leave them to be woken twice.
             waiters, self.waiters = self.waiters, []
-            baton.wake(waiters)
+            wake_chain.wake(waiters)
         for listener in list(self.listeners):
             listener()
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from millstream.broker.contract.job import PRIORITIES, Claim, Priority
 from millstream.broker.contract.keys import RETURNED
-from millstream.broker.queue.streams import Claimed, Limit
+from millstream.broker.queue.streams import ClaimBudget, Claimed
 
 MAX_JOBS = 16
 MAX_BATCH_JOBS = 8
@@ -143,7 +143,7 @@ class Model:
             self.replies.setdefault(entry.client, []).append((entry.job_id, reply))
 
 
-def check_claim(model: Model, limit: Limit, claimed: Claimed) -> None:
+def check_claim(model: Model, limit: ClaimBudget, claimed: Claimed) -> None:
     """What holds for every claim, whatever it yields; `model` is as it was before. Raises AssertionError."""
     assert claimed.paused == bool(model.paused)
     entries = [model.entries[claim.address.job_id] for claim in claimed.claims]
@@ -177,7 +177,7 @@ def _check_as_accepted(entry: Entry, claim: Claim, now: int) -> None:
     assert job.missed(now) == entry.phase
 
 
-def _check_suspects(model: Model, taken: Sequence[Entry], claimed: Claimed, limit: Limit) -> None:
+def _check_suspects(model: Model, taken: Sequence[Entry], claimed: Claimed, limit: ClaimBudget) -> None:
     """Suspects of one batch, no more than the attempts left allow, in no other company, for a worker with nothing."""
     group = [entry for entry in taken if entry.suspect]
     if group:
@@ -195,14 +195,14 @@ def _group_size(entry: Entry, max_attempts: int) -> int:
     return max(1, int(entry.batch_size**left + 1e-9))
 
 
-def _check_budget(taken: Sequence[Entry], limit: Limit) -> None:
+def _check_budget(taken: Sequence[Entry], limit: ClaimBudget) -> None:
     assert len(taken) <= limit.jobs
     rows, tokens = sum(entry.rows for entry in taken), sum(entry.tokens for entry in taken)
     over_large = len(taken) == 1 and limit.empty_handed
     assert not taken or over_large or (rows <= limit.rows and tokens <= limit.tokens), "beyond the budget"
 
 
-def _check_share(model: Model, taken: Sequence[Entry], limit: Limit) -> None:
+def _check_share(model: Model, taken: Sequence[Entry], limit: ClaimBudget) -> None:
     if any(entry.suspect for entry in taken):
         return
     waiting = len(model.returned()) + sum(len(model.waiting(priority)) for priority in PRIORITIES)
@@ -210,7 +210,7 @@ def _check_share(model: Model, taken: Sequence[Entry], limit: Limit) -> None:
     assert len(taken) <= share or sum(entry.rows for entry in taken[:-1]) < limit.next_rows, "hoarded"
 
 
-def _check_order(model: Model, taken: Sequence[Entry], claimed: Claimed, limit: Limit) -> None:
+def _check_order(model: Model, taken: Sequence[Entry], claimed: Claimed, limit: ClaimBudget) -> None:
     """Each stream in its order, innocents that were given back first; a less urgent job before a more urgent one only
     out of what its class has saved.
     """
@@ -233,7 +233,7 @@ def _check_order(model: Model, taken: Sequence[Entry], claimed: Claimed, limit: 
         ready += len([entry for entry in left if entry not in plain])
 
 
-def _check_blocked(model: Model, taken: Sequence[Entry], blocked: int, limit: Limit) -> None:
+def _check_blocked(model: Model, taken: Sequence[Entry], blocked: int, limit: ClaimBudget) -> None:
     if not blocked:
         return
     assert blocked <= max(limit.streams, limit.returned)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from millstream.worker.clock import ServerClock
 from millstream.worker.measuring.threads import Threads
 from millstream.worker.scheduling.counters import Counters
-from millstream.worker.shutdown import Life
+from millstream.worker.shutdown import Shutdown
 from millstream.worker.supervision.progress import Progress
 from millstream.worker.window import Window
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
+class Context:
     """One process's name in the queue, what it holds, the server's clock, its counts, its end, its page, its threads.
 
     `page` is read by a supervisor, if the process has one.
@@ -23,6 +23,6 @@ class Shared:
     window: Window
     clock: ServerClock = field(default_factory=ServerClock)
     counters: Counters = field(default_factory=Counters)
-    life: Life = field(default_factory=Life)
+    shutdown: Shutdown = field(default_factory=Shutdown)
     page: Progress = field(default_factory=Progress.alone)
     threads: Threads = field(default_factory=Threads.unmanaged)

@@ -12,24 +12,24 @@ from millstream.broker.config.load import Runtime, ServiceSpec
 from millstream.broker.contract.answer import Answer
 from millstream.broker.contract.errors import ConfigError, UnknownService
 from millstream.broker.contract.job import PRIORITIES, Priority
-from millstream.broker.queue.cache import Cache, Recipe
+from millstream.broker.queue.cache import Cache, CacheKey
 from millstream.broker.queue.lease import Beat, Lease
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.broker.transport.connection import Connection, is_transient, retrying
-from millstream.worker.context import Shared
+from millstream.worker.context import Context
 from millstream.worker.engines.runner import Runner
-from millstream.worker.intake.cache_writer import Keeper
+from millstream.worker.intake.cache_writer import CacheWriter
 from millstream.worker.intake.claimer import SLEEP_S, Claimer, Policy, Queue
-from millstream.worker.intake.heartbeat import Heart, Watch
-from millstream.worker.intake.inference_timeout import Timekeeper
+from millstream.worker.intake.heartbeat import Heartbeat, Watch
+from millstream.worker.intake.inference_timeout import InferenceTimeout
 from millstream.worker.intake.intake import Intake, cancelled
 from millstream.worker.intake.settler import Settler
 from millstream.worker.measuring.probe import most_tokens
 from millstream.worker.models.base import ANY_LENGTH, Adapts, Foresees, Laps, Model, Placed, Reads
-from millstream.worker.scheduling.batch_delay import Patience
-from millstream.worker.scheduling.fair_share import SAVED_BATCHES, Shares
-from millstream.worker.supervision.child_args import Orders
+from millstream.worker.scheduling.batch_delay import BatchDelay
+from millstream.worker.scheduling.fair_share import SAVED_BATCHES, FairShare
+from millstream.worker.supervision.child_args import ChildArgs
 from millstream.worker.supervision.progress import MOST_ENTRIES, State
 from millstream.worker.supervision.registrar import Registration
 
@@ -42,47 +42,47 @@ SETTLE_S = 2.0
 """Seconds that a failing process waits until the answers it has are written."""
 
 
-class Crew:
+class Lane:
     """Claimer, settler and beat around the runner, for one service and one loaded model."""
 
     def __init__(
         self,
-        shared: Shared,
-        orders: Orders,
+        context: Context,
+        child_args: ChildArgs,
         connection: Connection,
         spec: ServiceSpec,
         model: Model,
         answer: Answer | None = None,
     ) -> None:
-        self._shared = shared
-        self._orders = orders
+        self._context = context
+        self._child_args = child_args
         self._spec = spec
         self._model = model
         self._answer = answer
-        self._registry = Registry(connection, orders.prefix)
+        self._registry = Registry(connection, child_args.prefix)
         keys = self._registry.keys(spec.name)
         self._lease = Lease(connection.client, keys)
         self._streams = Streams(connection.own(), keys, result_ttl_ms=round(spec.result_ttl * 1000))
         # As it was loaded, not as it is pushed later: those settings made its answers.
-        recipe = Recipe.of(spec, model.fingerprint, model.op)
-        self._keeper = Keeper(Cache(connection.client, keys), recipe)
-        self._page = shared.page
-        self._intake = Intake(model, spec.runtime.max_attempts, self._keeper.digests, self._page.claimer)
-        self._policy = Policy(Patience(0.0), {}, Shares({}, 0), supervised=orders.supervised)
-        self._settler = Settler(shared, self._streams, self._keeper, model.fingerprint)
+        cache_key = CacheKey.of(spec, model.fingerprint, model.op)
+        self._cache_writer = CacheWriter(Cache(connection.client, keys), cache_key)
+        self._page = context.page
+        self._intake = Intake(model, spec.runtime.max_attempts, self._cache_writer.digests, self._page.claimer)
+        self._policy = Policy(BatchDelay(0.0), {}, FairShare({}, 0), supervised=child_args.supervised)
+        self._settler = Settler(context, self._streams, self._cache_writer, model.fingerprint)
         queue = Queue(Streams(connection.blocking(SLEEP_S), keys), self._lease)
-        self._claimer = Claimer(shared, queue, self._intake, self._policy, self._settler.put)
+        self._claimer = Claimer(context, queue, self._intake, self._policy, self._settler.put)
         self._inference_timeouts: dict[Priority, float | None] = {}
-        self._timekeeper = Timekeeper(shared, self._inference_timeouts, self._settler.put)
+        self._inference_timeout = InferenceTimeout(context, self._inference_timeouts, self._settler.put)
         self._registration = Registration(self._registry, spec)
         watch = Watch(self._status, self._heard, self._registration.keep, lambda: self._page.is_stuck)
-        self._heart = Heart(shared, self._lease, watch)
+        self._heartbeat = Heartbeat(context, self._lease, watch)
         self._revision = 0
         self._strangers: set[str] = set()
         self._began = time.monotonic()
         self._limit(spec.runtime)
         if isinstance(model, Foresees):
-            model.foresee(shared.window.upcoming)
+            model.foresee(context.window.upcoming)
         if isinstance(model, Laps):
             model.lap_by(self._intake.lap)
 
@@ -92,43 +92,43 @@ class Crew:
             self._work()
         finally:
             # If it failed in a program that goes on, a beat would keep what it holds from everybody else.
-            self._heart.stop()
-            self._timekeeper.stop()
+            self._heartbeat.stop()
+            self._inference_timeout.stop()
             self._settler.finish()
-            self._shared.life.drain()
+            self._context.shutdown.drain()
             if self._settler.is_alive():
                 self._settler.join(SETTLE_S)
 
     def _work(self) -> None:
-        shared = self._shared
-        retrying(self._streams.create_groups, stop=shared.life.stopped)
+        context = self._context
+        retrying(self._streams.create_groups, stop=context.shutdown.stopped)
         self._page.enter(State.READY)
         # Beat before the first claim: a consumer without a beat would count as lost.
-        self._heart.beat()
-        for thread in (self._heart, self._settler, self._timekeeper, self._claimer):
+        self._heartbeat.beat()
+        for thread in (self._heartbeat, self._settler, self._inference_timeout, self._claimer):
             thread.start()
         self._say_ready()
-        Runner(shared, self._model, self._settler.put).run()
-        shared.life.check()
+        Runner(context, self._model, self._settler.put).run()
+        context.shutdown.check()
         self._page.enter(State.DRAINING)
-        self._timekeeper.stop()
-        self._timekeeper.join()
+        self._inference_timeout.stop()
+        self._inference_timeout.join()
         self._settler.finish()
         self._settler.join()
-        shared.life.check()
-        self._heart.stop()
-        self._heart.join()
+        context.shutdown.check()
+        self._heartbeat.stop()
+        self._heartbeat.join()
         self._leave()
-        count = shared.counters
+        count = context.counters
         log.info("drained after %d jobs: %d rows in %d forwards", count.jobs, count.rows, count.forwards)
 
     def _say_ready(self) -> None:
-        window, device = self._shared.window, self._orders.device or "auto"
+        window, device = self._context.window, self._child_args.device or "auto"
         how = " (measured)" if window.auto_tokens else ""
         limits = f"{window.budget.rows} rows and {window.budget.tokens} tokens{how}"
         packed = ", texts packed" if window.budget.packs else ""
         reads = f", reads {self._model.limit}" if isinstance(self._model, Reads) else ""
-        threads = f" with {self._shared.threads}" if self._on_cpu else ""
+        threads = f" with {self._context.threads}" if self._on_cpu else ""
         log.info(
             "ready: %s on %s%s, at most %s a forward%s%s",
             self._model.fingerprint,
@@ -145,9 +145,9 @@ class Crew:
 
     def _heard(self, beat: Beat) -> None:
         """What the server said to a beat."""
-        window = self._shared.window
-        self._shared.clock.heard(beat.now)
-        self._shared.threads.look()
+        window = self._context.window
+        self._context.clock.heard(beat.now)
+        self._context.threads.look()
         self._claimer.live_workers = beat.live_workers
         window.end(beat.lost)
         window.forget(beat.lost)
@@ -165,7 +165,7 @@ class Crew:
         """
         again = self._strangers.intersection(strangers)
         self._strangers = set(strangers)
-        if again and (returned := self._lease.release(self._orders.consumer, only=again)):
+        if again and (returned := self._lease.release(self._child_args.consumer, only=again)):
             log.warning("%d jobs delivered to a connection that was cut are given back", returned)
 
     def _renew(self) -> None:
@@ -184,27 +184,27 @@ class Crew:
         self._policy.batch_timeouts.update({each: limits[each].batch_timeout or 0.0 for each in PRIORITIES})
         self._inference_timeouts.update({each: limits[each].inference_timeout for each in PRIORITIES})
         shortest = min((each for each in self._inference_timeouts.values() if each), default=None)
-        window = self._shared.window
+        window = self._context.window
         tokens = most_tokens(runtime, window.auto_tokens)
         window.limit(min(runtime.batch_size, MOST_ROWS), tokens, runtime.queue_timeout, shortest)
         shares = {each: runtime.shares[each.value] for each in PRIORITIES}
-        self._policy.shares.change(shares, SAVED_BATCHES * runtime.batch_size)
+        self._policy.fair_share.change(shares, SAVED_BATCHES * runtime.batch_size)
         self._intake.max_attempts = runtime.max_attempts
-        self._keeper.ttl_s = runtime.cache_s
+        self._cache_writer.ttl_s = runtime.cache_s
         if isinstance(self._model, Adapts):
             self._model.adapt(runtime)
         self._page.stall_s = runtime.stall_s
 
     def _leave(self) -> None:
         try:
-            self._lease.release(self._orders.consumer, gone=True)
+            self._lease.release(self._child_args.consumer, gone=True)
         except Exception as error:
             # Nothing is held any more; the supervisor, or a reclaim pass, forgets the name.
             if not is_transient(error):
                 raise
 
     def _state(self) -> str:
-        if self._shared.life.draining:
+        if self._context.shutdown.draining:
             return "draining"
         return "paused" if self._claimer.paused else "ready"
 
@@ -214,17 +214,17 @@ class Crew:
             "service": self._spec.name,
             "model": self._spec.model.model_name,
             "fingerprint": self._model.fingerprint,
-            "device": self._orders.device or "auto",
+            "device": self._child_args.device or "auto",
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "age_ms": round((time.monotonic() - self._began) * 1000),
             "running": len(self._page.running()),
             "running_ms": round(self._page.runner.idle_s * 1000),
-            "past": self._orders.past,
-            "batch_tokens": self._shared.window.budget.tokens,
+            "past": self._child_args.past,
+            "batch_tokens": self._context.window.budget.tokens,
             "text_tokens": _text_tokens(self._model),
-            "threads": self._shared.threads.count if self._on_cpu else 0,
-            **self._shared.counters.fields(),
+            "threads": self._context.threads.count if self._on_cpu else 0,
+            **self._context.counters.fields(),
         }
 
 

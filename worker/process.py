@@ -23,9 +23,9 @@ from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection, retrying, translated
 from millstream.worker import models
-from millstream.worker.context import Shared
+from millstream.worker.context import Context
 from millstream.worker.isolation import Takeover, isolate
-from millstream.worker.lane import Crew
+from millstream.worker.lane import Lane
 from millstream.worker.measuring.agreement import answer_of
 from millstream.worker.measuring.cores import Claims
 from millstream.worker.measuring.probe import auto_tokens, most_tokens
@@ -33,9 +33,9 @@ from millstream.worker.measuring.threads import Threads
 from millstream.worker.measuring.warmup import warm_up
 from millstream.worker.models.base import Closes, Model
 from millstream.worker.scheduling.batcher import Budget
-from millstream.worker.shutdown import Life, Relay, ThreadFailed
+from millstream.worker.shutdown import Relay, Shutdown, ThreadFailed
 from millstream.worker.supervision.charging import End, give_back
-from millstream.worker.supervision.child_args import EXIT_PERMANENT, URL_VARIABLE, Orders
+from millstream.worker.supervision.child_args import EXIT_PERMANENT, URL_VARIABLE, ChildArgs
 from millstream.worker.supervision.progress import Look, Progress, State
 from millstream.worker.window import Window
 
@@ -53,15 +53,15 @@ Load = Callable[[ServiceSpec], Model]
 
 
 class Worker:
-    """One process's life, from its orders to its exit status. `load` makes the model, by default as `orders` say."""
+    """One process's life, from its arguments to its exit status. `load` makes the model, by default of `child_args`."""
 
-    def __init__(self, orders: Orders, url: str, load: Load | None = None) -> None:
-        self._orders = orders
+    def __init__(self, child_args: ChildArgs, url: str, load: Load | None = None) -> None:
+        self._child_args = child_args
         self._load = load or self._ordered
-        self._connection = Connection(url, name=f"millstream-worker-{orders.service}")
-        self._registry = Registry(self._connection, orders.prefix)
-        self._progress = Progress(orders.progress_fd)
-        self._life = Life()
+        self._connection = Connection(url, name=f"millstream-worker-{child_args.service}")
+        self._registry = Registry(self._connection, child_args.prefix)
+        self._progress = Progress(child_args.progress_fd)
+        self._shutdown = Shutdown()
         self._threads = Threads.unmanaged()
 
     def drain(self) -> None:
@@ -69,7 +69,7 @@ class Worker:
         if self.starting:
             # A model can take minutes to load.
             os._exit(0)
-        self._life.drain()
+        self._shutdown.drain()
 
     @property
     def starting(self) -> bool:
@@ -86,9 +86,9 @@ class Worker:
 
     def give_back(self, end: End) -> None:
         """Hand what it holds to the queue, as a supervisor does for a dead child. Raises BrokerUnavailable."""
-        lease = Lease(self._connection.client, self._registry.keys(self._orders.service))
+        lease = Lease(self._connection.client, self._registry.keys(self._child_args.service))
         with translated(self._connection.safe_url):
-            give_back(lease, self._orders.consumer, end)
+            give_back(lease, self._child_args.consumer, end)
 
     def close(self) -> None:
         self._connection.close()
@@ -117,8 +117,8 @@ class Worker:
 
     def work(self) -> None:
         """The same, but raises what ended it: ModelUnavailable, UnknownService, ConfigError, ThreadFailed, others."""
-        orders, stopped = self._orders, self._life.stopped
-        spec = retrying(lambda: self._registry.read(orders.service), stop=stopped)
+        child_args, stopped = self._child_args, self._shutdown.stopped
+        spec = retrying(lambda: self._registry.read(child_args.service), stop=stopped)
         model = self._load(spec)
         try:
             self._serve(spec, model)
@@ -127,7 +127,7 @@ class Worker:
                 model.close()
 
     def _serve(self, spec: ServiceSpec, model: Model) -> None:
-        orders = self._orders
+        child_args = self._child_args
         self._threads.choose(model, use_threads)
         measured = auto_tokens(spec, model)
         budget = Budget(spec.runtime.batch_size, most_tokens(spec.runtime, measured), packs=models.packs(model))
@@ -136,14 +136,18 @@ class Worker:
         warm_up(model, window)
         answer = answer_of(model) if spec.model.type in ("embedding", "reranker") else None
         claim = partial(self._registry.claim_fingerprint, spec.name, model.fingerprint, answer)
-        retrying(claim, stop=self._life.stopped)
-        shared = Shared(orders.consumer, window, life=self._life, page=self._progress, threads=self._threads)
-        Crew(shared, orders, self._connection, spec, model, answer).work()
+        retrying(claim, stop=self._shutdown.stopped)
+        context = Context(
+            child_args.consumer, window, shutdown=self._shutdown, page=self._progress, threads=self._threads
+        )
+        Lane(context, child_args, self._connection, spec, model, answer).work()
 
     def _ordered(self, spec: ServiceSpec) -> Model:
-        orders = self._orders
-        self._threads = Threads(orders.threads, os.environ, _claims(spec, orders.device))
-        model = models.load(spec.with_handler(orders.handler), orders.device, self._threads.count, orders.folder)
+        child_args = self._child_args
+        self._threads = Threads(child_args.threads, os.environ, _claims(spec, child_args.device))
+        model = models.load(
+            spec.with_handler(child_args.handler), child_args.device, self._threads.count, child_args.folder
+        )
         # What was loaded stays: the garbage collector would go through all of it again and again, for the few objects
         # that each job brings.
         gc.collect()
@@ -187,13 +191,13 @@ def drain_on_signals(worker: Worker) -> None:
 
 
 def main() -> int:
-    orders = Orders.from_json(sys.argv[1])
-    supervisor = isolate(orders.progress_fd)
+    child_args = ChildArgs.from_json(sys.argv[1])
+    supervisor = isolate(child_args.progress_fd)
     level = logging.DEBUG if os.environ.get("MILLSTREAM_DEBUG") else logging.INFO
-    logging.basicConfig(level=level, format=f"worker {orders.consumer}: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=level, format=f"worker {child_args.consumer}: %(message)s", stream=sys.stderr)
     for noisy in ("httpx", "sentence_transformers", "transformers", "torch"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    worker = Worker(orders, os.environ[URL_VARIABLE])
+    worker = Worker(child_args, os.environ[URL_VARIABLE])
     threading.Thread(target=_drain_at_eof, args=(worker, supervisor), name="parent", daemon=True).start()
     drain_on_signals(worker)
     return worker.run()

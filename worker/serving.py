@@ -23,7 +23,7 @@ from millstream.worker.models.custom import CustomModel, Hooks, name_of
 from millstream.worker.process import STALLED, Worker
 from millstream.worker.shutdown import Ended, Relay
 from millstream.worker.supervision.charging import End
-from millstream.worker.supervision.child_args import Orders, new_consumer
+from millstream.worker.supervision.child_args import ChildArgs, new_consumer
 from millstream.worker.supervision.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -78,8 +78,8 @@ def serve(
         return CustomModel(process_fn, name_of(process_fn), spec.runtime, device, hooks)
 
     progress = Progress.create()
-    orders = Orders(service, target.prefix, new_consumer(), device, 1, progress.fd, supervised=False)
-    worker = Worker(orders, target.url, load)
+    child_args = ChildArgs(service, target.prefix, new_consumer(), device, 1, progress.fd, supervised=False)
+    worker = Worker(child_args, target.url, load)
     signals = _Signals(worker)
     with ExitStack() as ends:
         ends.callback(progress.close)

@@ -19,7 +19,7 @@ class Ended(BaseException):
     """A signal ends this process at once. Raised in the main thread: no fault of the code that it interrupts."""
 
 
-class Life:
+class Shutdown:
     """Shared by the threads of one process; thread-safe. Not for signal handlers: see Relay."""
 
     def __init__(self) -> None:

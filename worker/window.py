@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from millstream.broker.contract.job import PRIORITIES, Priority
-from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Limit
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, ClaimBudget
 from millstream.worker.forward_cost import ForwardCost
 from millstream.worker.models.base import Prepared
-from millstream.worker.scheduling.active_job import BY_SHARE, SUSPECT, Held, Outcome, Rows
+from millstream.worker.scheduling.active_job import BY_SHARE, SUSPECT, ActiveJob, Outcome, Rows
 from millstream.worker.scheduling.batcher import Budget, Cut, Pool
 from millstream.worker.scheduling.fair_share import SAVED_BATCHES
 
@@ -44,7 +44,7 @@ class Window:
         self.auto_tokens: int | None = None
         self._pool: Pool[Prepared] = Pool()
         self._chosen: Rows = []
-        self._held: dict[str, Held] = {}
+        self._held: dict[str, ActiveJob] = {}
         self._unsettled: set[str] = set()
         self._cancelled: set[str] = set()
         self._running = 0
@@ -73,7 +73,7 @@ class Window:
 
     # -- the claimer's side ------------------------------------------------------------------------------------
 
-    def hold(self, jobs: Sequence[Held]) -> list[Held]:
+    def hold(self, jobs: Sequence[ActiveJob]) -> list[ActiveJob]:
         """Add jobs; their rows may be taken from now on. Those that were cancelled on their way here are returned."""
         with self._lock:
             cancelled = [held for held in jobs if held.name in self._cancelled] if self._cancelled else []
@@ -91,14 +91,16 @@ class Window:
         with self._lock:
             self._unsettled.update(names)
 
-    def room(self, live_workers: int = 1, max_attempts: int = 3, last_job: tuple[int, int] = (1, 1)) -> Limit | None:
+    def room(
+        self, live_workers: int = 1, max_attempts: int = 3, last_job: tuple[int, int] = (1, 1)
+    ) -> ClaimBudget | None:
         """What may be claimed now on top of what waits; None if the window is full. `last_job`: its rows and tokens."""
         with self._lock:
             budget, waiting, held, most = self.cost.budget, len(self._pool), len(self._unsettled), self._most_tokens()
             rows, tokens = HOLD_BATCHES * budget.rows - waiting, most - self._pool.tokens
             if rows <= 0 or tokens <= 0:
                 return None
-            return Limit(
+            return ClaimBudget(
                 jobs=min(MAX_JOBS_PER_CALL, rows),
                 rows=rows,
                 tokens=tokens,
@@ -111,16 +113,16 @@ class Window:
                 large=(SAVED_BATCHES * budget.rows, most),
             )
 
-    def urgent_room(self) -> Limit | None:
+    def urgent_room(self) -> ClaimBudget | None:
         """What may be claimed of realtime jobs though the window is full: one micro-batch waits at most."""
         with self._lock:
             budget = self.budget
             rows = budget.rows - self.waiting_of(Priority.REALTIME)
             if rows <= 0:
                 return None
-            return Limit(min(MAX_JOBS_PER_CALL, rows), rows, tokens=budget.tokens, streams=1, returned=1)
+            return ClaimBudget(min(MAX_JOBS_PER_CALL, rows), rows, tokens=budget.tokens, streams=1, returned=1)
 
-    def suspect_room(self, stream: int, live_workers: int) -> Limit | None:
+    def suspect_room(self, stream: int, live_workers: int) -> ClaimBudget | None:
         """What may be claimed of suspects of `stream`, 1 to 3, to run before what waits here.
 
         None if nothing waits here, if some of it is more urgent, or if it is more than two full windows: jobs that
@@ -133,7 +135,7 @@ class Window:
                 return None
             if waiting > 2 * rows or self._pool.tokens > 2 * tokens:
                 return None
-            return Limit(
+            return ClaimBudget(
                 jobs=min(MAX_JOBS_PER_CALL, rows),
                 rows=rows,
                 tokens=tokens,
@@ -274,7 +276,7 @@ class Window:
             self._chosen = [] if self._pool.cut == "arrival" else chosen
             return [row.payload for row in self._chosen]
 
-    def jobs_of(self, rows: Rows) -> list[Held | None]:
+    def jobs_of(self, rows: Rows) -> list[ActiveJob | None]:
         """The job of each row taken; None where it was dropped or ended meanwhile."""
         held_as = self._held.get
         # The same entry may be here again: lost while it ran, given back by others, and claimed anew.
@@ -282,7 +284,7 @@ class Window:
             held if (held := held_as(row.owner)) and held.prepared[row.index] is row.payload else None for row in rows
         ]
 
-    def complete(self, rows: Rows, outcomes: Sequence[Outcome]) -> list[Held]:
+    def complete(self, rows: Rows, outcomes: Sequence[Outcome]) -> list[ActiveJob]:
         """Put rows back with their outcomes; the jobs that are complete by it."""
         with self._lock:
             done = []
@@ -298,7 +300,7 @@ class Window:
             self._note_empty()
             return done
 
-    def end(self, names: Collection[str]) -> list[Held]:
+    def end(self, names: Collection[str]) -> list[ActiveJob]:
         """Stop jobs before their end, their waiting rows with them: expired, or taken over by another worker."""
         with self._lock:
             self._pool.drop(names)
@@ -307,7 +309,7 @@ class Window:
             self._taken.notify_all()
             return ended
 
-    def cancel(self, names: Collection[str]) -> list[Held]:
+    def cancel(self, names: Collection[str]) -> list[ActiveJob]:
         """As `end`, for jobs nobody wants any more; those that are claimed and not here yet are ended by `hold`."""
         with self._lock:
             self._cancelled.update(name for name in names if name in self._unsettled and name not in self._held)

@@ -50,7 +50,7 @@ _UNFILLED = re.compile(r"\$\{[^}]*\}|\$\([^)]*\)|\{\{.*?\}\}|^\$\w+$|(?<=@)\$\w+
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Endpoint:
     """The servers of a URL. `addresses`: a Cluster's nodes or the Sentinels; `master`: the name they know it by."""
 
     kind: Kind
@@ -93,7 +93,7 @@ def canonical(url: str) -> str:
     return f"{scheme}{colon}{rest}" if scheme in _KINDS else url.strip()
 
 
-def read_url(url: str) -> Place:
+def read_url(url: str) -> Endpoint:
     """The place that `url` names, in any spelling that `canonical` knows.
 
     Raises ValueError; its message quotes nothing but the name of a variable: a piece may be the password.
@@ -112,12 +112,12 @@ def read_url(url: str) -> Place:
         raise ValueError("no :// follows the scheme")
     if parts.fragment:
         raise ValueError("it has a # (percent-encode special characters in the password)")
-    place = _single(url, parts) if kind == "single" else _many(url, parts, kind)
+    endpoint = _single(url, parts) if kind == "single" else _many(url, parts, kind)
     if unknown := set(options) - _OPTIONS[kind] - (_TLS if parts.scheme.startswith("rediss") else set()):
         raise ValueError(f"{', '.join(sorted(unknown))} cannot be set here")
     if "ssl_cert_reqs" in options and options["ssl_cert_reqs"][0] not in _CERT_REQS:
         raise ValueError(f"ssl_cert_reqs is none of {', '.join(_CERT_REQS)}")
-    return place
+    return endpoint
 
 
 def redacted(url: str) -> str:
@@ -136,7 +136,7 @@ def _check_characters(url: str) -> None:
         raise ValueError("it has a space, a line break or a control character inside")
 
 
-def _single(url: str, parts: SplitResult) -> Place:
+def _single(url: str, parts: SplitResult) -> Endpoint:
     database = _flat_options(parts).get("db", "0" if parts.scheme == "unix" else parts.path.strip("/") or "0")
     if not re.fullmatch(r"[0-9]{1,9}", database):
         raise ValueError("its database is not a number (percent-encode special characters in the password)")
@@ -145,21 +145,21 @@ def _single(url: str, parts: SplitResult) -> Place:
             raise ValueError("it names no absolute socket path")
     else:
         _check_host(_hostname(parts), _port(parts, _PORTS["single"]))
-    return Place("single", url)
+    return Endpoint("single", url)
 
 
-def _many(url: str, parts: SplitResult, kind: Kind) -> Place:
+def _many(url: str, parts: SplitResult, kind: Kind) -> Endpoint:
     addresses = list(_addresses(parts.netloc.rpartition("@")[2], _PORTS[kind]))
     path = _path(parts)
     if kind == "cluster":
         if path not in ([], ["0"]):
             raise ValueError("a Cluster has database 0 only, and nothing else follows its hosts")
-        return Place(kind, url, addresses)
+        return Endpoint(kind, url, addresses)
     database = path[1] if len(path) == 2 else _flat_options(parts).get("db", "0")
     # A number alone is taken for a database whose master was forgotten.
     if len(path) not in (1, 2) or path[0].isdecimal() or not database.isdecimal():
         raise ValueError("it names no master: /MASTER_NAME or /MASTER_NAME/db follows the hosts")
-    return Place(kind, url, addresses, path[0])
+    return Endpoint(kind, url, addresses, path[0])
 
 
 def _addresses(hosts: str, default_port: int) -> Iterator[Address]:

@@ -50,7 +50,7 @@ class Cached(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class CacheKey:
     """All that makes an answer beside the row and the call's options: which weights, what is asked, the settings."""
 
     fingerprint: str
@@ -59,7 +59,7 @@ class Recipe:
     max_length: int | None
 
     @classmethod
-    def of(cls, spec: ServiceSpec, fingerprint: str, op: str) -> Recipe:
+    def of(cls, spec: ServiceSpec, fingerprint: str, op: str) -> CacheKey:
         return cls(fingerprint, op, spec.runtime.truncate, spec.model.max_length)
 
     def digests(self, texts: Iterable[str], options: Mapping[str, Json]) -> list[str]:

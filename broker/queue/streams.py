@@ -93,7 +93,7 @@ class Admission(NamedTuple):
 _ACCEPTED = Admission()
 
 
-class Limit(NamedTuple):
+class ClaimBudget(NamedTuple):
     """How much one claim may take. `empty_handed`: the worker holds nothing, so one job may exceed rows and tokens.
 
     `saved` are the rows that normal and batch jobs may take before more urgent ones. New jobs are taken from the first
@@ -252,11 +252,11 @@ class Streams:
             )
         return admissions
 
-    def claim(self, consumer: str, limit: Limit) -> Claimed:
+    def claim(self, consumer: str, limit: ClaimBudget) -> Claimed:
         """Take what waits, within `limit`, at once. A malformed entry comes as a claim that says so."""
         return _claimed([], scripts.run(self._client, "claim", *self._claim_words(consumer, limit)))
 
-    def wait(self, consumer: str, wait_s: float, limit: Limit) -> Claimed:
+    def wait(self, consumer: str, wait_s: float, limit: ClaimBudget) -> Claimed:
         """Sleep until a new job comes and take it, with what else waits within `limit`; for `wait_s` at most.
 
         Of those who sleep one wakes for each job. Its job comes first, also where the service is paused.
@@ -276,7 +276,7 @@ class Streams:
         ]
         return _claimed(claims, rest)
 
-    def _claim_words(self, consumer: str, limit: Limit) -> tuple[list[str], list[scripts.Argument]]:
+    def _claim_words(self, consumer: str, limit: ClaimBudget) -> tuple[list[str], list[scripts.Argument]]:
         """Keys and arguments of the claim script."""
         args: list[scripts.Argument] = [GROUP, consumer, RETURNED, limit.jobs, limit.rows, limit.tokens]
         args += (max(1, limit.live_workers), limit.held, limit.next_rows, int(limit.empty_handed))

@@ -11,7 +11,7 @@ from typing import Any
 
 import redis
 
-from millstream.broker.transport.single_connection import OwnPool
+from millstream.broker.transport.single_connection import SingleConnectionPool
 
 Words = Sequence[str | bytes | int]
 """One command: its name in one word, and its arguments."""
@@ -23,7 +23,7 @@ def exchange(client: redis.Redis, *commands: Words) -> list[Any]:
     Nothing is sent again. Raises redis.ConnectionError and redis.TimeoutError.
     """
     pool = getattr(client, "connection_pool", None)
-    if isinstance(pool, OwnPool):
+    if isinstance(pool, SingleConnectionPool):
         return _exchange(pool, commands)
     # The client of a shared pool, of a Cluster, or of a test's fake server.
     pipe = client.pipeline(transaction=False)
@@ -32,7 +32,7 @@ def exchange(client: redis.Redis, *commands: Words) -> list[Any]:
     return list(pipe.execute(raise_on_error=False))
 
 
-def _exchange(pool: OwnPool, commands: Sequence[Words]) -> list[Any]:
+def _exchange(pool: SingleConnectionPool, commands: Sequence[Words]) -> list[Any]:
     connection = pool.get_connection()
     try:
         pieces = [piece for words in commands for piece in connection.pack_command(*words)]

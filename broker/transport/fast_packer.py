@@ -8,7 +8,7 @@ import hiredis
 from redis.connection import HiredisRespSerializer
 
 
-class Packer(HiredisRespSerializer):
+class FastPacker(HiredisRespSerializer):
     """Stateless, so one may serve all connections.
 
     The library's looks at the type of each argument in Python, for two types that hiredis does not take. A script's

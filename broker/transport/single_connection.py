@@ -11,7 +11,7 @@ LOOK_OVER_S = 1.0
 """After so long without a command the connection is looked over before the next one: a server may have closed it."""
 
 
-class OwnPool(redis.ConnectionPool):
+class SingleConnectionPool(redis.ConnectionPool):
     """The pool of one thread: it hands out the same connection again and again.
 
     The library's pool takes a lock and asks the socket whether it is still good before each command. These are a third

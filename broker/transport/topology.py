@@ -11,12 +11,12 @@ from redis import ConnectionPool
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from millstream.broker.config.url import Place
+from millstream.broker.config.url import Endpoint
 from millstream.broker.transport.access import FilePassword, check_tls_files, split_password_file
 from millstream.broker.transport.cluster import ClusterClient, Slots
-from millstream.broker.transport.fast_packer import Packer
+from millstream.broker.transport.fast_packer import FastPacker
 from millstream.broker.transport.sentinel import master_client, watchers
-from millstream.broker.transport.single_connection import OwnPool
+from millstream.broker.transport.single_connection import SingleConnectionPool
 
 _CONNECT_TIMEOUT_S = 2.0
 _ASK_TIMEOUT_S = 2.0
@@ -24,7 +24,7 @@ _ASK_TIMEOUT_S = 2.0
 
 _HEALTH_CHECK_S = 30
 _MAX_CONNECTIONS = 1024
-_PACKER = Packer()
+_PACKER = FastPacker()
 
 # Without it every new connection sends two CLIENT SETINFO, which servers before 7.2 answer with an error.
 _NO_SETINFO: dict[str, None] = (
@@ -38,15 +38,15 @@ class Open(Protocol):
     def __call__(self, timeout_s: float, *, own: bool = False) -> redis.Redis: ...
 
 
-def opener(place: Place, name: str, opened: Callable[[redis.Redis], None]) -> Open:
+def opener(endpoint: Endpoint, name: str, opened: Callable[[redis.Redis], None]) -> Open:
     """A function that makes clients.
 
     `opened` gets every client that has sockets, now or later, to close it. What is learned of the nodes is shared.
     Raises ConfigError where a file that the URL names cannot be used.
     """
-    check_tls_files(place.url)
-    bare, password = split_password_file(place.url)
-    place = replace(place, url=bare)
+    check_tls_files(endpoint.url)
+    bare, password = split_password_file(endpoint.url)
+    endpoint = replace(endpoint, url=bare)
 
     def one(
         url: str,
@@ -60,19 +60,23 @@ def opener(place: Place, name: str, opened: Callable[[redis.Redis], None]) -> Op
         opened(client)
         return client
 
-    if place.kind == "single":
-        return lambda timeout_s, own=False: kept(one(place.url, timeout_s, pool=OwnPool if own else ConnectionPool))
-    if place.kind == "sentinel":
-        watching = watchers([one(place.sentinel_url(each), _ASK_TIMEOUT_S, None) for each in place.addresses])
+    if endpoint.kind == "single":
+        return lambda timeout_s, own=False: kept(
+            one(endpoint.url, timeout_s, pool=SingleConnectionPool if own else ConnectionPool)
+        )
+    if endpoint.kind == "sentinel":
+        watching = watchers([one(endpoint.sentinel_url(each), _ASK_TIMEOUT_S, None) for each in endpoint.addresses])
         for watcher in watching.sentinels:
             opened(watcher)
-        url = place.node_url(place.addresses[0])
+        url = endpoint.node_url(endpoint.addresses[0])
         return lambda timeout_s, own=False: kept(
-            master_client(watching, place.master, url, _settings(url, name, timeout_s, password))
+            master_client(watching, endpoint.master, url, _settings(url, name, timeout_s, password))
         )
-    slots = Slots(place.addresses, lambda address: one(place.node_url(address), _ASK_TIMEOUT_S))
+    slots = Slots(endpoint.addresses, lambda address: one(endpoint.node_url(address), _ASK_TIMEOUT_S))
     return lambda timeout_s, own=False: ClusterClient(
-        slots, lambda address: kept(one(place.node_url(address), timeout_s)), place.node_url(place.addresses[0])
+        slots,
+        lambda address: kept(one(endpoint.node_url(address), timeout_s)),
+        endpoint.node_url(endpoint.addresses[0]),
     )
 
 

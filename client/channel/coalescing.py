@@ -29,13 +29,13 @@ _OF_THE_INPUT = (InvalidRequest, ModelFailed)
 
 
 @dataclass(slots=True, eq=False)
-class _Flight:
+class _SharedJob:
     """A job that was sent, as its sink, and the jobs that wait for its answer, by job id.
 
     `leader` is the sink of the caller whose job was sent; None once that caller has left the job to the followers.
     """
 
-    flights: Flights
+    coalescer: Coalescer
     key: Hashable
     service: str
     job_id: str
@@ -44,7 +44,7 @@ class _Flight:
     followers: dict[str, Submission] = field(default_factory=dict)
 
     def answered(self, job_id: str, reply: bytes) -> None:
-        followers = self.flights.land(self, resend=not _is_shared(reply))
+        followers = self.coalescer.land(self, resend=not _is_shared(reply))
         sinks = [(job_id, self.leader)] if self.leader else []
         for each, sink in [*sinks, *((follower, submission.sink) for follower, submission in followers.items())]:
             try:
@@ -54,7 +54,7 @@ class _Flight:
                 log.exception("job %s: its answer could not be handed over", each)
 
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
-        self.flights.land(self, resend=True)
+        self.coalescer.land(self, resend=True)
         if self.leader:
             self.leader.refused(job_ids, error)
 
@@ -75,7 +75,7 @@ def _is_shared(reply: bytes) -> bool:
     return all(isinstance(error, _OF_THE_INPUT) for error in errors)
 
 
-class Flights:
+class Coalescer:
     """A channel for services with a cache, in front of the real one.
 
     The rate limit does not charge who gets another one's answer, no more than one whom the cache answers. Each keeps
@@ -91,10 +91,10 @@ class Flights:
         """In a forked child: its parent's calls are not its calls."""
         # Taken before the channel's locks, after a handle's.
         self._lock = Lock()
-        self._flights: dict[Hashable, _Flight] = {}
-        self._led: dict[str, _Flight] = {}
-        self._followed: dict[str, _Flight] = {}
-        self._left: set[_Flight] = set()
+        self._jobs: dict[Hashable, _SharedJob] = {}
+        self._led: dict[str, _SharedJob] = {}
+        self._followed: dict[str, _SharedJob] = {}
+        self._left: set[_SharedJob] = set()
         self._watched = False
 
     @property
@@ -111,7 +111,7 @@ class Flights:
         except BaseException:
             # An interrupt, too: what was never sent must keep nobody waiting.
             for each in own:
-                if isinstance(each.sink, _Flight):
+                if isinstance(each.sink, _SharedJob):
                     self.land(each.sink, resend=True)
             raise
 
@@ -123,31 +123,31 @@ class Flights:
         (draft,) = submission.group.drafts
         key = (submission.service, submission.group.priority, draft.op, draft.tenant, draft.body)
         with self._lock:
-            flight = self._flights.get(key)
+            shared_job = self._jobs.get(key)
             # A caller may have dropped its call, and nobody gives it up: its answer may never come.
-            if flight and not flight.is_over(time.monotonic()):
-                flight.followers[draft.id] = submission
-                self._followed[draft.id] = flight
+            if shared_job and not shared_job.is_over(time.monotonic()):
+                shared_job.followers[draft.id] = submission
+                self._followed[draft.id] = shared_job
                 return None
-            led = _Flight(self, key, submission.service, draft.id, submission.sink, draft.deadline)
-            self._flights[key] = self._led[draft.id] = led
+            led = _SharedJob(self, key, submission.service, draft.id, submission.sink, draft.deadline)
+            self._jobs[key] = self._led[draft.id] = led
             return submission._replace(sink=led)
 
-    def land(self, flight: _Flight, *, resend: bool) -> dict[str, Submission]:
+    def land(self, shared_job: _SharedJob, *, resend: bool) -> dict[str, Submission]:
         """End the flight. Returns its followers, once; with `resend` they are sent instead, and none is returned."""
         with self._lock:
-            followers = self._land(flight)
+            followers = self._land(shared_job)
             if resend and followers:
                 self._send(list(followers.values()))
                 return {}
         return followers
 
-    def _land(self, flight: _Flight) -> dict[str, Submission]:
-        if self._flights.get(flight.key) is flight:
-            del self._flights[flight.key]
-        self._led.pop(flight.job_id, None)
-        self._left.discard(flight)
-        followers, flight.followers = flight.followers, {}
+    def _land(self, shared_job: _SharedJob) -> dict[str, Submission]:
+        if self._jobs.get(shared_job.key) is shared_job:
+            del self._jobs[shared_job.key]
+        self._led.pop(shared_job.job_id, None)
+        self._left.discard(shared_job)
+        followers, shared_job.followers = shared_job.followers, {}
         for job_id in followers:
             del self._followed[job_id]
         return followers
@@ -177,22 +177,22 @@ class Flights:
 
     def _leave(self, job_id: str) -> CancelOutcome | None:
         """What a caller learns of a job that needs no cancelling; None if it is to be cancelled on the server."""
-        if flight := self._followed.get(job_id):
-            if flight.leader is None and len(flight.followers) == 1:
+        if shared_job := self._followed.get(job_id):
+            if shared_job.leader is None and len(shared_job.followers) == 1:
                 return None
-            del flight.followers[job_id], self._followed[job_id]
+            del shared_job.followers[job_id], self._followed[job_id]
             return "waiting"
-        if (flight := self._led.get(job_id)) and flight.followers and not flight.is_over(time.monotonic()):
-            flight.leader = None
-            self._watch(flight)
+        if (shared_job := self._led.get(job_id)) and shared_job.followers and not shared_job.is_over(time.monotonic()):
+            shared_job.leader = None
+            self._watch(shared_job)
             return "running"
         return None
 
     def _ended(self, job_id: str) -> str:
         """The id under which the server knows the job; its flight is over."""
-        if flight := self._followed.get(job_id):
-            self._land(flight)
-            return flight.job_id
+        if shared_job := self._followed.get(job_id):
+            self._land(shared_job)
+            return shared_job.job_id
         return job_id
 
     def _cancel(self, cancellation: Cancellation, known: dict[str, CancelOutcome], sent: dict[str, str]) -> None:
@@ -210,13 +210,13 @@ class Flights:
         finally:
             # If the client is being closed, too: nobody else tells the followers.
             for job_id in sent:
-                if flight := self._led.get(job_id):
-                    self.land(flight, resend=True)
+                if shared_job := self._led.get(job_id):
+                    self.land(shared_job, resend=True)
 
     def refusal_of(self, job_id: str) -> MillstreamError | None:
         """As Channel.refusal_of. A job that follows another one waits for what that one waits for."""
-        flight = self._followed.get(job_id)
-        return self._channel.refusal_of(flight.job_id if flight else job_id)
+        shared_job = self._followed.get(job_id)
+        return self._channel.refusal_of(shared_job.job_id if shared_job else job_id)
 
     def forget(self, service: str, job_ids: Sequence[str]) -> None:
         """As Channel.forget."""
@@ -224,10 +224,10 @@ class Flights:
 
     # -- jobs whose caller left them to their followers --------------------------------------------------------
 
-    def _watch(self, flight: _Flight) -> None:
-        if flight.end is None:
+    def _watch(self, shared_job: _SharedJob) -> None:
+        if shared_job.end is None:
             return
-        self._left.add(flight)
+        self._left.add(shared_job)
         # Without a thread the followers' own time ends their wait.
         with suppress(RuntimeError):
             if not self._watched:
@@ -243,14 +243,14 @@ class Flights:
         """Give up jobs whose time is over; False if none is left to watch."""
         with self._lock:
             now = time.monotonic()
-            late = [flight for flight in self._left if flight.is_over(now)]
+            late = [shared_job for shared_job in self._left if shared_job.is_over(now)]
             self._watched = len(late) < len(self._left)
             watched = self._watched
-            for flight in late:
-                self._send(list(self._land(flight).values()))
+            for shared_job in late:
+                self._send(list(self._land(shared_job).values()))
         with suppress(MillstreamError):
-            for flight in late:
-                self._channel.cancel(Cancellation(flight.service, [flight.job_id], lambda outcomes: None))
+            for shared_job in late:
+                self._channel.cancel(Cancellation(shared_job.service, [shared_job.job_id], lambda outcomes: None))
         return watched
 
 

@@ -20,7 +20,7 @@ from millstream.broker.queue.submission import Submission
 from millstream.broker.queue.submitter import Submitter
 from millstream.broker.transport.connection import Connection, translated
 from millstream.client.channel.requests import Cancellation, client_closed
-from millstream.client.channel.wake_chain import baton
+from millstream.client.channel.wake_chain import wake_chain
 
 log = logging.getLogger(__name__)
 
@@ -162,13 +162,13 @@ class Sender(threading.Thread):
 
     def _linger(self) -> None:
         """More is on its way here, from callers that have their answers."""
-        due = baton.due
+        due = wake_chain.due
         missing = min(LINGER_FOR, (due + self._awaited()) // LINGER_SHARE) - len(self._ready)
         if not due or missing <= 0:
             return
         self._lock.release()
         try:
-            baton.after(missing, LINGER_S)
+            wake_chain.after(missing, LINGER_S)
         finally:
             self._lock.acquire()
 

@@ -27,7 +27,7 @@ _CREDIT_S = 0.0005
 """After a crowd: it still stands in the queue when threads are woken one by one again."""
 
 
-class Baton:
+class WakeChain:
     """Waiters of one process, each a lock that its thread sleeps on; thread-safe."""
 
     def __init__(self) -> None:
@@ -100,6 +100,6 @@ class Baton:
             self._waking.release()
 
 
-baton = Baton()
+wake_chain = WakeChain()
 
-os.register_at_fork(after_in_child=baton.after_fork)
+os.register_at_fork(after_in_child=wake_chain.after_fork)

@@ -9,7 +9,7 @@ from contracts.queue import CALLER, Queue, draft, ids, names
 from millstream.broker.contract.codec import encode_entry
 from millstream.broker.contract.job import PRIORITIES, Draft, Job, Priority
 from millstream.broker.contract.keys import GROUP, RETURNED
-from millstream.broker.queue.streams import Claimed, Limit
+from millstream.broker.queue.streams import ClaimBudget, Claimed
 
 
 def entry(**changed: bytes) -> dict[bytes, bytes]:
@@ -47,7 +47,7 @@ class ClaimContract:
         for priority in PRIORITIES:
             queue.put(*[draft() for _ in range(5)], priority=priority)
 
-        claims = queue.streams.claim("w1", Limit(jobs=4, rows=4, tokens=1_000, saved=(2, 1))).claims
+        claims = queue.streams.claim("w1", ClaimBudget(jobs=4, rows=4, tokens=1_000, saved=(2, 1))).claims
 
         taken = [(claim.address.priority, claim.by_share) for claim in claims]
         assert taken == [
@@ -64,7 +64,7 @@ class ClaimContract:
         queue.put(draft(rows=3), priority=Priority.BATCH)
         queue.put(draft(), draft())
 
-        claims = queue.streams.claim("w1", Limit(jobs=2, rows=8, tokens=1_000, saved=(0, 2))).claims
+        claims = queue.streams.claim("w1", ClaimBudget(jobs=2, rows=8, tokens=1_000, saved=(0, 2))).claims
 
         assert [claim.address.priority for claim in claims] == [Priority.NORMAL, Priority.NORMAL]
 
@@ -72,7 +72,7 @@ class ClaimContract:
         queue.put(draft(), priority=Priority.NORMAL)
         queue.put(draft(), priority=Priority.REALTIME)
 
-        claims = queue.streams.claim("w1", Limit(jobs=8, rows=8, tokens=1_000, streams=1)).claims
+        claims = queue.streams.claim("w1", ClaimBudget(jobs=8, rows=8, tokens=1_000, streams=1)).claims
 
         assert [claim.address.priority for claim in claims] == [Priority.REALTIME]
 
@@ -82,8 +82,8 @@ class ClaimContract:
         queue.lease.release("dead", gone=True)
         queue.put(draft())
 
-        assert queue.streams.claim("w1", Limit(8, 8, 1_000, streams=1, returned=1)).claims == []
-        assert ids(queue.streams.claim("w1", Limit(8, 8, 1_000, streams=1)).claims) == ids(lost)
+        assert queue.streams.claim("w1", ClaimBudget(8, 8, 1_000, streams=1, returned=1)).claims == []
+        assert ids(queue.streams.claim("w1", ClaimBudget(8, 8, 1_000, streams=1)).claims) == ids(lost)
 
     def test_nothing_is_given_twice(self, queue: Queue) -> None:
         queue.put(*[draft() for _ in range(5)])
@@ -93,8 +93,8 @@ class ClaimContract:
         assert (len(first.claims), len(second.claims), len(third.claims)) == (3, 2, 0)
         assert set(ids(first.claims)).isdisjoint(ids(second.claims))
 
-    @pytest.mark.parametrize("limit", [Limit(2, 100, 1000), Limit(100, 6, 1000), Limit(100, 100, 20)])
-    def test_a_claim_keeps_to_jobs_rows_and_tokens(self, queue: Queue, limit: Limit) -> None:
+    @pytest.mark.parametrize("limit", [ClaimBudget(2, 100, 1000), ClaimBudget(100, 6, 1000), ClaimBudget(100, 100, 20)])
+    def test_a_claim_keeps_to_jobs_rows_and_tokens(self, queue: Queue, limit: ClaimBudget) -> None:
         put = queue.put(*[draft(rows=3, tokens=10) for _ in range(5)])
 
         claimed = queue.streams.claim("w1", limit)
@@ -105,16 +105,16 @@ class ClaimContract:
     @pytest.mark.parametrize(
         ("limit", "taken", "blocked"),
         [
-            (Limit(100, 100, 1000), 5, 0),
-            (Limit(2, 100, 1000), 2, 0),
-            (Limit(100, 6, 1000), 2, 0),
-            (Limit(100, 8, 1000), 2, 2),
-            (Limit(100, 100, 29), 2, 2),
-            (Limit(100, 2, 1000), 0, 2),
+            (ClaimBudget(100, 100, 1000), 5, 0),
+            (ClaimBudget(2, 100, 1000), 2, 0),
+            (ClaimBudget(100, 6, 1000), 2, 0),
+            (ClaimBudget(100, 8, 1000), 2, 2),
+            (ClaimBudget(100, 100, 29), 2, 2),
+            (ClaimBudget(100, 2, 1000), 0, 2),
         ],
     )
     def test_a_claim_says_whether_the_next_job_had_no_room(
-        self, queue: Queue, limit: Limit, taken: int, blocked: int
+        self, queue: Queue, limit: ClaimBudget, taken: int, blocked: int
     ) -> None:
         queue.put(*[draft(rows=3, tokens=10) for _ in range(5)])
 
@@ -125,8 +125,8 @@ class ClaimContract:
     def test_a_claim_takes_more_than_it_looks_at_in_one_go(self, queue: Queue) -> None:
         put = queue.put(*[draft() for _ in range(30)])
 
-        assert ids(queue.streams.claim("w1", Limit(27, 100, 100_000)).claims) == [job.id for job in put[:27]]
-        assert ids(queue.streams.claim("w1", Limit(27, 100, 100_000)).claims) == [job.id for job in put[27:]]
+        assert ids(queue.streams.claim("w1", ClaimBudget(27, 100, 100_000)).claims) == [job.id for job in put[:27]]
+        assert ids(queue.streams.claim("w1", ClaimBudget(27, 100, 100_000)).claims) == [job.id for job in put[27:]]
 
     def test_what_does_not_fit_is_not_overtaken(self, queue: Queue) -> None:
         small, large, after = queue.put(draft(rows=2), draft(rows=4), draft(rows=2))
@@ -157,7 +157,7 @@ class ClaimContract:
         queue.put(*[draft() for _ in range(20)], priority=Priority.REALTIME)
 
         def claim(saved: int, empty_handed: bool = True) -> Claimed:
-            limit = Limit(4, 10, 100, empty_handed=empty_handed, saved=(saved, 0), next_rows=8, large=(20, 400))
+            limit = ClaimBudget(4, 10, 100, empty_handed=empty_handed, saved=(saved, 0), next_rows=8, large=(20, 400))
             return queue.streams.claim("w1", limit)
 
         early, busy, due = claim(too_little), claim(8, empty_handed=False), claim(8)
@@ -177,7 +177,7 @@ class ClaimContract:
         queue.put(*[draft(rows=2) for _ in range(8)])
 
         def claimed(held: int, next_rows: int) -> int:
-            limit = Limit(100, 100, 1_000, live_workers=2, held=held, next_rows=next_rows)
+            limit = ClaimBudget(100, 100, 1_000, live_workers=2, held=held, next_rows=next_rows)
             return len(queue.streams.claim("w1", limit).claims)
 
         assert claimed(held=6, next_rows=0) == 1
@@ -189,7 +189,7 @@ class ClaimContract:
     def test_a_lone_worker_takes_all_that_waits_whatever_it_holds(self, queue: Queue) -> None:
         queue.put(*[draft() for _ in range(8)])
 
-        assert len(queue.streams.claim("w1", Limit(100, 100, 1_000, held=50)).claims) == 8
+        assert len(queue.streams.claim("w1", ClaimBudget(100, 100, 1_000, held=50)).claims) == 8
 
     def test_jobs_that_were_given_back_come_first_in_their_stream(self, queue: Queue) -> None:
         lost = queue.hold("dead", draft(), draft())
@@ -204,9 +204,15 @@ class ClaimContract:
         assert sorted(queue.held_by("w1")) == sorted(names(claimed.claims))
 
     @pytest.mark.parametrize(
-        "limit", [Limit(1, 100, 1000), Limit(100, 5, 1000), Limit(100, 100, 19), Limit(100, 100, 1000, live_workers=4)]
+        "limit",
+        [
+            ClaimBudget(1, 100, 1000),
+            ClaimBudget(100, 5, 1000),
+            ClaimBudget(100, 100, 19),
+            ClaimBudget(100, 100, 1000, live_workers=4),
+        ],
     )
-    def test_jobs_that_were_given_back_keep_to_the_budget_and_the_share(self, queue: Queue, limit: Limit) -> None:
+    def test_jobs_that_were_given_back_keep_to_the_budget_and_the_share(self, queue: Queue, limit: ClaimBudget) -> None:
         lost = queue.hold("dead", *[draft(rows=3, tokens=10) for _ in range(3)])
         queue.lease.release("dead", gone=True)
         queue.put(draft(rows=3, tokens=10))
@@ -231,7 +237,7 @@ class ClaimContract:
         queue.lease.release("dead", gone=True)
         queue.put(draft(), draft(), priority=Priority.REALTIME)
 
-        claims = queue.streams.claim("w1", Limit(2, 8, 1_000, saved=(3, 0))).claims
+        claims = queue.streams.claim("w1", ClaimBudget(2, 8, 1_000, saved=(3, 0))).claims
 
         assert [(claim.address.priority, claim.by_share) for claim in claims] == [
             (Priority.NORMAL, True),

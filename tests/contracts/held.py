@@ -10,7 +10,7 @@ from millstream.broker.contract.errors import MillstreamError
 from millstream.broker.contract.job import Address, Claim, Job, Json, Priority
 from millstream.broker.contract.keys import STREAM_INDEX
 from millstream.worker.models.base import Prepared
-from millstream.worker.scheduling.active_job import Held
+from millstream.worker.scheduling.active_job import ActiveJob
 
 NOW = 1_000_000
 """Server ms at which these jobs were accepted."""
@@ -34,9 +34,9 @@ def claim_of(
     return Claim(Address(f"{STREAM_INDEX[priority]}:{at}-{int(job_id[:6], 16)}", job_id, "caller"), job, attempts)
 
 
-def held_of(tokens: Sequence[int | MillstreamError] = (3,), claim: Claim | None = None) -> Held:
+def held_of(tokens: Sequence[int | MillstreamError] = (3,), claim: Claim | None = None) -> ActiveJob:
     """A job with a prepared row of each length, or the error that stands in a row's place."""
     claim = claim or claim_of(["x"] * len(tokens))
     assert claim.job is not None
     rows = [Prepared(each, f"row {at}") if isinstance(each, int) else each for at, each in enumerate(tokens)]
-    return Held(claim, claim.job, rows)
+    return ActiveJob(claim, claim.job, rows)

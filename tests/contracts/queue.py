@@ -16,7 +16,7 @@ from millstream.broker.contract.keys import GROUP, RETURNED, ServiceKeys
 from millstream.broker.queue import scripts
 from millstream.broker.queue.inspector import Inspector, ServiceView
 from millstream.broker.queue.lease import LEASE_S, Lease
-from millstream.broker.queue.streams import Admission, Claimed, Group, Limit, Settled, Settlement, Streams
+from millstream.broker.queue.streams import Admission, ClaimBudget, Claimed, Group, Settled, Settlement, Streams
 from millstream.broker.transport.connection import Connection
 
 CALLER = "caller"
@@ -74,11 +74,11 @@ class Queue:
         live_workers: int = 1,
         empty_handed: bool = True,
     ) -> Claimed:
-        return self.streams.claim(consumer, Limit(jobs, rows, tokens, live_workers, empty_handed))
+        return self.streams.claim(consumer, ClaimBudget(jobs, rows, tokens, live_workers, empty_handed))
 
     def wait(self, consumer: str = "w1", wait_s: float = 0.001, jobs: int = 0) -> Claimed:
         """Sleep, and claim so many jobs beside the one that came."""
-        return self.streams.wait(consumer, wait_s, Limit(jobs, rows=100, tokens=1000))
+        return self.streams.wait(consumer, wait_s, ClaimBudget(jobs, rows=100, tokens=1000))
 
     def hold(self, consumer: str, *drafts: Draft) -> list[Claim]:
         """Enqueue `drafts` and claim them for `consumer`, which has beaten."""

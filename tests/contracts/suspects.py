@@ -9,7 +9,7 @@ from contracts.queue import CALLER, Queue, draft, ids, names
 
 from millstream.broker.contract.job import Claim, Draft, Priority
 from millstream.broker.contract.keys import GROUP
-from millstream.broker.queue.streams import Claimed, Limit
+from millstream.broker.queue.streams import ClaimBudget, Claimed
 
 
 def suspects(queue: Queue, count: int) -> list[Claim]:
@@ -26,14 +26,14 @@ def die(queue: Queue, consumer: str, claimed: Claimed) -> None:
 
 def claim(queue: Queue, consumer: str = "w1", *, max_attempts: int = 3, saved: tuple[int, int] = (0, 0)) -> Claimed:
     """For a worker that holds nothing, and whose micro-batches have 8 rows."""
-    limit = Limit(100, 100, 1_000, empty_handed=True, saved=saved, next_rows=8, max_attempts=max_attempts)
+    limit = ClaimBudget(100, 100, 1_000, empty_handed=True, saved=saved, next_rows=8, max_attempts=max_attempts)
     return queue.streams.claim(consumer, limit)
 
 
 def use_realtime(queue: Queue) -> None:
     """A realtime job comes and is answered."""
     queue.put(draft(), priority=Priority.REALTIME)
-    queue.settle(queue.streams.claim("left", Limit(1, 1, 100, streams=1, returned=1)).claims)
+    queue.settle(queue.streams.claim("left", ClaimBudget(1, 1, 100, streams=1, returned=1)).claims)
 
 
 class SuspectsContract:

@@ -22,7 +22,7 @@ from millstream.broker.contract.errors import Cancelled, ModelFailed, PartialFai
 from millstream.broker.contract.job import PRIORITIES, Json, Reply
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue import cache as module
-from millstream.broker.queue.cache import Cache, Cached, Recipe, encode
+from millstream.broker.queue.cache import Cache, Cached, CacheKey, encode
 from millstream.broker.queue.pause import pause, resume
 from millstream.broker.queue.registry import Registry
 from millstream.broker.server.embedded import EmbeddedServer
@@ -218,7 +218,7 @@ def planted(
     """A service that a worker with WEIGHTS once served: its answers, in capitals, are kept."""
     service = bystander(**{"enable_cache": True, **runtime})
     Registry(connection).claim_fingerprint(service.name, WEIGHTS)
-    names = Recipe(WEIGHTS, "echo", "none", None).digests(texts, {})
+    names = CacheKey(WEIGHTS, "echo", "none", None).digests(texts, {})
     answers = [(name, encode(Cached(text.upper()))) for name, text in zip(names, texts, strict=True)]
     Cache(connection.client, ServiceKeys(service.name)).keep(answers, 60.0)
     return service

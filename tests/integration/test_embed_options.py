@@ -14,7 +14,7 @@ from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.contract.codec import decode_inputs
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Encoded, Reply
-from millstream.broker.queue.cache import Cache, Cached, Recipe, encode
+from millstream.broker.queue.cache import Cache, Cached, CacheKey, encode
 from millstream.broker.queue.registry import Registry
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
@@ -85,9 +85,9 @@ def test_an_answer_that_was_kept_is_found_by_those_who_ask_for_the_same(
     registry = Registry(connection)
     registry.push([spec], replace=True)
     registry.claim_fingerprint(embedder.name, "weights")
-    recipe = Recipe.of(spec, "weights", "embed")
+    cache_key = CacheKey.of(spec, "weights", "embed")
     kept = np.array([1, 255, 7], np.uint8)
-    (name,) = recipe.digests(["a"], {"encoding": "binary"})
+    (name,) = cache_key.digests(["a"], {"encoding": "binary"})
     Cache(connection.client, registry.keys(embedder.name)).keep([(name, encode(Cached(kept)))], 60.0)
 
     found = client.embed(["a", "a"], service=embedder.name, encoding="binary")

@@ -19,18 +19,18 @@ from millstream.broker.contract.job import PRIORITIES
 from millstream.broker.contract.keys import GROUP, RETURNED, ServiceKeys
 from millstream.broker.queue.inspector import Inspector, ServiceView, WorkerView
 from millstream.broker.queue.pause import pause, resume
-from millstream.broker.queue.streams import Claimed, Limit, Streams
+from millstream.broker.queue.streams import ClaimBudget, Claimed, Streams
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.client import Client
-from millstream.worker.context import Shared
+from millstream.worker.context import Context
 from millstream.worker.intake.claimer import Claimer, Policy
 from millstream.worker.intake.claimer import Queue as Way
 from millstream.worker.intake.intake import Intake
 from millstream.worker.models.echo import EchoModel
-from millstream.worker.scheduling.batch_delay import Patience
+from millstream.worker.scheduling.batch_delay import BatchDelay
 from millstream.worker.scheduling.batcher import Budget
-from millstream.worker.scheduling.fair_share import Shares
+from millstream.worker.scheduling.fair_share import FairShare
 from millstream.worker.window import Window
 
 FELT_S = 1.0
@@ -142,7 +142,7 @@ class Counting(Streams):
 
     claims = 0
 
-    def claim(self, consumer: str, limit: Limit) -> Claimed:
+    def claim(self, consumer: str, limit: ClaimBudget) -> Claimed:
         self.claims += 1
         return super().claim(consumer, limit)
 
@@ -153,15 +153,15 @@ def test_the_worker_of_a_paused_service_looks_at_most_four_times_a_second(connec
     queue.put(draft())
     pause(connection.client, queue.keys)
     streams = Counting(connection.client, queue.keys)
-    shared = Shared("w1", Window(Budget(8, 1_000)))
-    policy = Policy(Patience(0.0), {}, Shares(dict.fromkeys(PRIORITIES, 0.3), 16))
-    claimer = Claimer(shared, Way(streams, queue.lease), Intake(EchoModel(), 3), policy, lambda finished: None)
+    context = Context("w1", Window(Budget(8, 1_000)))
+    policy = Policy(BatchDelay(0.0), {}, FairShare(dict.fromkeys(PRIORITIES, 0.3), 16))
+    claimer = Claimer(context, Way(streams, queue.lease), Intake(EchoModel(), 3), policy, lambda finished: None)
 
     began = time.monotonic()
     claimer.start()
     eventually(lambda: streams.claims >= 4)
     seconds = time.monotonic() - began
-    shared.life.drain()
+    context.shutdown.drain()
     claimer.join()
 
     assert streams.claims <= 4 * seconds + 1

@@ -37,7 +37,7 @@ from millstream.broker.contract.keys import GROUP, ServiceKeys
 from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.pause import Pause, find_pause, pause, resume
 from millstream.broker.queue.replies import KEPT, Replies
-from millstream.broker.queue.streams import Group, Limit, Settlement
+from millstream.broker.queue.streams import ClaimBudget, Group, Settlement
 from millstream.broker.transport.connection import Connection
 
 LEASE_S = 3600.0
@@ -61,7 +61,7 @@ shape = st.tuples(st.integers(1, 4), st.integers(1, 20))
 phase = st.sampled_from(["", "", "", "", "total", "queue"])
 group = st.tuples(st.sampled_from(PRIORITIES), st.lists(shape, min_size=1, max_size=4), phase)
 limit = st.builds(
-    Limit,
+    ClaimBudget,
     jobs=st.integers(1, 8),
     rows=st.integers(1, 16),
     tokens=st.integers(5, 120),
@@ -244,12 +244,12 @@ class QueueMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: any(entry.where != "held" for entry in self.model.live()))
     @rule(consumer=worker, limit=limit, cut=st.sampled_from([False, False, True]))
-    def claim(self, consumer: str, limit: Limit, cut: bool) -> None:
+    def claim(self, consumer: str, limit: ClaimBudget, cut: bool) -> None:
         """With `cut` the answer is lost on its way: the worker holds what it does not know of."""
         self.count("rule: claim")
         self._claim(consumer, limit, cut)
 
-    def _claim(self, consumer: str, limit: Limit, cut: bool = False) -> None:
+    def _claim(self, consumer: str, limit: ClaimBudget, cut: bool = False) -> None:
         claimed = self.streams.claim(consumer, limit)
 
         check_claim(self.model, limit, claimed)
@@ -278,7 +278,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.count("rule: wake")
         oldest = [waiting[0] for priority in PRIORITIES if (waiting := self.model.waiting(priority))]
 
-        claims = self.streams.wait(consumer, 0.001, Limit(jobs=0, rows=0, tokens=0)).claims
+        claims = self.streams.wait(consumer, 0.001, ClaimBudget(jobs=0, rows=0, tokens=0)).claims
 
         assert _ids(claims) == [entry.job_id for entry in oldest]
         for entry in oldest:
@@ -347,7 +347,7 @@ class QueueMachine(RuleBasedStateMachine):
     def bury(self, consumer: str) -> None:
         """A worker takes what cost others their lives, and buries it before it runs."""
         self.count("rule: bury")
-        self._claim(consumer, Limit(jobs=8, rows=8, tokens=64, empty_handed=True, next_rows=8))
+        self._claim(consumer, ClaimBudget(jobs=8, rows=8, tokens=64, empty_handed=True, next_rows=8))
         exhausted = [entry for entry in self.model.held(consumer) if entry.suspect]
 
         if exhausted:

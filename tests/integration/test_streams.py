@@ -17,7 +17,7 @@ from millstream.broker.contract.errors import MillstreamError, QueueFull, Reader
 from millstream.broker.contract.job import PRIORITIES, Claim, Priority
 from millstream.broker.contract.keys import GROUP, ServiceKeys
 from millstream.broker.queue import streams
-from millstream.broker.queue.streams import Group, Limit, Settlement, Streams
+from millstream.broker.queue.streams import ClaimBudget, Group, Settlement, Streams
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection, translated
 
@@ -140,7 +140,7 @@ def test_of_two_sleeping_workers_one_wakes_for_each_job(own_queue: Queue) -> Non
 
     def sleep(consumer: str) -> None:
         streams = Streams(connection.blocking(LONG_S), own_queue.keys)
-        woken[consumer] = streams.wait(consumer, LONG_S, Limit(jobs=0, rows=0, tokens=0)).claims
+        woken[consumer] = streams.wait(consumer, LONG_S, ClaimBudget(jobs=0, rows=0, tokens=0)).claims
 
     sleepers = [threading.Thread(target=sleep, args=[consumer]) for consumer in ("w1", "w2")]
     for thread in sleepers:
@@ -284,7 +284,7 @@ def test_a_claim_copies_one_job_that_has_no_room_whatever_the_last_one_was_like(
     queue.put(*[draft(rows=3, tokens=10) for _ in range(6)])
 
     with queue.client.monitor() as monitor:  # type: ignore[no-untyped-call]
-        claimed = queue.streams.claim("w1", Limit(100, 5, 1_000, job=job))
+        claimed = queue.streams.claim("w1", ClaimBudget(100, 5, 1_000, job=job))
         queue.client.echo("over")
         commands = (str(each["command"]) for each in monitor.listen())
         said = list(takewhile(lambda command: command != "ECHO over", commands))

@@ -17,14 +17,14 @@ from millstream.broker.contract.codec import decode_inputs, encode_inputs
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue import cache as module
-from millstream.broker.queue.cache import CHUNK, Cache, Cached, Recipe, decode, encode
+from millstream.broker.queue.cache import CHUNK, Cache, Cached, CacheKey, decode, encode
 from millstream.broker.queue.streams import LONGEST_MS
 
 KEYS = ServiceKeys("embed")
-RECIPE = Recipe("weights float32 384", "embed", "none", 256)
+CACHE_KEY = CacheKey("weights float32 384", "embed", "none", 256)
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
-recipes = st.builds(Recipe, words, words, words, st.none() | st.integers(1, 9))
+recipes = st.builds(CacheKey, words, words, words, st.none() | st.integers(1, 9))
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | words,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
@@ -33,8 +33,8 @@ json_values = st.recursive(
 options = st.dictionaries(words, json_values, max_size=3)
 
 
-def digest(recipe: Recipe, text: str, given_options: dict[str, Json]) -> str:
-    (name,) = recipe.digests([text], given_options)
+def digest(key: CacheKey, text: str, given_options: dict[str, Json]) -> str:
+    (name,) = key.digests([text], given_options)
     return name
 
 
@@ -43,38 +43,43 @@ def digest(recipe: Recipe, text: str, given_options: dict[str, Json]) -> str:
 
 @given(recipes, words, options, recipes, words, options)
 def test_two_answers_have_one_name_only_where_all_that_makes_them_is_the_same(
-    recipe: Recipe, text: str, given_options: dict[str, Json], other: Recipe, text2: str, options2: dict[str, Json]
+    key: CacheKey,
+    text: str,
+    given_options: dict[str, Json],
+    other: CacheKey,
+    text2: str,
+    options2: dict[str, Json],
 ) -> None:
-    same = (recipe, text, repr(given_options)) == (other, text2, repr(options2))
+    same = (key, text, repr(given_options)) == (other, text2, repr(options2))
 
     # 1 and 1.0 and True are one number to Python, and three to a model.
-    assert digest(recipe, text, given_options) == digest(other, text2, options2) or not same
-    assert digest(recipe, text, given_options) != digest(other, text2, given_options) or (recipe, text) == (
+    assert digest(key, text, given_options) == digest(other, text2, options2) or not same
+    assert digest(key, text, given_options) != digest(other, text2, given_options) or (key, text) == (
         other,
         text2,
     )
 
 
 @given(recipes, words, options, words)
-def test_each_part_alone_changes_the_name(recipe: Recipe, text: str, given_options: dict[str, Json], more: str) -> None:
+def test_each_part_alone_changes_the_name(key: CacheKey, text: str, given_options: dict[str, Json], more: str) -> None:
     names = {
-        digest(recipe, text, given_options),
-        digest(replace(recipe, fingerprint=recipe.fingerprint + "'"), text, given_options),
-        digest(replace(recipe, op=recipe.op + "'"), text, given_options),
-        digest(replace(recipe, truncate=recipe.truncate + "'"), text, given_options),
-        digest(replace(recipe, max_length=(recipe.max_length or 9) + 1), text, given_options),
-        digest(recipe, text, {**given_options, "another": more}),
-        digest(recipe, f"{text}\0{more}", given_options),
+        digest(key, text, given_options),
+        digest(replace(key, fingerprint=key.fingerprint + "'"), text, given_options),
+        digest(replace(key, op=key.op + "'"), text, given_options),
+        digest(replace(key, truncate=key.truncate + "'"), text, given_options),
+        digest(replace(key, max_length=(key.max_length or 9) + 1), text, given_options),
+        digest(key, text, {**given_options, "another": more}),
+        digest(key, f"{text}\0{more}", given_options),
     }
 
     assert len(names) == 7
 
 
 def test_what_moves_from_one_part_to_the_next_changes_the_name() -> None:
-    assert digest(replace(RECIPE, fingerprint="ab", op="c"), "d", {}) != digest(
-        replace(RECIPE, fingerprint="a", op="bc"), "d", {}
+    assert digest(replace(CACHE_KEY, fingerprint="ab", op="c"), "d", {}) != digest(
+        replace(CACHE_KEY, fingerprint="a", op="bc"), "d", {}
     )
-    assert digest(replace(RECIPE, truncate="none\0"), "d", {}) != digest(RECIPE, "\0d", {})
+    assert digest(replace(CACHE_KEY, truncate="none\0"), "d", {}) != digest(CACHE_KEY, "\0d", {})
 
 
 @given(st.lists(words, min_size=1, max_size=4), st.dictionaries(words | st.integers(), json_values, max_size=3))
@@ -83,18 +88,20 @@ def test_a_worker_names_what_it_read_as_the_caller_names_what_it_sent(
 ) -> None:
     read, options_read = decode_inputs(encode_inputs(texts, given_options), len(texts))
 
-    assert RECIPE.digests(cast(list[str], read), options_read) == RECIPE.digests(texts, given_options)
+    assert CACHE_KEY.digests(cast(list[str], read), options_read) == CACHE_KEY.digests(texts, given_options)
 
 
 def test_the_order_of_options_does_not_matter() -> None:
-    assert digest(RECIPE, "a", {"x": 1, "y": {"b": 1, "a": 2}}) == digest(RECIPE, "a", {"y": {"a": 2, "b": 1}, "x": 1})
+    assert digest(CACHE_KEY, "a", {"x": 1, "y": {"b": 1, "a": 2}}) == digest(
+        CACHE_KEY, "a", {"y": {"a": 2, "b": 1}, "x": 1}
+    )
 
 
 def test_the_settings_of_a_service_that_change_an_answer_are_in_its_recipe() -> None:
     model = ModelSpec(type="embedding", model_name="m", max_length=7)
     spec = ServiceSpec(name="embed", model=model, model_ref="m", runtime=Runtime(truncate="end"))
 
-    assert Recipe.of(spec, "weights", "embed") == Recipe("weights", "embed", "end", 7)
+    assert CacheKey.of(spec, "weights", "embed") == CacheKey("weights", "embed", "end", 7)
 
 
 # -- values ----------------------------------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ import redis
 from support import eventually
 
 from millstream.broker.contract.keys import ServiceKeys
-from millstream.broker.queue.cache import Cached, Recipe, encode
+from millstream.broker.queue.cache import Cached, CacheKey, encode
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection
 from millstream.client import cache_reader as module
-from millstream.client.cache_reader import Recall
+from millstream.client.cache_reader import CacheReader
 
-RECIPE = Recipe("weights", "echo", "none", None)
+CACHE_KEY = CacheKey("weights", "echo", "none", None)
 HIT = Cached("A", fingerprint="weights")
 
 
@@ -26,7 +26,7 @@ class Asked(fakeredis.FakeRedis):
 
     def __init__(self) -> None:
         super().__init__(server=fakeredis.FakeServer(), protocol=2)
-        (name,) = RECIPE.digests(["a"], {})
+        (name,) = CACHE_KEY.digests(["a"], {})
         self.set(ServiceKeys("echo").cache(name), encode(Cached("A")))
         self.asked: list[int] = []
         self.away = self.broken = False
@@ -49,45 +49,45 @@ def server() -> Asked:
 
 
 @pytest.fixture
-def recall(server: Asked, monkeypatch: pytest.MonkeyPatch) -> Recall:
+def reader(server: Asked, monkeypatch: pytest.MonkeyPatch) -> CacheReader:
     monkeypatch.setattr(Connection, "within", lambda connection, timeout_s: server)
     connection = Connection("redis://nowhere")
-    return Recall(connection, Registry(connection))
+    return CacheReader(connection, Registry(connection))
 
 
 def test_every_row_with_a_kept_text_has_its_answer_and_each_text_is_asked_for_once(
-    recall: Recall, server: Asked
+    reader: CacheReader, server: Asked
 ) -> None:
-    hits = recall.rows("echo", RECIPE, {0: "b", 2: "a", 3: "b", 5: "a"}, {})
+    hits = reader.rows("echo", CACHE_KEY, {0: "b", 2: "a", 3: "b", 5: "a"}, {})
 
     assert hits == dict.fromkeys((2, 5), HIT)
     assert server.asked == [2]
 
 
 def test_after_a_look_up_that_failed_none_is_tried_for_a_moment(
-    recall: Recall, server: Asked, monkeypatch: pytest.MonkeyPatch
+    reader: CacheReader, server: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
     monkeypatch.setattr("millstream.client.cache_reader.time.monotonic", lambda: now)
     server.away = True
-    assert recall.rows("echo", RECIPE, {0: "a"}, {}) == {}
+    assert reader.rows("echo", CACHE_KEY, {0: "a"}, {}) == {}
     server.away = False
 
-    assert recall.rows("echo", RECIPE, {0: "a"}, {}) == {}
+    assert reader.rows("echo", CACHE_KEY, {0: "a"}, {}) == {}
     assert server.asked == [1]
     now += module.LOOK_UP_S
-    assert recall.rows("echo", RECIPE, {0: "a"}, {}) == {0: HIT}
+    assert reader.rows("echo", CACHE_KEY, {0: "a"}, {}) == {0: HIT}
 
 
 class Loops:
     """Asks as event loops do, and notes each answer in the order of their coming."""
 
-    def __init__(self, recall: Recall) -> None:
-        self._recall = recall
+    def __init__(self, reader: CacheReader) -> None:
+        self._recall = reader
         self.answers: list[tuple[str, Mapping[int, Cached]]] = []
 
     def ask(self, name: str, texts: Mapping[int, str], service: str = "echo") -> None:
-        self._recall.soon(service, RECIPE, texts, {}, lambda hits: self.answers.append((name, hits)))
+        self._recall.soon(service, CACHE_KEY, texts, {}, lambda hits: self.answers.append((name, hits)))
 
     def answered(self, count: int) -> list[tuple[str, Mapping[int, Cached]]]:
         eventually(lambda: len(self.answers) >= count)
@@ -95,8 +95,8 @@ class Loops:
 
 
 @pytest.fixture
-def loops(recall: Recall) -> Loops:
-    return Loops(recall)
+def loops(reader: CacheReader) -> Loops:
+    return Loops(reader)
 
 
 def test_what_many_calls_ask_for_while_the_server_is_busy_is_one_command(loops: Loops, server: Asked) -> None:
@@ -158,10 +158,10 @@ def test_a_server_that_is_away_has_nothing_and_is_asked_once(loops: Loops, serve
 
 
 def test_a_call_that_raises_and_a_look_up_that_breaks_cost_no_other_call_its_answer(
-    loops: Loops, recall: Recall, server: Asked, caplog: pytest.LogCaptureFixture
+    loops: Loops, reader: CacheReader, server: Asked, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recall.soon("echo", RECIPE, {0: "a"}, {}, lambda hits: 1 / 0)
-    recall.soon("echo", RECIPE, {0: 5}, {}, lambda hits: None)  # type: ignore[dict-item]
+    reader.soon("echo", CACHE_KEY, {0: "a"}, {}, lambda hits: 1 / 0)
+    reader.soon("echo", CACHE_KEY, {0: 5}, {}, lambda hits: None)  # type: ignore[dict-item]
     loops.ask("whole", {0: "a"})
     assert loops.answered(1) == [("whole", {0: HIT})]
 
@@ -172,12 +172,12 @@ def test_a_call_that_raises_and_a_look_up_that_breaks_cost_no_other_call_its_ans
 
 
 def test_the_thread_ends_when_nothing_is_asked_and_begins_again(
-    loops: Loops, recall: Recall, monkeypatch: pytest.MonkeyPatch
+    loops: Loops, reader: CacheReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "IDLE_S", 0.01)
     loops.ask("first", {0: "a"})
     loops.answered(1)
-    thread = recall._gatherer
+    thread = reader._gatherer
     assert thread is not None
     eventually(lambda: not thread.is_alive())
 
@@ -187,7 +187,7 @@ def test_the_thread_ends_when_nothing_is_asked_and_begins_again(
 
 
 def test_where_no_thread_can_start_the_rows_are_computed(
-    loops: Loops, recall: Recall, monkeypatch: pytest.MonkeyPatch
+    loops: Loops, reader: CacheReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cannot(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

@@ -13,7 +13,7 @@ from millstream.broker.contract.errors import InvalidRequest, MillstreamError, M
 from millstream.broker.contract.job import Reply
 from millstream.broker.queue.cache import Cached
 from millstream.client.result import Embeddings
-from millstream.client.row_results import Rows
+from millstream.client.row_results import RowResults
 from millstream.client.split import Part, split_once
 
 
@@ -22,7 +22,7 @@ def test_each_row_gets_its_outcome_and_each_text_travels_once(texts: list[str], 
     hit_texts = {texts[row] for row in found if row < len(texts)}
     hits = {row: Cached(text.upper()) for row, text in enumerate(texts) if text in hit_texts}
     parts = split_once({row: 1 for row in range(len(texts)) if row not in hits}, texts, most, 1_000)
-    rows = Rows(len(texts), hits)
+    rows = RowResults(len(texts), hits)
 
     travelling = [texts[row] for part in parts for row in part.rows]
     for part in parts:
@@ -35,7 +35,7 @@ def test_each_row_gets_its_outcome_and_each_text_travels_once(texts: list[str], 
 
 def test_twins_share_an_error_and_a_cut() -> None:
     error = InvalidRequest("no")
-    rows = Rows(6, {5: Cached(np.array([3], np.float32), truncated=True)})
+    rows = RowResults(6, {5: Cached(np.array([3], np.float32), truncated=True)})
     part = Part((0, 1), 2, {0: [2], 1: [3, 4]})
 
     rows.place(part, Reply(vectors=np.array([[1]], np.float32), errors={0: error}, truncated=(1,), tokens=7))
@@ -55,7 +55,7 @@ def test_twins_share_an_error_and_a_cut() -> None:
 
 def test_kept_answers_and_new_ones_of_another_model_are_not_mixed() -> None:
     kept = Cached(np.array([3], np.float32), fingerprint="w1")
-    same, other = Rows(2, {1: kept}), Rows(2, {1: kept})
+    same, other = RowResults(2, {1: kept}), RowResults(2, {1: kept})
 
     same.place(Part((0,), 2), Reply(vectors=np.array([[1]], np.float32), fingerprint="w1"))
     other.place(Part((0,), 2), Reply(vectors=np.array([[1]], np.float32), fingerprint="w2"))
@@ -68,7 +68,7 @@ def test_kept_answers_and_new_ones_of_another_model_are_not_mixed() -> None:
 
 
 def test_a_call_tells_of_each_text_that_was_cut_and_of_the_tokens_that_ran() -> None:
-    rows = Rows(4, {2: Cached(np.array([3], np.float32), truncated=True), 3: Cached(np.array([4], np.float32))})
+    rows = RowResults(4, {2: Cached(np.array([3], np.float32), truncated=True), 3: Cached(np.array([4], np.float32))})
 
     rows.place(Part((0,), 2, {0: [1]}), Reply(vectors=np.array([[1]], np.float32), truncated=(0,), tokens=7))
 
@@ -79,7 +79,7 @@ def test_a_call_tells_of_each_text_that_was_cut_and_of_the_tokens_that_ran() -> 
 
 
 def test_a_call_that_was_found_whole_cost_no_tokens() -> None:
-    value = Rows(2, {0: Cached(np.array([1], np.float32)), 1: Cached(np.array([2], np.float32))}).value(1.0)
+    value = RowResults(2, {0: Cached(np.array([1], np.float32)), 1: Cached(np.array([2], np.float32))}).value(1.0)
 
     assert isinstance(value, Embeddings)
     assert value.usage == {"tokens": 0}

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millstream.broker.contract.job import PRIORITIES
-from millstream.broker.queue.streams import Claimed, Limit
+from millstream.broker.queue.streams import ClaimBudget, Claimed
 from millstream.worker.scheduling.claim_policy import (
     FIRST,
     Claim,
@@ -27,8 +27,8 @@ from millstream.worker.scheduling.claim_policy import (
     next_step,
 )
 
-ROOM = Limit(jobs=8, rows=8, tokens=100)
-URGENT = Limit(jobs=4, rows=4, tokens=100, streams=1, returned=1)
+ROOM = ClaimBudget(jobs=8, rows=8, tokens=100)
+URGENT = ClaimBudget(jobs=4, rows=4, tokens=100, streams=1, returned=1)
 
 streams = st.integers(0, 3)
 looks = st.builds(
@@ -169,7 +169,7 @@ class Worker:
 
     def state(self) -> State:
         rows = 8 - sum(self.pool)
-        room = Limit(8, rows, 100, empty_handed=not self.unsettled) if rows > 0 else None
+        room = ClaimBudget(8, rows, 100, empty_handed=not self.unsettled) if rows > 0 else None
         return State(self.look, room, None, bool(self.pool), not self.unsettled, self.takes, batch_rows=4)
 
     def do(self, step: Step) -> None:
@@ -187,7 +187,7 @@ class Worker:
             self.takes += 1
             self.ran += 1
 
-    def claim(self, limit: Limit, asleep: bool) -> None:
+    def claim(self, limit: ClaimBudget, asleep: bool) -> None:
         """As claim.lua: more urgent jobs first, what does not fit is not overtaken, suspects alone."""
         taken, blocked = list[tuple[int, float]](), 0
         for at, waiting in enumerate(self.jobs[: limit.streams], start=1):

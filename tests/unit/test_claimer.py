@@ -15,18 +15,18 @@ from support import eventually
 from millstream.broker.contract.job import PRIORITIES, Draft, Priority
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.pause import pause
-from millstream.broker.queue.streams import Claimed, Limit, Streams
-from millstream.worker.context import Shared
+from millstream.broker.queue.streams import ClaimBudget, Claimed, Streams
+from millstream.worker.context import Context
 from millstream.worker.intake import claimer
 from millstream.worker.intake.claimer import Claimer, Policy
 from millstream.worker.intake.intake import Intake
 from millstream.worker.intake.settler import Finished
 from millstream.worker.models.echo import EchoModel
 from millstream.worker.scheduling import claim_policy
-from millstream.worker.scheduling.batch_delay import Patience
+from millstream.worker.scheduling.batch_delay import BatchDelay
 from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.scheduling.claim_policy import LONGEST_LOOK_S, LOOK_S
-from millstream.worker.scheduling.fair_share import Shares
+from millstream.worker.scheduling.fair_share import FairShare
 from millstream.worker.window import HOLD_BATCHES, Window
 
 LONG_S = 20.0
@@ -47,11 +47,11 @@ class Scripted(Streams):
         self.used_up = False
         self._wakes = iter(wakes)
 
-    def claim(self, consumer: str, limit: Limit) -> Claimed:
+    def claim(self, consumer: str, limit: ClaimBudget) -> Claimed:
         self.claims += 1
         return super().claim(consumer, limit)
 
-    def wait(self, consumer: str, wait_s: float, limit: Limit) -> Claimed:
+    def wait(self, consumer: str, wait_s: float, limit: ClaimBudget) -> Claimed:
         wake = next(self._wakes, None)
         if wake is None:
             self.used_up = True
@@ -66,9 +66,9 @@ class Bench:
 
     def __init__(
         self,
-        shares: dict[Priority, float],
+        fair_share: dict[Priority, float],
         wakes: Sequence[Callable[[Bench], object]] = (),
-        patience: Patience | None = None,
+        batch_delay: BatchDelay | None = None,
         beside: Bench | None = None,
         *,
         supervised: bool = False,
@@ -78,14 +78,19 @@ class Bench:
         client = fakeredis.FakeRedis(server=self.server, protocol=2)
         self.queue = Queue(client, ServiceKeys("echo"))
         self.queue.open()
-        self.shared = Shared("w2" if beside else "w1", Window(Budget(ROWS, tokens=1_000)))
+        self.context = Context("w2" if beside else "w1", Window(Budget(ROWS, tokens=1_000)))
         self.finished: list[Finished] = []
         self.streams: Scripted = Scripted(client, self.queue.keys, [partial(wake, self) for wake in wakes])
         self.claimer = Claimer(
-            self.shared,
+            self.context,
             claimer.Queue(self.streams, self.queue.lease),
             Intake(EchoModel("echo"), max_attempts=3),
-            Policy(patience or Patience(0.0), dict.fromkeys(PRIORITIES, LONG_S), Shares(shares, 2 * ROWS), supervised),
+            Policy(
+                batch_delay or BatchDelay(0.0),
+                dict.fromkeys(PRIORITIES, LONG_S),
+                FairShare(fair_share, 2 * ROWS),
+                supervised,
+            ),
             self.finished.append,
         )
 
@@ -100,7 +105,7 @@ class Bench:
 
     def run_one(self) -> list[Priority]:
         """One micro-batch, run and settled: of which priority its jobs were."""
-        window = self.shared.window
+        window = self.context.window
         batch = window.take()
         done = window.complete(batch, ["done"] * len(batch))
         addresses = [held.claim.address for held in done]
@@ -120,16 +125,16 @@ def bench() -> Bench:
 def test_a_realtime_job_passes_a_window_that_is_full_and_nothing_else_does(bench: Bench) -> None:
     bench.put(Priority.BATCH, 100)
     bench.claimer.start()
-    eventually(lambda: bench.shared.window.room(1) is None)
+    eventually(lambda: bench.context.window.room(1) is None)
     bench.put(Priority.REALTIME, 1)
 
-    eventually(lambda: bench.shared.window.waiting_of(Priority.REALTIME) == 1)
-    in_hand = len(bench.shared.window.names())
+    eventually(lambda: bench.context.window.waiting_of(Priority.REALTIME) == 1)
+    in_hand = len(bench.context.window.names())
     first = bench.run_one()
-    bench.shared.life.drain()
+    bench.context.shutdown.drain()
     bench.claimer.join()
 
-    bench.shared.life.check()
+    bench.context.shutdown.check()
     assert first == [Priority.REALTIME]
     assert in_hand == HOLD_BATCHES * ROWS + 1
 
@@ -137,7 +142,7 @@ def test_a_realtime_job_passes_a_window_that_is_full_and_nothing_else_does(bench
 def test_a_realtime_job_that_has_no_room_in_a_window_that_is_nearly_full_passes_it(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    window = bench.shared.window
+    window = bench.context.window
     monkeypatch.setattr(window, "wait_for_take", lambda timeout: False)
     bench.put(Priority.BATCH, HOLD_BATCHES * ROWS - 1)
     bench.claim()
@@ -156,7 +161,7 @@ def test_a_realtime_job_that_has_no_room_in_a_window_that_is_nearly_full_passes_
 def test_a_busy_worker_looks_the_oftener_the_sooner_its_forward_is_over(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, left_s: float, waits_s: float
 ) -> None:
-    window = bench.shared.window
+    window = bench.context.window
     waits: list[float] = []
     monkeypatch.setattr(window, "wait_for_take", waits.append)
     monkeypatch.setattr(Window, "forward_left_s", left_s)
@@ -174,16 +179,16 @@ def test_a_busy_worker_looks_the_oftener_the_sooner_its_forward_is_over(
 def test_until_a_take_makes_room_for_the_next_job_only_others_are_looked_for(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench.shared.window, "wait_for_take", lambda timeout: False)
+    monkeypatch.setattr(bench.context.window, "wait_for_take", lambda timeout: False)
     asked: list[int] = []
     claim = bench.streams.claim
 
-    def noted(consumer: str, limit: Limit) -> Claimed:
+    def noted(consumer: str, limit: ClaimBudget) -> Claimed:
         asked.append(limit.streams)
         return claim(consumer, limit)
 
     monkeypatch.setattr(bench.streams, "claim", noted)
-    window = bench.shared.window
+    window = bench.context.window
     bench.put(Priority.BATCH, 1)
     (lost,) = bench.queue.claim("w0").claims
     fitting = HOLD_BATCHES * ROWS // (ROWS - 1)
@@ -224,24 +229,24 @@ def test_a_worker_that_joins_is_left_what_waits_beyond_the_next_micro_batch_of_t
 ) -> None:
     other = Bench(SHARES, beside=bench)
     for each in (bench, other):
-        monkeypatch.setattr(each.shared.window, "wait_for_take", lambda timeout: False)
+        monkeypatch.setattr(each.context.window, "wait_for_take", lambda timeout: False)
     bench.put(Priority.NORMAL, 5 * ROWS)
     bench.claim()
-    assert len(bench.shared.window.names()) == 5 * ROWS
+    assert len(bench.context.window.names()) == 5 * ROWS
     bench.claimer.live_workers = other.claimer.live_workers = 2
 
     # As a caller whose window follows the live workers: it sends as many again.
     bench.put(Priority.NORMAL, 5 * ROWS)
     bench.claim()
-    assert len(bench.shared.window.names()) == 5 * ROWS
+    assert len(bench.context.window.names()) == 5 * ROWS
     for _ in range(3):
         other.claim()
-    assert len(other.shared.window.names()) == 2.5 * ROWS
+    assert len(other.context.window.names()) == 2.5 * ROWS
 
     ran = dict.fromkeys((bench, other), 0)
     while bench.queue.depth():
         for worker in (bench, other):
-            ran[worker] += len(worker.run_one()) if worker.shared.window.waiting else 0
+            ran[worker] += len(worker.run_one()) if worker.context.window.waiting else 0
             worker.claim()
     assert 0.4 <= ran[other] / sum(ran.values()) <= 0.6
 
@@ -251,13 +256,13 @@ def test_a_lone_worker_holds_a_full_window(bench: Bench) -> None:
 
     bench.claim()
 
-    assert len(bench.shared.window.names()) == HOLD_BATCHES * ROWS
+    assert len(bench.context.window.names()) == HOLD_BATCHES * ROWS
 
 
 def test_a_suspect_does_not_starve_while_more_urgent_jobs_saturate_the_worker(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    window = bench.shared.window
+    window = bench.context.window
     monkeypatch.setattr(window, "wait_for_take", lambda timeout: False)
     monkeypatch.setattr(window, "wait_until_empty", lambda timeout: False)
     bench.put(Priority.BATCH, 6)
@@ -283,15 +288,15 @@ def with_a_full_window_and_suspects(bench: Bench, suspects: Priority) -> None:
     lost = bench.queue.claim("dead").claims
     bench.put(Priority.BATCH, 2 * HOLD_BATCHES * ROWS)
     bench.claimer.start()
-    eventually(lambda: bench.shared.window.room(1) is None)
+    eventually(lambda: bench.context.window.room(1) is None)
     bench.queue.lease.release("dead", started=[claim.address.name for claim in lost], gone=True)
 
 
 def sizes_served(bench: Bench, runs: int) -> list[int]:
     served = [len(bench.run_one()) for _ in range(runs)]
-    bench.shared.life.drain()
+    bench.context.shutdown.drain()
     bench.claimer.join(LONG_S)
-    bench.shared.life.check()
+    bench.context.shutdown.check()
     return served
 
 
@@ -326,7 +331,7 @@ def test_suspects_do_not_pass_more_urgent_jobs_that_wait_in_a_supervised_worker(
     eventually(lambda: bench.claimer._look.suspects == 3)
 
     served = [bench.run_one() for _ in range(3)]
-    bench.shared.life.drain()
+    bench.context.shutdown.drain()
     bench.claimer.join(LONG_S)
 
     assert served == [[Priority.REALTIME] * ROWS, [Priority.REALTIME] * ROWS, [Priority.BATCH]]
@@ -336,7 +341,7 @@ def test_suspects_do_not_wait_for_a_row_whose_answer_was_settled_elsewhere() -> 
     bench = Bench(SHARES, supervised=True)
     bench.put(Priority.BATCH, ROWS)
     bench.claim()
-    window = bench.shared.window
+    window = bench.context.window
     settled = window.names()[0]
     # Lost while this process was frozen, claimed anew, and then answered by what it had computed before.
     bench.queue.settle([window._held[settled].claim])
@@ -348,7 +353,7 @@ def test_suspects_do_not_wait_for_a_row_whose_answer_was_settled_elsewhere() -> 
     bench.claimer.start()
 
     served = [bench.run_one() for _ in range(2)]
-    bench.shared.life.drain()
+    bench.context.shutdown.drain()
     bench.claimer.join(LONG_S)
 
     assert served[0] == [Priority.NORMAL]
@@ -364,12 +369,12 @@ def test_the_share_of_suspects_pays_for_one_group_before_more_urgent_jobs() -> N
         # One by one: each is a group of its own.
         bench.queue.lease.release("dead", started=[lost.address.name], only=[lost.address.name])
     bench.put(Priority.REALTIME, 3)
-    bench.claimer._shares._saved[Priority.NORMAL] = float(ROWS)
+    bench.claimer._fair_share._saved[Priority.NORMAL] = float(ROWS)
     bench.claimer._look = claim_policy.Look(takes=0, suspects=2)
     bench.claimer.start()
 
     served = [bench.run_one() for _ in range(2)]
-    bench.shared.life.drain()
+    bench.context.shutdown.drain()
     bench.claimer.join(LONG_S)
 
     assert served == [[Priority.NORMAL], [Priority.REALTIME] * 3]
@@ -379,7 +384,7 @@ def test_the_share_of_suspects_pays_for_one_group_before_more_urgent_jobs() -> N
 def test_a_job_larger_than_a_window_does_not_starve_while_more_urgent_jobs_saturate_the_worker(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, large: Draft
 ) -> None:
-    window = bench.shared.window
+    window = bench.context.window
     monkeypatch.setattr(window, "wait_for_take", lambda timeout: False)
     monkeypatch.setattr(window, "wait_until_empty", lambda timeout: False)
     bench.queue.put(large, priority=Priority.BATCH)
@@ -398,13 +403,13 @@ def test_a_job_larger_than_a_window_does_not_starve_while_more_urgent_jobs_satur
 def test_a_realtime_job_passes_a_window_of_bulk_while_a_realtime_suspect_waits(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    window = bench.shared.window
+    window = bench.context.window
     monkeypatch.setattr(window, "wait_for_take", lambda timeout: False)
     monkeypatch.setattr(window, "wait_until_empty", lambda timeout: False)
     bench.put(Priority.REALTIME, 1)
     (suspect,) = bench.queue.claim("dead").claims
     bench.put(Priority.BATCH, 2 * ROWS)
-    bench.claimer._do(claim_policy.Claim(Limit(100, 100, 1_000)))
+    bench.claimer._do(claim_policy.Claim(ClaimBudget(100, 100, 1_000)))
     bench.queue.lease.release("dead", started=[suspect.address.name], gone=True)
     bench.claim()
     bench.put(Priority.REALTIME, 1)
@@ -456,7 +461,7 @@ def step_with_a_runner(
     runner.start()
     while not until(bench):
         bench.claimer._step()
-    bench.shared.window.close()
+    bench.context.window.close()
     runner.join()
     return len(ran)
 
@@ -480,7 +485,7 @@ def test_what_was_given_back_runs_with_the_next_job_or_after_the_next_sleep(monk
     bench.queue.lease.release("w0")
     bench.claim()
 
-    assert len(bench.shared.window.names()) == 1
+    assert len(bench.context.window.names()) == 1
 
 
 def test_a_suspect_does_not_wait_for_as_long_as_jobs_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,7 +502,7 @@ def test_a_pause_ends_what_follows_a_job_that_came_alone(monkeypatch: pytest.Mon
 
     assert step_with_a_runner(bench, monkeypatch, lambda bench: bench.claimer.paused) == 1
 
-    assert bench.queue.held_by(bench.shared.consumer) == []
+    assert bench.queue.held_by(bench.context.consumer) == []
 
 
 def one_with_a_minute_left(bench: Bench) -> None:
@@ -514,7 +519,7 @@ def test_a_job_that_wakes_a_worker_after_the_clock_stepped_back_is_run(monkeypat
     assert bench.finished == []
 
 
-class Counted(Patience):
+class Counted(BatchDelay):
     """Always hopes, for a moment; counts how often it was asked."""
 
     asked = 0
@@ -526,11 +531,11 @@ class Counted(Patience):
 
 @pytest.mark.parametrize(("forward_s", "claims"), [(0.0001, 1), (0.01, 3)])
 def test_company_is_waited_for_only_where_a_forward_takes_longer(forward_s: float, claims: int) -> None:
-    bench = Bench(SHARES, patience=Counted(LONG_S))
-    bench.shared.window.cost.smallest_s = forward_s
+    bench = Bench(SHARES, batch_delay=Counted(LONG_S))
+    bench.context.window.cost.smallest_s = forward_s
     bench.put(Priority.NORMAL, 1)
 
     bench.claimer._step()
 
     assert bench.streams.claims == claims
-    assert len(bench.shared.window.names()) == 1
+    assert len(bench.context.window.names()) == 1

@@ -28,7 +28,7 @@ from millstream.broker.contract.job import Draft, Priority, Reply
 from millstream.broker.queue.streams import CancelOutcome, Group
 from millstream.broker.queue.submission import Submission
 from millstream.client.channel.channel import Channel
-from millstream.client.channel.coalescing import Flights
+from millstream.client.channel.coalescing import Coalescer
 from millstream.client.channel.requests import Cancellation
 
 ANSWER = encode_reply(Reply(values=["done"]))
@@ -79,7 +79,7 @@ class Sent:
 class Bench:
     def __init__(self) -> None:
         self.channel = Sent()
-        self.flights = Flights(cast(Channel, self.channel))
+        self.coalescer = Coalescer(cast(Channel, self.channel))
 
     def call(
         self,
@@ -96,7 +96,7 @@ class Bench:
         end = None if for_s is None else time.monotonic() + for_s
         draft = Draft(secrets.token_hex(16), "echo", 1, 3, body, "me", end, tenant=tenant)
         submission = Submission(service, Group(priority, [draft]), caller, end if wait else 0.0)
-        self.flights.submit([submission])
+        self.coalescer.submit([submission])
         return caller, submission
 
     def answer(self, reply: bytes = ANSWER, at: int = 0) -> None:
@@ -106,7 +106,9 @@ class Bench:
     def cancel(self, *submissions: Submission) -> list[CancelOutcome]:
         told: list[CancelOutcome] = []
         job_ids = [job_id for each in submissions for job_id in each.job_ids]
-        self.flights.cancel(Cancellation("echo", job_ids, lambda found: told.extend(cast(list[CancelOutcome], found))))
+        self.coalescer.cancel(
+            Cancellation("echo", job_ids, lambda found: told.extend(cast(list[CancelOutcome], found)))
+        )
         return told
 
     @property
@@ -354,8 +356,8 @@ def test_nothing_is_kept_of_what_is_over(bench: Bench) -> None:
     _, second = bench.call()
     bench.cancel(first, second)
 
-    flights = bench.flights
-    assert (flights._flights, flights._led, flights._followed, flights._left) == ({}, {}, {}, set())
+    coalescer = bench.coalescer
+    assert (coalescer._jobs, coalescer._led, coalescer._followed, coalescer._left) == ({}, {}, {}, set())
 
 
 DEEDS = ("call", "call", "call", "cancel", "answer", "fail", "fail alike", "refuse")
@@ -421,5 +423,5 @@ def test_whatever_happens_each_caller_that_stays_has_one_outcome_and_nothing_run
 
     assert set(world.outcomes(gone=False)) <= {1}
     assert set(world.outcomes(gone=True)) <= {0}
-    flights = world.flights
-    assert (flights._flights, flights._led, flights._followed, flights._left) == ({}, {}, {}, set())
+    coalescer = world.coalescer
+    assert (coalescer._jobs, coalescer._led, coalescer._followed, coalescer._left) == ({}, {}, {}, set())

@@ -9,7 +9,7 @@ from contracts.held import claim_of
 
 from millstream.broker.config.spec import Runtime
 from millstream.broker.contract.job import PRIORITIES, Claim, Priority
-from millstream.worker.scheduling.fair_share import Shares
+from millstream.worker.scheduling.fair_share import FairShare
 
 REALTIME, NORMAL, BATCH = PRIORITIES
 SHARES = {REALTIME: 0.7, NORMAL: 0.2, BATCH: 0.1}
@@ -20,49 +20,49 @@ def rows(priority: Priority, count: int) -> list[Claim]:
     return [claim_of(priority=priority) for _ in range(count)]
 
 
-def served(shares: Shares, window: int, claims: int) -> Mapping[Priority, int]:
+def served(fair_share: FairShare, window: int, claims: int) -> Mapping[Priority, int]:
     """What a backlog of all three gets in so many claims of `window` one-row jobs."""
     total = dict.fromkeys(PRIORITIES, 0)
     for _ in range(claims):
-        normal, batch = shares.saved()
+        normal, batch = fair_share.saved()
         taken = {NORMAL: min(normal, window), BATCH: min(batch, window - min(normal, window))}
         taken[REALTIME] = window - taken[NORMAL] - taken[BATCH]
         for each in PRIORITIES:
             total[each] += taken[each]
-        shares.served([claim for each in PRIORITIES for claim in rows(each, taken[each])], EVERYBODY)
+        fair_share.served([claim for each in PRIORITIES for claim in rows(each, taken[each])], EVERYBODY)
     return total
 
 
 @pytest.mark.parametrize("window", [1, 7, 64])
 def test_each_class_that_waits_gets_its_share(window: int) -> None:
-    total = served(Shares(SHARES, most_rows=128), window, claims=600)
+    total = served(FairShare(SHARES, most_rows=128), window, claims=600)
 
     for priority, share in SHARES.items():
         assert total[priority] / sum(total.values()) == pytest.approx(share, abs=0.02)
 
 
 def test_a_class_that_does_not_wait_saves_nothing() -> None:
-    shares = Shares(SHARES, most_rows=128)
+    fair_share = FairShare(SHARES, most_rows=128)
 
-    shares.served(rows(REALTIME, 100), (500, 0, 10))
+    fair_share.served(rows(REALTIME, 100), (500, 0, 10))
 
-    assert shares.saved() == (0, 10)
+    assert fair_share.saved() == (0, 10)
 
 
 def test_what_a_class_is_served_anyway_counts() -> None:
-    shares = Shares(SHARES, most_rows=128)
+    fair_share = FairShare(SHARES, most_rows=128)
 
-    shares.served(rows(REALTIME, 50) + rows(NORMAL, 50), EVERYBODY)
+    fair_share.served(rows(REALTIME, 50) + rows(NORMAL, 50), EVERYBODY)
 
-    assert shares.saved() == (0, 10)
+    assert fair_share.saved() == (0, 10)
 
 
 def test_savings_are_bounded() -> None:
-    shares = Shares(SHARES, most_rows=16)
+    fair_share = FairShare(SHARES, most_rows=16)
 
-    shares.served(rows(REALTIME, 1_000), EVERYBODY)
+    fair_share.served(rows(REALTIME, 1_000), EVERYBODY)
 
-    assert shares.saved() == (16, 16)
+    assert fair_share.saved() == (16, 16)
 
 
 def test_weights_of_the_configuration_are_parts_of_one() -> None:
@@ -90,10 +90,10 @@ def test_a_priority_has_its_own_limits_where_given_and_the_services_otherwise() 
 
 
 def test_what_was_claimed_before_and_runs_by_its_share_is_spent() -> None:
-    shares = Shares(SHARES, most_rows=128)
-    shares.served(rows(REALTIME, 500), EVERYBODY)
-    assert shares.saved() == (100, 50)
+    fair_share = FairShare(SHARES, most_rows=128)
+    fair_share.served(rows(REALTIME, 500), EVERYBODY)
+    assert fair_share.saved() == (100, 50)
 
-    shares.spent(BATCH, 40)
+    fair_share.spent(BATCH, 40)
 
-    assert shares.saved() == (100, 14)
+    assert fair_share.saved() == (100, 14)

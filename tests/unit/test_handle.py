@@ -36,10 +36,10 @@ from millstream.broker.queue.submission import Submission
 from millstream.client import handle as handle_module
 from millstream.client.channel.channel import Channel
 from millstream.client.channel.requests import Cancellation
-from millstream.client.channel.wake_chain import baton
+from millstream.client.channel.wake_chain import wake_chain
 from millstream.client.flow import JOBS_PER_WORKER
 from millstream.client.handle import Handle
-from millstream.client.job_terms import Progress, Terms
+from millstream.client.job_terms import JobTerms, Progress
 from millstream.client.result import Embeddings, Values
 from millstream.client.services import Known
 from millstream.client.split import split
@@ -112,14 +112,14 @@ def terms(
     total_timeout: float | None = None,
     wait: bool = True,
     op: str = "echo",
-) -> Terms:
-    return Terms("echo", op, Priority.NORMAL, {}, timeout, total_timeout, None, wait, window)
+) -> JobTerms:
+    return JobTerms("echo", op, Priority.NORMAL, {}, timeout, total_timeout, None, wait, window)
 
 
 def call(
     channel: FakeChannel,
     inputs: Sequence[Json],
-    given_terms: Terms | None = None,
+    given_terms: JobTerms | None = None,
     *,
     rows_a_job: int = 2,
     refused: Mapping[int, MillstreamError] | None = None,
@@ -551,12 +551,12 @@ def test_every_thread_whose_call_was_answered_wakes(monkeypatch: pytest.MonkeyPa
         answer(channel, handle)
 
     eventually(lambda: not any(thread.is_alive() for thread in threads))
-    assert not baton.due
+    assert not wake_chain.due
 
 
 def test_a_thread_that_missed_its_wake_up_looks_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handle_module, "RECHECK_S", 0.05)
-    monkeypatch.setattr(baton, "wake", lambda waiters: None)
+    monkeypatch.setattr(wake_chain, "wake", lambda waiters: None)
     channel = FakeChannel()
     handle = call(channel, ["a"])
     (thread,) = waiting([handle])

@@ -67,7 +67,7 @@ def test_each_loop_has_one_mailbox() -> None:
     assert third is not one
 
 
-class Held:
+class ActiveJob:
     """Something that what is posted holds."""
 
     def called(self) -> None: ...
@@ -78,7 +78,7 @@ def test_what_is_posted_to_a_closed_loop_is_not_kept() -> None:
         return mailbox()
 
     box = asyncio.run(mine())
-    held = [Held() for _ in range(3)]
+    held = [ActiveJob() for _ in range(3)]
     posted = [weakref.ref(each) for each in held]
 
     assert [box.post(each.called) for each in held] == [False] * 3
@@ -89,7 +89,7 @@ def test_what_is_posted_to_a_closed_loop_is_not_kept() -> None:
 
 def test_what_a_loop_did_not_do_before_it_was_closed_is_not_kept_beyond_the_next_post() -> None:
     loop = asyncio.new_event_loop()
-    box, first, second = Mailbox(loop), Held(), Held()
+    box, first, second = Mailbox(loop), ActiveJob(), ActiveJob()
     posted = [weakref.ref(first), weakref.ref(second)]
 
     assert box.post(first.called)

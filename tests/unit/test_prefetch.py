@@ -15,7 +15,7 @@ from millstream.broker.config.spec import ModelSpec
 from millstream.broker.contract.job import Json
 from millstream.worker.models.base import Foresees, Model, Prepared
 from millstream.worker.models.embedding.embedding import EmbeddingModel
-from millstream.worker.models.kernels.prefetch import Feed, runs_by_itself
+from millstream.worker.models.kernels.prefetch import Prefetch, runs_by_itself
 from millstream.worker.models.reranking.reranker import load_reranker
 
 CPU = torch.device("cpu")
@@ -51,60 +51,60 @@ def by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def feed(by_itself: None, make: Maker) -> Feed:
-    return Feed(CPU, make)
+def prefetch(by_itself: None, make: Maker) -> Prefetch:
+    return Prefetch(CPU, make)
 
 
-def test_the_next_batch_is_made_once_a_forward_runs(feed: Feed, make: Maker) -> None:
+def test_the_next_batch_is_made_once_a_forward_runs(prefetch: Prefetch, make: Maker) -> None:
     now, after = rows(1, 2), rows(3)
-    feed.foresee(lambda: after)
+    prefetch.foresee(lambda: after)
 
-    feed.batch(now)
-    feed.launched()
+    prefetch.batch(now)
+    prefetch.launched()
     assert make.made == [now, after]
-    tensors = feed.batch(after)
+    tensors = prefetch.batch(after)
 
     assert tensors["lengths"].tolist() == [3]
     assert make.made == [now, after]
 
 
-def test_a_batch_that_was_not_foreseen_is_made_as_ever(feed: Feed) -> None:
+def test_a_batch_that_was_not_foreseen_is_made_as_ever(prefetch: Prefetch) -> None:
     expected, like_it = rows(3), rows(3)
-    feed.foresee(lambda: expected)
-    feed.launched()
+    prefetch.foresee(lambda: expected)
+    prefetch.launched()
 
-    assert feed.batch(rows(4, 5))["lengths"].tolist() == [4, 5]
-    assert feed.batch(expected)["lengths"].tolist() == [3]
-    feed.launched()
+    assert prefetch.batch(rows(4, 5))["lengths"].tolist() == [4, 5]
+    assert prefetch.batch(expected)["lengths"].tolist() == [3]
+    prefetch.launched()
     # Rows are themselves, not what they look like.
-    assert feed.batch([*like_it, *expected])["lengths"].tolist() == [3, 3]
+    assert prefetch.batch([*like_it, *expected])["lengths"].tolist() == [3, 3]
 
 
-def test_what_fails_to_be_made_ahead_fails_its_own_forward_alone(feed: Feed, make: Maker) -> None:
+def test_what_fails_to_be_made_ahead_fails_its_own_forward_alone(prefetch: Prefetch, make: Maker) -> None:
     after = rows(3)
-    feed.foresee(lambda: after)
+    prefetch.foresee(lambda: after)
     make.fails = True
-    feed.launched()
+    prefetch.launched()
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        feed.batch(after)
+        prefetch.batch(after)
     make.fails = False
-    assert feed.batch(after)["lengths"].tolist() == [3]
+    assert prefetch.batch(after)["lengths"].tolist() == [3]
 
 
-def test_where_nothing_waits_nothing_is_made(feed: Feed, make: Maker) -> None:
-    feed.launched()
-    feed.foresee(list)
-    feed.launched()
+def test_where_nothing_waits_nothing_is_made(prefetch: Prefetch, make: Maker) -> None:
+    prefetch.launched()
+    prefetch.foresee(list)
+    prefetch.launched()
 
     assert make.made == []
 
 
 def test_a_device_that_runs_in_the_callers_time_is_asked_nothing(make: Maker) -> None:
-    feed = Feed(CPU, make)
-    feed.foresee(lambda: pytest.fail("asked"))
+    prefetch = Prefetch(CPU, make)
+    prefetch.foresee(lambda: pytest.fail("asked"))
 
-    feed.launched()
+    prefetch.launched()
 
     assert make.made == []
 

@@ -70,8 +70,8 @@ def test_what_a_call_asks_for_travels_as_its_options(fake: FakeClient) -> None:
     fake.rerank("q", ["a"], scores="raw", instruction="i", truncate="end", service="rerank", priority="realtime")
     fake.rerank("q", ["a"])
 
-    assert fake.calls[0].ask.options == {"query": "q", "scores": "raw", "instruction": "i", "truncate": "end"}
-    assert fake.calls[1].ask.options == {"query": "q"}
+    assert fake.calls[0].opts.options == {"query": "q", "scores": "raw", "instruction": "i", "truncate": "end"}
+    assert fake.calls[1].opts.options == {"query": "q"}
 
 
 def test_a_document_that_fails_leaves_the_others_scores() -> None:

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from millstream.broker.contract.errors import DeadlineExceeded, InvalidRequest, MillstreamError, ModelFailed
 from millstream.broker.contract.job import Json, Vectors
 from millstream.worker.clock import ServerClock
-from millstream.worker.context import Shared
+from millstream.worker.context import Context
 from millstream.worker.engines.runner import Runner, run_rows
 from millstream.worker.intake.settler import Finished
 from millstream.worker.models.base import NO_OPTIONS, Prepared
 from millstream.worker.models.echo import EchoModel
-from millstream.worker.scheduling.active_job import Held
+from millstream.worker.scheduling.active_job import ActiveJob
 from millstream.worker.scheduling.batcher import Budget, computed
 from millstream.worker.scheduling.counters import Counters
 from millstream.worker.shutdown import Ended
@@ -278,21 +278,21 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.clock.heard(NOW)
-        self.shared = Shared("w1", self.window, self.clock, self.counters)
+        self.context = Context("w1", self.window, self.clock, self.counters)
 
     def finish(self, finished: Finished) -> None:
         assert finished.address.job_id not in self.finished, "answered twice"
         self.finished[finished.address.job_id] = finished
 
-    def run(self, *jobs: Held) -> None:
+    def run(self, *jobs: ActiveJob) -> None:
         self.run_with(self.model, *jobs)
 
-    def run_with(self, model: EchoModel, *jobs: Held) -> None:
+    def run_with(self, model: EchoModel, *jobs: ActiveJob) -> None:
         self.window.hold(jobs)
         self.window.close()
-        Runner(self.shared, model, self.finish).run()
+        Runner(self.context, model, self.finish).run()
 
-    def error_of(self, held: Held) -> MillstreamError | None:
+    def error_of(self, held: ActiveJob) -> MillstreamError | None:
         return self.finished[held.claim.address.job_id].reply.error
 
 
@@ -395,11 +395,11 @@ def test_what_runs_is_on_the_page_from_its_forward_until_its_reply_is_handed_on(
     forward, finish = bench.model.forward, bench.finish
 
     def watched(rows: Sequence[Prepared]) -> Vectors | list[Json]:
-        seen.append(bench.shared.page.running())
+        seen.append(bench.context.page.running())
         return forward(rows)
 
     def watched_finish(finished: Finished) -> None:
-        seen.append(bench.shared.page.running())
+        seen.append(bench.context.page.running())
         finish(finished)
 
     bench.model.forward = watched  # type: ignore[method-assign]
@@ -407,7 +407,7 @@ def test_what_runs_is_on_the_page_from_its_forward_until_its_reply_is_handed_on(
     bench.run(job)
 
     assert seen == [[job.name], [job.name]]
-    assert bench.shared.page.running() == []
+    assert bench.context.page.running() == []
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, Panic])

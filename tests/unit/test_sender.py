@@ -19,7 +19,7 @@ from millstream.client.channel import sender as sender_module
 from millstream.client.channel.channel import Channel
 from millstream.client.channel.requests import Cancellation
 from millstream.client.channel.sender import Sender
-from millstream.client.channel.wake_chain import Baton
+from millstream.client.channel.wake_chain import WakeChain
 
 Told = Sequence[CancelOutcome] | MillstreamError
 
@@ -116,27 +116,27 @@ def test_submissions_of_one_service_travel_together_in_order(sender: FakeSender,
 
 
 @pytest.fixture
-def baton(monkeypatch: pytest.MonkeyPatch) -> Baton:
+def wake_chain(monkeypatch: pytest.MonkeyPatch) -> WakeChain:
     """Not the one that this process's other threads are woken by."""
-    made = Baton()
+    made = WakeChain()
     monkeypatch.setattr(sender_module, "baton", made)
     return made
 
 
 @pytest.fixture
-def answered(baton: Baton) -> list[threading.Lock]:
+def answered(wake_chain: WakeChain) -> list[threading.Lock]:
     """Two callers that are to run, and do not yet."""
     locks = [threading.Lock(), threading.Lock()]
     for each in locks:
         each.acquire()
-    baton.wake(locks)
+    wake_chain.wake(locks)
     return locks
 
 
 def test_the_sender_waits_for_what_callers_send_that_are_being_woken(
     sender: FakeSender,
     streams: FakeStreams,
-    baton: Baton,
+    wake_chain: WakeChain,
     answered: list[threading.Lock],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -145,10 +145,10 @@ def test_the_sender_waits_for_what_callers_send_that_are_being_woken(
     sender.start()
 
     sender.put([submission("a")])
-    eventually(lambda: baton.due == 3)
-    baton.left(answered[0])
+    eventually(lambda: wake_chain.due == 3)
+    wake_chain.left(answered[0])
     sender.put([submission("b"), submission("c")])
-    baton.left(answered[1])
+    wake_chain.left(answered[1])
     eventually(lambda: len(streams.accepted) == 3)
     sender.put([submission("d")])
     eventually(lambda: len(streams.accepted) == 4)
@@ -161,7 +161,7 @@ def test_the_sender_waits_for_what_callers_send_that_are_being_woken(
 def test_the_sender_waits_for_a_share_of_the_jobs_under_way_only(
     sender: FakeSender,
     streams: FakeStreams,
-    baton: Baton,
+    wake_chain: WakeChain,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sender_module, "LINGER_S", 60.0)
@@ -172,11 +172,11 @@ def test_the_sender_waits_for_a_share_of_the_jobs_under_way_only(
     eventually(lambda: streams.accepted)
     sender.close()
 
-    assert baton.due == 2
+    assert wake_chain.due == 2
 
 
 @pytest.mark.usefixtures("answered")
-def test_the_sender_waits_for_a_moment_only(sender: FakeSender, streams: FakeStreams, baton: Baton) -> None:
+def test_the_sender_waits_for_a_moment_only(sender: FakeSender, streams: FakeStreams, wake_chain: WakeChain) -> None:
     sender.under_way = 100
     sender.start()
 
@@ -184,7 +184,7 @@ def test_the_sender_waits_for_a_moment_only(sender: FakeSender, streams: FakeStr
     eventually(lambda: streams.accepted)
     sender.close()
 
-    assert baton.due == 2
+    assert wake_chain.due == 2
 
 
 def test_the_sender_knows_the_jobs_under_way_of_all_services() -> None:

@@ -15,12 +15,12 @@ from millstream.broker.contract.errors import ModelFailed
 from millstream.broker.contract.job import Claim, Json, Reply
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Settled, Settlement, Streams
-from millstream.worker.context import Shared
+from millstream.worker.context import Context
 from millstream.worker.intake import settler as module
 from millstream.worker.intake.settler import Finished, Settler
 from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.scheduling.counters import Counters
-from millstream.worker.shutdown import Life
+from millstream.worker.shutdown import Shutdown
 from millstream.worker.supervision.progress import Look, Stage
 from millstream.worker.window import Window
 
@@ -68,9 +68,9 @@ class Bench:
         self.streams = Watched(self.queue.streams)
         self.window = Window(Budget(rows=8, tokens=100))
         self.counters = Counters()
-        self.life = Life()
-        self.shared = Shared("w1", self.window, counters=self.counters, life=self.life)
-        self.settler = Settler(self.shared, cast(Streams, self.streams), keeper)
+        self.shutdown = Shutdown()
+        self.context = Context("w1", self.window, counters=self.counters, shutdown=self.shutdown)
+        self.settler = Settler(self.context, cast(Streams, self.streams), keeper)
 
     def hold(self, count: int) -> list[Claim]:
         claims: list[Claim] = []
@@ -84,7 +84,7 @@ class Bench:
             self.settler.put(each)
         self.settler.finish()
         self.settler.run()
-        self.life.check()
+        self.shutdown.check()
 
     def replies(self) -> dict[str, Reply]:
         return {job_id: decode_reply(reply) for job_id, reply in self.queue.replies()}
@@ -130,7 +130,7 @@ def test_each_answer_is_on_the_page_while_it_is_encoded_for_the_cache() -> None:
     bench = Bench(keeper)
     claims = bench.hold(2)
     seen: list[tuple[Stage, list[str]]] = []
-    keeper.on_encode = lambda: seen.extend((look.stage, look.entries) for look in bench.shared.page.looks())
+    keeper.on_encode = lambda: seen.extend((look.stage, look.entries) for look in bench.context.page.looks())
 
     bench.settle(*[Finished(claim.address, Reply(values=["a"])) for claim in claims])
 
@@ -163,11 +163,11 @@ def test_each_answer_is_on_the_page_while_it_is_encoded_and_not_while_it_waits_f
     seen: list[Sequence[Look]] = []
 
     def encode(reply: Reply) -> bytes:
-        seen.append(bench.shared.page.looks())
+        seen.append(bench.context.page.looks())
         return encode_reply(reply)
 
     monkeypatch.setattr(module, "encode_reply", encode)
-    bench.streams.on_settle = lambda: seen.append(bench.shared.page.looks())
+    bench.streams.on_settle = lambda: seen.append(bench.context.page.looks())
     bench.settle(*[Finished(claim.address, Reply(values=["a"])) for claim in claims])
 
     *encoding, writing = seen
@@ -180,7 +180,9 @@ def test_an_answer_behind_a_large_one_waits_for_the_next_call_and_is_charged_wit
 ) -> None:
     large, small = bench.hold(2)
     seen: list[list[str]] = []
-    bench.streams.on_settle = lambda: seen.append([each for look in bench.shared.page.looks() for each in look.entries])
+    bench.streams.on_settle = lambda: seen.append(
+        [each for look in bench.context.page.looks() for each in look.entries]
+    )
 
     bench.settle(Finished(large.address, Reply(values=["x" * 2_000_000])), Finished(small.address, Reply(values=["a"])))
 

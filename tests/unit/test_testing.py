@@ -236,9 +236,9 @@ def test_calls_are_kept(fake: FakeClient) -> None:
     fake.submit_detached("embed", ["d"], idempotency_key="k")
 
     first, second, third = fake.calls
-    assert (first.service, first.inputs, first.ask.priority) == (SERVICE, ["a"], "realtime")
-    assert first.ask.options == {"truncate": "end"}
-    assert (second.service, second.inputs, second.ask.timeout, second.ask.tenant) == ("other", ["b", "c"], 3, "t")
+    assert (first.service, first.inputs, first.opts.priority) == (SERVICE, ["a"], "realtime")
+    assert first.opts.options == {"truncate": "end"}
+    assert (second.service, second.inputs, second.opts.timeout, second.opts.tenant) == ("other", ["b", "c"], 3, "t")
     assert (third.detached, third.idempotency_key) == (True, "k")
 
 

@@ -7,13 +7,13 @@ import threading
 import pytest
 from support import eventually
 
-from millstream.client.channel import wake_chain as baton_module
-from millstream.client.channel.wake_chain import Baton
+from millstream.client.channel import wake_chain as wake_chain_module
+from millstream.client.channel.wake_chain import WakeChain
 
 
 @pytest.fixture
-def baton() -> Baton:
-    return Baton()
+def chain() -> WakeChain:
+    return WakeChain()
 
 
 def sleeper() -> threading.Lock:
@@ -26,60 +26,62 @@ def woken(*waiters: threading.Lock) -> list[bool]:
     return [not waiter.locked() for waiter in waiters]
 
 
-def test_each_wakes_the_next(baton: Baton) -> None:
+def test_each_wakes_the_next(chain: WakeChain) -> None:
     first, second, third = sleeper(), sleeper(), sleeper()
 
-    baton.wake([first, second])
-    baton.wake([third])
+    chain.wake([first, second])
+    chain.wake([third])
     assert woken(first, second, third) == [True, False, False]
-    assert baton.due == 3
+    assert chain.due == 3
 
-    baton.left(first)
+    chain.left(first)
     assert woken(second, third) == [True, False]
-    baton.left(second)
+    chain.left(second)
     assert woken(third) == [True]
-    assert baton.due == 1
-    baton.left(third)
-    assert not baton.due
+    assert chain.due == 1
+    chain.left(third)
+    assert not chain.due
 
     after = sleeper()
-    baton.wake([after])
+    chain.wake([after])
     assert woken(after) == [True]
 
 
-def test_one_that_leaves_before_its_turn_is_passed_over(baton: Baton) -> None:
+def test_one_that_leaves_before_its_turn_is_passed_over(chain: WakeChain) -> None:
     first, second, third = sleeper(), sleeper(), sleeper()
-    baton.wake([first, second, third])
+    chain.wake([first, second, third])
 
-    baton.left(second)
-    baton.left(first)
+    chain.left(second)
+    chain.left(first)
 
     assert woken(second, third) == [False, True]
-    assert baton.due == 1
+    assert chain.due == 1
 
 
-def test_one_that_never_leaves_holds_the_others_up_until_one_of_them_looks_for_itself(baton: Baton) -> None:
+def test_one_that_never_leaves_holds_the_others_up_until_one_of_them_looks_for_itself(chain: WakeChain) -> None:
     lost, second, third, fourth = sleeper(), sleeper(), sleeper(), sleeper()
-    baton.wake([lost, second, third, fourth])
+    chain.wake([lost, second, third, fourth])
 
-    baton.left(second)
+    chain.left(second)
     assert woken(third, fourth) == [True, False]
-    baton.left(third)
+    chain.left(third)
     assert woken(fourth) == [True]
 
 
 @pytest.mark.parametrize(("threads", "first_of_them"), [(1, 1), (2, 2), (9, 3)])
-def test_whoever_waits_for_some_of_them_is_woken_after_these(baton: Baton, threads: int, first_of_them: int) -> None:
+def test_whoever_waits_for_some_of_them_is_woken_after_these(
+    chain: WakeChain, threads: int, first_of_them: int
+) -> None:
     waiters = [sleeper() for _ in range(4)]
-    baton.wake(waiters[:3])
-    waiting = threading.Thread(target=baton.after, args=(threads, 60.0))
+    chain.wake(waiters[:3])
+    waiting = threading.Thread(target=chain.after, args=(threads, 60.0))
     waiting.start()
-    eventually(lambda: baton.due == 4)
-    baton.wake(waiters[3:])
+    eventually(lambda: chain.due == 4)
+    chain.wake(waiters[3:])
 
     for waiter in waiters[:first_of_them]:
         assert waiting.is_alive()
-        baton.left(waiter)
+        chain.left(waiter)
     waiting.join(10.0)
 
     assert not waiting.is_alive()
@@ -87,81 +89,81 @@ def test_whoever_waits_for_some_of_them_is_woken_after_these(baton: Baton, threa
     assert woken(*waiters) == [at <= first_of_them for at in range(4)]
 
 
-def test_whoever_waits_for_nobody_goes_on_at_once(baton: Baton) -> None:
-    baton.after(1, 60.0)
+def test_whoever_waits_for_nobody_goes_on_at_once(chain: WakeChain) -> None:
+    chain.after(1, 60.0)
 
-    assert not baton.due
+    assert not chain.due
 
 
-def test_whoever_ran_out_of_patience_before_its_turn_changes_nothing(baton: Baton) -> None:
+def test_whoever_ran_out_of_patience_before_its_turn_changes_nothing(chain: WakeChain) -> None:
     first, second = sleeper(), sleeper()
-    baton.wake([first, second])
+    chain.wake([first, second])
 
-    baton.after(1, 0.0)
+    chain.after(1, 0.0)
 
     assert woken(first, second) == [True, False]
-    assert baton.due == 2
+    assert chain.due == 2
 
 
 @pytest.mark.parametrize(("crowd_s", "at_once"), [(60.0, True), (0.0, False)])
 def test_where_threads_compute_all_are_woken_at_once_for_a_while(
-    baton: Baton, monkeypatch: pytest.MonkeyPatch, crowd_s: float, at_once: bool
+    chain: WakeChain, monkeypatch: pytest.MonkeyPatch, crowd_s: float, at_once: bool
 ) -> None:
     # Whoever is woken then runs too late.
-    monkeypatch.setattr(baton_module, "SLOW_S", -1.0)
-    monkeypatch.setattr(baton_module, "CROWD_S", crowd_s)
+    monkeypatch.setattr(wake_chain_module, "SLOW_S", -1.0)
+    monkeypatch.setattr(wake_chain_module, "CROWD_S", crowd_s)
     first, second, third = sleeper(), sleeper(), sleeper()
-    baton.wake([first, second, third])
+    chain.wake([first, second, third])
 
-    baton.left(first)
+    chain.left(first)
     assert woken(second, third) == [True, at_once]
 
-    baton.left(second)
-    baton.left(third)
+    chain.left(second)
+    chain.left(third)
     late, later = sleeper(), sleeper()
-    baton.wake([late, later])
+    chain.wake([late, later])
     assert woken(late, later) == [True, at_once]
 
 
-def test_a_single_slow_thread_makes_no_crowd(baton: Baton, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baton_module, "SLOW_S", 60.0)
+def test_a_single_slow_thread_makes_no_crowd(chain: WakeChain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wake_chain_module, "SLOW_S", 60.0)
     first, second, third = sleeper(), sleeper(), sleeper()
-    baton.wake([first, second, third])
+    chain.wake([first, second, third])
 
-    baton.left(first)
+    chain.left(first)
 
     assert woken(second, third) == [True, False]
 
 
-def test_whoever_was_not_to_be_woken_changes_nothing(baton: Baton) -> None:
+def test_whoever_was_not_to_be_woken_changes_nothing(chain: WakeChain) -> None:
     first, second = sleeper(), sleeper()
-    baton.wake([first, second])
+    chain.wake([first, second])
 
-    baton.left(sleeper())
+    chain.left(sleeper())
 
     assert woken(first, second) == [True, False]
 
 
-def test_a_forked_child_begins_anew(baton: Baton) -> None:
-    baton.wake([sleeper(), sleeper()])
+def test_a_forked_child_begins_anew(chain: WakeChain) -> None:
+    chain.wake([sleeper(), sleeper()])
     # As a thread of the parent may have held it.
-    holder = threading.Thread(target=baton._lock.acquire)
+    holder = threading.Thread(target=chain._lock.acquire)
     holder.start()
     holder.join()
 
-    baton.after_fork()
+    chain.after_fork()
 
     mine = sleeper()
-    baton.wake([mine])
+    chain.wake([mine])
     assert woken(mine) == [True]
 
 
-def test_all_threads_wake_whatever_the_order_of_their_patience(baton: Baton) -> None:
+def test_all_threads_wake_whatever_the_order_of_their_patience(chain: WakeChain) -> None:
     waiters = [sleeper() for _ in range(64)]
 
     def sleep(waiter: threading.Lock, patience_s: float) -> None:
         waiter.acquire(timeout=patience_s)
-        baton.left(waiter)
+        chain.left(waiter)
 
     # Every third one looks for itself just about when it is woken.
     threads = [
@@ -170,9 +172,9 @@ def test_all_threads_wake_whatever_the_order_of_their_patience(baton: Baton) -> 
     ]
     # First: who has left already must not be woken.
     for waiter in waiters:
-        baton.wake([waiter])
+        chain.wake([waiter])
     for thread in threads:
         thread.start()
 
     eventually(lambda: not any(thread.is_alive() for thread in threads))
-    assert not baton.due
+    assert not chain.due

@@ -15,7 +15,7 @@ from millstream.broker.contract.errors import ModelFailed
 from millstream.broker.contract.job import Claim, Priority
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL
 from millstream.worker.models.base import Prepared
-from millstream.worker.scheduling.active_job import Held, Outcome, Rows
+from millstream.worker.scheduling.active_job import ActiveJob, Outcome, Rows
 from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.scheduling.fair_share import SAVED_BATCHES
 from millstream.worker.window import HOLD_BATCHES, LEAST_BATCHES, Window
@@ -105,13 +105,13 @@ def test_jobs_of_one_millisecond_run_one_after_the_other_in_the_order_of_their_e
 
 
 @pytest.fixture
-def first() -> Held:
+def first() -> ActiveJob:
     """The oldest job."""
     return held_of([20, 30], claim_of(["x"] * 2, at=5))
 
 
 @pytest.fixture
-def foreseen(window: Window, first: Held) -> list[Prepared]:
+def foreseen(window: Window, first: ActiveJob) -> list[Prepared]:
     """What comes next, as the window said; then neighbours came that would have been the better company."""
     window.hold([first, held_of([80], claim_of(at=9))])
     upcoming = list(window.upcoming())
@@ -127,7 +127,7 @@ def test_what_was_foreseen_comes_next_whatever_came_behind_it(window: Window, fo
 
 
 @pytest.mark.parametrize("change", ["more urgent", "ended", "fewer rows", "fewer tokens"])
-def test_what_was_foreseen_gives_way(window: Window, first: Held, foreseen: list[Prepared], change: str) -> None:
+def test_what_was_foreseen_gives_way(window: Window, first: ActiveJob, foreseen: list[Prepared], change: str) -> None:
     if change == "more urgent":
         window.hold([held_of([50], claim_of(priority=Priority.REALTIME, at=9))])
     elif change == "ended":

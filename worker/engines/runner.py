@@ -13,31 +13,31 @@ import numpy as np
 from millstream.broker.contract.codec import encode_value
 from millstream.broker.contract.errors import MillstreamError, ModelFailed, described
 from millstream.broker.contract.job import Json, Reply, Vectors
-from millstream.worker.context import Shared
+from millstream.worker.context import Context
 from millstream.worker.intake.intake import expired
 from millstream.worker.intake.settler import Finished
 from millstream.worker.models.base import NOT_FINITE, Model, Prepared, packs
-from millstream.worker.scheduling.active_job import Held, Outcome, Rows
+from millstream.worker.scheduling.active_job import ActiveJob, Outcome, Rows
 from millstream.worker.scheduling.memory import Fit, is_exhaustion
 from millstream.worker.shutdown import Ended
 from millstream.worker.supervision.progress import Stage
 
 log = logging.getLogger(__name__)
 
-Jobs = dict[str, Held]
+Jobs = dict[str, ActiveJob]
 """By name."""
 
 
 class Runner:
     """Runs the window's rows until it is closed and empty."""
 
-    def __init__(self, shared: Shared, model: Model, finish: Callable[[Finished], None]) -> None:
-        self._window = shared.window
-        self._clock = shared.clock
-        self._counters = shared.counters
+    def __init__(self, context: Context, model: Model, finish: Callable[[Finished], None]) -> None:
+        self._window = context.window
+        self._clock = context.clock
+        self._counters = context.counters
         self._model = model
-        self._track = shared.page.runner
-        self._threads = shared.threads
+        self._track = context.page.runner
+        self._threads = context.threads
         self._finish = finish
 
     def run(self) -> None:
@@ -116,7 +116,7 @@ def _once(batch: Rows, jobs: Jobs) -> tuple[Rows, Sequence[int]]:
     return once, places
 
 
-def _missed(held: Held, now: int) -> str:
+def _missed(held: ActiveJob, now: int) -> str:
     """The phase that is over at `now`; queue time ends with the job's first forward."""
     phase = held.job.missed(now)
     return "" if phase == "queue" and held.started_at else phase

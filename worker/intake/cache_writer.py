@@ -6,25 +6,25 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 from millstream.broker.contract.job import Json
-from millstream.broker.queue.cache import Cache, Cached, Recipe, encode
+from millstream.broker.queue.cache import Cache, Cached, CacheKey, encode
 from millstream.worker.intake.settler import Finished
 
 log = logging.getLogger(__name__)
 
 
-class Keeper:
+class CacheWriter:
     """Names rows in the claimer's thread and writes their answers in the settler's. `ttl_s` None: does neither."""
 
-    def __init__(self, cache: Cache, recipe: Recipe) -> None:
+    def __init__(self, cache: Cache, cache_key: CacheKey) -> None:
         self._cache = cache
-        self._recipe = recipe
+        self._cache_key = cache_key
         self.ttl_s: float | None = None
 
     def digests(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> Sequence[str]:
         """Under which name each row's answer is to be kept: "" for what is no text; nothing where none is kept."""
         if self.ttl_s is None:
             return ()
-        names = iter(self._recipe.digests((text for text in inputs if isinstance(text, str)), options))
+        names = iter(self._cache_key.digests((text for text in inputs if isinstance(text, str)), options))
         return [next(names) if isinstance(text, str) else "" for text in inputs]
 
     def encoded(self, finished: Finished) -> list[tuple[str, bytes]]:

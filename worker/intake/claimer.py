@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 from millstream.broker.contract.job import PRIORITIES, Claim, Priority
 from millstream.broker.queue.lease import Lease
-from millstream.broker.queue.streams import Claimed, Limit, Streams
+from millstream.broker.queue.streams import ClaimBudget, Claimed, Streams
 from millstream.broker.transport.connection import is_transient
-from millstream.worker.context import Shared
+from millstream.worker.context import Context
 from millstream.worker.intake.intake import Intake, cancelled
 from millstream.worker.intake.settler import Finished
 from millstream.worker.scheduling import claim_policy
-from millstream.worker.scheduling.batch_delay import Patience
+from millstream.worker.scheduling.batch_delay import BatchDelay
 from millstream.worker.scheduling.claim_policy import State, next_step
-from millstream.worker.scheduling.fair_share import CLASSES, Shares
+from millstream.worker.scheduling.fair_share import CLASSES, FairShare
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +53,9 @@ class Policy:
     `supervised`: somebody knows what was in work if this process dies, and what only waited.
     """
 
-    patience: Patience
+    batch_delay: BatchDelay
     batch_timeouts: dict[Priority, float]
-    shares: Shares
+    fair_share: FairShare
     supervised: bool = False
 
 
@@ -67,22 +67,22 @@ class Claimer(threading.Thread):
 
     def __init__(
         self,
-        shared: Shared,
+        context: Context,
         queue: Queue,
         intake: Intake,
         policy: Policy,
         finish: Callable[[Finished], None],
     ) -> None:
         super().__init__(name="claimer", daemon=True)
-        self._consumer = shared.consumer
-        self._window = shared.window
-        self._clock = shared.clock
-        self._life = shared.life
+        self._consumer = context.consumer
+        self._window = context.window
+        self._clock = context.clock
+        self._shutdown = context.shutdown
         self._queue = queue
         self._intake = intake
-        self._patience = policy.patience
+        self._batch_delay = policy.batch_delay
         self._batch_timeouts = policy.batch_timeouts
-        self._shares = policy.shares
+        self._fair_share = policy.fair_share
         self._supervised = policy.supervised
         self._sought_at = -math.inf
         self._finish = finish
@@ -99,8 +99,8 @@ class Claimer(threading.Thread):
         return self._look.paused
 
     def run(self) -> None:
-        with self._life.guard():
-            while not self._life.draining:
+        with self._shutdown.guard():
+            while not self._shutdown.draining:
                 self._step()
         self._window.close()
 
@@ -124,7 +124,7 @@ class Claimer(threading.Thread):
         if not self._pause_s:
             log.warning("the server is away, claiming goes on when it is back: %s", error)
         self._pause_s = min(_LONGEST_PAUSE_S, max(_FIRST_PAUSE_S, 2 * self._pause_s))
-        self._life.pause(self._pause_s)
+        self._shutdown.pause(self._pause_s)
 
     def _recover(self) -> None:
         """After a fault: give back what a cut-off reply may have left on our name without our knowing."""
@@ -154,14 +154,14 @@ class Claimer(threading.Thread):
             suspect_room=self._suspect_room() if look.suspects else None,
         )
 
-    def _suspect_room(self) -> Limit | None:
+    def _suspect_room(self) -> ClaimBudget | None:
         """Not soon after it was used in vain: what was reported may be a large job, which waits until this is free."""
         if not self._supervised or time.monotonic() - self._sought_at < SLEEP_S:
             return None
         room = self._window.suspect_room(self._look.suspects, self.live_workers)
         return room and room._replace(max_attempts=self._intake.max_attempts, job=self._last_job)
 
-    def _room(self) -> Limit | None:
+    def _room(self) -> ClaimBudget | None:
         return self._window.room(self.live_workers, self._intake.max_attempts, self._last_job)
 
     def _do(self, step: claim_policy.Step) -> None:
@@ -180,10 +180,10 @@ class Claimer(threading.Thread):
             case claim_policy.RunSuspects(limit):
                 self._run_suspects(limit)
             case claim_policy.Pause():
-                self._life.pause(PAUSED_S)
+                self._shutdown.pause(PAUSED_S)
                 self._look = self._look._replace(waited=True)
 
-    def _fill(self, limit: Limit) -> None:
+    def _fill(self, limit: ClaimBudget) -> None:
         claims = self._claim(limit).claims
         if self._look.alone:
             # No job may join suspects.
@@ -191,7 +191,7 @@ class Claimer(threading.Thread):
         elif claims:
             self._hold(self._with_company(claims, limit))
 
-    def _run_suspects(self, limit: Limit) -> None:
+    def _run_suspects(self, limit: ClaimBudget) -> None:
         """Group after group, each alone and settled before the next; and what is more urgent instead, if it came."""
         suspects, found = self._look.suspects, False
         with self._window.set_aside():
@@ -209,13 +209,13 @@ class Claimer(threading.Thread):
     def _rests(self) -> bool:
         """Wait until nothing that is held is in a stage; False if the process drains, or answers cannot be settled."""
         waits = 0
-        while not self._life.draining and waits < MOST_WAITS:
+        while not self._shutdown.draining and waits < MOST_WAITS:
             if self._window.wait_until_at_rest(SLEEP_S):
                 return True
             waits += not self._window.running
         return False
 
-    def _sleep(self, limit: Limit) -> None:
+    def _sleep(self, limit: ClaimBudget) -> None:
         """Sleep in Redis until a job comes and hold it with what came with it."""
         takes = self._window.takes
         claimed = self._queue.streams.wait(self._consumer, SLEEP_S, self._saving(limit))
@@ -235,7 +235,7 @@ class Claimer(threading.Thread):
         self._window.forget(self._gathered)
         self._gathered.clear()
 
-    def _claim_more(self, limit: Limit) -> list[Claim]:
+    def _claim_more(self, limit: ClaimBudget) -> list[Claim]:
         """Claim on top of what was gathered and is not in the window yet."""
         room = self._room()
         if room is None:
@@ -245,7 +245,7 @@ class Claimer(threading.Thread):
         self._look = self._look._replace(takes=before.takes, found=True, asleep=before.asleep)
         return claims
 
-    def _claim(self, limit: Limit) -> Claimed:
+    def _claim(self, limit: ClaimBudget) -> Claimed:
         takes = self._window.takes
         claimed = self._queue.streams.claim(self._consumer, self._saving(limit))
         self._clock.heard(claimed.now)
@@ -255,17 +255,17 @@ class Claimer(threading.Thread):
 
     def _note(self, claimed: Claimed) -> None:
         in_hand = map(self._window.waiting_of, PRIORITIES)
-        self._shares.served(claimed.claims, [sum(each) for each in zip(claimed.waiting, in_hand, strict=True)])
+        self._fair_share.served(claimed.claims, [sum(each) for each in zip(claimed.waiting, in_hand, strict=True)])
         self._gather(claimed.claims)
         if claimed.claims and (job := claimed.claims[-1].job):
             self._last_job = (job.rows, job.tokens)
 
     def _saved(self) -> list[tuple[Priority, int]]:
-        return list(zip(CLASSES, self._shares.saved(), strict=True))
+        return list(zip(CLASSES, self._fair_share.saved(), strict=True))
 
-    def _saving(self, limit: Limit) -> Limit:
+    def _saving(self, limit: ClaimBudget) -> ClaimBudget:
         """`limit` with the rows each class may be claimed out of its share, which what is in hand spends first."""
-        if not any(self._shares.saved()):
+        if not any(self._fair_share.saved()):
             return limit
         normal, batch = (self._spend_share(*each) for each in self._saved())
         return limit._replace(saved=(normal, batch))
@@ -273,7 +273,7 @@ class Claimer(threading.Thread):
     def _spend_share(self, priority: Priority, saved: int) -> int:
         if not self._window.waiting_of(priority):
             return saved
-        self._shares.spent(priority, self._window.spend_share(priority, saved))
+        self._fair_share.spent(priority, self._window.spend_share(priority, saved))
         return 0
 
     def _gather(self, claims: Sequence[Claim]) -> None:
@@ -282,33 +282,33 @@ class Claimer(threading.Thread):
         self._window.keep(names)
         self._gathered += names
 
-    def _with_company(self, gathered: list[Claim], limit: Limit) -> list[Claim]:
+    def _with_company(self, gathered: list[Claim], limit: ClaimBudget) -> list[Claim]:
         """While the model is idle and more is likely, wait for more; at most batch_timeout from the first job."""
         self._observe(len(gathered))
         # The least patient of them decides for all.
-        self._patience.batch_timeout_s = min(self._batch_timeouts[claim.address.priority] for claim in gathered)
+        self._batch_delay.batch_timeout_s = min(self._batch_timeouts[claim.address.priority] for claim in gathered)
         first = last = time.monotonic()
         while self._window.idle and sum(_rows(claim) for claim in gathered) < self._window.budget.rows:
             since = time.monotonic()
-            wait_s = self._patience.wait_s(since - first, since - last)
+            wait_s = self._batch_delay.wait_s(since - first, since - last)
             # What company saves is a forward: one that is over sooner than the shortest wait is not worth any.
-            if not wait_s or self._window.cost.smallest_s < LEAST_WAIT_S or self._life.draining:
+            if not wait_s or self._window.cost.smallest_s < LEAST_WAIT_S or self._shutdown.draining:
                 break
             # Not a blocking read: an idle server ends one up to 100 ms late (its timer runs 10 times a second).
-            self._life.pause(max(LEAST_WAIT_S, wait_s / 4))
+            self._shutdown.pause(max(LEAST_WAIT_S, wait_s / 4))
             more = self._claim_more(limit)
-            self._patience.observe(len(more), time.monotonic() - since)
+            self._batch_delay.observe(len(more), time.monotonic() - since)
             gathered += more
             last = time.monotonic() if more else last
         if last == first and time.monotonic() - first > LEAST_WAIT_S:
-            self._patience.waited_in_vain()
+            self._batch_delay.waited_in_vain()
         return gathered
 
     def _observe(self, arrived: int) -> None:
         """Tell patience what came while others were in hand; the first job after idleness came to nobody's company."""
         in_hand_s = self._window.in_hand_s()
         alone = self._window.idle
-        self._patience.observe(arrived - alone, in_hand_s - self._in_hand_s)
+        self._batch_delay.observe(arrived - alone, in_hand_s - self._in_hand_s)
         self._in_hand_s = in_hand_s
 
     def _hold(self, claims: list[Claim]) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from millstream.broker.queue.lease import Beat, Lease
 from millstream.broker.transport.connection import is_transient
-from millstream.worker.context import Shared
+from millstream.worker.context import Context
 
 log = logging.getLogger(__name__)
 
@@ -28,23 +28,23 @@ class Watch(NamedTuple):
     stuck: Callable[[], bool]
 
 
-class Heart(threading.Thread):
+class Heartbeat(threading.Thread):
     """Beats until `stop`."""
 
-    def __init__(self, shared: Shared, lease: Lease, watch: Watch) -> None:
+    def __init__(self, context: Context, lease: Lease, watch: Watch) -> None:
         super().__init__(name="beat", daemon=True)
-        self._consumer = shared.consumer
+        self._consumer = context.consumer
         self._lease = lease
         self._watch = watch
-        self._held = shared.window.names
-        self._life = shared.life
+        self._held = context.window.names
+        self._shutdown = context.shutdown
         self._stopped = threading.Event()
 
     def stop(self) -> None:
         self._stopped.set()
 
     def run(self) -> None:
-        with self._life.guard():
+        with self._shutdown.guard():
             while not self._stopped.wait(EVERY_S):
                 self.beat()
 

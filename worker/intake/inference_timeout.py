@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 
 from millstream.broker.contract.errors import DeadlineExceeded
 from millstream.broker.contract.job import Priority, Reply
-from millstream.worker.context import Shared
+from millstream.worker.context import Context
 from millstream.worker.intake.settler import Finished
-from millstream.worker.scheduling.active_job import Held
+from millstream.worker.scheduling.active_job import ActiveJob
 
 IDLE_LOOK_S = 0.5
 """How soon a limit that was pushed is felt where there was none."""
@@ -18,18 +18,18 @@ IDLE_LOOK_S = 0.5
 _MOST_LOOK_S, _LEAST_LOOK_S = 0.1, 0.005
 
 
-class Timekeeper(threading.Thread):
+class InferenceTimeout(threading.Thread):
     """Looks at the jobs in the model until `stop`. `limits` are the inference timeouts by priority, seconds.
 
     The forward goes on, since nothing can end it but the process's end; what it computes for an ended job is dropped.
     """
 
     def __init__(
-        self, shared: Shared, limits: Mapping[Priority, float | None], finish: Callable[[Finished], None]
+        self, context: Context, limits: Mapping[Priority, float | None], finish: Callable[[Finished], None]
     ) -> None:
         super().__init__(name="timekeeper", daemon=True)
-        self._window = shared.window
-        self._life = shared.life
+        self._window = context.window
+        self._shutdown = context.shutdown
         self._limits = limits
         self._finish = finish
         self._stopped = threading.Event()
@@ -38,7 +38,7 @@ class Timekeeper(threading.Thread):
         self._stopped.set()
 
     def run(self) -> None:
-        with self._life.guard():
+        with self._shutdown.guard():
             while not self._stopped.wait(_look_s(self._limits)):
                 self.look()
 
@@ -57,6 +57,6 @@ def _look_s(limits: Mapping[Priority, float | None]) -> float:
     return IDLE_LOOK_S if shortest is None else min(_MOST_LOOK_S, max(_LEAST_LOOK_S, shortest / 10))
 
 
-def _overdue(held: Held, now: float) -> DeadlineExceeded:
+def _overdue(held: ActiveJob, now: float) -> DeadlineExceeded:
     message = f"not finished within its inference time: {held.in_model_s(now) * 1000:.0f} ms in the model"
     return DeadlineExceeded(message, phase="inference", hint="send fewer or shorter rows, or raise inference_timeout")

@@ -21,7 +21,7 @@ from millstream.broker.contract.errors import (
 from millstream.broker.contract.job import Claim, Job, Json, Reply
 from millstream.worker.intake.settler import Finished
 from millstream.worker.models.base import Model, Prepared
-from millstream.worker.scheduling.active_job import Held
+from millstream.worker.scheduling.active_job import ActiveJob
 from millstream.worker.supervision.progress import Progress, Stage, Track
 
 
@@ -59,7 +59,7 @@ class Intake:
         self._places: Iterator[int] = iter(())
         self.max_attempts = max_attempts
 
-    def admit(self, claims: Sequence[Claim], now: int) -> tuple[list[Held], list[Finished]]:
+    def admit(self, claims: Sequence[Claim], now: int) -> tuple[list[ActiveJob], list[Finished]]:
         """The jobs to run and the answers to settle, at `now`, server ms.
 
         Until `handed_on` the death of the process is charged to these claims, also after an error in here: the process
@@ -106,7 +106,7 @@ class Intake:
             return _malformed(claim, str(error))
         return _Request(place, claim, job, inputs, options)
 
-    def _prepare(self, requests: Sequence[_Request]) -> list[Held]:
+    def _prepare(self, requests: Sequence[_Request]) -> list[ActiveJob]:
         """Prepare all rows that share their options in one call: one tokenizer call a claim, not one a job."""
         groups: dict[str, list[_Request]] = {}
         for request in requests:
@@ -117,7 +117,7 @@ class Intake:
             inputs = [each for request in group for each in request.inputs]
             places = [request.place for request in group for _ in request.inputs]
             rows = iter(self._rows(inputs, group[0].options, places))
-            held += [Held(each.claim, each.job, [next(rows) for _ in each.inputs]) for each in group]
+            held += [ActiveJob(each.claim, each.job, [next(rows) for _ in each.inputs]) for each in group]
             for job, request in zip(held[-len(group) :], group, strict=True):
                 job.digests = self._digests(request.inputs, request.options)
         self._track.move(Stage.PREPARE)
@@ -158,6 +158,6 @@ def expired(job: Job, phase: str, now: int) -> DeadlineExceeded:
     return DeadlineExceeded(f"not started within its {phase} time: it waited {now - job.at} ms", phase=phase)
 
 
-def cancelled(held: Held) -> Finished:
+def cancelled(held: ActiveJob) -> Finished:
     """The answer to a job that its caller does not want any more."""
     return Finished(held.claim.address, Reply(error=Cancelled("cancelled by its caller")))

@@ -13,7 +13,7 @@ from millstream.broker.contract.errors import ModelFailed
 from millstream.broker.contract.job import Address, Reply
 from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Settlement, Streams
 from millstream.broker.transport.connection import retrying
-from millstream.worker.context import Shared
+from millstream.worker.context import Context
 from millstream.worker.supervision.progress import Stage
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Finished(NamedTuple):
     digests: Sequence[str] = ()
 
 
-class Keeper(Protocol):
+class CacheWriter(Protocol):
     """Keeps answers for callers that ask again."""
 
     def encoded(self, finished: Finished) -> list[tuple[str, bytes]]:
@@ -46,19 +46,19 @@ class Settler(threading.Thread):
 
     def __init__(
         self,
-        shared: Shared,
+        context: Context,
         streams: Streams,
-        keeper: Keeper | None = None,
+        cache_writer: CacheWriter | None = None,
         fingerprint: str = "",
     ) -> None:
         super().__init__(name="settler", daemon=True)
         self._origin = origin_of(fingerprint)
         self._streams = streams
-        self._keeper = keeper
-        self._window = shared.window
-        self._counters = shared.counters
-        self._life = shared.life
-        self._track = shared.page.settler
+        self._cache_writer = cache_writer
+        self._window = context.window
+        self._counters = context.counters
+        self._shutdown = context.shutdown
+        self._track = context.page.settler
         self._queue: queue.SimpleQueue[Finished | None] = queue.SimpleQueue()
         self._left: list[Finished] = []
         self._ended = False
@@ -71,7 +71,7 @@ class Settler(threading.Thread):
         self._queue.put(None)
 
     def run(self) -> None:
-        with self._life.guard():
+        with self._shutdown.guard():
             while ready := self._next():
                 self._settle(ready)
 
@@ -90,8 +90,8 @@ class Settler(threading.Thread):
         batch, answers = self._encode(ready)
         self._left = ready[len(batch) :]
         # First: whoever has this answer and asks again finds it.
-        if self._keeper:
-            self._keeper.write(answers)
+        if self._cache_writer:
+            self._cache_writer.write(answers)
         self._write(batch)
 
     def _encode(self, ready: Sequence[Finished]) -> tuple[list[Settlement], list[tuple[str, bytes]]]:
@@ -109,7 +109,7 @@ class Settler(threading.Thread):
             self._track.point(place)
             batch.append(_encoded(finished, self._origin))
             size += len(batch[-1].reply)
-            answers += self._keeper.encoded(finished) if self._keeper else ()
+            answers += self._cache_writer.encoded(finished) if self._cache_writer else ()
         self._track.stop()
         return batch, answers
 

@@ -27,7 +27,7 @@ SUSPECT = -2
 
 
 @dataclass(slots=True, eq=False)
-class Held:
+class ActiveJob:
     """A job in hand. `prepared` has one entry a row; `outcomes` fills as rows come back.
 
     `digests` names each row's answer in the cache; empty where none is kept.

@@ -10,7 +10,7 @@ HALF_LIFE_S = 2.0
 MIN_ARRIVALS = 0.5
 
 
-class Patience:
+class BatchDelay:
     """Learns the rate of arrivals while others are in hand, and from it how long to wait."""
 
     def __init__(self, batch_timeout_s: float) -> None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from millstream.broker.contract.job import PRIORITIES
 from millstream.broker.queue.lease import SUSPECT_ATTEMPTS
-from millstream.broker.queue.streams import Claimed, Limit
+from millstream.broker.queue.streams import ClaimBudget, Claimed
 
 LOOK_S, LONGEST_LOOK_S = 0.02, 0.25
 """Seconds between two claims of a busy worker, at least and at most: the fewer, the sooner its forward ends."""
@@ -45,7 +45,7 @@ class Look(NamedTuple):
     asleep: bool = False
     waited: bool = False
 
-    def then(self, claimed: Claimed, limit: Limit, takes: int, *, asleep: bool = False) -> Look:
+    def then(self, claimed: Claimed, limit: ClaimBudget, takes: int, *, asleep: bool = False) -> Look:
         """What `claimed` within `limit` says of the queue, after this; `takes` as it was before the claim."""
         not_asked = self.takes == takes and limit.streams < self.blocked
         return Look(
@@ -76,8 +76,8 @@ class State(NamedTuple):
     """
 
     look: Look
-    room: Limit | None
-    urgent_room: Limit | None = None
+    room: ClaimBudget | None
+    urgent_room: ClaimBudget | None = None
     waiting: bool = False
     empty_handed: bool = False
     takes: int = 0
@@ -85,28 +85,28 @@ class State(NamedTuple):
     saved: Sequence[int] = (0, 0)
     batch_rows: int = 1
     less_urgent: bool = False
-    suspect_room: Limit | None = None
+    suspect_room: ClaimBudget | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
     """Claim within `limit`."""
 
-    limit: Limit
+    limit: ClaimBudget
 
 
 @dataclass(frozen=True, slots=True)
 class Overtake:
     """The window is full, or the worker is to be free: claim realtime jobs within `limit`, to run before what waits."""
 
-    limit: Limit
+    limit: ClaimBudget
 
 
 @dataclass(frozen=True, slots=True)
 class SleepInRedis:
     """Sleep until a new job comes; claim it, and what came with it within `limit`."""
 
-    limit: Limit
+    limit: ClaimBudget
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class WaitUntilEmpty:
 class RunSuspects:
     """Set aside what waits here, claim suspects within `limit`, and wait until they are settled."""
 
-    limit: Limit
+    limit: ClaimBudget
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ def next_step(state: State) -> Step:
     return Claim(_first_of(state.room, min(last, with_room), last))
 
 
-def _first_of(room: Limit, streams: int, returned: int) -> Limit:
+def _first_of(room: ClaimBudget, streams: int, returned: int) -> ClaimBudget:
     """`room` for new jobs of the first `streams` and returned jobs of the first `returned`."""
     if (streams, returned) == (room.streams, room.returned):
         return room
@@ -199,7 +199,7 @@ def _may_find_more(state: State) -> bool:
     return state.takes != look.takes or (look.found and not look.blocked)
 
 
-def _rest(state: State, room: Limit) -> Step:
+def _rest(state: State, room: ClaimBudget) -> Step:
     """Nothing can be claimed and nothing waits here."""
     if state.look.suspects or state.look.blocked:
         return WaitUntilEmpty()

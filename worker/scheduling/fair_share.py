@@ -18,7 +18,7 @@ SAVED_BATCHES = 2
 """Micro-batches of rows that a class saves at most."""
 
 
-class Shares:
+class FairShare:
     """One worker's count. `shares` are parts of 1; at most `most_rows` are saved: nobody holds others up for long."""
 
     def __init__(self, shares: Mapping[Priority, float], most_rows: int) -> None:

@@ -21,7 +21,7 @@ def new_consumer() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Orders:
+class ChildArgs:
     """One child's task. `past` says how its predecessor ended.
 
     `handler` is the code of a custom model, and `folder` where its configuration file stands. `supervised`: somebody
@@ -43,5 +43,5 @@ class Orders:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Orders:
+    def from_json(cls, text: str) -> ChildArgs:
         return cls(**json.loads(text))

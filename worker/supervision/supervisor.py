@@ -23,7 +23,7 @@ from millstream.worker.measuring.threads import waiting
 from millstream.worker.models.loading.source import RERANKERS, handler_of, locate
 from millstream.worker.supervision.charging import End, give_back
 from millstream.worker.supervision.child import Child
-from millstream.worker.supervision.child_args import EXIT_PERMANENT, URL_VARIABLE, Orders, new_consumer
+from millstream.worker.supervision.child_args import EXIT_PERMANENT, URL_VARIABLE, ChildArgs, new_consumer
 from millstream.worker.supervision.progress import Progress
 from millstream.worker.supervision.registrar import Registrar
 
@@ -227,7 +227,7 @@ class Supervisor:
         plan = slot.plan
         progress = Progress.create()
         consumer = new_consumer()
-        orders = Orders(
+        child_args = ChildArgs(
             service=plan.spec.name,
             prefix=self._prefix,
             consumer=consumer,
@@ -241,7 +241,7 @@ class Supervisor:
         try:
             # A session of its own: Ctrl-C in the terminal reaches the supervisor alone, which drains its children.
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "millstream.worker.process", orders.to_json()],
+                [sys.executable, "-P", "-m", "millstream.worker.process", child_args.to_json()],
                 stdin=subprocess.PIPE,
                 pass_fds=[progress.fd],
                 env={**os.environ, **waiting(os.environ), URL_VARIABLE: self._url},

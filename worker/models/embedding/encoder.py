@@ -17,7 +17,7 @@ from millstream.broker.contract.job import Json, Vectors
 from millstream.worker.models.base import Limit, Prepared, Upcoming
 from millstream.worker.models.embedding.tokens import Reader, reader_of, text_of
 from millstream.worker.models.kernels.packing import Packing
-from millstream.worker.models.kernels.prefetch import Feed, sent
+from millstream.worker.models.kernels.prefetch import Prefetch, sent
 from millstream.worker.models.loading.fetch import local
 from millstream.worker.models.loading.lengths import forget
 from millstream.worker.models.loading.limits import settled, stretched_row
@@ -88,7 +88,7 @@ class Encoder:
         self._always: dict[str, Any] = {} if most_active is None else {"max_active_dims": most_active}
         # Where the model cuts its vectors, it does not make them unit vectors again.
         self.own_cut: int | None = getattr(self.model, "truncate_dim", None)
-        self._feed = Feed(self.model.device, self._tensors, spec.backend)
+        self._prefetch = Prefetch(self.model.device, self._tensors, spec.backend)
         self._packing = Packing.of(self.model) if spec.backend == "torch" and self._pools_prompt else None
         # First: a text at the limit would leave something behind in some models.
         upto = forget(self.model)
@@ -224,7 +224,7 @@ class Encoder:
     # -- the main thread's side --------------------------------------------------------------------------------------
 
     def foresee(self, upcoming: Upcoming) -> None:
-        self._feed.foresee(lambda: self._of_one_forward(upcoming()))
+        self._prefetch.foresee(lambda: self._of_one_forward(upcoming()))
 
     def _of_one_forward(self, rows: Sequence[Prepared]) -> Sequence[Prepared]:
         """The rows, but none if they take more than one forward."""
@@ -243,7 +243,7 @@ class Encoder:
         texts = cast(Sequence[Text], rows)
         with torch.inference_mode():
             vectors = in_groups(self._groups(texts), lambda places: self._vectors([texts[at] for at in places]))
-            self._feed.launched()
+            self._prefetch.launched()
             vectors = vectors[:, : self.own_cut].to(torch.float32)
             return cast(Vectors, vectors.cpu().numpy().astype(np.float32, copy=False))
 
@@ -258,7 +258,7 @@ class Encoder:
         # One text has nothing to pad.
         if self._packing and len(texts) > 1:
             return self._packing.run([cast(Features, text.features) for text in texts])
-        return self._forward(texts, self._feed.batch(texts))
+        return self._forward(texts, self._prefetch.batch(texts))
 
     def _padded(self, texts: Sequence[Text], side: Side) -> torch.Tensor:
         return self._forward(texts, sent(_batch(texts, side), self.model.device))

@@ -13,7 +13,7 @@ Make = Callable[[Sequence[Prepared]], Mapping[str, torch.Tensor]]
 """Pads rows to the tensors that a forward takes, on the CPU."""
 
 
-class Feed:
+class Prefetch:
     """What one model's forwards take, on its device. Used by one thread.
 
     CUDA runs a forward by itself once it is launched. Between that and the wait for its results the next batch is made

@@ -17,7 +17,7 @@ from millstream.worker.models.base import Prepared
 from millstream.worker.models.embedding.encoder import Encoder, Text, Wish
 from millstream.worker.models.loading.loading import Folder
 from millstream.worker.models.loading.sharing import Features
-from millstream.worker.models.reranking.options import Question, answer_each
+from millstream.worker.models.reranking.options import RerankOptions, answer_each
 from millstream.worker.models.reranking.pairs import SAMPLE_OPTIONS, too_long_query
 
 
@@ -54,7 +54,7 @@ class BiEncoderModel:
     def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
         return answer_each(inputs, options, self._truncate, self._rows)
 
-    def _rows(self, question: Question, documents: Sequence[str]) -> list[Prepared | MillstreamError]:
+    def _rows(self, question: RerankOptions, documents: Sequence[str]) -> list[Prepared | MillstreamError]:
         if question.instruction or question.scores == "sigmoid":
             raise InvalidRequest(
                 "this reranker compares vectors: it takes no instruction, and its scores are no logits",

@@ -12,11 +12,11 @@ from millstream.broker.config.load import ModelSpec
 from millstream.broker.contract.errors import InvalidRequest, MillstreamError, ModelUnavailable
 from millstream.broker.contract.job import Json
 from millstream.worker.models.base import Prepared, Upcoming
-from millstream.worker.models.kernels.prefetch import Feed, sent
+from millstream.worker.models.kernels.prefetch import Prefetch, sent
 from millstream.worker.models.loading.lengths import forget
 from millstream.worker.models.loading.loading import Folder, dtype_of, loaded, longest
 from millstream.worker.models.loading.sharing import PROBES, QUERY, Filling, Precision, Sharing, Side, measured
-from millstream.worker.models.reranking.options import Question, answer_each
+from millstream.worker.models.reranking.options import RerankOptions, answer_each
 from millstream.worker.models.reranking.pairs import (
     SAMPLE_OPTIONS,
     Activation,
@@ -50,7 +50,7 @@ class CrossEncoderModel:
         self._truncate = truncate
         self._pairs = self._pairing(folder, spec)
         self._filling = Filling.of(self._tokenizer)
-        self._feed = Feed(self._model.device, self._tensors, spec.backend)
+        self._prefetch = Prefetch(self._model.device, self._tensors, spec.backend)
         self._sharing = self._measured(
             forget(encoder), Precision.of(encoder, str(self._model.device.type), spec.backend)
         )
@@ -68,18 +68,18 @@ class CrossEncoderModel:
     def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
         return answer_each(inputs, options, self._truncate, self._rows)
 
-    def _rows(self, question: Question, documents: Sequence[str]) -> Sequence[Prepared | MillstreamError]:
+    def _rows(self, question: RerankOptions, documents: Sequence[str]) -> Sequence[Prepared | MillstreamError]:
         if question.instruction and isinstance(self._pairs, TextPairs):
             raise InvalidRequest("this reranker takes no instruction", hint="generative ones do")
         return self._pairs.rows(question, documents)
 
     def foresee(self, upcoming: Upcoming) -> None:
-        self._feed.foresee(lambda: self._sharing.of_one_forward(upcoming()))
+        self._prefetch.foresee(lambda: self._sharing.of_one_forward(upcoming()))
 
     def forward(self, rows: Sequence[Prepared]) -> list[Json]:
         with torch.inference_mode():
-            logits = self._sharing.in_groups(rows, lambda some: self._logits(self._feed.batch(some)))
-            self._feed.launched()
+            logits = self._sharing.in_groups(rows, lambda some: self._logits(self._prefetch.batch(some)))
+            self._prefetch.launched()
             return scored(logits, pairs_of(rows), self._own)
 
     def _logits(self, features: dict[str, Any]) -> torch.Tensor:

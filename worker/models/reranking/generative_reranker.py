@@ -15,7 +15,7 @@ from millstream.broker.contract.errors import MillstreamError, ModelUnavailable
 from millstream.broker.contract.job import Json
 from millstream.worker.models.base import Prepared, Upcoming
 from millstream.worker.models.kernels.linear import prepack
-from millstream.worker.models.kernels.prefetch import Feed, sent
+from millstream.worker.models.kernels.prefetch import Prefetch, sent
 from millstream.worker.models.loading.lengths import forget
 from millstream.worker.models.loading.loading import (
     LOAD_ERRORS,
@@ -48,7 +48,7 @@ class GenerativeReranker:
         torch.set_num_threads(threads)
         self._tokenizer, self._model = _load(folder, spec, device)
         self._filling = Filling.of(self._tokenizer)
-        self._feed = Feed(self._model.device, lambda rows: self._padded(rows, "left"))
+        self._prefetch = Prefetch(self._model.device, lambda rows: self._padded(rows, "left"))
         self._takes = set(inspect.signature(self._model.forward).parameters)
         self._truncate = truncate
         judge = _judge(folder)
@@ -67,12 +67,12 @@ class GenerativeReranker:
         return answer_each(inputs, options, self._truncate, self._pairs.rows)
 
     def foresee(self, upcoming: Upcoming) -> None:
-        self._feed.foresee(lambda: self._sharing.of_one_forward(upcoming()))
+        self._prefetch.foresee(lambda: self._sharing.of_one_forward(upcoming()))
 
     def forward(self, rows: Sequence[Prepared]) -> list[Json]:
         with torch.inference_mode():
-            logits = self._sharing.in_groups(rows, lambda some: self._logits(self._feed.batch(some)))
-            self._feed.launched()
+            logits = self._sharing.in_groups(rows, lambda some: self._logits(self._prefetch.batch(some)))
+            self._prefetch.launched()
             yes, no = logits.float().unbind(1)
             return scored(yes - no, pairs_of(rows), self._own)
 

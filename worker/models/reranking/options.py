@@ -13,7 +13,7 @@ SCORES = ("", "raw", "sigmoid")
 """How scores are given: as the model gives them by itself, as they leave it, through a sigmoid."""
 
 
-class Question(NamedTuple):
+class RerankOptions(NamedTuple):
     """One query to rank documents by. `truncate` is "none", "start" or "end"; an empty `instruction` is the model's."""
 
     query: str
@@ -22,7 +22,7 @@ class Question(NamedTuple):
     truncate: str
 
     @classmethod
-    def of(cls, options: Mapping[str, Json], truncate: str) -> Question:
+    def of(cls, options: Mapping[str, Json], truncate: str) -> RerankOptions:
         """The question of a job's options; `truncate` where they say nothing. Raises InvalidRequest."""
         query, scores, instruction, side = (
             options.get("query"),
@@ -39,7 +39,7 @@ class Question(NamedTuple):
         return cls(query, str(scores), instruction, side if side in ("start", "end") else "none")
 
 
-Pairing = Callable[[Question, list[str]], Sequence[Prepared | MillstreamError]]
+Pairing = Callable[[RerankOptions, list[str]], Sequence[Prepared | MillstreamError]]
 """The rows of a question's documents, or an error each. Raises the error that they all get."""
 
 
@@ -48,7 +48,7 @@ def answer_each(
 ) -> list[Prepared | MillstreamError]:
     """Each input as `pair` makes it a row, what is no string as an error; all as one where the question is at fault."""
     try:
-        question = Question.of(options, truncate)
+        question = RerankOptions.of(options, truncate)
         rows = iter(pair(question, [text for text in inputs if isinstance(text, str)]))
     except MillstreamError as error:
         return [error] * len(inputs)

@@ -13,7 +13,7 @@ from millstream.broker.contract.errors import InputTooLong, MillstreamError
 from millstream.broker.contract.job import Json
 from millstream.worker.models.base import Limit, Model, Prepared
 from millstream.worker.models.loading.limits import settled, stretched_row
-from millstream.worker.models.reranking.options import Question
+from millstream.worker.models.reranking.options import RerankOptions
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -41,7 +41,7 @@ class TextPairs:
         self._prompt = prompt
         self._special = int(tokenizer.num_special_tokens_to_add(pair=True))
 
-    def rows(self, question: Question, documents: Sequence[str]) -> list[Prepared | MillstreamError]:
+    def rows(self, question: RerankOptions, documents: Sequence[str]) -> list[Prepared | MillstreamError]:
         """Raises InputTooLong where the query leaves no room for any document."""
         if (taken := self.taken(question)) >= self.limit:
             raise too_long_query(taken, self.limit)
@@ -56,11 +56,11 @@ class TextPairs:
         """A row of a few tokens."""
         return Pair(dict(self._ids("a", "a")), "raw")
 
-    def taken(self, question: Question) -> int:
+    def taken(self, question: RerankOptions) -> int:
         """Tokens of a row without a document."""
         return len(self._ids(self._prompt + question.query, add_special_tokens=False)["input_ids"]) + self._special
 
-    def _row(self, query: str, document: str, pair: Pair, question: Question) -> Prepared | MillstreamError:
+    def _row(self, query: str, document: str, pair: Pair, question: RerankOptions) -> Prepared | MillstreamError:
         tokens = len(pair.ids["input_ids"])
         if tokens <= self.limit:
             return Prepared(tokens, pair)
@@ -78,7 +78,7 @@ class TextPairs:
         )
 
 
-Frame = Callable[[Question], tuple[str, str]]
+Frame = Callable[[RerankOptions], tuple[str, str]]
 """What a prompt says before the document, the query among it, and what after it."""
 
 
@@ -90,7 +90,7 @@ class Prompts:
         self.limit = limit
         self._frame = frame
 
-    def rows(self, question: Question, documents: Sequence[str]) -> list[Prepared | MillstreamError]:
+    def rows(self, question: RerankOptions, documents: Sequence[str]) -> list[Prepared | MillstreamError]:
         """Raises InputTooLong where the query leaves no room for any document."""
         if (taken := self.taken(question)) >= self.limit:
             raise too_long_query(taken, self.limit)
@@ -106,11 +106,11 @@ class Prompts:
         """A row of a few tokens."""
         return Pair({"input_ids": self._ids(["a"])["input_ids"][0]}, "raw")
 
-    def taken(self, question: Question) -> int:
+    def taken(self, question: RerankOptions) -> int:
         """Tokens of a row without a document."""
         return sum(map(len, self._ids(list(self._frame(question)))["input_ids"]))
 
-    def _row(self, text: tuple[str, str, str], ids: list[int], question: Question) -> Prepared | MillstreamError:
+    def _row(self, text: tuple[str, str, str], ids: list[int], question: RerankOptions) -> Prepared | MillstreamError:
         truncated = len(ids) > self.limit
         if truncated and question.truncate == "none":
             return too_long(len(ids), self.limit)
@@ -162,7 +162,7 @@ def too_long_query(tokens: int, limit: int) -> InputTooLong:
 
 def sample(pairs: TextPairs | Prompts, tokens: int) -> str:
     """A document that makes a row of about `tokens` tokens with the query of SAMPLE_OPTIONS."""
-    return "a " * max(1, tokens - pairs.taken(Question.of(SAMPLE_OPTIONS, "end")))
+    return "a " * max(1, tokens - pairs.taken(RerankOptions.of(SAMPLE_OPTIONS, "end")))
 
 
 def scored(logits: torch.Tensor, pairs: Sequence[Pair], own: Activation) -> list[Json]:

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from millstream.broker.contract.errors import ModelUnavailable
-from millstream.worker.models.reranking.options import Question
+from millstream.worker.models.reranking.options import RerankOptions
 from millstream.worker.models.reranking.pairs import Frame
 
 _HEAD = (
@@ -22,7 +22,7 @@ _MARK = "\ue000"
 """Stands for a document: a character of private use, which no template holds."""
 
 
-def qwen3_frame(question: Question) -> tuple[str, str]:
+def qwen3_frame(question: RerankOptions) -> tuple[str, str]:
     """As Qwen3-Reranker was trained: "<Instruct>: ...", "<Query>: ...", "<Document>: ..." to a judge of yes or no."""
     instruction = question.instruction or _INSTRUCTION
     return f"{_HEAD}<Instruct>: {instruction}\n<Query>: {question.query}\n<Document>: ", _TAIL
@@ -35,18 +35,20 @@ def chat_frame(tokenizer: Any, prompt: str, settings: Mapping[str, object], name
     where the template drops one of the two.
     """
 
-    def rendered(question: Question, document: str) -> str:
+    def rendered(question: RerankOptions, document: str) -> str:
         messages = [{"role": "query", "content": question.query}, {"role": "document", "content": document}]
         if system := question.instruction or prompt:
             messages.insert(0, {"role": "system", "content": system})
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **settings))
 
-    def frame(question: Question) -> tuple[str, str]:
+    def frame(question: RerankOptions) -> tuple[str, str]:
         head, _, tail = rendered(question, _MARK).rpartition(_MARK)
         return head, tail
 
     try:
-        carried = all(text in rendered(Question("mill?", "", "", "none"), "stream!") for text in ("mill?", "stream!"))
+        carried = all(
+            text in rendered(RerankOptions("mill?", "", "", "none"), "stream!") for text in ("mill?", "stream!")
+        )
     except (TemplateError, ValueError, TypeError):
         carried = False
     if not carried:
