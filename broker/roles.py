@@ -48,7 +48,8 @@ _LOOK = (
 _CALL = (
     Grant(
         "evalsha",
-        write=f"service {_JOBS} bucket bucket:* paused refused seen:* cancelled trail reply:* result:* call:*",
+        write=f"service {_JOBS} bucket bucket:* paused refused seen:* cancelled trail reply:* result:* call:* "
+        "partial:*",
     ),
     Grant("hget hmget", read="service bucket bucket:* call:*"),
     Grant("hset hincrby hexists hstrlen hlen pttl pexpire", write="call:*"),
@@ -62,11 +63,13 @@ _CALL = (
     Grant("zadd zremrangebyscore pexpire", write="cancelled"),
     Grant("set pexpire", write="seen:* result:*"),
     Grant("xadd xread xdel pexpire", write="reply:*"),
+    Grant("get", read="partial:*"),
+    Grant("del", write="partial:*"),
 )
 
 _WORK = (
     Grant("script|load"),
-    Grant("evalsha", write=f"service {_JOBS} paused dead trail cancelled reply:* seen:* result:* call:*"),
+    Grant("evalsha", write=f"service {_JOBS} paused dead trail cancelled reply:* seen:* result:* call:* partial:*"),
     Grant("hset hincrby hmget hstrlen hlen pexpire", write="call:*"),
     Grant("evalsha", write=f"service {_JOBS} paused workers worker:* cancelled reclaim trail"),
     Grant("hsetnx", write="service"),
@@ -76,7 +79,9 @@ _WORK = (
     Grant("get set del pexpire", write="reclaim"),
     Grant("xadd", write="dead"),
     Grant("xadd xlen pexpire", write="reply:*"),
-    Grant("get", read="seen:*"),
+    Grant("get pttl", read="seen:*"),
+    Grant("mget strlen getrange", read="partial:*"),
+    Grant("append del pexpire", write="partial:*"),
     Grant("set pexpire", write="seen:* result:*"),
     Grant("set", write="cache:*"),
 )
@@ -106,6 +111,7 @@ _SCRIPTS: dict[str, Role] = {
     "cancel": "client",
     "claim": "worker",
     "settle": "worker",
+    "emit": "worker",
     "beat": "worker",
     "release": "worker",
     "reclaim": "worker",

@@ -89,6 +89,8 @@ class Address(NamedTuple):
     job_id: str = ""
     client: str = ""
     call: str = ""
+    streams: bool = False
+    """Whether its operation shows what it generates while it runs."""
 
     @property
     def priority(self) -> Priority:
@@ -105,7 +107,7 @@ class Claim(NamedTuple):
 
     `attempts` counts starts that did not end: 0.5 for each host lost while it held the job (nobody can say what ran).
     `by_share`: it was taken before more urgent ones, and runs before them. `newer`: `job` is None because the entry has
-    a version that only newer workers read.
+    a version that only newer workers read. `given_back`: another worker held it before.
     """
 
     address: Address
@@ -114,6 +116,7 @@ class Claim(NamedTuple):
     malformed: str = ""
     by_share: bool = False
     newer: bool = False
+    given_back: bool = False
 
 
 class Reply(NamedTuple):

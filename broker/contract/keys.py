@@ -65,6 +65,10 @@ class ServiceKeys:
         """STRING: the entry id of an accepted job; ttl the job's life, then 20 s."""
         return self._key(f"seen:{job_id}")
 
+    def partial(self, job_id: str) -> str:
+        """STRING: what a job that streams has generated so far; ttl the job's life, and gone with its answer."""
+        return self._key(f"partial:{job_id}")
+
     def bucket(self, tenant: str = "") -> str:
         """HASH: token bucket of the service, or of one tenant of it; ttl until it is full again."""
         return self._key(f"bucket:{tenant}" if tenant else "bucket")

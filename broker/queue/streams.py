@@ -20,6 +20,8 @@ from millstream.broker.contract.errors import (
 )
 from millstream.broker.contract.job import PRIORITIES, Address, Claim, Draft, Priority, Reply
 from millstream.broker.contract.keys import GROUP, RETURNED, STREAM_INDEX, ServiceKeys
+from millstream.broker.contract.operations import STREAMING_OPS
+from millstream.broker.contract.partial import Delta, encode_delta
 from millstream.broker.queue import scripts
 from millstream.broker.queue.lease import LEASE_MS
 
@@ -38,6 +40,12 @@ MAX_REPLY_BYTES = 60 * 1024 * 1024
 
 MARKS_KEPT_MS = 2 * LEASE_MS
 """How long the mark of a cancelled job lives: its worker reads it at its next beat, or has lost the job by then."""
+
+MOST_UNREAD_DELTAS = 4_000
+"""Entries. A reply stream that holds as many gets no deltas: its slow client gets the text with the reply."""
+
+LOST, DIVERGED = -1, -2
+"""Outcomes of `emit`: another worker holds the job, or it is settled; the server holds other records of it."""
 
 LONGEST_MS = 100 * 366 * 86_400_000
 """A longer time, or an infinite one, is sent as this: no server can keep a key for longer than it can count."""
@@ -142,6 +150,20 @@ class Settlement(NamedTuple):
     address: Address
     reply: bytes
     bury: str = ""
+
+
+class Emission(NamedTuple):
+    """What a job generated since the server last confirmed `before` bytes of its records.
+
+    `records` are whole encoded records. `delta` is their text. `forgives`: it generated enough that deaths of earlier
+    workers are no longer counted against it.
+    """
+
+    address: Address
+    before: int
+    records: bytes
+    delta: Delta
+    forgives: bool = False
 
 
 class Submitted(NamedTuple):
@@ -287,21 +309,43 @@ class Streams:
         """Write each job's reply and retire its entry, in one step and once: a late twin is dropped."""
         keys, jobs = self._settle_keys.copy(), list[str]()
         # Most answers of a call go the same way, to one client.
-        ways: dict[tuple[str, str, int], int] = {}
+        ways: dict[tuple[str, str, int, bool], int] = {}
         words: list[scripts.Argument] = []
         for address, reply, bury in settlements:
-            way = ways.setdefault(self._destination(address), len(ways) + 1)
+            way = ways.setdefault((*self._destination(address), address.streams), len(ways) + 1)
             jobs.append(self._seen + address.job_id)
+            if address.streams:
+                jobs.append(self._keys.partial(address.job_id))
             if len(reply) > MAX_REPLY_BYTES:
                 reply = _TOO_LARGE
             words += (address.name, way, address.job_id, reply, bury)
         args: list[scripts.Argument] = [GROUP, DEAD_LETTERS_KEPT, self._unread_bytes, _UNREAD, len(ways)]
-        for kind, key, ttl in ways:
+        for kind, key, ttl, streams in ways:
             keys.append(key)
-            args += (kind, ttl)
+            args += (kind, ttl, int(streams))
         keys += jobs
         args += words
         return [_SETTLED[outcome] for outcome in scripts.run(self._client, "settle", keys, args)]
+
+    def emit(self, consumer: str, emissions: Sequence[Emission]) -> list[int]:
+        """Append records of jobs that `consumer` runs, and show their text to the callers. At most MAX_JOBS_PER_CALL.
+
+        Returns the bytes of records that the server has for each job: `before` and the new ones, or fewer if it has
+        lost some, and then nothing was appended; or LOST or DIVERGED. Sending the same again changes nothing.
+        """
+        keys = self._streams.copy()
+        args: list[scripts.Argument] = [GROUP, consumer, MOST_UNREAD_DELTAS, REPLY_TTL_MS]
+        for address, before, records, delta, forgives in emissions:
+            kind, replies, _ = self._destination(address)
+            keys += (self._keys.partial(address.job_id), self._seen + address.job_id, replies)
+            shown = encode_delta(delta) if delta.text and kind == "stream" else b""
+            args += (address.name, address.job_id, kind if shown else "none", before, records, shown, int(forgives))
+        return cast(list[int], scripts.run(self._client, "emit", keys, args))
+
+    def partials(self, job_ids: Sequence[str]) -> list[bytes]:
+        """The records of each job so far, encoded; empty if there are none."""
+        found = cast(list[bytes | None], self._client.mget([self._keys.partial(job_id) for job_id in job_ids]))
+        return [records or b"" for records in found]
 
     def cancel(self, job_ids: Sequence[str], client: str, call: str = "") -> list[CancelOutcome]:
         """Stop jobs of `client`, or of the detached `call`, each by its id: "waiting" ones are gone, "running" ones end
@@ -316,7 +360,7 @@ class Streams:
         for job_id in job_ids:
             kind, key, ttl = self._destination(Address("", job_id, client, call))
             # Every job names a key of its service, also if nothing is written there.
-            keys += (self._keys.seen(job_id), key)
+            keys += (self._keys.seen(job_id), key, self._keys.partial(job_id))
             args += (job_id, "none" if client else kind, ttl, result)
         return [_CANCEL_OUTCOMES[outcome] for outcome in scripts.run(self._client, "cancel", keys, args)]
 
@@ -334,7 +378,7 @@ class Streams:
             for entry, fields in page:
                 address, job, *_ = _claim(STREAM_INDEX[priority], entry, _flat(fields), 0.0)
                 kind, key, ttl = self._destination(address)
-                keys += (key, self._keys.seen(address.job_id))
+                keys += (key, self._keys.seen(address.job_id), self._keys.partial(address.job_id))
                 deadline = job.deadline if job else 0
                 args += (STREAM_INDEX[priority], address.entry, address.job_id, kind, ttl, deadline, _PURGED)
             purged += sum(scripts.run(self._client, "purge", keys, args))
@@ -381,21 +425,30 @@ def _admission(outcome: list[int | bytes]) -> Admission:
     return Admission(cast(Refusal, cast(bytes, outcome[1]).decode()), cast(int, outcome[2]) / 1000)
 
 
-def _claim(stream: int, entry: bytes, flat: Sequence[bytes], attempts: float, *, by_share: bool = False) -> Claim:
+def _claim(
+    stream: int,
+    entry: bytes,
+    flat: Sequence[bytes],
+    attempts: float,
+    *,
+    by_share: bool = False,
+    given_back: bool = False,
+) -> Claim:
     name = f"{stream}:{entry.decode()}"
     try:
         job = decode_entry(flat)
     except Malformed as error:
         newer = isinstance(error, NewerVersion)
-        return Claim(Address(name, *salvage(flat)), None, attempts, str(error), by_share, newer)
-    return Claim(Address(name, job.id, job.client, job.call), job, attempts, by_share=by_share)
+        return Claim(Address(name, *salvage(flat)), None, attempts, str(error), by_share, newer, given_back)
+    address = Address(name, job.id, job.client, job.call, job.op in STREAMING_OPS)
+    return Claim(address, job, attempts, by_share=by_share, given_back=given_back)
 
 
 def _claimed(woken: list[Claim], answer: Any) -> Claimed:
     now, waiting, suspects, paused, blocked, *taken = answer
     claims = [
-        _claim(stream, entry, fields, (deliveries - 1) / 2, by_share=bool(by_share))
-        for stream, entry, deliveries, fields, by_share in taken
+        _claim(stream, entry, fields, (deliveries - 1) / 2, by_share=bool(by_share), given_back=bool(given_back))
+        for stream, entry, deliveries, fields, by_share, given_back in taken
     ]
     return Claimed(now, tuple(waiting), suspects, bool(paused), blocked, woken + claims, len(woken))
 

@@ -94,6 +94,11 @@ class Queue:
     def replies(self, client: str = CALLER) -> list[tuple[str, bytes]]:
         return [(fields[b"id"].decode(), fields[b"reply"]) for _, fields in self.entries(self.keys.reply(client))]
 
+    def replies_only(self, client: str = CALLER) -> list[tuple[str, bytes]]:
+        """The replies of a stream that may hold deltas, too."""
+        entries = self.entries(self.keys.reply(client))
+        return [(fields[b"id"].decode(), fields[b"reply"]) for _, fields in entries if b"reply" in fields]
+
     def dead_letters(self) -> list[dict[bytes, bytes]]:
         return [fields for _, fields in self.entries(self.keys.dead())]
 

@@ -10,6 +10,7 @@ from contracts.cancel import CancelContract
 from contracts.claim import ClaimContract
 from contracts.dead import DeadLettersContract
 from contracts.detached import DetachedContract
+from contracts.emit import EmitContract
 from contracts.enqueue import EnqueueContract
 from contracts.lease import BeatContract, LivenessContract, ReclaimContract, ReleaseContract
 from contracts.pause import PauseContract, PurgeContract
@@ -46,6 +47,10 @@ class TestSuspects(SuspectsContract):
 
 
 class TestSettle(SettleContract):
+    pass
+
+
+class TestEmit(EmitContract):
     pass
 
 

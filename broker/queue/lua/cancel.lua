@@ -1,6 +1,6 @@
 -- Stop jobs that nobody wants any more: one that waits is gone, one that a worker holds is marked for it.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET cancelled   KEYS[5] HASH trail
--- KEYS[6..] per job: STRING seen, HASH or STRING where its result goes
+-- KEYS[6..] per job: STRING seen, HASH or STRING where its result goes, STRING partial
 -- ARGV[1] group  ARGV[2] consumer of returned jobs  ARGV[3] how long a mark lives, ms
 -- then per job: job id, 'hash' | 'string' | 'none' (the client that cancels waits for no reply), result ttl ms, result
 -- Returns per job: 2 it waited and will not run; 1 its worker is told at its next beat; 0 settled, or never was
@@ -50,7 +50,7 @@ local function answer(kind, key, job, ttl, result)
   end
 end
 
-local function cancel(seen, key, job, kind, ttl, result)
+local function cancel(seen, key, partial, job, kind, ttl, result)
   local accepted = redis.call('GET', seen)
   if not accepted then return 0 end
   local stream, entry = find(accepted, job)
@@ -67,6 +67,7 @@ local function cancel(seen, key, job, kind, ttl, result)
     redis.pcall('HDEL', KEYS[5], stream .. ':' .. entry, stream .. ':' .. entry .. ':batch')
   end
   redis.call('XDEL', KEYS[stream], entry)
+  redis.call('DEL', partial)
   answer(kind, key, job, ttl, result)
   -- As settle: a detached job stays known as long as its result, of newer clients by the hash of its call.
   redis.call('PEXPIRE', seen, kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS)
@@ -78,7 +79,8 @@ redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', now - MARKS_KEPT_MS)
 redis.call('ZREMRANGEBYSCORE', KEYS[4], now + MARKS_KEPT_MS, '+inf')
 local outcomes, key = {}, 6
 for arg = 4, #ARGV, 4 do
-  outcomes[#outcomes + 1] = cancel(KEYS[key], KEYS[key + 1], ARGV[arg], ARGV[arg + 1], ARGV[arg + 2], ARGV[arg + 3])
-  key = key + 2
+  outcomes[#outcomes + 1] = cancel(KEYS[key], KEYS[key + 1], KEYS[key + 2],
+    ARGV[arg], ARGV[arg + 1], ARGV[arg + 2], ARGV[arg + 3])
+  key = key + 3
 end
 return outcomes

@@ -10,7 +10,7 @@
 -- ARGV[15] max_attempts  ARGV[16] lease ms  ARGV[17], ARGV[18] rows and tokens of the job that this worker took last
 -- ARGV[19], ARGV[20] rows and tokens: a job with more of either that does not fit is for a worker that holds nothing
 -- Returns {now_ms, {waiting in each stream}, suspects, 1 if paused, blocked,
---   {stream, entry id, deliveries, fields, 1 if by share}, ...}
+--   {stream, entry id, deliveries, fields, 1 if by share, 1 if it was given back}, ...}
 --   waiting: jobs left in the streams, new and returned ones
 --   suspects: the most urgent stream in which jobs are left for a worker that holds nothing, 0 for none: suspects, or a
 --     large job that comes next
@@ -124,8 +124,8 @@ local function may_take(stream, r, t)
   return false
 end
 
-local function take(stream, id, deliveries, fields, r, t)
-  taken[#taken + 1] = {stream, id, deliveries, fields, by_share}
+local function take(stream, id, deliveries, fields, r, t, given_back)
+  taken[#taken + 1] = {stream, id, deliveries, fields, by_share, given_back}
   rows, tokens, allowance = rows + r, tokens + t, allowance - r
   waiting[stream], large[stream] = waiting[stream] - 1, false
   full = is_full()
@@ -141,7 +141,7 @@ end
 
 local function take_returned(stream, pending, fields, r, t)
   redis.call('XCLAIM', KEYS[stream], GROUP, CONSUMER, 0, pending[1], 'JUSTID')
-  take(stream, pending[1], pending[4], fields, r, t)
+  take(stream, pending[1], pending[4], fields, r, t, 1)
 end
 
 local function take_innocents(stream)
@@ -267,7 +267,7 @@ local function take_new(stream)
     for _, entry in ipairs(entries) do
       local r, t = cost(entry[2])
       if not may_take(stream, r, t) then return false end
-      take(stream, entry[1], 1, entry[2], r, t)
+      take(stream, entry[1], 1, entry[2], r, t, 0)
       ids[#ids + 1] = entry[1]
     end
     return true

@@ -1,6 +1,6 @@
 -- Take jobs off the queue before anybody runs them, and answer each; what a worker holds is left alone.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] HASH trail
--- KEYS[5..] per job: STREAM, HASH or STRING where its reply goes, STRING seen
+-- KEYS[5..] per job: STREAM, HASH or STRING where its reply goes, STRING seen, STRING partial
 -- ARGV[1] group  ARGV[2] consumer of returned jobs  ARGV[3] unread bytes a reply stream may hold; then per job:
 --   stream 1..3, entry id, job id, 'stream' | 'hash' | 'string' | 'none', reply ttl ms, deadline in server ms or 0,
 --   reply
@@ -71,11 +71,12 @@ while arg <= #ARGV do
     if owner then redis.call('HDEL', KEYS[4], name, name .. ':batch') end
   end
   if gone == 1 then
+    redis.call('DEL', KEYS[key + 2])
     answer(kind, KEYS[key], job, ttl, deadline, reply)
     -- As settle: a detached job stays known as long as its result, and no longer.
     redis.call('PEXPIRE', KEYS[key + 1], kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS)
   end
   outcomes[#outcomes + 1] = gone
-  arg, key = arg + 7, key + 2
+  arg, key = arg + 7, key + 3
 end
 return outcomes

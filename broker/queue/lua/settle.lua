@@ -1,10 +1,12 @@
 -- Answer jobs and retire their entries, each once: the first caller wins, a late twin changes nothing.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] STREAM dead letters   KEYS[5] HASH trail
 -- KEYS[6] ZSET cancelled
--- KEYS[7..] per way that replies go: STREAM, HASH of a detached call or STRING; then per job: STRING seen
+-- KEYS[7..] per way that replies go: STREAM, HASH of a detached call or STRING; then per job: STRING seen, and STRING
+--   partial if its way says that it streams
 -- ARGV[1] group  ARGV[2] dead letters kept  ARGV[3] unread bytes a reply stream may hold
 -- ARGV[4] the small error reply that stands in for replies beyond that  ARGV[5] ways
--- then per way: 'stream' | 'hash' | 'string' (detached jobs of older clients) | 'none', reply ttl ms
+-- then per way: 'stream' | 'hash' | 'string' (detached jobs of older clients) | 'none', reply ttl ms, 1 if its jobs
+--   stream: what they emitted goes with the entry
 -- then per job: stream 1..3 ':' entry id, way 1.., job id, reply, reason to bury it ('' for none)
 -- A dead letter is the entry's fields after: reason, entry, buried (ms), priority, attempts and consumer where known,
 --   history where a run did not end: a line each, as release and reclaim wrote it
@@ -122,10 +124,10 @@ local function is_another(seen, name, id)
 end
 
 local outcomes, retired = {}, {{}, {}, {}}
-local arg, seen = 6 + 2 * WAYS, 7 + WAYS
+local arg, seen = 6 + 3 * WAYS, 7 + WAYS
 while arg <= #ARGV do
   local name, way, job, reply, reason = ARGV[arg], tonumber(ARGV[arg + 1]), ARGV[arg + 2], ARGV[arg + 3], ARGV[arg + 4]
-  local kind, ttl = ARGV[4 + 2 * way], ARGV[5 + 2 * way]
+  local kind, ttl, streams = ARGV[3 + 3 * way], ARGV[4 + 3 * way], ARGV[5 + 3 * way] == '1'
   local priority, id = tonumber(string.sub(name, 1, 1)), string.sub(name, 3)
   local stream = KEYS[priority]
   local past = reason ~= '' and history(stream, id) or {}
@@ -142,10 +144,13 @@ while arg <= #ARGV do
     if reason ~= '' then bury(priority, id, reason, past) end
     retired[priority][#retired[priority] + 1] = id
     -- A detached job stays known as long as its result, of newer clients by the hash of its call.
-    if not another then redis.call('PEXPIRE', KEYS[seen], kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS) end
+    if not another then
+      redis.call('PEXPIRE', KEYS[seen], kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS)
+      if streams then redis.call('DEL', KEYS[seen + 1]) end
+    end
     outcomes[#outcomes + 1] = outcome
   end
-  arg, seen = arg + 5, seen + 1
+  arg, seen = arg + 5, seen + (streams and 2 or 1)
 end
 for priority, ids in ipairs(retired) do
   if #ids > 0 then redis.call('XDEL', KEYS[priority], unpack(ids)) end
