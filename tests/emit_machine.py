@@ -6,7 +6,9 @@ of workers that lost a job arrive; callers read, read slowly, cancel; an operato
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from contracts.emit import STREAMING, emission
 from contracts.queue import Queue, draft
@@ -16,6 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from millstream.broker.contract.job import Claim
 from millstream.broker.contract.partial import Delta, decode_delta, decode_records, text_of
 from millstream.broker.queue.streams import LOST, Emission, Settlement
+
+T = TypeVar("T")
 
 WORKERS = ("w1", "w2")
 CLIENTS = ("alice", "bob", "")
@@ -48,6 +52,11 @@ class Run:
     before: bytes
     pending: list[str] = field(default_factory=list)
     last: Emission | None = None
+
+
+def pick(data: st.DataObject, choices: Sequence[T]) -> T:
+    """One of them, by its place: ids are other ones in each run."""
+    return choices[data.draw(st.integers(0, len(choices) - 1))]
 
 
 class EmitMachine(RuleBasedStateMachine):
@@ -87,7 +96,7 @@ class EmitMachine(RuleBasedStateMachine):
     def emit(self, worker: str, texts: list[str], heard: bool, data: st.DataObject) -> None:
         if not self.runs[worker]:
             return
-        run = self.runs[worker][data.draw(st.sampled_from(sorted(self.runs[worker])))]
+        run = self.runs[worker][pick(data, list(self.runs[worker]))]
         job = self.jobs[run.claim.address.job_id]
         run.pending += texts
         run.last = emission(run.claim, run.before, *run.pending)
@@ -101,14 +110,14 @@ class EmitMachine(RuleBasedStateMachine):
     def emit_the_same_again(self, worker: str, data: st.DataObject) -> None:
         again = [run for run in self.runs[worker].values() if run.last]
         if again:
-            run = again[data.draw(st.integers(0, len(again) - 1))]
+            run = pick(data, again)
             assert run.last
             self.queue.streams.emit(worker, [run.last])
 
     @precondition(lambda self: self.stale)
     @rule(texts=pieces, data=st.data())
     def emit_by_who_lost_the_job(self, texts: list[str], data: st.DataObject) -> None:
-        worker, run = self.stale[data.draw(st.integers(0, len(self.stale) - 1))]
+        worker, run = pick(data, self.stale)
         if self.jobs[run.claim.address.job_id].holder != worker:
             assert self.queue.streams.emit(worker, [emission(run.claim, run.before, *texts)]) == [LOST]
 
@@ -124,7 +133,7 @@ class EmitMachine(RuleBasedStateMachine):
     def settle(self, worker: str, data: st.DataObject) -> None:
         if not self.runs[worker]:
             return
-        run = self.runs[worker].pop(data.draw(st.sampled_from(sorted(self.runs[worker]))))
+        run = self.runs[worker].pop(pick(data, list(self.runs[worker])))
         job = self.jobs[run.claim.address.job_id]
         assert self.queue.streams.settle([Settlement(run.claim.address, job.text.encode())]) == ["answered"]
         job.ended, job.holder = True, ""
@@ -133,7 +142,7 @@ class EmitMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(not job.ended for job in self.jobs.values()))
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        job_id = data.draw(st.sampled_from(sorted(each for each, job in self.jobs.items() if not job.ended)))
+        job_id = pick(data, [each for each, job in self.jobs.items() if not job.ended])
         job = self.jobs[job_id]
         (outcome,) = self.queue.streams.cancel([job_id], job.client)
         assert outcome == ("running" if job.holder else "waiting")

@@ -25,7 +25,7 @@ def test_text_is_emitted_once_and_in_order_whatever_happens(monkeypatch: pytest.
         return EmitMachine(queue)
 
     effort = settings(
-        max_examples=60,
+        max_examples=40,
         stateful_step_count=30,
         deadline=None,
         phases=[Phase.explicit, Phase.reuse, Phase.generate],
