@@ -1,17 +1,36 @@
-"""The code map is only worth reading while it names what is there."""
+"""ARCHITECTURE.md and docs/decisions.md are only worth reading while they name what is there."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+DECISIONS = (ROOT / "docs" / "decisions.md").read_text(encoding="utf-8")
 
-_PATH = re.compile(r"`([\w.*-][\w./*-]*(?:/|\.(?:py|lua|md)))`")
+MOST_LINES = 8
+"""Lines of one decision."""
+
+_PATH = re.compile(r"`([\w.*-][\w./*-]*(?:/|\.(?:py|lua|md|yml|toml)))`")
 
 
-def test_architecture_names_only_paths_that_exist() -> None:
-    named = _PATH.findall((ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("page", [ARCHITECTURE, DECISIONS], ids=["ARCHITECTURE.md", "docs/decisions.md"])
+def test_a_page_names_only_paths_that_exist(page: str) -> None:
+    named = _PATH.findall(page)
 
     assert named
     assert [path for path in named if not list(ROOT.glob(path))] == []
+
+
+def test_decisions_are_numbered_in_order_and_short_and_name_context_choice_and_cost() -> None:
+    _, *decisions = DECISIONS.split("\n## ")
+    bodies = [decision.partition("\n")[2].strip().splitlines() for decision in decisions]
+
+    assert [decision.partition(".")[0] for decision in decisions] == [str(n + 1) for n in range(len(decisions))]
+    assert [body[0] for body in bodies if len(body) > MOST_LINES] == []
+    assert {tuple(re.findall(r"^- (\w+):", "\n".join(body), re.MULTILINE)) for body in bodies} == {
+        ("Context", "Choice", "Cost")
+    }
