@@ -15,6 +15,12 @@ MOST_LINES = 8
 """Lines of one decision."""
 
 _PATH = re.compile(r"`([\w.*-][\w./*-]*(?:/|\.(?:py|lua|md|yml|toml)))`")
+_ANSWER = re.compile(r"^\| (?P<question>.+) \| `(?P<file>[\w./-]+)` \|$", re.MULTILINE)
+
+
+def section(text: str, heading: str) -> str:
+    """The text between `heading`, "## Title", and the next heading of its level."""
+    return text.split(f"{heading}\n")[1].split("\n## ")[0]
 
 
 @pytest.mark.parametrize("page", [ARCHITECTURE, DECISIONS], ids=["ARCHITECTURE.md", "docs/decisions.md"])
@@ -23,6 +29,27 @@ def test_a_page_names_only_paths_that_exist(page: str) -> None:
 
     assert named
     assert [path for path in named if not list(ROOT.glob(path))] == []
+
+
+def test_each_question_of_where_is_it_decided_is_answered_by_one_file_that_exists() -> None:
+    _, _, *rows = section(ARCHITECTURE, "## Where is it decided...").strip().splitlines()
+
+    answers = [_ANSWER.match(row) for row in rows]
+
+    assert len(rows) >= 25
+    assert [row for row, answer in zip(rows, answers, strict=True) if answer is None] == []
+    assert [answer["file"] for answer in answers if answer and not (ROOT / answer["file"]).is_file()] == []
+
+
+def test_the_folders_of_the_architecture_page_are_all_packages() -> None:
+    listed = set(re.findall(r"^\| `([\w/]+)/` \|", section(ARCHITECTURE, "## Folders"), re.MULTILINE))
+
+    packages = {
+        str(init.parent.relative_to(ROOT))
+        for folder in ("broker", "worker", "client", "cli")
+        for init in (ROOT / folder).rglob("__init__.py")
+    }
+    assert packages - listed == {"broker"}
 
 
 def test_decisions_are_numbered_in_order_and_short_and_name_context_choice_and_cost() -> None:
