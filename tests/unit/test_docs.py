@@ -11,8 +11,15 @@ ROOT = Path(__file__).parents[2]
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 DECISIONS = (ROOT / "docs" / "decisions.md").read_text(encoding="utf-8")
 
+PAGES = [ROOT / "README.md", ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
 MOST_LINES = 8
 """Lines of one decision."""
+
+METAPHORS = ("crowd", "company", "betters", "strangers?", "herd", "prospects")
+
+LEAST_IF_FOR_A_WHERE = 3.0
+"""`if` and `when` in all pages, for each `where`, as in the sentences of the code."""
 
 _PATH = re.compile(r"`([\w.*-][\w./*-]*(?:/|\.(?:py|lua|md|yml|toml)))`")
 _ANSWER = re.compile(r"^\| (?P<question>.+) \| `(?P<file>[\w./-]+)` \|$", re.MULTILINE)
@@ -61,3 +68,17 @@ def test_decisions_are_numbered_in_order_and_short_and_name_context_choice_and_c
     assert {tuple(re.findall(r"^- (\w+):", "\n".join(body), re.MULTILINE)) for body in bodies} == {
         ("Context", "Choice", "Cost")
     }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_has_no_metaphors(page: Path) -> None:
+    wrong = re.compile(rf"\b({'|'.join(METAPHORS)})\b", re.IGNORECASE)
+
+    assert wrong.findall(page.read_text(encoding="utf-8")) == []
+
+
+def test_pages_say_conditions_with_if_and_when() -> None:
+    words = [word for page in PAGES for word in re.findall(r"[a-z]+", page.read_text(encoding="utf-8").lower())]
+    conditions, places = words.count("if") + words.count("when"), words.count("where")
+
+    assert conditions >= LEAST_IF_FOR_A_WHERE * places, f"{conditions} if or when, {places} where"
