@@ -1,1 +1,1 @@
-"""What clients and workers share: the queue itself, its words, its keys and its scripts. The only importer of redis."""
+"""The queue that clients and workers share: its types, keys and scripts. Nothing else of millstream imports redis."""

@@ -1,7 +1,7 @@
-"""What each kind of user may do on the server: roles, and their rules as Redis takes them. Pure.
+"""Roles: the commands and keys that each kind of user may use on the server, as Redis ACL rules. Pure.
 
-From Redis 7.0 on each command is granted on its own keys (a selector each). 6.2 knows no selectors: there a role's
-commands hold for all of its keys.
+From Redis 7.0 on a selector grants each command on its own keys. Redis 6.2 has no selectors: there all commands of a
+role are granted on all of its keys.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from millstream.broker.contract.keys import DEFAULT_PREFIX, ServiceKeys, service
 Role = Literal["viewer", "client", "worker", "admin"]
 
 SELECTORS_SINCE = (7, 0)
-"""Of Redis and Valkey."""
+"""Version of Redis and Valkey from which on ACLs have selectors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Commands, and the keys of a service on which they may be used: to read, or to read and write."""
+    """Commands, and the keys of a service that they may read, or read and write."""
 
     commands: str
     read: str = ""
     write: str = ""
 
 
-# What it takes to connect, to a single server or a cluster, and to know its clock.
+# Commands to connect to a single server or a cluster, and to read its clock.
 _CONNECT = (
     "ping select client|setname client|getname info time wait "
     "command asking readonly cluster|slots cluster|shards cluster|nodes"
@@ -43,8 +43,8 @@ _LOOK = (
     Grant("zrange zcount zscore", read="workers cancelled"),
 )
 
-# No script|load: who may load scripts may load one that never ends. Workers load them all, see scripts.py.
-# No xack: it would settle jobs that workers hold. `cancel` does without.
+# No script|load: a user who may load scripts may load one that never ends. Workers load all scripts, see scripts.py.
+# No xack: it could settle jobs that workers hold. `cancel` works without it.
 _CALL = (
     Grant(
         "evalsha",
@@ -101,10 +101,10 @@ _GRANTS: dict[Role, tuple[Grant, ...]] = {
 }
 
 _SERVICES: dict[Role, str] = dict.fromkeys(_GRANTS, "smembers") | {"admin": "smembers sadd srem"}
-"""What a role may do to the set of services."""
+"""Commands of each role on the set of service names."""
 
 ROLES: tuple[Role, ...] = tuple(_GRANTS)
-"""The one with the fewest rights first."""
+"""All roles, the one with the fewest rights first."""
 
 _SCRIPTS: dict[str, Role] = {
     "enqueue": "client",
@@ -122,9 +122,10 @@ _SCRIPTS: dict[str, Role] = {
 def rules(
     role: Role, version: tuple[int, ...], services: Sequence[str] = (), prefix: str = DEFAULT_PREFIX
 ) -> list[str]:
-    """The words of ACL SETUSER, after the user's name, that give `role` its rights and no others; no password.
+    """Returns the arguments of ACL SETUSER after the user's name that give the user the rights of `role` and no others.
 
-    `services` are those it may touch, by default all. Passwords that the user has stay as they are.
+    `version` is the server's. `services` are those that the user may use, by default all. The user's passwords do not
+    change.
     """
     words = ["on", "resetkeys", "resetchannels", "-@all"]
     grants = list(_on_keys(role, services or ["*"], prefix))
@@ -138,7 +139,10 @@ def rules(
 
 
 def advice(refusal: str) -> str:
-    """Which role has what the server refused, by its message; a script is named in it as `script NAME`."""
+    """Returns a hint for a refused command: the role that may use it.
+
+    `refusal` is the server's message; scripts.py adds the name of a script to it as `(script NAME)`.
+    """
     script = re.search(r"script (\w+)\)", refusal)
     command = re.search(r"'([a-z|]+)' command", refusal)
     role = _SCRIPTS.get(script[1]) if script else _least(command[1]) if command else None
@@ -148,6 +152,7 @@ def advice(refusal: str) -> str:
 
 
 def _least(command: str) -> Role | None:
+    """Returns the role with the fewest rights that may use `command`."""
     names = {command, command.partition("|")[0]}
     for role in ROLES:
         granted = {word for grant in _GRANTS[role] for word in grant.commands.split()}
@@ -157,7 +162,7 @@ def _least(command: str) -> Role | None:
 
 
 def _on_keys(role: Role, services: Sequence[str], prefix: str) -> Iterator[tuple[list[str], list[str]]]:
-    """The commands and the key patterns of each grant of `role`."""
+    """Yields the commands and the key patterns of each grant of `role`."""
     access = "%R~" if role != "admin" else "~"
     yield _plus(_SERVICES[role]), [f"{access}{services_key(prefix)}"]
     for grant in _GRANTS[role]:
@@ -166,7 +171,7 @@ def _on_keys(role: Role, services: Sequence[str], prefix: str) -> Iterator[tuple
 
 
 def _patterns(names: str, services: Sequence[str], prefix: str) -> list[str]:
-    # Neither a prefix nor a service's name may hold a sign that means something in a pattern.
+    # Prefixes and names of services contain no characters that are special in a pattern.
     starts = [ServiceKeys(service, prefix).spec().removesuffix("service") for service in services]
     return [f"{start}{name}" for start in starts for name in names.split()]
 

@@ -1,4 +1,4 @@
-"""Which server, and which keys on it: what a client or a command uses when its caller says little."""
+"""Finds the server and the key prefix for a client or a command, if its caller does not give them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SECTIONS = {"models", "services", "redis"}
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server's URL and the start of every key on it; whether it may delete keys when its memory is full."""
+    """A server's URL and the prefix of its keys. `allow_eviction`: the server may delete keys if its memory is full."""
 
     url: str
     prefix: str
@@ -28,10 +28,10 @@ class Target:
 
 
 def find_target(url: str | None, prefix: str | None, environ: Mapping[str, str]) -> Target:
-    """What is given, else the environment's, else ./config.yaml's, else the server of a local `millstream up`.
+    """Returns the target from the arguments, else the environment, else ./config.yaml, else a local `millstream up`.
 
-    Raises ConfigError where ./config.yaml is wrong, BrokerUnavailable where nothing names a server. A file of that name
-    that is somebody else's is passed over as long as it is not needed.
+    Raises ConfigError if ./config.yaml is wrong, BrokerUnavailable if nothing names a server. If the arguments or the
+    environment name the server, a ./config.yaml of another program is ignored.
     """
     named = bool(url or environ.get(URL_VARIABLE))
     config = _config(environ, needed=not named) if not (named and prefix) else None
@@ -40,13 +40,13 @@ def find_target(url: str | None, prefix: str | None, environ: Mapping[str, str])
 
 
 def find_prefix(prefix: str | None, environ: Mapping[str, str]) -> str:
-    """The start of every key, where no server is asked for: as `find_target` finds it. Raises ConfigError."""
+    """Returns the prefix of all keys as `find_target` does, for commands that need no server. Raises ConfigError."""
     config = None if prefix else _config(environ, needed=False)
     return prefix or (config.redis.key_prefix if config else environ.get(PREFIX_VARIABLE) or DEFAULT_PREFIX)
 
 
 def find_config(environ: Mapping[str, str]) -> Config | None:
-    """./config.yaml, where there is one and it is ours. Raises ConfigError where it is wrong."""
+    """Reads ./config.yaml; None if it does not exist or is of another program. Raises ConfigError if it is wrong."""
     return _config(environ, needed=False)
 
 
@@ -57,7 +57,7 @@ def _config(environ: Mapping[str, str], *, needed: bool) -> Config | None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether every top-level key is one of ours: other programs have a config.yaml too."""
+    """Tells if every top-level key is one of millstream's: other programs have a config.yaml, too."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError):

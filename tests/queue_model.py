@@ -101,7 +101,7 @@ class Model:
         """What `consumer` believes to hold and does not."""
         return [entry for entry in self.in_hand(consumer) if entry not in self.held(consumer)]
 
-    def strangers(self, consumer: str) -> list[Entry]:
+    def unknown(self, consumer: str) -> list[Entry]:
         """What `consumer` holds without knowing."""
         return [entry for entry in self.held(consumer) if entry.job_id not in self.hands[consumer]]
 

@@ -153,7 +153,7 @@ class Lane:
         window.forget(beat.lost)
         for held in window.cancel(beat.cancelled):
             self._settler.put(cancelled(held))
-        self._return_strangers(beat.strangers)
+        self._return_strangers(beat.unknown)
         if beat.revision != self._revision:
             self._renew()
             self._revision = beat.revision

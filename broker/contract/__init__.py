@@ -1,5 +1,5 @@
-"""The nouns that clients and workers agree on, and their bytes: jobs, replies, errors, keys, options of vectors.
+"""The types that clients and workers share, and their encoding: jobs, replies, errors, keys, embedding options.
 
 Imports nothing else of millstream: no I/O, no clock, no Redis. Start with `job.py`, then `codec.py`; docs/protocol.md
-is the same for writers of other clients.
+describes the format for authors of other clients.
 """

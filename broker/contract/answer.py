@@ -1,4 +1,4 @@
-"""A model's answer to a fixed text: its written form, and the allowed distance between two."""
+"""A model's answer to a fixed text: its JSON, and the allowed distance between two workers' answers."""
 
 from __future__ import annotations
 
@@ -7,50 +7,52 @@ from collections.abc import Mapping
 from math import hypot
 
 Answer = Mapping[int, float]
-"""Numbers by their place: a vector's, of which zeros may be left out, or a score a text."""
+"""Numbers by index: the elements of one vector, zeros may be missing, or one score for each text."""
 
 _FIELD = "answer"
 
 MOST_PLACES = 64
-"""Places of an answer that are written down, spread over it: supervisors read them with each beat."""
+"""Most numbers of an answer that are stored, at even steps: supervisors read them with each heartbeat."""
 
 _FLOAT32, _OTHERS = 0.01, 0.25
-"""Most distance, as a part of the first answer's length. Other kernels, threads and TF32 make up to 0.001 in float32;
-half the digits, or 8 bits on another CPU, up to 0.1. Vectors of other weights are 1 or more apart."""
+"""Allowed relative distance, in float32 and in other dtypes. Other kernels, threads and TF32 cause up to 0.001 in
+float32; float16, bfloat16, or int8 on another CPU, up to 0.1. Vectors of other weights differ by 1 or more."""
 
 _LEAST_LENGTH = 0.1
-"""The least length that a distance is divided by, for vectors that are cut and cosines near zero."""
+"""Smallest length that a distance is divided by: vectors may be cut, and cosines may be near zero."""
 
 _LEAST_LOGITS = {_FLOAT32: 1.0, _OTHERS: 4.0}
-"""The same for logits. Near zero they are sums of larger numbers: bfloat16 has steps of 0.125 between 16 and 32."""
+"""Smallest length for logits, by allowed distance. A logit near zero is a sum of larger numbers: between 16 and 32
+bfloat16 has steps of 0.125."""
 
 _SCORES = (" cross-encoder ", " generative ")
-"""Words in the fingerprints of models whose answers are logits."""
+"""Parts of the fingerprints of models whose answers are logits."""
 
 
 def answer_field(fingerprint: str) -> str:
-    """The field of a service for the answer of these weights.
+    """Returns the name of a service's field for the answer of the weights `fingerprint`.
 
-    Named by them, so that no other weights are held to it: versions that know no answers forget the fingerprint alone.
+    The name contains the fingerprint, so other weights are not compared with this answer: older versions of millstream
+    delete the fingerprint and leave the answer.
     """
     return f"{_FIELD} {fingerprint}"
 
 
 def is_answer(field: str) -> bool:
-    """Whether a field of a service holds the answer of some weights."""
+    """Tells if a field of a service holds an answer, of any weights."""
     return field.partition(" ")[0] == _FIELD
 
 
-def written(answer: Answer) -> str:
-    """The answer as JSON: at most MOST_PLACES numbers of 4 significant digits."""
+def encode_answer(answer: Answer) -> str:
+    """Returns the answer as JSON: at most MOST_PLACES numbers, with 4 significant digits each."""
     places = sorted(answer)
     step = max(1.0, len(places) / MOST_PLACES)
     some = [places[int(at * step)] for at in range(min(len(places), MOST_PLACES))]
     return json.dumps({str(place): float(f"{answer[place]:.4g}") for place in some}, separators=(",", ":"))
 
 
-def read_answer(text: str) -> Answer:
-    """An answer from its JSON; an empty one if it is none."""
+def decode_answer(text: str) -> Answer:
+    """Returns the answer that `text` encodes, or an empty one if `text` is malformed."""
     try:
         return {int(place): float(number) for place, number in json.loads(text).items()}
     except (ValueError, TypeError, AttributeError, RecursionError):
@@ -58,17 +60,20 @@ def read_answer(text: str) -> Answer:
 
 
 def distance(first: Answer, other: Answer, fingerprint: str) -> float:
-    """The length of their difference, as a part of that of `first`; at its places alone if only some are known."""
+    """Returns the length of the difference divided by the length of `first`.
+
+    If `first` has MOST_PLACES numbers or more, some may not have been stored: only their indexes are compared.
+    """
     places = {*first} if len(first) >= MOST_PLACES else {*first, *other}
     apart = hypot(*(first.get(place, 0.0) - other.get(place, 0.0) for place in places))
     return apart / max(hypot(*first.values()), _least(fingerprint))
 
 
-def allowed(fingerprint: str) -> float:
-    """The most distance between two workers of that fingerprint, which names the dtype."""
+def allowed_distance(fingerprint: str) -> float:
+    """Returns the largest distance between two workers with this fingerprint, which names the dtype."""
     return _FLOAT32 if " float32 " in f"{fingerprint} " else _OTHERS
 
 
 def _least(fingerprint: str) -> float:
     scores = any(word in f"{fingerprint} " for word in _SCORES)
-    return _LEAST_LOGITS[allowed(fingerprint)] if scores else _LEAST_LENGTH
+    return _LEAST_LOGITS[allowed_distance(fingerprint)] if scores else _LEAST_LENGTH

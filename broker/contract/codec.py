@@ -1,4 +1,4 @@
-"""Bytes to nouns and back: stream entries, request bodies, replies. Pure; nothing here trusts what it decodes."""
+"""Encodes and decodes stream entries, request bodies and replies. Pure. Every decoder validates its input."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from millstream.broker.contract.scalars import plain
 
 VERSION = "1"
 FIELDS = ("v", "id", "at", "op", "rows", "tokens", "deadline", "queue_by", "client", "tenant", "trace", "call", "body")
-"""Of a stream entry, always in this order: plain words, so that XRANGE reads like a table. See docs/protocol.md."""
+"""Field names of a stream entry, always in this order. They are plain words, so the output of XRANGE is readable.
+See docs/protocol.md."""
 
 OPTIONAL = frozenset({"deadline", "queue_by", "client", "tenant", "trace", "call"})
-"""Those that are left out where there is nothing to say: each word costs the server and the worker time."""
+"""Fields that an entry omits if they are empty: each field costs the server and the worker time."""
 
 MAX_UNKNOWN = 16
-"""Fields of newer clients that an entry may have beside FIELDS; they are ignored."""
+"""Most fields of newer clients that an entry may have besides FIELDS. They are ignored."""
 
 MAX_UNKNOWN_BYTES = 4096
-"""Bytes of their names and values in all."""
+"""Most bytes of the names and values of these fields together."""
 
 MAX_ROWS = 4096
 MAX_TOKENS = 100_000_000
 MAX_BODY = 8 * 1024 * 1024
 MAX_MS = 2**53
 MAX_DEPTH = 64
-"""Of the lists and objects in a body, one within another: what Python bears differs by version and by thread."""
+"""Deepest nesting of lists and objects in a body. Python's own limit differs by version and by thread."""
 
 _MOST_WORDS = 2 * len(FIELDS)
 _NUMBER = rb"[0-9]{1,16}"
@@ -55,13 +56,13 @@ _PATTERNS = {
         "call": rb"(?:[0-9a-f]{32})?",
     }.items()
 }
-"""Of each field but the body."""
+"""Pattern of the value of each field but the body."""
 _NAMES = frozenset(name.encode() for name in FIELDS)
 _NEW_NAME = re.compile(rb"[a-z][a-z0-9_]{0,31}")
-"""Of a field that newer clients may add."""
+"""Pattern of the name of a field that newer clients may add."""
 _NEWER = re.compile(rb"[1-9][0-9]{0,8}")
 _MAX_NAME = 512
-"""Characters of a fingerprint or of a version in a reply."""
+"""Most characters of a fingerprint or of a version in a reply."""
 
 _WORDS = re.compile(
     "".join(
@@ -70,44 +71,43 @@ _WORDS = re.compile(
     )
     + "body"
 )
-"""All names and values before the body, which no pattern of a value lets the separator into."""
+"""Matches all names and values before the body, separated by NUL, which no pattern of a value matches."""
 
 _FLOATS = np.dtype("<f4")
 _DTYPES: Mapping[Json, np.dtype[Scalar]] = {"float32": _FLOATS, "float16": np.dtype("<f2"), "uint8": np.dtype("u1")}
-"""Of vectors, as the wire names and carries them."""
+"""Dtypes of vectors in a reply, by their name in its head."""
 _NAMED: Mapping[object, str] = {dtype: str(name) for name, dtype in _DTYPES.items() if dtype != _FLOATS}
-"""Those that a head must name; any other one travels as float32."""
+"""Names of the dtypes that a head must state. Vectors of any other dtype are sent as float32."""
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-
-# One of each, not one a call. Not escaped, so that redis-cli shows a Chinese text as it is.
 
 
 def _scalar(value: object) -> object:
-    """The Python value of a NumPy scalar, which the library's encoder does not know. Raises TypeError."""
+    """Returns the Python value of a scalar of an array library, which `json` cannot encode. Raises TypeError."""
     held = plain(value)
     if held is value:
         raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
     return held
 
 
+# Made once, not for each call. Text is not escaped, so redis-cli shows Chinese text as it is.
 _body = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_scalar).encode
 _value = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 _quoted = json.encoder.encode_basestring
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not valid JSON")
 
 
 _decoder = json.JSONDecoder(parse_constant=_refuse)
 _decoded = _decoder.raw_decode
 _ZEROS = bytes.maketrans(b"123456789E+", b"000000000ee")
 _find_huge = re.compile(b"ee?000|0{300}").search
-"""Finds what a number that Python may read as infinite has, with _ZEROS for its digits."""
+"""Finds a number that Python may read as infinite, in text whose digits _ZEROS has translated to 0."""
 
 
 def encode_entry(job: Job) -> list[str | bytes | int]:
-    """The flat fields of `job`, as XADD takes them. The enqueue script writes the same ones."""
+    """Returns the names and values of the fields of `job` in turn, as XADD takes them and the enqueue script writes."""
     flat: list[str | bytes | int] = []
     values = VERSION, job.id, job.at, job.op, job.rows, job.tokens, job.deadline, job.queue_by
     named: Iterable[tuple[str, str | bytes | int]]
@@ -119,8 +119,11 @@ def encode_entry(job: Job) -> list[str | bytes | int]:
 
 
 def decode_entry(flat: Sequence[bytes]) -> Job:
-    """The job of an entry's flat fields; fields of newer clients are passed over. Raises Malformed, or NewerVersion."""
-    # All at once: this runs for every job.
+    """Returns the job of an entry, given its names and values in turn. Ignores fields of newer clients.
+
+    Raises Malformed, or its subclass NewerVersion if a newer client wrote the entry.
+    """
+    # One match for all fields: this runs for every job.
     found = _WORDS.fullmatch(b"\0".join(flat[:-1]).decode("latin-1")) if len(flat) <= _MOST_WORDS else None
     if not found or found[0].count("\0") != len(flat) - 2 or len(flat[-1]) > MAX_BODY:
         return _decode_unusual(flat)
@@ -128,12 +131,12 @@ def decode_entry(flat: Sequence[bytes]) -> Job:
     times = int(at), int(deadline or 0), int(queue_by or 0)
     job = Job(job_id, times[0], op, int(rows), int(tokens), *times[1:], client, tenant, trace, flat[-1], call)
     if job.rows > MAX_ROWS or job.tokens > MAX_TOKENS or max(times) > MAX_MS:
-        raise Malformed(f"a number is over its bound: rows {MAX_ROWS}, tokens {MAX_TOKENS}, times {MAX_MS} ms")
+        raise Malformed(f"a number is over its limit: rows {MAX_ROWS}, tokens {MAX_TOKENS}, times {MAX_MS} ms")
     return job
 
 
 def _decode_unusual(flat: Sequence[bytes]) -> Job:
-    """The job of an entry that has more fields than we know. Raises NewerVersion or Malformed for any other one."""
+    """Returns the job of an entry with unknown fields. Raises NewerVersion, or Malformed for all other entries."""
     if flat[:1] == [b"v"] and len(flat) > 1 and _NEWER.fullmatch(flat[1]) and int(flat[1]) > int(VERSION):
         raise NewerVersion(f"the entry has version {flat[1].decode()}, this program reads up to {VERSION}")
     unknown = [at for at in range(0, len(flat), 2) if flat[at] not in _NAMES]
@@ -142,7 +145,8 @@ def _decode_unusual(flat: Sequence[bytes]) -> Job:
     size = sum([len(flat[at]) + len(flat[at + 1]) for at in unknown])
     if len(unknown) > MAX_UNKNOWN or size > MAX_UNKNOWN_BYTES:
         raise Malformed(
-            f"{len(unknown)} unknown fields of {size} bytes are more than {MAX_UNKNOWN} or {MAX_UNKNOWN_BYTES}"
+            f"{len(unknown)} unknown fields of {size} bytes are over the limit: {MAX_UNKNOWN} fields, "
+            f"{MAX_UNKNOWN_BYTES} bytes"
         )
     if not all(_NEW_NAME.fullmatch(flat[at]) for at in unknown):
         raise Malformed(f"an unknown field's name does not match {_NEW_NAME.pattern.decode()}")
@@ -151,7 +155,7 @@ def _decode_unusual(flat: Sequence[bytes]) -> Job:
 
 
 def _wrong(flat: Sequence[bytes]) -> str:
-    """Which field is not as it should be."""
+    """Returns the message that names the first malformed field."""
     names = flat[0::2]
     expected = [name.encode() for name in FIELDS if name not in OPTIONAL or name.encode() in names[: len(FIELDS)]]
     if len(flat) % 2 or names != expected:
@@ -164,7 +168,7 @@ def _wrong(flat: Sequence[bytes]) -> str:
 
 
 def salvage(flat: Sequence[bytes]) -> tuple[str, str, str]:
-    """Job id, client and detached call of a malformed entry: enough to answer it. Empty unless all are well formed."""
+    """Returns job id, client and detached call of a malformed entry, to answer it; all "" if one is malformed."""
     fields = dict(zip(flat[0:64:2], flat[1:64:2], strict=False))
     named = [(name, fields.get(name.encode(), b"")) for name in ("id", "client", "call")]
     if not all(_PATTERNS[name].fullmatch(value) for name, value in named):
@@ -174,19 +178,19 @@ def salvage(flat: Sequence[bytes]) -> tuple[str, str, str]:
 
 
 class JsonText(str):
-    """A row of a request as JSON text: encoded when its call was made, whatever its caller does to it later."""
+    """A row of a request as JSON text, encoded when the call is made: its caller may change the value afterwards."""
 
     __slots__ = ()
 
 
 def encode_value(value: object) -> JsonText:
-    """A row or a result as JSON text that any reader takes: valid Unicode, no NaN, no deeper than bodies may be.
+    """Returns a row or a result as JSON text: valid Unicode, no NaN, nested at most MAX_DEPTH - 2 deep.
 
-    Raises TypeError or ValueError.
+    Raises TypeError or ValueError if JSON cannot represent the value or it is nested more deeply.
     """
     try:
         text = _body(value)
-        # A body and a reply are an object with a list around it.
+        # A body or a reply adds two levels: an object and a list.
         deep = _is_deep(text.encode(), MAX_DEPTH - 2)
     except RecursionError:
         deep = True
@@ -196,13 +200,13 @@ def encode_value(value: object) -> JsonText:
 
 
 def encode_inputs(inputs: Sequence[Json], options: Mapping[str, Json]) -> bytes:
-    """The body of a job: UTF-8 JSON. A JsonText among the inputs stands for the value it holds.
+    """Returns the body of a job as UTF-8 JSON. `inputs` are all values, or all JsonText.
 
-    Raises UnicodeEncodeError for a text with a lone surrogate, TypeError or ValueError for what JSON cannot carry, and
-    for options that are nested too deeply.
+    Raises UnicodeEncodeError if a text has a lone surrogate, TypeError or ValueError if JSON cannot represent a value,
+    ValueError if the options are nested more than MAX_DEPTH deep.
     """
     if not options and {str}.issuperset(map(type, inputs)):
-        # What nearly every body is, in half the time.
+        # Nearly every body has this form. This takes half the time.
         return f'{{"inputs":[{",".join(map(_quoted, inputs))}]}}'.encode()  # type: ignore[arg-type]
     if inputs and {JsonText}.issuperset(map(type, inputs)):
         named = f',"options":{_body(options)}' if options else ""
@@ -214,7 +218,10 @@ def encode_inputs(inputs: Sequence[Json], options: Mapping[str, Json]) -> bytes:
 
 
 def decode_inputs(body: bytes, rows: int) -> tuple[list[Json], dict[str, Json]]:
-    """The inputs, one a row, and the options of a body. Raises Malformed."""
+    """Returns the inputs of a body, one for each row, and its options.
+
+    Raises Malformed if the body is not valid JSON, is nested more than MAX_DEPTH deep or does not have `rows` inputs.
+    """
     if _is_deep(body):
         raise Malformed(f"body is nested more than {MAX_DEPTH} deep")
     decoded = _json(body)
@@ -234,7 +241,7 @@ _OTHERS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def _is_deep(text: bytes, most: int = MAX_DEPTH) -> bool:
-    """Whether JSON is nested deeper than `most`; in linear time, and with no stack."""
+    """Tells if JSON is nested deeper than `most`. Takes linear time, and does not recurse."""
     if text.count(b"[") + text.count(b"{") <= most:
         return False
     brackets = np.frombuffer(_TEXT.sub(b"", text).translate(_BRACKETS, _OTHERS), dtype=np.uint8)
@@ -246,10 +253,10 @@ def _json(text: bytes) -> Json:
         string = text.decode()
         decoded, end = _decoded(string)
         if end < len(string):
-            # Space around it is JSON, too.
+            # `raw_decode` stops before trailing space, which JSON allows.
             decoded = _decoder.decode(string)
         if b"\\u" in text and _SURROGATE.search(text):
-            # Half a pair is no text: it could neither run nor be sent back.
+            # A lone surrogate cannot be encoded: neither the tokenizer nor the reply could take it.
             json.dumps(decoded, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise Malformed(f"not JSON: {str(error)[:80]}") from None
@@ -257,17 +264,20 @@ def _json(text: bytes) -> Json:
 
 
 def origin_of(fingerprint: str, version: str = "") -> str:
-    """The part of a reply's head that is the same for all replies of a worker: what made them. Empty for nothing."""
+    """Returns the part of a reply's head that names the weights and their version: equal in all replies of a worker.
+
+    It is empty if both arguments are.
+    """
     named = {"fingerprint": fingerprint, "version": version}
     return ",".join([f'"{name}":{_quoted(value[:_MAX_NAME])}' for name, value in named.items() if value])
 
 
 def encode_reply(reply: Reply, origin: str = "") -> bytes:
-    """One line of JSON, then the vectors' raw little-endian bytes: float32 where the line names no other `dtype`.
+    """Returns one line of JSON, then the vectors' little-endian bytes: float32 if the line has no `dtype`.
 
-    `origin`, from `origin_of`, is written in place of the reply's own fingerprint and version.
+    `origin`, from `origin_of`, replaces the reply's own fingerprint and version.
     """
-    # Written piece by piece: most replies have these few numbers only, and one is made for every job.
+    # Built from pieces, which is faster than json.dumps: this runs for every job, and most replies have few fields.
     head = ['"v":1']
     if reply.error is not None:
         head.append(f'"error":{_value(to_wire(reply.error))}')
@@ -295,9 +305,10 @@ def encode_reply(reply: Reply, origin: str = "") -> bytes:
 
 
 def decode_reply(blob: bytes) -> Reply:
-    """The reply encode_reply wrote; its vectors are a read-only view of `blob`. Raises Malformed.
+    """Returns the reply that `encode_reply` wrote. Its vectors are a read-only view of `blob`.
 
-    Fields of newer workers are passed over. Numbers in `values` are finite; those of vectors are the reader's to check.
+    Ignores fields of newer workers. Numbers in `values` are finite; the caller checks those of the vectors.
+    Raises Malformed.
     """
     line, _, data = blob.partition(b"\n")
     head = _json(line)
@@ -313,29 +324,31 @@ def decode_reply(blob: bytes) -> Reply:
 
 
 def _has_huge(text: bytes) -> bool:
-    """Whether JSON may hold a number beyond what a float holds; quick, and wrong only by saying yes."""
+    """Tells if JSON may have a number beyond the range of a float. Fast; a True may be wrong, a False is not."""
     return _find_huge(text.translate(_ZEROS)) is not None
 
 
 def _reply(head: dict[str, Any], data: bytes) -> Reply:
-    """Raises whatever a head makes that nobody of ours wrote."""
+    """Returns the reply of a head and its vectors' bytes. A malformed head raises one of the errors that `decode_reply`
+    catches.
+    """
     if head.get("v", 1) != 1:
         raise ValueError(f"its version is {str(head['v'])[:20]}, this client reads version 1: update the client")
     if "shape" in head and "values" in head:
         raise ValueError("both vectors and values")
-    # In C, but for the rare: it is done for every job.
+    # `+ 0.0` raises TypeError if a timing is not a number. `map` and `zip` are fast: this runs for every job.
     given = head.get("timings", {})
     timings = dict(zip(given, map(add, given.values(), repeat(0.0)), strict=True))
     values = head.get("values")
     if values is not None and not isinstance(values, list):
-        raise ValueError("values are no list")
+        raise ValueError("values is not a list")
     tokens, fingerprint, version = head.get("tokens", 0), head.get("fingerprint", ""), head.get("version", "")
     if type(tokens) is not int or not 0 <= tokens < MAX_MS:
-        raise ValueError("tokens are no count")
+        raise ValueError(f"tokens is not a whole number from 0 to {MAX_MS - 1}")
     if not (isinstance(fingerprint, str) and isinstance(version, str)):
-        raise ValueError("a fingerprint or version is no text")
+        raise ValueError("fingerprint or version is not a string")
     if len(fingerprint) > _MAX_NAME or len(version) > _MAX_NAME:
-        raise ValueError("a fingerprint or version is no short text")
+        raise ValueError(f"fingerprint or version has more than {_MAX_NAME} characters")
     return Reply(
         _vectors(head["shape"], head.get("dtype", "float32"), data) if "shape" in head else None,
         values,
@@ -352,16 +365,16 @@ def _reply(head: dict[str, Any], data: bytes) -> Reply:
 def _vectors(shape: list[int], dtype: str, data: bytes) -> Encoded:
     rows, dim = shape
     if dtype not in _DTYPES:
-        raise ValueError(f"no dtype {dtype}")
+        raise ValueError(f"unknown dtype {dtype}")
     if rows < 0 or dim < 0:
-        # reshape takes -1 for whatever fits.
-        raise ValueError(f"shape {rows} x {dim}")
+        # reshape would infer a dimension of -1.
+        raise ValueError(f"negative shape {rows} x {dim}")
     return np.frombuffer(data, _DTYPES[dtype]).reshape(rows, dim)
 
 
 def _row(index: int | str) -> int:
     if int(index) < 0:
-        raise ValueError(f"no row {index}")
+        raise ValueError(f"row {index} is negative")
     return int(index)
 
 

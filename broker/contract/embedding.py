@@ -1,4 +1,4 @@
-"""What may be asked of an embedding service beside its texts. Pure: clients refuse by it, workers act by it."""
+"""Options of a call to an embedding service. Pure: clients validate them, workers apply them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ InputType = Literal["query", "document", "none"]
 Encoding = Literal["float32", "float16", "binary"]
 
 MAX_PROMPT = 16_384
-"""Characters. It travels with each job, and runs with each text."""
+"""Most characters of a prompt: each job carries it, and the model reads it with each text."""
 
 _LEAST_NORM = 1e-12
 
 
 class EmbedOptions(NamedTuple):
-    """The options of one call; None, for each, is what the service or the model does by itself.
+    """The options of one call. None means the default of the service or the model.
 
-    `input_type` takes the model's own prompt and route for queries or documents, `prompt` is put before each text
-    instead. `dimensions` are kept of each vector. `normalize` True gives unit vectors; False leaves what was cut as it
-    is.
+    `input_type` selects the model's own prompt and route for queries or documents; `prompt` is text to put before each
+    input instead. `dimensions`: vectors are cut to their first so many numbers. `normalize`: True gives unit vectors,
+    False leaves cut vectors as they are.
     """
 
     truncate: Truncate | None = None
@@ -37,13 +37,13 @@ class EmbedOptions(NamedTuple):
 
     @classmethod
     def read(cls, options: Mapping[str, Json]) -> EmbedOptions:
-        """The options of a call's JSON. Raises InvalidRequest for a name or a value that is none of them."""
+        """Returns the options of a call's JSON. Raises InvalidRequest if a name is unknown or a value is not valid."""
         for name, value in options.items():
             if name not in _VALID:
                 raise InvalidRequest(f"no option {name!r}", hint=f"an embedding service has {', '.join(_VALID)}")
-            valid, wanted = _VALID[name]
+            valid, requirement = _VALID[name]
             if value is not None and not valid(value):
-                raise InvalidRequest(f"{name}={str(value)[:80]!r}", hint=wanted)
+                raise InvalidRequest(f"{name}={str(value)[:80]!r}", hint=requirement)
         given = {name: value for name, value in options.items() if value is not None}
         if "prompt" in given and "input_type" in given:
             raise InvalidRequest(
@@ -52,13 +52,13 @@ class EmbedOptions(NamedTuple):
         return cls(**cast(dict[str, str], given))  # type: ignore[arg-type]
 
     def json(self) -> dict[str, Json]:
-        """What `read` reads, without what nobody asked for."""
+        """Returns the options as `read` takes them, without those that have their default value."""
         if self == _NONE:
             return {}
         return {name: value for name, value in self._asdict().items() if value != self._field_defaults[name]}
 
     def unit(self, model_gives_units: bool) -> bool:
-        """Whether what the model gives is to be made unit vectors: where that is asked, or a cut undid it."""
+        """Tells if vectors are to be normalized: on request, or if the model gives unit vectors and they are cut."""
         return self.normalize or (self.normalize is None and self.dimensions is not None and model_gives_units)
 
 
@@ -87,15 +87,15 @@ _VALID: Mapping[str, tuple[Callable[[Json], bool], str]] = {
 
 
 def shaped(vectors: Vectors, dimensions: int | None, normalize: bool, encoding: Encoding) -> Encoded:
-    """`vectors`, float32 [rows, dim], cut to `dimensions`, made unit vectors where asked, and encoded.
+    """Returns `vectors`, float32 [rows, dim], cut to `dimensions`, normalized if `normalize`, and encoded.
 
-    float32 and float16 [rows, dimensions]; for "binary" uint8 [rows, ceil(dimensions / 8)]: a bit each, set where the
-    number is above zero, the first in the highest bit.
+    The result is float32 or float16 [rows, dimensions]. For "binary" it is uint8 [rows, ceil(dimensions / 8)]: one bit
+    for each number, 1 if it is above zero, the first number in the highest bit.
     """
     cut = vectors[:, :dimensions]
     if encoding == "binary":
         return np.packbits(cut > 0, axis=-1)
-    # Whoever looks for infinity afterwards finds what a float16 cannot hold.
+    # Numbers beyond float16 become infinity, which the worker's check of its results finds.
     with np.errstate(over="ignore", invalid="ignore"):
         if normalize:
             cut = cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), _LEAST_NORM)

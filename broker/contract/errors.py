@@ -1,4 +1,4 @@
-"""Every error a caller can meet: one hierarchy, whose class says whose fault it is and whether trying again helps."""
+"""The errors that callers catch: one hierarchy. The class says whose fault it is and if trying again helps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ Fault = Literal["caller", "service", "infrastructure"]
 
 
 class MillstreamError(Exception):
-    """Base of all. `code` travels in replies; `hint` says what to do about it; `retry_after` is in seconds."""
+    """Base class of all errors. `code` names the class in replies, `hint` says what to do, `retry_after` is in seconds.
+
+    `retryable`: the same call may succeed later. `exit_code` is that of the command line.
+    """
 
     code: ClassVar[str] = "error"
     retryable: ClassVar[bool] = False
@@ -27,12 +30,12 @@ class MillstreamError(Exception):
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
     def details(self) -> dict[str, str]:
-        """Fields that a subclass adds to the wire form, by the names of its constructor's arguments."""
+        """Returns the fields that a subclass adds to the wire form, by the names of its constructor's arguments."""
         return {}
 
 
 class InvalidRequest(MillstreamError):
-    """The request itself is wrong: not a string, an unknown option, a text that is not valid Unicode."""
+    """The request is not valid: an input is not a string, an option is unknown, a text is not valid Unicode."""
 
     code = "invalid_request"
     fault = "caller"
@@ -89,7 +92,7 @@ class NoWorkers(MillstreamError):
 
 
 class DeadlineExceeded(MillstreamError):
-    """No answer in time. `phase` says where the time went: queue, inference or total."""
+    """The deadline passed before the job was answered. `phase` names the limit: queue, inference or total."""
 
     code = "deadline_exceeded"
     retryable = True
@@ -104,7 +107,7 @@ class DeadlineExceeded(MillstreamError):
 
 
 class QueueFull(MillstreamError):
-    """The service holds `max_queue_size` jobs already; nothing was accepted."""
+    """The service has `max_queue_size` jobs; none of the call's jobs was accepted."""
 
     code = "queue_full"
     retryable = True
@@ -112,7 +115,7 @@ class QueueFull(MillstreamError):
 
 
 class RateLimited(MillstreamError):
-    """The service's rate limit is used up for the moment; nothing was accepted."""
+    """The service's rate limit is used up for now; none of the call's jobs was accepted."""
 
     code = "rate_limited"
     retryable = True
@@ -120,7 +123,7 @@ class RateLimited(MillstreamError):
 
 
 class ServicePaused(MillstreamError):
-    """The service is paused and takes no new jobs meanwhile; nothing was accepted."""
+    """The service is paused and refuses new jobs; none of the call's jobs was accepted."""
 
     code = "service_paused"
     retryable = True
@@ -128,27 +131,27 @@ class ServicePaused(MillstreamError):
 
 
 class ModelFailed(MillstreamError):
-    """The model raised, or answered something unusable, on this input alone."""
+    """The model raised an error or returned an invalid result, for this input alone."""
 
     code = "model_failed"
     exit_code = 9
 
 
 class ModelUnavailable(ModelFailed):
-    """The model cannot be loaded: no such folder, missing package, not enough memory."""
+    """The model cannot be loaded: its folder or a package is missing, or there is not enough memory."""
 
     code = "model_unavailable"
 
 
 class MixedModels(ModelFailed):
-    """Parts of one call were answered by different models, such as while weights are being changed."""
+    """Different weights answered parts of one call, for example while the weights are being changed."""
 
     code = "mixed_models"
     retryable = True
 
 
 class UnsupportedVersion(MillstreamError):
-    """The job was written by a newer client than the worker that got it can read: update the workers."""
+    """The client is newer than the worker, which cannot read the job: update the workers."""
 
     code = "unsupported_version"
     fault = "infrastructure"
@@ -156,7 +159,7 @@ class UnsupportedVersion(MillstreamError):
 
 
 class ReplyTooLarge(MillstreamError):
-    """The job's answer has more bytes than a reply may have; the job ran, and would end so again."""
+    """The job ran, but its reply has more bytes than allowed. Running it again would give the same error."""
 
     code = "reply_too_large"
     fault = "caller"
@@ -164,7 +167,7 @@ class ReplyTooLarge(MillstreamError):
 
 
 class ReaderTooSlow(MillstreamError):
-    """The client leaves so many answers unread that this job's answer was dropped; the job ran."""
+    """The job ran, but its reply was dropped, because the client has too many unread replies."""
 
     code = "reader_too_slow"
     retryable = True
@@ -173,28 +176,28 @@ class ReaderTooSlow(MillstreamError):
 
 
 class WorkerLost(MillstreamError):
-    """Workers died each time they ran this job: it was buried among the dead letters."""
+    """A worker died each time it ran this job, which is now a dead letter."""
 
     code = "worker_lost"
     exit_code = 9
 
 
 class Cancelled(MillstreamError):
-    """The job was cancelled before it ran to its end."""
+    """The job was cancelled before it finished."""
 
     code = "cancelled"
     fault = "caller"
 
 
 class ResultExpired(MillstreamError):
-    """The job was answered, and its answer's lifetime is over."""
+    """The job was answered, but its result has expired."""
 
     code = "result_expired"
     fault = "caller"
 
 
 class PartialFailure(MillstreamError):
-    """Some rows of a call failed. `errors` maps their index to an error; `results` has None in their places."""
+    """Some rows of a call failed. `errors` maps their index to an error; `results` has None for these rows."""
 
     code = "partial_failure"
     exit_code = 9
@@ -206,15 +209,15 @@ class PartialFailure(MillstreamError):
 
 
 class Malformed(ValueError):
-    """Bytes from the wire that are not what they should be; buried, never raised to a caller."""
+    """Bytes that do not follow the protocol. Such an entry becomes a dead letter; callers never see this error."""
 
 
 class NewerVersion(Malformed):
-    """An entry of a version that this program does not read: not malformed, but for newer workers."""
+    """An entry of a version that this program cannot read, but newer workers can."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The known name closest to `name`, or an empty string."""
+    """Returns the known name closest to `name`, or "" if none is close."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), "")
 
 
@@ -224,30 +227,30 @@ def _subclasses(cls: type[MillstreamError]) -> Iterable[type[MillstreamError]]:
         yield from _subclasses(child)
 
 
-# PartialFailure is made in the caller's process, of the rows' own errors; it never travels.
+# PartialFailure is made in the caller's process, from the errors of its rows; no reply contains it.
 _BY_CODE = {cls.code: cls for cls in _subclasses(MillstreamError) if cls is not PartialFailure}
 
 
 def described(error: BaseException) -> str:
-    """Type and message of an error that is none of ours, at most 500 characters. Raises nothing, whatever it is."""
+    """Returns type and message of any error, at most 500 characters. Never raises."""
     return _unicode(f"{type(error).__name__}: {message_of(error)}"[:500])
 
 
 def message_of(error: BaseException) -> str:
-    """The message alone, at most 500 characters. Raises nothing."""
+    """Returns the message of any error, at most 500 characters. Never raises."""
     try:
         return _unicode(str(error)[:500])
-    except BaseException:  # noqa: BLE001 - the code that a user brings makes this text, and what it raises is no order
+    except BaseException:  # noqa: BLE001 - `__str__` may be a user's code: even its SystemExit must not end the worker
         return "its message cannot be read"
 
 
 def _unicode(text: str) -> str:
-    """`text`, with half characters, which no JSON carries, written out."""
+    """Returns `text` with lone surrogates, which UTF-8 cannot encode, as backslash escapes."""
     return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 
 def to_wire(error: MillstreamError) -> dict[str, object]:
-    """The error as it travels inside a reply."""
+    """Returns the error as a JSON object of a reply."""
     wire: dict[str, object] = {"code": error.code, "message": _unicode(error.message), "hint": _unicode(error.hint)}
     if error.retry_after is not None:
         wire["retry_after"] = error.retry_after
@@ -255,14 +258,14 @@ def to_wire(error: MillstreamError) -> dict[str, object]:
 
 
 def from_wire(wire: Mapping[str, object]) -> MillstreamError:
-    """The error a reply carries. An unknown code, from a newer worker, becomes the base class with its message."""
+    """Returns the error of a reply. A code of a newer worker that is unknown here gives the base class."""
     cls = _BY_CODE.get(str(wire.get("code")), MillstreamError)
     extra = {name: str(wire[name]) for name in cls("").details() if name in wire}
     retry_after = wire.get("retry_after")
     return cls(
         str(wire.get("message", "")),
         hint=str(wire.get("hint", "")),
-        # Callers sleep for it: neither negative nor without end.
+        # Callers sleep so long: it must be neither negative nor endless.
         retry_after=float(retry_after) if isinstance(retry_after, int | float) and 0 <= retry_after < 1e9 else None,
         **extra,
     )

@@ -1,6 +1,6 @@
-"""The nouns of the queue: Priority, Draft, Job, Claim, Reply. Frozen data, no I/O.
+"""The types of the queue: Priority, Draft, Job, Claim, Reply. Frozen data, no I/O.
 
-Named tuples, not frozen dataclasses: several are made for each job, and they are made three times as fast.
+Named tuples, not frozen dataclasses: several are made for each job, and making one takes a third of the time.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 Vectors = NDArray[np.float32]
 Scalar = np.float32 | np.float16 | np.uint8
 Encoded = NDArray[Scalar]
-"""Vectors as a caller asked for them: as float32, as float16, or as a bit a number."""
+"""Vectors in the encoding of the call: float32, float16, or uint8 with one bit for each number."""
 
 
 class Priority(StrEnum):
-    """Which of a service's three streams a job waits in."""
+    """The priority of a job, which selects one of the three streams of its service."""
 
     REALTIME = "realtime"
     NORMAL = "normal"
@@ -31,14 +31,14 @@ class Priority(StrEnum):
 
 
 PRIORITIES = tuple(Priority)
-"""Most urgent first."""
+"""The priorities, most urgent first."""
 
 
 class Draft(NamedTuple):
-    """A job before the server stamped it. `deadline` and `queue_by` are seconds of this process's monotonic clock.
+    """A job before the server accepts it. `deadline` and `queue_by` are seconds of this process's monotonic clock.
 
-    They are sent as what remains of them, so that hosts need not agree on a clock; None is no limit. `tokens` is the
-    caller's estimate. An empty `client` makes the job detached.
+    The remaining time is sent, so the clocks of hosts may differ; None means no limit. `tokens` is the caller's
+    estimate. If `client` is empty, the job is detached.
     """
 
     id: str
@@ -54,7 +54,7 @@ class Draft(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One stream entry. Times are ms of the server's clock; 0 means no limit."""
+    """A job as it lies in its stream. Times are ms of the server's clock; 0 means no limit."""
 
     id: str
     at: int
@@ -68,10 +68,10 @@ class Job(NamedTuple):
     trace: str
     body: bytes
     call: str = ""
-    """The detached call that it is part of."""
+    """Id of the detached call that the job is part of, or ""."""
 
     def missed(self, now: int) -> str:
-        """The phase whose limit has passed at `now` (server ms): "total", "queue", or "" where there is still time."""
+        """Returns the phase whose limit has passed at `now`, server ms: "total", "queue", or "" if none has."""
         if self.deadline and now >= self.deadline:
             return "total"
         if self.queue_by and now >= self.queue_by:
@@ -80,9 +80,9 @@ class Job(NamedTuple):
 
 
 class Address(NamedTuple):
-    """Where an entry lies, and to whom its answer goes. All that settling needs.
+    """The location of an entry and the destination of its reply: all that settling needs.
 
-    `name` is how the scripts call the entry: its stream, 1 to 3, the most urgent first; a colon; the entry id.
+    `name` is the entry's name in the scripts: its stream, 1 (most urgent) to 3, a colon, and the entry id.
     """
 
     name: str
@@ -98,16 +98,17 @@ class Address(NamedTuple):
 
     @property
     def entry(self) -> str:
-        """The entry's id in its stream."""
+        """Id of the entry in its stream."""
         return self.name[2:]
 
 
 class Claim(NamedTuple):
-    """An entry this worker holds. `job` is None where the entry is malformed; `malformed` then says how.
+    """An entry that this worker holds. `job` is None if the entry is malformed; `malformed` then says why.
 
-    `attempts` counts starts that did not end: 0.5 for each host lost while it held the job (nobody can say what ran).
-    `by_share`: it was taken before more urgent ones, and runs before them. `newer`: `job` is None because the entry has
-    a version that only newer workers read. `given_back`: another worker held it before.
+    `attempts` counts runs that did not finish, and 0.5 for each host lost while it held the job, which may not have
+    been running. `by_share`: the job was claimed before more urgent ones by its class's fair share, and runs before
+    them. `newer`: `job` is None because only newer workers read the entry's version. `given_back`: another worker held
+    the job before.
     """
 
     address: Address
@@ -120,12 +121,12 @@ class Claim(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """The answer to one job: an outcome for each row, or one `error` for all of them.
+    """The reply to one job: a result or an error for each row, or one `error` for all of them.
 
-    `vectors` is [rows without an error, dim], in row order, float32 unless the job asked for another encoding; `values`
-    is the same for services whose results are JSON. `errors` maps a row's index to its error. `tokens` and `truncated`
-    are per job; `timings` is in ms. `fingerprint` names the weights that made the answer, `version` the version of the
-    model; either is empty if the worker does not say.
+    `vectors` is [rows without an error, dim], in row order, float32 unless the job asked for another encoding. If the
+    service's results are JSON, `values` has them in the same order instead. `errors` maps a row's index to its error.
+    `tokens` is the job's; `truncated` has the indexes of truncated rows; `timings` are in ms. `fingerprint` names the
+    weights, `version` the version of the model; either is empty if the worker does not say.
     """
 
     vectors: Encoded | None = None

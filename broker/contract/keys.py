@@ -1,4 +1,4 @@
-"""Every Redis key, one method each. `{service}` is the Cluster hash tag: a service's keys share a slot."""
+"""The names of all Redis keys, one method each. `{service}` is the Cluster hash tag: keys of a service share a slot."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from millstream.broker.contract.job import PRIORITIES, Priority
 
 GROUP = "workers"
-"""The one consumer group of every job stream."""
+"""Name of the consumer group of every job stream."""
 
 RETURNED = "returned"
-"""The consumer that owns what dead or confused workers gave back, until a live one claims it."""
+"""Name of the consumer that owns the entries that workers gave back, until a live worker claims them."""
 
 STREAM_INDEX = {priority: index for index, priority in enumerate(PRIORITIES, start=1)}
-"""How the scripts number the three job streams."""
+"""Number of each job stream in the scripts, 1 (most urgent) to 3."""
 
 DEFAULT_PREFIX = "ms"
 
@@ -38,7 +38,7 @@ class ServiceKeys:
         return self._key("service")
 
     def stream(self, priority: Priority) -> str:
-        """STREAM of jobs; no ttl. Settled entries are XDELed, so XLEN = waiting + in flight."""
+        """STREAM of jobs; no ttl. Settled entries are deleted, so XLEN = waiting + in flight."""
         return self._key(f"q:{priority}")
 
     def streams(self) -> list[str]:
@@ -46,23 +46,23 @@ class ServiceKeys:
         return [self.stream(priority) for priority in PRIORITIES]
 
     def reply(self, client: str) -> str:
-        """STREAM of replies to one client process, which deletes what it read; ttl set by settle."""
+        """STREAM of replies to one client process, which deletes the replies that it has read; ttl set by settle."""
         return self._key(f"reply:{client}")
 
     def call(self, call: str) -> str:
-        """HASH of a detached call: what was submitted, and each job's reply; ttl result_ttl after the last reply."""
+        """HASH of a detached call: its payload, and each job's reply; ttl result_ttl after the last reply."""
         return self._key(f"call:{call}")
 
     def result(self, job_id: str) -> str:
-        """STRING: the reply of a detached job that a client of an older version sent; ttl result_ttl."""
+        """STRING: the reply to a detached job that a client of an older version sent; ttl result_ttl."""
         return self._key(f"result:{job_id}")
 
     def cache(self, digest: str) -> str:
-        """STRING: one row's answer, kept for whoever asks again; ttl cache_ttl."""
+        """STRING: the cached result of one row; ttl cache_ttl."""
         return self._key(f"cache:{digest}")
 
     def seen(self, job_id: str) -> str:
-        """STRING: the entry id of an accepted job; ttl the job's life, then 20 s."""
+        """STRING: stream and entry id of an accepted job, as '1:entry id'; ttl the job's life, then 20 s."""
         return self._key(f"seen:{job_id}")
 
     def partial(self, job_id: str) -> str:
@@ -70,7 +70,7 @@ class ServiceKeys:
         return self._key(f"partial:{job_id}")
 
     def bucket(self, tenant: str = "") -> str:
-        """HASH: token bucket of the service, or of one tenant of it; ttl until it is full again."""
+        """HASH: token bucket of the service or of one of its tenants; ttl until it is full again."""
         return self._key(f"bucket:{tenant}" if tenant else "bucket")
 
     def dead(self) -> str:
@@ -78,31 +78,32 @@ class ServiceKeys:
         return self._key("dead")
 
     def workers(self) -> str:
-        """ZSET: consumer -> its last beat, server ms; ttl a day after the last beat."""
+        """ZSET: consumer -> its last heartbeat, server ms; ttl a day after the last heartbeat."""
         return self._key("workers")
 
     def worker(self, consumer: str) -> str:
-        """HASH: what one worker process says of itself at each beat; ttl a few leases."""
+        """HASH: status of one worker process, written at each heartbeat; ttl 4 leases."""
         return self._key(f"worker:{consumer}")
 
     def cancelled(self) -> str:
-        """ZSET: claimed entries their callers no longer want -> when, server ms; ttl two leases after the last."""
+        """ZSET: claimed entries that their callers cancelled -> when, server ms; ttl two leases after the last."""
         return self._key("cancelled")
 
     def trail(self) -> str:
-        """HASH: 'stream:entry id' -> a line for each run of it that did not end; the same with ':batch' -> the batch it
-        ran in last, its size, and the server ms until which it waits for a second worker; ttl a day after the last.
+        """HASH: 'stream:entry id' -> one line for each of its runs that did not finish. 'stream:entry id:batch' -> the
+        batch it ran in last, the batch's size, and the server ms until which it waits for a second live worker. ttl a
+        day after the last run.
         """
         return self._key("trail")
 
     def refused(self) -> str:
-        """HASH: reason -> how many groups of jobs were turned away for it; ttl a day after the last."""
+        """HASH: reason -> number of refused calls; ttl a day after the last refusal."""
         return self._key("refused")
 
     def paused(self) -> str:
-        """STRING: the service is paused; "refusing" where it takes no new jobs either; ttl only where one was given."""
+        """STRING that exists while the service is paused; "refusing" if it refuses new jobs; ttl if the pause ends."""
         return self._key("paused")
 
     def reclaim(self) -> str:
-        """STRING: when reclaim last passed, and until when it holds off; ttl an hour."""
+        """STRING: the last pass of reclaim, and the end of its hold, both server ms; ttl an hour."""
         return self._key("reclaim")

@@ -1,4 +1,4 @@
-"""Scalars as programs with NumPy or tensors pass them: plain Python values are made of them."""
+"""Converts scalars of NumPy and of tensor libraries to plain Python values."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ _PLAIN = (str, int, float, bool, type(None))
 
 
 def plain(value: object) -> object:
-    """The Python value that a scalar of an array library holds; everything else as it is.
+    """Returns the Python value of a scalar of an array library, and any other value unchanged.
 
-    Scalars are those of NumPy and arrays or tensors without a dimension.
+    A scalar is a NumPy scalar, or an array or tensor without dimensions.
     """
     if type(value) in _PLAIN or getattr(value, "ndim", None) != 0:
         return value

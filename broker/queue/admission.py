@@ -1,4 +1,4 @@
-"""What limits admission: a specification's limits as the service's fields, and a refusal as the error a caller gets."""
+"""Limits of admission: converts a specification's limits to fields of the service, and a refusal to an error."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from millstream.broker.queue.streams import Admission
 
 
 def limit_fields(runtime: Runtime) -> dict[str, str | int | float]:
-    """The fields of a service's hash that the enqueue script reads, "" for no limit.
+    """Returns the fields of a service's hash that the enqueue script reads, "" for no limit.
 
-    Each push writes all of them: a limit that is left out of config.yaml must not stay in force.
+    Each push writes all of them, so a limit that was removed from config.yaml does not stay in force.
     """
     rate = runtime.rate_limit or RateLimit()
     return {
@@ -33,29 +33,29 @@ def limit_fields(runtime: Runtime) -> dict[str, str | int | float]:
 
 
 def resume_hint(service: str) -> str:
-    """What to do about a paused service."""
-    return f"it goes on after `millstream queue resume {service}`"
+    """Returns the hint for a paused service."""
+    return f"`millstream queue resume {service}` ends the pause"
 
 
 def refusal(service: str, admission: Admission) -> MillstreamError | None:
-    """The error of a group that was refused."""
+    """Returns the error of a refused group, None if it was accepted."""
     match admission.refused:
         case "":
             return None
         case "paused":
-            message = f"service {service!r} is paused and takes no new jobs"
+            message = f"service {service!r} is paused and refuses new jobs"
             return ServicePaused(message, hint=resume_hint(service), retry_after=admission.retry_after)
         case "queue_full":
-            message = f"service {service!r} holds its max_queue_size of jobs"
+            message = f"service {service!r} has max_queue_size jobs in its queue"
             return QueueFull(message, hint="wait, or add workers", retry_after=admission.retry_after)
         case "rate_limited":
             message = f"the rate limit of service {service!r} is used up"
             return RateLimited(message, hint="wait", retry_after=admission.retry_after)
         case "over_burst":
-            message = f"this call costs more than the rate limit of service {service!r} ever lets through at once"
+            message = f"this call costs more than the rate limit of service {service!r} allows at once"
             return InvalidRequest(message, hint="split it, or raise rate_limit.burst")
         case "reused_key":
-            message = f"its idempotency key names a call of service {service!r} with another payload"
+            message = f"service {service!r} has a call with this idempotency key and another payload"
             return InvalidRequest(message, hint="send the same rows and options, or use another key")
         case "unknown_service":
             return UnknownService(f"service {service!r} is not registered", hint="run `millstream config push`")

@@ -1,7 +1,7 @@
-"""Refused submissions, kept in order until they may be sent again. Pure.
+"""Refused submissions, in order, until they may be sent again. Pure.
 
-The first of a line is sent again as a probe, and the others keep their places behind it: however many callers wait, the
-server is asked about once for each time that it named.
+Only the first submission of a line is sent again, as a probe; the others wait until it is accepted. So the server gets
+about one request for each `retry_after`, however many callers wait.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CAL
 from millstream.broker.queue.submission import Submission
 
 LARGEST_BURST = MAX_JOBS_PER_CALL
-"""Most submissions sent together after probes were accepted: 1, 2, 4 and so on, as TCP's slow start."""
+"""Most submissions sent together. The number starts at 1 and doubles while they are accepted, as in TCP slow start."""
 
 Why = Callable[[], MillstreamError]
-"""Makes the error of a refusal. Each caller gets one of its own: a raised error keeps its caller's frames alive."""
+"""Makes the error of a refusal: one for each caller, because a raised error keeps its caller's frames alive."""
 
 
 @dataclass(slots=True, eq=False)
 class _Line:
-    """Submissions of one queue and one rate limit that wait in order; none is sent before `at`, monotonic seconds.
+    """Submissions of one queue and one rate limit, in order. None is sent before `at`, monotonic seconds.
 
-    `live` of them are still wanted.
+    `live` is the number of their jobs that were not withdrawn.
     """
 
     why: Why
@@ -37,9 +37,10 @@ class _Line:
 
 @dataclass(slots=True, eq=False)
 class _Queue:
-    """One priority of a service that refused jobs: its lines by tenant, in turn. From `at` on `burst` jobs are sent.
+    """One priority of a service that refused jobs. `lines` are by tenant, the next one to send first.
 
-    `uncounted` calls were refused here, and the server has not counted them yet.
+    Up to `burst` submissions are sent together, none before `at`, monotonic seconds. `uncounted` is the number of calls
+    refused in this process that the server has not counted yet.
     """
 
     at: float = 0.0
@@ -49,41 +50,41 @@ class _Queue:
 
 
 class Backlog:
-    """Refused submissions, in lines. Pure: the caller says what time it is, monotonic seconds. For one thread.
+    """Refused submissions, in lines. Pure: the caller passes the time, monotonic seconds.
 
-    Only `refusal_of` may be called from any thread.
+    For one thread; only `refusal_of` may be called from any thread.
     """
 
     def __init__(self) -> None:
         self._queues: dict[tuple[str, Priority], _Queue] = {}
         self._line_of: dict[str, _Line] = {}
-        # Calls of one idempotency key have the same jobs: how often each waits.
+        # How many times each job waits: calls with the same idempotency key have the same jobs.
         self._times: Counter[str] = Counter()
-        # Submissions taken last, which the server has not accepted yet.
-        self._taken: dict[str, Why] = {}
+        # Jobs of the last `take`, until the server accepts them.
+        self._sending: dict[str, Why] = {}
 
     def __bool__(self) -> bool:
-        """Whether a submission waits, or was taken and is not accepted yet."""
-        return bool(self._queues or self._taken)
+        """Tells if a submission waits, or is being sent again."""
+        return bool(self._queues or self._sending)
 
     @property
     def next_at(self) -> float | None:
-        """The time at which the next submission may be sent, monotonic seconds; None if none waits."""
+        """Time at which the next submission may be sent, monotonic seconds; None if none waits."""
         if not self._queues:
             return None
         moments = [max(queue.at, line.at) for queue in self._queues.values() for line in queue.lines.values()]
         return min(moments, default=None)
 
     def refusal_of(self, job_id: str) -> MillstreamError | None:
-        """Why a job waits here, or is being sent again; None if it is not."""
+        """Returns why a job waits or is being sent again; None if it does neither. From any thread."""
         line = self._line_of.get(job_id)
-        why = line.why if line else self._taken.get(job_id)
+        why = line.why if line else self._sending.get(job_id)
         return why() if why else None
 
     def append(self, submission: Submission) -> Why | None:
-        """Put it at the end of its line and return why it has to wait; None if it may be sent at once.
+        """Adds the submission to the end of its line and returns why it must wait; None if it may be sent at once.
 
-        If it does not wait for room it is not kept: it must not take the room that others wait for.
+        If its `until` is 0.0 it is not added, only counted: its caller refuses it.
         """
         queue = self._queues.get(_key(submission))
         if queue is None or not (why := _blocked(queue, submission.tenant)):
@@ -99,10 +100,10 @@ class Backlog:
     def put_back(
         self, refused: Sequence[Submission], why: Why, at: float, *, whole_queue: bool, counted: bool = True
     ) -> None:
-        """Put submissions of one line, refused together, at its front in their order, not to be sent before `at`.
+        """Puts submissions of one line, refused together, at its front in their order; none is sent before `at`.
 
-        `whole_queue`: the lines of the queue's other tenants must wait as long. `counted`: the server refused them, and
-        does not count them again.
+        `whole_queue`: the lines of the queue's other tenants wait as long. `counted`: the server has counted the
+        refusals, and must not count them again.
         """
         queue = self._queues.setdefault(_key(refused[0]), _Queue())
         queue.burst = 1
@@ -115,26 +116,29 @@ class Backlog:
             line.waiting.appendleft(submission._replace(group=group))
             self._name(submission, line)
 
-    def accepted(self, submission: Submission) -> None:
-        """The server took it: one more of its queue may be sent next, so that the number doubles each time."""
-        for job_id in submission.job_ids if self._taken else ():
-            self._taken.pop(job_id, None)
+    def note_accepted(self, submission: Submission) -> None:
+        """Increases the burst of its queue by one for each accepted submission, so each burst doubles it."""
+        for job_id in submission.job_ids if self._sending else ():
+            self._sending.pop(job_id, None)
         if self._queues and (queue := self._queues.get(key := _key(submission))):
             queue.burst, queue.at = min(queue.burst + 1, LARGEST_BURST), 0.0
             self._tidy(key, queue)
 
     def take(self, now: float) -> list[Submission]:
-        """The submissions that may be sent now, of one queue, for one script call. Those refused are to be put back."""
-        self._taken.clear()
+        """Removes and returns the submissions of one queue that may be sent now, in one script call.
+
+        The caller puts back those that are refused.
+        """
+        self._sending.clear()
         for key, queue in self._queues.items():
             if queue.at <= now and (batch := self._burst(queue, now)):
-                # The next time the other queues come first.
+                # Behind the other queues: they come first next time.
                 self._queues[key] = self._queues.pop(key)
                 return batch
         return []
 
-    def expired(self, now: float) -> list[tuple[Submission, Why]]:
-        """Takes out the submissions at the front of their lines whose `until` is over."""
+    def take_expired(self, now: float) -> list[tuple[Submission, Why]]:
+        """Removes and returns the submissions at the front of their lines whose `until` has passed."""
         ended = []
         for key, queue in list(self._queues.items()):
             for line in queue.lines.values():
@@ -144,15 +148,15 @@ class Backlog:
         return ended
 
     def drain(self) -> list[Submission]:
-        """Take out all that wait."""
+        """Removes and returns all submissions that wait."""
         waiting = [each for queue in self._queues.values() for line in queue.lines.values() for each in line.waiting]
-        wanted = list(filter(self._is_wanted, waiting))
+        live = list(filter(self._is_live, waiting))
         self._queues.clear()
         self._line_of.clear()
-        return wanted
+        return live
 
     def withdraw(self, job_ids: Sequence[str]) -> set[str]:
-        """Take out the submissions of these jobs; those that waited here."""
+        """Removes these jobs, and returns those of them that waited."""
         found = {job_id: line for job_id in job_ids if (line := self._line_of.pop(job_id, None))}
         for job_id, line in found.items():
             line.live -= self._times.pop(job_id)
@@ -163,7 +167,7 @@ class Backlog:
         return set(found)
 
     def _burst(self, queue: _Queue, now: float) -> list[Submission]:
-        """The next submissions of the lines that may send, one of each in turn."""
+        """Removes and returns the next submissions of the lines that may send, one of each line in turn."""
         batch: list[Submission] = []
         jobs = size = 0
         turns = deque(tenant for tenant, line in queue.lines.items() if line.at <= now)
@@ -175,25 +179,25 @@ class Backlog:
             if batch and (jobs > MAX_JOBS_PER_CALL or size > MAX_BYTES_PER_CALL):
                 break
             refusals = first.group.refusals + (0 if batch else queue.uncounted)
-            self._taken.update(dict.fromkeys(first.job_ids, line.why))
+            self._sending.update(dict.fromkeys(first.job_ids, line.why))
             batch.append(self._pop(line)._replace(group=first.group._replace(refusals=refusals)))
             turns.append(tenant)
-            # Behind the others, also the next time.
+            # Behind the other tenants, also in the next burst.
             queue.lines[tenant] = queue.lines.pop(tenant)
         return batch
 
     def _first(self, line: _Line) -> Submission | None:
-        """The first one of `line` that is still wanted."""
-        while line.waiting and not self._is_wanted(line.waiting[0]):
+        """Returns the first submission of `line` that was not withdrawn."""
+        while line.waiting and not self._is_live(line.waiting[0]):
             line.waiting.popleft()
         return line.waiting[0] if line.waiting else None
 
     def _sweep(self, line: _Line) -> None:
-        """Let go of the bodies that nobody wants, once they are more than the others."""
+        """Frees the bodies of withdrawn submissions once they outnumber the others."""
         if len(line.waiting) > 2 * line.live + 16:
-            line.waiting = deque(each for each in line.waiting if self._is_wanted(each))
+            line.waiting = deque(each for each in line.waiting if self._is_live(each))
 
-    def _is_wanted(self, submission: Submission) -> bool:
+    def _is_live(self, submission: Submission) -> bool:
         return any(job_id in self._line_of for job_id in submission.job_ids)
 
     def _pop(self, line: _Line) -> Submission:
@@ -225,7 +229,7 @@ def _key(submission: Submission) -> tuple[str, Priority]:
 
 
 def _blocked(queue: _Queue, tenant: str) -> Why | None:
-    """Why a submission of `tenant` must wait: earlier ones of it do, or the queue is full for everybody."""
+    """Returns why a submission of `tenant` must wait: the tenant's earlier ones do, or the whole queue does."""
     if line := queue.lines.get(tenant):
         return line.why
     return next((line.why for line in queue.lines.values()), None) if queue.at else None

@@ -1,4 +1,7 @@
-"""Answers kept for rows that are asked again: named by all that makes them, read by callers, written by workers."""
+"""A cache of results for rows that are sent again. A digest of all that determines a result is its key.
+
+Callers read the cache, workers write it.
+"""
 
 from __future__ import annotations
 
@@ -19,30 +22,33 @@ from millstream.broker.queue.streams import LONGEST_MS
 from millstream.broker.transport.cluster import owner
 
 CHUNK = 512
-"""Keys of one MGET, and of one pipeline of SETs: another client of the server waits for no more than these."""
+"""Most keys of one MGET or of one pipeline of SETs, so that other clients of the server wait only briefly."""
 
 MOST_MEMORY = 0.75
-"""Of the server's maxmemory: nothing is kept beyond it, the rest is for jobs."""
+"""Share of the server's maxmemory above which nothing is cached: the rest is for jobs."""
 
 MOST_OF_HOST = 0.5
-"""Of the memory of the server's host, if the server has no maxmemory: nothing is kept beyond it."""
+"""Share of the host's memory above which nothing is cached, if the server has no maxmemory."""
 
 MOST_UNKNOWN = 1024**3
-"""Bytes, if the server says neither."""
+"""Bytes of the server's memory above which nothing is cached, if it reports neither."""
 
 LOOK_S = 1.0
-"""How long what was seen of the server's memory holds."""
+"""Seconds between two checks of the server's memory."""
 
 _DIGEST_BYTES = 16
 _VERSION = 1
 _TRUNCATED, _JSON = 1, 2
 _DTYPES: Mapping[int, np.dtype[Scalar]] = {0: np.dtype("<f4"), 8: np.dtype("<f2"), 16: np.dtype("u1")}
-"""Of a vector, by the flag that says so."""
+"""Dtype of a cached vector, by its flag in the first byte."""
 _FLAGS: Mapping[object, int] = {dtype: flag for flag, dtype in _DTYPES.items()}
 
 
 class Cached(NamedTuple):
-    """One row's answer, a vector [dim] or a JSON value, whether its text was cut for it, and which weights made it."""
+    """The result of one row: a vector [dim] or a JSON value.
+
+    `truncated`: the text was truncated. `fingerprint` names the weights.
+    """
 
     result: Encoded | Json
     truncated: bool = False
@@ -51,7 +57,7 @@ class Cached(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CacheKey:
-    """All that makes an answer beside the row and the call's options: which weights, what is asked, the settings."""
+    """All that determines a result besides the row and the call's options: weights, operation and settings."""
 
     fingerprint: str
     op: str
@@ -63,28 +69,28 @@ class CacheKey:
         return cls(fingerprint, op, spec.runtime.truncate, spec.model.max_length)
 
     def digests(self, texts: Iterable[str], options: Mapping[str, Json]) -> list[str]:
-        """The name of each text's answer: 32 hex digits. `options` are such that JSON can carry."""
+        """Returns the cache key of each text, 32 hex digits. JSON must be able to represent `options`."""
         parts = (_VERSION, self.fingerprint, self.op, self.truncate, self.max_length, _canonical(options))
-        # JSON says where each part ends, and holds no zero byte: what comes after the first one is the text.
+        # Unambiguous: JSON delimits the parts and has no zero byte, so the text starts after the first one.
         common = hashlib.blake2b(json.dumps(parts).encode() + b"\0", digest_size=_DIGEST_BYTES)
-        return [_continued(common, text) for text in texts]
+        return [_digest_of(common, text) for text in texts]
 
 
 def _canonical(options: Mapping[str, Json]) -> str:
-    """The same for a caller's options and for what a worker reads of them."""
+    """Returns the options as JSON, equal for a caller's own values and for those that a worker decodes."""
     return json.dumps(json.loads(json.dumps(options)), sort_keys=True) if options else "{}"
 
 
-def _continued(common: hashlib.blake2b, text: str) -> str:
+def _digest_of(common: hashlib.blake2b, text: str) -> str:
     digest = common.copy()
     digest.update(text.encode(errors="surrogatepass"))
     return digest.hexdigest()
 
 
 def encode(cached: Cached) -> bytes:
-    """A byte of flags, then a vector's raw little-endian bytes, or JSON.
+    """Returns one byte of flags, then the vector's little-endian bytes or JSON.
 
-    Raises TypeError, ValueError or RecursionError.
+    Raises TypeError, ValueError or RecursionError if JSON cannot represent the result.
     """
     flags = _TRUNCATED if cached.truncated else 0
     if isinstance(cached.result, np.ndarray):
@@ -94,14 +100,14 @@ def encode(cached: Cached) -> bytes:
 
 
 def decode(blob: bytes | None) -> Cached | None:
-    """What `encode` wrote, its vector read-only; None, a miss, for anything else."""
+    """Returns what `encode` wrote, with a read-only vector; None, a cache miss, if `blob` is anything else."""
     if not blob:
         return None
     kind, truncated = blob[0] & ~_TRUNCATED, bool(blob[0] & _TRUNCATED)
     if kind in _DTYPES:
         if len(blob) == 1 or (len(blob) - 1) % _DTYPES[kind].itemsize:
             return None
-        # Cut off, not skipped: behind one byte the numbers would not be aligned.
+        # A copy without the flags: a view that starts at the second byte would not be aligned.
         vector = np.frombuffer(blob[1:], _DTYPES[kind])
         return Cached(vector, truncated) if b"\0" not in np.isfinite(vector).tobytes() else None
     if kind != _JSON:
@@ -113,20 +119,21 @@ def decode(blob: bytes | None) -> Cached | None:
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no answer")
+    raise ValueError(f"{constant} is not a result")
 
 
 def _has_room(memory: Mapping[str, int]) -> bool:
-    """Whether more may be kept, by what INFO says of the server's memory."""
+    """Tells if the server has memory for more results, given its INFO memory."""
     limit, host = memory.get("maxmemory", 0), memory.get("total_system_memory", 0)
     most = limit * MOST_MEMORY or host * MOST_OF_HOST or MOST_UNKNOWN
     return memory["used_memory"] < most
 
 
 class Cache:
-    """The kept answers of one service. Raises no fault of the server: a cache must not cost a job its answer.
+    """The cached results of one service.
 
-    `faults` counts them, and `fault` is the last one.
+    Errors of the server are not raised, because a job must not fail for its cache: `faults` counts them, and `fault` is
+    the last one.
     """
 
     def __init__(self, client: redis.Redis, keys: ServiceKeys) -> None:
@@ -138,7 +145,7 @@ class Cache:
         self.fault: redis.RedisError | None = None
 
     def look_up(self, digests: Sequence[str]) -> list[Cached | None]:
-        """What is kept under each of `digests`, None for nothing; after a fault nothing more is asked for."""
+        """Returns the result under each of `digests`, None for a miss. After an error the rest are misses."""
         found: list[Cached | None] = []
         try:
             for at in range(0, len(digests), CHUNK):
@@ -150,7 +157,7 @@ class Cache:
         return found + [None] * (len(digests) - len(found))
 
     def keep(self, answers: Sequence[tuple[str, bytes]], ttl_s: float) -> None:
-        """Write encoded answers, (digest, bytes), for `ttl_s` seconds; none while the server is short of memory."""
+        """Writes encoded results, (digest, bytes), for `ttl_s` seconds; none if the server is short of memory."""
         ttl_ms = max(1, round(min(ttl_s * 1000, LONGEST_MS)))
         try:
             if not answers or not self._has_room(answers[0][0]):

@@ -1,4 +1,4 @@
-"""Dead letters: jobs that could not succeed, kept as they were with the reason, to look at, run again or remove."""
+"""Dead letters: jobs that failed for good, stored with the reason, to be inspected, run again or removed."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _ID = re.compile("[0-9]{1,16}-[0-9]{1,16}")
 _WHOLE = re.compile("[0-9]{1,16}")
 _ATTEMPTS = re.compile(r"[0-9]{1,9}(\.5)?")
 _OURS = (b"reason", b"entry", b"buried", b"priority", b"attempts", b"consumer", b"history")
-"""What settle writes before the fields of the entry."""
+"""Fields that settle writes before those of the entry."""
 
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """A buried job: its `fields` as they lay in the stream of its `priority` under `entry`, and why it ended here.
+    """A dead letter: the job's `fields`, `priority` and `entry` id as in its stream, and the reason.
 
-    `buried_at` is in ms of the server's clock. `consumer` is the worker that held it then. Both are None where the
-    letter does not say, as `attempts` is: the starts that did not end. `history` has a line for each of them and for
-    each host lost: server ms, the worker, how it ended.
+    `buried_at` is ms of the server's clock, `consumer` the worker that held the job, `attempts` the number of runs that
+    did not finish; each is None if the letter does not say. `history` has one line for each such run and each lost
+    host: server ms, the worker, how it ended.
     """
 
     id: str
@@ -46,9 +46,9 @@ class Letter:
 
 
 class DeadLetters:
-    """The dead letters of one service, over one client. `replicated` is as the service's specification says.
+    """The dead letters of one service, over one client.
 
-    `where` names the server in errors.
+    `replicated`: a requeued job counts as accepted only once a replica has it. `where` is the server's URL in errors.
     """
 
     def __init__(
@@ -64,20 +64,23 @@ class DeadLetters:
         return int(self._client.xlen(self._keys.dead()))
 
     def page(self, count: int = 20, before: str | None = None) -> list[Letter]:
-        """The newest `count` letters, or the newest of those older than the letter `before`; the newest comes first."""
+        """Returns at most `count` letters, newest first: the newest, or the newest of those older than `before`, an id.
+
+        Raises InvalidRequest if `before` is not an id.
+        """
         end = "+" if before is None else f"({_checked(before)}"
         entries = self._client.xrevrange(self._keys.dead(), end, "-", count=count)
         return [_letter(*each) for each in cast(list[tuple[bytes, dict[bytes, bytes]]], entries)]
 
     def __iter__(self) -> Iterator[Letter]:
-        """All that are there at the beginning, the newest first."""
+        """Yields all letters that exist when it starts, newest first."""
         page = self.page(_PAGE)
         while page:
             yield from page
             page = self.page(_PAGE, before=page[-1].id)
 
     def find(self, letter_id: str) -> Letter:
-        """One letter. Raises InvalidRequest where there is none of this id."""
+        """Returns the letter with this id. Raises InvalidRequest if there is none."""
         entries = self._client.xrange(self._keys.dead(), _checked(letter_id), letter_id)
         if not entries:
             raise InvalidRequest(
@@ -86,10 +89,11 @@ class DeadLetters:
         return _letter(*cast(list[tuple[bytes, dict[bytes, bytes]]], entries)[0])
 
     def requeue(self, letter: Letter, wait_s: float = 0.0) -> str:
-        """Run it again, as a detached call of one job without a deadline; the id of both. Repeated, it makes one job.
+        """Runs the job again, as a detached call of one job without a deadline. Returns the id of call and job.
 
-        The letter goes when the job is accepted. Waits at most `wait_s` seconds for room, or for the server. Raises
-        InvalidRequest if it is malformed, QueueFull, RateLimited, ServicePaused, BrokerUnavailable.
+        Deletes the letter once the job is accepted. Calling it again makes no second job. Waits at most `wait_s`
+        seconds while the server refuses the job or is unreachable. Raises InvalidRequest if the letter is malformed,
+        QueueFull, RateLimited, ServicePaused, UnknownService, BrokerUnavailable.
         """
         draft = _draft(self._keys, letter)
         call = DetachedCall(draft.id, 1, f"{draft.rows}x{draft.rows} ")
@@ -99,32 +103,35 @@ class DeadLetters:
         return draft.id
 
     def remove(self, letter_ids: Sequence[str]) -> int:
-        """Delete these letters; how many there were."""
+        """Deletes these letters. Returns how many existed. Raises InvalidRequest if one of the ids is malformed."""
         return int(self._client.xdel(self._keys.dead(), *map(_checked, letter_ids)))
 
     def purge(self) -> int:
-        """Delete all letters; how many there were."""
+        """Deletes all letters. Returns how many there were."""
         return int(self._client.xtrim(self._keys.dead(), maxlen=0, approximate=False))
 
 
 def _draft(keys: ServiceKeys, letter: Letter) -> Draft:
-    """The job as a new one. What newer clients added to the entry is left out: it is optional."""
+    """Returns the letter's job as a new draft, without fields of newer clients, which are optional.
+
+    Raises InvalidRequest if the job is malformed.
+    """
     try:
         if b"cut" in letter.fields:
-            raise Malformed("the letter does not hold all of its entry")
+            raise Malformed("the letter does not have all of its entry")
         job = decode_entry([part for pair in letter.fields.items() for part in pair])
         decode_inputs(job.body, job.rows)
     except Malformed as error:
         raise InvalidRequest(
             f"dead letter {letter.id} cannot run again: it is malformed: {error}", hint="`millstream dead show` it"
         ) from None
-    # The same id each time: where the answer to an enqueue is lost, to try again makes no second job.
+    # An id derived from the letter: if the reply to an enqueue is lost, sending again makes no second job.
     job_id = hashlib.sha256(f"{keys.spec()}\0{letter.id}".encode()).hexdigest()[:32]
     return Draft(job_id, job.op, job.rows, job.tokens, job.body, tenant=job.tenant, trace=job.trace)
 
 
 def _letter(letter_id: bytes, fields: Mapping[bytes, bytes]) -> Letter:
-    # Settle wrote these, but anybody else could have, too.
+    # Not trusted: other programs can write to this stream, too.
     reason, entry, buried, priority, attempts, consumer, history = (
         fields.get(name, b"").decode(errors="backslashreplace") for name in _OURS
     )
@@ -143,5 +150,5 @@ def _letter(letter_id: bytes, fields: Mapping[bytes, bytes]) -> Letter:
 
 def _checked(letter_id: str) -> str:
     if not _ID.fullmatch(letter_id):
-        raise InvalidRequest(f"{letter_id[:80]!r} is no id of a dead letter", hint="such as 1700000000000-0")
+        raise InvalidRequest(f"{letter_id[:80]!r} is not the id of a dead letter", hint="such as 1700000000000-0")
     return letter_id

@@ -1,4 +1,4 @@
-"""Looking without touching: depths, ages, workers, waiting entries. What the CLI and metrics show comes from here."""
+"""Reads the state of services for the CLI and metrics: depths, ages, workers, waiting entries. Changes nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CUT = b"cut_"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A stream entry as it lies there, well-formed or not; bytes that are no UTF-8 come as backslash escapes."""
+    """A stream entry, well-formed or not. Bytes that are not UTF-8 become backslash escapes."""
 
     id: str
     fields: Mapping[str, str]
@@ -37,7 +37,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Peek:
-    """The oldest entries that wait in one stream. `after` is the id of the last one that was ever claimed."""
+    """The oldest waiting entries of one stream. `after` is the id of the last entry that was delivered to a worker."""
 
     stream: str
     after: str
@@ -52,10 +52,9 @@ class Inspector:
         self._registry = Registry(connection, prefix)
 
     def services(self, names: Sequence[str] | None = None) -> list[ServiceView]:
-        """These services, or all that are registered, in two round trips however many they are.
+        """Returns the views of these services, or of all registered ones, in two round trips for any number of them.
 
-        The figures of a moment, not of one instant: they may disagree by what happened between two commands.
-        Raises BrokerUnavailable.
+        The figures are not a snapshot: jobs may move between two commands. Raises BrokerUnavailable.
         """
         chosen = [self._registry.keys(name) for name in (self._registry.names() if names is None else names)]
         with translated(self._connection.safe_url):
@@ -64,7 +63,10 @@ class Inspector:
         return [queue.view(keys.service, workers) for keys, queue in zip(chosen, queues, strict=True)]
 
     def peek(self, service: str, priority: Priority, count: int = 10) -> Peek:
-        """The oldest waiting entries of a stream, those given back by dead workers first. Raises BrokerUnavailable."""
+        """Returns the oldest `count` waiting entries of a stream, first those that workers gave back.
+
+        Raises BrokerUnavailable.
+        """
         stream = self._registry.keys(service).stream(priority)
         with translated(self._connection.safe_url):
             after, returned = self._positions(stream, count)
@@ -82,7 +84,7 @@ class Inspector:
                 pipe.xlen(stream)
                 pipe.xpending(stream, GROUP)
                 pipe.xrange(stream, count=1)
-            # Each service's own: in a Cluster its times are those of the node that has its keys.
+            # The time of each service: in a Cluster the node that has its keys writes its times.
             pipe.time()
             pipe.xlen(keys.dead())
             pipe.zrange(keys.workers(), 0, -1, withscores=True)
@@ -103,7 +105,7 @@ class Inspector:
         return {(keys.service, view.consumer): view for (keys, *_), view in zip(live, views, strict=True)}
 
     def _positions(self, stream: str, count: int) -> tuple[str, list[bytes]]:
-        """The last id delivered to the group, and the oldest entries that were given back to it."""
+        """Returns the last id delivered to the group, and the ids of the oldest entries that were given back."""
         pipe = self._connection.client.pipeline(transaction=False)
         pipe.xinfo_groups(stream)
         pipe.xpending_range(stream, GROUP, min="-", max="+", count=count, consumername=RETURNED)
@@ -115,7 +117,7 @@ class Inspector:
 
 @dataclass(frozen=True, slots=True)
 class _Queue:
-    """The answers about one service, at `now`, server ms."""
+    """The figures of one service, at `now`, server ms. `oldest_at` is in server ms, too."""
 
     now: int
     waiting: Mapping[Priority, int]
@@ -159,7 +161,7 @@ class _Queue:
 
 
 def _answers(pipe: redis.client.Pipeline) -> list[object]:
-    """The pipeline's answers; None for a stream or group that is not there yet."""
+    """Returns the pipeline's replies; None if a stream or group does not exist yet. Raises any other error of them."""
     answers: list[object] = pipe.execute(raise_on_error=False)
     for at, answer in enumerate(answers):
         if isinstance(answer, redis.exceptions.ResponseError) and str(answer).startswith(("NOGROUP", "no such key")):
@@ -170,14 +172,14 @@ def _answers(pipe: redis.client.Pipeline) -> list[object]:
 
 
 def _pending(group: object) -> Counter[str]:
-    """How many entries each consumer of the group owns."""
+    """Counts the entries that each consumer of the group owns."""
     summary = cast(dict[str, object], group or {})
     consumers = cast(list[dict[str, object]], summary.get("consumers") or [])
     return Counter({_text(cast(bytes, each["name"])): cast(int, each["pending"]) for each in consumers})
 
 
 def _accepted_at(first: Entries) -> list[int]:
-    """When the entry was accepted, server ms; nothing where it does not say so."""
+    """Returns when the entry was accepted, server ms; empty if there is no entry or it has no valid time."""
     return [int(at) for _, fields in first if (at := (fields or {}).get(b"at", b"")).isdigit() and len(at) <= 16]
 
 

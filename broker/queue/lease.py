@@ -1,9 +1,10 @@
-"""Keeping, losing and giving back what a worker holds.
+"""Leases: how workers extend their hold on entries, lose it and give entries back.
 
-The delivery count of a pending entry is 1 + 2 x attempts + hosts lost, and only `release` and `reclaim` raise it: an
-attempt is a start that did not end, not a delivery. Where nobody can say what was running, because the whole host is
-gone, each job it held takes half an attempt. From one attempt on a job is a suspect: it runs alone, or in a group of
-those it died with, which both scripts note in `trail`. At `max_attempts` it is buried.
+The delivery count of a pending entry is 1 + 2 x attempts + hosts lost, and only `release` and `reclaim` raise it. An
+attempt is a run that did not finish, not a delivery. If a whole host is lost, nobody knows which jobs were running, so
+each job that it held is charged half an attempt. A job with one attempt or more is a suspect: it runs alone, or in a
+group of jobs of the batch that it died with, which both scripts note in `trail`. A job with `max_attempts` becomes a
+dead letter.
 """
 
 from __future__ import annotations
@@ -18,30 +19,32 @@ from millstream.broker.queue import scripts
 from millstream.broker.transport.cluster import owner
 
 LEASE_S = 5.0
+"""Seconds for which a worker counts as alive after its last heartbeat."""
+
 LEASE_MS = round(LEASE_S * 1000)
 
 
 def is_live(beat: float, now: float, lease_ms: int = LEASE_MS) -> bool:
-    """The one rule of who lives: a worker whose last beat is at most one lease from now, in either direction.
+    """Tells if a worker is alive: its last heartbeat is at most one lease from now, in either direction.
 
-    Both are ms of the server's clock. A beat can be ahead: it came after `now` was read, or the clock stepped back
-    since. A step of less than a lease leaves everybody alive until their next beats; after a larger one nobody lives
-    until then. The scripts quote this rule.
+    `beat` and `now` are ms of the server's clock. A heartbeat can be later than `now`, if it came after `now` was read
+    or the clock stepped back since. If the clock steps by less than a lease, all workers stay alive. After a larger
+    step none is alive until its next heartbeat. The scripts follow this rule.
     """
     return abs(now - beat) <= lease_ms
 
 
 SUSPECT_ATTEMPTS = 1.0
-"""Attempts from which on a job runs alone, or in a group of those it died with."""
+"""Attempts that make a job a suspect, which runs alone or in a group of jobs that it died with."""
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """What a beat learned. `now`: server clock, ms. `revision`: of the service, raised by each push of its settings.
+    """The reply to a heartbeat. `now`: server clock, ms. `revision`: rises with each push of the service's settings.
 
-    `lost`: held entries another worker has taken over. `strangers`: entries delivered to this worker that it does not
-    hold: under way to it, or delivered to a connection that was cut. `cancelled`: held entries no longer wanted, each
-    named once.
+    Entries are named 'stream:entry id'. `lost`: held entries that this worker no longer owns. `unknown`: entries
+    delivered to this worker that it does not hold: the reply to its claim is under way, or the connection was cut.
+    `cancelled`: held entries that were cancelled since the last heartbeat.
     """
 
     now: int
@@ -49,12 +52,12 @@ class Beat:
     reclaim_due: bool
     revision: int = 0
     lost: list[str] = field(default_factory=list)
-    strangers: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
 
 
 class Lease:
-    """The lease of one service's workers on the entries they hold, over one client."""
+    """The leases of one service's workers on the entries that they hold, over one client."""
 
     def __init__(self, client: redis.Redis, keys: ServiceKeys, *, lease_s: float = LEASE_S) -> None:
         self._client = client
@@ -62,15 +65,18 @@ class Lease:
         self._lease_ms = round(lease_s * 1000)
 
     def beat(self, consumer: str, status: Mapping[str, str | int], held: Collection[str]) -> Beat:
-        """Say that `consumer` lives, extend what it holds, publish `status`. Once a second a process."""
+        """Sends a heartbeat: extends the lease on all that `consumer` owns, and publishes `status`.
+
+        `held` names the entries that it holds. Each worker process calls this once a second.
+        """
         keys = [*self._keys.streams(), self._keys.workers(), self._keys.worker(consumer)]
         keys += (self._keys.reclaim(), self._keys.cancelled(), self._keys.spec())
         args: list[scripts.Argument] = [GROUP, consumer, self._lease_ms, len(status)]
         for name, value in status.items():
             args += (name, value)
         now, live, due, revision, *entries = scripts.run(self._client, "beat", keys, [*args, *held])
-        lost, strangers, cancelled = ([each.decode() for each in names] for names in entries)
-        return Beat(now, live, bool(due), revision, lost, strangers, cancelled)
+        lost, unknown, cancelled = ([each.decode() for each in names] for names in entries)
+        return Beat(now, live, bool(due), revision, lost, unknown, cancelled)
 
     def release(
         self,
@@ -82,9 +88,10 @@ class Lease:
         gone: bool = False,
         how: str = "ended",
     ) -> int:
-        """Give back what `consumer` holds: all but `keep`, or `only` these; `started` ones with one attempt more.
+        """Gives back the entries of `consumer`: all but `keep`, or `only` these. Returns how many.
 
-        `how` says how the consumer ended, in a line: dead letters tell it of each start. Returns how many.
+        Entries in `started` are charged one attempt. `how` says in one line how the consumer ended, for the history of
+        dead letters. `gone`: the consumer has ended, so it is deleted.
         """
         named = ("but", *keep) if only is None else ("only", *only)
         keys = [*self._keys.streams(), self._keys.workers(), self._keys.worker(consumer), self._keys.trail()]
@@ -93,18 +100,18 @@ class Lease:
         return int(scripts.run(self._client, "release", keys, args))
 
     def reclaim(self) -> int:
-        """Give back what workers of lost hosts held; any process may call it at any time. Returns how many."""
+        """Gives back the entries of workers on lost hosts. Returns how many. Any process may call it at any time."""
         keys = [*self._keys.streams(), self._keys.workers(), self._keys.reclaim(), self._keys.trail()]
         _, returned = scripts.run(self._client, "reclaim", keys, [GROUP, RETURNED, self._lease_ms])
         return int(returned)
 
     def now(self) -> int:
-        """Milliseconds since the epoch, by the server's clock."""
+        """Returns the server's time, ms since the epoch."""
         seconds, micros = owner(self._client, self._keys.workers()).time()
         return int(seconds) * 1000 + int(micros) // 1000
 
     def live_workers(self) -> int:
-        """Counts the workers that live by the rule of `is_live`."""
+        """Counts the live workers, by the rule of `is_live`."""
         now = self.now()
         return int(self._client.zcount(self._keys.workers(), now - self._lease_ms, now + self._lease_ms))
 

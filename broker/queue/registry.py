@@ -1,4 +1,4 @@
-"""Services published in Redis: what makes a URL enough for a worker or a client."""
+"""Services registered in Redis, so that workers and clients need only the server's URL."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from redis.typing import EncodableT, FieldT
 
 from millstream.broker.config.load import ServiceSpec
 from millstream.broker.config.spec import discard
-from millstream.broker.contract.answer import Answer, allowed, answer_field, distance, is_answer, read_answer, written
+from millstream.broker.contract.answer import (
+    Answer,
+    allowed_distance,
+    answer_field,
+    decode_answer,
+    distance,
+    encode_answer,
+    is_answer,
+)
 from millstream.broker.contract.errors import ConfigError, QueueFull, UnknownService, did_you_mean
 from millstream.broker.contract.keys import DEFAULT_PREFIX, ServiceKeys, services_key
 from millstream.broker.queue.admission import limit_fields
@@ -23,18 +31,19 @@ from millstream.broker.transport.cluster import owner
 from millstream.broker.transport.connection import Connection, translated
 
 SPEC_VERSION = 1
+"""Version of the format of a registered service."""
 
 TOKEN = "token"
-"""Field of a service: another text after each loss of the server's data."""
+"""Field of a service with a random text, which changes if the server loses its data."""
 
 Record = Mapping[bytes, bytes]
-"""Every field of a registered service, as the server has it."""
+"""All fields of a registered service, as the server stores them."""
 
 
 class Registered(NamedTuple):
-    """A service on the server. `fingerprint` is "" before a worker has said it, `token` if an older version wrote it.
+    """A service on the server. `fingerprint` is "" until the first worker writes it.
 
-    Another `token` than before says that the server has lost what it had, and all jobs with it.
+    If `token` changes, the server has lost its data, and all jobs. It is "" if an older version wrote the service.
     """
 
     spec: ServiceSpec
@@ -43,7 +52,7 @@ class Registered(NamedTuple):
 
 
 def record_of(spec: ServiceSpec) -> Record:
-    """The record of `spec` as a push writes it."""
+    """Returns the record of `spec` as a push writes it."""
     return {str(name).encode(): _bytes(value) for name, value in _fields(spec).items()}
 
 
@@ -58,13 +67,14 @@ class Registry:
         return ServiceKeys(service, self._prefix)
 
     def push(self, specs: Iterable[ServiceSpec], replace: bool = False) -> list[str]:
-        """Publish `specs`; the names that were new or changed. Raises ConfigError where a differing one stands.
+        """Registers `specs`. Returns the names of those that are new or changed.
 
-        A differing specification is only written with `replace`: two hosts must not run one queue by two plans.
+        Raises ConfigError if one is registered with other settings, unless `replace`: all hosts of a service must run
+        the same settings.
         """
         specs = list(specs)
         with translated(self._connection.safe_url):
-            # All are compared before any is written: a push is refused as a whole.
+            # All are compared before the first is written, so a refused push writes nothing.
             changed = [spec for spec in specs if self._differs(spec, replace)]
             for spec in changed:
                 self._write(spec)
@@ -73,11 +83,11 @@ class Registry:
         return [spec.name for spec in changed]
 
     def claim_fingerprint(self, service: str, fingerprint: str, answer: Answer | None = None) -> None:
-        """Say which weights a worker is about to run. Raises ConfigError where the service's others run different ones.
+        """Registers the weights of a worker. Raises ConfigError if the service's first worker has other weights.
 
-        The first worker of a service decides: vectors of two models in one answer would be worthless. `answer` is what
-        the worker makes of a fixed text; that of the first one is kept, and one that differs by more than devices and
-        libraries do is refused, whatever the fingerprint says.
+        The first worker decides, because vectors of two models in one reply would be useless. `answer` is the worker's
+        answer to a fixed text. That of the first worker is stored; if a later one differs by more than devices and
+        libraries explain, its worker is refused even if the fingerprints are equal.
         """
         standing = self._first(service, "fingerprint", fingerprint)
         if standing != fingerprint:
@@ -88,37 +98,37 @@ class Registry:
             )
         if answer is not None:
             first = self._first_answer(service, fingerprint, answer)
-            if (far := distance(first, answer, fingerprint)) > allowed(fingerprint):
+            if (far := distance(first, answer, fingerprint)) > allowed_distance(fingerprint):
                 raise ConfigError(
-                    f"service {service!r} runs {standing}, and so does this worker, but its answer to a fixed text is "
-                    f"another one than the first worker's: {far:.2g} of its length apart",
+                    f"service {service!r} runs {standing}, and so does this worker, but its answer to a fixed text "
+                    f"differs from the first worker's by {far:.2g} of that answer's length",
                     hint="run the same releases of torch, transformers and sentence-transformers on every host; if the "
                     "first worker was wrong, stop all of them, then run `millstream config push --replace`",
                 )
 
     def _first(self, service: str, field: str, value: str) -> str:
-        """What the first worker of the service wrote to `field`: `value` if there is nothing yet."""
+        """Writes `value` to `field` if it is empty. Returns what the field has then."""
         spec = self.keys(service).spec()
         with translated(self._connection.safe_url):
-            # Looked up first: at maxmemory a worker can read, and start, but not write.
+            # Read first: at maxmemory the server refuses writes, but a worker must be able to start.
             if self._connection.client.hget(spec, field) is None:
                 self._connection.client.hsetnx(spec, field, value)
             return _text(self._connection.client.hget(spec, field) or value)
 
     def _first_answer(self, service: str, fingerprint: str, answer: Answer) -> Answer:
-        """What the first worker of that fingerprint answered: `answer` if there is no room for one yet."""
-        text = written(answer)
-        # A full server must not keep a worker from starting: the next worker, or this one after a push, writes it.
+        """Returns the answer of the first worker with that fingerprint: `answer` if none can be stored yet."""
+        text = encode_answer(answer)
+        # A worker must start although the server is full: the next worker, or this one after a push, writes the answer.
         with suppress(QueueFull):
             text = self._first(service, answer_field(fingerprint), text)
-        return read_answer(text)
+        return decode_answer(text)
 
     def read(self, service: str) -> ServiceSpec:
-        """The specification of `service`. Raises UnknownService, with the nearest name there is."""
+        """Returns the specification of `service`. Raises UnknownService, with the most similar name."""
         return self.describe(service).spec
 
     def describe(self, service: str) -> Registered:
-        """The service as it is registered. Raises UnknownService."""
+        """Returns the service as it is registered. Raises UnknownService, with the most similar name."""
         key = self.keys(service).spec()
         with translated(self._connection.safe_url):
             stored, fingerprint, token = self._connection.client.hmget(key, "spec", "fingerprint", TOKEN)
@@ -127,22 +137,22 @@ class Registry:
         return Registered(ServiceSpec.from_json(_text(stored)), _text(fingerprint or ""), _text(token or ""))
 
     def record(self, service: str) -> Record | None:
-        """The record of `service`; None if the server has none, or not in the list of its services."""
+        """Returns the record of `service`; None if the server does not have it, or its name is not registered."""
         with translated(self._connection.safe_url):
             record = self._connection.client.hgetall(self.keys(service).spec())
         return cast(Record, record) if b"spec" in record and service in self.names() else None
 
     def restore(self, service: str, record: Record) -> bool:
-        """Put back the `record` of a service that the server has lost; False if it is registered meanwhile."""
+        """Writes the `record` of a service that the server has lost. Returns False if it is registered again."""
         keys = self.keys(service)
         with translated(self._connection.safe_url):
             Streams(self._connection.client, keys).create_groups()
             self._connection.client.sadd(services_key(self._prefix), service)
             with owner(self._connection.client, keys.spec()).pipeline() as pipe, suppress(WatchError):
-                # Whoever writes first after the loss decides: it may be a newer push.
+                # The first write after the loss wins: it may be a newer push.
                 pipe.watch(keys.spec())  # type: ignore[no-untyped-call]
                 if pipe.hget(keys.spec(), "spec") is None:
-                    # A revision that no worker has seen, so that each reads the service and says its weights again.
+                    # A revision that no worker has seen, so each reads the service and registers its weights again.
                     now, _ = owner(self._connection.client, keys.spec()).time()
                     fields: dict[FieldT, EncodableT] = {**dict(record.items())}
                     fields |= {TOKEN.encode(): _new_token(), b"revision": 1000 * int(now)}
@@ -153,7 +163,7 @@ class Registry:
         return False
 
     def names(self) -> list[str]:
-        """The registered services, sorted."""
+        """Returns the names of the registered services, sorted."""
         with translated(self._connection.safe_url):
             return sorted(_text(name) for name in self._connection.client.smembers(services_key(self._prefix)))
 
@@ -184,10 +194,10 @@ class Registry:
         return True
 
     def _write(self, spec: ServiceSpec) -> None:
-        """Publish one service. A push that is cut off leaves the old specification; the next one completes it."""
+        """Registers one service. An interrupted push leaves the old specification; pushing again completes it."""
         keys = self.keys(spec.name)
-        # The specification comes last: only from then on does the service count as registered. On a Cluster the set of
-        # names is in another slot, so it cannot be part of the transaction.
+        # The specification is written last: with it the service counts as registered. On a Cluster the set of names is
+        # in another slot, so it cannot be part of the transaction.
         Streams(self._connection.client, keys).create_groups()
         self._connection.client.sadd(services_key(self._prefix), spec.name)
         with owner(self._connection.client, keys.spec()).pipeline() as pipe:
@@ -197,9 +207,9 @@ class Registry:
             pipe.execute()
 
     def _forget_fingerprint(self, keys: ServiceKeys) -> None:
-        """Where no worker runs, the next one may bring other weights."""
+        """Deletes fingerprint and answers if no worker is alive, so that the next one may have other weights."""
         with owner(self._connection.client, keys.spec()).pipeline() as pipe, suppress(WatchError):
-            # A worker whose first beat comes in between keeps its weights.
+            # WATCH: if a worker's first heartbeat comes in between, nothing is deleted.
             pipe.watch(keys.workers(), keys.spec())  # type: ignore[no-untyped-call]
             if not Lease(self._connection.client, keys).live_workers():
                 answers = [field for field in pipe.hgetall(keys.spec()) if is_answer(_text(field))]
@@ -223,14 +233,14 @@ def _bytes(value: object) -> bytes:
 
 
 def _shared(record: object) -> object:
-    """A record without what each host decides for itself: its devices, and how many processes it runs."""
+    """Removes the settings that each host chooses, its devices and number of processes, and returns the record."""
     for path in (("model", "device"), ("model", "devices"), ("runtime", "worker_count")):
         discard(record, path)
     return record
 
 
 def _difference(theirs: object, ours: object, path: str = "") -> str:
-    """The first few settings that differ, as `runtime.batch_size is 32, here 64`."""
+    """Returns the first three settings that differ, as `runtime.batch_size is 32, here 64`; "" if none does."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         names = sorted({*theirs, *ours})
         parts = [_difference(theirs.get(n), ours.get(n), f"{path}.{n}".lstrip(".")) for n in names]
@@ -239,7 +249,7 @@ def _difference(theirs: object, ours: object, path: str = "") -> str:
 
 
 def _record(stored: bytes | str) -> object:
-    """What is registered, as JSON; a text where it is none, which differs from every specification."""
+    """Decodes a registered specification. If it is not JSON, returns a text that differs from every specification."""
     try:
         return json.loads(stored)
     except (ValueError, RecursionError):

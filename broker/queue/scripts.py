@@ -1,4 +1,4 @@
-"""Loads the Lua scripts and runs them by digest. The typed methods live in the module that owns each verb."""
+"""Loads the Lua scripts and runs them by digest. Typed methods are in the modules that use each script."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Argument = str | bytes | int
 T = TypeVar("T")
 
 
-# Read now, not at the first call: reading imports modules, and a process forked while another thread imports one
-# would wait for that import for ever.
+# Read at import, not at the first call: reading imports modules, and a process that is forked while another thread
+# imports one would wait for that import for ever.
 _FOLDER = resources.files("millstream.broker.queue").joinpath("lua")
 _SOURCES: dict[Name, bytes] = {name: _FOLDER.joinpath(f"{name}.lua").read_bytes() for name in get_args(Name)}
 _DIGESTS = {name: hashlib.sha1(source, usedforsecurity=False).hexdigest() for name, source in _SOURCES.items()}
@@ -29,10 +29,14 @@ def source(name: Name) -> bytes:
 
 
 def run(client: redis.Redis, name: Name, keys: Sequence[str], args: Sequence[Argument]) -> Any:
-    """The script's reply as redis-py gives it. Content-addressed, so old and new versions can run side by side."""
+    """Runs a script and returns its reply as redis-py gives it.
+
+    Scripts are addressed by digest, so old and new versions can run side by side. Raises NoScriptError if the script is
+    not loaded and the user may not load it, NoPermissionError, which names the script, if the user may not run it.
+    """
     (reply,) = exchange(client, ("EVALSHA", _DIGESTS[name], len(keys), *keys, *args))
     if isinstance(reply, redis.exceptions.ResponseError):
-        return _again(client, name, reply, lambda: client.evalsha(_DIGESTS[name], len(keys), *keys, *args))
+        return _load_and_retry(client, name, reply, lambda: client.evalsha(_DIGESTS[name], len(keys), *keys, *args))
     if isinstance(reply, Exception):
         raise reply
     return reply
@@ -41,12 +45,14 @@ def run(client: redis.Redis, name: Name, keys: Sequence[str], args: Sequence[Arg
 def run_after(
     client: redis.Redis, command: Sequence[Argument], name: Name, keys: Sequence[str], args: Sequence[Argument]
 ) -> tuple[Any, Any]:
-    """What `command` answers, or its error, and the script's reply: one round trip, however long `command` blocks."""
+    """Runs `command`, which may block, then a script, in one round trip. Returns the reply to `command`, or its error,
+    and the script's reply. Raises as `run` does.
+    """
     first, reply = exchange(client, command, ("EVALSHA", _DIGESTS[name], len(keys), *keys, *args))
     if isinstance(reply, redis.exceptions.NoScriptError):
         return first, run(client, name, keys, args)
     if isinstance(reply, redis.exceptions.ResponseError):
-        raise _told(reply, name)
+        raise _name_script(reply, name)
     if isinstance(reply, Exception):
         raise reply
     return first, reply
@@ -55,15 +61,18 @@ def run_after(
 def run_copied(
     client: redis.Redis, name: Name, keys: Sequence[str], args: Sequence[Argument], within_ms: int
 ) -> tuple[Any, int]:
-    """The script's reply, and how many replicas said within `within_ms` that they have what it wrote.
+    """Runs a script. Returns its reply, and how many replicas confirmed within `within_ms` that they have its writes.
 
-    Those of the connection's last write: a script that writes nothing is told of what was written before it.
+    WAIT counts for the last write of the connection: if the script writes nothing, for an earlier one. Raises as `run`
+    does.
     """
-    return _cached(client, name, lambda: _run_and_wait(client, _DIGESTS[name], [len(keys), *keys, *args], within_ms))
+    return _ensure_loaded(
+        client, name, lambda: _run_and_wait(client, _DIGESTS[name], [len(keys), *keys, *args], within_ms)
+    )
 
 
 def _run_and_wait(client: redis.Redis, digest: str, words: Sequence[Argument], within_ms: int) -> tuple[Any, int]:
-    # One connection: WAIT speaks of the writes of its own.
+    # On one connection: WAIT covers only the writes of its own connection.
     answers = exchange(client, ("EVALSHA", digest, *words), ("WAIT", 1, within_ms))
     for answer in answers:
         if isinstance(answer, Exception):
@@ -72,38 +81,39 @@ def _run_and_wait(client: redis.Redis, digest: str, words: Sequence[Argument], w
     return reply, int(replicas)
 
 
-def _cached(client: redis.Redis, name: Name, call: Callable[[], T]) -> T:
-    """What `call` returns. Raises NoScriptError where the script is not loaded and this user may not load it, and
-    NoPermissionError, which names the script, where it may not run it or what it calls.
-    """
+def _ensure_loaded(client: redis.Redis, name: Name, call: Callable[[], T]) -> T:
+    """Returns what `call` returns, and loads the script if it is missing. Raises as `run` does."""
     try:
         return call()
     except redis.exceptions.ResponseError as error:
-        return _again(client, name, error, call)
+        return _load_and_retry(client, name, error, call)
 
 
-def _again(client: redis.Redis, name: Name, error: redis.exceptions.ResponseError, call: Callable[[], T]) -> T:
-    """What `call` returns once the script is loaded, if that is all that `error` says is missing."""
+def _load_and_retry(client: redis.Redis, name: Name, error: redis.exceptions.ResponseError, call: Callable[[], T]) -> T:
+    """Loads the scripts and returns what `call` returns, if `error` is NoScriptError; raises any other `error`."""
     if not isinstance(error, redis.exceptions.NoScriptError):
-        raise _told(error, name) from None
-    # After SCRIPT FLUSH, a restart or a failover the cache is cold.
+        raise _name_script(error, name) from None
+    # After SCRIPT FLUSH, a restart or a failover the server's script cache is empty.
     _load_all(client, error)
     return call()
 
 
-def _told(error: redis.exceptions.ResponseError, name: Name) -> redis.exceptions.ResponseError:
-    """The error, with the script's name where it is a right that is missing."""
+def _name_script(error: redis.exceptions.ResponseError, name: Name) -> redis.exceptions.ResponseError:
+    """Returns the error, with the script's name added if the user lacks a permission."""
     if isinstance(error, redis.exceptions.NoPermissionError) or any(words in str(error) for words in _REFUSED):
         return redis.exceptions.NoPermissionError(f"{error} (script {name})")
     return error
 
 
 _REFUSED = ("ACL failure in script", "The user executing the script can't")
-"""What a script's error says where its user lacks a right: Valkey, Redis."""
+"""Texts in a script's error if its user lacks a permission: of Valkey, of Redis."""
 
 
 def _load_all(client: redis.Redis, missing: redis.exceptions.NoScriptError) -> None:
-    """Load every script: callers may have no right to, and wait for a worker that has."""
+    """Loads all scripts, because clients may not load them and wait for a worker to do it.
+
+    Raises `missing` if this user may not load scripts.
+    """
     try:
         for each in _SOURCES.values():
             load(client, each)

@@ -1,4 +1,4 @@
-"""The verbs of the job streams: enqueue, claim, settle. One class, each method one script."""
+"""The operations on the job streams: enqueue, claim, settle, cancel, purge. One class; each method runs one script."""
 
 from __future__ import annotations
 
@@ -27,19 +27,26 @@ from millstream.broker.queue.lease import LEASE_MS
 
 MAX_JOBS_PER_CALL = 128
 MAX_BYTES_PER_CALL = 1024 * 1024
+"""Limits of one enqueue: jobs, and about so many bytes of bodies."""
+
 DEAD_LETTERS_KEPT = 10_000
+"""Most dead letters of a service, approximately: older ones are trimmed."""
+
 REPLY_TTL_MS = 300_000
+"""Lifetime of a client's reply stream after its last reply, ms."""
+
 REPLICA_MS = 500
-"""How long a replica may take to confirm jobs: one sender waits meanwhile for all of a process."""
+"""Time for a replica to confirm jobs, ms. It is short because a process's only sender thread waits for it."""
 
 UNREAD_BYTES = 128 * 1024 * 1024
-"""A client that leaves more unread in its reply stream is dead or slow: each further job gets a small error instead."""
+"""Most unread bytes of a client's reply stream. Beyond it the client is slow or dead, and gets small errors instead."""
 
 MAX_REPLY_BYTES = 60 * 1024 * 1024
-"""A larger reply is replaced by an error: a server with `proto-max-bulk-len 64mb` would cut the worker's connection."""
+"""Most bytes of a reply. A larger one is replaced by an error, because a server with `proto-max-bulk-len 64mb` would
+cut the worker's connection."""
 
 MARKS_KEPT_MS = 2 * LEASE_MS
-"""How long the mark of a cancelled job lives: its worker reads it at its next beat, or has lost the job by then."""
+"""Lifetime of a cancelled job's mark, ms. By then its worker has read it with a heartbeat, or has lost the job."""
 
 MOST_UNREAD_DELTAS = 4_000
 """Entries. A reply stream that holds as many gets no deltas: its slow client gets the text with the reply."""
@@ -48,21 +55,21 @@ LOST, DIVERGED = -1, -2
 """Outcomes of `emit`: another worker holds the job, or it is settled; the server holds other records of it."""
 
 LONGEST_MS = 100 * 366 * 86_400_000
-"""A longer time, or an infinite one, is sent as this: no server can keep a key for longer than it can count."""
+"""Longest time that is sent to the server, ms: a longer or infinite one would overflow its expiry of keys."""
 
 Entries = list[tuple[bytes, dict[bytes, bytes]]]
 Delivered = list[tuple[bytes, list[tuple[bytes, list[bytes]]]]]
 
 _XREADGROUP = b"XREADGROUP"
-"""As bytes the library has no callback for it, and does not make a dict of each entry: doubled fields would merge."""
+"""The command as bytes: redis-py has no callback for it, so it does not make a dict of each entry, which would merge
+fields of the same name."""
 
 
 class DetachedCall(NamedTuple):
-    """A detached call that a group of jobs is part of: `jobs` in all.
+    """The detached call that a group of jobs is part of. `jobs` is the number of jobs of the whole call.
 
-    `payload` says in at most about 100 characters what was submitted, in which shape: a call is accepted under its id
-    only with the payload that it was first accepted with. Its results live for `result_ttl_ms` after the last one, or
-    as long as the worker that writes it says.
+    `payload` identifies the call's rows and shape in at most about 100 characters: later groups with the same `id` are
+    refused if their payload differs. Results live for `result_ttl_ms` after the last one; None means the worker's ttl.
     """
 
     id: str
@@ -72,12 +79,11 @@ class DetachedCall(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Jobs of one call and tenant: accepted together or refused together.
+    """Jobs of one call and tenant, which are accepted or refused together.
 
-    `calls` is what the rate limit on requests is charged: 1, or 0 for the later parts of a call. `replicated`: nothing
-    counts as accepted before a replica has it. `refusals` is by how much the count of refused calls rises if the group
-    is refused: `calls`, and 0 when it is sent again. Jobs of a detached `call` that were accepted before are passed
-    over.
+    `calls` is the cost for the rate limit on requests: 1, or 0 for the later groups of a call. `replicated`: the jobs
+    count as accepted once a replica has them. `refusals` is added to the count of refused calls if the group is
+    refused: `calls`, and 0 when it is sent again. Jobs of a detached `call` that were accepted before are skipped.
     """
 
     priority: Priority
@@ -92,7 +98,7 @@ Refusal = Literal["unknown_service", "paused", "queue_full", "rate_limited", "ov
 
 
 class Admission(NamedTuple):
-    """What became of a group. `refused` is empty where it was accepted; `retry_after` in seconds."""
+    """The server's decision on a group. `refused` is the reason, "" if it was accepted; `retry_after` is in seconds."""
 
     refused: Refusal | Literal[""] = ""
     retry_after: float = 0.0
@@ -102,13 +108,15 @@ _ACCEPTED = Admission()
 
 
 class ClaimBudget(NamedTuple):
-    """How much one claim may take. `empty_handed`: the worker holds nothing, so one job may exceed rows and tokens.
+    """The limits of one claim, in `jobs`, `rows` and `tokens`.
 
-    `saved` are the rows that normal and batch jobs may take before more urgent ones. New jobs are taken from the first
-    `streams`, the most urgent ones, and returned jobs from the first `returned`. `held`: jobs in this worker's hand, a
-    part of its share of all that waits; beyond its share it takes `next_rows`, those missing in its next micro-batch.
-    `max_attempts` bounds groups of suspects; `job`: rows and tokens of the job it took last. `large`: a job with more
-    rows or tokens than these that does not fit is reported as if it were a suspect: the worker is to be free for it.
+    `empty_handed`: the worker holds no jobs, so one job may exceed rows and tokens. `saved`: rows that normal and batch
+    jobs may take before more urgent ones. New jobs come from the `streams` most urgent streams, returned jobs from the
+    `returned` most urgent ones. `held`: jobs that this worker holds, which are part of its share of all waiting jobs;
+    beyond its share it claims only until it has `next_rows`, the rows missing in its next batch. `max_attempts` limits
+    the size of groups of suspects. `job`: rows and tokens of the job it claimed last, to estimate how many fit.
+    `large`: a job that does not fit and has more rows or tokens than these is reported like a suspect, so that the
+    worker becomes free for it.
     """
 
     jobs: int
@@ -128,11 +136,12 @@ class ClaimBudget(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """One claim's yield. `now`: server clock, ms. `waiting`: jobs left, new and returned ones, by stream.
+    """The result of one claim. `now`: server clock, ms. `waiting`: new and returned jobs that remain, by stream.
 
-    `suspects`: the most urgent stream, 1 to 3, with suspects or a large job left for a worker that holds nothing; 0 for
-    none. `paused`: nothing is given to anybody for the time being. The first `woken` claims came to a sleeper, even so.
-    `blocked`: the stream, 1 to 3, whose next job had more rows or tokens than there was room left for; 0 for none.
+    `suspects`: the most urgent stream, 1 to 3, that has suspects or a large job for a worker that holds nothing; 0 if
+    none has. `paused`: the service is paused, so the script claimed nothing. The first `woken` claims were delivered to
+    a blocking read, even if the service is paused. `blocked`: the stream, 1 to 3, whose next job has more rows or
+    tokens than the budget has room for; 0 if none has.
     """
 
     now: int
@@ -145,7 +154,7 @@ class Claimed:
 
 
 class Settlement(NamedTuple):
-    """One job's end: its encoded reply, and for a job that cannot succeed the reason to bury it."""
+    """The outcome of one job: its encoded reply, and in `bury` the reason if it is to become a dead letter."""
 
     address: Address
     reply: bytes
@@ -167,17 +176,18 @@ class Emission(NamedTuple):
 
 
 class Submitted(NamedTuple):
-    """What is known of a detached call: the `payload` it was accepted with, and how many jobs are `answered`."""
+    """The state of a detached call: its `payload`, and the number of jobs that are `answered`."""
 
     payload: str
     answered: int
 
 
 CALL_FIELDS = 4
-"""Fields of a detached call's hash that are no job's."""
+"""Number of fields of a detached call's hash that are not jobs."""
 
 Settled = Literal["answered", "unread", "late", "unwritable"]
-"""`unread`: its client reads too slowly, and got an error in place of the reply."""
+"""Outcome of settling a job. `unread`: the client has too many unread replies, and got an error instead of this one.
+`late`: the job was settled before. `unwritable`: the reply could not be written, and the job became a dead letter."""
 _SETTLED: dict[int, Settled] = {1: "answered", 2: "unread", 0: "late", -1: "unwritable"}
 
 CancelOutcome = Literal["waiting", "running", "gone"]
@@ -186,15 +196,15 @@ _CANCELLED = encode_reply(Reply(error=Cancelled("cancelled by its caller before 
 _UNREAD = encode_reply(
     Reply(
         error=ReaderTooSlow(
-            f"the answer was dropped: {UNREAD_BYTES >> 20} MiB of answers wait unread by this client",
-            hint="keep its process and its event loop from blocking, or have fewer and smaller calls under way",
+            f"the reply was dropped: this client has {UNREAD_BYTES >> 20} MiB of unread replies",
+            hint="do not block its process or its event loop, or make fewer and smaller calls at a time",
         )
     )
 )
 _TOO_LARGE = encode_reply(
     Reply(
         error=ReplyTooLarge(
-            f"the answer has more than {MAX_REPLY_BYTES >> 20} MiB",
+            f"the reply has more than {MAX_REPLY_BYTES >> 20} MiB",
             hint="lower batch_size, or ask for fewer rows, fewer dimensions or encoding=float16",
         )
     )
@@ -215,7 +225,7 @@ class Streams:
     ) -> None:
         self._client = client
         self._keys = keys
-        # What every job needs, made once.
+        # Every call needs these names: they are made once.
         self._streams = keys.streams()
         self._bucket, self._seen = keys.bucket(), keys.seen("")
         self._enqueue_keys = [keys.spec(), *self._streams, self._bucket, keys.paused(), keys.refused()]
@@ -225,12 +235,12 @@ class Streams:
         self._unread_bytes = unread_bytes
 
     def create_groups(self) -> None:
-        """Make streams and group where they are missing, from the first entry on: a queued job is never skipped."""
+        """Creates streams and groups that are missing. A group starts at the first entry, so it skips no job."""
         for stream in self._streams:
             try:
                 self._client.xgroup_create(stream, GROUP, id="0", mkstream=True)
             except redis.exceptions.ResponseError as error:
-                # At maxmemory the server refuses before it looks: a worker may start where the group is there.
+                # At maxmemory the server refuses the command even if the group exists. Then a worker may start.
                 if "BUSYGROUP" not in str(error) and not self._has_group(stream):
                     raise
 
@@ -241,10 +251,10 @@ class Streams:
             return False
 
     def enqueue(self, groups: Sequence[Group]) -> list[Admission]:
-        """Accept each group or refuse it whole; sending the same jobs again changes nothing.
+        """Accepts or refuses each group as a whole. Sending the same jobs again changes nothing.
 
-        At most MAX_JOBS_PER_CALL jobs and about MAX_BYTES_PER_CALL in one call. Raises BrokerUnavailable where a group
-        is to be replicated and no replica had it in time: it may run all the same, and is to be sent again.
+        One call takes at most MAX_JOBS_PER_CALL jobs and about MAX_BYTES_PER_CALL bytes. Raises BrokerUnavailable if a
+        group is to be replicated and no replica confirmed it in time: the caller must send it again, but it may run.
         """
         keys, seen, args = self._enqueue_keys.copy(), self._seen, list[scripts.Argument]((len(groups),))
         now = time.monotonic()
@@ -275,19 +285,19 @@ class Streams:
         return admissions
 
     def claim(self, consumer: str, limit: ClaimBudget) -> Claimed:
-        """Take what waits, within `limit`, at once. A malformed entry comes as a claim that says so."""
+        """Claims waiting jobs within `limit`, without blocking. A malformed entry becomes a claim without a job."""
         return _claimed([], scripts.run(self._client, "claim", *self._claim_words(consumer, limit)))
 
     def wait(self, consumer: str, wait_s: float, limit: ClaimBudget) -> Claimed:
-        """Sleep until a new job comes and take it, with what else waits within `limit`; for `wait_s` at most.
+        """Blocks until a new job comes, at most `wait_s` seconds, and claims it and further jobs within `limit`.
 
-        Of those who sleep one wakes for each job. Its job comes first, also where the service is paused.
+        Each new job wakes one of the waiting workers. That job is the first claim, even if the service is paused.
         """
         block_ms = max(1, round(wait_s * 1000))
         command: list[scripts.Argument] = [_XREADGROUP, "GROUP", GROUP, consumer, "COUNT", 1, "BLOCK", block_ms]
         command += ["STREAMS", *self._streams, ">", ">", ">"]
         woken, rest = scripts.run_after(self._client, command, "claim", *self._claim_words(consumer, limit))
-        # A stream went while we slept: Redis 7.0's own word for it. The next claim says what is the matter.
+        # UNBLOCKED is the error of Redis 7.0 if a stream is deleted meanwhile. The next claim raises the reason.
         if isinstance(woken, Exception) and "UNBLOCKED" not in str(woken):
             raise woken
         delivered = [] if isinstance(woken, Exception) else cast(Delivered, woken or [])
@@ -299,28 +309,29 @@ class Streams:
         return _claimed(claims, rest)
 
     def _claim_words(self, consumer: str, limit: ClaimBudget) -> tuple[list[str], list[scripts.Argument]]:
-        """Keys and arguments of the claim script."""
+        """Returns the keys and arguments of the claim script."""
         args: list[scripts.Argument] = [GROUP, consumer, RETURNED, limit.jobs, limit.rows, limit.tokens]
         args += (max(1, limit.live_workers), limit.held, limit.next_rows, int(limit.empty_handed))
         args += (limit.streams, limit.returned, *limit.saved, limit.max_attempts, LEASE_MS, *limit.job, *limit.large)
         return self._claim_keys, args
 
     def settle(self, settlements: Sequence[Settlement]) -> list[Settled]:
-        """Write each job's reply and retire its entry, in one step and once: a late twin is dropped."""
+        """Writes each job's reply and deletes its entry, atomically and once: a second settlement changes nothing."""
         keys, jobs = self._settle_keys.copy(), list[str]()
-        # Most answers of a call go the same way, to one client.
-        ways: dict[tuple[str, str, int, bool], int] = {}
+        # Most replies have the same destination: the stream of one client.
+        destinations: dict[tuple[str, str, int, bool], int] = {}
         words: list[scripts.Argument] = []
         for address, reply, bury in settlements:
-            way = ways.setdefault((*self._destination(address), address.streams), len(ways) + 1)
+            way = (*self._destination(address), address.streams)
+            destination = destinations.setdefault(way, len(destinations) + 1)
             jobs.append(self._seen + address.job_id)
             if address.streams:
                 jobs.append(self._keys.partial(address.job_id))
             if len(reply) > MAX_REPLY_BYTES:
                 reply = _TOO_LARGE
-            words += (address.name, way, address.job_id, reply, bury)
-        args: list[scripts.Argument] = [GROUP, DEAD_LETTERS_KEPT, self._unread_bytes, _UNREAD, len(ways)]
-        for kind, key, ttl, streams in ways:
+            words += (address.name, destination, address.job_id, reply, bury)
+        args: list[scripts.Argument] = [GROUP, DEAD_LETTERS_KEPT, self._unread_bytes, _UNREAD, len(destinations)]
+        for kind, key, ttl, streams in destinations:
             keys.append(key)
             args += (kind, ttl, int(streams))
         keys += jobs
@@ -328,7 +339,7 @@ class Streams:
         return [_SETTLED[outcome] for outcome in scripts.run(self._client, "settle", keys, args)]
 
     def emit(self, consumer: str, emissions: Sequence[Emission]) -> list[int]:
-        """Append records of jobs that `consumer` runs, and show their text to the callers. At most MAX_JOBS_PER_CALL.
+        """Appends records of jobs that `consumer` runs, and shows their text to their clients. At most MAX_JOBS_PER_CALL.
 
         Returns the bytes of records that the server has for each job: `before` and the new ones, or fewer if it has
         lost some, and then nothing was appended; or LOST or DIVERGED. Sending the same again changes nothing.
@@ -343,30 +354,30 @@ class Streams:
         return cast(list[int], scripts.run(self._client, "emit", keys, args))
 
     def partials(self, job_ids: Sequence[str]) -> list[bytes]:
-        """The records of each job so far, encoded; empty if there are none."""
+        """Returns the encoded records of each job so far; empty bytes if there are none."""
         found = cast(list[bytes | None], self._client.mget([self._keys.partial(job_id) for job_id in job_ids]))
         return [records or b"" for records in found]
 
     def cancel(self, job_ids: Sequence[str], client: str, call: str = "") -> list[CancelOutcome]:
-        """Stop jobs of `client`, or of the detached `call`, each by its id: "waiting" ones are gone, "running" ones end
-        at their worker's next beat, "gone" ones are settled or never were.
+        """Cancels jobs of `client`, or of the detached `call`. Returns each job's state before the call.
 
-        A detached job that waited has Cancelled as its result. A client is told by this outcome alone: it waits for no
-        reply to what it cancels.
+        A "waiting" job is deleted, a "running" one ends at its worker's next heartbeat, a "gone" one is settled or
+        never existed. The result of a detached job that waited is Cancelled. Clients get no reply: they have this
+        outcome.
         """
         keys = [*self._streams, self._keys.cancelled(), self._keys.trail()]
         args: list[scripts.Argument] = [GROUP, RETURNED, MARKS_KEPT_MS]
         result = b"" if client else _CANCELLED
         for job_id in job_ids:
             kind, key, ttl = self._destination(Address("", job_id, client, call))
-            # Every job names a key of its service, also if nothing is written there.
+            # The script takes a key for each job, even if it writes nothing there.
             keys += (self._keys.seen(job_id), key, self._keys.partial(job_id))
             args += (job_id, "none" if client else kind, ttl, result)
         return [_CANCEL_OUTCOMES[outcome] for outcome in scripts.run(self._client, "cancel", keys, args)]
 
     def purge(self) -> int:
-        """Take every job off the queue that waits now, each answered as Cancelled; how many. Running ones go on."""
-        # Up to the newest entries there are: jobs that keep coming must not make it endless.
+        """Deletes all jobs that wait now, and answers each with Cancelled. Returns how many. Running jobs go on."""
+        # Only up to the current newest entry: otherwise a steady flow of new jobs would make it endless.
         ends = [cast(Entries, self._client.xrevrange(stream, count=1)) for stream in self._streams]
         return sum([self._purge(each, end[0][0]) for each, end in zip(PRIORITIES, ends, strict=True) if end])
 
@@ -386,20 +397,21 @@ class Streams:
         return purged
 
     def submitted(self, call: str) -> Submitted | None:
-        """What is known of a detached call; None if its results have expired, or there never was such a call."""
+        """Returns the state of a detached call; None if its results have expired or it never existed."""
         pipe = self._client.pipeline(transaction=False)
         pipe.hmget(self._keys.call(call), ["payload", "left"])
         pipe.hlen(self._keys.call(call))
-        (payload, left), fields = pipe.execute()
-        return Submitted(payload.decode(), fields - CALL_FIELDS - int(left)) if payload and left else None
+        (payload, unanswered), fields = pipe.execute()
+        return Submitted(payload.decode(), fields - CALL_FIELDS - int(unanswered)) if payload and unanswered else None
 
     def results(self, call: str, job_ids: Sequence[str]) -> list[bytes | None]:
-        """The encoded replies of jobs of a detached call, None for those that are not answered."""
+        """Returns the encoded replies to jobs of a detached call, None for each job that is not answered."""
         found = cast(list[bytes | None], self._client.hmget(self._keys.call(call), list(job_ids)))
         return [reply or None for reply in found]
 
     def _destination(self, address: Address) -> tuple[str, str, int]:
-        # Built from ids that were checked: a key taken from the entry would make the worker write anywhere.
+        """Returns the kind and key that a job's reply is written to, and its ttl, ms."""
+        # Built from validated ids: if entries named keys, a client could make the worker write to any key.
         if not address.job_id:
             return "none", self._keys.dead(), 0
         if address.client:
@@ -445,10 +457,10 @@ def _claim(
 
 
 def _claimed(woken: list[Claim], answer: Any) -> Claimed:
-    now, waiting, suspects, paused, blocked, *taken = answer
+    now, waiting, suspects, paused, blocked, *rows = answer
     claims = [
-        _claim(stream, entry, fields, (deliveries - 1) / 2, by_share=bool(by_share), given_back=bool(given_back))
-        for stream, entry, deliveries, fields, by_share, given_back in taken
+        _claim(stream, entry, fields, (deliveries - 1) / 2, by_share=bool(by_share), given_back=bool(returned))
+        for stream, entry, deliveries, fields, by_share, returned in rows
     ]
     return Claimed(now, tuple(waiting), suspects, bool(paused), blocked, woken + claims, len(woken))
 

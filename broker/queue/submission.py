@@ -1,4 +1,4 @@
-"""Jobs on their way to being accepted: what a submission is, who hears of it, and how a job is drafted."""
+"""Submissions: jobs to be accepted together, the sink for their outcome, and the function that drafts a job."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from millstream.broker.queue.streams import Group
 
 
 class Sink(Protocol):
-    """Hears what became of jobs. Called from the threads that send and read: must be quick."""
+    """Receives the outcomes of jobs. The threads that send and read call it, so it must not block."""
 
     def answered(self, job_id: str, reply: bytes) -> None: ...
 
@@ -30,7 +30,10 @@ def draft_job(
     queue_by: float | None = None,
     tenant: str = "",
 ) -> Draft:
-    """The job that carries `inputs`, one a row. Raises TypeError or ValueError for what JSON cannot carry."""
+    """Returns a job with one row for each of `inputs`. Raises TypeError or ValueError if JSON cannot represent one.
+
+    `deadline` and `queue_by` are monotonic seconds.
+    """
     body = encode_inputs(inputs, options)
     return Draft(job_id, op, len(inputs), tokens, body, client, deadline, queue_by, tenant)
 
@@ -38,8 +41,8 @@ def draft_job(
 class Submission(NamedTuple):
     """Jobs to be accepted together.
 
-    Refusals are waited out until `until`, monotonic seconds: None for ever, 0.0 not at all. `tenant` is set if the rate
-    limit counts tenants apart. `accepted` is called once the server has the jobs.
+    Refused jobs are sent again until `until`, monotonic seconds: None means for ever, 0.0 never. `tenant` is set if
+    each tenant has its own rate limit. `accepted` is called once the server has the jobs.
     """
 
     service: str
@@ -59,6 +62,6 @@ class Submission(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of the bodies."""
+        """Bytes of all bodies."""
         drafts = self.group.drafts
         return len(drafts[0].body) if len(drafts) == 1 else sum([len(draft.body) for draft in drafts])

@@ -1,4 +1,4 @@
-"""Sending jobs until they are accepted: the one retry loop of clients, detached calls and requeued dead letters."""
+"""Sends jobs until they are accepted: the retry loop of clients, detached calls and requeued dead letters."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from millstream.broker.queue.submission import Submission
 from millstream.broker.transport.error_map import is_transient, translated
 
 AWAY_PAUSE_S = 0.1
-"""Seconds between two tries while the server is away."""
+"""Seconds between two attempts while the server is unreachable."""
 
 Refuse = Callable[[Submission, MillstreamError], None]
 
 
 class Submitter:
-    """Sends submissions, and keeps those that were refused until they may be sent again. For one thread.
+    """Sends submissions, and stores refused ones until they may be sent again. For one thread.
 
-    `refuse` is told of each submission that will not be sent again, in the thread that sends. `where` names the server.
+    `refuse` is called with each submission that will not be sent again, in the thread that sends. `where` is the
+    server's URL in errors.
     """
 
     def __init__(self, streams: Callable[[str], Streams], where: str, refuse: Refuse) -> None:
@@ -35,35 +36,35 @@ class Submitter:
 
     @property
     def next_at(self) -> float | None:
-        """When `retry` has something to do, monotonic seconds; None if nothing waits."""
+        """Time of the next `retry`, monotonic seconds; None if nothing waits."""
         return self._backlog.next_at
 
     def refusal_of(self, job_id: str) -> MillstreamError | None:
-        """Why a job waits to be sent again; None if it does not. From any thread."""
+        """Returns why a job waits to be sent again; None if it does not. From any thread."""
         return self._backlog.refusal_of(job_id)
 
     def withdraw(self, job_ids: Sequence[str]) -> set[str]:
-        """Do not send these jobs any more; those that waited to be sent again."""
+        """Stops sending these jobs again, and returns those of them that waited."""
         return self._backlog.withdraw(job_ids)
 
     def close(self, error: Callable[[], MillstreamError]) -> None:
-        """Send nothing any more: refuse what waits."""
+        """Refuses all submissions that wait, each with an error that `error` makes."""
         for submission in self._backlog.drain():
             self._refuse(submission, error())
 
     def submit(self, batch: Sequence[Submission]) -> None:
-        """Send submissions of one service, but those that must wait behind earlier ones."""
+        """Sends submissions of one service, except those that must wait behind earlier ones."""
         if self._backlog.next_at is not None:
             batch = [each for each in batch if not self._waits(each)]
         if batch:
             self._send(batch)
 
     def retry(self) -> None:
-        """Send what may be sent again now, in one script call."""
+        """Sends the submissions that may be sent again now, in one script call, and refuses expired ones."""
         if not self._backlog:
             return
         now = time.monotonic()
-        for submission, why in self._backlog.expired(now):
+        for submission, why in self._backlog.take_expired(now):
             self._refuse(submission, why())
         if batch := self._backlog.take(now):
             self._send(batch)
@@ -78,8 +79,8 @@ class Submitter:
         try:
             with translated(self._where):
                 admissions = self._streams(batch[0].service).enqueue([submission.group for submission in batch])
-        except Exception as error:  # noqa: BLE001 - every caller hears of it; the next ones are served
-            self._failed(batch, error)
+        except Exception as error:  # noqa: BLE001 - each caller gets the error, and the thread serves later calls
+            self._handle_failure(batch, error)
             return
         refused: list[tuple[Submission, Admission]] = []
         waits = bool(self._backlog)
@@ -88,14 +89,14 @@ class Submitter:
                 refused.append((submission, admission))
                 continue
             if waits:
-                self._backlog.accepted(submission)
+                self._backlog.note_accepted(submission)
             if submission.accepted:
                 submission.accepted()
         if refused:
-            self._turned_away(refused)
+            self._handle_refusals(refused)
 
-    def _turned_away(self, refused: Sequence[tuple[Submission, Admission]]) -> None:
-        """Put back what may be accepted later; the first refusal of a line holds for those behind it."""
+    def _handle_refusals(self, refused: Sequence[tuple[Submission, Admission]]) -> None:
+        """Puts back what may be accepted later. The first refusal of a line applies to all submissions behind it."""
         first: dict[tuple[Priority, str], Admission] = {}
         lines: dict[tuple[Priority, str], list[Submission]] = {}
         for submission, admission in refused:
@@ -109,18 +110,18 @@ class Submitter:
         for line, submissions in lines.items():
             admission = first[line]
             why = partial(_refusal, submissions[0].service, admission)
-            self._again(submissions, why, admission.retry_after, whole_queue=admission.refused != "rate_limited")
+            self._send_later(submissions, why, admission.retry_after, whole_queue=admission.refused != "rate_limited")
 
-    def _failed(self, batch: Sequence[Submission], error: Exception) -> None:
+    def _handle_failure(self, batch: Sequence[Submission], error: Exception) -> None:
         ours = _ours(error)
         pause = ours.retry_after or (AWAY_PAUSE_S if is_transient(error) else None)
         lines: dict[tuple[Priority, str], list[Submission]] = {}
         for submission in batch:
             lines.setdefault((submission.group.priority, submission.tenant), []).append(submission)
         for submissions in lines.values():
-            self._again(submissions, partial(copy.copy, ours), pause, whole_queue=True, counted=False)
+            self._send_later(submissions, partial(copy.copy, ours), pause, whole_queue=True, counted=False)
 
-    def _again(
+    def _send_later(
         self,
         submissions: Sequence[Submission],
         why: Why,
@@ -129,30 +130,30 @@ class Submitter:
         whole_queue: bool,
         counted: bool = True,
     ) -> None:
-        """Send again after `pause` seconds, or tell the sink if there is no time or, without a `pause`, no hope."""
+        """Puts submissions back for `pause` seconds. Refuses those whose `until` is earlier; all if `pause` is None."""
         at = time.monotonic() + (pause or 0.0)
-        hopeless = [each for each in submissions if pause is None or (each.until is not None and at >= each.until)]
-        patient = [each for each in submissions if each not in hopeless] if hopeless else submissions
-        if patient:
-            self._backlog.put_back(patient, why, at, whole_queue=whole_queue, counted=counted)
-        for submission in hopeless:
+        final = [each for each in submissions if pause is None or (each.until is not None and at >= each.until)]
+        retried = [each for each in submissions if each not in final] if final else submissions
+        if retried:
+            self._backlog.put_back(retried, why, at, whole_queue=whole_queue, counted=counted)
+        for submission in final:
             self._refuse(submission, why())
 
 
 class _Verdict:
-    """What became of one submission. Is its sink."""
+    """The sink of one submission: stores its error."""
 
     error: MillstreamError | None = None
 
     def answered(self, job_id: str, reply: bytes) -> None:
-        """Nobody here reads replies."""
+        """Does nothing: nobody reads replies here."""
 
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
         self.error = error
 
 
 def deliver(streams: Streams, where: str, service: str, group: Group, wait_s: float = 0.0) -> None:
-    """Blocks until the server has accepted `group`; waits for at most `wait_s` seconds for room, or for the server.
+    """Blocks until the server has accepted `group`: for at most `wait_s` seconds while it refuses or is unreachable.
 
     Raises QueueFull, RateLimited, ServicePaused, UnknownService, InvalidRequest, BrokerUnavailable.
     """
@@ -171,7 +172,7 @@ def _refusal(service: str, admission: Admission) -> MillstreamError:
 
 
 def _ours(error: Exception) -> MillstreamError:
-    """An error without its traceback, which would keep the batch alive while it waits."""
+    """Returns the error without its traceback, which would keep the batch alive while it waits."""
     if isinstance(error, MillstreamError):
         return copy.copy(error)
     return BrokerUnavailable(f"enqueue failed: {type(error).__name__}: {error}")

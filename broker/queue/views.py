@@ -1,4 +1,4 @@
-"""What the inspector saw of a service and its workers, and what follows from it."""
+"""The inspector's figures of services and workers, and the ratios computed from them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from millstream.broker.queue.pause import Pause
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
-    """What a live worker process said at its last beat; the counts are since it was ready, `age_ms` before that beat.
+    """The status of a live worker process at its last heartbeat. Counts start when it is ready, `age_ms` before that.
 
-    `running` jobs are in the forward under way, for `running_ms`. `past` says how the process before it in its place
-    ended; empty where there was none. `batch_tokens` is the most padded tokens of a forward, 0 where it does not say;
-    `text_tokens` is the most tokens of a text, 0 if there is no limit or it does not say;
-    `threads` is how many its forwards run on, 0 if that is not on the CPU;
-    `cuts` has the forwards by what ended their batch: rows, tokens, time, padding, arrival.
+    `running` is the number of jobs in the current forward, which started `running_ms` ago. `past` says how the process
+    that this one replaced ended, "" if there was none. `batch_tokens` is the limit of padded tokens of a forward, 0 if
+    unknown. `text_tokens` is the limit of tokens of a text, 0 if there is none or it is unknown. `threads` is the
+    number of CPU threads of a forward, 0 if it does not run on the CPU. `cuts` counts forwards by what ended their
+    batch: rows, tokens, time, padding, arrival.
     """
 
     consumer: str
@@ -47,28 +47,27 @@ class WorkerView:
 
     @property
     def rows_per_s(self) -> float | None:
-        """Rows a second over its life; None before it has one."""
+        """Rows per second since it was ready; None if `age_ms` is 0."""
         return self.rows * 1000 / self.age_ms if self.age_ms else None
 
     @property
     def busy(self) -> float | None:
-        """The share of its life, 0 to 1, in which a forward ran; None before it has one."""
+        """Share of the time since it was ready in which a forward ran, 0 to 1; None if `age_ms` is 0."""
         return min(1.0, self.busy_ms / self.age_ms) if self.age_ms else None
 
     @property
     def padding(self) -> float | None:
-        """As ServiceView.padding."""
+        """Padded tokens for each token of the inputs: 1.0 means no padding; None before the first forward."""
         return self.padded / self.tokens if self.tokens else None
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceView:
-    """One service at one moment.
+    """The state of one service.
 
-    Every unsettled job counts once: `waiting` for its first claim, `held` by a live or lost worker (by consumer), or
-    `returned` from a dead one and waiting again. `oldest_ms` is the age of the oldest of them, by the server's clock.
-    While it is `paused` its workers claim nothing. `refused` counts, by reason, the calls that were turned away at
-    first; it starts anew after a day without any.
+    Each unsettled job counts once: `waiting` for its first claim, by priority; `held` by a live or lost worker, by
+    consumer; or `returned`, waiting again after a worker gave it back. `oldest_ms` is the age of the oldest of them, by
+    the server's clock. `refused` counts refused calls by reason; it restarts after a day without one.
     """
 
     name: str
@@ -83,27 +82,27 @@ class ServiceView:
 
     @property
     def in_flight(self) -> int:
-        """Jobs claimed and not settled."""
+        """Number of jobs that are claimed and not settled."""
         return sum(self.held.values())
 
     @property
     def depth(self) -> int:
-        """Jobs nobody holds."""
+        """Number of jobs that no worker holds."""
         return sum(self.waiting.values()) + self.returned
 
     @property
     def forwards(self) -> int:
-        """Batches over the lives of the live workers."""
+        """Number of forwards of the live workers."""
         return sum(worker.forwards for worker in self.workers)
 
     @property
     def rows_per_forward(self) -> float | None:
-        """The mean batch, over the lives of the live workers; None before their first."""
+        """Mean rows of the live workers' forwards; None before the first."""
         return sum(worker.rows for worker in self.workers) / self.forwards if self.forwards else None
 
     @property
     def cuts(self) -> Mapping[str, int]:
-        """The batches of the live workers by what ended them, as WorkerView.cuts."""
+        """Forwards of the live workers by what ended their batch, as in WorkerView.cuts."""
         total: Counter[str] = Counter()
         for worker in self.workers:
             total.update(worker.cuts)
@@ -111,6 +110,6 @@ class ServiceView:
 
     @property
     def padding(self) -> float | None:
-        """Tokens computed for each token that was asked for: 1.0 pads nothing; None before the first forward."""
+        """Padded tokens for each token of the inputs: 1.0 means no padding; None before the first forward."""
         tokens = sum(worker.tokens for worker in self.workers)
         return sum(worker.padded for worker in self.workers) / tokens if tokens else None

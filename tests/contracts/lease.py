@@ -49,8 +49,8 @@ class BeatContract:
         known, stranger = queue.hold("w1", draft(), draft())
         queue.hold("w2", draft())
 
-        assert queue.lease.beat("w1", {}, names([known])).strangers == names([stranger])
-        assert queue.lease.beat("w1", {}, names([known, stranger])).strangers == []
+        assert queue.lease.beat("w1", {}, names([known])).unknown == names([stranger])
+        assert queue.lease.beat("w1", {}, names([known, stranger])).unknown == []
 
     def test_however_many_entries_are_held_none_is_called_lost(self, queue: Queue) -> None:
         queue.open(max_queue_size=10_000)

@@ -14,7 +14,7 @@ from e2e.supervisors import lone_worker, said, supervising
 from support import eventually
 
 from millstream.broker.config.load import ModelSpec, ServiceSpec
-from millstream.broker.contract.answer import answer_field, read_answer, written
+from millstream.broker.contract.answer import answer_field, decode_answer, encode_answer
 from millstream.broker.queue.registry import Registry
 from millstream.worker.supervision.child_args import EXIT_PERMANENT
 from millstream.worker.supervision.supervisor import Plan
@@ -143,17 +143,17 @@ def test_a_worker_of_the_same_fingerprint_with_another_answer_is_refused(opened:
         field = answer_field(fingerprint.decode())
         stored = site.connection.client.hget(site.keys.spec(), field)
         assert isinstance(stored, bytes)
-        answer = read_answer(stored.decode())
+        answer = decode_answer(stored.decode())
         drifted = {place: number * 1.0005 for place, number in answer.items()}
-        site.connection.client.hset(site.keys.spec(), field, written(drifted))
+        site.connection.client.hset(site.keys.spec(), field, encode_answer(drifted))
         with supervising(site.url, Plan(site.spec, 1)):
             site.await_workers(2)
         turned = {place: -number for place, number in answer.items()}
-        site.connection.client.hset(site.keys.spec(), field, written(turned))
+        site.connection.client.hset(site.keys.spec(), field, encode_answer(turned))
         status, reason = lone_worker(site)
 
     assert status == EXIT_PERMANENT
-    assert "its answer to a fixed text is another one than the first worker's: 2 of its length apart" in reason
+    assert "its answer to a fixed text differs from the first worker's by 2 of that answer's length" in reason
 
 
 @pytest.mark.parametrize("damage", ["a pointer", "a lost tensor"])

@@ -11,7 +11,7 @@ from contracts.queue import CALLER, Queue, draft
 from support import eventually
 
 from millstream.broker.contract.keys import ServiceKeys
-from millstream.broker.queue.replies import KEPT, KEPT_BYTES, READ_COUNT, Replies
+from millstream.broker.queue.replies import DELETE_BYTES, DELETE_COUNT, READ_COUNT, Replies
 from millstream.broker.transport.connection import Connection, is_transient
 from millstream.broker.transport.exchange import Words, exchange
 
@@ -61,7 +61,7 @@ def test_replies_come_in_order_with_their_job_and_bytes(queue: Queue, replies: R
 
 
 def test_many_replies_are_deleted_with_the_next_read(queue: Queue, replies: Replies) -> None:
-    first = answer(queue, KEPT)
+    first = answer(queue, DELETE_COUNT)
     assert [job_id for job_id, _ in replies.read(LONG_S)] == first
     second = answer(queue, 2)
 
@@ -71,7 +71,7 @@ def test_many_replies_are_deleted_with_the_next_read(queue: Queue, replies: Repl
 
 def test_a_large_reply_is_deleted_with_the_next_read(queue: Queue, replies: Replies) -> None:
     queue.put(draft())
-    queue.settle(queue.claim().claims, b"x" * KEPT_BYTES)
+    queue.settle(queue.claim().claims, b"x" * DELETE_BYTES)
     assert len(replies.read(LONG_S)) == 1
 
     assert replies.read(0.01) == []
@@ -79,10 +79,10 @@ def test_a_large_reply_is_deleted_with_the_next_read(queue: Queue, replies: Repl
 
 
 def test_few_replies_stay_until_nothing_more_comes(queue: Queue, replies: Replies) -> None:
-    read = [answer(queue, 1) + [job_id for job_id, _ in replies.read(LONG_S)] for _ in range(KEPT - 1)]
+    read = [answer(queue, 1) + [job_id for job_id, _ in replies.read(LONG_S)] for _ in range(DELETE_COUNT - 1)]
 
     assert all(answered == got for answered, got in read)
-    assert len(queue.replies()) == KEPT - 1
+    assert len(queue.replies()) == DELETE_COUNT - 1
     assert replies.read(0.01) == []
     assert replies.read(0.01) == []
     assert queue.replies() == []

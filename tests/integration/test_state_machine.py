@@ -36,7 +36,7 @@ from millstream.broker.contract.job import PRIORITIES, Address, Claim, Draft, Pr
 from millstream.broker.contract.keys import GROUP, ServiceKeys
 from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.pause import Pause, find_pause, pause, resume
-from millstream.broker.queue.replies import KEPT, Replies
+from millstream.broker.queue.replies import DELETE_COUNT, Replies
 from millstream.broker.queue.streams import ClaimBudget, Group, Settlement
 from millstream.broker.transport.connection import Connection
 
@@ -98,7 +98,7 @@ COUNTED = (
     "woken in a pause and handed back",
     "beat: extended",
     "beat: lost",
-    "beat: strangers",
+    "beat: unknown",
     "beat: cancelled",
     "settled by its holder",
     "settled by one who lost it",
@@ -225,7 +225,7 @@ class QueueMachine(RuleBasedStateMachine):
             self.readers[client] = Replies(self.queue.client, self.keys, client)
             self.count("read again after a doubt", times=seen.read > seen.deleted)
             seen.read, seen.from_start = seen.deleted, False
-        elif seen.from_start or seen.read - seen.deleted >= KEPT:
+        elif seen.from_start or seen.read - seen.deleted >= DELETE_COUNT:
             seen.deleted = seen.read
         unread = self.model.replies.get(client, [])[seen.read :]
 
@@ -301,15 +301,15 @@ class QueueMachine(RuleBasedStateMachine):
         beat = self.lease.beat(consumer, {"state": "ready"}, [entry.name for entry in hands])
 
         model.beating.add(consumer)
-        lost, strangers = model.lost(consumer), model.strangers(consumer)
+        lost, unknown = model.lost(consumer), model.unknown(consumer)
         # A beat asks for the marks of what the worker knows it holds.
         unwanted = [entry for entry in held if entry.unwanted and entry in hands]
         assert sorted(beat.lost) == sorted(entry.name for entry in lost)
-        assert sorted(beat.strangers) == sorted(entry.name for entry in strangers)
+        assert sorted(beat.unknown) == sorted(entry.name for entry in unknown)
         assert sorted(beat.cancelled) == sorted(entry.name for entry in unwanted)
         assert beat.live_workers == len(model.beating) == self.lease.live_workers()
         self.count("beat: lost", times=bool(lost))
-        self.count("beat: strangers", times=bool(strangers))
+        self.count("beat: unknown", times=bool(unknown))
         self.count("beat: cancelled", times=bool(unwanted))
         self.count("beat: extended", times=any(entry.idle for entry in held))
         model.hands[consumer].difference_update(entry.job_id for entry in lost)
@@ -387,17 +387,17 @@ class QueueMachine(RuleBasedStateMachine):
                 self.model.give_back(entry, 0.0)
             self.count("died: an attempt" if entry in started else "died: no attempt")
 
-    @precondition(lambda self: any(self.model.strangers(consumer) for consumer in WORKERS))
+    @precondition(lambda self: any(self.model.unknown(consumer) for consumer in WORKERS))
     @rule(data=st.data())
-    def give_back_strangers(self, data: st.DataObject) -> None:
+    def give_back_unknown(self, data: st.DataObject) -> None:
         """What its beats name that it does not know."""
-        self.count("rule: give back strangers")
-        consumer = data.draw(st.sampled_from([name for name in WORKERS if self.model.strangers(name)]))
-        hands, strangers = self.model.in_hand(consumer), self.model.strangers(consumer)
+        self.count("rule: give back unknown")
+        consumer = data.draw(st.sampled_from([name for name in WORKERS if self.model.unknown(name)]))
+        hands, unknown = self.model.in_hand(consumer), self.model.unknown(consumer)
 
-        assert self.lease.release(consumer, keep=[entry.name for entry in hands]) == len(strangers)
+        assert self.lease.release(consumer, keep=[entry.name for entry in hands]) == len(unknown)
 
-        for entry in strangers:
+        for entry in unknown:
             self.model.give_back(entry, 0.0)
 
     # -- hosts and operators -----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from embedders import save_sparse
 from safetensors.torch import load_file, save_file
 
 from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
-from millstream.broker.contract.answer import Answer, allowed, distance, read_answer, written
+from millstream.broker.contract.answer import Answer, allowed_distance, decode_answer, distance, encode_answer
 from millstream.broker.contract.errors import ModelUnavailable
 from millstream.worker.measuring.agreement import answer_of
 from millstream.worker.models import load
@@ -58,18 +58,18 @@ def test_one_model_agrees_with_itself_and_not_with_random_weights(
     }
     save_file(remade, other / "model.safetensors", {"format": "pt"})
 
-    first = read_answer(written(answer(folder, group)))
+    first = decode_answer(encode_answer(answer(folder, group)))
 
     fingerprint = FINGERPRINTS.get(kind, FLOAT32)
     assert distance(first, answer(folder, group), fingerprint) < 1e-3
-    assert distance(first, answer(other, group), fingerprint) > allowed(fingerprint)
+    assert distance(first, answer(other, group), fingerprint) > allowed_distance(fingerprint)
 
 
 def test_half_the_digits_agree_with_each_other(tiny_model: Path) -> None:
     """bfloat16 on two devices is as far apart as it is from float32, at most."""
-    assert distance(answer(tiny_model, "embedding"), answer(tiny_model, "embedding", dtype="bfloat16"), HALF) < allowed(
-        HALF
-    )
+    assert distance(
+        answer(tiny_model, "embedding"), answer(tiny_model, "embedding", dtype="bfloat16"), HALF
+    ) < allowed_distance(HALF)
 
 
 @pytest.mark.parametrize(("noise", "agrees"), [(1e-4, True), (1e-3, True), (0.1, False)])
@@ -78,11 +78,11 @@ def test_kernels_may_differ_by_a_thousandth(noise: float, agrees: bool) -> None:
     drift = np.random.default_rng(7).normal(size=384) * noise
     first, other = (dict(enumerate(each.tolist())) for each in (numbers, numbers + drift))
 
-    assert (distance(first, other, FLOAT32) <= allowed(FLOAT32)) is agrees
+    assert (distance(first, other, FLOAT32) <= allowed_distance(FLOAT32)) is agrees
 
 
 def test_scores_near_zero_may_differ_by_a_little() -> None:
-    assert distance({0: 1e-4, 1: -2e-4}, {0: -1e-4, 1: 1e-4}, FLOAT32) < allowed(FLOAT32)
+    assert distance({0: 1e-4, 1: -2e-4}, {0: -1e-4, 1: 1e-4}, FLOAT32) < allowed_distance(FLOAT32)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_logits_near_zero_may_differ_by_a_few_steps_of_their_dtype(dtype: str, a
     fingerprint = SCORES.format(dtype)
     first, other = {0: 0.25, 1: -0.125, 2: 0.0}, {0: 0.25 - apart, 1: -0.125, 2: apart / 2}
 
-    assert (distance(first, other, fingerprint) <= allowed(fingerprint)) is agrees
+    assert (distance(first, other, fingerprint) <= allowed_distance(fingerprint)) is agrees
 
 
 def test_a_long_answer_is_written_as_64_numbers_spread_over_it() -> None:
@@ -103,8 +103,8 @@ def test_a_long_answer_is_written_as_64_numbers_spread_over_it() -> None:
     sparse = {place * 7: number for place, number in whole.items()}
 
     for answered in (whole, sparse):
-        text = written(answered)
-        first = read_answer(text)
+        text = encode_answer(answered)
+        first = decode_answer(text)
 
         assert len(text) < 1_200
         assert len(first) == 64
@@ -115,8 +115,8 @@ def test_a_long_answer_is_written_as_64_numbers_spread_over_it() -> None:
 
 
 def test_an_answer_without_numbers_agrees_with_its_like_alone() -> None:
-    assert distance(read_answer(written({})), {}, FLOAT32) == 0
-    assert distance(read_answer("no answer"), {0: 1.0}, FLOAT32) > 1
+    assert distance(decode_answer(encode_answer({})), {}, FLOAT32) == 0
+    assert distance(decode_answer("no answer"), {0: 1.0}, FLOAT32) > 1
 
 
 def test_a_model_that_answers_nan_is_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
--- A worker process says it lives, keeps the lease on what it holds, and learns what it no longer holds.
+-- Records a worker's heartbeat, extends the lease on all entries that it owns, and returns changes in what it owns.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET workers   KEYS[5] HASH this worker   KEYS[6] STRING reclaim
 -- KEYS[7] ZSET cancelled   KEYS[8] HASH the service
 -- ARGV[1] group  ARGV[2] consumer  ARGV[3] lease ms
--- ARGV[4] n, then n field, value pairs for the hash; then entries held, as 'stream:entry id'
+-- ARGV[4] n, then n pairs of field and value for the worker's hash; then the entries it holds, as 'stream:entry id'
 -- Returns {now_ms, live workers, 1 if a reclaim pass is due, revision of the service (each push raises it),
---   {lost: held, but another worker's}, {strangers: this worker's, but not held}, {cancelled since the last beat}}
+--   {lost: held, but no longer its own}, {unknown: its own, but not held}, {cancelled since the last heartbeat}}
 
 local GROUP, CONSUMER, LEASE = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local DAY_MS, RECLAIM_EVERY_MS = 86400000, 1000
@@ -12,7 +12,7 @@ local DAY_MS, RECLAIM_EVERY_MS = 86400000, 1000
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
--- A write that is allowed at maxmemory, and then so is what follows it: a full server is not to lose its workers.
+-- ZREM first: at maxmemory it is allowed, and then so are the writes after it. A full server must not lose its workers.
 redis.call('ZREM', KEYS[4], CONSUMER)
 redis.call('ZADD', KEYS[4], now, CONSUMER)
 redis.call('PEXPIRE', KEYS[4], DAY_MS)
@@ -38,21 +38,21 @@ end
 local last = string.match(redis.call('GET', KEYS[6]) or '', '^%d+')
 local due = (not last or now - last >= RECLAIM_EVERY_MS or tonumber(last) > now) and 1 or 0
 
-local lost, strangers, cancelled = {}, {}, {}
+local lost, unknown, cancelled = {}, {}, {}
 local held = {}
 for i = 5 + 2 * pairs_given, #ARGV do
   held[ARGV[i]] = true
   if not mine[ARGV[i]] then lost[#lost + 1] = ARGV[i] end
 end
 for entry in pairs(mine) do
-  if not held[entry] and #strangers < 1000 then strangers[#strangers + 1] = entry end
+  if not held[entry] and #unknown < 1000 then unknown[#unknown + 1] = entry end
 end
--- One look-up for each entry held, not one for each mark: others' marks may be 100,000.
+-- One command for each entry held, not one for each mark: other workers' entries may have 100,000 marks.
 if redis.call('EXISTS', KEYS[7]) == 1 then
   for entry in pairs(held) do
     if mine[entry] and redis.call('ZREM', KEYS[7], entry) == 1 then cancelled[#cancelled + 1] = entry end
   end
 end
 local revision = tonumber(redis.call('HGET', KEYS[8], 'revision') or 0)
--- The rule of lease.py, is_live: the last beat is at most one lease from now, in either direction.
-return {now, redis.call('ZCOUNT', KEYS[4], now - LEASE, now + LEASE), due, revision, lost, strangers, cancelled}
+-- As is_live of lease.py: the last heartbeat is at most one lease from now, in either direction.
+return {now, redis.call('ZCOUNT', KEYS[4], now - LEASE, now + LEASE), due, revision, lost, unknown, cancelled}

@@ -1,20 +1,22 @@
--- Stop jobs that nobody wants any more: one that waits is gone, one that a worker holds is marked for it.
+-- Cancels jobs: deletes a job that waits, and marks one that a worker holds for that worker.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET cancelled   KEYS[5] HASH trail
--- KEYS[6..] per job: STRING seen, HASH or STRING where its result goes, STRING partial
--- ARGV[1] group  ARGV[2] consumer of returned jobs  ARGV[3] how long a mark lives, ms
--- then per job: job id, 'hash' | 'string' | 'none' (the client that cancels waits for no reply), result ttl ms, result
--- Returns per job: 2 it waited and will not run; 1 its worker is told at its next beat; 0 settled, or never was
+-- KEYS[6..] per job: STRING seen, HASH or STRING of its result, STRING partial
+-- ARGV[1] group  ARGV[2] consumer of returned jobs  ARGV[3] lifetime of a mark, ms
+-- then per job: job id, 'hash' | 'string' | 'none' (a client waits for no reply to a cancelled job), result ttl ms,
+--   result
+-- Returns per job: 2 it waited and is deleted; 1 its worker reads the mark at its next heartbeat; 0 it is settled, or
+--   never existed
 
 local GROUP, RETURNED, MARKS_KEPT_MS = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local SEEN_AFTER_SETTLE_MS = 20000
--- The fields of a detached call's hash that are no job's; how long its caller may take to submit the rest of it.
+-- Number of fields of a detached call's hash that are not jobs; time for its caller to submit the rest of the call.
 local CALL_FIELDS, SUBMITTING_MS = 4, 3600000
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
--- Where an accepted job lies: its stream and its entry there; nothing where it is settled. Clients of an older version
--- left the stream out, and two streams may use the same entry id within one ms: the entry itself says whose job it is.
+-- Returns the stream and the entry id of an accepted job; nothing if it is settled. Older clients did not store the
+-- stream, and two streams may have the same entry id within one ms, so the job id in the entry decides.
 local function find(accepted, job)
   local named, entry = string.match(accepted, '^([123]):(.+)$')
   for stream = tonumber(named or 1), tonumber(named or 3) do
@@ -28,8 +30,8 @@ local function holder(stream, entry)
   return pending and pending[2]
 end
 
--- As in settle: a result of a detached call, whose hash enqueue describes. All its results expire together, a ttl after
--- the last one; an answer that is there is not replaced.
+-- As in settle: writes a result of a detached call to its hash, see enqueue. All results of a call expire together, a
+-- ttl after the last one. A result that exists is not replaced.
 local function keep(key, job, ttl, reply)
   local length = redis.pcall('HSTRLEN', key, job)
   if length ~= 0 then return false end
@@ -62,19 +64,19 @@ local function cancel(seen, key, partial, job, kind, ttl, result)
     return 1
   end
   if owner then
-    -- pcall: callers need no right to XACK, with which they could settle what others hold; claim does both then.
+    -- pcall: clients lack the permission for XACK, with which they could settle other jobs. claim then does both.
     redis.pcall('XACK', KEYS[stream], GROUP, entry)
     redis.pcall('HDEL', KEYS[5], stream .. ':' .. entry, stream .. ':' .. entry .. ':batch')
   end
   redis.call('XDEL', KEYS[stream], entry)
   redis.call('DEL', partial)
   answer(kind, key, job, ttl, result)
-  -- As settle: a detached job stays known as long as its result, of newer clients by the hash of its call.
+  -- As in settle: a detached job stays known as long as its result; the hash of its call does this for newer clients.
   redis.call('PEXPIRE', seen, kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS)
   return 2
 end
 
--- Also what lies ahead of the clock, which stepped back since.
+-- Removes old marks, and those far ahead of the clock, which stepped back since.
 redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', now - MARKS_KEPT_MS)
 redis.call('ZREMRANGEBYSCORE', KEYS[4], now + MARKS_KEPT_MS, '+inf')
 local outcomes, key = {}, 6

@@ -1,22 +1,22 @@
--- Take jobs for one worker within a budget: the most urgent stream first, in each what was given back before new jobs.
--- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] STRING paused: while it exists nothing is taken
--- KEYS[5] ZSET workers   KEYS[6] HASH trail: of which batch a suspect is, as release and reclaim wrote it
+-- Claims jobs for one worker within a budget: the most urgent stream first, and in each stream returned jobs first.
+-- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] STRING paused: while it exists nothing is claimed
+-- KEYS[5] ZSET workers   KEYS[6] HASH trail: the batch of each suspect, as release and reclaim wrote it
 -- ARGV[1] group  ARGV[2] consumer  ARGV[3] consumer of returned jobs
--- ARGV[4] jobs, ARGV[5] rows, ARGV[6] tokens at most
--- ARGV[7] live workers  ARGV[8] jobs this worker holds  ARGV[9] rows missing in its next micro-batch
--- ARGV[10] 1: this worker holds nothing, so an over-large job or suspects may go to it, alone
--- ARGV[11] the last stream to take new jobs from, ARGV[12] the last one to take returned jobs from: 1 realtime, 3 all
--- ARGV[13], ARGV[14] rows that normal and batch may take before more urgent jobs: their share, saved up
--- ARGV[15] max_attempts  ARGV[16] lease ms  ARGV[17], ARGV[18] rows and tokens of the job that this worker took last
--- ARGV[19], ARGV[20] rows and tokens: a job with more of either that does not fit is for a worker that holds nothing
+-- ARGV[4], ARGV[5], ARGV[6] most jobs, rows and tokens
+-- ARGV[7] live workers  ARGV[8] jobs this worker holds  ARGV[9] rows missing in its next batch
+-- ARGV[10] 1: this worker holds nothing, so it may claim suspects, or one job that exceeds the budget
+-- ARGV[11] last stream of new jobs, ARGV[12] last stream of returned jobs: 1 only realtime, 3 all
+-- ARGV[13], ARGV[14] rows that normal and batch may take before more urgent jobs: their saved share
+-- ARGV[15] max_attempts  ARGV[16] lease ms  ARGV[17], ARGV[18] rows and tokens of the job that this worker claimed last
+-- ARGV[19], ARGV[20] rows and tokens: a job that has more of either and does not fit needs a worker that holds nothing
 -- Returns {now_ms, {waiting in each stream}, suspects, 1 if paused, blocked,
---   {stream, entry id, deliveries, fields, 1 if by share, 1 if it was given back}, ...}
---   waiting: jobs left in the streams, new and returned ones
---   suspects: the most urgent stream in which jobs are left for a worker that holds nothing, 0 for none: suspects, or a
---     large job that comes next
---   blocked: the stream whose next job has more rows or tokens than there was room left for, 0 for none
--- Raises NOGROUP, and what its user is not allowed. What an entry holds is never trusted: without usable numbers it
---   counts as one row.
+--   {stream, entry id, deliveries, fields, 1 if by share, 1 if returned}, ...}
+--   waiting: jobs that remain, new and returned ones
+--   suspects: the most urgent stream whose suspects, or whose next job, a large one, need a worker that holds nothing;
+--     0 if there is none
+--   blocked: the stream whose next job has more rows or tokens than the budget has room for; 0 if there is none
+-- Raises NOGROUP if a group is missing, and errors of missing permissions. Entries are not trusted: one without valid
+--   numbers counts as one row.
 
 local GROUP, CONSUMER, RETURNED = ARGV[1], ARGV[2], ARGV[3]
 local MAX_JOBS, MAX_ROWS, MAX_TOKENS = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
@@ -25,15 +25,15 @@ local LAST_STREAM, LAST_RETURNED = tonumber(ARGV[11]), tonumber(ARGV[12])
 local SAVED_ROWS = {0, tonumber(ARGV[13]), tonumber(ARGV[14])}
 local MAX_ATTEMPTS, LEASE = tonumber(ARGV[15]), tonumber(ARGV[16])
 local LARGE_ROWS, LARGE_TOKENS = tonumber(ARGV[19]), tonumber(ARGV[20])
--- Deliveries count 1 + 2 x attempts + hosts lost; from one attempt on a job is a suspect (see lease.py).
+-- Deliveries are 1 + 2 x attempts + hosts lost. A job with one attempt or more is a suspect (see lease.py).
 local SUSPECT = 3
--- New jobs that are looked at first, and how many times as many in each page after that.
+-- Number of new jobs that are read first, and the growth of each page after that.
 local FIRST_PAGE, GROWTH = 1, 4
--- Jobs of a stream that were given back and are looked at in one claim, at most, to within a page.
+-- Most returned jobs of a stream that one claim reads, plus at most a page.
 local MOST_RETURNED = 4096
--- A stream whose last job came within this time is in use.
+-- A stream is in use if its last job came within this time.
 local IN_USE_MS = 10000
--- As release: how long suspects wait for a second live worker, at most.
+-- As in release: longest time that suspects wait for a second live worker.
 local COMPANION_MS = 30000
 
 local groups, last, waiting, fresh, innocents, suspects = {}, {}, {}, {}, {}, {}
@@ -48,7 +48,7 @@ local function find_group(key)
   end
 end
 
--- Pages on until there are as many innocents as may be taken: any number of suspects may lie before them.
+-- Reads pages until there are enough innocents, jobs that are not suspects: many suspects may lie before them.
 local function find_returned(stream)
   local size, from, found = MAX_JOBS + 64, '-', 0
   repeat
@@ -68,70 +68,70 @@ local all_exist = redis.call('EXISTS', KEYS[1], KEYS[2], KEYS[3]) == 3
 for stream = 1, 3 do
   local length = redis.call('XLEN', KEYS[stream])
   innocents[stream], suspects[stream], waiting[stream] = {}, {}, 0
-  -- An empty stream is not asked about: most of the time two are empty, and each question costs time.
+  -- Skips the commands for an empty stream: usually two are empty, and each command costs time.
   if length > 0 or not all_exist then
     local group, refused = find_group(KEYS[stream])
     if refused then return refused end
     if not group then return redis.error_reply('NOGROUP no group ' .. GROUP .. ' on ' .. KEYS[stream]) end
     groups[stream], last[stream] = group, group['last-delivered-id']
-    -- Clients delete what they cancel and do not acknowledge it: pending entries may be gone from the stream.
+    -- Clients delete cancelled jobs without XACK, so pending entries may be missing in the stream.
     local found = find_returned(stream)
     waiting[stream], returned = math.max(0, length - group['pending'] + found), returned + found
   end
-  -- At most: returned ones are among them.
+  -- An upper limit of new jobs: returned ones are included.
   fresh[stream] = waiting[stream]
 end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 if redis.call('EXISTS', KEYS[4]) == 1 then return {now, waiting, 0, 1, 0} end
--- Before the functions below are made, which costs time even if nothing waits.
+-- Returns before the functions below are created, which costs time.
 if waiting[1] + waiting[2] + waiting[3] + returned == 0 then return {now, waiting, 0, 0, 0} end
 
--- The streams whose next job is large and did not fit.
+-- Streams whose next job is large and did not fit.
 local large = {}
-local taken, rows, tokens, full, blocked, share = {}, 0, 0, false, 0, 0
--- The last job that was looked at, and the rows that may still be taken out of what a class has saved.
+local claims, rows, tokens, full, blocked, share = {}, 0, 0, false, 0, 0
+-- Rows and tokens of the last job read, and the remaining rows of the class's saved share.
 local job_rows, job_tokens = math.max(1, tonumber(ARGV[17])), math.max(1, tonumber(ARGV[18]))
 local allowance, by_share = math.huge, 0
 
 local function cost(fields)
   local r, t = 1, 0
-  -- Where our own clients write them.
+  -- The positions at which millstream's clients write them.
   if fields[9] == 'rows' and fields[11] == 'tokens' then
     r, t = tonumber(fields[10]) or 1, tonumber(fields[12]) or 0
   end
-  -- Also catches nan: every comparison with it is false.
+  -- `not` also rejects nan: every comparison with it is false.
   if not (r >= 1 and r <= 1e6) then r = 1 end
   if not (t >= 0 and t <= 1e9) then t = 0 end
   job_rows, job_tokens = r, math.max(1, t)
   return r, t
 end
 
--- Beyond its share of all that waits a worker takes only what its next micro-batch lacks: others may be idle.
+-- Beyond its share of all waiting jobs a worker only fills its next batch: other workers may be idle.
 local function is_full()
-  return #taken >= MAX_JOBS or rows >= MAX_ROWS or tokens >= MAX_TOKENS or (#taken >= share and rows >= NEXT_ROWS)
+  return #claims >= MAX_JOBS or rows >= MAX_ROWS or tokens >= MAX_TOKENS or (#claims >= share and rows >= NEXT_ROWS)
 end
 
--- What does not fit is not overtaken. A large job runs out of what its class has saved once that is a micro-batch.
+-- No job overtakes one that does not fit. A large job may run once its class has saved a batch of rows.
 local function may_take(stream, r, t)
   if full then return false end
   large[stream] = r > LARGE_ROWS or t > LARGE_TOKENS
   local saved = r <= allowance or (large[stream] and allowance >= NEXT_ROWS)
-  if saved and #taken == 0 and EMPTY_HANDED then return true end
+  if saved and #claims == 0 and EMPTY_HANDED then return true end
   if r > allowance then return false end
   if rows + r <= MAX_ROWS and tokens + t <= MAX_TOKENS then return true end
   full, blocked = true, stream
   return false
 end
 
-local function take(stream, id, deliveries, fields, r, t, given_back)
-  taken[#taken + 1] = {stream, id, deliveries, fields, by_share, given_back}
+local function take(stream, id, deliveries, fields, r, t, is_returned)
+  claims[#claims + 1] = {stream, id, deliveries, fields, by_share, is_returned}
   rows, tokens, allowance = rows + r, tokens + t, allowance - r
   waiting[stream], large[stream] = waiting[stream] - 1, false
   full = is_full()
 end
 
--- An entry that was given back; nothing where it was deleted since.
+-- Returns the fields of a returned entry; nothing, and forgets the entry, if it was deleted since.
 local function returned_entry(stream, id)
   local entry = redis.call('XRANGE', KEYS[stream], id, id)[1]
   if entry then return entry[2] end
@@ -159,13 +159,13 @@ end
 
 local living
 
--- The rule of lease.py, is_live: the last beat is at most one lease from now, in either direction.
+-- As is_live of lease.py: the last heartbeat is at most one lease from now, in either direction.
 local function live()
   living = living or redis.call('ZCOUNT', KEYS[5], now - LEASE, now + LEASE)
   return living
 end
 
--- The batch in which a suspect ran last, how many jobs that was, and until when it waits for a second live worker.
+-- Returns the batch in which a suspect ran last, its number of jobs, and until when it waits for a second live worker.
 local function death(stream, id)
   local name = stream .. ':' .. id
   local noted = redis.call('HGET', KEYS[6], name .. ':batch') or ''
@@ -182,30 +182,31 @@ local function is_urgent_in_use(stream)
   return false
 end
 
--- If others lived when its worker died, it waits for a second one: the last one left serves what is more urgent.
+-- If other workers were alive when its worker died, a suspect waits for a second one: while only one is alive, that one
+-- runs more urgent jobs.
 local function may_run(stream, id)
   if live() >= 2 or not is_urgent_in_use(stream) then return true end
   local _, _, alone_from = death(stream, id)
-  -- Further ahead than that: the clock stepped back since.
+  -- A time further ahead means that the clock stepped back since.
   return now >= alone_from or alone_from > now + COMPANION_MS
 end
 
--- Groups shrink with each attempt, and the last one is always made alone.
+-- Groups shrink with each attempt, and a job always runs alone in its last attempt.
 local function group_size(batch_size, deliveries)
   if MAX_ATTEMPTS < 2 then return 1 end
   local attempts = (deliveries - 1) / 2
   return math.max(1, math.floor(batch_size ^ ((MAX_ATTEMPTS - 1 - attempts) / (MAX_ATTEMPTS - 1)) + 1e-9))
 end
 
--- Out of what its class has saved a group runs once that is a micro-batch: it costs a forward of its own.
+-- A group of suspects runs once its class has saved a batch of rows: it costs a forward of its own.
 local function suspect_fits(r, t)
-  if #taken == 0 then return allowance >= NEXT_ROWS end
-  return #taken < MAX_JOBS and rows + r <= MAX_ROWS and tokens + t <= MAX_TOKENS and r <= allowance
+  if #claims == 0 then return allowance >= NEXT_ROWS end
+  return #claims < MAX_JOBS and rows + r <= MAX_ROWS and tokens + t <= MAX_TOKENS and r <= allowance
 end
 
--- Suspects of one batch and nothing else, for a worker that holds nothing.
+-- Claims suspects of one batch and nothing else, if the worker holds nothing.
 local function take_suspects(stream)
-  if #taken > 0 or full or not EMPTY_HANDED then return end
+  if #claims > 0 or full or not EMPTY_HANDED then return end
   local group, most
   for _, pending in ipairs(suspects[stream]) do
     local id, deliveries = pending[1], pending[4]
@@ -213,37 +214,37 @@ local function take_suspects(stream)
       local batch, size = death(stream, id)
       group = group or batch
       if batch == group then most = math.min(most or size, group_size(size, deliveries)) end
-      if #taken >= most then break end
+      if #claims >= most then break end
       local fields = batch == group and returned_entry(stream, id)
       if fields then
         local r, t = cost(fields)
         if not suspect_fits(r, t) then break end
         take_returned(stream, pending, fields, r, t)
-        pending.taken = true
+        pending.is_claimed = true
       end
     end
   end
-  full = full or #taken > 0
+  full = full or #claims > 0
 end
 
 local function find_suspects()
   for stream = 1, 3 do
     if large[stream] then return stream end
     for _, pending in ipairs(suspects[stream]) do
-      if not pending.taken and may_run(stream, pending[1]) then return stream end
+      if not pending.is_claimed and may_run(stream, pending[1]) then return stream end
     end
   end
   return 0
 end
 
--- As XREADGROUP would, but without giving us a second copy of what we looked at.
+-- Delivers entries as XREADGROUP does, but does not return a second copy of those that XRANGE returned.
 local function deliver(stream, ids)
   local key, group, words = KEYS[stream], groups[stream], {}
   for _, id in ipairs(ids) do words[#words + 1] = id end
   for _, word in ipairs({'RETRYCOUNT', 1, 'FORCE', 'JUSTID'}) do words[#words + 1] = word end
   redis.call('XCLAIM', key, GROUP, CONSUMER, 0, unpack(words))
   local setid = {'SETID', key, GROUP, ids[#ids]}
-  -- Redis 6.2 does not count what a group has read; later ones do, and tell redis-cli the lag by it.
+  -- Later versions than Redis 6.2 count the entries that a group has read, and compute its lag from that.
   if group['entries-read'] ~= nil then
     group['entries-read'] = (group['entries-read'] or 0) + #ids
     setid[5], setid[6] = 'ENTRIESREAD', group['entries-read']
@@ -252,14 +253,15 @@ local function deliver(stream, ids)
   last[stream] = ids[#ids]
 end
 
--- Entries to look at: as many as fit if they are like the last one, since to copy a body costs more than to look again.
+-- Returns how many entries to read: those that fit if they are like the last job. Copying a body costs more than a
+-- second XRANGE.
 local function page(size)
-  local jobs = math.max(share - #taken, math.ceil((NEXT_ROWS - rows) / job_rows))
-  local fitting = math.min(jobs, MAX_JOBS - #taken, (MAX_ROWS - rows) / job_rows, (MAX_TOKENS - tokens) / job_tokens)
+  local jobs = math.max(share - #claims, math.ceil((NEXT_ROWS - rows) / job_rows))
+  local fitting = math.min(jobs, MAX_JOBS - #claims, (MAX_ROWS - rows) / job_rows, (MAX_TOKENS - tokens) / job_tokens)
   return math.max(1, math.floor(math.min(size, fitting, allowance / job_rows)))
 end
 
--- XREADGROUP knows no rows or tokens: look first, then deliver exactly what fits.
+-- Reads first and then delivers exactly the entries that fit: XREADGROUP cannot limit rows or tokens.
 local function take_new(stream)
   if full or fresh[stream] < 1 then return end
   local ids, size, after = {}, FIRST_PAGE, last[stream]
@@ -292,7 +294,7 @@ local function take_stream(stream)
   if stream <= LAST_STREAM then take_new(stream) end
 end
 
--- What this worker holds is a part of its share: its neighbours may hold nothing.
+-- The jobs that this worker holds are part of its share: other workers may hold none.
 share = math.ceil((waiting[1] + waiting[2] + waiting[3] + HELD) / LIVE) - HELD
 if EMPTY_HANDED then share = math.max(1, share) end
 full = is_full()
@@ -305,4 +307,4 @@ for stream = 1, 3 do
   if not full then take_stream(stream) end
 end
 
-return {now, waiting, find_suspects(), 0, blocked, unpack(taken)}
+return {now, waiting, find_suspects(), 0, blocked, unpack(claims)}

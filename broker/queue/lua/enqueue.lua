@@ -1,29 +1,29 @@
--- Accept jobs, in groups: a group enters whole or not at all, once, however often its caller sends it. First come,
--- first served: a group is refused with an earlier one of its priority, or of its rate limit, that was refused.
+-- Accepts jobs in groups: a group is accepted as a whole or refused, and only once, however often its caller sends it.
+-- In order: if a group of one job is refused, later groups of its priority, or of its rate limit, are refused, too.
 -- KEYS[1] HASH the service   KEYS[2..4] STREAM realtime, normal, batch   KEYS[5] HASH the service's token bucket
--- KEYS[6] STRING paused: 'refusing' turns new jobs away   KEYS[7] HASH refused: reason -> how many calls were
--- KEYS[8..] per group: HASH its tenant's token bucket; HASH its detached call, if it has one; STRING seen, one a job
--- ARGV[1] groups, each as: priority 1..3, jobs, calls to charge for, calls to count if refused, id of the detached call
---         ('' for none); for a detached call: jobs in all, payload, result ttl ms ('' for the worker's); then per job
---         id op rows tokens deadline_in queue_in client tenant trace body   (times in ms from now, '' for none)
--- What is '' is left out of the entry.
--- The hash of a detached call has the fields payload, jobs, left (accepted and not answered), ttl, and one a job: ''
---   until it is answered, then its reply. All of it expires together, see settle. Its jobs that were accepted before
---   are passed over, the others of the group enter together.
+-- KEYS[6] STRING paused: 'refusing' refuses new jobs   KEYS[7] HASH refused: reason -> number of calls
+-- KEYS[8..] per group: HASH its tenant's token bucket; HASH its detached call, if it has one; per job: STRING seen
+-- ARGV[1] number of groups; then per group: priority 1..3, jobs, calls to charge, calls to count if refused, id of the
+--         detached call ('' for none); for a detached call: jobs of the whole call, payload, result ttl ms ('' for the
+--         worker's); then per job: id op rows tokens deadline_in queue_in client tenant trace body
+--         (times in ms from now, '' for none). An entry omits fields that are ''.
+-- The hash of a detached call has the fields payload, jobs, left (accepted and not answered), ttl, and one per job: ''
+--   until it is answered, then its reply. The whole hash expires at once, see settle. Jobs of the call that were
+--   accepted before are skipped; the others of the group are accepted or refused together.
 -- Returns per group {1} accepted; {2} accepted before; {0, reason, retry_after_ms} refused
--- Refusals: unknown_service, paused, queue_full, rate_limited,
---   over_burst (its cost is more than the limit ever lets through), reused_key (the call has another payload)
+-- Reasons: unknown_service, paused, queue_full, rate_limited,
+--   over_burst (it costs more than a full token bucket), reused_key (the call has another payload)
 
 local ACCEPTED, ACCEPTED_BEFORE, REFUSED = 1, 2, 0
 local SEEN_AFTER_DEADLINE_MS = 60000
--- A job may wait for as long as its service is paused. What ends it also shortens the life of what it is known by.
+-- A job may wait as long as its service is paused. The scripts that end a job shorten the ttl of its key `seen`.
 local SEEN_WITHOUT_DEADLINE_MS = 366 * 86400000
 local SEEN_AFTER_REPEAT_MS = 20000
 local REFUSED_KEPT_MS = 86400000
 local RETRY_AFTER_MS, RETRY_PAUSED_AFTER_MS = 100, 500
 local STREAM = {'1:', '2:', '3:'}
 
--- The server's clock: callers' clocks differ, and neither deadlines nor rates must.
+-- The server's clock: callers' clocks differ, which would falsify deadlines and rates.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local now_text = string.format('%.0f', now)
@@ -39,7 +39,7 @@ local depths = {redis.call('XLEN', KEYS[2]), redis.call('XLEN', KEYS[3]), redis.
 local depth_limits = {tonumber(spec[8]), tonumber(spec[9]), tonumber(spec[10])}
 local refusing = redis.call('GET', KEYS[6]) == 'refusing'
 
--- Many jobs of one call of this script have the same time left.
+-- Cached texts of times: many jobs of one call of this script have the same remaining time.
 local moments, lives = {[''] = ''}, {[''] = string.format('%.0f', SEEN_WITHOUT_DEADLINE_MS)}
 
 local function from_now(remaining)
@@ -67,24 +67,25 @@ local function accept(priority, seen, at, call)
   add(words, 'call', call)
   words[#words + 1], words[#words + 2] = 'body', ARGV[at + 9]
   local entry = redis.call('XADD', KEYS[1 + priority], '*', unpack(words))
-  -- With its stream: within one ms another stream may have an entry of this id.
+  -- With the stream: within one ms another stream may have an entry with this id.
   redis.call('SET', seen, STREAM[priority] .. entry, 'PX', lives[call == '' and remaining or ''])
 end
 
--- Known for as long as its caller repeats it, also once it is settled. And a write: WAIT counts from the last one of
--- its connection, and must not answer for a repeat what it would have said before the job came.
-local function repeated(seen)
-  local left = redis.call('PTTL', seen)
-  if left >= 0 then redis.call('PEXPIRE', seen, string.format('%.0f', math.max(left, SEEN_AFTER_REPEAT_MS))) end
+-- Keeps a job known while its caller repeats it, also after it is settled. It is also a write: WAIT covers the last
+-- write of its connection, which for a repeated job must not be one before the job was accepted.
+local function note_repeat(seen)
+  local ttl = redis.call('PTTL', seen)
+  if ttl >= 0 then redis.call('PEXPIRE', seen, string.format('%.0f', math.max(ttl, SEEN_AFTER_REPEAT_MS))) end
 end
 
--- A group without a call entered whole: if one job is known, all were accepted, and the others were answered since.
+-- A group without a detached call is accepted as a whole: if one job is known, all were accepted, and the others were
+-- settled since.
 local function is_known(seen, jobs)
   if jobs == 1 then return redis.call('EXISTS', KEYS[seen]) == 1 end
   return redis.call('EXISTS', unpack(KEYS, seen, seen + jobs - 1)) > 0
 end
 
--- Which jobs of a group of a detached call were not accepted before, counted from 0.
+-- Returns the jobs of a detached call's group that were not accepted before, as numbers from 0.
 local function new_jobs(record, arg, jobs)
   local found = {}
   for job = 0, jobs - 1 do
@@ -103,7 +104,7 @@ local function note(record, arg, accepted)
   redis.call('PEXPIRE', record.key, lives[''])
 end
 
--- Results live on for those who ask again; a write, as for the jobs of other groups.
+-- Extends the life of results whose call is repeated. It is a write, as note_repeat is.
 local function renew(record)
   local ttl = math.max(redis.call('PTTL', record.key), tonumber(record.ttl) or SEEN_AFTER_REPEAT_MS)
   redis.call('PEXPIRE', record.key, string.format('%.0f', ttl))
@@ -114,12 +115,12 @@ local function is_reused(record)
   return payload and payload ~= record.payload
 end
 
--- A token bucket for each rate: `burst_s` seconds' worth at most, refilled as time passes.
+-- Returns the levels of a token bucket for each rate: at most `burst_s` seconds of the rate, refilled with time.
 local function levels_of(bucket)
   local stored = redis.call('HMGET', bucket, 'at', 'requests', 'rows', 'tokens')
   local passed = seconds - (tonumber(stored[1]) or seconds)
   if passed < 0 then
-    -- A clock that stepped back refills nothing; from now on it counts anew, not when it is back where it was.
+    -- The clock stepped back: nothing is refilled, and the refill continues from now.
     redis.call('HSET', bucket, 'at', string.format('%.6f', seconds))
     passed = 0
   end
@@ -131,7 +132,7 @@ local function levels_of(bucket)
   return levels
 end
 
--- Takes `cost` from the bucket and returns nothing, or leaves it and returns why not.
+-- Takes `cost` from the bucket and returns nothing; or returns a reason and ms to wait, and takes nothing.
 local function charge(bucket, cost)
   local levels, wait_s = levels_of(bucket), 0
   for name, rate in pairs(rates) do
@@ -167,14 +168,14 @@ local function refusal(priority, bucket, arg, calls, jobs)
   if limited then return charge(bucket, cost_of(arg, calls, jobs)) end
 end
 
--- pcall: a server whose memory is full has other worries than this count.
+-- pcall: if the server's memory is full, the groups are still refused, without the count.
 local function count_refusals(reason, calls)
   if reason == 'unknown_service' or calls == '0' then return end
   redis.pcall('HINCRBY', KEYS[7], reason, calls)
   redis.pcall('PEXPIRE', KEYS[7], REFUSED_KEPT_MS)
 end
 
--- The first refusals: of a priority that has no room, of a priority's jobs whose token bucket is empty.
+-- The first refusal of each priority that is full, and of each priority and token bucket that is empty.
 local closed
 
 local function decide(priority, bucket, arg, calls, jobs)
@@ -183,7 +184,7 @@ local function decide(priority, bucket, arg, calls, jobs)
     if earlier then return earlier[1], earlier[2] end
   end
   local reason, retry_after = refusal(priority, bucket, arg, calls, jobs)
-  -- Jobs that must enter together need more room than those behind them, and hold nobody up.
+  -- Only single jobs: a larger group needs more room than jobs behind it, and must not block them.
   if reason and jobs == 1 then
     closed = closed or {}
     if reason == 'queue_full' then closed[priority] = {reason, retry_after} end
@@ -192,7 +193,7 @@ local function decide(priority, bucket, arg, calls, jobs)
   return reason, retry_after
 end
 
--- The refusal of a group, nil if its `jobs` new ones may enter.
+-- Returns the refusal of a group, nil if its `jobs` new jobs are accepted.
 local function refuse(priority, bucket, arg, calls, jobs, to_count)
   local reason, retry_after = decide(priority, bucket, arg, calls, jobs)
   if reason then
@@ -204,7 +205,7 @@ end
 
 local function enter(priority, bucket, arg, seen, jobs, calls, to_count)
   if is_known(seen, jobs) then
-    for job = 0, jobs - 1 do repeated(KEYS[seen + job]) end
+    for job = 0, jobs - 1 do note_repeat(KEYS[seen + job]) end
     return {ACCEPTED_BEFORE}
   end
   local refused = refuse(priority, bucket, arg, calls, jobs, to_count)

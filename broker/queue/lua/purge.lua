@@ -1,16 +1,16 @@
--- Take jobs off the queue before anybody runs them, and answer each; what a worker holds is left alone.
+-- Deletes jobs that wait and answers each; a job that a worker holds is not changed.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] HASH trail
--- KEYS[5..] per job: STREAM, HASH or STRING where its reply goes, STRING seen, STRING partial
+-- KEYS[5..] per job: STREAM, HASH or STRING of its reply, STRING seen, STRING partial
 -- ARGV[1] group  ARGV[2] consumer of returned jobs  ARGV[3] unread bytes a reply stream may hold; then per job:
 --   stream 1..3, entry id, job id, 'stream' | 'hash' | 'string' | 'none', reply ttl ms, deadline in server ms or 0,
 --   reply
--- A client gets no reply to a job whose deadline has passed, for it has given the job up, nor into a stream that
--- is full of unread replies
--- Returns per job: 1 gone and answered; 0 a worker holds it, or it is settled
+-- A client gets no reply if the job's deadline has passed, since it waits no longer, or if its stream is full of unread
+--   replies
+-- Returns per job: 1 deleted and answered; 0 a worker holds it, or it is settled
 
 local GROUP, RETURNED, UNREAD_BYTES = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local SEEN_AFTER_SETTLE_MS = 20000
--- The fields of a detached call's hash that are no job's; how long its caller may take to submit the rest of it.
+-- Number of fields of a detached call's hash that are not jobs; time for its caller to submit the rest of the call.
 local CALL_FIELDS, SUBMITTING_MS = 4, 3600000
 
 local time = redis.call('TIME')
@@ -31,8 +31,8 @@ local function is_full(key)
   return full[key]
 end
 
--- As in settle: a result of a detached call, whose hash enqueue describes. All its results expire together, a ttl after
--- the last one; an answer that is there is not replaced.
+-- As in settle: writes a result of a detached call to its hash, see enqueue. All results of a call expire together, a
+-- ttl after the last one. A result that exists is not replaced.
 local function keep(key, job, ttl, reply)
   local length = redis.pcall('HSTRLEN', key, job)
   if length ~= 0 then return false end
@@ -64,7 +64,7 @@ while arg <= #ARGV do
   local owner = holder(stream, entry)
   local gone = 0
   if not owner or owner == RETURNED then
-    -- Both are allowed at maxmemory, and what follows them in the script then is too.
+    -- Both are allowed at maxmemory, and then so are the writes after them.
     redis.call('XACK', stream, GROUP, entry)
     gone = redis.call('XDEL', stream, entry)
     local name = ARGV[arg] .. ':' .. entry
@@ -73,7 +73,7 @@ while arg <= #ARGV do
   if gone == 1 then
     redis.call('DEL', KEYS[key + 2])
     answer(kind, KEYS[key], job, ttl, deadline, reply)
-    -- As settle: a detached job stays known as long as its result, and no longer.
+    -- As in settle: a detached job stays known as long as its result.
     redis.call('PEXPIRE', KEYS[key + 1], kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS)
   end
   outcomes[#outcomes + 1] = gone

@@ -1,15 +1,15 @@
--- Give back what workers held whose host is gone: no beat and no renewed entry for a whole lease.
--- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET workers   KEYS[5] STRING reclaim: 'last pass:hold off until'
+-- Gives back the entries of workers on lost hosts: those with no heartbeat and no renewed entry for a whole lease.
+-- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET workers   KEYS[5] STRING reclaim: 'last pass:hold until', ms
 -- KEYS[6] HASH trail: how the runs of an entry ended, and the batch it ran in last
 -- ARGV[1] group  ARGV[2] consumer of returned jobs  ARGV[3] lease ms
--- Returns {state, entries given back}; state 'early', 'holding' or 'done'
+-- Returns {state, entries given back}; the state is 'early', 'holding' or 'done'
 
 local GROUP, RETURNED, LEASE = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local EVERY_MS, HOUR_MS, PER_PASS, SPARE_CONSUMERS = 900, 3600000, 1000, 16
--- Nobody can say what a lost host was running: half an attempt for all it held.
+-- Half an attempt in the delivery count: nobody knows which of its entries a lost host was running.
 local HALF_ATTEMPT = 1
 local TRAIL_KEPT_MS, TRAIL_BYTES = 86400000, 4096
--- As release: how long suspects wait for a second live worker, where there is one now.
+-- As in release: longest time that suspects wait for a second live worker, if there is one now.
 local COMPANION_MS = 30000
 
 local time = redis.call('TIME')
@@ -18,14 +18,16 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local last, hold_until = string.match(redis.call('GET', KEYS[5]) or '', '^(%d+):(%d+)$')
 last, hold_until = tonumber(last) or 0, tonumber(hold_until) or 0
 if now >= last and now - last < EVERY_MS then return {'early', 0} end
--- Nobody passed for a while: the server was away, frozen or its clock stepped. Live workers first get a lease to renew.
+-- If there was no pass for a while, the server was down or frozen, or its clock stepped: live workers first get one
+-- lease to send heartbeats.
 if now < last or now - last > LEASE / 2 then hold_until = now + LEASE end
 if hold_until > now + LEASE then hold_until = now + LEASE end
--- A write that is allowed at maxmemory, and then so is what follows it.
+-- DEL first: at maxmemory it is allowed, and then so are the writes after it.
 redis.call('DEL', KEYS[5])
 redis.call('SET', KEYS[5], string.format('%.0f:%.0f', now, hold_until), 'PX', HOUR_MS)
 
--- What was delivered in a future that the clock stepped back from would never grow idle: its idle time starts now.
+-- Restarts the idle time of all pending entries: after the clock stepped back, an entry with a later delivery time
+-- would not become idle.
 local function restamp(key)
   for _, entry in ipairs(redis.call('XPENDING', key, GROUP, '-', '+', 100000)) do
     redis.call('XCLAIM', key, GROUP, entry[2], 0, entry[1], 'JUSTID')
@@ -39,7 +41,7 @@ if now < last then
 end
 if now < hold_until then return {'holding', 0} end
 
--- The rule of lease.py, is_live: the last beat is at most one lease from now, in either direction.
+-- As is_live of lease.py: the last heartbeat is at most one lease from now, in either direction.
 local function lives(consumer)
   local beat = tonumber(redis.call('ZSCORE', KEYS[4], consumer))
   return beat and math.abs(now - beat) <= LEASE
@@ -60,7 +62,7 @@ end
 
 local returned, holders, streams = 0, {}, {}
 
--- For claim: all that the lost host held is the batch that died.
+-- Returns the batch for claim: all entries that the lost worker held count as one batch.
 local function batch(consumer, size)
   local others = redis.call('ZCOUNT', KEYS[4], now - LEASE, now + LEASE)
   return string.format('%s@%.0f %d %.0f', consumer, now, size, others > 0 and now + COMPANION_MS or 0)
@@ -90,7 +92,7 @@ local function forget(consumer)
   redis.call('ZREM', KEYS[4], consumer)
 end
 
--- A pass costs what holders and the dead cost. XINFO CONSUMERS lists all who live, too: 25 ms at 4,000 consumers.
+-- XPENDING lists only consumers that hold entries. XINFO CONSUMERS lists all: it takes 25 ms for 4,000 consumers.
 for stream = 1, 3 do
   local key = KEYS[stream]
   if redis.call('EXISTS', key) == 1 then
@@ -111,8 +113,8 @@ end
 forget_the_dead('-inf', string.format('(%.0f', now - LEASE))
 forget_the_dead(string.format('(%.0f', now + LEASE), '+inf')
 
--- Consumers that hold nothing and never beat, such as those a read created after its worker was released. Looking for
--- them lists everybody, so it waits until they are more than the others.
+-- Deletes consumers that hold nothing and have no heartbeat, such as one that a read created after its worker was
+-- released. Finding them lists all consumers, so it waits until they outnumber the others.
 local known = redis.call('ZCOUNT', KEYS[4], '-inf', '+inf')
 for _, key in ipairs(streams) do
   if count_consumers(key) > 2 * known + SPARE_CONSUMERS then

@@ -1,9 +1,10 @@
--- Give back what a consumer holds, for any live worker to claim: its supervisor saw it die, or it lost track itself.
+-- Gives back the entries of a consumer, so that any live worker can claim them: its supervisor saw it die, or the
+-- worker itself found entries that it does not know.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET workers   KEYS[5] HASH the worker   KEYS[6] HASH trail
 -- ARGV[1] group  ARGV[2] consumer  ARGV[3] consumer of returned jobs  ARGV[4] lease ms
--- ARGV[5] 1: the consumer is gone for good, forget it
--- ARGV[6] how the consumer ended, for the trail of those it ran
--- ARGV[7] n, then n entries ('stream:entry id') whose run was cut off: one attempt each
+-- ARGV[5] 1: the consumer has ended: delete it
+-- ARGV[6] how the consumer ended, for the trail of the entries that it ran
+-- ARGV[7] n, then n entries ('stream:entry id') whose run did not finish: each is charged one attempt
 -- then 'but' and the entries to keep, or 'only' and the entries to give back
 -- Returns the number of entries given back
 
@@ -11,7 +12,7 @@ local GROUP, CONSUMER, RETURNED, LEASE = ARGV[1], ARGV[2], ARGV[3], tonumber(ARG
 local GONE, HOW = ARGV[5] == '1', ARGV[6]
 local ATTEMPT = 2
 local TRAIL_KEPT_MS, TRAIL_BYTES = 86400000, 4096
--- How long suspects wait for a second live worker, where there was one when theirs died.
+-- Longest time that suspects wait for a second live worker, if there was one when their worker died.
 local COMPANION_MS = 30000
 
 local started, named = {}, {}
@@ -23,8 +24,8 @@ for i = 9 + n, #ARGV do named[ARGV[i]] = true end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
--- For claim: the batch that died, its size, and until when its jobs wait for a second live worker.
--- The rule of lease.py, is_live: the last beat is at most one lease from now, in either direction.
+-- Returns for claim: the batch that died, its size, and until when its jobs wait for a second live worker.
+-- As is_live of lease.py: the last heartbeat is at most one lease from now, in either direction.
 local function batch()
   local own = tonumber(redis.call('ZSCORE', KEYS[4], CONSUMER))
   local others = redis.call('ZCOUNT', KEYS[4], now - LEASE, now + LEASE)
@@ -33,7 +34,7 @@ local function batch()
 end
 local died_in = n > 0 and batch()
 
--- A line for each run that did not end: when, who, how. pcall: at maxmemory the job is given back all the same.
+-- Adds a line for a run that did not finish: time, worker, how it ended. pcall: at maxmemory it is given back, too.
 local function note(name)
   local line = string.format('%.0f %s %s', now, CONSUMER, HOW)
   local before = redis.call('HGET', KEYS[6], name)

@@ -1,43 +1,44 @@
--- Answer jobs and retire their entries, each once: the first caller wins, a late twin changes nothing.
+-- Answers jobs and deletes their entries, each once: the first caller wins, a second one changes nothing.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] STREAM dead letters   KEYS[5] HASH trail
 -- KEYS[6] ZSET cancelled
--- KEYS[7..] per way that replies go: STREAM, HASH of a detached call or STRING; then per job: STRING seen, and STRING
---   partial if its way says that it streams
--- ARGV[1] group  ARGV[2] dead letters kept  ARGV[3] unread bytes a reply stream may hold
--- ARGV[4] the small error reply that stands in for replies beyond that  ARGV[5] ways
--- then per way: 'stream' | 'hash' | 'string' (detached jobs of older clients) | 'none', reply ttl ms, 1 if its jobs
---   stream: what they emitted goes with the entry
--- then per job: stream 1..3 ':' entry id, way 1.., job id, reply, reason to bury it ('' for none)
--- A dead letter is the entry's fields after: reason, entry, buried (ms), priority, attempts and consumer where known,
---   history where a run did not end: a line each, as release and reclaim wrote it
---   cut where fields were too long: how many bytes are missing at its end
--- Returns per job: 1 answered; 2 its client reads too slowly and got the error in place of the reply; 0 settled before;
---   -1 nothing could be written, or it calls itself by another job's id: a dead letter holds it
--- A reply stream that is full of unread replies takes errors only, and a bounded number of them: whoever should read it
--- is slow, and must hear of it, or dead
+-- KEYS[7..] per destination of replies: STREAM, HASH of a detached call or STRING; then per job: STRING seen, and
+--   STRING partial if its destination is of jobs that stream
+-- ARGV[1] group  ARGV[2] most dead letters  ARGV[3] unread bytes a reply stream may hold
+-- ARGV[4] small error reply that replaces replies beyond that  ARGV[5] number of destinations
+-- then per destination: 'stream' | 'hash' | 'string' (detached jobs of older clients) | 'none', reply ttl ms, 1 if its
+--   jobs stream
+-- then per job: stream 1..3 ':' entry id, destination 1.., job id, reply, reason for a dead letter ('' for none)
+-- A dead letter has these fields, then the entry's: reason, entry, buried (ms), priority;
+--   attempts and consumer if known;
+--   history if a run did not finish: a line for each, as release and reclaim wrote it;
+--   cut if fields were too long: the number of bytes that are missing at its end
+-- Returns per job: 1 answered; 2 its client has too many unread replies, and got the error instead; 0 settled before;
+--   -1 the reply could not be written, or its id belongs to another job: the job is now a dead letter
+-- A reply stream that is full of unread replies takes only errors, and a limited number of them: its client is dead, or
+--   slow and must be told
 
-local GROUP, DEAD_KEPT, UNREAD_BYTES, UNREAD, WAYS =
+local GROUP, MAX_DEAD, UNREAD_BYTES, UNREAD, DESTINATIONS =
   ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
 local SEEN_AFTER_SETTLE_MS = '20000'
--- The fields of a detached call's hash that are no job's; how long its caller may take to submit the rest of it.
+-- Number of fields of a detached call's hash that are not jobs; time for its caller to submit the rest of the call.
 local CALL_FIELDS, SUBMITTING_MS = 4, 3600000
 local MAX_FIELDS = 64
 local MAX_BYTES = 1048576
 local FEW_UNREAD = 16
--- A full stream takes errors while it has fewer entries than this, or until it is an eighth above its limit.
+-- A full stream takes errors while it has fewer entries than this, or is at most an eighth above its limit.
 local MOST_ERRORS = 4096
 local PRIORITIES = {'realtime', 'normal', 'batch'}
 local OURS = {reason = true, entry = true, buried = true, priority = true, attempts = true, consumer = true,
   history = true, cut = true}
 
--- Who holds the entry, and what it has been through; gone with XACK. Deliveries count as lease.py says.
+-- Returns the entry's attempts and its consumer, which XACK deletes. lease.py defines the delivery count.
 local function history(stream, id)
   local pending = redis.pcall('XPENDING', stream, GROUP, id, id, 1)[1]
   if not pending then return {} end
   return {'attempts', string.format('%g', (pending[4] - 1) / 2), 'consumer', pending[2]}
 end
 
--- Both are rare: asked for together.
+-- Both keys are rare: one command checks for both.
 local some = redis.call('EXISTS', KEYS[5], KEYS[6]) > 0
 local trailed = some and redis.call('EXISTS', KEYS[5]) == 1
 local marked = some and redis.call('EXISTS', KEYS[6]) == 1
@@ -56,23 +57,23 @@ local function bury(priority, id, reason, past)
   local copy = {'reason', reason, 'entry', id, 'buried', now, 'priority', PRIORITIES[priority]}
   for _, field in ipairs(past) do copy[#copy + 1] = field end
   local fields = entry and entry[2] or {}
-  local kept, over = {}, 0
-  local left = MAX_BYTES
+  local parts, over = {}, 0
+  local room = MAX_BYTES
   for i = 1, math.min(#fields, MAX_FIELDS) do
-    local part = string.sub(fields[i], 1, left)
-    left, over = left - #part, over + #fields[i] - #part
-    -- What an entry calls itself must not pass for what we say of it.
-    kept[i] = i % 2 == 1 and OURS[part] and 'entry.' .. part or part
+    local part = string.sub(fields[i], 1, room)
+    room, over = room - #part, over + #fields[i] - #part
+    -- The prefix: an entry's own fields must not be taken for those of settle.
+    parts[i] = i % 2 == 1 and OURS[part] and 'entry.' .. part or part
   end
   if over > 0 then copy[#copy + 1], copy[#copy + 2] = 'cut', string.format('%d', over) end
-  for _, part in ipairs(kept) do copy[#copy + 1] = part end
-  -- pcall: whatever became of the dead letters, the jobs after this one are to be settled.
-  redis.pcall('XADD', KEYS[4], 'MAXLEN', '~', DEAD_KEPT, '*', unpack(copy))
+  for _, part in ipairs(parts) do copy[#copy + 1] = part end
+  -- pcall: if the dead letter cannot be written, the jobs after this one are still settled.
+  redis.pcall('XADD', KEYS[4], 'MAXLEN', '~', MAX_DEAD, '*', unpack(copy))
 end
 
 local expiring, sizes, lengths = {}, {}, {}
 
--- Asked once a call, and only where much is unread: the streams of clients that read are short.
+-- Reads a stream's size once in each call, and only if it is long: streams of clients that read are short.
 local function size_of(key)
   if sizes[key] == nil then
     local size = redis.pcall('MEMORY', 'USAGE', key, 'SAMPLES', '16')
@@ -81,8 +82,8 @@ local function size_of(key)
   return sizes[key]
 end
 
--- A result of a detached call, whose hash enqueue describes. All its results expire together, a ttl after the last one;
--- an answer that is there is not replaced.
+-- Writes a result of a detached call to its hash, see enqueue. All results of a call expire together, a ttl after the
+-- last one. A result that exists is not replaced.
 local function keep(key, job, ttl, reply)
   local length = redis.pcall('HSTRLEN', key, job)
   if length ~= 0 then return false end
@@ -103,7 +104,7 @@ local function answer(kind, key, job, ttl, reply)
   if kind == 'string' then
     return redis.pcall('SET', key, reply, 'PX', ttl).err and UNWRITABLE or ANSWERED
   end
-  -- pcall: whatever else may lie under its key.
+  -- pcall: the key may have another type.
   if not expiring[key] then lengths[key] = tonumber(redis.pcall('XLEN', key)) or 0 end
   local outcome = ANSWERED
   if lengths[key] > FEW_UNREAD and size_of(key) >= UNREAD_BYTES then
@@ -116,34 +117,35 @@ local function answer(kind, key, job, ttl, reply)
   return outcome
 end
 
--- Only the entry that was accepted under an id answers to it: another one's answer would reach the job's own caller.
+-- Tells if the job id belongs to another entry, the one that was accepted with it: its caller must not get this reply.
 local function is_another(seen, name, id)
   local accepted = redis.pcall('GET', seen)
-  -- Without the stream it was written by a client of an older version.
+  -- Clients of older versions wrote the entry id alone, without the stream.
   return type(accepted) == 'string' and accepted ~= name and accepted ~= id
 end
 
 local outcomes, retired = {}, {{}, {}, {}}
-local arg, seen = 6 + 3 * WAYS, 7 + WAYS
+local arg, seen = 6 + 3 * DESTINATIONS, 7 + DESTINATIONS
 while arg <= #ARGV do
-  local name, way, job, reply, reason = ARGV[arg], tonumber(ARGV[arg + 1]), ARGV[arg + 2], ARGV[arg + 3], ARGV[arg + 4]
-  local kind, ttl, streams = ARGV[3 + 3 * way], ARGV[4 + 3 * way], ARGV[5 + 3 * way] == '1'
+  local name, destination, job = ARGV[arg], tonumber(ARGV[arg + 1]), ARGV[arg + 2]
+  local reply, reason = ARGV[arg + 3], ARGV[arg + 4]
+  local kind, ttl, streams = ARGV[3 + 3 * destination], ARGV[4 + 3 * destination], ARGV[5 + 3 * destination] == '1'
   local priority, id = tonumber(string.sub(name, 1, 1)), string.sub(name, 3)
   local stream = KEYS[priority]
   local past = reason ~= '' and history(stream, id) or {}
-  -- XACK first: it is allowed at maxmemory, and what follows it in the script then is too.
+  -- XACK first: at maxmemory it is allowed, and then so are the writes after it.
   if redis.call('XACK', stream, GROUP, id) == 0 then
     outcomes[#outcomes + 1] = 0
   else
     local another = is_another(KEYS[seen], name, id)
-    local outcome = another and UNWRITABLE or answer(kind, KEYS[6 + way], job, ttl, reply)
+    local outcome = another and UNWRITABLE or answer(kind, KEYS[6 + destination], job, ttl, reply)
     if another then reason = 'malformed: its id is another job\'s'
     elseif outcome == UNWRITABLE then reason = 'reply_unwritable' end
     if marked then redis.call('ZREM', KEYS[6], name) end
     if trailed then end_trail(past, name) end
     if reason ~= '' then bury(priority, id, reason, past) end
     retired[priority][#retired[priority] + 1] = id
-    -- A detached job stays known as long as its result, of newer clients by the hash of its call.
+    -- A detached job stays known as long as its result; the hash of its call does this for newer clients.
     if not another then
       redis.call('PEXPIRE', KEYS[seen], kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS)
       if streams then redis.call('DEL', KEYS[seen + 1]) end
