@@ -7,7 +7,7 @@ from contracts.queue import CALLER, Queue, draft, names
 from millstream.broker.contract.job import Claim, Draft
 from millstream.broker.contract.operations import OPERATIONS
 from millstream.broker.contract.partial import Delta, Record, decode_delta, decode_records, encode_record, text_of
-from millstream.broker.queue.streams import DIVERGED, LOST, MOST_UNREAD_DELTAS, Emission, Settlement
+from millstream.broker.queue.streams import DIVERGED, LOST, MOST_UNREAD_DELTAS, REPLY_TTL_MS, Emission, Settlement
 
 STREAMING = OPERATIONS["echo-stream"].op
 
@@ -161,6 +161,7 @@ class EmitContract:
         (claim,) = queue.hold("w1", streaming())
         for _ in range(MOST_UNREAD_DELTAS):
             queue.client.xadd(queue.keys.reply(CALLER), {"id": "x", "reply": "y"})
+        queue.client.pexpire(queue.keys.reply(CALLER), REPLY_TTL_MS)
 
         (length,) = queue.streams.emit("w1", [emission(claim, b"", "a")])
 
