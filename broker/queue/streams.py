@@ -339,7 +339,7 @@ class Streams:
         return [_SETTLED[outcome] for outcome in scripts.run(self._client, "settle", keys, args)]
 
     def emit(self, consumer: str, emissions: Sequence[Emission]) -> list[int]:
-        """Appends records of at most MAX_JOBS_PER_CALL jobs that `consumer` runs, and shows their text to their clients.
+        """Appends records of at most MAX_JOBS_PER_CALL jobs that `consumer` runs, and shows their text to clients.
 
         Returns the bytes of records that the server has for each job: `before` and the new ones, or fewer if it has
         lost some, and then nothing was appended; or LOST or DIVERGED. Sending the same again changes nothing.
