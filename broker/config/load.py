@@ -25,7 +25,7 @@ DEFAULT_PATH = Path("config.yaml")
 
 
 class Config(Settings):
-    """A checked configuration. `places` has the file and line, or the variable, of each value that is not a default."""
+    """A checked configuration. `places` has the place of each value that the file or a variable sets."""
 
     models: dict[str, ModelSpec]
     services: dict[str, ServiceSpec]

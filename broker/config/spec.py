@@ -72,7 +72,7 @@ UNKNOWN_TOKENS = 2_048
 """Tokens of a batch if `max_batch_tokens` is auto and no worker has measured it."""
 
 NO_CACHE = "a service of type custom has no cache: nothing tells whether its code has changed; leave enable_cache out"
-"""Error message."""
+"""Error for `enable_cache` on a service of type custom."""
 
 RESULT_TTL_S = 3_600.0
 """Default of `redis.result_ttl`, seconds."""
@@ -216,7 +216,7 @@ class RateLimit(Settings):
     def burst_s(self) -> float:
         """Seconds of the limit that may be used at once.
 
-        `burst` counts in the first unit that is limited: requests, rows or tokens. The result holds for all three.
+        `burst` counts in the first unit that is limited: requests, rows or tokens. All units get the same seconds.
         """
         first = self.requests or self.rows or self.tokens
         return self.burst / first if self.burst and first else 1.0

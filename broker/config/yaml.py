@@ -12,8 +12,7 @@ import yaml
 from millstream.broker.contract.errors import ConfigError, did_you_mean
 
 PREFIX = "MILLSTREAM_"
-"""Start of the variables that set a value: MILLSTREAM_SERVICES__EMBED__RUNTIME__BATCH_SIZE sets
-services.embed.runtime.batch_size."""
+"""Start of variables that set values: MILLSTREAM_SERVICES__A__RUNTIME__PRESET sets services.a.runtime.preset."""
 
 KeyPath = tuple[str, ...]
 _NAMED = {("models",), ("services",)}
