@@ -1,4 +1,4 @@
-"""`millstream acl`: the rules of a Redis user who may do what one role needs, and no more."""
+"""`millstream acl`: the ACL rules of a Redis user with only the rights that one role needs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from millstream.cli import options
 
 _USER = re.compile(r"[!-~]{1,64}")
 _PART_OF_A_KEY = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-"""None of these means anything in a pattern of keys."""
+"""No character of these has a meaning in a pattern of keys."""
 
 
 @click.command()
-@click.option("--role", type=click.Choice(ROLES), required=True, help="What the user is for.")
-@click.option("--service", "services", multiple=True, metavar="NAME", help="Only this service; may be repeated.")
+@click.option("--role", type=click.Choice(ROLES), required=True, help="The role that the user gets rights for.")
+@click.option("--service", "services", multiple=True, metavar="NAME", help="Only for this service; may be repeated.")
 @click.option("--user", metavar="NAME", help="The user's name; by default millstream-ROLE.")
 @click.option("--password-file", type=click.Path(path_type=Path), help="Set the password to the file's first line.")
-@click.option("--nopass", is_flag=True, help="Let the user in without a password.")
-@click.option("--for-version", metavar="VERSION", help="Of Redis or Valkey, as 6.2; by default the server's own.")
-@click.option("--users-acl", is_flag=True, help="A line of the server's aclfile, instead of a command for redis-cli.")
+@click.option("--nopass", is_flag=True, help="Let the user log in without a password.")
+@click.option("--for-version", metavar="VERSION", help="Version of Redis or Valkey; by default the server's.")
+@click.option("--users-acl", is_flag=True, help="Print a line for the server's aclfile, not a command for redis-cli.")
 @options.url
 @options.prefix
 def acl(
@@ -40,17 +40,17 @@ def acl(
     url: str | None,
     prefix: str | None,
 ) -> None:
-    """Print the ACL of a user who may do what a role needs, and no more; nothing is changed.
+    """Print the ACL of a user with only the rights that a role needs. Nothing is changed.
 
-    client: calls services. worker: `millstream worker run`. viewer: looks, and changes nothing. admin: all commands.
+    client: calls services. worker: runs `millstream worker run`. viewer: only reads. admin: runs all commands.
 
     \b
       millstream acl --role client --password-file secret | redis-cli
 
-    Without a password option the user keeps the passwords it has, and a new one cannot log in.
+    Without a password option an existing user keeps its passwords, and a new user cannot log in.
     """
     if nopass and password_file:
-        raise click.UsageError("either --nopass or --password-file")
+        raise click.UsageError("give either --nopass or --password-file, not both")
     name = user or f"millstream-{role}"
     if not _USER.fullmatch(name):
         raise click.BadParameter("at most 64 characters, without spaces", param_hint="--user")
@@ -61,27 +61,28 @@ def acl(
     words = [*_password(password_file, nopass), *rules(role, version, services, start)]
     click.echo(" ".join([*(["user"] if users_acl else ["ACL", "SETUSER"]), name, *words]))
     if version[:2] < SELECTORS_SINCE and role in ("client", "worker"):
-        click.echo("note: before 7.0 a user's commands hold for all of its keys; see docs/operations.md", err=True)
+        note = "note: before 7.0 a user may run all of its commands on all of its keys; see docs/operations.md"
+        click.echo(note, err=True)
 
 
 def _version(given: str | None, url: str | None, prefix: str | None) -> tuple[tuple[int, ...], str]:
-    """The server's version and the start of its keys."""
+    """Returns the server's version and the key prefix. Raises ConfigError if `given` is no supported version."""
     if given is not None:
         version = parse_version(given)
         if version < (6, 2):
-            raise ConfigError(f"no version {given!r}, or one that is too old", hint="say 6.2, 7.0 or newer")
+            raise ConfigError(f"{given!r} is no version, or is too old", hint="say 6.2, 7.0 or newer")
         from millstream.broker.target import find_prefix
 
         return version, find_prefix(prefix, os.environ)
     target = options.find(url, prefix)
     from millstream.broker.transport.connection import check
 
-    with options.connected(target.url) as connection:
+    with options.connect(target.url) as connection:
         return check(connection).version, target.prefix
 
 
 def _password(file: Path | None, nopass: bool) -> list[str]:
-    """A hash, so that no secret is shown."""
+    """Returns the rules for the password. They contain its SHA-256 hash, so that the output shows no secret."""
     if nopass:
         return ["resetpass", "nopass"]
     if file is None:

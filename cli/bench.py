@@ -1,4 +1,4 @@
-"""`millstream bench`: how fast a running service answers, asked through the client as any program would."""
+"""`millstream bench`: measures how fast a running service answers calls of the ordinary client."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import click
 from millstream.broker.contract.errors import MillstreamError, NoWorkers
 from millstream.cli import options
 from millstream.cli.options import SecondsRange
-from millstream.cli.table import aligned, number
+from millstream.cli.table import align, number
 
 if TYPE_CHECKING:
     from millstream.broker.config.spec import ServiceSpec
@@ -30,19 +30,20 @@ if TYPE_CHECKING:
 LONGEST_S = 600.0
 MOST_ROWS, MOST_CONCURRENT, LONGEST_TEXT = 4_096, 1_024, 100_000
 TEXTS = 512
-"""Texts there are before one comes again."""
+"""Number of different texts."""
 
 QUERY = "which of these texts is about a mill on a stream?"
-"""What a reranker is asked."""
+"""Query of each call to a reranker."""
 
 _PAUSE_S = 0.1
+"""Pause after an error that gives no `retry_after`, seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """`concurrency` callers, each with calls of `rows` texts in turn, for `seconds`; a call has `timeout` seconds.
+    """The calls to make: `concurrency` callers, each of which makes one call of `rows` texts after another.
 
-    `options` go to the model with each call.
+    They start calls for `seconds`; each call has `timeout` seconds. `options` go to the model with each call.
     """
 
     service: str
@@ -56,14 +57,17 @@ class Load:
 
 @dataclass(slots=True)
 class Tally:
-    """Seconds of each answered call, errors by code, and how long all of it took."""
+    """The latency of each answered call in seconds, the number of errors by code, and the seconds of the whole run."""
 
     latencies: list[float] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
     def figures(self, rows: int) -> dict[str, float | None]:
-        """Rows and calls a second of those that were answered; ms a call, None where none was."""
+        """Returns rows and calls a second, and the latency of a call in ms. Counts answered calls only.
+
+        The latencies are None if no call was answered.
+        """
         answered = len(self.latencies)
         return {
             "rows_per_s": rows * answered / self.seconds,
@@ -74,7 +78,7 @@ class Tally:
 
 
 def percentile_ms(seconds: Sequence[float], share: float) -> float | None:
-    """The value that `share` (0 to 1) of `seconds` do not exceed, in ms; None of none."""
+    """Returns the value that a `share` (0 to 1) of `seconds` does not exceed, in ms; None if `seconds` is empty."""
     ordered = sorted(seconds)
     return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
 
@@ -90,14 +94,14 @@ def percentile_ms(seconds: Sequence[float], share: float) -> float | None:
     type=SecondsRange(0, LONGEST_S, min_open=True),
     default=5.0,
     show_default=True,
-    help="How long to call.",
+    help="Seconds in which calls are started.",
 )
 @click.option(
     "--length",
     type=click.IntRange(1, LONGEST_TEXT),
     default=200,
     show_default=True,
-    help="Characters of a text; words of random letters.",
+    help="Characters of each text, which has words of random letters.",
 )
 @click.option(
     "--timeout",
@@ -111,9 +115,9 @@ def percentile_ms(seconds: Sequence[float], share: float) -> float | None:
     type=click.Choice(["realtime", "normal", "batch"]),
     default="batch",
     show_default=True,
-    help="Batch lets all other callers go first.",
+    help="Priority of the calls; jobs of other priorities go before batch.",
 )
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @options.url
 @options.prefix
 def bench(
@@ -130,22 +134,22 @@ def bench(
 ) -> None:
     """Measure a running SERVICE with real calls: rows a second, p50 and p99 of a call, errors by code.
 
-    The calls compete with everybody else's for the same workers: at the priority batch, unless you say otherwise, they
-    take what others leave, and what the batch share is sure of. The queue holds at most --concurrency of them; what is
-    refused is counted and tried again later. Ctrl-C ends it and cancels what is under way.
+    The calls compete with all other calls for the same workers. At the default priority batch they get the capacity
+    that other calls do not use, and at least the share of batch. The queue holds at most --concurrency of them. A call
+    that is refused is counted, and another one follows after a pause. Ctrl-C ends the run and cancels the open calls.
     """
     target = options.find(url, prefix)
-    spec = _checked(target, service)
+    spec = _find_spec(target, service)
     extra = {"query": QUERY} if spec.model.type == "reranker" else {}
     load = Load(service, rows, concurrency, seconds, priority, timeout, extra)
     tally = asyncio.run(measure(target, load, list(words(length, random.Random()))))
     figures = tally.figures(rows)
     if as_json:
-        asked = {"service": service, "rows": rows, "concurrency": concurrency, "length": length, "priority": priority}
+        setting = {"service": service, "rows": rows, "concurrency": concurrency, "length": length, "priority": priority}
         counts = {"calls": len(tally.latencies), "seconds": tally.seconds, "errors": dict(tally.errors)}
-        click.echo(json.dumps({**asked, **counts, **figures}, indent=2))
+        click.echo(json.dumps({**setting, **counts, **figures}, indent=2))
     else:
-        click.echo(aligned([_HEADING, _row(load, tally, figures)]))
+        click.echo(align([_HEADING, _row(load, tally, figures)]))
     if not tally.latencies:
         click.get_current_context().exit(MillstreamError.exit_code)
 
@@ -155,22 +159,22 @@ _HEADING = ("SERVICE", "ROWS/CALL", "AT ONCE", "CALLS", "ROWS/S", "CALLS/S", "P5
 
 def _row(load: Load, tally: Tally, figures: dict[str, float | None]) -> tuple[str, ...]:
     errors = ", ".join(f"{count} {code}" for code, count in tally.errors.most_common())
-    asked = (load.service, str(load.rows), str(load.concurrency), str(len(tally.latencies)))
-    return (*asked, *(number(value, 1) for value in figures.values()), errors or "-")
+    counts = (load.service, str(load.rows), str(load.concurrency), str(len(tally.latencies)))
+    return (*counts, *(number(value, 1) for value in figures.values()), errors or "-")
 
 
 def words(length: int, chance: random.Random) -> Iterator[str]:
-    """TEXTS texts of `length` ASCII characters, of words as long as English ones."""
+    """Yields TEXTS texts of `length` ASCII characters, with words as long as English ones."""
     letters = string.ascii_lowercase + " " * 5
     for _ in range(TEXTS):
         yield "".join(chance.choices(letters, k=length)).strip().ljust(length, "x")
 
 
 async def measure(target: Target, load: Load, texts: Sequence[str]) -> Tally:
-    """Call for `load.seconds`, and wait for what is under way then."""
+    """Starts calls for `load.seconds`, waits for the open ones, and returns the figures of all."""
     from millstream.client import AsyncClient
 
-    # No text comes twice, nor in the next run: the service may have a cache.
+    # Each text is unique, also across runs, because the service may have a cache.
     tally = Tally()
     source = (f"{number} {text}"[: len(text)] for number, text in enumerate(cycle(texts)))
     async with AsyncClient(target.url, prefix=target.prefix) as client:
@@ -196,12 +200,15 @@ async def _caller(client: AsyncClient, load: Load, texts: Iterator[Json], until:
             tally.latencies.append(time.perf_counter() - began)
 
 
-def _checked(target: Target, service: str) -> ServiceSpec:
-    """The service as it is registered. Raises UnknownService, InvalidRequest where it cannot be called, NoWorkers."""
+def _find_spec(target: Target, service: str) -> ServiceSpec:
+    """Returns the registered spec of `service`.
+
+    Raises UnknownService if it is not registered, InvalidRequest if it cannot be called, NoWorkers if none is alive.
+    """
     from millstream.broker.queue.registry import Registry
     from millstream.client.services import Services, op_of
 
-    with options.connected(target.url) as connection:
+    with options.connect(target.url) as connection:
         services = Services(connection, Registry(connection, target.prefix))
         spec = services.read(service)
         op_of(spec)

@@ -1,4 +1,4 @@
-"""`millstream config`: check a configuration, show what it comes to, or publish it."""
+"""`millstream config`: checks a configuration, shows it with every default filled in, or publishes it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ import click
 from millstream.broker.config.load import DEFAULT_PATH, Config, ServiceSpec, load, unenforced
 from millstream.broker.config.yaml import KeyPath
 from millstream.cli.options import allow_eviction
-from millstream.cli.table import aligned
+from millstream.cli.table import align
 
 config_path = click.argument("path", type=click.Path(path_type=Path), default=DEFAULT_PATH)
 
 
 def load_and_warn(path: Path | None) -> Config:
-    """The checked configuration; what it asks for that is not enforced yet goes to stderr, once a key."""
+    """Returns the checked configuration. Warns on stderr, once per key, about settings that are not enforced yet.
+
+    Raises ConfigError if the configuration is invalid.
+    """
     loaded = load(path)
     for line in unenforced(loaded):
         click.echo(f"warning: {line}", err=True)
@@ -50,7 +53,7 @@ def check(path: Path) -> None:
 def push(path: Path, url: str | None, replace: bool, allow_eviction: bool) -> None:
     """Check PATH, by default ./config.yaml, and publish its services in Redis."""
     loaded = load_and_warn(path)
-    # The Redis client takes as long to import as all the rest; `check` does without.
+    # Importing the Redis client takes as long as all other imports, and `check` does not need it.
     from millstream.broker.queue.registry import Registry
     from millstream.broker.transport import eviction
     from millstream.broker.transport.connection import Connection, find_url
@@ -71,15 +74,15 @@ def push(path: Path, url: str | None, replace: bool, allow_eviction: bool) -> No
 
 @config.command()
 @config_path
-@click.option("--origin", is_flag=True, help="With each value, where it came from.")
+@click.option("--origin", is_flag=True, help="Show the origin of each value.")
 def show(path: Path, origin: bool) -> None:
-    """Show what PATH, by default ./config.yaml, comes to with every default, preset and variable.
+    """Show PATH, by default ./config.yaml, with every default, preset and variable applied.
 
-    It is a configuration itself; a password is left out.
+    The output is a valid configuration. A password is replaced by ***.
     """
     from millstream.broker.config.origin import resolved
 
-    values = [(each.path, _shown(each.path, each.value), each.origin) for each in resolved(load_and_warn(path))]
+    values = [(each.path, _format(each.path, each.value), each.origin) for each in resolved(load_and_warn(path))]
     width = min(_WIDEST, max((len(line) for line, _ in _lines(values)), default=0))
     for line, source in _lines(values):
         click.echo(f"{line:{width}}  # {source}" if origin and source else line)
@@ -89,8 +92,8 @@ def show(path: Path, origin: bool) -> None:
 def schema() -> None:
     """Print the JSON Schema of config.yaml, for editors.
 
-    With it in a file, the line `# yaml-language-server: $schema=PATH` on top of config.yaml makes an editor complete,
-    explain and check it.
+    Write the schema to a file, and put the line `# yaml-language-server: $schema=PATH` at the top of config.yaml. Then
+    an editor completes, explains and checks it.
     """
     from millstream.broker.config import schema as config_schema
 
@@ -98,11 +101,11 @@ def schema() -> None:
 
 
 _WIDEST = 60
-"""Where the origins stand at most: one long value does not push all of them away."""
+"""Widest column of values, in characters: one long value must not move all origins far to the right."""
 
 
 def _lines(values: Sequence[tuple[KeyPath, str, str]]) -> Iterator[tuple[str, str]]:
-    """The YAML of all values, a line each with its origin; a line without one opens a mapping."""
+    """Yields the lines of the YAML, each with its origin. A line that opens a mapping has an empty origin."""
     above: KeyPath = ()
     for path, text, origin in values:
         known = next(at for at, key in enumerate(path) if above[at : at + 1] != (key,))
@@ -112,7 +115,7 @@ def _lines(values: Sequence[tuple[KeyPath, str, str]]) -> Iterator[tuple[str, st
         above = path
 
 
-def _shown(path: KeyPath, value: object) -> str:
+def _format(path: KeyPath, value: object) -> str:
     if path == ("redis", "url") and value:
         from millstream.broker.transport.connection import redacted
 
@@ -121,7 +124,7 @@ def _shown(path: KeyPath, value: object) -> str:
 
 
 def _yaml(value: object) -> str:
-    """`value` on one line."""
+    """Returns `value` as YAML on one line."""
     import yaml
 
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9).removesuffix("...\n").strip()
@@ -129,12 +132,12 @@ def _yaml(value: object) -> str:
 
 
 def table(services: Iterable[ServiceSpec]) -> str:
-    """The main values of `services`, a line each under a heading."""
+    """Returns a table with the main values of `services`, one line for each."""
     rows: list[tuple[str, ...]] = [
         ("SERVICE", "MODEL", "TYPE", "ROWS", "TOKENS", "WAIT", "WORKERS", "QUEUE", "TIMEOUT")
     ]
     rows += [_row(service) for service in services]
-    return aligned(rows)
+    return align(rows)
 
 
 def _row(service: ServiceSpec) -> tuple[str, ...]:

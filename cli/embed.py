@@ -1,4 +1,4 @@
-"""`millstream embed`: texts in, vectors out, through the queue."""
+"""`millstream embed`: sends texts through the queue and prints their vectors."""
 
 from __future__ import annotations
 
@@ -23,29 +23,33 @@ if TYPE_CHECKING:
 Format = Literal["json", "npy", "text"]
 
 DEFAULT_WAIT_S = 1.0
+"""Seconds to wait for a worker by default."""
+
 _POLL_S = 0.1
 
 
 @click.command()
 @click.argument("texts", metavar="[TEXT]...", nargs=-1)
-@click.option("--service", metavar="NAME", help="By default the only embedding service there is.")
+@click.option("--service", metavar="NAME", help="By default the only registered embedding service.")
 @click.option("--priority", type=click.Choice(["realtime", "normal", "batch"]), default="normal", show_default=True)
 @click.option("--timeout", type=SecondsRange(min=0, min_open=True), help="Seconds for the whole call.")
-@click.option("--truncate", type=click.Choice(["none", "start", "end"]), help="Where to cut texts that are too long.")
-@click.option("--input-type", type=click.Choice(["query", "document", "none"]), help="Take the model's prompt for it.")
-@click.option("--prompt", help="Text to put before each TEXT, instead of the model's own.")
-@click.option("--dimensions", type=click.IntRange(min=1), metavar="NUMBER", help="Keep so many of each vector.")
-@click.option("--normalize/--no-normalize", default=None, help="Unit vectors, or what was cut as it is.")
+@click.option(
+    "--truncate", type=click.Choice(["none", "start", "end"]), help="Cut this side of texts that are too long."
+)
+@click.option("--input-type", type=click.Choice(["query", "document", "none"]), help="Use the model's prompt for it.")
+@click.option("--prompt", help="Text to put before each TEXT, instead of the model's prompt.")
+@click.option("--dimensions", type=click.IntRange(min=1), metavar="NUMBER", help="Keep this many dimensions.")
+@click.option("--normalize/--no-normalize", default=None, help="Whether to scale vectors to length 1.")
 @click.option(
     "--wait",
     "wait_s",
     type=SecondsRange(min=0),
     default=DEFAULT_WAIT_S,
     show_default=True,
-    help="Seconds to wait for a worker where none is alive.",
+    help="Seconds to wait for a worker if none is alive.",
 )
 @click.option(
-    "--json", "as_json", is_flag=True, help="Standard input is a JSON array of strings, or one string a line."
+    "--json", "as_json", is_flag=True, help="Standard input is a JSON array of strings, or one JSON string per line."
 )
 @click.option("--format", "layout", type=click.Choice(["json", "npy", "text"]), default="json", show_default=True)
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="A file, instead of standard output.")
@@ -64,9 +68,9 @@ def embed(
 ) -> None:
     """Embed each TEXT, or each line of standard input, through the queue.
 
-    One line of JSON a text: {"index": 0, "embedding": [...]}, from a sparse model with {"indices": [...], "values":
-    [...]} for the numbers. With --format text the numbers alone; with npy one float32 array. A text that failed has
-    no JSON line, an empty line or a row of NaN, and a line on standard error.
+    Prints one line of JSON per text: {"index": 0, "embedding": [...]}; a sparse model's embedding is {"indices": [...],
+    "values": [...]}. --format text prints only the numbers, --format npy one float32 array. If a text fails, standard
+    error has a line for it, and the output has no line (json), an empty line (text) or a row of NaN (npy).
     """
     _check_output(output, layout)
     rows = _texts(texts, as_json)
@@ -75,7 +79,7 @@ def embed(
     from millstream.client import Client
     from millstream.client.services import Services
 
-    with options.connected(target.url) as connection:
+    with options.connect(target.url) as connection:
         services = Services(connection, Registry(connection, target.prefix))
         name = _service(services, service)
         _await_worker(services, name, wait_s)
@@ -90,22 +94,22 @@ def embed(
 
 
 def _check_output(output: Path | None, layout: Format) -> None:
-    """Before the work, not after it."""
+    """Raises UsageError if the output cannot be written. Called before the work, so that none is lost."""
     if output and not output.parent.is_dir():
         raise click.UsageError(f"--output: there is no folder '{output.parent}'.")
     if layout == "npy" and not output and sys.stdout.isatty():
-        raise click.UsageError("an array is not for a terminal: give --output FILE.")
+        raise click.UsageError("an array cannot be printed on a terminal: give --output FILE.")
 
 
 def _texts(arguments: Sequence[str], as_json: bool) -> list[str]:
-    """What to embed. Raises InvalidRequest, a line for each thing that is no text."""
+    """Returns the texts to embed. Raises UsageError if there are none, InvalidRequest if the JSON is invalid."""
     if arguments and as_json:
         raise click.UsageError("--json reads standard input: give no TEXT with it.")
     if arguments:
         return list(arguments)
     if sys.stdin.isatty():
         raise click.UsageError("no texts: give some as arguments or on standard input.")
-    # Not decoded strictly: a line that is no UTF-8 is refused by itself, its neighbours are embedded.
+    # Not decoded strictly: a line that is not UTF-8 fails alone, and the other lines are embedded.
     text = sys.stdin.buffer.read().decode(errors="surrogateescape")
     if as_json:
         return parse_json(text)
@@ -113,7 +117,10 @@ def _texts(arguments: Sequence[str], as_json: bool) -> list[str]:
 
 
 def parse_json(text: str) -> list[str]:
-    """The strings of a JSON array, or of one JSON string a line. Raises InvalidRequest, naming what is none."""
+    """Returns the strings of a JSON array, or of one JSON string per line.
+
+    Raises InvalidRequest if it is not JSON, or with one line for each value that is not a string.
+    """
     values = _array(text)
     strings = [value for value in values if isinstance(value, str)]
     if len(strings) < len(values):
@@ -129,30 +136,30 @@ def parse_json(text: str) -> list[str]:
 
 def _array(text: str) -> list[object]:
     if text.lstrip().startswith("["):
-        return cast(list[object], _parsed(text, "standard input"))
+        return cast(list[object], _parse(text, "standard input"))
     lines = enumerate(text.split("\n"), start=1)
-    return [_parsed(line, f"line {number}") for number, line in lines if line.strip()]
+    return [_parse(line, f"line {number}") for number, line in lines if line.strip()]
 
 
-def _parsed(text: str, where: str) -> object:
+def _parse(text: str, source: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{where} is not JSON: {error}") from None
+        raise InvalidRequest(f"{source} is not JSON: {error}") from None
 
 
-def _service(services: Services, wanted: str | None) -> str:
-    """The service to call. Raises UnknownService, or InvalidRequest where it embeds nothing."""
-    if wanted is None:
+def _service(services: Services, name: str | None) -> str:
+    """Returns the service to call. Raises UnknownService, or InvalidRequest if it is no embedding service."""
+    if name is None:
         return services.only("embedding")
-    spec = services.read(wanted)
+    spec = services.read(name)
     if spec.model.type != "embedding":
-        raise InvalidRequest(f"service {wanted!r} is of type {spec.model.type!r}", hint="embedding services embed")
-    return wanted
+        raise InvalidRequest(f"service {name!r} is of type {spec.model.type!r}", hint="name an embedding service")
+    return name
 
 
 def _await_worker(services: Services, service: str, wait_s: float) -> None:
-    """Give a worker that is just starting its chance. Raises NoWorkers."""
+    """Waits until a worker is alive, because one may just be starting. Raises NoWorkers after `wait_s` seconds."""
     until = time.monotonic() + wait_s
     while not services.live_workers(service):
         if time.monotonic() >= until:
@@ -166,7 +173,10 @@ def _await_worker(services: Services, service: str, wait_s: float) -> None:
 def _call(
     client: Client, texts: Sequence[str], call: Mapping[str, str | float | bool | None]
 ) -> tuple[list[Vectors | None], Mapping[int, MillstreamError]]:
-    """A vector a text, None where it failed, and the errors by index. Raises where every text failed alike."""
+    """Returns one vector per text, None for a text that failed, and the errors by index.
+
+    Raises the error itself if the whole call failed.
+    """
     try:
         return list(client.embed(texts, **call)), {}  # type: ignore[arg-type]
     except PartialFailure as partial:
@@ -175,11 +185,11 @@ def _call(
 
 def _check_dense(layout: Format, vectors: Sequence[Vectors | Mapping[str, Json] | None]) -> None:
     if layout != "json" and any(isinstance(vector, dict) for vector in vectors):
-        raise InvalidRequest("the model's vectors are sparse", hint="--format json writes them")
+        raise InvalidRequest("the model's vectors are sparse", hint="use --format json")
 
 
 def encode(layout: Format, vectors: Sequence[Vectors | Mapping[str, Json] | None]) -> Iterator[bytes]:
-    """The output, piece by piece. Numbers are written with the digits that give the same float32 back."""
+    """Yields the output in pieces. Numbers have enough digits to give the same float32 when read."""
     if layout == "npy":
         yield _npy(cast("Sequence[Vectors | None]", vectors))
         return

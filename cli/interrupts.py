@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal, for commands that own processes."""
+"""Handles Ctrl-C, SIGTERM and a closed terminal in commands that run other processes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import Protocol
 
 
 class Stoppable(Protocol):
-    """What an interrupt ends: `stop` asks for a drain, `kill` ends everything at once."""
+    """Object that interrupts end: `stop` starts a drain, `kill` ends everything at once."""
 
     def stop(self) -> None: ...
 
     def kill(self) -> None: ...
 
 
-def interrupt_at_eof(patience_s: float) -> None:
-    """Interrupt this process when its standard input ends, and again `patience_s` later.
+def interrupt_at_eof(drain_s: float) -> None:
+    """Interrupts this process when its standard input ends, and again `drain_s` seconds later.
 
-    For a pipe: whoever held its other end is gone, and nobody waits for a long drain.
+    For a standard input that is a pipe: its end means that the program at the other end has ended, so that nobody waits
+    for a long drain.
     """
 
     def wait() -> None:
@@ -30,16 +31,16 @@ def interrupt_at_eof(patience_s: float) -> None:
             while os.read(0, 4096):
                 pass
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(patience_s)
+        time.sleep(drain_s)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, name="end of file", daemon=True).start()
 
 
 class Interrupts:
-    """While it is open the first signal asks for a drain and the next one kills; none ends this process by itself.
+    """Context manager: in it the first signal starts a drain and the second one kills. No signal ends this process.
 
-    Before anything is attached a first signal is kept for it, and a second raises KeyboardInterrupt.
+    A first signal before `attach` takes effect at `attach`; a second one raises KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
@@ -66,7 +67,7 @@ class Interrupts:
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
             numbers.append(signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._noted) for number in numbers}
+        self._before = {number: signal.signal(number, self._on_signal) for number in numbers}
         return self
 
     def __exit__(
@@ -78,11 +79,11 @@ class Interrupts:
         self._relay.join()
         os.close(self._reading)
 
-    def _noted(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
         if self._attached is None and self.kills:
             raise KeyboardInterrupt
-        # Not `stop` itself: a handler runs in the middle of whatever holds the lock that it needs.
+        # A thread calls `stop`, not the handler: the handler may interrupt code that holds the lock which `stop` needs.
         os.write(self._writing, b"!")
 
     def _pass_on(self) -> None:

@@ -1,4 +1,4 @@
-"""The `millstream` command: finds subcommands by name, and turns every error into one line and an exit code."""
+"""The `millstream` command: imports subcommands by name, and turns every error into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ INTERRUPTED = 130
 
 
 class Lazy(NamedTuple):
-    """Where a command is defined ("module:attribute"), and its line in the help, which needs no import."""
+    """A command that is imported when it is called: its "module:attribute", and its line in the help."""
 
     target: str
     help: str
 
 
 COMMANDS = {
-    "acl": Lazy("millstream.cli.acl:acl", "Print the rules of a Redis user who may do what one role needs."),
+    "acl": Lazy("millstream.cli.acl:acl", "Print the ACL of a Redis user with the rights that a role needs."),
     "bench": Lazy("millstream.cli.bench:bench", "Measure a running service with real calls."),
     "config": Lazy(
         "millstream.cli.config:config", "Check or show a configuration, or publish it for workers and clients."
     ),
-    "dead": Lazy("millstream.cli.dead:dead", "Look into a service's dead letters, run them again or remove them."),
+    "dead": Lazy("millstream.cli.dead:dead", "List a service's dead letters, run them again or remove them."),
     "embed": Lazy("millstream.cli.embed:embed", "Embed texts through the queue."),
-    "queue": Lazy("millstream.cli.queue:queue", "Look into the queues, pause them, empty them."),
-    "tune": Lazy("millstream.cli.tune:tune", "Measure which batch limits a service is fastest with on this machine."),
-    "up": Lazy("millstream.cli.up:up", "Start a server where none is configured, and workers for each service."),
-    "worker": Lazy("millstream.cli.worker:worker", "Run workers for the services of a server, or list those that run."),
+    "queue": Lazy("millstream.cli.queue:queue", "Show, pause, drain or empty the queues."),
+    "tune": Lazy("millstream.cli.tune:tune", "Measure with which batch limits a service is fastest on this machine."),
+    "up": Lazy("millstream.cli.up:up", "Start a server if none is configured, and workers for each service."),
+    "worker": Lazy("millstream.cli.worker:worker", "Run workers for the services of a server, or list the live ones."),
 }
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when called, and whose errors are one line on stderr."""
+    """A group that imports a command when it is called, and prints an error as one line on stderr."""
 
     commands_by_name: Mapping[str, Lazy] = COMMANDS
 
@@ -72,7 +72,7 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             result: object = super().invoke(ctx)
-            sys.stdout.flush()  # a reader that went away shows here, not in the interpreter's last breath
+            sys.stdout.flush()  # raises here if the reader has gone, not at the interpreter's exit
             return result
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click's own: usage errors exit 2, a closed pipe ends quietly
@@ -81,28 +81,28 @@ class LazyGroup(click.Group):
         except MillstreamError as error:
             report(error)
             ctx.exit(error.exit_code)
-        except Exception as error:  # noqa: BLE001 - the last stop: a user gets a line, not a traceback
+        except Exception as error:  # noqa: BLE001 - a user gets one line, not a traceback
             known = unwritable(error)
             report(known or error)
             ctx.exit(known.exit_code if known else INTERNAL_ERROR)
 
 
 def report(error: Exception) -> None:
-    """Print `error` to stderr, a line each where it holds several; with the traceback under MILLSTREAM_DEBUG=1."""
+    """Prints `error` to stderr, one line per error if it has several. MILLSTREAM_DEBUG=1 adds the traceback."""
     if os.environ.get(DEBUG_VARIABLE):
         click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
     if isinstance(error, MillstreamError):
         lines = str(error).splitlines()
     else:
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        lines = [f"internal error: {what}; run with {DEBUG_VARIABLE}=1 for the traceback"]
-    with suppress(OSError):  # the exit status tells it, too
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        lines = [f"internal error: {text}; run with {DEBUG_VARIABLE}=1 for the traceback"]
+    with suppress(OSError):  # if stderr is closed, the exit status still tells of the error
         for line in lines:
             click.echo(f"millstream: {line}", err=True)
 
 
 def exit_codes() -> dict[int, list[str]]:
-    """Each exit code and what it stands for."""
+    """Returns each exit code with the error codes, or the outcomes, that it stands for."""
     codes: dict[int, list[str]] = defaultdict(list)
     codes[0].append("done")
     for cls in _error_classes(MillstreamError):

@@ -1,4 +1,4 @@
-"""`millstream queue pause`, `resume`, `purge` and `drain`: what an operator does to a service's queue."""
+"""`millstream queue pause`, `resume`, `purge` and `drain`: the commands that change a service's queue."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import time
 import click
 
 from millstream.cli import options
-from millstream.cli.table import counted
+from millstream.cli.table import quantity
 
-_LOOK_S = 0.2
+_POLL_S = 0.2
 
 
 @click.command()
@@ -17,17 +17,17 @@ _LOOK_S = 0.2
 @options.url
 @options.prefix
 @click.option(
-    "--for", "for_s", metavar="TIME", callback=options.duration, help="Go on by itself after TIME, such as 10m."
+    "--for", "for_s", metavar="TIME", callback=options.duration, help="Resume automatically after TIME, such as 10m."
 )
-@click.option("--new", "refusing", is_flag=True, help="Refuse new jobs, too.")
+@click.option("--new", "refusing", is_flag=True, help="Also refuse new jobs.")
 def pause(service: str, url: str | None, prefix: str | None, for_s: float | None, refusing: bool) -> None:
-    """Pause SERVICE: within a second its workers claim no more; what they hold they finish.
+    """Pause SERVICE: within a second its workers stop claiming jobs. They finish the jobs that they hold.
 
-    New jobs are accepted and wait, and their time limits run.
+    New jobs are accepted and wait; their time limits keep running.
     """
     from millstream.broker.queue import pause as pauses
 
-    with options.opened(service, url, prefix) as (connection, keys):
+    with options.open_service(service, url, prefix) as (connection, keys):
         pauses.pause(connection.client, keys, for_s=for_s, refusing=refusing)
     until = f"for {for_s:g} s" if for_s else f"until `millstream queue resume {service}`"
     click.echo(f"{service}: paused {until}{', refusing new jobs' if refusing else ''}")
@@ -38,10 +38,10 @@ def pause(service: str, url: str | None, prefix: str | None, for_s: float | None
 @options.url
 @options.prefix
 def resume(service: str, url: str | None, prefix: str | None) -> None:
-    """Let the workers of SERVICE claim again."""
+    """Resume SERVICE: its workers claim jobs again."""
     from millstream.broker.queue import pause as pauses
 
-    with options.opened(service, url, prefix) as (connection, keys):
+    with options.open_service(service, url, prefix) as (connection, keys):
         was_paused = pauses.resume(connection.client, keys)
     click.echo(f"{service}: {'resumed' if was_paused else 'was not paused'}")
 
@@ -52,20 +52,20 @@ def resume(service: str, url: str | None, prefix: str | None) -> None:
 @options.prefix
 @options.yes
 def purge(service: str, url: str | None, prefix: str | None, yes: bool) -> None:
-    """Remove every job that waits for SERVICE; its callers are told that it was cancelled.
+    """Remove every waiting job of SERVICE. Its callers get the error that the job was cancelled.
 
-    Jobs that workers hold go on. New ones are accepted meanwhile: pause with --new to keep them out.
+    Jobs that workers hold continue. New jobs are still accepted: to refuse them, pause with --new first.
     """
     from millstream.broker.queue.inspector import Inspector
     from millstream.broker.queue.registry import Registry
     from millstream.broker.queue.streams import Streams
 
-    with options.opened(service, url, prefix) as (connection, keys):
+    with options.open_service(service, url, prefix) as (connection, keys):
         (view,) = Inspector(connection, keys.prefix).services([service])
-        options.confirm(f"Remove {counted(view.depth, 'waiting job')} of {service}?", yes)
+        options.confirm(f"Remove {quantity(view.depth, 'waiting job')} of {service}?", yes)
         ttl_ms = round(Registry(connection, keys.prefix).read(service).result_ttl * 1000)
         purged = Streams(connection.client, keys, result_ttl_ms=ttl_ms).purge()
-    click.echo(f"{service}: {counted(purged, 'job')} purged")
+    click.echo(f"{service}: {quantity(purged, 'job')} purged")
 
 
 @click.command()
@@ -79,10 +79,10 @@ def purge(service: str, url: str | None, prefix: str | None, yes: bool) -> None:
     callback=options.duration,
     default="60s",
     show_default=True,
-    help="How long to wait at most.",
+    help="Longest wait.",
 )
 def drain(service: str, url: str | None, prefix: str | None, timeout_s: float) -> None:
-    """Pause SERVICE, and wait until no worker holds a job of it. It stays paused."""
+    """Pause SERVICE and wait until no worker holds one of its jobs. SERVICE stays paused."""
     from millstream.broker.contract.errors import DeadlineExceeded
     from millstream.broker.queue.inspector import Inspector
     from millstream.broker.queue.lease import Lease
@@ -90,17 +90,17 @@ def drain(service: str, url: str | None, prefix: str | None, timeout_s: float) -
     from millstream.broker.queue.pause import pause as begin
 
     deadline = time.monotonic() + timeout_s
-    with options.opened(service, url, prefix) as (connection, keys):
+    with options.open_service(service, url, prefix) as (connection, keys):
         before = find_pause(connection.client, keys)
-        # Anew also where it is paused: that pause may end by itself.
+        # A new pause even if it is paused already: the old one may end by itself.
         begin(connection.client, keys, refusing=before is not None and before.refusing)
         while held := Inspector(connection, keys.prefix).services([service])[0].in_flight:
             if time.monotonic() >= deadline:
                 raise DeadlineExceeded(
-                    f"{counted(held, 'job')} of {service!r} still in flight after {timeout_s:g} s; it stays paused",
+                    f"{quantity(held, 'job')} of {service!r} still in flight after {timeout_s:g} s; it stays paused",
                     hint="wait longer with --timeout, or see `millstream worker ls`",
                 )
-            # Nobody else may be left to give back what a lost host held.
+            # If no worker is alive, nothing else returns the jobs that a lost host held.
             Lease(connection.client, keys).reclaim()
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
     click.echo(f"{service}: drained and paused until `millstream queue resume {service}`")

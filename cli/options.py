@@ -1,4 +1,4 @@
-"""What commands share: the options that name a server, finding it, and the redis-cli line to look into it."""
+"""Options that several commands share, the search for the server, and redis-cli lines for its URL."""
 
 from __future__ import annotations
 
@@ -39,29 +39,32 @@ yes = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
 def duration(_ctx: click.Context, _param: click.Parameter, value: str | None) -> float | None:
-    """The seconds of an option such as 500ms, 10s, 5m or 2h; for `callback=`."""
+    """Returns the seconds of an option such as 500ms, 10s, 5m or 2h, for `callback=`.
+
+    Raises BadParameter if the value is no duration or is 0.
+    """
     if value is None:
         return None
     try:
-        given = seconds(value)
+        parsed = seconds(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
-    if not given:
+    if not parsed:
         raise click.BadParameter("must be above 0")
-    return given
+    return parsed
 
 
 def find(url: str | None, prefix: str | None) -> Target:
-    """The target as `Client` finds it. Raises ConfigError, and BrokerUnavailable where nothing names a server."""
-    # The Redis client takes as long to import as all the rest: not for --help.
+    """Returns the target that `Client` would use. Raises ConfigError, or BrokerUnavailable if no server is named."""
+    # Importing the Redis client takes as long as all other imports, and --help does not need it.
     from millstream.broker.target import find_target
 
     return find_target(url, prefix, os.environ)
 
 
 @contextmanager
-def connected(url: str) -> Iterator[Connection]:
-    """A connection for one command, closed at its end."""
+def connect(url: str) -> Iterator[Connection]:
+    """Opens a connection for one command, and closes it at the end."""
     from millstream.broker.transport.connection import Connection
 
     connection = Connection(url, name="millstream-cli")
@@ -72,24 +75,24 @@ def connected(url: str) -> Iterator[Connection]:
 
 
 @contextmanager
-def opened(service: str, url: str | None, prefix: str | None) -> Iterator[tuple[Connection, ServiceKeys]]:
-    """A connection, for one command, to the server of a registered service, and the service's keys.
+def open_service(service: str, url: str | None, prefix: str | None) -> Iterator[tuple[Connection, ServiceKeys]]:
+    """Opens a connection for one command to a registered service. Yields the connection and the service's keys.
 
-    Raises UnknownService, ConfigError, BrokerUnavailable; inside, the library's errors come as ours.
+    Raises UnknownService, ConfigError, BrokerUnavailable. In its block the library's errors are raised as ours.
     """
     target = find(url, prefix)
     from millstream.broker.queue.registry import Registry
     from millstream.broker.transport.connection import translated
 
-    with connected(target.url) as connection, translated(connection.safe_url):
+    with connect(target.url) as connection, translated(connection.safe_url):
         registry = Registry(connection, target.prefix)
-        # Its error knows the services there are.
+        # Raises UnknownService with a list of the registered services.
         registry.read(service)
         yield connection, registry.keys(service)
 
 
 def confirm(question: str, yes: bool) -> None:
-    """Ask on the terminal, unless the answer is given. Raises InvalidRequest where there is nobody to ask."""
+    """Asks on the terminal, unless `yes`. Raises InvalidRequest if there is no terminal, Abort if the answer is no."""
     if yes:
         return
     if not sys.stdin.isatty():
@@ -98,9 +101,9 @@ def confirm(question: str, yes: bool) -> None:
 
 
 def redis_cli(url: str, *words: str) -> str:
-    """The shell line that runs `words` in redis-cli on the server of `url`; a password is left out.
+    """Returns the shell line that runs `words` in redis-cli on the server of `url`, with *** for a password.
 
-    Of a master under Sentinel the line says MASTER, since which server that is may change.
+    For a master under Sentinel the host in the line is MASTER, because the master may change.
     """
     from millstream.broker.config.url import read_url, redacted
     from millstream.broker.transport.access import without_password_file
@@ -119,7 +122,7 @@ def redis_cli(url: str, *words: str) -> str:
 
 
 class SecondsRange(click.FloatRange):
-    """A number of seconds; not-a-number, which is within any range, is none."""
+    """A range of seconds that refuses NaN, which FloatRange accepts in every range."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         seconds = float(super().convert(value, param, ctx))

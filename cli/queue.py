@@ -1,4 +1,4 @@
-"""`millstream queue`: what waits, what runs, and who works. What changes anything is in operate.py."""
+"""`millstream queue`: shows waiting jobs, jobs in flight and workers. operate.py has the commands that change them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import click
 
 from millstream.cli import operate, options
 from millstream.cli.show import as_record, show
-from millstream.cli.table import age, aligned, harmless, number
+from millstream.cli.table import age, align, escape, number
 
 if TYPE_CHECKING:
     from millstream.broker.queue.inspector import Entry, ServiceView
@@ -35,7 +35,7 @@ _HEADING = (
 
 @click.group()
 def queue() -> None:
-    """Look into the queues, pause them, empty them."""
+    """Show, pause, drain or empty the queues."""
 
 
 for command in (show, operate.pause, operate.resume, operate.purge, operate.drain):
@@ -45,24 +45,24 @@ for command in (show, operate.pause, operate.resume, operate.purge, operate.drai
 @queue.command("ls")
 @options.url
 @options.prefix
-@click.option("--json", "as_json", is_flag=True, help="As JSON, with every worker's own figures.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with the figures of every worker.")
 def list_services(url: str | None, prefix: str | None, as_json: bool) -> None:
     """List the services: jobs that wait by priority, jobs in flight, workers, batches, dead letters.
 
-    RETURNED jobs were given back by workers that died, and run next. OLDEST is the age of the oldest job. REFUSED is
-    how often jobs were turned away, since the last day without any; --json has the reasons. PAUSED says for how long,
-    where it was given a time.
+    RETURNED counts the jobs of workers that died; they run next. OLDEST is the age of the oldest job. REFUSED counts
+    refused jobs since the last day without any; --json has the reasons. PAUSED has the remaining time, if the pause
+    has an end.
     """
     target = options.find(url, prefix)
     from millstream.broker.queue.inspector import Inspector
 
-    with options.connected(target.url) as connection:
+    with options.connect(target.url) as connection:
         views = Inspector(connection, target.prefix).services()
         where = connection.safe_url
     if as_json:
         click.echo(json.dumps([as_record(view) for view in views], ensure_ascii=False, indent=2))
     elif views:
-        click.echo(aligned([_HEADING, *(_row(view) for view in views)]))
+        click.echo(align([_HEADING, *(_row(view) for view in views)]))
     else:
         click.echo(f"no service is registered on {where}")
 
@@ -74,14 +74,14 @@ def list_services(url: str | None, prefix: str | None, as_json: bool) -> None:
 @click.option("--priority", type=click.Choice(["realtime", "normal", "batch"]), help="By default all three.")
 @click.option("--count", type=click.IntRange(min=1), default=10, show_default=True, help="Entries of each priority.")
 def peek(service: str, url: str | None, prefix: str | None, priority: str | None, count: int) -> None:
-    """Show the oldest jobs that wait for SERVICE, as they lie in the stream, and the redis-cli line that does."""
+    """Show the oldest waiting jobs of SERVICE as they are in the stream, and the redis-cli line that prints them."""
     target = options.find(url, prefix)
     from millstream.broker.contract.job import PRIORITIES, Priority
     from millstream.broker.queue.inspector import Inspector
     from millstream.broker.queue.registry import Registry
 
-    with options.connected(target.url) as connection:
-        # Its error knows the services there are.
+    with options.connect(target.url) as connection:
+        # Raises UnknownService with a list of the registered services.
         Registry(connection, target.prefix).read(service)
         inspector = Inspector(connection, target.prefix)
         for each in [Priority(priority)] if priority else PRIORITIES:
@@ -95,8 +95,8 @@ def peek(service: str, url: str | None, prefix: str | None, priority: str | None
 def _print(entries: Sequence[Entry]) -> None:
     for entry in entries:
         lines = [entry.id, *(f"{name} {value}" for name, value in entry.fields.items())]
-        # As bytes: what lies there is UTF-8, whatever this terminal's locale says.
-        click.echo("\n".join(map(harmless, lines)).encode())
+        # As bytes: the stored text is UTF-8, and the terminal's locale may be another one.
+        click.echo("\n".join(map(escape, lines)).encode())
 
 
 def _row(view: ServiceView) -> tuple[str, ...]:
@@ -111,11 +111,11 @@ def _row(view: ServiceView) -> tuple[str, ...]:
         number(view.padding, 2),
         str(sum(view.refused.values())),
         str(view.dead_letters),
-        _paused(view.paused),
+        _pause_text(view.paused),
     )
 
 
-def _paused(pause: Pause | None) -> str:
+def _pause_text(pause: Pause | None) -> str:
     if pause is None:
         return "-"
     lasts = "yes" if pause.left_ms is None else age(pause.left_ms)

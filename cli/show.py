@@ -1,4 +1,4 @@
-"""`millstream queue show`: one service's queue, and which limit cut the batches its workers ran."""
+"""`millstream queue show`: shows one service's queue, and which limits cut the batches of its workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from millstream.cli import options
-from millstream.cli.table import age, aligned, bar, number
+from millstream.cli.table import age, align, bar, number
 
 if TYPE_CHECKING:
     from millstream.broker.config.load import ServiceSpec
@@ -22,27 +22,27 @@ if TYPE_CHECKING:
 @options.service
 @options.url
 @options.prefix
-@click.option("--json", "as_json", is_flag=True, help="As JSON, with every worker's own figures.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with the figures of every worker.")
 def show(service: str, url: str | None, prefix: str | None, as_json: bool) -> None:
     """Show the queue of SERVICE, and which limit cut the batches of its live workers.
 
-    A batch ends by its rows (batch_size), its tokens with the padding (max_batch_tokens), the time it may take
-    (inference_timeout), by padding (the next row would pad more than a forward of its own costs), or by arrival:
-    nothing more of its priority was waiting. A limit that cuts most batches is the one to raise; `millstream tune`
-    says how far that pays.
+    A batch is cut by rows (batch_size), by tokens including padding (max_batch_tokens), by time (inference_timeout),
+    by padding (a separate forward for the next row costs less than the padding it would add), or by arrival (no more
+    jobs of its priority were waiting). Raise the limit that cuts most batches; `millstream tune` measures how far that
+    helps.
     """
     target = options.find(url, prefix)
     from millstream.broker.queue.inspector import Inspector
     from millstream.broker.queue.registry import Registry
 
-    with options.connected(target.url) as connection:
+    with options.connect(target.url) as connection:
         spec = Registry(connection, target.prefix).read(service)
         (view,) = Inspector(connection, target.prefix).services([service])
     click.echo(json.dumps(_record(spec, view), ensure_ascii=False, indent=2) if as_json else _text(spec, view))
 
 
 def as_record(view: ServiceView) -> dict[str, object]:
-    """A service as JSON shows it."""
+    """Returns a service as a JSON object."""
     figures = {
         "depth": view.depth,
         "forwards": view.forwards,
@@ -70,7 +70,7 @@ def _text(spec: ServiceSpec, view: ServiceView) -> str:
         ("workers", str(len(view.workers))),
         ("batches", f"{view.forwards}, {rows}" if view.forwards else "0"),
     ]
-    return f"{aligned(facts)}\n\n{aligned(_cuts(spec.runtime, view))}"
+    return f"{align(facts)}\n\n{align(_cuts(spec.runtime, view))}"
 
 
 def _cuts(runtime: Runtime, view: ServiceView) -> Iterator[tuple[str, ...]]:
@@ -83,20 +83,20 @@ def _cuts(runtime: Runtime, view: ServiceView) -> Iterator[tuple[str, ...]]:
 
 
 def _limits(runtime: Runtime, view: ServiceView) -> dict[str, str]:
-    """Each reason, and the setting behind it."""
+    """Returns the setting behind each reason for a cut."""
     timeouts = [runtime.limits(priority.value).inference_timeout for priority in view.waiting]
     shortest = min((each for each in timeouts if each), default=None)
     return {
         "rows": f"batch_size {runtime.batch_size}",
         "tokens": f"max_batch_tokens {_tokens(runtime, view)}",
         "time": f"inference_timeout {shortest:g}s, half of it" if shortest else "no inference_timeout",
-        "padding": "the lengths of what waits",
-        "arrival": "nothing more was waiting",
+        "padding": "the lengths of the waiting texts",
+        "arrival": "no more jobs were waiting",
     }
 
 
 def _tokens(runtime: Runtime, view: ServiceView) -> str:
-    """The setting; where workers measure it, what they found."""
+    """Returns max_batch_tokens; if it is auto, also the values that the workers measured."""
     if runtime.max_batch_tokens != "auto":
         return str(runtime.max_batch_tokens)
     found = sorted({worker.batch_tokens for worker in view.workers} - {0})

@@ -1,4 +1,4 @@
-"""Standard streams as a caller may leave them: closed, on a full disk, or in an encoding that lacks a character."""
+"""Handles standard streams that are closed, on a full disk, or in an encoding that lacks a character."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _MODES = {"stdin": "r", "stdout": "w", "stderr": "w"}
 
 
 def open_closed_streams() -> None:
-    """Put /dev/null in the place of each standard stream that is closed.
+    """Opens /dev/null in the place of each closed standard stream. Writes characters that an encoding lacks as escapes.
 
-    A closed descriptor would go to the next file or socket that is opened, and worker processes, which inherit it,
-    would write there. A character that an encoding lacks is written as an escape.
+    Otherwise the next file or socket that is opened would get the closed descriptor, and worker processes, which
+    inherit it, would write their messages there.
     """
     for descriptor, (name, mode) in enumerate(_MODES.items()):
         if not _is_open(descriptor):
-            # The lowest free descriptor is this one: those below are open by now.
+            # This opens `descriptor`: it is the lowest free one, because those below it are open.
             os.open(os.devnull, os.O_RDWR)
         if getattr(sys, name) is None:
             setattr(sys, name, open(descriptor, mode, closefd=False))  # noqa: SIM115 - open for the process's life
@@ -31,15 +31,17 @@ def open_closed_streams() -> None:
 
 
 def unwritable(error: Exception) -> MillstreamError | None:
-    """The error of a standard output that takes nothing more; None if `error` is another one.
+    """Returns our error if `error` means that standard output cannot be written, otherwise None.
 
-    A file that somebody opened has its name in the error.
+    An OSError with a file name is about another file.
     """
     if not isinstance(error, OSError) or error.filename is not None or error.errno not in _WRITE_ERRORS:
         return None
-    # The interpreter would try again as it ends, and print a traceback.
+    # Otherwise the interpreter writes again at exit, and prints a traceback.
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open for the process's life
-    return MillstreamError(f"standard output cannot be written: {error.strerror}", hint="see where it is redirected to")
+    return MillstreamError(
+        f"standard output cannot be written: {error.strerror}", hint="check the file or pipe that it is redirected to"
+    )
 
 
 def _is_open(descriptor: int) -> bool:

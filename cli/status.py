@@ -1,4 +1,4 @@
-"""How a long-running command says how things stand: a line redrawn on a terminal, a line a change elsewhere."""
+"""Shows the status of a long-running command: one redrawn line on a terminal, otherwise a new line for each change."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import click
 
 
 class Status(Protocol):
-    """Where the state of things is shown. `show` raises nothing: who goes on must not end with its reader."""
+    """Display of one status line. `show` raises nothing, because the command must go on if its reader ends."""
 
     detailed: bool
-    """Whether figures that change every second are wanted."""
+    """Whether the line should contain figures that change every second."""
 
     def show(self, line: str) -> None: ...
 
 
 class Lines:
-    """For a pipe or a file: a line where it differs from the one before."""
+    """The status for a pipe or a file: prints a line if it differs from the previous one."""
 
     detailed = False
 
@@ -45,9 +45,9 @@ class Lines:
 
 
 class Redrawn:
-    """For a terminal: one line at the bottom; what this process and its workers log scrolls by above it.
+    """The status for a terminal: one line at the bottom; log lines of this process and its workers scroll above it.
 
-    Workers write to the standard error they inherit, so while this is open that is a pipe, read here.
+    Workers inherit standard error and write to it. So it is replaced by a pipe, from which this class reads and prints.
     """
 
     detailed = True
@@ -86,7 +86,7 @@ class Redrawn:
         sys.stderr.flush()
         os.dup2(self._stderr, 2)
         os.close(self._stderr)
-        # It ends with the last worker; one that hangs in the kernel must not hold up the end.
+        # The reader ends when the last worker does. A worker that hangs in the kernel must not delay the exit.
         self._reader.join(1.0)
         with suppress(OSError):
             self._live.stop()
@@ -99,6 +99,6 @@ class Redrawn:
 
 
 def status_line(where: str) -> Lines | Redrawn:
-    """The one that fits where the output goes; `where` names the server."""
+    """Returns Redrawn if standard output and error are a terminal, otherwise Lines. `where` is the server's URL."""
     interactive = sys.stdout.isatty() and sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     return Redrawn(where) if interactive else Lines()

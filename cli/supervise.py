@@ -1,4 +1,4 @@
-"""Running a supervisor in the foreground: saying how things stand, keeping its server alive, ending cleanly."""
+"""Runs a supervisor in the foreground: shows its status, restarts its server after a crash, and ends cleanly."""
 
 from __future__ import annotations
 
@@ -18,9 +18,16 @@ from millstream.worker.supervision.supervisor import Supervisor
 log = logging.getLogger(__name__)
 
 TICK_S = 0.1
-LOOK_S = 1.0
-_RATE_LOOKS = 6
+"""Seconds between two updates of the status line."""
+
+CHECK_S = 1.0
+"""Seconds between two checks of the server and its queues."""
+
+_RATE_CHECKS = 6
+"""Checks over which a rate is averaged."""
+
 _LONGEST_PAUSE_S = 30.0
+"""Longest pause between two restarts of the server, seconds."""
 
 
 def supervise(
@@ -32,10 +39,10 @@ def supervise(
     *,
     whole: bool = False,
 ) -> None:
-    """Run `supervisor` until it is interrupted and drained; `server` is started again where it crashes meanwhile.
+    """Runs `supervisor` until it is interrupted and drained. If `server` crashes meanwhile, it is started again.
 
-    Raises what Supervisor.run raises; ModelUnavailable where `whole` is asked for and one service's workers cannot
-    start; KeyboardInterrupt where a second interrupt cut the drain short.
+    Raises the errors of Supervisor.run, ModelUnavailable if `whole` and the workers of a service cannot start,
+    KeyboardInterrupt if a second interrupt ended the drain.
     """
     logging.basicConfig(level=logging.WARNING, format="millstream: %(message)s")
     monitor = Monitor(supervisor, interrupts, status, inspector, server, whole=whole)
@@ -52,7 +59,7 @@ def supervise(
 
 
 class Monitor(threading.Thread):
-    """Looks ten times a second at the processes, once a second at the server and its queues."""
+    """A thread that checks the processes ten times a second, and the server and its queues once a second."""
 
     def __init__(
         self,
@@ -84,19 +91,19 @@ class Monitor(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        look_at = time.monotonic() + LOOK_S
+        check_at = time.monotonic() + CHECK_S
         while not self._ended.wait(TICK_S):
             self._status.show(self._line())
             if self._whole and (refusals := self._supervisor.refusals()):
                 self.refusals = refusals
                 self._supervisor.stop()
-            if time.monotonic() >= look_at:
-                self._look()
-                look_at = time.monotonic() + LOOK_S
+            if time.monotonic() >= check_at:
+                self._check()
+                check_at = time.monotonic() + CHECK_S
 
     def _line(self) -> str:
         if self._interrupts.drains:
-            return "draining: workers finish what they hold; interrupt again to kill"
+            return "draining: workers finish the jobs that they hold; interrupt again to kill"
         tally = self._supervisor.tally()
         counts = ", ".join(
             f"{name} {ready}/{planned}{self._figures.get(name, '')}" for name, (ready, planned) in tally.items()
@@ -109,55 +116,55 @@ class Monitor(threading.Thread):
             return "ready"
         return "degraded" if self._was_ready else "starting"
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         try:
             if self._server:
-                self._keep(self._server)
+                self._restart_if_gone(self._server)
             if self._inspector and self._status.detailed:
-                self._figures = self._measured(self._inspector)
-        except Exception as error:  # noqa: BLE001 - what is shown may fail; what it is about must go on
-            log.debug("looking at the server failed: %s", error)
+                self._figures = self._measure(self._inspector)
+        except Exception as error:  # noqa: BLE001 - the status may fail, but the workers must go on
+            log.debug("checking the server failed: %s", error)
             self._figures = dict.fromkeys(self._supervisor.tally(), " (the server does not answer)")
 
-    def _keep(self, server: EmbeddedServer) -> None:
+    def _restart_if_gone(self, server: EmbeddedServer) -> None:
         if server.alive() or time.monotonic() < self._restart_at:
             return
         log.warning("the server is gone; starting it again")
         try:
             server.restart()
         except MillstreamError as error:
-            self._pause_s = min(_LONGEST_PAUSE_S, max(LOOK_S, 2 * self._pause_s))
+            self._pause_s = min(_LONGEST_PAUSE_S, max(CHECK_S, 2 * self._pause_s))
             self._restart_at = time.monotonic() + self._pause_s
             log.warning("%s; next try in %g s", error, self._pause_s)
         else:
             self._pause_s = 0.0
             log.warning("the server is back, with its data")
 
-    def _measured(self, inspector: Inspector) -> Mapping[str, str]:
+    def _measure(self, inspector: Inspector) -> Mapping[str, str]:
         now = time.monotonic()
         views = inspector.services(list(self._supervisor.tally()))
         return {view.name: figures(view, self._rates[view.name].observe(view, now)) for view in views}
 
 
 class Rate:
-    """Rows a second over the last looks."""
+    """The rate of a service in rows a second, over the last _RATE_CHECKS checks."""
 
     def __init__(self) -> None:
         self._rows: Mapping[str, int] = {}
         self._total = 0
-        self._looks: deque[tuple[float, int]] = deque(maxlen=_RATE_LOOKS)
+        self._checks: deque[tuple[float, int]] = deque(maxlen=_RATE_CHECKS)
 
     def observe(self, view: ServiceView, now: float) -> float:
-        """The rate after one more look, at `now`, monotonic seconds."""
-        # A consumer is one process: its counter only grows, and starts to count when it is first seen.
+        """Adds a check at `now` (monotonic seconds) and returns the rate."""
+        # A consumer is one process, so its counter only grows. Its rows count from the check that first sees it.
         self._total += sum(worker.rows - self._rows.get(worker.consumer, worker.rows) for worker in view.workers)
         self._rows = {worker.consumer: worker.rows for worker in view.workers}
-        self._looks.append((now, self._total))
-        (since, before), (until, after) = self._looks[0], self._looks[-1]
+        self._checks.append((now, self._total))
+        (since, before), (until, after) = self._checks[0], self._checks[-1]
         return (after - before) / (until - since) if until > since else 0.0
 
 
 def figures(view: ServiceView, rate: float) -> str:
-    """What follows a service's name and its workers in the status line."""
+    """Returns the figures that follow a service's name and workers in the status line."""
     padding = f", padding {view.padding:.2f}" if view.padding else ""
     return f" ({view.depth} waiting, {view.in_flight} in flight, {rate:.0f} texts/s{padding})"

@@ -1,4 +1,4 @@
-"""Tables of plain text: aligned for the eye, one line a row for grep."""
+"""Formats tables of plain text with aligned columns, one line per row so that grep finds rows."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 
 
-def harmless(text: str) -> str:
-    """`text` with its control characters escaped: they could act on the terminal."""
+def escape(text: str) -> str:
+    """Returns `text` with its control characters escaped, because they could control the terminal."""
     return text.translate(_CONTROL)
 
 
-def aligned(rows: Iterable[Sequence[str]]) -> str:
-    """`rows`, the heading first, as lines of equal columns."""
+def align(rows: Iterable[Sequence[str]]) -> str:
+    """Returns `rows` as lines with aligned columns; the first row is the heading."""
     lines = list(rows)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -22,7 +22,7 @@ def aligned(rows: Iterable[Sequence[str]]) -> str:
 
 
 def age(ms: int | None) -> str:
-    """A time span, with the precision that its length deserves; a dash for none."""
+    """Returns a time span as text such as 9.5s, 42s, 3m07s or 2h05m; a dash if it is None."""
     if ms is None:
         return "-"
     if ms < 10_000:
@@ -33,15 +33,15 @@ def age(ms: int | None) -> str:
 
 
 def bar(share: float, width: int = 20) -> str:
-    """`share` (0 to 1) of `width` characters, to the nearest one."""
+    """Returns a bar of `share` (0 to 1) of `width` characters, rounded to whole ones."""
     return "#" * round(width * share)
 
 
-def counted(count: int, noun: str) -> str:
-    """Such as "1 job" or "3 jobs"."""
+def quantity(count: int, noun: str) -> str:
+    """Returns text such as "1 job" or "3 jobs"."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def number(value: float | None, digits: int) -> str:
-    """`value` with so many digits after the point; a dash for none."""
+    """Returns `value` with `digits` digits after the point; a dash if it is None."""
     return "-" if value is None else f"{value:.{digits}f}"

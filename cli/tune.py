@@ -1,4 +1,4 @@
-"""`millstream tune`: loads a service's model here and measures which batch limits this device is fastest with."""
+"""`millstream tune`: loads a service's model here and measures with which batch limits this device is fastest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import click
 
 from millstream.broker.contract.errors import InvalidRequest, UnknownService, did_you_mean
 from millstream.cli.options import SecondsRange
-from millstream.cli.table import aligned, bar, counted
+from millstream.cli.table import align, bar, quantity
 
 if TYPE_CHECKING:
     from millstream.broker.config.load import Config, ServiceSpec
@@ -28,7 +28,7 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is measured: a service's model, loaded, and the limits the service has now."""
+    """The loaded model of a service, its device and threads, and the limits that the service has now (`own`)."""
 
     spec: ServiceSpec
     model: Model
@@ -47,41 +47,44 @@ class Subject:
 @click.option(
     "--texts",
     type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="Measure with these texts, one a line; by default with a long-tailed mix of lengths.",
+    help="Measure with the texts of this file, one per line; by default with a long-tailed mix of lengths.",
 )
 @click.option(
     "--seconds",
     type=SecondsRange(0, LONGEST_S, min_open=True),
     default=DEFAULT_S,
     show_default=True,
-    help="How long to measure.",
+    help="Seconds to measure.",
 )
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; by default the model's.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def tune(
     service: str, config: Path | None, texts: Path | None, seconds: float, device: str | None, as_json: bool
 ) -> None:
-    """Measure which batch_size and max_batch_tokens SERVICE is fastest with on this machine.
+    """Measure with which batch_size and max_batch_tokens SERVICE is fastest on this machine.
 
-    Loads its model in this process, on the threads that one of its workers would choose, runs batches as its workers
-    pack them, and prints the lines to put into config.yaml. Needs no server. Stop the workers of this machine first:
-    what else runs is measured, too. Ctrl-C ends it and shows what was measured so far.
+    Loads its model in this process with as many threads as one of its workers would use, runs batches as its workers
+    pack them, and prints the lines to put into config.yaml. Needs no server. Stop the workers on this machine first:
+    other programs slow the measurement. Ctrl-C ends it and shows the figures measured so far.
     """
     from millstream.cli.config import load_and_warn
 
     spec = _service(load_and_warn(config), service)
     lines = _lines(texts) if texts else None
-    subject = _loaded(spec, device)
+    subject = _load(spec, device)
     rows = _rows(subject.model, lines)
     click.echo(f"{service}: measuring for about {seconds:g} s; Ctrl-C ends it", err=True)
-    cells, interrupted = _measured(subject, rows, seconds)
+    cells, interrupted = _measure(subject, rows, seconds)
     click.echo(_json(subject, cells) if as_json else report(subject, cells))
     if interrupted:
         click.get_current_context().exit(INTERRUPTED)
 
 
 def _service(config: Config, name: str) -> ServiceSpec:
-    """Raises UnknownService, InvalidRequest where its batches have no such limits, ModelUnavailable."""
+    """Returns the spec of a service that can be measured.
+
+    Raises UnknownService, InvalidRequest if its type cannot be measured, ModelUnavailable if the model cannot run here.
+    """
     from millstream.worker.supervision.supervisor import preflight
 
     spec = config.services.get(name)
@@ -93,15 +96,18 @@ def _service(config: Config, name: str) -> ServiceSpec:
             hint=f"did you mean {close}?" if close else f"known are: {', '.join(config.services) or 'none'}",
         )
     if spec.model.type == "llm":
-        raise InvalidRequest(f"service {name!r} generates: its batches change with each token", hint="tune others")
+        raise InvalidRequest(f"service {name!r} generates: its batches change with each token", hint=_OTHER_TYPES)
     if spec.model.type == "custom":
-        raise InvalidRequest(f"service {name!r} runs code of yours: only its callers know payloads", hint="tune others")
+        raise InvalidRequest(f"service {name!r} runs custom code: only its callers know payloads", hint=_OTHER_TYPES)
     preflight([spec])
     return spec
 
 
-def _loaded(spec: ServiceSpec, device: str | None) -> Subject:
-    """Raises ModelUnavailable."""
+_OTHER_TYPES = "name a service of another type"
+
+
+def _load(spec: ServiceSpec, device: str | None) -> Subject:
+    """Loads the model and chooses the number of threads, as a worker does. Raises ModelUnavailable if that fails."""
     from millstream.worker import models
     from millstream.worker.measuring.cores import cores
     from millstream.worker.measuring.probe import auto_tokens, most_tokens
@@ -110,7 +116,7 @@ def _loaded(spec: ServiceSpec, device: str | None) -> Subject:
     from millstream.worker.scheduling.batcher import Budget
 
     place = device or next(iter(spec.model.devices), spec.model.device)
-    # Before torch is imported: its OpenMP reads this once.
+    # Before torch is imported, because its OpenMP reads these variables only once.
     os.environ.update(waiting(os.environ))
     threads = Threads(max(1, cores() // spec.runtime.worker_count))
     click.echo(f"{spec.name}: loading {spec.model.model_name or spec.model.type}", err=True)
@@ -125,29 +131,29 @@ def _lines(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{path} cannot be read: {error}", hint="UTF-8, one text a line") from None
+        raise InvalidRequest(f"{path} cannot be read: {error}", hint="give UTF-8 with one text per line") from None
     found = [line for line in lines if line.strip()]
     if not found:
-        raise InvalidRequest(f"{path} has no text", hint="one text a line")
+        raise InvalidRequest(f"{path} has no text", hint="give one text per line")
     return found
 
 
 def _rows(model: Model, texts: Sequence[str] | None) -> Sequence[Prepared]:
-    """Raises InvalidRequest where the model takes none of the texts."""
+    """Returns the rows of `texts`, or of a mix if it is None. Raises InvalidRequest if the model refuses all texts."""
     from millstream.worker.measuring import tuning
 
     if texts is None:
         return tuning.mix(model)
     rows, refused = tuning.rows_of(model, texts)
     if not rows:
-        raise InvalidRequest(f"the model takes none of the texts: {next(iter(refused.values()))}")
+        raise InvalidRequest(f"the model accepts none of the texts: {next(iter(refused.values()))}")
     if refused:
-        click.echo(f"{counted(len(refused), 'text')} left out: {next(iter(refused.values()))}", err=True)
+        click.echo(f"{quantity(len(refused), 'text')} left out: {next(iter(refused.values()))}", err=True)
     return rows
 
 
-def _measured(subject: Subject, rows: Sequence[Prepared], seconds: float) -> tuple[list[Cell], bool]:
-    """The grid as far as there was time, and whether somebody ended it."""
+def _measure(subject: Subject, rows: Sequence[Prepared], seconds: float) -> tuple[list[Cell], bool]:
+    """Measures the grid for `seconds`. Returns its cells, and whether Ctrl-C ended the measurement."""
     from millstream.worker.measuring import tuning
     from millstream.worker.measuring.warmup import warm_up
     from millstream.worker.window import Window
@@ -167,12 +173,12 @@ _HEADING = ("BATCH_SIZE", "TOKENS", "ROWS/S", "LOW-HIGH", "PADDING", "ROWS/FORWA
 
 
 def report(subject: Subject, cells: Sequence[Cell]) -> str:
-    """The curve as a table, and the lines to put into config.yaml."""
+    """Returns a table of the measured cells, and the lines to put into config.yaml."""
     from millstream.worker.measuring.tuning import best
 
     chosen = best(cells, subject.own)
     fastest = max((cell.rate for cell in cells), default=0.0)
-    table = aligned([_HEADING, *(_row(cell, fastest, _mark(subject, cell, chosen)) for cell in cells)])
+    table = align([_HEADING, *(_row(cell, fastest, _mark(subject, cell, chosen)) for cell in cells)])
     return "\n".join([table, "", *_yaml(subject, cells, chosen)])
 
 
@@ -208,13 +214,13 @@ def _yaml(subject: Subject, cells: Sequence[Cell], chosen: Cell | None) -> Itera
     now = next((cell.rate for cell in cells if same(cell.budget, subject.own)), 0.0)
     place = f"{subject.device}, {subject.threads}"
     if any(not cell.rates and not cell.no_room for cell in cells):
-        place += ", of what there was time for"
+        place += ", some limits not measured for lack of time"
     if keeps:
-        yield f"# {place}: what it has now is within 5 % of the best"
+        yield f"# {place}: the present limits are within 5 % of the best"
     elif now:
-        yield f"# {place}: {chosen.rate / now:.2f} times the rows/s of what it has now"
+        yield f"# {place}: {chosen.rate / now:.2f} times the rows/s of the present limits"
     else:
-        yield f"# {place}: the best that was measured; what it has now was not"
+        yield f"# {place}: the best of the measured limits; the present ones were not measured"
     runtime = subject.spec.runtime
     yield "services:"
     yield f"  {subject.spec.name}:"

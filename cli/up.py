@@ -1,4 +1,4 @@
-"""`millstream up`: a server where none is configured, and workers for every service of a configuration."""
+"""`millstream up`: starts a server if none is configured, and workers for every service of a configuration."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 URL_VARIABLE = "MILLSTREAM_REDIS_URL"
 EOF_DRAIN_S = 2.0
-"""How long workers may go on with what they hold once the program that started them is gone."""
+"""Longest drain, in seconds, after the program that started this command has ended."""
 
 
 @click.command()
@@ -31,17 +31,19 @@ EOF_DRAIN_S = 2.0
 @click.option(
     "--data-dir",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Where the server that is started keeps its data; by default MILLSTREAM_DATA_DIR, or else redis.data_dir.",
+    help="Folder for the data of the server that is started; by default MILLSTREAM_DATA_DIR, or else redis.data_dir.",
 )
 @click.option(
-    "--port", type=click.IntRange(0, 65535), help="TCP port, on loopback, of the server that is started; 0: any free."
+    "--port",
+    type=click.IntRange(0, 65535),
+    help="Loopback TCP port of the server that is started; 0: any free port.",
 )
 @click.option(
     "--url", metavar="URL", help="Use this Redis server; by default MILLSTREAM_REDIS_URL, or else redis.url of PATH."
 )
 @click.option("--replace", is_flag=True, help="Change services that are registered with other values.")
 @options.allow_eviction
-@click.option("--until-eof", is_flag=True, hidden=True, help="End soon after standard input does; see client/local.py.")
+@click.option("--until-eof", is_flag=True, hidden=True, help="Drain when standard input ends; see client/local.py.")
 def up(
     path: Path,
     data_dir: Path | None,
@@ -51,12 +53,12 @@ def up(
     allow_eviction: bool,
     until_eof: bool,
 ) -> None:
-    """Start a server where none is configured, and workers for each service of PATH, by default ./config.yaml.
+    """Start a server if none is configured, and workers for each service of PATH, by default ./config.yaml.
 
-    Ctrl-C drains: workers finish what they hold, then everything ends. Ctrl-C again kills.
+    Ctrl-C drains: workers finish the jobs that they hold, then everything ends. A second Ctrl-C kills.
     """
     if url and (data_dir or port is not None):
-        raise click.UsageError("--data-dir and --port are for a server of its own: not with --url.")
+        raise click.UsageError("--data-dir and --port are for a server that this command starts: not with --url.")
     config = load_and_warn(path)
     if not config.services:
         raise ConfigError(f"{path}: nothing to run", hint="add a service under services:")
@@ -80,10 +82,10 @@ def up(
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """What `up` runs on, and how: `server` is its own, if any; `whole`: it ends where a service cannot start.
+    """The server of `up` and its options. `server` is the local server, None if `url` is another one.
 
-    `folder` is that of the configuration, which may hold the code of custom models. `allow_eviction`: its server may
-    delete keys when its memory is full.
+    `folder` is the folder of the configuration, which may hold the code of custom models. `allow_eviction`: the server
+    may delete keys when its memory is full. `whole`: the command ends if the workers of a service cannot start.
     """
 
     url: str
@@ -102,7 +104,7 @@ def _run(config: Config, interrupts: Interrupts, stack: Stack) -> None:
     from millstream.worker.supervision.supervisor import Plan, Supervisor
 
     prefix, specs = config.redis.key_prefix, list(config.services.values())
-    with options.connected(stack.url) as connection:
+    with options.connect(stack.url) as connection:
         registry = Registry(connection, prefix)
         _introduce(connection, stack, registry.keys(specs[0].name).streams()[1])
         registry.push(specs, replace=stack.replace)
@@ -111,14 +113,14 @@ def _run(config: Config, interrupts: Interrupts, stack: Stack) -> None:
         with status_line(connection.safe_url) as status:
             inspector = Inspector(connection, prefix)
             supervise(supervisor, interrupts, status, inspector, stack.server, whole=stack.whole)
-    click.echo("drained: what no worker had claimed waits in the queue")
+    click.echo("drained: jobs that no worker had claimed wait in the queue")
 
 
 @contextmanager
 def _server(
     config: Config, external: str | None, data_dir: Path | None, port: int | None
 ) -> Iterator[tuple[str, EmbeddedServer | None]]:
-    """The URL to use, and the server of our own where there is no `external` one."""
+    """Yields the URL to use, and the local server that is started if there is no `external` URL."""
     if external:
         yield external, None
         return
@@ -126,7 +128,7 @@ def _server(
     if durability == "replicated":
         raise ConfigError(
             "redis.durability is replicated, and the server that `millstream up` starts has no replicas",
-            hint="set redis.url to a server that has some; or durability: always",
+            hint="set redis.url to a server that has replicas, or set durability: always",
         )
     from millstream.broker.config.data_dir import find_data_dir
     from millstream.broker.server.embedded import EmbeddedServer
@@ -137,7 +139,7 @@ def _server(
 
 
 def _introduce(connection: Connection, stack: Stack, stream: str) -> None:
-    """Say which server it is and how to reach it. Raises ConfigError if it cannot be used, BrokerUnavailable."""
+    """Checks the server and prints its address. Raises ConfigError if it cannot be used, BrokerUnavailable."""
     from millstream.broker.server.engine import version_text
     from millstream.broker.transport.connection import check
 

@@ -1,4 +1,4 @@
-"""`millstream worker`: workers for the services of a server; its URL is all they need."""
+"""`millstream worker`: runs workers for the services of a server, or lists them. They need only the server's URL."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from millstream.cli import options
-from millstream.cli.table import age, aligned, harmless, number
+from millstream.cli.table import age, align, escape, number
 
 if TYPE_CHECKING:
     from millstream.broker.config.load import ServiceSpec
@@ -41,7 +41,7 @@ _HEADING = (
 
 @click.group()
 def worker() -> None:
-    """Run workers for the services of a server, or list those that run."""
+    """Run workers for the services of a server, or list the live ones."""
 
 
 @worker.command()
@@ -59,10 +59,10 @@ def run(
     count: int | None,
     allow_eviction: bool,
 ) -> None:
-    """Run workers for each SERVICE, by default for all that can run here.
+    """Run workers for each SERVICE, by default for all services that can run here.
 
-    What they run is read from the server, but for the code of custom models, which ./config.yaml names. Ctrl-C drains:
-    workers finish what they hold. Ctrl-C again kills.
+    The services are read from the server. Only the code of custom models is not: ./config.yaml names it. Ctrl-C drains:
+    workers finish the jobs that they hold. A second Ctrl-C kills.
     """
     target = options.find(url, prefix)
     from millstream.broker.queue.registry import Registry
@@ -73,40 +73,40 @@ def run(
     from millstream.worker.supervision.supervisor import Plan, Supervisor, preflight
 
     with Interrupts() as interrupts:
-        with options.connected(target.url) as connection:
+        with options.connect(target.url) as connection:
             check(connection, allow_eviction=allow_eviction or target.allow_eviction)
-            specs = _chosen(Registry(connection, target.prefix), services, connection.safe_url)
+            specs = _choose(Registry(connection, target.prefix), services, connection.safe_url)
         preflight(specs)
         folder = str(Path.cwd())
         plans = [Plan(spec, count or spec.runtime.worker_count, device, folder) for spec in specs]
         supervisor = Supervisor(target.url, target.prefix, plans)
         supervise(supervisor, interrupts, Lines())
-    click.echo("drained: what no worker had claimed waits in the queue")
+    click.echo("drained: jobs that no worker had claimed wait in the queue")
 
 
 @worker.command("ls")
 @options.url
 @options.prefix
-@click.option("--json", "as_json", is_flag=True, help="As JSON, with all of each worker's figures.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with all figures of each worker.")
 def list_workers(url: str | None, prefix: str | None, as_json: bool) -> None:
-    """List the live workers of all services, as each said at its last beat.
+    """List the live workers of all services, with the figures of their last heartbeat.
 
-    RUNNING is the jobs in the forward under way, and for how long. TEXTS/S and BUSY are over the worker's life. TOKENS
-    is the most padded tokens of a forward, as measured where max_batch_tokens is auto. READS is the most tokens of a
-    text, as its model proved at start, THREADS the CPU threads of a forward. PAST is how the worker before it in its
-    place ended.
+    RUNNING is the number of jobs in the current forward, and its age. TEXTS/S and BUSY are averages over the worker's
+    life. TOKENS is the most padded tokens of a forward; if max_batch_tokens is auto, the worker measured it. READS is
+    the most tokens of a text that the model could read at start. THREADS is the CPU threads of a forward. PAST is how
+    the previous worker in this place ended.
     """
     target = options.find(url, prefix)
     from millstream.broker.queue.inspector import Inspector
 
-    with options.connected(target.url) as connection:
+    with options.connect(target.url) as connection:
         views = Inspector(connection, target.prefix).services()
         where = connection.safe_url
     found = [(view.name, each) for view in views for each in sorted(view.workers, key=_place)]
     if as_json:
         click.echo(json.dumps([_record(name, each) for name, each in found], ensure_ascii=False, indent=2))
     elif found:
-        click.echo(aligned([_HEADING, *(_row(name, each) for name, each in found)]))
+        click.echo(align([_HEADING, *(_row(name, each) for name, each in found)]))
     else:
         click.echo(f"no worker is alive on {where}")
 
@@ -137,13 +137,16 @@ def _row(service: str, each: WorkerView) -> tuple[str, ...]:
         str(each.text_tokens or "-"),
         str(each.threads or "-"),
         age(each.age_ms or None),
-        # It may quote an exception, of several lines.
-        harmless(" ".join(each.past.split())) or "-",
+        # The text may quote an exception that has several lines.
+        escape(" ".join(each.past.split())) or "-",
     )
 
 
-def _chosen(registry: Registry, services: Sequence[str], where: str) -> list[ServiceSpec]:
-    """The named services, each once, or all that can run here, with their code. Raises UnknownService."""
+def _choose(registry: Registry, services: Sequence[str], where: str) -> list[ServiceSpec]:
+    """Returns the named services, each once, or all that can run here, with their code.
+
+    Raises UnknownService if one is not registered, or if none is named and none can run here.
+    """
     from millstream.broker.contract.errors import UnknownService
     from millstream.worker.supervision.supervisor import RUNNABLE
 
@@ -153,14 +156,17 @@ def _chosen(registry: Registry, services: Sequence[str], where: str) -> list[Ser
         return registered
     runnable = [spec for spec in registered if spec.model.type in RUNNABLE and _has_code(spec)]
     if not runnable:
-        types = f"types that run today: {', '.join(RUNNABLE)}; custom where ./config.yaml names a handler"
+        types = f"types that can run: {', '.join(RUNNABLE)}; custom if ./config.yaml names a handler"
         hint = types if registered else "run `millstream config push`"
         raise UnknownService(f"no service on {where} that a worker could run", hint=hint)
     return runnable
 
 
 def _with_handlers(specs: Sequence[ServiceSpec]) -> list[ServiceSpec]:
-    """The same, custom ones with the code that this host's own file names, if it does. Raises ConfigError."""
+    """Returns `specs`, with the handler from this host's own config.yaml for each custom service that it names.
+
+    Raises ConfigError if that file is invalid.
+    """
     from millstream.broker.target import find_config
 
     needed = any(spec.model.type == "custom" for spec in specs)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from chaos_lib.lanes import Record
 from chaos_lib.verdict import Finding
-from millstream.cli.table import aligned
+from millstream.cli.table import align
 
 
 def table(heading: Mapping[str, str], records: Mapping[str, Record], findings: Sequence[Finding]) -> str:
@@ -16,7 +16,7 @@ def table(heading: Mapping[str, str], records: Mapping[str, Record], findings: S
     misses = [f"missed: {name}: {why}" for name, record in records.items() for why in _counted(record.missed)]
     broken = sum(not finding.holds for finding in findings)
     verdict = f"{broken} of {len(findings)} invariants VIOLATED" if broken else f"all {len(findings)} invariants hold"
-    return "\n".join([*facts, "", aligned(rows), *misses, "", *map(str, findings), "", verdict])
+    return "\n".join([*facts, "", align(rows), *misses, "", *map(str, findings), "", verdict])
 
 
 def _row(name: str, record: Record) -> tuple[str, ...]:

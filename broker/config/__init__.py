@@ -1,4 +1,4 @@
-"""config.yaml and the environment as frozen models, with every error's file and line.
+"""config.yaml and the environment as frozen models. Each error names its file and line.
 
-Imports `broker.contract` alone. Start with `spec.py`, which says what may be configured, then `load.py`.
+Imports only `broker.contract`. Start with `spec.py`, which defines every setting, then read `load.py`.
 """

@@ -1,4 +1,4 @@
-"""Checks a configuration as a whole: every error of a file at once, each with its place, its reason and the fix."""
+"""Checks a whole configuration. Reports every error of a file in one run, each with its place, reason and fix."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from millstream.broker.contract.errors import did_you_mean
 
 
 class Entry(Settings):
-    """A service as the file has it: its model by name."""
+    """A service as it is written in the file: `model` is the name of an entry under `models`."""
 
     model: str
     runtime: Section[Runtime]
 
 
 class ConfigFile(Settings):
-    """The file as a whole."""
+    """The whole file."""
 
     models: Section[dict[str, ModelSpec]] = Field(default_factory=dict)
     services: Section[dict[ServiceName, Entry]] = Field(default_factory=dict)
@@ -45,7 +45,10 @@ class ConfigFile(Settings):
 
 
 def check(document: Document) -> ConfigFile:
-    """The document as models, defaults filled in; what is wrong goes to `document.problems` and is left out."""
+    """Returns the document as models, with defaults filled in.
+
+    Reports each invalid value to `document.problems` and omits it from the result.
+    """
     file = _validate(document)
     reported = {problem.path for problem in document.problems}
     for path, reason in list(_problems(file, document)):
@@ -74,7 +77,7 @@ def _validate(document: Document) -> ConfigFile:
         except ValidationError as error:
             for each in error.errors():
                 path = tuple(str(step) for step in each["loc"] if step != "[key]")
-                # A required key may be missing only because its value was left out a round ago.
+                # A required key may be missing only because the previous round removed its invalid value.
                 if path not in reported:
                     reported.add(path)
                     document.report(path, _reason(each, path, document))
@@ -118,7 +121,7 @@ _REASONS = {
     "string_type": "must be text; put it in quotes",
     "value_error": "{error}",
 }
-"""Pydantic's error types in our words."""
+"""Our message for each of pydantic's error types."""
 
 
 def _reason(error: ErrorDetails, path: KeyPath, document: Document) -> str:
@@ -130,13 +133,13 @@ def _reason(error: ErrorDetails, path: KeyPath, document: Document) -> str:
     context = error.get("ctx", {})
     reason = _REASONS.get(error["type"], error["msg"]).format(**context)
     close = did_you_mean(str(error["input"]), re.findall(r"'(\w+)'", str(context.get("expected", ""))))
-    # What stands under redis may hold a password.
-    shown = "" if path[0] == "redis" else f", not {_shown(error['input'], document.written.get(path))}"
-    return reason + shown + (f"; did you mean {close}?" if close else "")
+    # A value under redis may hold a password, so it is not quoted.
+    actual = "" if path[0] == "redis" else f", not {_as_written(error['input'], document.written.get(path))}"
+    return reason + actual + (f"; did you mean {close}?" if close else "")
 
 
-def _shown(value: object, written: str | None) -> str:
-    """A value as its writer knows it: YAML makes True of `on`, and a date of 2026-01-01."""
+def _as_written(value: object, written: str | None) -> str:
+    """Returns a value as the file spells it: YAML reads `on` as True and 2026-01-01 as a date."""
     text = "nothing" if value is None else repr(value) if written is None else written
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -151,7 +154,7 @@ def _fix_for_key(path: KeyPath) -> str:
 
 
 def _known_keys(path: KeyPath) -> list[str]:
-    """The keys that may stand under `path`."""
+    """Returns the keys that are allowed under `path`."""
     match path:
         case ():
             return list(ConfigFile.model_fields)
@@ -189,7 +192,7 @@ def _backends(name: str, model: ModelSpec) -> Found:
             yield (*path, "model_file"), "only backend onnx or openvino reads it, this is torch; change one of them"
         return
     if model.type not in ("embedding", "reranker"):
-        yield (*path, "backend"), f"type {model.type} runs with torch alone; leave backend out"
+        yield (*path, "backend"), f"type {model.type} runs only with torch; leave backend out"
     for key in ("dtype", "attention"):
         if getattr(model, key) != ModelSpec.model_fields[key].default:
             yield (*path, key), f"an exported file has its own {key}; leave it out, or name another model_file"
@@ -230,7 +233,7 @@ def _long_timeouts(file: ConfigFile, document: Document) -> Found:
 
 
 def _contradictions(path: KeyPath, limits: Mapping[str, float | None], document: Document) -> Found:
-    # A value that was left out as invalid has only its default here.
+    # An invalid value was removed, so `limits` has its default: comparing that would report a false contradiction.
     invalid = {problem.path[-1] for problem in document.problems if problem.path[:2] == path[:2]}
     for inner, outer in _AT_MOST:
         short, long = limits[inner], limits[outer]

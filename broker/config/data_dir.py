@@ -11,7 +11,7 @@ DATA_DIR_VARIABLE = "MILLSTREAM_DATA_DIR"
 
 
 def find_data_dir(flag: Path | None, config: Config | None, environ: Mapping[str, str]) -> Path:
-    """The flag's, MILLSTREAM_DATA_DIR's, the configuration's, or the default one."""
+    """Returns the first that is set: the flag, MILLSTREAM_DATA_DIR, `redis.data_dir`, the default folder."""
     if flag:
         return flag
     if config and config.redis.data_dir and not environ.get(DATA_DIR_VARIABLE):
@@ -20,7 +20,7 @@ def find_data_dir(flag: Path | None, config: Config | None, environ: Mapping[str
 
 
 def default_data_dir(environ: Mapping[str, str]) -> Path:
-    """MILLSTREAM_DATA_DIR, or millstream's folder in the user's data home."""
+    """Returns MILLSTREAM_DATA_DIR if it is set, otherwise $XDG_DATA_HOME/millstream (~/.local/share/millstream)."""
     if chosen := environ.get(DATA_DIR_VARIABLE):
         return Path(chosen).expanduser()
     home = environ.get("XDG_DATA_HOME") or "~/.local/share"

@@ -1,6 +1,6 @@
-"""config.yaml: loading it, and saying what it asks for that is not enforced yet.
+"""Loads config.yaml, and lists the settings in it that are not enforced yet.
 
-Precedence of a value: environment > file > preset > default of the model's type > default.
+Precedence of a value, highest first: environment, file, preset, default of the model's type, default.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEFAULT_PATH = Path("config.yaml")
 
 
 class Config(Settings):
-    """A checked configuration. `places` says where each value that somebody wrote was written."""
+    """A checked configuration. `places` has the place of each value that the file or a variable sets."""
 
     models: dict[str, ModelSpec]
     services: dict[str, ServiceSpec]
@@ -34,20 +34,23 @@ class Config(Settings):
 
 
 def load(path: Path | str | None = None, environ: Mapping[str, str] = os.environ) -> Config:
-    """The configuration in `path`, by default ./config.yaml, with the variables of `environ` over it.
+    """Returns the configuration in `path`, by default ./config.yaml. Variables in `environ` override its values.
 
-    Raises ConfigError; its message has one line for each thing that is wrong: place, key, reason, fix.
+    Raises ConfigError if anything is wrong; its message has one line for each problem: place, key, reason, fix.
     """
     document = config_yaml.read(Path(path or DEFAULT_PATH))
     config_yaml.overlay(document, environ)
     file = check(document)
     if document.problems:
         raise ConfigError("\n".join(map(str, sorted(document.problems))))
-    return Config(models=file.models, services=_resolved(file), redis=file.redis, places=document.places)
+    return Config(models=file.models, services=_resolve(file), redis=file.redis, places=document.places)
 
 
 def given_service(name: str, limits: Mapping[str, object]) -> ServiceSpec:
-    """The service that a program serves with code of its own; `limits` are those of `runtime`. Raises ConfigError."""
+    """Returns the spec of a service whose code is in the calling program.
+
+    `limits` has the keys of `runtime`. Raises ConfigError if one is unknown or invalid.
+    """
     place = Place(f"serve {name!r}")
     runtime = {key: plain(value) for key, value in limits.items()}
     tree: dict[str, object] = {
@@ -58,10 +61,10 @@ def given_service(name: str, limits: Mapping[str, object]) -> ServiceSpec:
     file = check(document)
     if document.problems:
         raise ConfigError("\n".join(map(str, sorted(document.problems))))
-    return _resolved(file)[name].with_handler(None)
+    return _resolve(file)[name].with_handler(None)
 
 
-def _resolved(file: ConfigFile) -> dict[str, ServiceSpec]:
+def _resolve(file: ConfigFile) -> dict[str, ServiceSpec]:
     return {
         name: ServiceSpec(
             name=name,
@@ -84,7 +87,7 @@ _TYPES_WITHOUT_WORKER = frozenset({"llm"})
 
 
 def unenforced(config: Config) -> list[str]:
-    """One line for each key that somebody set and nothing enforces yet, naming every place that sets it."""
+    """Returns one line for each key that is set but not enforced yet; the line names every place that sets it."""
     found = sorted(_unenforced(config), key=lambda each: each[0])
     lines = []
     for reason, group in groupby(found, key=lambda each: each[0]):
@@ -94,7 +97,7 @@ def unenforced(config: Config) -> list[str]:
 
 
 def _unenforced(config: Config) -> Iterator[tuple[str, Place, str]]:
-    """What is not enforced, where it stands, and the model or service it belongs to."""
+    """Yields a reason, the place of the setting, and the model or service that it belongs to."""
     for name, model in config.models.items():
         yield from _set_keys(config, "models", ("models", name), model)
         place = config.places.get(("models", name, "type"))

@@ -1,4 +1,4 @@
-"""Where each value of a resolved configuration came from."""
+"""Resolves a configuration to single values, each with its origin: a variable, a file's line, a preset or a default."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ DATA_DIR_VARIABLE = "MILLSTREAM_DATA_DIR"
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """One resolved value, in plain JSON types. `origin`: a variable, file:line, a preset, a type's default, default."""
+    """One resolved value, in plain JSON types.
+
+    `origin` is the name of a variable, file:line, "preset NAME", "default of type TYPE" or "default".
+    """
 
     path: KeyPath
     value: object
@@ -25,14 +28,14 @@ class Value:
 
 
 def resolved(config: Config, environ: Mapping[str, str] = os.environ) -> Iterator[Value]:
-    """Every value there is, in the file's order and under its keys: loaded again, they make the same configuration."""
+    """Yields every value, in the order and under the keys of a file. A file of them loads as an equal configuration."""
     for name, model in config.models.items():
         yield from _values(config, ("models", name), model)
     for name, service in config.services.items():
         yield _value(config, ("services", name), ("model",), service.model_ref)
         yield from _runtime(config, name, service)
     for each in _values(config, ("redis",), config.redis):
-        yield _overruled(each, environ)
+        yield _override(each, environ)
 
 
 def _runtime(config: Config, name: str, service: ServiceSpec) -> Iterator[Value]:
@@ -55,7 +58,7 @@ def _values(config: Config, section: KeyPath, settings: Settings) -> Iterator[Va
 
 
 def _leaves(config: Config, section: KeyPath, keys: KeyPath, value: object) -> Iterator[Value]:
-    """The single values of `section`'s value under `keys`: of a mapping below it those that are set."""
+    """Yields the single values under `keys` of `section`. If the value is a mapping, only keys that are set count."""
     if isinstance(value, Settings):
         value = value.model_dump(exclude_none=True)
     if isinstance(value, dict) and value:
@@ -67,13 +70,13 @@ def _leaves(config: Config, section: KeyPath, keys: KeyPath, value: object) -> I
 
 def _value(config: Config, section: KeyPath, keys: KeyPath, value: object) -> Value:
     plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, os.PathLike) else value
-    # Or where a value above it was written: `rate_limit: 5` has no `requests`.
+    # The value may come from a key above it: `rate_limit: 5` sets rate_limit.requests, which the file does not name.
     places = (config.places.get((*section, *keys[:length])) for length in range(len(keys), 0, -1))
     return Value((*section, *keys), plain, str(next(filter(None, places), "default")))
 
 
-def _overruled(each: Value, environ: Mapping[str, str]) -> Value:
-    """As commands see it: two variables of their own go before what is configured."""
+def _override(each: Value, environ: Mapping[str, str]) -> Value:
+    """Returns the value that commands use: MILLSTREAM_REDIS_URL and MILLSTREAM_DATA_DIR override the configuration."""
     if each.path == ("redis", "url") and environ.get(URL_VARIABLE):
         return Value(each.path, environ[URL_VARIABLE], URL_VARIABLE)
     if each.path == ("redis", "data_dir") and (environ.get(DATA_DIR_VARIABLE) or each.value is None):

@@ -1,4 +1,4 @@
-"""What config.yaml may say of models, services and Redis: frozen pydantic models, presets and defaults by type."""
+"""The settings of config.yaml for models, services and Redis: frozen pydantic models, presets, defaults by type."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ TYPE_DEFAULTS: Mapping[str, Mapping[str, object]] = {
         "worker_count": 2,
         "total_timeout": 60.0,
     },
-    # One text of a prompt is often longer than 2,048 tokens; prompts are few and dear.
+    # A single prompt is often longer than 2,048 tokens. Prompts are few, and each takes long to compute.
     "llm": {
         "batch_size": 4,
         "batch_timeout": 0.05,
@@ -63,14 +63,25 @@ TYPE_DEFAULTS: Mapping[str, Mapping[str, object]] = {
         "rate_limit": {"requests": 10.0},
     },
 }
-"""Types without a row take the defaults of Runtime."""
+"""Defaults of `runtime` for each model type. A type that is not listed takes the defaults of Runtime."""
 
 LEAST_STALL_S = 30.0
+"""Shortest stall timeout that is derived from the inference timeouts, seconds."""
+
 UNKNOWN_TOKENS = 2_048
+"""Tokens of a batch if `max_batch_tokens` is auto and no worker has measured it."""
+
 NO_CACHE = "a service of type custom has no cache: nothing tells whether its code has changed; leave enable_cache out"
+"""Error for `enable_cache` on a service of type custom."""
+
 RESULT_TTL_S = 3_600.0
+"""Default of `redis.result_ttl`, seconds."""
+
 CACHE_TTL_S = 3_600.0
+"""Default of `runtime.cache_ttl`, seconds."""
+
 WEIGHTS: Mapping[PriorityName, float] = {"realtime": 7.0, "normal": 2.0, "batch": 1.0}
+"""Default `share` of each priority."""
 
 SERVICE_NAME = "[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 _PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
@@ -127,7 +138,7 @@ def _key_prefix(prefix: str) -> str:
 
 
 def _redis_url(url: str | None) -> str | None:
-    """The URL in its canonical spelling. The error does not quote it: it may hold a password."""
+    """Returns the URL in its canonical spelling. The error does not quote the URL, which may hold a password."""
     if url is None or not url.strip():
         return None
     try:
@@ -149,10 +160,10 @@ def _handler(name: str) -> str:
     return name
 
 
-# Compared by identity: typing hashes what stands in Annotated.
+# Compared by identity, because typing hashes the arguments of Annotated and `accepted` has no hash.
 @dataclass(frozen=True, slots=True, eq=False)
-class Also:
-    """For the JSON Schema of config.yaml: what a validator takes besides the JSON of its own type."""
+class AlsoAccepts:
+    """Adds to the JSON Schema of config.yaml the values that a validator accepts besides its own type."""
 
     accepted: Sequence[JsonSchemaValue]
 
@@ -168,29 +179,32 @@ _SIZE: JsonSchemaValue = {"type": "string", "pattern": SIZE_PATTERN}
 
 Count = Annotated[Annotated[int, Field(ge=1)], BeforeValidator(_count)]
 Rate = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)], BeforeValidator(_count)]
-Duration = Annotated[Annotated[float, Field(ge=0)], BeforeValidator(seconds), Also([_DURATION])]
-Span = Annotated[Annotated[float, Field(gt=0)], BeforeValidator(seconds), Also([_DURATION])]
+Duration = Annotated[Annotated[float, Field(ge=0)], BeforeValidator(seconds), AlsoAccepts([_DURATION])]
+Span = Annotated[Annotated[float, Field(gt=0)], BeforeValidator(seconds), AlsoAccepts([_DURATION])]
 """A duration above zero."""
 Limit = Annotated[
-    Annotated[float, Field(gt=0)] | None, BeforeValidator(_optional_seconds), Also([_DURATION, _NO_LIMIT])
+    Annotated[float, Field(gt=0)] | None, BeforeValidator(_optional_seconds), AlsoAccepts([_DURATION, _NO_LIMIT])
 ]
-"""A Span; None is no limit."""
-Size = Annotated[Annotated[int, Field(gt=0)], BeforeValidator(size), Also([_SIZE])]
+"""A Span, or None for no limit."""
+Size = Annotated[Annotated[int, Field(gt=0)], BeforeValidator(size), AlsoAccepts([_SIZE])]
 ServiceName = Annotated[str, AfterValidator(_service_name)]
 
 T = TypeVar("T")
-Section = Annotated[T, BeforeValidator(_empty_section), Also([{"type": "null"}])]
-"""A mapping whose keys may all be commented out."""
+Section = Annotated[T, BeforeValidator(_empty_section), AlsoAccepts([{"type": "null"}])]
+"""A mapping. YAML gives null if all of its keys are commented out; that counts as empty."""
 
 
 class Settings(BaseModel):
-    """Base of all: frozen, and an unknown key is an error."""
+    """Base class of all settings: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class RateLimit(Settings):
-    """At most this much per second; `burst` at once, by default one second's worth; `per: tenant` counts each apart."""
+    """Limits per second: `requests` (calls), `rows`, `tokens`. None is no limit.
+
+    `burst` is the most at once, by default the limit of one second. With `per: tenant` each tenant is counted apart.
+    """
 
     requests: Rate | None = None
     rows: Rate | None = None
@@ -200,15 +214,19 @@ class RateLimit(Settings):
 
     @property
     def burst_s(self) -> float:
-        """The burst in seconds of the limit: `burst` counts in the first unit that is limited, the others in step."""
+        """Seconds of the limit that may be used at once.
+
+        `burst` counts in the first unit that is limited: requests, rows or tokens. All units get the same seconds.
+        """
         first = self.requests or self.rows or self.tokens
         return self.burst / first if self.burst and first else 1.0
 
 
 class PriorityLimits(Settings):
-    """What differs for one priority of a service; None takes the service's value.
+    """Limits of one priority of a service; None takes the service's value.
 
-    `share` is its weight beside the other priorities' when they all wait. `max_queue_size` counts its own jobs.
+    `share` is the priority's weight relative to the other priorities when all have jobs waiting. `max_queue_size`
+    counts only jobs of this priority.
     """
 
     share: Rate | None = None
@@ -217,12 +235,12 @@ class PriorityLimits(Settings):
     total_timeout: Limit = None
     max_queue_size: Count | None = None
     batch_timeout: Annotated[
-        Annotated[float, Field(ge=0)] | None, BeforeValidator(_optional_seconds), Also([_DURATION, _NO_LIMIT])
+        Annotated[float, Field(ge=0)] | None, BeforeValidator(_optional_seconds), AlsoAccepts([_DURATION, _NO_LIMIT])
     ] = None
 
 
 class Runtime(Settings):
-    """A service's limits. Times are seconds, `max_queue_size` is jobs, `memory_limit` bytes; None is no limit."""
+    """A service's limits. Times are in seconds, `max_queue_size` in jobs, `memory_limit` in bytes; None is no limit."""
 
     batch_size: Count = 32
     batch_timeout: Duration = 0.01
@@ -231,7 +249,7 @@ class Runtime(Settings):
     queue_timeout: Limit = None
     inference_timeout: Limit = None
     total_timeout: Limit = 60.0
-    rate_limit: Annotated[RateLimit | None, BeforeValidator(_rates), Also([_RATE, _NO_LIMIT])] = None
+    rate_limit: Annotated[RateLimit | None, BeforeValidator(_rates), AlsoAccepts([_RATE, _NO_LIMIT])] = None
     enable_cache: bool = False
     preset: Preset | None = None
     max_batch_tokens: Annotated[int | Literal["auto"], BeforeValidator(_tokens)] = 2_048
@@ -243,15 +261,15 @@ class Runtime(Settings):
     priorities: Section[dict[PriorityName, Section[PriorityLimits]]] = {}
 
     def limits(self, priority: PriorityName) -> PriorityLimits:
-        """The limits of one priority: its own if given, else the service's.
+        """Returns the limits of one priority: its own if given, otherwise the service's.
 
-        Batch jobs are in no hurry: they have no queue_timeout and no total_timeout but their own.
+        The priority batch does not inherit queue_timeout and total_timeout, because batch jobs may wait long.
         """
         return self._limits[priority]
 
     @cached_property
     def _limits(self) -> dict[PriorityName, PriorityLimits]:
-        # Asked at each call, and not quick to validate.
+        # Every call reads the limits, and validating them is slow.
         names: tuple[PriorityName, ...] = get_args(PriorityName)
         return {name: self._merged(name) for name in names}
 
@@ -267,56 +285,62 @@ class Runtime(Settings):
 
     @property
     def shares(self) -> dict[PriorityName, float]:
-        """The part of 1 that each priority is sure of while more urgent ones saturate the workers."""
+        """Share of the workers, 0 to 1, that each priority gets at least while more urgent ones saturate them."""
         names: tuple[PriorityName, ...] = get_args(PriorityName)
         weights = {name: self.priorities.get(name, PriorityLimits()).share or WEIGHTS[name] for name in names}
         return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
     @property
     def cache_s(self) -> float | None:
-        """Seconds an answer is kept for rows that are asked again; None where the cache is off."""
+        """Seconds for which the cache keeps an answer; None if the cache is off."""
         return (self.cache_ttl or CACHE_TTL_S) if self.enable_cache else None
 
     @property
     def batch_tokens(self) -> int:
-        """`max_batch_tokens` as a number."""
+        """`max_batch_tokens` as a number: UNKNOWN_TOKENS if it is auto."""
         return UNKNOWN_TOKENS if self.max_batch_tokens == "auto" else self.max_batch_tokens
 
     @property
     def row_tokens(self) -> int:
-        """What a row counts that has no length of its own: an equal share of a batch of `batch_size` rows."""
+        """Tokens counted for a row whose length is unknown: `batch_tokens` / `batch_size`, at least 1."""
         return max(1, self.batch_tokens // self.batch_size)
 
     @property
     def stall_s(self) -> float:
-        """Seconds a forward may take before its process counts as stuck."""
+        """Seconds that a forward may take before its process counts as stuck.
+
+        `stall_timeout` if it is set, otherwise 10 times the longest inference timeout, at least LEAST_STALL_S.
+        """
         limits = [self.inference_timeout, *(each.inference_timeout for each in self.priorities.values())]
         return self.stall_timeout or max(LEAST_STALL_S, *(10 * (limit or 0.0) for limit in limits))
 
 
 class ModelSpec(Settings):
-    """Which weights to run, and how. `device` None is the best the host has, `max_length` None the model's own."""
+    """The weights to run and how to run them.
+
+    If `device` is None, the best device of the host is used; if `max_length` is None, the model's own limit.
+    """
 
     type: ModelType
     model_name: str = ""
     device: Annotated[str | None, AfterValidator(_automatic)] = None
-    # In turn, a process each; instead of `device`.
+    # Assigned to the worker processes in turn, instead of `device`.
     devices: tuple[str, ...] = ()
     revision: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "float32"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    # What runs the weights; where it is not torch, `model_file` is the exported file, below the model's folder.
+    # The library that runs the weights. If it is not torch, `model_file` is the exported file in the model's folder.
     backend: Literal["torch", "onnx", "openvino"] = "torch"
     model_file: Annotated[str, AfterValidator(_below)] | None = None
     max_length: Count | None = None
     warmup: bool | None = None
     priority: int | None = None
-    # Code is named by a worker's own file only: it neither goes into Redis nor is taken from there.
+    # Only a worker's own file names code: a handler is neither written to Redis nor read from it.
     handler: Annotated[str, AfterValidator(_handler)] | None = Field(default=None, exclude=True)
 
 
 class RedisSettings(Settings):
-    """Where the queue lives. `data_dir` is the embedded server's folder; `result_ttl` is seconds."""
+    """The Redis server and how to use it. `data_dir` is the embedded server's folder; `result_ttl` is in seconds."""
 
     url: Annotated[str | None, AfterValidator(_redis_url)] = None
     password_file: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
@@ -329,10 +353,10 @@ class RedisSettings(Settings):
 
 
 class ServiceSpec(Settings):
-    """One service, fully resolved: every default is filled in. `model_ref` is the model's name in config.yaml.
+    """One service with every default filled in. `model_ref` is the model's name in config.yaml.
 
-    `result_ttl` is how long the results of a detached call are kept after the last one, seconds. `replicated`: no job
-    counts as accepted before a replica of the server has it.
+    `result_ttl` is the time in seconds for which the results of a detached call are kept after the last one. If
+    `replicated`, a job counts as accepted only when a replica of the server has it.
     """
 
     name: ServiceName
@@ -354,12 +378,12 @@ class ServiceSpec(Settings):
         return self.runtime.rate_limit is not None and self.runtime.rate_limit.per == "tenant"
 
     def with_handler(self, handler: str | None) -> ServiceSpec:
-        """The same with the code that this host's own file names for it."""
+        """Returns a copy with the code that this host's own file names for the service."""
         return self.model_copy(update={"model": self.model.model_copy(update={"handler": handler})})
 
     def to_json(self) -> str:
-        """The record the registry keeps, without `model.handler`. Equal specs give equal text."""
-        # Left out where they are off: the records of versions that do not know them stay equal.
+        """Returns the record for the registry, without `model.handler`. Equal specs give equal text."""
+        # Newer keys are omitted while they have their defaults, so that older versions write the same record.
         off: dict[str, bool | set[str]] = {} if self.replicated else {"replicated": True}
         newer = ("attention", "backend", "model_file")
         off["model"] = {name for name in newer if getattr(self.model, name) == ModelSpec.model_fields[name].default}
@@ -367,7 +391,10 @@ class ServiceSpec(Settings):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> ServiceSpec:
-        """The spec of a registry's record. Keys of a newer version are ignored; ConfigError where it cannot be read."""
+        """Returns the spec in a registry's record. Ignores unknown keys, which a newer version may have written.
+
+        Raises ConfigError if the record cannot be read.
+        """
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -396,7 +423,10 @@ def _unreadable(reason: str) -> ConfigError:
 
 
 def discard(tree: object, path: Sequence[str | int]) -> None:
-    """Delete `path` from nested dicts, or the deepest part of it that is there; nothing where its start is missing."""
+    """Deletes the value at `path` from nested dicts. Does nothing if a key is missing.
+
+    If a key before the last one holds no dict, that key is deleted instead.
+    """
     for depth, key in enumerate(path):
         if not isinstance(tree, dict) or key not in tree:
             return

@@ -1,4 +1,4 @@
-"""Durations and sizes as people write them in configuration and on the command line."""
+"""Reads durations ("10ms", "5m") and sizes ("64MB") from configuration and the command line."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]{1,3})?\s*([a
 
 DURATION_PATTERN = rf"^\s*{_NUMBER}\s*({'|'.join(_SECONDS)})?\s*$"
 SIZE_PATTERN = rf"^\s*{_NUMBER}\s*([kKmMgG]?[bB]|[kKmMgG][iI][bB])?\s*$"
-"""What `seconds` and `size` take as text, as far as a pattern can say."""
+"""Patterns of the texts that `seconds` and `size` accept; a text that matches may still be too large."""
 
 
 def seconds(value: object) -> float:
-    """A number of seconds, or text with a unit: "10ms", "1.5s", "5m", "2h", "1d". ValueError otherwise."""
+    """Returns seconds from a number, or from text with a unit: "10ms", "1.5s", "5m", "2h", "1d".
+
+    Raises ValueError if `value` is neither, is negative or exceeds ten years.
+    """
     number, unit = _quantity(plain(value))
     scale = _SECONDS.get(unit or "s")
     if scale is None:
@@ -31,7 +34,10 @@ def seconds(value: object) -> float:
 
 
 def size(value: object) -> int:
-    """A number of bytes, or text with a unit: "64MB" (64,000,000), "64MiB" (67,108,864). ValueError otherwise."""
+    """Returns bytes from a number, or from text with a unit: "64MB" (64,000,000), "64MiB" (67,108,864).
+
+    Raises ValueError if `value` is neither, is negative or exceeds 2**63.
+    """
     number, unit = _quantity(plain(value))
     scale = _BYTES.get((unit or "b").lower())
     if scale is None or number * scale > 2**63:

@@ -1,4 +1,4 @@
-"""Reading a Redis URL: one server, a master that Sentinels name, or a Cluster. Pure, and imports no client."""
+"""Reads a Redis URL: one server, a master that Sentinels name, or a Cluster. Pure, and imports no client."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ACCEPTED = (
     "(rediss+sentinel:// and rediss+cluster:// for TLS)"
 )
 PASSWORD_FILE = "password_file"
-"""The option of a URL that names a file; its first line is the password."""
+"""Name of the URL option for a password file. The first line of that file is the password."""
 
 Address = tuple[str, int]
 Kind = Literal["single", "sentinel", "cluster"]
@@ -51,7 +51,10 @@ _UNFILLED = re.compile(r"\$\{[^}]*\}|\$\([^)]*\)|\{\{.*?\}\}|^\$\w+$|(?<=@)\$\w+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """The servers of a URL. `addresses`: a Cluster's nodes or the Sentinels; `master`: the name they know it by."""
+    """The servers of a URL.
+
+    `addresses` are a Cluster's nodes or the Sentinels; `master` is the name by which the Sentinels know the master.
+    """
 
     kind: Kind
     url: str
@@ -59,18 +62,18 @@ class Endpoint:
     master: str = ""
 
     def node_url(self, address: Address, *, user: bool = True) -> str:
-        """The URL of one server of many, with what the whole says of user, database and TLS."""
+        """Returns the URL of one server of several, with the user, database and TLS options of the whole URL."""
         parts = urlsplit(self.url)
         host, port = address
         options = _flat_options(parts)
         hidden = {"sentinel_username", "sentinel_password"} | (set() if user else {"username", "password"})
-        kept = urlencode({name: value for name, value in options.items() if name not in hidden})
+        query = urlencode({name: value for name, value in options.items() if name not in hidden})
         where = f"{_userinfo(parts) if user else ''}{f'[{host}]' if ':' in host else host}:{port}"
         database = _path(parts)[1:] if self.kind == "sentinel" and user else []
-        return f"{parts.scheme.partition('+')[0]}://{where}/{''.join(database)}{'?' if kept else ''}{kept}"
+        return f"{parts.scheme.partition('+')[0]}://{where}/{''.join(database)}{'?' if query else ''}{query}"
 
     def sentinel_url(self, address: Address) -> str:
-        """The URL of one Sentinel: a user and a password of its own, or none."""
+        """Returns the URL of one Sentinel, with `sentinel_username` and `sentinel_password` as its user, if set."""
         plain, _, query = self.node_url(address, user=False).partition("?")
         options = _flat_options(urlsplit(self.url))
         own = {name: options[f"sentinel_{name}"] for name in _USER if f"sentinel_{name}" in options}
@@ -79,10 +82,10 @@ class Endpoint:
 
 
 def canonical(url: str) -> str:
-    """`url` as the library and other programs spell it.
+    """Returns `url` in the spelling that the library and other programs accept.
 
-    Removes spaces around it and around the commas between hosts, writes the scheme in lower case, and unix:/path as
-    unix:///path. Changes nothing else, so that what is wrong stays wrong.
+    Removes spaces around the URL and around the commas between hosts, writes the scheme in lower case, and unix:/path
+    as unix:///path. Changes nothing else, so that `read_url` still finds every error.
     """
     scheme, colon, rest = url.strip().partition(":")
     scheme = scheme.lower()
@@ -94,9 +97,10 @@ def canonical(url: str) -> str:
 
 
 def read_url(url: str) -> Endpoint:
-    """The place that `url` names, in any spelling that `canonical` knows.
+    """Returns the endpoint that `url` names, in any spelling that `canonical` accepts.
 
-    Raises ValueError; its message quotes nothing but the name of a variable: a piece may be the password.
+    Raises ValueError if `url` is invalid. The message quotes only names of variables and options: any other part may
+    be the password.
     """
     url = canonical(url)
     _check_characters(url)
@@ -116,12 +120,12 @@ def read_url(url: str) -> Endpoint:
     if unknown := set(options) - _OPTIONS[kind] - (_TLS if parts.scheme.startswith("rediss") else set()):
         raise ValueError(f"{', '.join(sorted(unknown))} cannot be set here")
     if "ssl_cert_reqs" in options and options["ssl_cert_reqs"][0] not in _CERT_REQS:
-        raise ValueError(f"ssl_cert_reqs is none of {', '.join(_CERT_REQS)}")
+        raise ValueError(f"ssl_cert_reqs must be one of {', '.join(_CERT_REQS)}")
     return endpoint
 
 
 def redacted(url: str) -> str:
-    """`url` without its password, also if it is malformed."""
+    """Returns `url` with *** in the place of its password, even if the URL is malformed."""
     without_userinfo = re.sub(r"(?<=://)([^:@/]*):.*@", r"\1:***@", url)
     return re.sub(r"(password=)[^&#]*", r"\1***", without_userinfo)
 
@@ -131,7 +135,7 @@ def _check_characters(url: str) -> None:
         raise ValueError("it is empty")
     if found := _UNFILLED.search(url):
         name = found[0] if re.fullmatch(r"\$\w+|\$\{\w+\}", found[0]) else "a variable"
-        raise ValueError(f"{name} stands in it, and nothing has put its value there: no variable is expanded here")
+        raise ValueError(f"it contains {name}, which nothing has replaced by its value: no variable is expanded here")
     if re.search(r"[\s\x00-\x1f\x7f]", url) or "\0" in unquote(url):
         raise ValueError("it has a space, a line break or a control character inside")
 
@@ -153,10 +157,10 @@ def _many(url: str, parts: SplitResult, kind: Kind) -> Endpoint:
     path = _path(parts)
     if kind == "cluster":
         if path not in ([], ["0"]):
-            raise ValueError("a Cluster has database 0 only, and nothing else follows its hosts")
+            raise ValueError("a Cluster has only database 0, and nothing else follows its hosts")
         return Endpoint(kind, url, addresses)
     database = path[1] if len(path) == 2 else _flat_options(parts).get("db", "0")
-    # A number alone is taken for a database whose master was forgotten.
+    # A number alone is a database: the name of the master is missing.
     if len(path) not in (1, 2) or path[0].isdecimal() or not database.isdecimal():
         raise ValueError("it names no master: /MASTER_NAME or /MASTER_NAME/db follows the hosts")
     return Endpoint(kind, url, addresses, path[0])
@@ -196,7 +200,7 @@ def _check_host(host: str, port: int) -> None:
     if not port:
         raise ValueError("its port is not a number from 1 to 65535")
     try:
-        # As the socket does, which raises no OSError for a label that is empty or too long.
+        # The socket encodes the name the same way, and raises UnicodeError for a label that is empty or too long.
         host.encode("idna")
     except UnicodeError:
         raise ValueError("its host is not a valid name") from None

@@ -1,4 +1,4 @@
-"""config.yaml and the environment as one plain tree, in which every key knows where it was written."""
+"""Reads config.yaml and the environment into one plain tree, and records the place of every key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 from millstream.broker.contract.errors import ConfigError, did_you_mean
 
 PREFIX = "MILLSTREAM_"
-"""MILLSTREAM_SERVICES__EMBED__RUNTIME__BATCH_SIZE sets services.embed.runtime.batch_size."""
+"""Start of variables that set values: MILLSTREAM_SERVICES__A__RUNTIME__PRESET sets services.a.runtime.preset."""
 
 KeyPath = tuple[str, ...]
 _NAMED = {("models",), ("services",)}
@@ -24,7 +24,7 @@ _OCTAL = re.compile(r"[-+]?0[0-7_]*[1-7][0-7_]*")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Place:
-    """Where a value was written: a line of a file, or (line 0) an environment variable or a file as a whole."""
+    """The place of a value: a line of a file; or, with line 0, an environment variable or a whole file."""
 
     source: str
     line: int = 0
@@ -35,7 +35,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Problem:
-    """One thing to correct; as text, one line."""
+    """One error in a configuration. As text it is one line: place, key, reason with fix."""
 
     place: Place
     path: KeyPath
@@ -48,9 +48,9 @@ class Problem:
 
 @dataclass(slots=True)
 class Document:
-    """The tree of a file, the place of each key in it, and what was wrong so far.
+    """The tree of a file, the place of each key in it, and the problems found so far.
 
-    `written` has the text of each value that is no text: what YAML makes of it may look different.
+    `written` has the original text of each value that is not a string, for messages: YAML may change its look.
     """
 
     source: str
@@ -60,7 +60,7 @@ class Document:
     problems: list[Problem] = field(default_factory=list)
 
     def place(self, path: KeyPath) -> Place:
-        """Where `path` was written, or else the closest key above it."""
+        """Returns the place of `path`, or of the closest key above it that has one."""
         while path and path not in self.places:
             path = path[:-1]
         return self.places.get(path, Place(self.source, 1))
@@ -74,7 +74,7 @@ def dotted(path: KeyPath) -> str:
 
 
 def read(path: Path) -> Document:
-    """The file as a Document; ConfigError where it is no UTF-8 YAML mapping."""
+    """Returns the file as a Document. Raises ConfigError if it is no YAML mapping in UTF-8."""
     document = Document(str(path))
     text = _text(path)
     try:
@@ -98,9 +98,10 @@ def read(path: Path) -> Document:
 
 
 def overlay(document: Document, environ: Mapping[str, str]) -> None:
-    """Put MILLSTREAM_SECTION__..__KEY variables over the file. Names match in any case, with _ for any other sign.
+    """Overrides values of the file by MILLSTREAM_SECTION__..__KEY variables.
 
-    An empty variable counts as unset. A variable cannot add a model or a service, only change one.
+    Names match in any case; an underscore matches any sign that is no letter or digit. An empty variable counts as
+    unset. A variable can change a model or a service, but not add one.
     """
     for name, value in sorted(environ.items()):
         keys = name[len(PREFIX) :].split("__")
@@ -134,7 +135,7 @@ def _failure(place: Place, reason: str) -> ConfigError:
 
 
 class _Reader:
-    """Turns YAML nodes into plain values, noting places and duplicate keys in the document."""
+    """Turns YAML nodes into plain values. Records places, and reports duplicate keys, in the document."""
 
     def __init__(self, loader: yaml.SafeLoader, document: Document) -> None:
         self._loader = loader
@@ -184,7 +185,10 @@ class _Reader:
 
 
 def _misread(node: yaml.Node) -> str:
-    """Why a number is not what its writer sees, or an empty string. YAML 1.1 has numbers to the bases 60 and 8."""
+    """Returns why YAML reads a number differently from how it looks, or an empty string.
+
+    YAML 1.1 has numbers to the bases 60 and 8.
+    """
     if not isinstance(node, yaml.ScalarNode) or node.style is not None or node.tag not in _NUMBERS:
         return ""
     if ":" in node.value:
@@ -223,7 +227,7 @@ def _no_such(name: str, known: Iterable[str], source: str) -> str:
 
 
 def _existing(key: str, node: Mapping[str, object]) -> str:
-    """The key of `node` that a variable's `key` names; in lower case where there is none."""
+    """Returns the key of `node` that a variable's `key` names, or `key` in lower case if there is none."""
     plain = _plain_name(key)
     return next((name for name in node if _plain_name(name) == plain), key.lower())
 

@@ -1,4 +1,4 @@
-"""A real local server: found, locked, started, adopted, stopped; never on a folder that others may write.
+"""Starts, adopts and stops a local Redis or Valkey server. Never uses a data dir that other users may write.
 
-Imports `broker.contract` alone. Start with `embedded.py`.
+Imports only `broker.contract`. Start with `embedded.py`.
 """

@@ -1,4 +1,4 @@
-"""The embedded server's data dir: its record, its lock, and the short folder its socket lives in."""
+"""The embedded server's data dir: its record, its lock, and the short folder for its socket."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ from millstream.broker.server.engine import Engine, EngineName, Version
 from millstream.broker.server.ownership import check_private, open_private
 
 AppendFsync = Literal["everysec", "always"]
-Pulse = Literal["up", "loading", "silent", "absent"]
+PingState = Literal["up", "loading", "silent", "absent"]
 
-_SOCKET_BYTES = 100  # Unix allows 107, and Redis 6.2 runs on without any socket where a path is longer.
+_SOCKET_BYTES = 100
+"""Longest path of a socket, bytes. Unix allows 107, and Redis 6.2 runs without any socket if its path is longer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """engine.json: who wrote the data last, and where that server listens. `pid` and `tcp_port` are 0 for none."""
+    """engine.json: the engine that last wrote the data, and the addresses of its server.
+
+    `pid` is 0 if it is unknown, `tcp_port` is 0 if there is none. `maxmemory` is in bytes, 0 for no limit.
+    """
 
     engine: EngineName
     version: Version
@@ -46,14 +50,17 @@ _RECORD = TypeAdapter(Record)
 
 
 def prepare(data_dir: Path) -> Path:
-    """`data_dir`, absolute and there; a new one is readable by its owner only. As check_private raises."""
+    """Creates `data_dir` if it is missing, readable only by its owner, and returns its absolute path.
+
+    Raises ConfigError if other users may write it, OSError if it cannot be created.
+    """
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     check_private(data_dir)
     return data_dir.resolve()
 
 
 def read_record(data_dir: Path) -> Record | None:
-    """The record, or None if there is none that can be read. Raises ConfigError if others may have written it."""
+    """Returns the record, or None if none can be read. Raises ConfigError if other users may have written it."""
     try:
         check_private(data_dir)
         with os.fdopen(open_private(data_dir / "engine.json", os.O_RDONLY), "rb") as file:
@@ -63,7 +70,7 @@ def read_record(data_dir: Path) -> Record | None:
 
 
 def write_record(data_dir: Path, record: Record | None) -> None:
-    """Replace the record at once, so that a reader never meets half of it; None removes it."""
+    """Replaces the record atomically, so that no reader sees half of it. None removes it."""
     path = data_dir / "engine.json"
     if record is None:
         path.unlink(missing_ok=True)
@@ -76,7 +83,10 @@ def write_record(data_dir: Path, record: Record | None) -> None:
 
 
 def last_writer(data_dir: Path) -> Engine | None:
-    """The engine that wrote the data, None where there is no data. A lost record is inferred from the files' layout."""
+    """Returns the engine that last wrote the data, or None if there is no data.
+
+    If the record is lost, the folder appendonlydir shows that the data is from Redis 7.0 or newer.
+    """
     if record := read_record(data_dir):
         return record.writer()
     if (data_dir / "appendonlydir").exists():
@@ -85,7 +95,10 @@ def last_writer(data_dir: Path) -> Engine | None:
 
 
 def try_lock(data_dir: Path) -> int | None:
-    """A descriptor that holds the data dir until its last copy is closed, or None where another process holds it."""
+    """Locks the data dir. Returns None if another process holds the lock.
+
+    Otherwise returns a descriptor; the lock lasts until its last copy is closed.
+    """
     descriptor = open_private(data_dir / "lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,7 +109,10 @@ def try_lock(data_dir: Path) -> int | None:
 
 
 def socket_path(data_dir: Path, environ: Mapping[str, str]) -> Path:
-    """The server's socket, in a private folder made here; its path is short however long the data dir's is."""
+    """Returns the path of the server's socket, in a private folder that is created here.
+
+    The path is short even if the data dir's path is long. Raises ConfigError if no folder is short and writable.
+    """
     digest = hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:10]
     for base in (environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"):
         path = Path(base) / f"millstream-{os.getuid()}-{digest}" / "redis.sock"
@@ -109,7 +125,7 @@ def socket_path(data_dir: Path, environ: Mapping[str, str]) -> Path:
 
 
 def _make_private(folder: Path) -> None:
-    """Make `folder`, or accept it where nobody else can have put anything in it."""
+    """Creates `folder`, or accepts it if only this user can write it. Raises ConfigError otherwise."""
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
@@ -118,8 +134,13 @@ def _make_private(folder: Path) -> None:
         )
 
 
-def pulse(path: Path, timeout_s: float = 1.0) -> Pulse:
-    """Whether a server answers on a Unix socket. A refusal is an answer too: with a full disk, PING gets MISCONF."""
+def ping(path: Path, timeout_s: float = 1.0) -> PingState:
+    """Returns whether a server answers PING on a Unix socket within `timeout_s` seconds.
+
+    "up": it answers, even with an error such as MISCONF, which a full disk causes. "loading": it is loading its data.
+    "silent": it accepts no connection or gives no answer in time. "absent": no server listens, or it closes the
+    connection.
+    """
     with socket.socket(socket.AF_UNIX) as link:
         link.settimeout(timeout_s)
         try:

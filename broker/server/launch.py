@@ -1,4 +1,4 @@
-"""Launching the embedded server: its settings, its flags, its log, and what a failed start means."""
+"""Launches the embedded server: its settings, its flags, its log, and the error for a failed start."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from millstream.broker.server.engine import find_engine
 from millstream.broker.server.ownership import open_private
 
 _LOG_BYTES = 1 << 20
+"""Size, in bytes, above which the log is rotated at a start."""
 
 _FAILURES: tuple[tuple[str, type[MillstreamError], str], ...] = (
     ("Address already in use", ConfigError, "choose another TCP port"),
@@ -31,7 +32,7 @@ _FAILURES: tuple[tuple[str, type[MillstreamError], str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to run the server. `tcp_port` None: Unix socket only; 0: any free port. `maxmemory` is in bytes."""
+    """The settings of a server. `tcp_port` None: Unix socket only; 0: any free port. `maxmemory` is in bytes."""
 
     data_dir: Path
     binary: Path | None
@@ -40,7 +41,10 @@ class Settings:
     maxmemory: int | None
 
     def conflict(self, running: Record) -> str:
-        """Which wish a running server does not meet, or an empty string. One stricter about the disk meets it."""
+        """Returns the first setting in which a running server conflicts with this one, or an empty string.
+
+        A running server with appendfsync always also satisfies everysec.
+        """
         if self.tcp_port is not None and (not running.tcp_port or self.tcp_port not in (0, running.tcp_port)):
             return f"tcp_port {running.tcp_port or 'off'}, not {self.tcp_port or 'any'}"
         if self.appendfsync == "always" and running.appendfsync != "always":
@@ -50,18 +54,18 @@ class Settings:
         return ""
 
 
-def plan(wish: Settings) -> Record:
-    """The server to be started, as it will be recorded."""
-    engine = find_engine(wish.binary, last_writer(wish.data_dir))
+def plan(settings: Settings) -> Record:
+    """Returns the record of the server to start. Raises ConfigError if no engine can serve the data dir."""
+    engine = find_engine(settings.binary, last_writer(settings.data_dir))
     return Record(
         engine=engine.name,
         version=engine.version,
         binary=engine.binary,
-        socket=socket_path(wish.data_dir, os.environ),
+        socket=socket_path(settings.data_dir, os.environ),
         pid=0,
-        tcp_port=_free_port() if wish.tcp_port == 0 else wish.tcp_port or 0,
-        appendfsync=wish.appendfsync,
-        maxmemory=wish.maxmemory or 0,
+        tcp_port=_free_port() if settings.tcp_port == 0 else settings.tcp_port or 0,
+        appendfsync=settings.appendfsync,
+        maxmemory=settings.maxmemory or 0,
     )
 
 
@@ -84,16 +88,16 @@ def spawn(record: Record, data_dir: Path, log: Path, lock: int) -> subprocess.Po
         return subprocess.Popen(
             [record.binary, *flags],
             stdin=subprocess.DEVNULL,
-            stdout=sink,  # also what it says before it reads its flags, which a log file of its own would miss
+            stdout=sink,  # includes output from before it reads its flags, which the option logfile would miss
             stderr=subprocess.STDOUT,
             pass_fds=(lock,),
-            start_new_session=True,  # Ctrl-C in the terminal is for the launcher
+            start_new_session=True,  # Ctrl-C in the terminal must reach only the launcher
             umask=0o077,
         )
 
 
 def rotate(log: Path) -> int:
-    """Put a long log aside; the bytes that are left."""
+    """Renames a log of more than _LOG_BYTES to *.log.old. Returns the bytes in the log after that."""
     size = log.stat().st_size if log.exists() else 0
     if size <= _LOG_BYTES:
         return size
@@ -102,19 +106,19 @@ def rotate(log: Path) -> int:
 
 
 def tail(log: Path, seen: int) -> str:
-    """The last lines written after the first `seen` bytes, without process id and date."""
+    """Returns the last three lines after the first `seen` bytes, without process id and date, joined by "; "."""
     with log.open("rb") as file:
         file.seek(seen)
         lines = file.read().decode(errors="replace").splitlines()
-    said = [re.sub(r"^\d+:\w \d+ \w+ \d+ [\d:.]+ . ", "", line).strip() for line in lines]
-    return "; ".join([line for line in said if line][-3:])
+    messages = [re.sub(r"^\d+:\w \d+ \w+ \d+ [\d:.]+ . ", "", line).strip() for line in lines]
+    return "; ".join([message for message in messages if message][-3:])
 
 
-def failure(data_dir: Path, said: str) -> MillstreamError:
-    """Why the server did not start, with what to do about it."""
-    message = f"the server of {data_dir} did not start: {said or 'it left no message'}"
+def failure(data_dir: Path, log_end: str) -> MillstreamError:
+    """Returns the error for a server that did not start, with a hint that matches the end of its log."""
+    message = f"the server of {data_dir} did not start: {log_end or 'its log has no message'}"
     for pattern, kind, hint in _FAILURES:
-        if re.search(pattern, said, re.IGNORECASE):
+        if re.search(pattern, log_end, re.IGNORECASE):
             return kind(message, hint=hint)
     return BrokerUnavailable(message, hint=f"see {data_dir / 'server.log'}")
 

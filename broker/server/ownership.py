@@ -1,4 +1,4 @@
-"""Checks that only its user can have written a data dir; otherwise nothing of it is read, run or written."""
+"""Checks that only this user can have written a data dir. Otherwise no file in it is read, run or written."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from millstream.broker.contract.errors import ConfigError
 
 _FILES = ("engine.json", "engine.new", "lock", "server.log", "server.log.old", "dump.rdb", "appendonly*", "temp-*.*")
 _BELOW = "appendonlydir/*"
-"""Files that we and the server keep in a data dir. Other files there are nobody's concern."""
+"""Patterns of the files that millstream and the server use in a data dir. Other files are not checked."""
 
 _ROOT = 0
 
 
 def check_private(data_dir: Path) -> None:
-    """Raises ConfigError if others than its user may have put something into `data_dir`, which is there.
+    """Raises ConfigError if another user may have put a file into `data_dir`, OSError if `data_dir` does not exist.
 
-    The server that was recorded there is talked to, and its files are read and written: a folder of somebody else, or
-    a link to one, must not decide on that.
+    millstream connects to the server that the data dir records, and reads and writes its files. Another user's folder,
+    or a link to one, must not decide which server and which files these are.
     """
     for link in _links(data_dir):
         _check_owner(link, link.lstat(), data_dir, "is a link of")
@@ -28,22 +28,25 @@ def check_private(data_dir: Path) -> None:
     for parent in folder.parents:
         mode = parent.stat().st_mode
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            raise _refused(data_dir, f"{parent}, above it, may be written by everybody", f"chmod o-w {parent}")
+            raise _refusal(data_dir, f"{parent}, above it, may be written by everybody", f"chmod o-w {parent}")
     found = folder.stat()
     _check_owner(folder, found, data_dir, "belongs to")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise _refused(data_dir, "it may be written by others", f"see what lies in it, then chmod go-w {folder}")
+        raise _refusal(data_dir, "it may be written by others", f"check its contents, then chmod go-w {folder}")
     others_may_enter = bool(found.st_mode & (stat.S_IXGRP | stat.S_IXOTH))
-    for path in _kept(folder):
+    for path in _data_files(folder):
         _check_file(path, data_dir, others_may_enter=others_may_enter)
 
 
 def open_private(path: Path, flags: int) -> int:
-    """A descriptor of `path`, which is no link; a new file is its user's alone. Raises OSError."""
+    """Opens `path` and returns its descriptor. Only its user can read or write a new file.
+
+    Raises OSError if `path` is a link or cannot be opened.
+    """
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
-def _kept(folder: Path) -> Iterator[Path]:
+def _data_files(folder: Path) -> Iterator[Path]:
     for pattern in (*_FILES, _BELOW):
         yield from folder.glob(pattern)
 
@@ -54,10 +57,10 @@ def _check_file(path: Path, data_dir: Path, *, others_may_enter: bool) -> None:
     except FileNotFoundError:
         return  # the server renames its files while it runs
     if stat.S_ISLNK(found.st_mode):
-        raise _refused(data_dir, f"{path.name} in it is a link", f"see where it leads, then rm {path}")
+        raise _refusal(data_dir, f"{path.name} in it is a link", f"check its target, then rm {path}")
     _check_owner(path, found, data_dir, "belongs to")
     if others_may_enter and found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise _refused(data_dir, f"{path.name} in it may be written by others", f"see it, then chmod go-w {path}")
+        raise _refusal(data_dir, f"{path.name} in it may be written by others", f"check it, then chmod go-w {path}")
 
 
 def _check_owner(path: Path, found: os.stat_result, data_dir: Path, what: str) -> None:
@@ -65,7 +68,7 @@ def _check_owner(path: Path, found: os.stat_result, data_dir: Path, what: str) -
     if owner == os.geteuid() or (is_link and owner == _ROOT):
         return
     whose = "it" if path == data_dir.resolve() else str(path)
-    raise _refused(data_dir, f"{whose} {what} user {owner}, not to {os.geteuid()}", "name a folder of your own")
+    raise _refusal(data_dir, f"{whose} {what} user {owner}, not to {os.geteuid()}", "name a folder of your own")
 
 
 def _owner(found: os.stat_result) -> int:
@@ -73,12 +76,12 @@ def _owner(found: os.stat_result) -> int:
 
 
 def _links(data_dir: Path) -> Iterator[Path]:
-    """Every step of the path that is a link."""
+    """Yields every step of the path that is a link."""
     path = Path(os.path.abspath(data_dir))
     yield from (step for step in (path, *path.parents) if step.is_symlink())
 
 
-def _refused(data_dir: Path, why: str, fix: str) -> ConfigError:
+def _refusal(data_dir: Path, why: str, fix: str) -> ConfigError:
     return ConfigError(
         f"the data dir {data_dir} is not used: {why}", hint=f"{fix}, or set MILLSTREAM_DATA_DIR to another folder"
     )

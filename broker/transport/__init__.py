@@ -1,5 +1,5 @@
-"""The way to the server: clients with our own timeouts, Clusters, Sentinels, errors of the library mapped to ours.
+"""Connects to the server: clients with our own timeouts, Clusters, Sentinels, the library's errors mapped to ours.
 
-Imports `broker.config`, `broker.server` and `broker.contract`. It and `broker.queue` alone import redis. Start with
-`connection.py`.
+Imports `broker.config`, `broker.server` and `broker.contract`. Only this folder and `broker.queue` import redis. Start
+with `connection.py`.
 """

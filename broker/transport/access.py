@@ -1,7 +1,7 @@
-"""Secrets and safe ways to a server: a password that lies in a file, and no open server across a network.
+"""Reads the password from a file, and refuses a server on another host that has neither TLS nor a password.
 
-A URL names the file, as the option `password_file`: so it goes by environment to child processes, and the secret does
-not. It is read at each new connection, so that a password can be changed while everything runs.
+A URL names the password file in its option `password_file`. Child processes get the URL in their environment, but not
+the password. The file is read at each new connection, so a password can be changed while workers and clients run.
 """
 
 from __future__ import annotations
@@ -27,16 +27,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PASSWORD_FILE_VARIABLE = "MILLSTREAM_REDIS_PASSWORD_FILE"
+"""Environment variable with the path of the password file."""
+
 INSECURE_VARIABLE = "MILLSTREAM_INSECURE"
+"""Environment variable; true allows a server on another host without TLS and password."""
 
 _MOST_BYTES = 4096
+"""Bytes of a password file that are read at most."""
 
 
 class FilePassword(CredentialProvider):
-    """The user of a URL, with the password that its file holds when a connection is made.
+    """The user of a URL, with the password that the file holds at the time of each connection.
 
-    Raises ConfigError at first where the file is missing, unreadable, empty or no text; later the last password is
-    tried on, since a file that is just being replaced is not worth a worker.
+    The constructor raises ConfigError if the file is missing, unreadable, empty or not text. If that happens later, the
+    last password is used: the file may be in the middle of a replacement, and a worker must not end because of that.
     """
 
     def __init__(self, user: str, file: Path) -> None:
@@ -48,7 +52,7 @@ class FilePassword(CredentialProvider):
         try:
             self._last = read_password(self._file)
         except ConfigError as error:
-            log.warning("%s; trying the last password", error)
+            log.warning("%s; trying the last password that was read", error)
         return (self._user, self._last) if self._user else (self._last,)
 
     def __repr__(self) -> str:
@@ -56,28 +60,31 @@ class FilePassword(CredentialProvider):
 
 
 def read_password(file: Path) -> str:
-    """The first line of `file`. Raises ConfigError, which names it and what is wrong."""
+    """Returns the first line of `file`. Raises ConfigError if it cannot be read, is empty or is not text.
+
+    Warns once per file if everybody on the host can read it.
+    """
     try:
         with file.open("rb") as stream:
             others_may_read = os.fstat(stream.fileno()).st_mode & stat.S_IROTH
             lines = stream.read(_MOST_BYTES).decode().splitlines()
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
+        reason = getattr(error, "strerror", None) or "it is not text"
         raise ConfigError(f"the password file {file} cannot be read: {reason}", hint=_NAMED_BY) from None
     if not lines or not lines[0]:
         raise ConfigError(f"the password file {file} is empty", hint="its first line is the password")
-    if others_may_read and file not in _told:
-        _told.add(file)
+    if others_may_read and file not in _warned_files:
+        _warned_files.add(file)
         log.warning("the password file %s can be read by everybody on this host: chmod o-r it", file)
     return lines[0]
 
 
 _NAMED_BY = f"{PASSWORD_FILE_VARIABLE}, redis.password_file in config.yaml or ?{PASSWORD_FILE}= in the URL names it"
-_told: set[Path] = set()
+_warned_files: set[Path] = set()
 
 
 def without_password_file(url: str) -> str:
-    """`url` for others than us, who do not know the option."""
+    """Returns `url` without its option `password_file`, which other programs do not know."""
     base, _, query = url.partition("?")
     rest = urlencode(
         [(name, value) for name, value in parse_qsl(query, keep_blank_values=True) if name != PASSWORD_FILE]
@@ -86,15 +93,16 @@ def without_password_file(url: str) -> str:
 
 
 def split_password_file(url: str) -> tuple[str, FilePassword | None]:
-    """`url` as the library takes it; where it names a password file, without its user, who comes with the password.
+    """Returns `url` as the library accepts it, and the credentials of its password file.
 
-    Raises ConfigError where the file cannot be used, or the URL has a password besides.
+    If `url` names no password file, returns it unchanged, and None. Otherwise the user is removed from the URL, because
+    the credentials have it. Raises ConfigError if the file cannot be read, or if the URL also has a password.
     """
     file = _options(url).get(PASSWORD_FILE)
     if file is None:
         return url, None
     if _has_password(url):
-        raise ConfigError("a Redis URL with a password and a password file", hint="leave one of them out")
+        raise ConfigError("the Redis URL has both a password and a password file", hint="leave one of them out")
     scheme, _, rest = without_password_file(url).partition("://")
     netloc, slash, path = rest.partition("/")
     user, _, hosts = netloc.rpartition("@")
@@ -102,11 +110,12 @@ def split_password_file(url: str) -> tuple[str, FilePassword | None]:
 
 
 def check_tls_files(url: str) -> None:
-    """Raises ConfigError where a file of certificates or keys that `url` names cannot be read."""
+    """Checks the certificate and key files that `url` names. Raises ConfigError if one cannot be read."""
     for option, path in _options(url).items():
         if option in _TLS_FILES and not os.access(path, os.R_OK):
             raise ConfigError(
-                f"{option} in the Redis URL names {path}, which cannot be read", hint="paths are absolute"
+                f"{option} in the Redis URL names {path}, which cannot be read",
+                hint="give an absolute path to a file that this user can read",
             )
 
 
@@ -114,15 +123,16 @@ _TLS_FILES = ("ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile")
 
 
 def secured(url: str, config: Config | None, environ: Mapping[str, str]) -> str:
-    """`url` in its canonical spelling, with the password file that the environment or the configuration names.
+    """Returns `url` in its canonical spelling, with the password file that the environment or the configuration names.
 
-    Raises ConfigError if it leads to another host without TLS, password or the word of whoever is in charge.
+    Raises ConfigError if `url` leads to another host without TLS and password, unless MILLSTREAM_INSECURE or
+    `redis.insecure` allows that.
     """
     url = canonical(url)
     try:
         urlsplit(url)
     except ValueError:
-        return url  # whoever connects to it says what is wrong
+        return url  # `Connection` reports the error
     file = environ.get(PASSWORD_FILE_VARIABLE) or (config and config.redis.password_file)
     if file and not _has_password(url) and PASSWORD_FILE not in _options(url):
         named = f"{PASSWORD_FILE}={quote(os.path.abspath(Path(file).expanduser()))}"
@@ -131,7 +141,7 @@ def secured(url: str, config: Config | None, environ: Mapping[str, str]) -> str:
     if not forced and (host := open_host(url)):
         raise ConfigError(
             f"Redis on {host} would be used over the network without TLS and without a password: "
-            "whoever reaches it owns the queue",
+            "everybody who can reach it controls the queue",
             hint="give it a password or ACL users (`millstream acl`, redis.password_file), or TLS (rediss://); "
             f"{INSECURE_VARIABLE}=1 or `redis: {{insecure: true}}` uses it as it is",
         )
@@ -139,7 +149,7 @@ def secured(url: str, config: Config | None, environ: Mapping[str, str]) -> str:
 
 
 def open_host(url: str) -> str:
-    """The first host of `url` that is not this one and is reached without TLS and password, or an empty string."""
+    """Returns the first host of `url` that is not this one and has neither TLS nor a password, or an empty string."""
     parts = urlsplit(url)
     if not parts.scheme.startswith("redis") or parts.scheme.startswith("rediss") or _has_password(url):
         return ""
@@ -157,7 +167,7 @@ def _has_password(url: str) -> bool:
 
 
 def _hosts(netloc: str) -> list[str]:
-    """Each host, without port: a URL of Sentinels or of a Cluster names several."""
+    """Returns each host without its port. A URL of Sentinels or of a Cluster names several."""
     hosts = netloc.rpartition("@")[2].split(",")
     return [
         host[1 : host.index("]")] if host.startswith("[") and "]" in host else host.partition(":")[0] for host in hosts
@@ -165,7 +175,7 @@ def _hosts(netloc: str) -> list[str]:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether `host` is this one. A name that nobody knows is let through: to connect to it fails, and says why."""
+    """Returns whether `host` is this host. An unknown name counts as this host: connecting to it reports the reason."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
@@ -174,5 +184,5 @@ def _is_loopback(host: str) -> bool:
 
 
 def is_true(text: str) -> bool:
-    """Whether an environment variable says yes."""
+    """Returns whether the text of an environment variable is 1, true, yes or on, in any case."""
     return text.strip().lower() in ("1", "true", "yes", "on")

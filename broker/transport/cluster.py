@@ -1,8 +1,8 @@
-"""A client for a Redis Cluster that looks like a client of one server.
+"""A client for a Redis Cluster with the interface of a client for one server.
 
-The library's own sends commands again by itself, which only our callers may decide, and connects when it is made. This
-one knows the commands we use: the first key of each decides where it goes. It follows redirections, and asks for the
-layout again whenever a node fails it.
+The library's Cluster client repeats commands by itself, which only our callers may decide, and it connects in its
+constructor. This client knows the commands we use: the first key of each decides which node gets it. It follows
+redirections, and reads the slot layout again if a node fails.
 """
 
 from __future__ import annotations
@@ -20,19 +20,22 @@ from redis.crc import key_slot
 from millstream.broker.config.url import Address
 
 Command = tuple[tuple[object, ...], dict[str, object]]
-"""A command's words, and what the library's parser of its answer is told."""
+"""A command's words, and the options for the library's parser of its answer."""
 
 _SLOTS = 16_384
 _REDIRECTIONS = 5
+"""Redirections of one command that are followed at most."""
+
 _KEYLESS = {"TIME", "INFO", "PING", "WAIT", "SCRIPT", "CLUSTER", "CLIENT", "CONFIG", "ASKING", "COMMAND"}
 _OF_EVERY_NODE = {"SCAN", "KEYS", "DBSIZE", "FLUSHALL", "FLUSHDB"}
 _ASKING: Command = (("ASKING",), {})
 
 
 class Slots:
-    """Which node owns which slot, as the Cluster said last. Thread-safe; threads that need it wait for one answer.
+    """The owner of each slot, as the Cluster answered last.
 
-    `connect` makes a client of one node for one question.
+    Thread-safe: threads that need the layout wait for one answer. `connect` makes a client of one node, which is closed
+    after one command.
     """
 
     def __init__(self, seeds: Sequence[Address], connect: Callable[[Address], redis.Redis]) -> None:
@@ -41,10 +44,13 @@ class Slots:
         self._lock = threading.Lock()
         self._owners: list[Address | None] = []
         self._known: set[Address] = set()
-        self._doubted: Address | None = None
+        self._suspect: Address | None = None
 
     def owner(self, slot: int) -> Address:
-        """The node to ask. Raises ClusterDownError where nobody serves the slot, and what kept us from the nodes."""
+        """Returns the node that owns `slot`.
+
+        Raises ClusterDownError if no node serves it, and the last node's error if no node could be asked.
+        """
         with self._lock:
             if not self._owners:
                 self._learn_all()
@@ -55,22 +61,22 @@ class Slots:
             return owner
 
     def owners(self) -> list[Address]:
-        """Every node that serves a slot."""
+        """Returns every node that serves a slot, sorted."""
         with self._lock:
             if not self._owners:
                 self._learn_all()
             return sorted({owner for owner in self._owners if owner})
 
     def learn(self, slot: int, owner: Address) -> None:
-        """What a MOVED said."""
+        """Records the owner of `slot` that a MOVED error named."""
         with self._lock:
             if self._owners:
                 self._owners[slot] = owner
 
     def doubt(self, node: Address) -> None:
-        """A node failed: the Cluster is asked again before the next command, that node last."""
+        """Drops the layout after `node` failed. The next command reads it again, and asks `node` last."""
         with self._lock:
-            self._owners, self._doubted = [], node
+            self._owners, self._suspect = [], node
 
     def _learn_all(self) -> None:
         failed: exceptions.RedisError = exceptions.ConnectionError("no node is known")
@@ -81,39 +87,40 @@ class Slots:
                 failed = error
             else:
                 self._known = {owner for owner in self._owners if owner}
-                self._doubted = None
+                self._suspect = None
                 return
         raise failed
 
     def _candidates(self) -> list[Address]:
         nodes = list({*self._known, *self._seeds})
-        # Not all processes ask the same node; and one that lives apart from the rest is not asked for ever.
+        # In random order, so that processes spread over the nodes and do not always ask one that lost the others.
         random.shuffle(nodes)
-        return sorted(nodes, key=lambda node: node == self._doubted)
+        return sorted(nodes, key=lambda node: node == self._suspect)
 
     def _ask(self, node: Address) -> list[Address | None]:
         client = self._connect(node)
         try:
-            # Two words: the library's parser of CLUSTER SLOTS has another shape in each version.
+            # As two words the command has no parser: the library's parser of CLUSTER SLOTS differs between versions.
             ranges = client.execute_command("CLUSTER", "SLOTS")  # type: ignore[no-untyped-call]
         finally:
             client.close()
         owners: list[Address | None] = [None] * _SLOTS
         for first, last, (host, port, *_), *_replicas in ranges:
-            # A node that does not know how it is called leaves its name out.
+            # A node that does not know its own host name sends none: it is the host that was asked.
             owner = ((host or b"").decode() or node[0], int(port))
             owners[first : last + 1] = [owner] * (last + 1 - first)
         return owners
 
 
 class ClusterClient(redis.Redis):
-    """Commands go to the node that owns their first key; of a pipeline, those without a key follow the one before.
+    """Sends each command to the node that owns its first key. In a pipeline, a command without a key follows the one
+    before it.
 
-    A command is sent again only where the node that got it refused to run it. `connect` makes the client of one node.
+    A command is sent again only if the node that received it refused to run it. `connect` makes the client of one node.
     """
 
     def __init__(self, slots: Slots, connect: Callable[[Address], redis.Redis], url: str) -> None:
-        # Never connected: it is there for what the library asks its pool, such as the encoding.
+        # This pool never connects. The library reads settings from it, such as the encoding.
         super().__init__(connection_pool=redis.ConnectionPool.from_url(url, protocol=2))
         self._slots = slots
         self._connect = connect
@@ -127,24 +134,30 @@ class ClusterClient(redis.Redis):
         return answer
 
     def pipeline(self, transaction: bool = True, shard_hint: object = None) -> Pipeline:
-        """Only without a transaction: the client of `owner` has those, over the keys of one slot."""
+        """Returns a pipeline without a transaction.
+
+        Raises ClusterError if `transaction`: use the client that `owner` returns, for the keys of one slot.
+        """
         if transaction:
-            raise exceptions.ClusterError("a transaction belongs to one node: ask the owner of its keys")
+            raise exceptions.ClusterError("a transaction runs on one node: use the client of the owner of its keys")
         return _ClusterPipeline(self)
 
     def load(self, script: bytes) -> None:
-        """Load a script on every node that serves a slot, and on those that are about to."""
-        failures = [failure for node in self._every() if (failure := _unloaded(node, script))]
-        # One node's absence must not keep a script from the others.
+        """Loads a script on every node that serves a slot, and on the other nodes in use, which may soon serve one.
+
+        Raises the first error if every node fails.
+        """
+        failures = [failure for node in self._every() if (failure := _try_load(node, script))]
+        # If only some nodes fail, the script is usable on the others.
         if len(failures) == len(self._every()):
             raise failures[0]
 
     def owner(self, key: str) -> redis.Redis:
-        """The client of the node that has `key`: for commands that must go there, but name no key."""
+        """Returns the client of the node that owns `key`, for commands that must run there but name no key."""
         return self._node(self._slots.owner(key_slot(key.encode())))
 
     def masters(self) -> list[redis.Redis]:
-        """A client of every node that serves a slot."""
+        """Returns a client of every node that serves a slot."""
         return [self._node(address) for address in self._slots.owners()]
 
     def close(self) -> None:
@@ -152,14 +165,17 @@ class ClusterClient(redis.Redis):
             node.close()
 
     def run(self, commands: Sequence[Command]) -> list[object]:
-        """The answers, in order; a node's refusal is an answer. Raises where a node cannot be reached."""
+        """Returns the answers in order; a node's error is an answer.
+
+        Raises redis.ConnectionError or redis.TimeoutError if a node cannot be reached.
+        """
         answers: dict[int, object] = {}
         for address, units in self._by_node(commands).items():
-            sent = [command for unit in units for command in unit.commands]
-            got = iter(self._send(address, sent))
+            batch = [command for unit in units for command in unit.commands]
+            replies = iter(self._send(address, batch))
             for unit in units:
-                own = [next(got) for _ in unit.commands]
-                answers.update(enumerate(self._followed(unit, address, own), unit.at))
+                own = [next(replies) for _ in unit.commands]
+                answers.update(enumerate(self._follow(unit, address, own), unit.at))
         return [answers[at] for at in range(len(commands))]
 
     def _by_node(self, commands: Sequence[Command]) -> dict[Address, list[_Unit]]:
@@ -169,8 +185,8 @@ class ClusterClient(redis.Redis):
             by_node.setdefault(address, []).append(unit)
         return by_node
 
-    def _followed(self, unit: _Unit, address: Address, answers: list[object]) -> list[object]:
-        """The answers of `unit`, after where they point to; what was asked beside a key goes with it."""
+    def _follow(self, unit: _Unit, address: Address, answers: list[object]) -> list[object]:
+        """Returns the answers of `unit` after following redirections. All commands of the unit go to the new node."""
         for _ in range(_REDIRECTIONS):
             error = answers[0]
             if isinstance(error, exceptions.ClusterDownError):
@@ -178,7 +194,7 @@ class ClusterClient(redis.Redis):
             if not isinstance(error, exceptions.AskError) or unit.slot is None:
                 return answers
             address = (error.host or address[0], error.port)
-            # Each MOVED is an AskError to the library.
+            # MovedError is a subclass of AskError in the library.
             if isinstance(error, exceptions.MovedError):
                 self._slots.learn(unit.slot, address)
                 answers = self._send(address, unit.commands)
@@ -208,7 +224,7 @@ class ClusterClient(redis.Redis):
 
 
 class _ClusterPipeline(Pipeline):
-    """Commands for one or many nodes, in one round trip to each."""
+    """A pipeline over one or several nodes, with one round trip to each."""
 
     def __init__(self, cluster: ClusterClient) -> None:
         super().__init__(cluster.connection_pool, cluster.response_callbacks, transaction=False, shard_hint=None)
@@ -226,7 +242,10 @@ class _ClusterPipeline(Pipeline):
 
 
 class _Unit:
-    """Commands that stay together: one with a key, and those after it that name none. `at` is the first one's place."""
+    """Commands that go to one node together: one with a key, and those after it that name none.
+
+    `at` is the index of the first one among all commands.
+    """
 
     __slots__ = ("at", "commands", "slot")
 
@@ -237,17 +256,17 @@ class _Unit:
 
 
 def owner(client: redis.Redis, key: str) -> redis.Redis:
-    """The client of the server that has `key`: for TIME and transactions, which a Cluster must be told where to run."""
+    """Returns the client of the server that owns `key`, for TIME and transactions, which name no key of their own."""
     return client.owner(key) if isinstance(client, ClusterClient) else client
 
 
 def masters(client: redis.Redis) -> list[redis.Redis]:
-    """A client of each server behind `client`."""
+    """Returns a client of each server behind `client`."""
     return client.masters() if isinstance(client, ClusterClient) else [client]
 
 
 def load(client: redis.Redis, script: bytes) -> None:
-    """Put a script into the cache of each server that may be asked to run it."""
+    """Loads a script into the cache of each server that may run it. Raises the library's error if all fail."""
     if isinstance(client, ClusterClient):
         client.load(script)
     else:
@@ -268,10 +287,13 @@ def _units(commands: Sequence[Command]) -> Iterator[_Unit]:
 
 
 def _first_key(words: Sequence[object]) -> object | None:
-    """The key that decides where a command goes; None where it names none."""
+    """Returns the key that decides which node gets a command, or None if the command names no key.
+
+    Raises ClusterError for a command that must run on every node.
+    """
     name = _bytes(words[0]).decode().upper().partition(" ")[0]
     if name in _OF_EVERY_NODE:
-        raise exceptions.ClusterError(f"{name} asks one node: ask each of the masters")
+        raise exceptions.ClusterError(f"{name} reads or changes one node only: run it on each of the masters")
     if name in _KEYLESS:
         return None
     if name in ("EVALSHA", "EVAL"):
@@ -285,8 +307,8 @@ def _bytes(word: object) -> bytes:
     return word if isinstance(word, bytes) else str(word).encode()
 
 
-def _unloaded(node: redis.Redis, script: bytes) -> exceptions.RedisError | None:
-    """Load a script; what kept us from it."""
+def _try_load(node: redis.Redis, script: bytes) -> exceptions.RedisError | None:
+    """Loads a script. Returns the error if that fails."""
     try:
         node.script_load(script)
     except exceptions.RedisError as error:

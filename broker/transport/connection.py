@@ -1,8 +1,8 @@
-"""One process's way to its Redis: finding it, clients with our own timeouts, checking its version."""
+"""Finds a process's Redis server, makes clients with our own timeouts, and checks the server's version."""
 
 from __future__ import annotations
 
-# Else imported at the first connection: a process forked meanwhile would wait for that import for ever.
+# Imported here, not at the first connection: a process forked during that import would wait for its lock for ever.
 import encodings.idna  # noqa: F401
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,15 +27,18 @@ if TYPE_CHECKING:
 __all__ = ["Connection", "ServerInfo", "check", "find_url", "is_transient", "redacted", "retrying", "translated"]
 
 _TIMEOUT_S = 5.0
+"""Longest wait for the answer to a plain command, seconds."""
+
 _BLOCK_GRACE_S = 3.0
+"""Seconds that a blocking command may take beyond its block."""
 
 
 class Connection:
     """The clients of one process to one server, Cluster or Sentinel master. Thread-safe and fork-safe.
 
     `url` is redis://, rediss:// (TLS) or unix://; or, with any number of hosts, redis+cluster://host:port,host:port or
-    redis+sentinel://host:port,host:port/MASTER_NAME/db, both also with rediss. `name` shows in CLIENT LIST. A forked
-    child opens sockets of its own. Raises ConfigError where `url` has none of these forms; connects on first use.
+    redis+sentinel://host:port,host:port/MASTER_NAME/db, both also with rediss. `name` shows in CLIENT LIST. Connects on
+    first use. A forked child opens its own sockets. Raises ConfigError if `url` has none of these forms.
     """
 
     def __init__(self, url: str, *, name: str = "millstream") -> None:
@@ -53,28 +56,28 @@ class Connection:
         self._clients: list[redis.Redis] = []
         self._open = opener(self._place, self._name, self._clients.append)
         self.client = self._open(_TIMEOUT_S)
-        """For plain commands. It never sends a command again by itself: whoever may repeat one uses `retrying`."""
+        """Client for plain commands. It never repeats a command by itself; use `retrying` if one may be repeated."""
 
     def blocking(self, block_s: float) -> redis.Redis:
-        """A client for commands that block for at most `block_s` seconds: for one thread, and for its life."""
+        """Returns a client for commands that block for at most `block_s` seconds. Only one thread may use it."""
         return self._open(block_s + _BLOCK_GRACE_S, own=True)
 
     def own(self) -> redis.Redis:
-        """A client for the plain commands of one thread that sends many: for its life, and for no other thread."""
+        """Returns a client for one thread that sends many plain commands. No other thread may use it."""
         return self._open(_TIMEOUT_S, own=True)
 
     def within(self, timeout_s: float) -> redis.Redis:
-        """A client whose commands fail after `timeout_s` seconds: for what is not worth a longer wait."""
+        """Returns a client whose commands fail after `timeout_s` seconds."""
         return self._open(timeout_s)
 
     def close(self) -> None:
-        """Close every socket; a thread that blocks on one gets an error at once."""
+        """Closes every socket. A thread that blocks on one gets an error at once."""
         for client in list(self._clients):
             client.close()
 
     def after_fork(self) -> None:
-        """In a forked child: clients of its own; the parent's sockets are left alone."""
-        # To close an inherited client would wait for the lock of its pool, which a thread of the parent may have held.
+        """Makes new clients in a forked child. The parent's sockets stay open and unused here."""
+        # Closing an inherited client could wait for ever: a thread of the parent may have held its pool's lock.
         for client in self._clients:
             client.auto_close_connection_pool = False
         self._begin()
@@ -85,17 +88,17 @@ class Connection:
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """The kind of server that answers."""
+    """The engine and version of a server."""
 
     engine: EngineName
     version: Version
 
 
 def check(connection: Connection, *, allow_eviction: bool = False) -> ServerInfo:
-    """Ask the server what it is, in a Cluster every node that serves keys; the oldest.
+    """Returns the server's engine and version; in a Cluster, those of the oldest node that serves keys.
 
-    Raises ConfigError if it is older than millstream needs, or deletes keys when its memory is full and
-    `allow_eviction` does not say otherwise; BrokerUnavailable.
+    Raises ConfigError if the server is too old, or if it deletes keys when its memory is full and `allow_eviction` is
+    False. Raises BrokerUnavailable if it cannot be reached.
     """
     with translated(connection.safe_url):
         nodes = masters(connection.client)
@@ -112,16 +115,17 @@ def check(connection: Connection, *, allow_eviction: bool = False) -> ServerInfo
 
 
 def server_info(answer: Mapping[str, object]) -> ServerInfo:
-    """Read INFO's answer. Valkey also gives a redis_version, the one it forked from."""
+    """Reads the answer to INFO. Valkey also gives a redis_version, the version of Redis that it forked from."""
     if "valkey_version" in answer:
         return ServerInfo("valkey", parse_version(str(answer["valkey_version"])))
     return ServerInfo("redis", parse_version(str(answer.get("redis_version", ""))))
 
 
 def find_url(flag: str | None, config: Config | None, environ: Mapping[str, str]) -> str:
-    """The server to use: the flag's, MILLSTREAM_REDIS_URL's, the configuration's, or the local one that is running.
+    """Returns the URL of the server to use.
 
-    Raises BrokerUnavailable where there is none, ConfigError where it is another host's and open to everybody.
+    The first that is set: the flag, MILLSTREAM_REDIS_URL, `redis.url`, the local server that is running. Raises
+    BrokerUnavailable if there is none, ConfigError if it is on another host without TLS and password.
     """
     configured = config.redis.url if config else None
     if named := flag or environ.get(URL_VARIABLE) or configured:

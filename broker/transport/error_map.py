@@ -1,4 +1,4 @@
-"""What a failing server means: the library's errors mapped to ours at one edge, and which of them may pass."""
+"""Maps the library's errors to ours, in this module only, and tells which of them are transient."""
 
 from __future__ import annotations
 
@@ -27,11 +27,14 @@ _LONGEST_PAUSE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class _Fault:
-    """One way a server fails us, known by the error's class, or by its words where a script's error wraps them."""
+    """One kind of server failure, recognized by the error's class or, if a script's error wraps it, by its words.
 
-    says: str
+    `summary` continues "Redis at URL ..." in our message. `transient`: the same call may succeed later.
+    """
+
+    summary: str
     hint: str | Callable[[str], str]
-    """Also as a function of the error's message."""
+    """The fix, or a function that derives it from the error's message."""
     transient: bool
     classes: tuple[type[Exception], ...] = ()
     words: tuple[str, ...] = ()
@@ -40,7 +43,8 @@ class _Fault:
         return isinstance(error, self.classes) or any(word in str(error) for word in self.words)
 
 
-# The first that explains an error is taken: the library's authentication and loading errors are connection errors too.
+# The first fault that explains an error counts. The order matters: in the library, authentication and loading errors
+# are connection errors too.
 _FAULTS = (
     _Fault(
         "refuses this user",
@@ -55,8 +59,8 @@ _FAULTS = (
         words=("NOAUTH", "NOPERM", "WRONGPASS"),
     ),
     _Fault(
-        "has forgotten the scripts, and this user may not load them",
-        "a worker loads them: start one",
+        "has lost the scripts, and this user may not load them",
+        "start a worker: it loads them",
         transient=True,
         classes=(theirs.NoScriptError,),
         words=("NOSCRIPT",),
@@ -78,7 +82,7 @@ _FAULTS = (
     _Fault("cannot write to its disk", "free disk space and see its log", transient=True, words=("MISCONF",)),
     _Fault("has too few replicas to accept writes", "see min-replicas-to-write", transient=True, words=("NOREPLICAS",)),
     _Fault(
-        "is busy with somebody's script",
+        "is busy running a script",
         "wait, or end it with SCRIPT KILL",
         transient=True,
         words=("BUSY Redis", "BUSY Valkey"),
@@ -92,7 +96,7 @@ _FAULTS = (
     ),
     _Fault(
         "has no database of this number",
-        "name another one in the URL, after the host and a slash; most servers have 0 to 15, a Cluster 0 alone",
+        "name another one in the URL, after the host and a slash; most servers have 0 to 15, a Cluster has only 0",
         transient=False,
         words=("DB index is out of range", "invalid DB index", "SELECT is not allowed"),
     ),
@@ -131,7 +135,7 @@ _FAULTS = (
         classes=(theirs.MaxConnectionsError,),
     ),
     _Fault(
-        "does not prove who it is",
+        "has a TLS certificate that cannot be verified",
         "check ssl_ca_certs in the URL, and that the server's certificate names the URL's host",
         transient=False,
         words=("CERTIFICATE_VERIFY_FAILED",),
@@ -155,14 +159,14 @@ _FAULTS = (
         words=("EOF occurred in violation of protocol", "ALERT_CERTIFICATE_REQUIRED", "alert certificate required"),
     ),
     _Fault(
-        "did not take the connection in time",
-        "it is overloaded, frozen or cut off; or it speaks no TLS, and the URL says rediss://",
+        "did not accept the connection in time",
+        "it is overloaded, frozen or cut off; or the URL says rediss:// and the server does not speak TLS",
         transient=True,
         words=("Timeout connecting to server",),
     ),
     _Fault(
         "cut the connection",
-        "see its log; one that speaks TLS wants rediss:// in the URL, and may ask for a certificate (ssl_certfile)",
+        "see its log; if it speaks TLS, the URL must say rediss://, and it may ask for a certificate (ssl_certfile)",
         transient=True,
         words=("reset by peer",),
     ),
@@ -181,7 +185,7 @@ def _fault(error: BaseException) -> _Fault | None:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may succeed later without anybody changing its arguments, its user or its URL."""
+    """Returns whether the same call may succeed later with the same arguments, user and URL."""
     if isinstance(error, BrokerUnavailable):
         return error.__cause__ is None or is_transient(error.__cause__)
     fault = _fault(error)
@@ -190,10 +194,10 @@ def is_transient(error: BaseException) -> bool:
 
 @contextmanager
 def translated(where: str) -> Iterator[None]:
-    """Raise the library's errors as ours; `where` is the connection's `safe_url`.
+    """Raises the library's errors as ours; `where` is the connection's `safe_url`.
 
-    BrokerUnavailable where the server cannot or will not work, QueueFull where it is out of memory. Errors that answer
-    the command itself (NOGROUP, WRONGTYPE) pass through.
+    Raises BrokerUnavailable if the server cannot be used, QueueFull if it is out of memory. Errors that answer the
+    command itself (NOGROUP, WRONGTYPE) pass through unchanged.
     """
     try:
         yield
@@ -212,14 +216,15 @@ def _translation(error: theirs.RedisError, where: str) -> MillstreamError | None
     if fault is None:
         return None
     hint = fault.hint if isinstance(fault.hint, str) else fault.hint(str(error))
-    return BrokerUnavailable(f"Redis at {where} {fault.says}: {error}", hint=hint)
+    return BrokerUnavailable(f"Redis at {where} {fault.summary}: {error}", hint=hint)
 
 
 def retrying(action: Callable[[], T], *, until: float | None = None, stop: threading.Event | None = None) -> T:
-    """Repeat an idempotent `action` while it fails for a transient reason, and return what it returns.
+    """Repeats an idempotent `action` while it fails for a transient reason, and returns its result.
 
-    Pauses grow from 20 ms to 1 s, jittered: callers that lost one server do not return as one herd. Gives up, with the
-    last error, where the next try would start after `until` (monotonic seconds; None: never) or `stop` is set.
+    Pauses grow from 20 ms to 1 s, with jitter, so that callers that lost a server do not all return at the same moment.
+    Raises the last error if it is not transient, if the next try would start after `until` (monotonic seconds; None: no
+    limit), or if `stop` is set.
     """
     stop = stop or threading.Event()
     longest = _FIRST_PAUSE_S

@@ -1,4 +1,4 @@
-"""Refusing a server that deletes keys when its memory is full: accepted jobs and answers among them."""
+"""Refuses a server that deletes keys when its memory is full, because accepted jobs and answers would be lost."""
 
 from __future__ import annotations
 
@@ -18,26 +18,30 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ALLOW_VARIABLE = "MILLSTREAM_ALLOW_EVICTION"
+"""Environment variable; true allows a server that deletes keys."""
+
 SAFE = "noeviction"
+"""The only `maxmemory-policy` under which no job is lost."""
+
 _ALLOWED_BY = f"--allow-eviction, {ALLOW_VARIABLE}=1 or `redis: {{allow_eviction: true}}` uses it as it is"
 
 
 def allowed(config: Config | None, environ: Mapping[str, str]) -> bool:
-    """Whether whoever is in charge has said that the server may delete keys."""
+    """Returns whether MILLSTREAM_ALLOW_EVICTION or `redis.allow_eviction` allows a server that deletes keys."""
     return is_true(environ.get(ALLOW_VARIABLE, "")) or bool(config and config.redis.allow_eviction)
 
 
 def check_policy(where: str, node: redis.Redis, memory: Mapping[str, object], *, allow: bool) -> None:
-    """Raises ConfigError if `node` deletes keys when its memory is full; only warns if that is allowed, or not so yet.
+    """Raises ConfigError if `node` deletes keys when its memory is full.
 
-    `memory` is its answer to INFO memory, `where` its URL without a password. Without a maxmemory nothing is ever
-    deleted.
+    Only warns if `allow`, or if `node` has no maxmemory: without one the server deletes nothing. `memory` is the node's
+    answer to INFO memory, `where` its URL without a password.
     """
-    policy = str(memory.get("maxmemory_policy") or _asked(node))
+    policy = str(memory.get("maxmemory_policy") or _configured(node))
     if policy == SAFE:
         return
     if not policy:
-        log.warning("%s does not say its maxmemory-policy: see that it is %s, any other one deletes jobs", where, SAFE)
+        log.warning("%s does not say its maxmemory-policy: set it to %s, any other one deletes jobs", where, SAFE)
         return
     problem = f"{where} has maxmemory-policy {policy}: when its memory is full it deletes {_victims(policy)}"
     if not memory.get("maxmemory"):
@@ -48,8 +52,11 @@ def check_policy(where: str, node: redis.Redis, memory: Mapping[str, object], *,
         raise ConfigError(problem, hint=f"{_fix(node)}; {_ALLOWED_BY}")
 
 
-def _asked(node: redis.Redis) -> str:
-    """The policy as CONFIG GET says it: INFO may be cut short. Managed servers often forbid CONFIG."""
+def _configured(node: redis.Redis) -> str:
+    """Returns the policy from CONFIG GET, for a server whose INFO is cut short; empty if the server refuses CONFIG.
+
+    Managed servers often do.
+    """
     try:
         answer = cast(Mapping[str, object], node.config_get("maxmemory-policy"))
     except redis.ResponseError:

@@ -1,7 +1,7 @@
-"""Sends commands in one piece and reads their answers. Each job costs its client two such exchanges.
+"""Sends commands in one write and reads their answers. Each job costs its client two such exchanges.
 
-On a connection of one thread's own the library's client and pipeline are passed over: retries, metrics, callbacks and
-locks, which such a connection does not need, cost about as much as the exchange itself.
+A connection that only one thread uses bypasses the library's client and pipeline. Such a connection needs none of their
+retries, metrics, callbacks and locks, which cost about as much time as the exchange itself.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import redis
 from millstream.broker.transport.single_connection import SingleConnectionPool
 
 Words = Sequence[str | bytes | int]
-"""One command: its name in one word, and its arguments."""
+"""One command: its name as one word, then its arguments."""
 
 
 def exchange(client: redis.Redis, *commands: Words) -> list[Any]:
-    """The answer of each command, as the server gave it; its error if it refused, as a value.
+    """Returns the raw answer of each command, in order. A command that the server refused has its error as answer.
 
-    Nothing is sent again. Raises redis.ConnectionError and redis.TimeoutError.
+    Nothing is sent again. Raises redis.ConnectionError or redis.TimeoutError if the exchange fails.
     """
     pool = getattr(client, "connection_pool", None)
     if isinstance(pool, SingleConnectionPool):
         return _exchange(pool, commands)
-    # The client of a shared pool, of a Cluster, or of a test's fake server.
+    # A shared pool, a Cluster, or the fake server of a test.
     pipe = client.pipeline(transaction=False)
     for words in commands:
         pipe.execute_command(*words)  # type: ignore[no-untyped-call]
@@ -39,7 +39,7 @@ def _exchange(pool: SingleConnectionPool, commands: Sequence[Words]) -> list[Any
         connection.send_packed_command(pieces if len(pieces) == 1 else [b"".join(pieces)])
         return [_answer(connection) for _ in commands]
     except BaseException:
-        # Answers that were not read must not be taken for those of the next commands.
+        # Answers that were not read would be read as those of the next commands.
         connection.disconnect()
         raise
     finally:

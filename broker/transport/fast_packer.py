@@ -1,4 +1,4 @@
-"""Commands to bytes, without what the library's own packer costs for each argument."""
+"""Packs commands into bytes without the library packer's cost for each argument."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from redis.connection import HiredisRespSerializer
 
 
 class FastPacker(HiredisRespSerializer):
-    """Stateless, so one may serve all connections.
+    """A packer for all connections; it has no state.
 
-    The library's looks at the type of each argument in Python, for two types that hiredis does not take. A script's
-    call has hundreds of arguments, and looking costs as much as packing them.
+    The library's packer checks the type of each argument in Python, for two types that hiredis does not accept. A
+    script call has hundreds of arguments, and checking them costs as much as packing them.
     """
 
     def pack(self, *words: Any) -> list[bytes]:
-        """The command as one piece. Raises DataError for what is neither text, bytes nor a number."""
+        """Returns the command as one piece. Raises DataError if a word is neither text, bytes nor a number."""
         name = words[0]
-        # CONFIG GET is one word to the library and two to the server.
+        # The library passes CONFIG GET as one word; the server expects two, so the library's packer splits it.
         if (" " if isinstance(name, str) else b" ") not in name:
             try:
                 return [hiredis.pack_command(words)]

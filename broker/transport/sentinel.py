@@ -18,16 +18,19 @@ from redis.sentinel import (
 
 
 class Watchers(Sentinel):
-    """The Sentinels, each over its own client; asked in turn, the one first that answered last."""
+    """The Sentinels, each with its own client. They are asked in turn, starting with the one that last answered."""
 
     def __init__(self, sentinels: Sequence[redis.Redis]) -> None:
         super().__init__([])  # type: ignore[no-untyped-call]
         self.sentinels = [*sentinels]
-        # The library reorders its list at each answer, which threads at once would garble.
+        # The library reorders its list at each answer, which concurrent threads would corrupt.
         self._turn = threading.Lock()
 
     def discover_master(self, service_name: str) -> tuple[str, int]:
-        """Where the master is now. Raises MasterNotFoundError where none answers, or none calls it up."""
+        """Returns the master's current host and port.
+
+        Raises MasterNotFoundError if no Sentinel answers, or if none reports the master as up.
+        """
         with self._turn:
             return cast(tuple[str, int], super().discover_master(service_name))  # type: ignore[no-untyped-call]
 
@@ -37,7 +40,7 @@ class _MasterConnection(SentinelManagedConnection):
         try:
             return super().read_response(*args, **options)
         except exceptions.ResponseError as error:
-            # Redis 6.2 wraps the refusal of a command in a script, which the library then does not know.
+            # Redis 6.2 wraps READONLY in a script's error, which the library does not recognize.
             if "READONLY" in str(error):
                 self.disconnect()  # type: ignore[no-untyped-call]
                 raise exceptions.ConnectionError("The previous master is now a slave") from error
@@ -49,14 +52,14 @@ class _MasterTLSConnection(_MasterConnection, SentinelManagedSSLConnection):
 
 
 def watchers(sentinels: Sequence[redis.Redis]) -> Watchers:
-    """Sentinels to be shared by all clients of a process."""
+    """Returns Sentinels that all clients of a process share."""
     return Watchers(sentinels)
 
 
-def master_client(watching: Watchers, master: str, url: str, settings: Mapping[str, object]) -> redis.Redis:
-    """A client of the master that `watching` name; user, database and TLS as in `url`, whose address is not used."""
-    wish = {**parse_url(url), **settings}  # type: ignore[no-untyped-call]
-    kind = _MasterTLSConnection if wish.pop("connection_class", None) else _MasterConnection
-    pool = SentinelConnectionPool(master, watching, connection_class=kind, **wish)  # type: ignore[no-untyped-call]
+def master_client(sentinels: Watchers, master: str, url: str, settings: Mapping[str, object]) -> redis.Redis:
+    """Returns a client of the master that `sentinels` name. Only user, database and TLS are read from `url`."""
+    options = {**parse_url(url), **settings}  # type: ignore[no-untyped-call]
+    kind = _MasterTLSConnection if options.pop("connection_class", None) else _MasterConnection
+    pool = SentinelConnectionPool(master, sentinels, connection_class=kind, **options)  # type: ignore[no-untyped-call]
     client: redis.Redis = redis.Redis.from_pool(pool)
     return client

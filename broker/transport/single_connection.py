@@ -1,4 +1,4 @@
-"""A connection of one thread's own, without what a shared pool costs before each command."""
+"""A connection for one thread, without the cost of a shared pool before each command."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 import redis
 
-LOOK_OVER_S = 1.0
-"""After so long without a command the connection is looked over before the next one: a server may have closed it."""
+IDLE_CHECK_S = 1.0
+"""Idle time, in seconds, after which the connection is checked before the next command: a server may have closed it."""
 
 
 class SingleConnectionPool(redis.ConnectionPool):
-    """The pool of one thread: it hands out the same connection again and again.
+    """A pool for one thread, which always gets the same connection.
 
-    The library's pool takes a lock and asks the socket whether it is still good before each command. These are a third
-    of what a command costs, and in a process with many threads two more turns at the interpreter's lock. Here a broken
+    Before each command the library's pool takes a lock and checks whether the socket is still open. That is a third of
+    the cost of a command, and with many threads it takes the interpreter's lock two more times. In this pool a broken
     connection shows as the command's error, after which the library opens it again.
     """
 
@@ -24,17 +24,17 @@ class SingleConnectionPool(redis.ConnectionPool):
 
     def get_connection(self, command_name: str | None = None, *keys: object, **options: object) -> Any:
         now = time.monotonic()
-        if self._own is None or now - self._used_at > LOOK_OVER_S:
+        if self._own is None or now - self._used_at > IDLE_CHECK_S:
             if self._own is not None:
                 super().release(self._own)
-            # Looked over, as ever.
+            # The library's pool checks the connection here.
             self._own = None
             self._own = super().get_connection()
         self._used_at = now
         return self._own
 
     def release(self, connection: Any) -> None:
-        """Keep it; but one that could not be opened is given up."""
+        """Keeps the connection; one that could not be opened goes back to the library's pool."""
         if connection is self._own:
             self._used_at = time.monotonic()
         else:

@@ -1,4 +1,4 @@
-"""A client's way to what its URL names: one server, a master that Sentinels name, or a Cluster."""
+"""Makes clients for the servers that a URL names: one server, a master that Sentinels name, or a Cluster."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ from millstream.broker.transport.single_connection import SingleConnectionPool
 
 _CONNECT_TIMEOUT_S = 2.0
 _ASK_TIMEOUT_S = 2.0
-"""For one answer of one Sentinel, or of one node about the whole Cluster: another may be asked."""
+"""Longest wait, in seconds, for a Sentinel's answer or a node's slot layout. After that the next one is asked."""
 
 _HEALTH_CHECK_S = 30
 _MAX_CONNECTIONS = 1024
 _PACKER = FastPacker()
 
-# Without it every new connection sends two CLIENT SETINFO, which servers before 7.2 answer with an error.
+# Without these settings every new connection sends two CLIENT SETINFO, which servers before 7.2 answer with an error.
 _NO_SETINFO: dict[str, None] = (
     {"driver_info": None} if hasattr(redis, "driver_info") else {"lib_name": None, "lib_version": None}
 )
 
 
 class Open(Protocol):
-    """Makes clients whose commands take at most `timeout_s`; `own` ones are used by one thread only."""
+    """Makes clients whose commands fail after `timeout_s` seconds. If `own`, only one thread may use the client."""
 
     def __call__(self, timeout_s: float, *, own: bool = False) -> redis.Redis: ...
 
 
-def opener(endpoint: Endpoint, name: str, opened: Callable[[redis.Redis], None]) -> Open:
-    """A function that makes clients.
+def opener(endpoint: Endpoint, name: str, register: Callable[[redis.Redis], None]) -> Open:
+    """Returns a function that makes clients.
 
-    `opened` gets every client that has sockets, now or later, to close it. What is learned of the nodes is shared.
-    Raises ConfigError where a file that the URL names cannot be used.
+    Calls `register` with every client that has sockets, also those of later nodes, so that the caller can close them.
+    All clients share the knowledge about Sentinels and slots. Raises ConfigError if a file that the URL names cannot be
+    used.
     """
     check_tls_files(endpoint.url)
     bare, password = split_password_file(endpoint.url)
@@ -56,33 +57,33 @@ def opener(endpoint: Endpoint, name: str, opened: Callable[[redis.Redis], None])
     ) -> redis.Redis:
         return redis.Redis.from_pool(pool.from_url(url, **_settings(url, name, timeout_s, password)))
 
-    def kept(client: redis.Redis) -> redis.Redis:
-        opened(client)
+    def registered(client: redis.Redis) -> redis.Redis:
+        register(client)
         return client
 
     if endpoint.kind == "single":
-        return lambda timeout_s, own=False: kept(
+        return lambda timeout_s, own=False: registered(
             one(endpoint.url, timeout_s, pool=SingleConnectionPool if own else ConnectionPool)
         )
     if endpoint.kind == "sentinel":
-        watching = watchers([one(endpoint.sentinel_url(each), _ASK_TIMEOUT_S, None) for each in endpoint.addresses])
-        for watcher in watching.sentinels:
-            opened(watcher)
+        sentinels = watchers([one(endpoint.sentinel_url(each), _ASK_TIMEOUT_S, None) for each in endpoint.addresses])
+        for sentinel in sentinels.sentinels:
+            register(sentinel)
         url = endpoint.node_url(endpoint.addresses[0])
-        return lambda timeout_s, own=False: kept(
-            master_client(watching, endpoint.master, url, _settings(url, name, timeout_s, password))
+        return lambda timeout_s, own=False: registered(
+            master_client(sentinels, endpoint.master, url, _settings(url, name, timeout_s, password))
         )
     slots = Slots(endpoint.addresses, lambda address: one(endpoint.node_url(address), _ASK_TIMEOUT_S))
     return lambda timeout_s, own=False: ClusterClient(
         slots,
-        lambda address: kept(one(endpoint.node_url(address), timeout_s)),
+        lambda address: registered(one(endpoint.node_url(address), timeout_s)),
         endpoint.node_url(endpoint.addresses[0]),
     )
 
 
 def _settings(url: str, name: str, timeout_s: float, password: FilePassword | None) -> dict[str, object]:
-    # RESP2: the scripts' and XREADGROUP's answers keep one shape from Redis 6.2 to Valkey 9.
-    # No retries: the library's own re-send writes, and wait ten times longer than a block.
+    # RESP2: answers of scripts and of XREADGROUP have one shape from Redis 6.2 to Valkey 9.
+    # No retries: the library's own repeat writes, and wait ten times longer than a block.
     keepalive = {} if url.startswith("unix:") else {"socket_keepalive": True}
     return {
         "protocol": 2,

@@ -22,7 +22,7 @@ from support import eventually
 from millstream.broker.config.data_dir import find_data_dir
 from millstream.broker.contract.errors import BrokerUnavailable, ConfigError
 from millstream.broker.server import embedded, engine
-from millstream.broker.server.datadir import pulse, socket_path
+from millstream.broker.server.datadir import ping, socket_path
 from millstream.broker.server.embedded import EmbeddedServer, running
 from millstream.broker.server.engine import Engine, bundled, probe
 from millstream.broker.transport.connection import find_url
@@ -255,7 +255,7 @@ def test_a_stale_socket_is_replaced(data_dir: Path, binary: Path) -> None:
     path = socket_path(data_dir, os.environ)
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(os.fspath(path))
-    assert pulse(path) == "absent"
+    assert ping(path) == "absent"
 
     with EmbeddedServer.start(data_dir, binary=binary) as server:
         assert client(server).ping()
@@ -322,7 +322,7 @@ def test_loading_is_waited_for(data_dir: Path, tmp_path: Path, wheel_binary: Pat
 
     def watch() -> None:
         while not done.is_set():
-            seen.add(pulse(path))
+            seen.add(ping(path))
 
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -64,8 +64,8 @@ def test_it_shows_what_cut_the_batches_of_a_real_worker(server: EmbeddedServer, 
         "rows     2        29%    ######     batch_size 4",
         "tokens   3        43%    #########  max_batch_tokens 16",
         "time     0        0%                inference_timeout 30s, half of it",
-        "padding  0        0%                the lengths of what waits",
-        "arrival  2        29%    ######     nothing more was waiting",
+        "padding  0        0%                the lengths of the waiting texts",
+        "arrival  2        29%    ######     no more jobs were waiting",
     ]
 
 

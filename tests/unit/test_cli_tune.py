@@ -94,7 +94,7 @@ def test_the_curve_has_a_bar_a_spread_and_what_could_not_be_measured() -> None:
         "64          4096    -       -            -        -             -           out of memory",
         "64          8192    -       -            -        -             -           not measured",
         "",
-        "# cuda:0, 1 thread, of what there was time for: 4.00 times the rows/s of what it has now",
+        "# cuda:0, 1 thread, some limits not measured for lack of time: 4.00 times the rows/s of the present limits",
         "services:",
         "  embed:",
         "    runtime:",
@@ -108,7 +108,7 @@ def test_limits_that_are_good_enough_are_kept_as_they_are_written() -> None:
 
     lines = report(subject("auto"), cells).splitlines()
 
-    assert "# cuda:0, 1 thread: what it has now is within 5 % of the best" in lines
+    assert "# cuda:0, 1 thread: the present limits are within 5 % of the best" in lines
     assert lines[-2:] == ["      batch_size: 8", "      max_batch_tokens: auto"]
 
 

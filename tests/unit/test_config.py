@@ -136,7 +136,7 @@ def test_a_value_comes_from_environment_then_file_then_preset_then_type_then_def
         ),
         (
             "models: {c: {type: echo, backend: openvino}}",
-            "config.yaml:1: models.c.backend: type echo runs with torch alone; leave backend out",
+            "config.yaml:1: models.c.backend: type echo runs only with torch; leave backend out",
         ),
         (
             "models: {c: {type: custom, handler: 'app:run'}}\nservices: {s: {model: c, runtime: {enable_cache: true}}}",
