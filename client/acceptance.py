@@ -25,7 +25,7 @@ GRACE_S = 0.25
 class Outlet(Protocol):
     """The part of a channel that is needed here."""
 
-    def leave(self, submissions: Sequence[Submission]) -> None: ...
+    def submit_detached(self, submissions: Sequence[Submission]) -> None: ...
 
     def refusal_of(self, job_id: str) -> MillstreamError | None: ...
 
@@ -33,28 +33,30 @@ class Outlet(Protocol):
 class Acceptance:
     """The jobs of one detached call on their way to the server. Is their sink; thread-safe.
 
-    `submission` makes one of a draft, to be given up at a moment, monotonic seconds. `deadline` is when the call ends.
+    `make_submission` makes one of a draft, to be given up at a moment, monotonic seconds.
+
+    `deadline` is when the call ends.
     """
 
     def __init__(
         self,
         channel: Outlet,
         drafts: Sequence[Draft],
-        submission: Callable[[Draft, float, Acceptance], Submission],
+        make_submission: Callable[[Draft, float, Acceptance], Submission],
         deadline: float | None,
     ) -> None:
         self._channel = channel
-        self._submission = submission
+        self._make_submission = make_submission
         self._deadline = deadline
         self._drafts = {draft.id: draft for draft in drafts}
-        self._later = deque(drafts)
-        self._left: set[str] = set()
+        self._unsubmitted = deque(drafts)
+        self._pending: set[str] = set()
         self._lock = threading.RLock()
         self._over = threading.Event()
         self._listener: Callable[[], None] = lambda: None
         self._last = time.monotonic()
         self._error: MillstreamError | None = None
-        self._leave_more()
+        self._submit_more()
 
     @property
     def ends_at(self) -> float:
@@ -83,7 +85,7 @@ class Acceptance:
         if self._error:
             raise self._error
         if not self._over.is_set():
-            waiting = next(iter(self._left), "")
+            waiting = next(iter(self._pending), "")
             raise self._channel.refusal_of(waiting) or BrokerUnavailable("the server did not accept the jobs in time")
 
     # -- the channel's side ------------------------------------------------------------------------------------
@@ -92,35 +94,35 @@ class Acceptance:
         """The server has this job."""
         with self._lock:
             self._last = time.monotonic()
-            self._left.discard(job_id)
+            self._pending.discard(job_id)
             self._drafts.pop(job_id, None)
-            if not self._left:
-                self._leave_more()
+            if not self._pending:
+                self._submit_more()
 
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
         """These jobs were given up: they are handed over again if others were accepted meanwhile."""
         with self._lock:
-            again = [self._drafts[job_id] for job_id in job_ids if job_id in self._left]
+            again = [self._drafts[job_id] for job_id in job_ids if job_id in self._pending]
             if error.retryable and time.monotonic() < self._until() and not self._over.is_set():
-                self._leave(again)
+                self._submit(again)
             elif again:
                 self._end(error)
 
     def answered(self, job_id: str, reply: bytes) -> None:
         """Not called: the answers of detached jobs are kept on the server."""
 
-    def _leave_more(self) -> None:
-        page = [self._later.popleft() for _ in range(min(PAGE, len(self._later)))]
+    def _submit_more(self) -> None:
+        page = [self._unsubmitted.popleft() for _ in range(min(PAGE, len(self._unsubmitted)))]
         if page:
-            self._leave(page)
+            self._submit(page)
         else:
             self._end(None)
 
-    def _leave(self, page: Sequence[Draft]) -> None:
-        self._left.update(draft.id for draft in page)
+    def _submit(self, page: Sequence[Draft]) -> None:
+        self._pending.update(draft.id for draft in page)
         until = self._until()
         try:
-            self._channel.leave([self._submission(draft, until, self) for draft in page])
+            self._channel.submit_detached([self._make_submission(draft, until, self) for draft in page])
         except MillstreamError as error:
             self._end(error)
 

@@ -57,11 +57,10 @@ class AsyncHandle:
 
     async def cancel(self) -> bool:
         """As Handle.cancel."""
-        told = _Changed()
-        wake = listener(told.set)
-        cancelling = self._handle.begin_cancel(wake)
-        await told.wait(CANCEL_S if cancelling.asked else 0.0)
-        return cancelling.word()
+        reported = _Changed()
+        cancelling = self._handle.begin_cancel(listener(reported.set))
+        await reported.wait(CANCEL_S if cancelling.asked else 0.0)
+        return cancelling.result()
 
     def cancel_soon(self) -> None:
         """As Handle.cancel_soon."""
@@ -80,10 +79,10 @@ class AsyncHandle:
 async def _first_ready(handles: Sequence[Handle], until: float | None = None) -> int | None:
     """The place of a call that is complete, waiting for one; None if `until` (monotonic seconds) comes first."""
     changed = _Changed()
-    told = listener(changed.set)
+    wake = listener(changed.set)
     try:
         for handle in handles:
-            handle.listen(told)
+            handle.listen(wake)
         while True:
             for place, handle in enumerate(handles):
                 if handle.ready:
@@ -98,7 +97,7 @@ async def _first_ready(handles: Sequence[Handle], until: float | None = None) ->
             await changed.wait(max(0.0, min(moments) - now) if moments else None)
     finally:
         for handle in handles:
-            handle.unlisten(told)
+            handle.unlisten(wake)
 
 
 class _Changed:
@@ -195,9 +194,9 @@ class AsyncClient:
         instruction: str | None = None,
     ) -> Ranking:
         """As Client.rerank."""
-        asked = question(query, top_n, scores, instruction, truncate)
+        options = question(query, top_n, scores, instruction, truncate)
         texts = copied(documents)
-        opts = CallOptions(priority, timeout, wait, tenant, asked, op="rerank")
+        opts = CallOptions(priority, timeout, wait, tenant, options, op="rerank")
         handle = await self._start(service, cast(Sequence[Json], texts), opts)
         return Ranking.of(await AsyncHandle(handle).result(), top_n, texts if return_documents else None)
 
@@ -280,14 +279,14 @@ class AsyncClient:
         until = opts.until(time.monotonic())
         rows, opts = frozen(inputs, opts)
         spec = await self._spec(service, until)
-        asked = self._calls.asked(spec, rows, opts, until, idempotency_key)
+        request = self._calls.detached_request(spec, rows, opts, until, idempotency_key)
         try:
-            return await _entered(asked.begin(self._calls, asked.per_job))
+            return await _entered(request.begin(self._calls, request.per_job))
         except InvalidRequest:
-            per_job = await self._in_thread(asked.accepted_per_job, self._calls)
-            if per_job in (None, asked.per_job):
+            per_job = await self._in_thread(request.accepted_per_job, self._calls)
+            if per_job in (None, request.per_job):
                 raise
-            return await _entered(asked.begin(self._calls, per_job))
+            return await _entered(request.begin(self._calls, per_job))
 
     def job(self, job_id: str) -> Detached:
         """As Client.job; the same holds for its methods."""
@@ -315,7 +314,7 @@ class AsyncClient:
         began = time.monotonic()
         until = opts.until(began)
         services = self._calls.services
-        name = service or services.remembered(MODEL_TYPES[opts.op])
+        name = service or services.known_only(MODEL_TYPES[opts.op])
         spec = services.known(name) if name else None
         if spec is None or spec.runtime.enable_cache:
             # While this waits the caller may change what it gave.
@@ -325,13 +324,13 @@ class AsyncClient:
         if spec is None:
             spec = await self._spec(name, until)
         cached = spec.runtime.enable_cache
-        hits = await arrival(partial(self._calls.recall_soon, spec, inputs, opts)) if cached else NO_HITS
+        hits = await arrival(partial(self._calls.read_cache_soon, spec, inputs, opts)) if cached else NO_HITS
         return self._calls.begin(spec, inputs, opts, hits, began, progress)
 
     async def _spec(self, service: str, until: float | None) -> ServiceSpec:
         """As Services.read."""
         services = self._calls.services
-        return services.known(service) or (await _answer(services.opts(service), until)).spec
+        return services.known(service) or (await _answer(services.ask(service), until)).spec
 
     async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._calls.executor, partial(function, *args))
@@ -354,8 +353,8 @@ async def _entered(entering: Entering) -> Detached:
 async def _answer(question: Question[T], until: float | None) -> T:
     """As Question.wait and Question.answer."""
     changed = _Changed()
-    told = listener(changed.set)
-    question.future.add_done_callback(lambda future: told())
+    wake = listener(changed.set)
+    question.future.add_done_callback(lambda future: wake())
     await changed.wait(question.wait_s(until))
     return question.answer()
 

@@ -16,7 +16,7 @@ from millstream.client.channel.requests import NO_THREAD, client_closed
 
 T = TypeVar("T")
 
-PATIENCE_S = 0.25
+REFRESH_WAIT_S = 0.25
 """Seconds a call waits for a newer answer if it has an older one. A healthy server answers within milliseconds."""
 
 IDLE_S = 2.0
@@ -35,7 +35,7 @@ class Question(Generic[T]):
         """Seconds to wait for the answer from now; None for as long as the server's own time-outs last."""
         now = time.monotonic()
         limits = [] if until is None or until == math.inf else [until]
-        limits += [] if self._before is None else [self._asked_at + PATIENCE_S]
+        limits += [] if self._before is None else [self._asked_at + REFRESH_WAIT_S]
         return max(0.0, min(limits) - now) if limits else None
 
     def wait(self, until: float | None) -> None:
@@ -83,7 +83,7 @@ class Asker:
         """Ask nothing any more; a question under way goes on."""
         self._closed = True
 
-    def opts(self, key: Hashable, action: Callable[[], T], before: T | None) -> Question[T]:
+    def ask(self, key: Hashable, action: Callable[[], T], before: T | None) -> Question[T]:
         """The question `key` that is under way, or a new one that `action` answers. Returns at once."""
         with self._lock:
             question = self._under_way.get(key)

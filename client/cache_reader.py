@@ -31,13 +31,13 @@ IDLE_S = 1.0
 
 @dataclass(slots=True, eq=False)
 class _Question:
-    """Rows of one call (row -> text), whose kept answers `told` gets, by row, from any thread."""
+    """Rows of one call (row -> text), whose kept answers `deliver` gets, by row, from any thread."""
 
     service: str
     cache_key: CacheKey
     texts: Mapping[int, str]
     options: Mapping[str, Json]
-    told: Callable[[dict[int, Cached]], object]
+    deliver: Callable[[dict[int, Cached]], object]
     once: list[str] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
     found: list[Cached | None] = field(default_factory=list)
@@ -64,9 +64,9 @@ class CacheReader:
     def __init__(self, connection: Connection, registry: Registry) -> None:
         self._connection = connection
         self._registry = registry
-        self.begin()
+        self.after_fork()
 
-    def begin(self) -> None:
+    def after_fork(self) -> None:
         """Also in a forked child: a client and a thread of its own."""
         self._client = self._connection.within(LOOK_UP_S)
         self._free = threading.Semaphore(AT_ONCE)
@@ -74,35 +74,35 @@ class CacheReader:
         self._lock = threading.Lock()
         self._gatherer: _Gatherer | None = None
 
-    def rows(
+    def read(
         self, service: str, cache_key: CacheKey, texts: Mapping[int, str], options: Mapping[str, Json]
     ) -> dict[int, Cached]:
         """The kept answers of `texts` (row -> text), by row. Waits for the server."""
-        question = _Question(service, cache_key, texts, options, told=len)
+        question = _Question(service, cache_key, texts, options, deliver=len)
         question.name()
         with self._free:
             question.found += self._look_up(service, question.digests)
         return question.rows()
 
-    def soon(
+    def read_soon(
         self,
         service: str,
         cache_key: CacheKey,
         texts: Mapping[int, str],
         options: Mapping[str, Json],
-        told: Callable[[dict[int, Cached]], object],
+        deliver: Callable[[dict[int, Cached]], object],
     ) -> None:
-        """As `rows`, but returns at once: `told` gets the answers, from another thread."""
-        question = _Question(service, cache_key, texts, options, told)
+        """As `read`, but returns at once: `deliver` gets the answers, from another thread."""
+        question = _Question(service, cache_key, texts, options, deliver)
         with self._lock, suppress(RuntimeError):
-            if self._gatherer is None or not self._gatherer.opts(question):
+            if self._gatherer is None or not self._gatherer.ask(question):
                 gatherer = _Gatherer(self._look_up)
-                gatherer.opts(question)
+                gatherer.ask(question)
                 gatherer.start()
                 self._gatherer = gatherer
             return
         # No thread could be started: the rows are computed.
-        told({})
+        deliver({})
 
     def _look_up(self, service: str, digests: Sequence[str]) -> Sequence[Cached | None]:
         if time.monotonic() < self._not_before:
@@ -118,14 +118,14 @@ class _Gatherer(threading.Thread):
     """Looks up what many calls of event loops ask for in one command. Ends after IDLE_S without a question."""
 
     def __init__(self, look_up: Callable[[str, Sequence[str]], Sequence[Cached | None]]) -> None:
-        super().__init__(name="millstream-recall", daemon=True)
+        super().__init__(name="millstream-cache-reader", daemon=True)
         self._look_up = look_up
         self._new: queue.SimpleQueue[_Question] = queue.SimpleQueue()
         self._open: deque[_Question] = deque()
         self._lock = threading.Lock()
         self._ended = False
 
-    def opts(self, question: _Question) -> bool:
+    def ask(self, question: _Question) -> bool:
         """Answer `question` soon; False if this thread has ended."""
         with self._lock:
             if not self._ended:
@@ -164,7 +164,7 @@ class _Gatherer(threading.Thread):
             if question.missing:
                 self._open.append(question)
             else:
-                _tell(question)
+                _deliver(question)
 
     def _share(self) -> list[tuple[_Question, int]]:
         """Questions about one service, and how many names of each, CHUNK in all: those of long lists take turns."""
@@ -191,8 +191,8 @@ def _named(question: _Question) -> _Question:
     return question
 
 
-def _tell(question: _Question) -> None:
+def _deliver(question: _Question) -> None:
     try:
-        question.told(question.rows())
+        question.deliver(question.rows())
     except Exception:
         log.exception("a call could not be told of its kept answers")

@@ -29,7 +29,7 @@ from millstream.broker.transport.connection import Connection
 from millstream.client.cache_reader import CacheReader
 from millstream.client.channel.channel import Channel
 from millstream.client.channel.coalescing import Coalescer
-from millstream.client.detached import Asked, Detached
+from millstream.client.detached import Detached, DetachedRequest
 from millstream.client.handle import Handle
 from millstream.client.job_terms import JobTerms, Progress
 from millstream.client.rerank import check_question
@@ -139,32 +139,32 @@ class Calls:
         began = time.monotonic()
         until = opts.until(began)
         spec = self.services.read(service or self.services.only(MODEL_TYPES[opts.op], until), until)
-        hits = self.recall(spec, inputs, opts) if spec.runtime.enable_cache else {}
+        hits = self.read_cache(spec, inputs, opts) if spec.runtime.enable_cache else {}
         return self.begin(spec, inputs, opts, hits, began, progress)
 
-    def recall(self, spec: ServiceSpec, inputs: Sequence[Json], opts: CallOptions) -> Mapping[int, Cached]:
+    def read_cache(self, spec: ServiceSpec, inputs: Sequence[Json], opts: CallOptions) -> Mapping[int, Cached]:
         """What the cache of a service that was read has for `inputs`, by row; nothing if the server is too slow.
 
         Waits for the server: LOOK_UP_S at most for each CHUNK of rows.
         """
-        cache_key, texts = self._kept_rows(spec, inputs)
-        return self._cache_reader.rows(spec.name, cache_key, texts, opts.options) if cache_key and texts else {}
+        cache_key, texts = self._cacheable_rows(spec, inputs)
+        return self._cache_reader.read(spec.name, cache_key, texts, opts.options) if cache_key and texts else {}
 
-    def recall_soon(
+    def read_cache_soon(
         self,
         spec: ServiceSpec,
         inputs: Sequence[Json],
         opts: CallOptions,
-        told: Callable[[Mapping[int, Cached]], object],
+        deliver: Callable[[Mapping[int, Cached]], object],
     ) -> None:
-        """Hand what `recall` finds to `told`, from another thread. Returns at once."""
-        cache_key, texts = self._kept_rows(spec, inputs)
+        """Hand what `read_cache` finds to `deliver`, from another thread. Returns at once."""
+        cache_key, texts = self._cacheable_rows(spec, inputs)
         if cache_key and texts:
-            self._cache_reader.soon(spec.name, cache_key, texts, opts.options, told)
+            self._cache_reader.read_soon(spec.name, cache_key, texts, opts.options, deliver)
         else:
-            told({})
+            deliver({})
 
-    def _kept_rows(self, spec: ServiceSpec, inputs: Sequence[Json]) -> tuple[CacheKey | None, dict[int, str]]:
+    def _cacheable_rows(self, spec: ServiceSpec, inputs: Sequence[Json]) -> tuple[CacheKey | None, dict[int, str]]:
         """The recipe and texts, by row, of answers that may be kept; no recipe while the weights are unknown."""
         fingerprint = self.services.fingerprint(spec.name)
         sizes, _ = row_sizes(inputs)
@@ -180,7 +180,7 @@ class Calls:
         began: float | None = None,
         progress: Progress | None = None,
     ) -> Handle:
-        """As `start`, for a checked `opts`, a service that was read and what `recall` found: waits for nothing.
+        """As `start`, for a checked `opts`, a service that was read and what `read_cache` found: waits for nothing.
 
         The call's time counts from `began`, monotonic seconds.
         """
@@ -215,20 +215,22 @@ class Calls:
         if options and spec.model.type == "embedding":
             EmbedOptions.read(options)
 
-    def leave(self, service: str, inputs: Sequence[Json], opts: CallOptions, idempotency_key: str | None) -> Detached:
+    def submit_detached(
+        self, service: str, inputs: Sequence[Json], opts: CallOptions, idempotency_key: str | None
+    ) -> Detached:
         """Client.submit_detached."""
         return Detached.submit(self, service, inputs, opts, idempotency_key)
 
-    def asked(
+    def detached_request(
         self,
         spec: ServiceSpec,
         inputs: Sequence[Json],
         opts: CallOptions,
         deadline: float | None,
         idempotency_key: str | None,
-    ) -> Asked:
+    ) -> DetachedRequest:
         """A detached call that may be begun. Raises InvalidRequest."""
-        return Asked.of(self, spec, inputs, opts, deadline, idempotency_key)
+        return DetachedRequest.of(self, spec, inputs, opts, deadline, idempotency_key)
 
     def streams(self, service: str, within_s: float | None = None) -> Streams:
         """The job streams of `service`, for calls that go past the channel.
@@ -250,7 +252,7 @@ class Calls:
         self._coalescer.after_fork()
         self.services.after_fork()
         self.executor = _executor()
-        self._cache_reader.begin()
+        self._cache_reader.after_fork()
 
 
 def frozen(inputs: Sequence[Json], opts: CallOptions) -> tuple[Sequence[Json], CallOptions]:

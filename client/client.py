@@ -122,10 +122,10 @@ class Client:
         one reranker service is registered; the rest is as in `embed`, errors too: PartialFailure has the other
         documents' scores as its results, by index.
         """
-        asked = question(query, top_n, scores, instruction, truncate)
+        options = question(query, top_n, scores, instruction, truncate)
         texts = copied(documents)
         handle = self._calls.start(
-            service, cast(Sequence[Json], texts), CallOptions(priority, timeout, wait, tenant, asked, op="rerank")
+            service, cast(Sequence[Json], texts), CallOptions(priority, timeout, wait, tenant, options, op="rerank")
         )
         return Ranking.of(handle.finish(), top_n, texts if return_documents else None)
 
@@ -206,7 +206,7 @@ class Client:
         Raises QueueFull, InvalidRequest, UnknownService, BrokerUnavailable.
         """
         opts = CallOptions(priority, timeout, True, tenant, options)
-        return self._calls.leave(service, inputs, opts, idempotency_key)
+        return self._calls.submit_detached(service, inputs, opts, idempotency_key)
 
     def job(self, job_id: str) -> Detached:
         """A detached call by its id, from any process. Raises InvalidRequest if it is no such id."""

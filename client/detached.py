@@ -99,15 +99,15 @@ class Detached:
         opts = opts.checked()
         began = time.monotonic()
         spec = calls.services.read(service, opts.until(began))
-        asked = calls.asked(spec, inputs, opts, opts.until(began), idempotency_key)
+        request = calls.detached_request(spec, inputs, opts, opts.until(began), idempotency_key)
         try:
-            return asked.begin(calls, asked.per_job).accepted()
+            return request.begin(calls, request.per_job).accepted()
         except InvalidRequest:
-            per_job = asked.accepted_per_job(calls)
-            if per_job in (None, asked.per_job):
+            per_job = request.accepted_per_job(calls)
+            if per_job in (None, request.per_job):
                 raise
             # The key names this very payload, cut into jobs before the service's batch size was changed.
-            return asked.begin(calls, per_job).accepted()
+            return request.begin(calls, per_job).accepted()
 
     def done(self) -> bool:
         """Whether `result` would return or raise at once. Raises ResultExpired, BrokerUnavailable."""
@@ -219,7 +219,7 @@ class Entering:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class DetachedRequest:
     """A detached call as its caller asked for it. `per_job` is how many rows a job has now."""
 
     spec: ServiceSpec
@@ -242,7 +242,7 @@ class Asked:
         opts: CallOptions,
         deadline: float | None,
         idempotency_key: str | None,
-    ) -> Asked:
+    ) -> DetachedRequest:
         """Raises InvalidRequest."""
         from millstream.client.calls import checked, outgoing, row_sizes
 
@@ -276,7 +276,7 @@ class Asked:
             job_ids = [draft.id for draft in drafts] if self.key is None else []
             for at in range(0, len(job_ids), MAX_JOBS_PER_CALL):
                 page = job_ids[at : at + MAX_JOBS_PER_CALL]
-                calls.channel.withdraw(Cancellation(self.spec.name, page, lambda outcomes: None, call=self.call))
+                calls.channel.cancel_detached(Cancellation(self.spec.name, page, lambda outcomes: None, call=self.call))
 
         return Entering(detached, acceptance, withdraw)
 
@@ -325,8 +325,8 @@ class Asked:
         def make(draft: Draft, until: float, acceptance: Acceptance) -> Submission:
             calls = int(draft.id == first)
             group = Group(priority, [draft], calls, self.spec.replicated, calls, record)
-            told = partial(acceptance.accepted, draft.id)
-            return Submission(self.spec.name, group, acceptance, until, tenant, told)
+            on_accepted = partial(acceptance.accepted, draft.id)
+            return Submission(self.spec.name, group, acceptance, until, tenant, on_accepted)
 
         return make
 

@@ -32,23 +32,23 @@ RECHECK_S = 2.0
 class Cancelling:
     """A call that is being cancelled. `asked`: the server has been asked. `untouched`: no row had an outcome before."""
 
-    def __init__(self, told: Callable[[], None]) -> None:
+    def __init__(self, notify: Callable[[], None]) -> None:
         self.asked = self.untouched = False
-        self._told = told
-        self._heard: Sequence[CancelOutcome] | MillstreamError | None = None
+        self._notify = notify
+        self._outcomes: Sequence[CancelOutcome] | MillstreamError | None = None
 
-    def hear(self, outcomes: Sequence[CancelOutcome] | MillstreamError) -> None:
+    def receive(self, outcomes: Sequence[CancelOutcome] | MillstreamError) -> None:
         """The server's word, from the channel."""
-        self._heard = outcomes
-        self._told()
+        self._outcomes = outcomes
+        self._notify()
 
-    def word(self) -> bool:
+    def result(self) -> bool:
         """What Handle.cancel returns or raises, by what was heard until now."""
-        if self.asked and self._heard is None:
+        if self.asked and self._outcomes is None:
             raise DeadlineExceeded("no word on the cancellation in time")
-        if isinstance(self._heard, MillstreamError):
-            raise self._heard
-        return self.untouched and all(outcome == "waiting" for outcome in self._heard or ())
+        if isinstance(self._outcomes, MillstreamError):
+            raise self._outcomes
+        return self.untouched and all(outcome == "waiting" for outcome in self._outcomes or ())
 
 
 class Handle:
@@ -90,14 +90,14 @@ class Handle:
         """Whether every row has its outcome. Asks nobody: a call whose time is over is not ready until waited for."""
         self._check_process()
         with self._lock:
-            return self._rows.left <= 0
+            return self._rows.missing <= 0
 
     @property
     def rows_done(self) -> int:
         """Rows that have their outcome, for a progress bar."""
         self._check_process()
         with self._lock:
-            return len(self._rows) - self._rows.left
+            return len(self._rows) - self._rows.missing
 
     def done(self) -> bool:
         """Whether `result` would return or raise at once."""
@@ -108,7 +108,7 @@ class Handle:
         until = waits_until(timeout)
         self._check_process()
         with self._lock:
-            while self._rows.left > 0:
+            while self._rows.missing > 0:
                 now, end = time.monotonic(), self._transfer.expires_at()
                 if end is not None and now >= end:
                     self._transfer.expire(now)
@@ -151,19 +151,19 @@ class Handle:
         A job that runs ends at its worker's next beat, within about a second. False too if the call was over. Raises
         BrokerUnavailable, or DeadlineExceeded if the server says nothing within `timeout` seconds.
         """
-        limit, told = seconds_of(timeout), threading.Event()
-        cancelling = self.begin_cancel(told.set)
+        limit, reported = seconds_of(timeout), threading.Event()
+        cancelling = self.begin_cancel(reported.set)
         if cancelling.asked:
-            told.wait(None if limit is None else min(limit, threading.TIMEOUT_MAX))
-        return cancelling.word()
+            reported.wait(None if limit is None else min(limit, threading.TIMEOUT_MAX))
+        return cancelling.result()
 
-    def begin_cancel(self, told: Callable[[], None]) -> Cancelling:
-        """As `cancel`, without waiting: `told` is called, from another thread, when the server has said its word."""
+    def begin_cancel(self, notify: Callable[[], None]) -> Cancelling:
+        """As `cancel`, without waiting: `notify` is called, from another thread, when the server has said its word."""
         self._check_process()
-        cancelling = Cancelling(told)
+        cancelling = Cancelling(notify)
         with self._lock:
             cancelling.untouched = self._transfer.untouched
-            cancelling.asked = self._transfer.drop(cancelling.hear)
+            cancelling.asked = self._transfer.drop(cancelling.receive)
         return cancelling
 
     def cancel_soon(self) -> None:
@@ -178,7 +178,7 @@ class Handle:
         """When `expire` is to be called, monotonic seconds; None if the call has no limit, or is over."""
         self._check_process()
         with self._lock:
-            return self._transfer.expires_at() if self._rows.left > 0 else None
+            return self._transfer.expires_at() if self._rows.missing > 0 else None
 
     def expire(self) -> None:
         """End the call if its time is over. Waits for nothing: `listen` tells when the rows have their errors."""
@@ -212,7 +212,7 @@ class Handle:
             self._lock.acquire()
             if waiter in self._transfer.waiters:
                 self._transfer.waiters.remove(waiter)
-            wake_chain.left(waiter)
+            wake_chain.leave(waiter)
 
     # ----------------------------------------------------------------------------------------------------------
 

@@ -75,7 +75,7 @@ class Watch(Protocol):
     def explain(self, service: str, tell: Callable[[Known], None]) -> None:
         """Calls `tell` with the state of the service, soon, from any thread."""
 
-    def last_word(self, service: str) -> Known:
+    def last_known(self, service: str) -> Known:
         """The state of the service as last heard."""
 
 

@@ -18,14 +18,14 @@ RowOutcome = Encoded | Json | MillstreamError
 
 
 class RowResults:
-    """Outcomes by row, filled part by part; those of `given` are there from the start. `left` rows have none yet.
+    """Outcomes by row, filled part by part; those of `given` are there from the start. `missing` rows have none yet.
 
     `op` is the operation that was asked for: results it cannot have are their rows' errors. An empty one has any.
     """
 
     def __init__(self, count: int, given: Mapping[int, MillstreamError | Cached], op: str = "") -> None:
         self._rows: list[RowOutcome] = [None] * count
-        self.left = count - len(given)
+        self.missing = count - len(given)
         self._tokens = 0
         self._truncated: list[int] = []
         self._timings: Timings = {}
@@ -47,7 +47,7 @@ class RowResults:
 
     def place(self, part: Part, outcome: Reply | MillstreamError) -> None:
         """Put what came for `part` into its rows; one error stands for all of them."""
-        self.left -= part.size if part.twins else len(part.rows)
+        self.missing -= part.size if part.twins else len(part.rows)
         if isinstance(outcome, MillstreamError):
             outcome = Reply(error=outcome)
         results: Sequence[RowOutcome] | Encoded

@@ -22,7 +22,7 @@ from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.pause import find_pause
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection, translated
-from millstream.client.asker import PATIENCE_S, Asker, Question
+from millstream.client.asker import REFRESH_WAIT_S, Asker, Question
 
 FRESH_S = 1.0
 _OPS = {"embedding": "embed", "reranker": "rerank", "custom": "call", "echo": "echo"}
@@ -124,24 +124,24 @@ class Services:
         """The specification of `service`; at most FRESH_S old if the server answers in time.
 
         Waits until `until`, monotonic seconds, at most, and for a newer description of a known service at most
-        PATIENCE_S. Raises UnknownService, BrokerUnavailable.
+        REFRESH_WAIT_S. Raises UnknownService, BrokerUnavailable.
         """
         if spec := self.known(service):
             return spec
-        question = self.opts(service)
+        question = self.ask(service)
         question.wait(until)
         return question.answer().spec
 
-    def opts(self, service: str) -> Question[Known]:
+    def ask(self, service: str) -> Question[Known]:
         """Ask the server about `service`; calls that ask meanwhile share its answer."""
-        return self._asker.opts(service, lambda: self._ask(service), self._known.get(service))
+        return self._asker.ask(service, lambda: self._read(service), self._known.get(service))
 
     def fingerprint(self, service: str) -> str:
         """The weights of `service` as last read; "" if no worker has said them, or the server is away."""
         known = self._known.get(service)
         return known.fingerprint if known and not known.away else ""
 
-    def remembered(self, model_type: str) -> str | None:
+    def known_only(self, model_type: str) -> str | None:
         """What `only` answered within FRESH_S; asks nobody."""
         name, asked_at = self._only.get(model_type, (None, 0.0))
         return name if time.monotonic() - asked_at <= FRESH_S else None
@@ -151,7 +151,7 @@ class Services:
 
         Raises UnknownService if there is none, or more than one to list; BrokerUnavailable.
         """
-        if name := self.remembered(model_type):
+        if name := self.known_only(model_type):
             return name
         question = self.ask_only(model_type)
         question.wait(until)
@@ -160,7 +160,7 @@ class Services:
     def ask_only(self, model_type: str) -> Question[str]:
         """Ask the server which service is the only one of `model_type`."""
         before, _ = self._only.get(model_type, (None, 0.0))
-        return self._asker.opts(("type", model_type), lambda: self._find_only(model_type), before)
+        return self._asker.ask(("type", model_type), lambda: self._find_only(model_type), before)
 
     def live(self, service: str, changed: Callable[[], None]) -> int:
         """Workers that lived when the server was last asked, at least 1. Waits for nothing.
@@ -176,26 +176,26 @@ class Services:
                 if future.exception() is None and max(1, future.result().live_workers) != live:
                     changed()
 
-            self.opts(service).future.add_done_callback(answered)
+            self.ask(service).future.add_done_callback(answered)
         return live
 
     def explain(self, service: str, tell: Callable[[Known], None]) -> None:
         """Call `tell` with what the server says of `service` now, soon and from any thread; at once if it just did."""
         known = self._known.get(service)
-        if known and time.monotonic() - known.read_at <= PATIENCE_S:
+        if known and time.monotonic() - known.read_at <= REFRESH_WAIT_S:
             tell(known)
             return
 
         def answered(future: Future[Known]) -> None:
-            error, word = future.exception(), self.last_word(service)
-            tell(replace(word, away=error) if isinstance(error, MillstreamError) else word)
+            error, known = future.exception(), self.last_known(service)
+            tell(replace(known, away=error) if isinstance(error, MillstreamError) else known)
 
-        self.opts(service).future.add_done_callback(answered)
+        self.ask(service).future.add_done_callback(answered)
 
-    def last_word(self, service: str) -> Known:
+    def last_known(self, service: str) -> Known:
         """What the server last said of a service that was read; `away` if a question to it has no answer yet."""
         known = self._known[service]
-        if time.monotonic() - known.read_at <= PATIENCE_S:
+        if time.monotonic() - known.read_at <= REFRESH_WAIT_S:
             return known
         silent = BrokerUnavailable(
             f"Redis at {self._connection.safe_url} did not answer in time", hint="it is overloaded, frozen or cut off"
@@ -204,7 +204,7 @@ class Services:
 
     def live_workers(self, service: str) -> int:
         """Workers with a beat younger than a lease, asked now. Raises UnknownService, BrokerUnavailable."""
-        known = self.opts(service).future.result()
+        known = self.ask(service).future.result()
         if known.away:
             raise known.away
         return known.live_workers
@@ -223,9 +223,9 @@ class Services:
 
     def _fresh(self, service: str) -> Known:
         known = self._known.get(service)
-        return known if known and known.fresh else self._ask(service)
+        return known if known and known.fresh else self._read(service)
 
-    def _ask(self, service: str) -> Known:
+    def _read(self, service: str) -> Known:
         """In the asker's thread. Raises UnknownService; BrokerUnavailable if the service was never read."""
         try:
             spec, fingerprint, token = self._registry.describe(service)

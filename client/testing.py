@@ -38,7 +38,7 @@ from millstream.client.calls import NO_HITS, CallOptions, Calls
 from millstream.client.channel.channel import Channel
 from millstream.client.channel.requests import Cancellation
 from millstream.client.client import Client
-from millstream.client.detached import Asked
+from millstream.client.detached import DetachedRequest
 from millstream.client.handle import Handle
 from millstream.client.job_terms import Progress
 from millstream.client.row_results import RowOutcome
@@ -154,7 +154,7 @@ class _FakeCalls(Calls):
         # It is named by error messages, and never connects.
         self.connection = Connection("redis://fake")
         self.registry = Registry(self.connection)
-        self._left: dict[str, Streams] = {}
+        self._detached_streams: dict[str, Streams] = {}
         self.channel = cast(Channel, _FakeChannel(model, self.faults, self.streams))
         self.services = cast(Services, _FakeServices(types))
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="millstream-fake")
@@ -176,22 +176,22 @@ class _FakeCalls(Calls):
         if spec.model.type == "embedding":
             _embed_options(options)
 
-    def asked(
+    def detached_request(
         self,
         spec: ServiceSpec,
         inputs: Sequence[Json],
         opts: CallOptions,
         deadline: float | None,
         idempotency_key: str | None,
-    ) -> Asked:
-        asked = super().asked(spec, inputs, opts, deadline, idempotency_key)
+    ) -> DetachedRequest:
+        request = super().detached_request(spec, inputs, opts, deadline, idempotency_key)
         self.made.append(Call(spec.name, list(inputs), opts, True, idempotency_key))
         if self.faults:
             raise self.faults.popleft()
-        return asked
+        return request
 
     def streams(self, service: str, within_s: float | None = None) -> Streams:
-        return self._left.setdefault(service, cast(Streams, _FakeStreams(self._model, service)))
+        return self._detached_streams.setdefault(service, cast(Streams, _FakeStreams(self._model, service)))
 
 
 def _embed_options(options: Mapping[str, Json]) -> EmbedOptions:
@@ -214,8 +214,8 @@ class _FakeModel:
 
     def reply(self, service: str, draft: Draft) -> bytes:
         """The answer to one job, as a worker would send it."""
-        inputs, asked = decode_inputs(draft.body, draft.rows)
-        query = str(asked["query"]) if draft.op == "rerank" else None
+        inputs, options = decode_inputs(draft.body, draft.rows)
+        query = str(options["query"]) if draft.op == "rerank" else None
         if handler := self.handlers.get(service):
             outcomes = [_handled(handler, payload) for payload in inputs]
         else:
@@ -224,9 +224,9 @@ class _FakeModel:
         good = [each for each in outcomes if not isinstance(each, MillstreamError)]
         tokens = sum(len(str(text).split()) + 2 for row, text in enumerate(inputs) if row not in errors)
         if good and all(isinstance(each, np.ndarray) for each in good):
-            options = _embed_options(asked)
+            embed_options = _embed_options(options)
             whole = np.stack(cast(list[Vectors], good))
-            vectors = shaped(whole, options.dimensions, options.unit(True), options.encoding)
+            vectors = shaped(whole, embed_options.dimensions, embed_options.unit(True), embed_options.encoding)
             return encode_reply(Reply(vectors=vectors, errors=errors, tokens=tokens))
         return encode_reply(Reply(values=cast(list[Json], good), errors=errors, tokens=tokens))
 
@@ -289,7 +289,7 @@ class _FakeChannel:
                 submission.sink.answered(draft.id, self._model.reply(submission.service, draft))
             queue.popleft()
 
-    def leave(self, submissions: Sequence[Submission]) -> None:
+    def submit_detached(self, submissions: Sequence[Submission]) -> None:
         for submission in submissions:
             (admission,) = self._streams(submission.service).enqueue([submission.group])
             if error := refusal(submission.service, admission):
@@ -298,9 +298,9 @@ class _FakeChannel:
                 submission.accepted()
 
     def cancel(self, cancellation: Cancellation) -> None:
-        cancellation.told(["gone"] * len(cancellation.job_ids))
+        cancellation.report(["gone"] * len(cancellation.job_ids))
 
-    withdraw = cancel
+    cancel_detached = cancel
 
     def refusal_of(self, job_id: str) -> MillstreamError | None:
         return None
@@ -331,16 +331,16 @@ class _FakeServices:
     def only(self, model_type: str, until: float | None = None) -> str:
         return RERANKER if model_type == "reranker" else SERVICE
 
-    remembered = only
+    known_only = only
 
     def live(self, service: str, changed: Callable[[], None]) -> int:
         return 1
 
-    def last_word(self, service: str) -> Known:
+    def last_known(self, service: str) -> Known:
         return Known(self.known(service), "", 1, False, 0.0)
 
     def explain(self, service: str, tell: Callable[[Known], None]) -> None:
-        tell(self.last_word(service))
+        tell(self.last_known(service))
 
     def close(self) -> None: ...
 

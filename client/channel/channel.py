@@ -35,18 +35,18 @@ class Channel:
     def submit(self, submissions: Sequence[Submission]) -> None:
         """Send these, answers and refusals to their sinks. Returns at once. Raises BrokerUnavailable once closed."""
         for submission in submissions:
-            reader = self._readers.get(submission.service) or self._reader(submission.service)
+            reader = self._readers.get(submission.service) or self._open_reader(submission.service)
             reader.expect(submission)
         try:
-            (self._sender or self._sending()).put(submissions)
+            (self._sender or self._open_sender()).put(submissions)
         except MillstreamError:
             for submission in submissions:
                 self.forget(submission.service, submission.job_ids)
             raise
 
-    def leave(self, submissions: Sequence[Submission]) -> None:
+    def submit_detached(self, submissions: Sequence[Submission]) -> None:
         """Send detached jobs, whose answers nobody here waits for. Returns at once. Raises BrokerUnavailable."""
-        (self._sender or self._sending()).put(submissions)
+        (self._sender or self._open_sender()).put(submissions)
 
     def refusal_of(self, job_id: str) -> MillstreamError | None:
         """Why a job was not accepted yet and waits to be sent again; None if it does not."""
@@ -60,11 +60,11 @@ class Channel:
     def cancel(self, cancellation: Cancellation) -> None:
         """Stop jobs; in order with what was submitted before, so that none slips in behind. Returns at once."""
         self.forget(cancellation.service, cancellation.job_ids)
-        self.withdraw(cancellation)
+        self.cancel_detached(cancellation)
 
-    def withdraw(self, cancellation: Cancellation) -> None:
+    def cancel_detached(self, cancellation: Cancellation) -> None:
         """The same for detached jobs."""
-        (self._sender or self._sending()).put([cancellation])
+        (self._sender or self._open_sender()).put([cancellation])
 
     def forget(self, service: str, job_ids: Sequence[str]) -> None:
         """Nobody waits for these jobs any more; late answers are dropped."""
@@ -92,7 +92,7 @@ class Channel:
         """Jobs whose answers have not been read."""
         return sum([reader.awaited for reader in list(self._readers.values())])
 
-    def _sending(self) -> Sender:
+    def _open_sender(self) -> Sender:
         with self._lock:
             self._check_open()
             if self._sender is None:
@@ -101,7 +101,7 @@ class Channel:
                 self._sender = sender
             return self._sender
 
-    def _reader(self, service: str) -> Reader:
+    def _open_reader(self, service: str) -> Reader:
         with self._lock:
             self._check_open()
             reader = self._readers.get(service)

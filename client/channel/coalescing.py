@@ -24,7 +24,7 @@ WATCH_S = 0.1
 _FAILED = b'"error'
 """Stands in the first line of the reply of a job that failed, or of which a row did."""
 
-_OF_THE_INPUT = (InvalidRequest, ModelFailed)
+_INPUT_ERRORS = (InvalidRequest, ModelFailed)
 """Errors that a like job would get as well: its input causes them."""
 
 
@@ -44,7 +44,7 @@ class _SharedJob:
     followers: dict[str, Submission] = field(default_factory=dict)
 
     def answered(self, job_id: str, reply: bytes) -> None:
-        followers = self.coalescer.land(self, resend=not _is_shared(reply))
+        followers = self.coalescer.end_shared(self, resend=not _is_shared(reply))
         sinks = [(job_id, self.leader)] if self.leader else []
         for each, sink in [*sinks, *((follower, submission.sink) for follower, submission in followers.items())]:
             try:
@@ -54,7 +54,7 @@ class _SharedJob:
                 log.exception("job %s: its answer could not be handed over", each)
 
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
-        self.coalescer.land(self, resend=True)
+        self.coalescer.end_shared(self, resend=True)
         if self.leader:
             self.leader.refused(job_ids, error)
 
@@ -72,7 +72,7 @@ def _is_shared(reply: bytes) -> bool:
     except Malformed:
         return True
     errors = [decoded.error] if decoded.error else decoded.errors.values()
-    return all(isinstance(error, _OF_THE_INPUT) for error in errors)
+    return all(isinstance(error, _INPUT_ERRORS) for error in errors)
 
 
 class Coalescer:
@@ -92,10 +92,10 @@ class Coalescer:
         # Taken before the channel's locks, after a handle's.
         self._lock = Lock()
         self._jobs: dict[Hashable, _SharedJob] = {}
-        self._led: dict[str, _SharedJob] = {}
-        self._followed: dict[str, _SharedJob] = {}
-        self._left: set[_SharedJob] = set()
-        self._watched = False
+        self._by_leader: dict[str, _SharedJob] = {}
+        self._by_follower: dict[str, _SharedJob] = {}
+        self._leaderless: set[_SharedJob] = set()
+        self._watching = False
 
     @property
     def client_id(self) -> str:
@@ -103,7 +103,7 @@ class Coalescer:
 
     def submit(self, submissions: Sequence[Submission]) -> None:
         """As Channel.submit."""
-        own = [led for each in submissions if (led := self._board(each))]
+        own = [leading for each in submissions if (leading := self._lead_or_follow(each))]
         if not own:
             return
         try:
@@ -112,11 +112,11 @@ class Coalescer:
             # An interrupt, too: what was never sent must keep nobody waiting.
             for each in own:
                 if isinstance(each.sink, _SharedJob):
-                    self.land(each.sink, resend=True)
+                    self.end_shared(each.sink, resend=True)
             raise
 
-    def _board(self, submission: Submission) -> Submission | None:
-        """The submission to send for it: itself, with a flight as its sink; None if one like it is under way."""
+    def _lead_or_follow(self, submission: Submission) -> Submission | None:
+        """The submission to send for it: itself, with a shared job as its sink; None if one like it is under way."""
         # A caller that does not wait for room must not wait for one that does.
         if submission.jobs != 1 or submission.until == 0.0:
             return submission
@@ -127,29 +127,29 @@ class Coalescer:
             # A caller may have dropped its call, and nobody gives it up: its answer may never come.
             if shared_job and not shared_job.is_over(time.monotonic()):
                 shared_job.followers[draft.id] = submission
-                self._followed[draft.id] = shared_job
+                self._by_follower[draft.id] = shared_job
                 return None
-            led = _SharedJob(self, key, submission.service, draft.id, submission.sink, draft.deadline)
-            self._jobs[key] = self._led[draft.id] = led
-            return submission._replace(sink=led)
+            own_job = _SharedJob(self, key, submission.service, draft.id, submission.sink, draft.deadline)
+            self._jobs[key] = self._by_leader[draft.id] = own_job
+            return submission._replace(sink=own_job)
 
-    def land(self, shared_job: _SharedJob, *, resend: bool) -> dict[str, Submission]:
-        """End the flight. Returns its followers, once; with `resend` they are sent instead, and none is returned."""
+    def end_shared(self, shared_job: _SharedJob, *, resend: bool) -> dict[str, Submission]:
+        """End the shared job. Returns its followers, once; with `resend` sends them instead."""
         with self._lock:
-            followers = self._land(shared_job)
+            followers = self._end_shared(shared_job)
             if resend and followers:
                 self._send(list(followers.values()))
                 return {}
         return followers
 
-    def _land(self, shared_job: _SharedJob) -> dict[str, Submission]:
+    def _end_shared(self, shared_job: _SharedJob) -> dict[str, Submission]:
         if self._jobs.get(shared_job.key) is shared_job:
             del self._jobs[shared_job.key]
-        self._led.pop(shared_job.job_id, None)
-        self._left.discard(shared_job)
+        self._by_leader.pop(shared_job.job_id, None)
+        self._leaderless.discard(shared_job)
         followers, shared_job.followers = shared_job.followers, {}
         for job_id in followers:
-            del self._followed[job_id]
+            del self._by_follower[job_id]
         return followers
 
     def _send(self, submissions: Sequence[Submission]) -> None:
@@ -160,62 +160,66 @@ class Coalescer:
         try:
             self._channel.submit(submissions)
         except MillstreamError as error:
-            # In a thread: whoever ends the flight may hold the lock of another call.
+            # In a thread: whoever ends the shared job may hold the lock of another call.
             Thread(target=_refuse, args=(submissions, error), daemon=True).start()
 
     def cancel(self, cancellation: Cancellation) -> None:
         """As Channel.cancel. A job with followers goes on for them; one that follows another was never sent."""
         known: dict[str, CancelOutcome] = {}
-        sent: dict[str, str] = {}
+        server_ids: dict[str, str] = {}
         with self._lock:
             for job_id in cancellation.job_ids:
-                if outcome := self._leave(job_id):
+                if outcome := self._leave_shared(job_id):
                     known[job_id] = outcome
                 else:
-                    sent[job_id] = self._ended(job_id)
-        self._cancel(cancellation, known, sent)
+                    server_ids[job_id] = self._end_for(job_id)
+        self._cancel(cancellation, known, server_ids)
 
-    def _leave(self, job_id: str) -> CancelOutcome | None:
+    def _leave_shared(self, job_id: str) -> CancelOutcome | None:
         """What a caller learns of a job that needs no cancelling; None if it is to be cancelled on the server."""
-        if shared_job := self._followed.get(job_id):
+        if shared_job := self._by_follower.get(job_id):
             if shared_job.leader is None and len(shared_job.followers) == 1:
                 return None
-            del shared_job.followers[job_id], self._followed[job_id]
+            del shared_job.followers[job_id], self._by_follower[job_id]
             return "waiting"
-        if (shared_job := self._led.get(job_id)) and shared_job.followers and not shared_job.is_over(time.monotonic()):
+        if (
+            (shared_job := self._by_leader.get(job_id))
+            and shared_job.followers
+            and not shared_job.is_over(time.monotonic())
+        ):
             shared_job.leader = None
             self._watch(shared_job)
             return "running"
         return None
 
-    def _ended(self, job_id: str) -> str:
-        """The id under which the server knows the job; its flight is over."""
-        if shared_job := self._followed.get(job_id):
-            self._land(shared_job)
+    def _end_for(self, job_id: str) -> str:
+        """The id under which the server knows the job; its shared job is over."""
+        if shared_job := self._by_follower.get(job_id):
+            self._end_shared(shared_job)
             return shared_job.job_id
         return job_id
 
-    def _cancel(self, cancellation: Cancellation, known: dict[str, CancelOutcome], sent: dict[str, str]) -> None:
-        def told(outcomes: Sequence[CancelOutcome] | MillstreamError) -> None:
+    def _cancel(self, cancellation: Cancellation, known: dict[str, CancelOutcome], server_ids: dict[str, str]) -> None:
+        def report(outcomes: Sequence[CancelOutcome] | MillstreamError) -> None:
             if not isinstance(outcomes, MillstreamError):
-                found = known | dict(zip(sent, outcomes, strict=True))
+                found = known | dict(zip(server_ids, outcomes, strict=True))
                 outcomes = [found[job_id] for job_id in cancellation.job_ids]
-            cancellation.told(outcomes)
+            cancellation.report(outcomes)
 
-        if not sent:
-            told([])
+        if not server_ids:
+            report([])
             return
         try:
-            self._channel.cancel(Cancellation(cancellation.service, list(sent.values()), told))
+            self._channel.cancel(Cancellation(cancellation.service, list(server_ids.values()), report))
         finally:
             # If the client is being closed, too: nobody else tells the followers.
-            for job_id in sent:
-                if shared_job := self._led.get(job_id):
-                    self.land(shared_job, resend=True)
+            for job_id in server_ids:
+                if shared_job := self._by_leader.get(job_id):
+                    self.end_shared(shared_job, resend=True)
 
     def refusal_of(self, job_id: str) -> MillstreamError | None:
         """As Channel.refusal_of. A job that follows another one waits for what that one waits for."""
-        shared_job = self._followed.get(job_id)
+        shared_job = self._by_follower.get(job_id)
         return self._channel.refusal_of(shared_job.job_id if shared_job else job_id)
 
     def forget(self, service: str, job_ids: Sequence[str]) -> None:
@@ -227,15 +231,15 @@ class Coalescer:
     def _watch(self, shared_job: _SharedJob) -> None:
         if shared_job.end is None:
             return
-        self._left.add(shared_job)
+        self._leaderless.add(shared_job)
         # Without a thread the followers' own time ends their wait.
         with suppress(RuntimeError):
-            if not self._watched:
-                Thread(target=self._watch_all, name="millstream-flights", daemon=True).start()
-                self._watched = True
+            if not self._watching:
+                Thread(target=self._watch_all, name="millstream-coalescing", daemon=True).start()
+                self._watching = True
 
     def _watch_all(self) -> None:
-        """Thread: ends each flight whose leader left when the job's time is over, while there are any."""
+        """Thread: ends each shared job whose leader left when the job's time is over, while there are any."""
         while self._give_up_late():
             time.sleep(WATCH_S)
 
@@ -243,15 +247,15 @@ class Coalescer:
         """Give up jobs whose time is over; False if none is left to watch."""
         with self._lock:
             now = time.monotonic()
-            late = [shared_job for shared_job in self._left if shared_job.is_over(now)]
-            self._watched = len(late) < len(self._left)
-            watched = self._watched
+            late = [shared_job for shared_job in self._leaderless if shared_job.is_over(now)]
+            self._watching = len(late) < len(self._leaderless)
+            watching = self._watching
             for shared_job in late:
-                self._send(list(self._land(shared_job).values()))
+                self._send(list(self._end_shared(shared_job).values()))
         with suppress(MillstreamError):
             for shared_job in late:
                 self._channel.cancel(Cancellation(shared_job.service, [shared_job.job_id], lambda outcomes: None))
-        return watched
+        return watching
 
 
 def _refuse(submissions: Sequence[Submission], error: MillstreamError) -> None:

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 READ_S = 2.0
 SWEEP_S = 10.0
-_NOBODY: tuple[Sink | None, float | None] = (None, None)
+_NO_SINK: tuple[Sink | None, float | None] = (None, None)
 
 
 class Reader(threading.Thread):
@@ -73,7 +73,7 @@ class Reader(threading.Thread):
             _refuse(sink, job_id, closed)
 
     def run(self) -> None:
-        while self._wanted():
+        while self._wait_for_work():
             self._step()
 
     def _step(self) -> None:
@@ -81,10 +81,10 @@ class Reader(threading.Thread):
         try:
             answers = self._replies.read(READ_S)
         except Exception as error:  # noqa: BLE001 - whatever happened, callers wait for what comes next
-            self._away(error)
+            self._pause(error)
             return
         with self._lock:
-            sinks = [self._waiting.pop(job_id, _NOBODY)[0] for job_id, _ in answers]
+            sinks = [self._waiting.pop(job_id, _NO_SINK)[0] for job_id, _ in answers]
         for sink, (job_id, reply) in zip(sinks, answers, strict=True):
             if not sink:
                 self.strays += 1
@@ -97,7 +97,7 @@ class Reader(threading.Thread):
                 _refuse(sink, job_id, ModelFailed(f"its reply cannot be used: {described(error)}"))
         self._sweep()
 
-    def _wanted(self) -> bool:
+    def _wait_for_work(self) -> bool:
         with self._lock:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             return not self._closed
@@ -114,7 +114,7 @@ class Reader(threading.Thread):
         for job_id, sink in zip(over, sinks, strict=True):
             _refuse(sink, job_id, DeadlineExceeded("no answer in time"))
 
-    def _away(self, error: Exception) -> None:
+    def _pause(self, error: Exception) -> None:
         # A closed socket ends a read in many ways.
         if not self._closed and not is_transient(error):
             log.error("reading replies failed, trying again: %s", error)

@@ -14,14 +14,14 @@ NO_THREAD = "raise the limit on threads of this user or container (ulimit -u, pi
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cancellation:
-    """Jobs nobody wants any more. `told` gets one outcome a job, or the error that kept us from asking.
+    """Jobs nobody wants any more. `report` gets one outcome a job, or the error that kept us from asking.
 
     Those of a detached call have its id as `call`.
     """
 
     service: str
     job_ids: Sequence[str]
-    told: Callable[[Sequence[CancelOutcome] | MillstreamError], None]
+    report: Callable[[Sequence[CancelOutcome] | MillstreamError], None]
     call: str = ""
 
     @property

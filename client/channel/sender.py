@@ -59,13 +59,13 @@ class Sender(threading.Thread):
         self._closed = False
         self._cancelling = 0
 
-    def put(self, orders: Sequence[Submission | Cancellation]) -> None:
+    def put(self, requests: Sequence[Submission | Cancellation]) -> None:
         """Raises BrokerUnavailable once closed."""
         with self._lock:
             if self._closed:
                 raise client_closed()
-            self._ready.extend(orders)
-            if orders and isinstance(orders[0], Cancellation):
+            self._ready.extend(requests)
+            if requests and isinstance(requests[0], Cancellation):
                 self._cancelling += 1
             if self._waits:
                 self._changed.notify()
@@ -93,11 +93,11 @@ class Sender(threading.Thread):
                 # It serves all calls of the process.
                 log.exception("sending failed, going on")
         self._submitter.close(client_closed)
-        for order in self._ready:
-            if isinstance(order, Cancellation):
-                _tell(order, BrokerUnavailable("this client was closed", hint="its jobs go on"))
+        for request in self._ready:
+            if isinstance(request, Cancellation):
+                _report(request, BrokerUnavailable("this client was closed", hint="its jobs go on"))
             else:
-                self._refuse(order, client_closed())
+                self._refuse(request, client_closed())
 
     def _step(self) -> None:
         # A call of its own: what it held must not stay alive while the next step waits.
@@ -123,12 +123,12 @@ class Sender(threading.Thread):
                 found = self._streams(batch[0].service).cancel(job_ids, "" if call else self._client_id, call)
         except Exception as error:  # noqa: BLE001 - every caller hears of it; the sender serves the next
             for cancellation in batch:
-                _tell(cancellation, _ours(error))
+                _report(cancellation, _as_own_error(error))
         else:
             outcomes = dict(zip(job_ids, found, strict=True))
             outcomes |= {job_id: "waiting" for job_id in unsent if outcomes[job_id] == "gone"}
             for cancellation in batch:
-                _tell(cancellation, [outcomes[job_id] for job_id in cancellation.job_ids])
+                _report(cancellation, [outcomes[job_id] for job_id in cancellation.job_ids])
         with self._lock:
             self._cancelling -= len(batch)
             self._changed.notify_all()
@@ -137,11 +137,11 @@ class Sender(threading.Thread):
         """What is ready for one script call: submissions of one service, or cancellations; nothing at `next_at`."""
         with self._lock:
             while not self._closed and not self._ready:
-                left_s = None if next_at is None else next_at - time.monotonic()
-                if left_s is not None and left_s <= 0:
+                wait_s = None if next_at is None else next_at - time.monotonic()
+                if wait_s is not None and wait_s <= 0:
                     return []
                 self._waits = True
-                self._changed.wait(left_s)
+                self._changed.wait(wait_s)
                 self._waits = False
             if not self._closed:
                 self._linger()
@@ -152,7 +152,7 @@ class Sender(threading.Thread):
             if not self._ready:
                 return batch
             jobs, size = first.jobs, first.size
-            while self._ready and _alike(after := self._ready[0], first):
+            while self._ready and _share_a_call(after := self._ready[0], first):
                 jobs, size = jobs + after.jobs, size + after.size
                 if jobs > MAX_JOBS_PER_CALL or size > MAX_BYTES_PER_CALL:
                     break
@@ -168,7 +168,7 @@ class Sender(threading.Thread):
             return
         self._lock.release()
         try:
-            wake_chain.after(missing, LINGER_S)
+            wake_chain.wait_for(missing, LINGER_S)
         finally:
             self._lock.acquire()
 
@@ -181,20 +181,20 @@ class Sender(threading.Thread):
             log.exception("a refusal could not be handed to its caller")
 
 
-def _tell(cancellation: Cancellation, outcomes: Sequence[CancelOutcome] | MillstreamError) -> None:
+def _report(cancellation: Cancellation, outcomes: Sequence[CancelOutcome] | MillstreamError) -> None:
     try:
-        cancellation.told(outcomes)
+        cancellation.report(outcomes)
     except Exception:
         log.exception("the outcome of a cancellation could not be handed to its caller")
 
 
-def _alike(one: Submission | Cancellation, other: Submission | Cancellation) -> bool:
+def _share_a_call(one: Submission | Cancellation, other: Submission | Cancellation) -> bool:
     if isinstance(one, Cancellation) and isinstance(other, Cancellation) and one.call != other.call:
         return False
     return type(one) is type(other) and one.service == other.service
 
 
-def _ours(error: Exception) -> MillstreamError:
+def _as_own_error(error: Exception) -> MillstreamError:
     if isinstance(error, MillstreamError):
         return error
     return BrokerUnavailable(f"cancel failed: {type(error).__name__}: {error}")

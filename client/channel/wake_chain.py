@@ -17,7 +17,7 @@ SLOW_S = 0.0004
 """A woken thread runs after 0.15 ms in the mean where the others only call. Where they compute between calls it takes
 longer, up to 5 ms for each (sys.getswitchinterval), and whoever is not woken yet does not even stand in the queue."""
 
-CROWD_S = 1.0
+ALL_AT_ONCE_S = 1.0
 """Then so long all are woken at once, as they would be without us."""
 
 _WEIGHT = 0.01
@@ -35,7 +35,7 @@ class WakeChain:
         self._lock = threading.RLock()
         self._due: deque[threading.Lock] = deque()
         self._waking: threading.Lock | None = None
-        self._woken_at = self._crowd_until = 0.0
+        self._woken_at = self._all_at_once_until = 0.0
         self._mean_s = -_CREDIT_S
 
     def after_fork(self) -> None:
@@ -50,24 +50,24 @@ class WakeChain:
         return len(self._due) + (self._waking is not None)
 
     def wake(self, waiters: Iterable[threading.Lock]) -> None:
-        """Wake these, in order, after those that are due already. Each must say when it `left`."""
+        """Wake these, in order, after those that are due already. each must then call `leave`."""
         with self._lock:
             self._due.extend(waiters)
             if self._waking is None:
                 self._wake_next()
 
-    def left(self, waiter: threading.Lock) -> None:
+    def leave(self, waiter: threading.Lock) -> None:
         """`waiter` sleeps no more, woken or not, and nobody will wake it from now on: the next one's turn."""
         with self._lock:
             if waiter is self._waking:
-                self._ran(time.monotonic())
+                self._note_run(time.monotonic())
                 self._wake_next()
             elif waiter in self._due:
                 # It ran out of patience first: the one before it may be slow, or lost in an interrupt.
                 self._due.remove(waiter)
                 self._wake_next()
 
-    def after(self, threads: int, timeout: float) -> None:
+    def wait_for(self, threads: int, timeout: float) -> None:
         """Sleep until so many of those that are due run, or all of them; for `timeout` seconds at most."""
         turn = threading.Lock()
         turn.acquire()
@@ -83,16 +83,16 @@ class WakeChain:
             elif turn in self._due:
                 self._due.remove(turn)
 
-    def _ran(self, now: float) -> None:
+    def _note_run(self, now: float) -> None:
         """The thread that was woken last runs `now`."""
         took = min(now - self._woken_at, _LONGEST_S)
         self._mean_s += _WEIGHT * (took - self._mean_s)
         if self._mean_s > SLOW_S:
-            self._mean_s, self._crowd_until = -_CREDIT_S, now + CROWD_S
+            self._mean_s, self._all_at_once_until = -_CREDIT_S, now + ALL_AT_ONCE_S
 
     def _wake_next(self) -> None:
         self._waking, self._woken_at = None, time.monotonic()
-        if self._woken_at < self._crowd_until:
+        if self._woken_at < self._all_at_once_until:
             while self._due:
                 self._due.popleft().release()
         elif self._due:
