@@ -1,4 +1,4 @@
-"""The jobs of one call: sent a window at a time, answered, sent again if they ran out of time, given up together."""
+"""Transfer of one call's jobs: sends a window of them at a time, and sends timed-out ones again."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from millstream.client.services import Known
 from millstream.client.split import Part
 
 EXPLAIN_S = 0.25
-"""Seconds after its time that a call waits at most for the server to say why it is late."""
+"""Seconds after its deadline that a call waits at most to learn from the server why it is late."""
 
 
 class _SentJob(NamedTuple):
-    """A job in flight, sent at `at`, monotonic seconds."""
+    """Job in flight, which was sent at `at`, monotonic seconds."""
 
     part: Part
     at: float
 
 
 class Transfer:
-    """One call's jobs, as the sink of the channel. Wakes `waiters` and calls `listeners` when rows have an outcome."""
+    """Sends one call's jobs and is their sink. Wakes `waiters` and calls `listeners` when rows get an outcome."""
 
     def __init__(
         self,
@@ -68,16 +68,16 @@ class Transfer:
         self._channel = channel
         self._watch = watch
         self._terms = terms
-        # A copy: what the caller does to its list later is not for us.
+        # A copy, because the caller may change its list later.
         self._inputs = list(inputs)
         self._unsent = deque(parts)
         self._in_flight: dict[str, _SentJob] = {}
         self._sendable = self.rows.missing
         self._end = None if terms.timeout is None else began + terms.timeout
         self._progress = progress
-        # To be begun is progress, too: a map begins its later calls long after its first.
+        # The start of a call counts as progress: a map starts its later calls long after its first.
         progress.at = max(progress.at, began)
-        # Most calls have one job, which needs no window.
+        # None until the call needs a window: most calls have only one job.
         self._flow: Flow | None = None
         self._looked_at = began
         self._explain_by: float | None = None
@@ -92,8 +92,8 @@ class Transfer:
     # -- sending -----------------------------------------------------------------------------------------------
 
     def pump(self) -> None:
-        """Send what the window has room for."""
-        # The channel's turn too is under the lock: a cancellation must not overtake what it cancels.
+        """Sends as many jobs as the window has room for."""
+        # Submits under the lock: the cancellation of a job must not reach the channel before the job.
         with self.lock:
             drafts: list[Draft] = []
             window = self._window() if len(self._unsent) + len(self._in_flight) > 1 else 1
@@ -114,20 +114,23 @@ class Transfer:
         return self._flow.window(self._watch.live(self._terms.service, self.pump))
 
     def _submissions(self, drafts: Sequence[Draft]) -> list[Submission]:
-        """One a job, each waiting out refusals by itself; if the call does not wait, one for all, accepted or not."""
+        """Returns one submission for each job, which waits for room by itself.
+
+        If the call does not wait for room, returns one submission for all jobs, which are accepted or refused together.
+        """
         terms = self._terms
         tenant = terms.tenant if terms.rate_per_tenant else ""
         submissions = []
         for together in [[draft] for draft in drafts] if terms.wait else [drafts]:
             first = together[0]
-            # No other one of them: the call is charged with the first job that it drafts, or drafts again.
+            # The rate limit counts a call once, with its first job, or with the job that replaces it.
             calls = int(first.id == self._charged_with)
             group = Group(terms.priority, together, calls, terms.replicated, refusals=calls)
             submissions.append(Submission(terms.service, group, self, first.deadline if terms.wait else 0.0, tenant))
         return submissions
 
     def _draft(self, part: Part) -> Draft | None:
-        """The job that carries `part`; None, and its rows have their error, if it cannot be encoded."""
+        """Returns the job that carries `part`. If it cannot be encoded, its rows get the error and None is returned."""
         terms, now = self._terms, time.monotonic()
         own_end = None if terms.total_timeout is None else now + terms.total_timeout
         end = self._end if self._end is not None else own_end
@@ -139,7 +142,7 @@ class Transfer:
         except (TypeError, ValueError, RecursionError) as error:
             self._place([part], InvalidRequest(f"cannot be sent: {described(error)}"))
             return None
-        # The call is charged with its first job; if that was never accepted, with the next one.
+        # The call is charged with its first job; if that one was never accepted, with the next one.
         self._charged_with = self._charged_with or job_id
         self._first_id = ""
         self._in_flight[job_id] = _SentJob(part, now)
@@ -148,7 +151,7 @@ class Transfer:
     # -- the channel's side ------------------------------------------------------------------------------------
 
     def answered(self, job_id: str, reply: bytes) -> None:
-        """A job's reply came. Called by the channel."""
+        """Stores a job's reply and sends the next jobs. Called by the channel."""
         outcome: Reply | MillstreamError
         try:
             outcome = decode_reply(reply)
@@ -161,7 +164,10 @@ class Transfer:
             self.pump()
 
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
-        """Jobs were not accepted, or nobody listens for their answers any more. Called by the channel."""
+        """Ends jobs that were not accepted, or whose answers can no longer be read; sends them again if allowed.
+
+        Called by the channel.
+        """
         with self.lock:
             jobs = [self._in_flight.pop(job_id) for job_id in job_ids if job_id in self._in_flight]
             again = [each for each in jobs if self._may_run_again(each, error)]
@@ -169,7 +175,7 @@ class Transfer:
             self._unsent.extendleft(each.part for each in again)
             if self._charged_with in job_ids:
                 self._charged_with = ""
-                # Its other jobs would run for a call that the limit on calls has refused.
+                # The call was to be charged with this job. Without the charge its other jobs must not run.
                 lost += self._take_in_flight() if lost else []
             if lost and not isinstance(error, DeadlineExceeded):
                 # Unsent jobs would fail for the same reason, so they get the same outcome.
@@ -190,7 +196,7 @@ class Transfer:
         self._place([job.part], outcome)
 
     def _may_run_again(self, job: _SentJob, error: MillstreamError) -> bool:
-        """Whether a job that ran out of time goes on with its call: others were answered since it was sent."""
+        """Returns whether a job that was late or refused is sent again: other jobs were answered since it was sent."""
         if self._end is not None or self._progress.at <= job.at:
             return False
         if isinstance(error, DeadlineExceeded):
@@ -206,14 +212,14 @@ class Transfer:
 
     def _tell(self) -> None:
         if self.waiters:
-            # First: an interrupt must not leave them to be woken twice.
+            # Emptied before the wake-up: after an interrupt no waiter may be woken twice.
             waiters, self.waiters = self.waiters, []
             wake_chain.wake(waiters)
         for listener in list(self.listeners):
             listener()
 
     def _take_in_flight(self) -> list[Part]:
-        """The parts of all jobs in flight, which are cancelled."""
+        """Cancels all jobs in flight and returns their parts."""
         jobs, self._in_flight = self._in_flight, {}
         if jobs:
             with suppress(BrokerUnavailable):
@@ -225,10 +231,13 @@ class Transfer:
         self._unsent.clear()
         return parts
 
-    # -- the end of its time -----------------------------------------------------------------------------------
+    # -- the deadline ------------------------------------------------------------------------------------------
 
     def expires_at(self) -> float | None:
-        """When the call is late: its verdict is due, its time is over, or nothing was answered for too long."""
+        """Returns when to call `expire`, monotonic seconds; None if the call has no limit.
+
+        While the server is being asked why the call is late, it is the end of that wait.
+        """
         if self._explain_by is not None:
             return self._explain_by
         if self._end is not None:
@@ -240,7 +249,7 @@ class Transfer:
         return None
 
     def expire(self, now: float) -> None:
-        """Ask, without waiting, why the call is late; or end it, if it has waited for the answer long enough."""
+        """Asks the server, without waiting, why the call is late; ends the call if the answer takes over EXPLAIN_S."""
         if self._explain_by is None:
             self._explain_by = now + EXPLAIN_S
             self._watch.explain(self._terms.service, self._end_if_late)
@@ -248,7 +257,7 @@ class Transfer:
             self._end_if_late(self._watch.last_known(self._terms.service))
 
     def _end_if_late(self, known: Known) -> None:
-        """End the call, if it is still late, with what is known of its service."""
+        """Ends the call if it is still late, with an error that depends on the state of its service."""
         with self.lock:
             if self._explain_by is None:
                 return
@@ -262,11 +271,11 @@ class Transfer:
                 self._give_up(known)
 
     def _give_up(self, known: Known) -> None:
-        """Give each row its error: why its job was not accepted, if it waits for that, else why the service is late."""
+        """Gives each row its error: the last refusal if its job was not accepted yet, else why the service is late."""
         jobs, self._in_flight = self._in_flight, {}
         refusals = {job_id: self._channel.refusal_of(job_id) for job_id in jobs}
         with suppress(BrokerUnavailable):
-            # Nobody waits: off the queue, where dead work would keep others out.
+            # No caller waits for these jobs any more: they must not take room in the queue.
             self._channel.cancel(Cancellation(self._terms.service, list(jobs), lambda outcomes: None))
         for job_id, each in jobs.items():
             self._place([each.part], refusals[job_id] or known.why_late(each.at))
@@ -274,7 +283,10 @@ class Transfer:
         self._place(self._take_unsent(), refusal or known.why_late())
 
     def drop(self, report: Callable[[Sequence[CancelOutcome] | MillstreamError], None]) -> bool:
-        """Give every row that is not answered its Cancelled, and cancel what was sent; False if nothing was."""
+        """Cancels the jobs in flight; rows without an outcome get Cancelled. Returns False if no job was in flight.
+
+        `report` gets the outcomes of the cancellation. If it returns False, `report` is not called.
+        """
         with self.lock:
             jobs, self._in_flight = self._in_flight, {}
             self._place(
