@@ -1,4 +1,4 @@
-"""Calling services through the queue. Needs no torch.
+"""Clients that call services through the queue. Needs no torch.
 
 `client.embed(texts)` and `client.rerank(query, documents)` use one `Client()` for the whole process, made at the first
 call.
@@ -39,20 +39,20 @@ __all__ = [
 
 @functools.cache
 def default() -> Client:
-    """The process's own Client, found as `Client()` finds its server."""
+    """Returns the one Client of this process, made at the first call. It finds its server as `Client()` does."""
     return Client()
 
 
 def embed(texts: str | Sequence[str], **options: Any) -> Embeddings:
-    """`default().embed(texts, ...)`: see Client.embed."""
+    """Calls `default().embed(texts, ...)`: see Client.embed."""
     return default().embed(texts, **options)
 
 
 def call(service: str, payload: object, **options: Any) -> Any:
-    """`default().call(service, payload, ...)`: see Client.call."""
+    """Calls `default().call(service, payload, ...)`: see Client.call."""
     return default().call(service, payload, **options)
 
 
 def rerank(query: str, documents: Sequence[str], **options: Any) -> Ranking:
-    """`default().rerank(query, documents, ...)`: see Client.rerank."""
+    """Calls `default().rerank(query, documents, ...)`: see Client.rerank."""
     return default().rerank(query, documents, **options)

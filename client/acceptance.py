@@ -1,4 +1,4 @@
-"""Handing jobs to the server whose answers nobody here waits for: a page at a time, as room appears."""
+"""Acceptance of a detached call: its jobs are submitted page by page, as the queue has room."""
 
 from __future__ import annotations
 
@@ -13,114 +13,121 @@ from millstream.broker.contract.job import Draft
 from millstream.broker.queue.submission import Submission
 
 ROOM_S = 60.0
-"""Seconds without an acceptance after which the rest is given up."""
+"""Seconds without an accepted job after which the call is given up."""
 
 PAGE = 64
-"""Jobs that are handed over together: the calls of other threads must not wait behind all of a large call."""
+"""Jobs that are submitted together: the calls of other threads must not wait for all jobs of a large call."""
 
 GRACE_S = 0.25
-"""Seconds after their time within which the refusal of jobs is waited for: a server that answers is quicker."""
+"""Seconds to wait for a refusal after the jobs' deadline. A server that answers takes less."""
 
 
 class Outlet(Protocol):
-    """The part of a channel that is needed here."""
+    """Part of a channel that an Acceptance uses."""
 
-    def leave(self, submissions: Sequence[Submission]) -> None: ...
+    def submit_detached(self, submissions: Sequence[Submission]) -> None: ...
 
     def refusal_of(self, job_id: str) -> MillstreamError | None: ...
 
 
 class Acceptance:
-    """The jobs of one detached call on their way to the server. Is their sink; thread-safe.
+    """Sink of the jobs of one detached call, which submits them and waits until all are accepted. Thread-safe.
 
-    `submission` makes one of a draft, to be given up at a moment, monotonic seconds. `deadline` is when the call ends.
+    `make_submission(draft, until, sink)` returns the submission of one job, which is given up at `until`. `deadline`
+    is when the call ends. Both are monotonic seconds.
     """
 
     def __init__(
         self,
         channel: Outlet,
         drafts: Sequence[Draft],
-        submission: Callable[[Draft, float, Acceptance], Submission],
+        make_submission: Callable[[Draft, float, Acceptance], Submission],
         deadline: float | None,
     ) -> None:
         self._channel = channel
-        self._submission = submission
+        self._make_submission = make_submission
         self._deadline = deadline
         self._drafts = {draft.id: draft for draft in drafts}
-        self._later = deque(drafts)
-        self._left: set[str] = set()
+        self._unsubmitted = deque(drafts)
+        self._pending: set[str] = set()
         self._lock = threading.RLock()
         self._over = threading.Event()
         self._listener: Callable[[], None] = lambda: None
         self._last = time.monotonic()
         self._error: MillstreamError | None = None
-        self._leave_more()
+        self._submit_more()
 
     @property
     def ends_at(self) -> float:
-        """When to stop waiting, monotonic seconds."""
+        """Time at which to stop waiting, monotonic seconds."""
         return self._until() + GRACE_S
 
     @property
     def over(self) -> bool:
-        """Whether `check` says how it ended."""
+        """Whether all jobs are accepted, or the call is given up: `check` then raises or returns."""
         return self._over.is_set() or time.monotonic() >= self.ends_at
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """Call `listener`, from any thread, when it is over."""
+        """Calls `listener`, from any thread, when the acceptance is over."""
         self._listener = listener
         if self._over.is_set():
             listener()
 
     def wait(self) -> None:
-        """Block until every job is accepted. Raises the refusal; BrokerUnavailable if the server is silent."""
+        """Blocks until every job is accepted.
+
+        Raises the refusal of a job, or BrokerUnavailable if the server does not answer in time.
+        """
         while not self.over:
             self._over.wait(max(0.0, self.ends_at - time.monotonic()))
         self.check()
 
     def check(self) -> None:
-        """Raises as `wait`, once it is over."""
+        """Raises as `wait` does. To be called when the acceptance is over."""
         if self._error:
             raise self._error
         if not self._over.is_set():
-            waiting = next(iter(self._left), "")
+            waiting = next(iter(self._pending), "")
             raise self._channel.refusal_of(waiting) or BrokerUnavailable("the server did not accept the jobs in time")
 
     # -- the channel's side ------------------------------------------------------------------------------------
 
     def accepted(self, job_id: str) -> None:
-        """The server has this job."""
+        """Notes that the server has accepted this job, and submits the next page if it was the last of its page."""
         with self._lock:
             self._last = time.monotonic()
-            self._left.discard(job_id)
+            self._pending.discard(job_id)
             self._drafts.pop(job_id, None)
-            if not self._left:
-                self._leave_more()
+            if not self._pending:
+                self._submit_more()
 
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
-        """These jobs were given up: they are handed over again if others were accepted meanwhile."""
+        """Submits these refused jobs again if the error allows it and there is time left; ends the call otherwise.
+
+        Each acceptance of another job gives ROOM_S more, up to the deadline.
+        """
         with self._lock:
-            again = [self._drafts[job_id] for job_id in job_ids if job_id in self._left]
+            again = [self._drafts[job_id] for job_id in job_ids if job_id in self._pending]
             if error.retryable and time.monotonic() < self._until() and not self._over.is_set():
-                self._leave(again)
+                self._submit(again)
             elif again:
                 self._end(error)
 
     def answered(self, job_id: str, reply: bytes) -> None:
-        """Not called: the answers of detached jobs are kept on the server."""
+        """Does nothing, and is never called: the answers of detached jobs stay on the server."""
 
-    def _leave_more(self) -> None:
-        page = [self._later.popleft() for _ in range(min(PAGE, len(self._later)))]
+    def _submit_more(self) -> None:
+        page = [self._unsubmitted.popleft() for _ in range(min(PAGE, len(self._unsubmitted)))]
         if page:
-            self._leave(page)
+            self._submit(page)
         else:
             self._end(None)
 
-    def _leave(self, page: Sequence[Draft]) -> None:
-        self._left.update(draft.id for draft in page)
+    def _submit(self, page: Sequence[Draft]) -> None:
+        self._pending.update(draft.id for draft in page)
         until = self._until()
         try:
-            self._channel.leave([self._submission(draft, until, self) for draft in page])
+            self._channel.submit_detached([self._make_submission(draft, until, self) for draft in page])
         except MillstreamError as error:
             self._end(error)
 

@@ -1,4 +1,4 @@
-"""The async client: awaits the same calls over the same channel. Cancelling an awaiting task cancels its jobs."""
+"""Client for asyncio: the same calls over the same channel, awaited. Cancelling an awaiting task cancels its jobs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class AsyncHandle:
-    """A submitted call, awaitable: `await handle` is `await handle.result()`."""
+    """Handle of a submitted call, awaitable: `await handle` is `await handle.result()`."""
 
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
@@ -39,32 +39,31 @@ class AsyncHandle:
 
     @property
     def rows_done(self) -> int:
-        """Rows that have their outcome, for a progress bar."""
+        """Number of rows that have their outcome, for a progress bar."""
         return self._handle.rows_done
 
     def __await__(self) -> Generator[Any, None, Embeddings | list[Json]]:
         return self.result().__await__()
 
     async def result(self, timeout: float | None = None) -> Embeddings | list[Json]:
-        """As Handle.result. Cancelling the awaiting task cancels the call."""
+        """Does as Handle.result. Cancelling the awaiting task cancels the call."""
         await self._settled(timeout)
         return self._handle.result(0)
 
     async def outcomes(self, timeout: float | None = None) -> list[RowOutcome]:
-        """As Handle.outcomes."""
+        """Does as Handle.outcomes. Cancelling the awaiting task cancels the call."""
         await self._settled(timeout)
         return self._handle.outcomes(0)
 
     async def cancel(self) -> bool:
-        """As Handle.cancel."""
-        told = _Changed()
-        wake = listener(told.set)
-        cancelling = self._handle.begin_cancel(wake)
-        await told.wait(CANCEL_S if cancelling.asked else 0.0)
-        return cancelling.word()
+        """Does as Handle.cancel."""
+        reported = _Changed()
+        cancelling = self._handle.begin_cancel(listener(reported.set))
+        await reported.wait(CANCEL_S if cancelling.asked else 0.0)
+        return cancelling.result()
 
     def cancel_soon(self) -> None:
-        """As Handle.cancel_soon."""
+        """Does as Handle.cancel_soon."""
         self._handle.cancel_soon()
 
     async def _settled(self, timeout: float | None) -> None:
@@ -78,12 +77,12 @@ class AsyncHandle:
 
 
 async def _first_ready(handles: Sequence[Handle], until: float | None = None) -> int | None:
-    """The place of a call that is complete, waiting for one; None if `until` (monotonic seconds) comes first."""
+    """Waits for a complete call and returns its index in `handles`; None if `until` (monotonic seconds) comes first."""
     changed = _Changed()
-    told = listener(changed.set)
+    wake = listener(changed.set)
     try:
         for handle in handles:
-            handle.listen(told)
+            handle.listen(wake)
         while True:
             for place, handle in enumerate(handles):
                 if handle.ready:
@@ -98,11 +97,11 @@ async def _first_ready(handles: Sequence[Handle], until: float | None = None) ->
             await changed.wait(max(0.0, min(moments) - now) if moments else None)
     finally:
         for handle in handles:
-            handle.unlisten(told)
+            handle.unlisten(wake)
 
 
 class _Changed:
-    """An asyncio.Event for one who waits, with a timeout, at half its price: every awaited call comes here."""
+    """Event for one waiting task, with a timeout. Costs half of asyncio.Event, and every awaited call uses one."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -110,13 +109,13 @@ class _Changed:
         self._waiter: asyncio.Future[None] | None = None
 
     def set(self) -> None:
-        """In the loop."""
+        """Sets the event and wakes the task. Must be called in the loop."""
         self._set = True
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
 
     async def wait(self, timeout: float | None) -> None:
-        """Sleep until it was set since the last wait, or for `timeout` seconds."""
+        """Waits for the event, at most `timeout` seconds; returns at once if it was set since the last wait."""
         if not self._set:
             self._waiter = self._loop.create_future()
             timer = None if timeout is None else self._loop.call_later(timeout, self.set)
@@ -129,9 +128,9 @@ class _Changed:
 
 
 class AsyncClient:
-    """Client for asyncio, with the same arguments and errors. Thousands of calls may be awaited at once.
+    """Client for asyncio, with the same arguments and errors as Client. Thousands of calls may be awaited at once.
 
-    Safe to use from several event loops; threads of its own talk to the server, so no call blocks the loop.
+    Safe to use from several event loops. Its own threads talk to the server, so no call blocks the loop.
     """
 
     _local: Local | None = None
@@ -148,7 +147,7 @@ class AsyncClient:
         replace: bool = False,
         timeout: float | None = START_S,
     ) -> Self:
-        """As Client.local: `async with await AsyncClient.local("config.yaml") as client`."""
+        """Does as Client.local: `async with await AsyncClient.local("config.yaml") as client`."""
         stack = await asyncio.to_thread(Local.start, config, data_dir=data_dir, replace=replace, timeout=timeout)
         client = cls(stack.url, prefix=stack.prefix)
         client._local = stack
@@ -170,7 +169,7 @@ class AsyncClient:
         normalize: bool | None = None,
         encoding: Encoding = "float32",
     ) -> Embeddings:
-        """As Client.embed."""
+        """Does as Client.embed."""
         texts = cast(Sequence[str], plain(texts))
         single = isinstance(texts, str)
         options = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding).json()
@@ -194,10 +193,10 @@ class AsyncClient:
         scores: Scores | None = None,
         instruction: str | None = None,
     ) -> Ranking:
-        """As Client.rerank."""
-        asked = question(query, top_n, scores, instruction, truncate)
+        """Does as Client.rerank."""
+        options = question(query, top_n, scores, instruction, truncate)
         texts = copied(documents)
-        opts = CallOptions(priority, timeout, wait, tenant, asked, op="rerank")
+        opts = CallOptions(priority, timeout, wait, tenant, options, op="rerank")
         handle = await self._start(service, cast(Sequence[Json], texts), opts)
         return Ranking.of(await AsyncHandle(handle).result(), top_n, texts if return_documents else None)
 
@@ -212,7 +211,7 @@ class AsyncClient:
         tenant: str = "",
         **options: Json,
     ) -> AsyncHandle:
-        """As Client.submit."""
+        """Does as Client.submit."""
         return AsyncHandle(await self._start(service, inputs, CallOptions(priority, timeout, wait, tenant, options)))
 
     async def call(
@@ -225,7 +224,7 @@ class AsyncClient:
         wait: bool = True,
         tenant: str = "",
     ) -> Any:
-        """As Client.call."""
+        """Does as Client.call."""
         rows = cast(Sequence[Json], [payload])
         handle = await self._start(service, rows, CallOptions(priority, timeout, wait, tenant))
         return (await AsyncHandle(handle).result())[0]
@@ -242,7 +241,10 @@ class AsyncClient:
         results: Results = "values",
         **options: Json,
     ) -> AsyncGenerator[Any, None]:
-        """As Client.map, for async iterables too. To cancel the rest at once, `aclose` it (as contextlib.aclosing)."""
+        """Does as Client.map, and takes async iterables too.
+
+        To cancel the rest at once, call `aclose` of the generator, or use contextlib.aclosing.
+        """
         window = check_map(window, results)
         opts = CallOptions(priority, None, True, tenant, options)
         count, size = chunking(window)
@@ -274,27 +276,27 @@ class AsyncClient:
         idempotency_key: str | None = None,
         **options: Json,
     ) -> Detached:
-        """As Client.submit_detached; ask the result's methods in a thread, for instance with asyncio.to_thread."""
+        """Does as Client.submit_detached. The methods of Detached block: call them with asyncio.to_thread."""
         opts = CallOptions(priority, timeout, True, tenant, options)
         opts = opts.checked()
         until = opts.until(time.monotonic())
         rows, opts = frozen(inputs, opts)
         spec = await self._spec(service, until)
-        asked = self._calls.asked(spec, rows, opts, until, idempotency_key)
+        request = self._calls.detached_request(spec, rows, opts, until, idempotency_key)
         try:
-            return await _entered(asked.begin(self._calls, asked.per_job))
+            return await _entered(request.begin(self._calls, request.per_job))
         except InvalidRequest:
-            per_job = await self._in_thread(asked.accepted_per_job, self._calls)
-            if per_job in (None, asked.per_job):
+            per_job = await self._in_thread(request.accepted_per_job, self._calls)
+            if per_job in (None, request.per_job):
                 raise
-            return await _entered(asked.begin(self._calls, per_job))
+            return await _entered(request.begin(self._calls, per_job))
 
     def job(self, job_id: str) -> Detached:
-        """As Client.job; the same holds for its methods."""
+        """Does as Client.job. The methods of Detached block: call them with asyncio.to_thread."""
         return Detached.find(self._calls, job_id)
 
     async def close(self) -> None:
-        """As Client.close."""
+        """Does as Client.close."""
         await self._in_thread(self._calls.close)
         if self._local:
             await self._in_thread(self._local.stop)
@@ -310,41 +312,41 @@ class AsyncClient:
     async def _start(
         self, service: str | None, inputs: Sequence[Json], opts: CallOptions, progress: Progress | None = None
     ) -> Handle:
-        """As Calls.start, waiting for the server without a thread."""
+        """Does as Calls.start, but awaits the server instead of blocking a thread."""
         opts = opts.checked()
         began = time.monotonic()
         until = opts.until(began)
         services = self._calls.services
-        name = service or services.remembered(MODEL_TYPES[opts.op])
+        name = service or services.known_only(MODEL_TYPES[opts.op])
         spec = services.known(name) if name else None
         if spec is None or spec.runtime.enable_cache:
-            # While this waits the caller may change what it gave.
+            # The caller may change its inputs while this waits for the server.
             inputs, opts = frozen(inputs, opts)
         if name is None:
             name = await _answer(services.ask_only(MODEL_TYPES[opts.op]), until)
         if spec is None:
             spec = await self._spec(name, until)
         cached = spec.runtime.enable_cache
-        hits = await arrival(partial(self._calls.recall_soon, spec, inputs, opts)) if cached else NO_HITS
+        hits = await arrival(partial(self._calls.read_cache_soon, spec, inputs, opts)) if cached else NO_HITS
         return self._calls.begin(spec, inputs, opts, hits, began, progress)
 
     async def _spec(self, service: str, until: float | None) -> ServiceSpec:
-        """As Services.read."""
+        """Does as Services.read."""
         services = self._calls.services
-        return services.known(service) or (await _answer(services.opts(service), until)).spec
+        return services.known(service) or (await _answer(services.ask(service), until)).spec
 
     async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._calls.executor, partial(function, *args))
 
 
 async def _entered(entering: Entering) -> Detached:
-    """As Entering.accepted."""
+    """Does as Entering.accepted."""
     changed, acceptance = _Changed(), entering.acceptance
     acceptance.listen(listener(changed.set))
     try:
         while not acceptance.over:
             await changed.wait(max(0.0, acceptance.ends_at - time.monotonic()))
-        # It waits for nothing now.
+        # The acceptance is over, so this does not block.
         return entering.accepted()
     except BaseException:
         entering.give_up()
@@ -352,10 +354,10 @@ async def _entered(entering: Entering) -> Detached:
 
 
 async def _answer(question: Question[T], until: float | None) -> T:
-    """As Question.wait and Question.answer."""
+    """Does as Question.wait, then Question.answer."""
     changed = _Changed()
-    told = listener(changed.set)
-    question.future.add_done_callback(lambda future: told())
+    wake = listener(changed.set)
+    question.future.add_done_callback(lambda future: wake())
     await changed.wait(question.wait_s(until))
     return question.answer()
 
@@ -383,7 +385,7 @@ async def _each(inputs: Iterable[Json] | AsyncIterable[Json]) -> AsyncIterator[J
 async def _collected(
     under_way: list[tuple[int, Handle]], ordered: bool, results: Results
 ) -> AsyncIterator[tuple[int, RowOutcome]]:
-    """The rows of one call: the oldest, or, if order does not matter, the first that is complete."""
+    """Yields the rows of one call: the oldest, or the first that is complete if the order does not matter."""
     handles = [handle for _, handle in under_way]
     place = await _first_ready(handles[:1] if ordered else handles) or 0
     first, handle = under_way[place]

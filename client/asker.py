@@ -1,4 +1,4 @@
-"""Questions to the server that many calls share: one thread asks, and no call waits longer than it wants to."""
+"""Questions to the server that many calls share: one thread asks, and each call waits no longer than its timeout."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from millstream.client.channel.requests import NO_THREAD, client_closed
 
 T = TypeVar("T")
 
-PATIENCE_S = 0.25
-"""Seconds a call waits for a newer answer if it has an older one. A healthy server answers within milliseconds."""
+REFRESH_WAIT_S = 0.25
+"""Seconds that a call waits for a new answer if it has an older one. A healthy server answers within milliseconds."""
 
 IDLE_S = 2.0
-"""Seconds without a question after which the thread that asks ends; the next question starts another."""
+"""Seconds without a question after which the thread ends; the next question starts another."""
 
 
 class Question(Generic[T]):
-    """One question under way. `before` is an older answer, if there is one."""
+    """Question that waits for its answer. `before` is an older answer, if there is one."""
 
     def __init__(self, before: T | None) -> None:
         self.future: Future[T] = Future()
@@ -32,20 +32,20 @@ class Question(Generic[T]):
         self._asked_at = time.monotonic()
 
     def wait_s(self, until: float | None) -> float | None:
-        """Seconds to wait for the answer from now; None for as long as the server's own time-outs last."""
+        """Returns the seconds to wait for the answer from now. None means as long as the connection's own timeouts."""
         now = time.monotonic()
         limits = [] if until is None or until == math.inf else [until]
-        limits += [] if self._before is None else [self._asked_at + PATIENCE_S]
+        limits += [] if self._before is None else [self._asked_at + REFRESH_WAIT_S]
         return max(0.0, min(limits) - now) if limits else None
 
     def wait(self, until: float | None) -> None:
-        """Block for `wait_s`, or until the answer is there."""
+        """Blocks until the answer is there, at most `wait_s(until)` seconds."""
         wait([self.future], self.wait_s(until))
 
     def answer(self) -> T:
-        """The answer, or the older one if the server is away or slow.
+        """Returns the answer, or the older one if the server cannot be reached or is slow.
 
-        Raises the question's error; BrokerUnavailable if there is no answer at all.
+        Raises the question's error, or BrokerUnavailable if there is neither a new nor an older answer.
         """
         if self.future.done():
             try:
@@ -54,7 +54,7 @@ class Question(Generic[T]):
                 if self._before is None:
                     raise copy.copy(error) from None
             except MillstreamError as error:
-                # One of its own for each caller: a raised error keeps its caller's frames alive.
+                # A copy for each caller: a raised error keeps its caller's frames alive.
                 raise copy.copy(error) from None
         if self._before is None:
             raise BrokerUnavailable("the server did not answer in time", hint="it is overloaded, frozen or cut off")
@@ -62,17 +62,17 @@ class Question(Generic[T]):
 
 
 class Asker:
-    """Asks questions on a thread of its own, one at a time; the same question is under way once. Thread-safe.
+    """Asks questions on its own thread, one at a time; calls with equal questions share one. Thread-safe.
 
-    The thread is a daemon: a process ends though the server it asks is frozen.
+    The thread is a daemon, so a process can end while the server that it asks is frozen.
     """
 
     def __init__(self) -> None:
         self.after_fork()
 
     def after_fork(self) -> None:
-        """In a forked child: a thread and a lock of its own."""
-        # Of the kind that its holder may take again: a signal's handler may come in between, and call.
+        """Gives a forked child its own thread and lock."""
+        # Reentrant: a signal handler may interrupt the thread that holds the lock, and make a call.
         self._lock = threading.RLock()
         self._under_way: dict[Hashable, Question[Any]] = {}
         self._new: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -80,11 +80,11 @@ class Asker:
         self._closed = False
 
     def close(self) -> None:
-        """Ask nothing any more; a question under way goes on."""
+        """Refuses new questions. A question that is being asked goes on."""
         self._closed = True
 
-    def opts(self, key: Hashable, action: Callable[[], T], before: T | None) -> Question[T]:
-        """The question `key` that is under way, or a new one that `action` answers. Returns at once."""
+    def ask(self, key: Hashable, action: Callable[[], T], before: T | None) -> Question[T]:
+        """Returns, at once, the open question `key`, or a new one, which `action` answers in the thread."""
         with self._lock:
             question = self._under_way.get(key)
             if question is None:
@@ -95,7 +95,7 @@ class Asker:
             return question
 
     def _start(self, task: Callable[[], None]) -> MillstreamError | None:
-        """Have `task` run by the thread, under the lock; why it cannot be."""
+        """Gives `task` to the thread; returns an error if it cannot run. Called under the lock."""
         if self._closed:
             return client_closed()
         self._new.put(task)
@@ -125,7 +125,7 @@ class Asker:
             answer = action()
         except MillstreamError as ours:
             error = ours.with_traceback(None)
-        except Exception as other:  # noqa: BLE001 - all that wait hear of it; the thread serves the next
+        except Exception as other:  # noqa: BLE001 - all callers get it, and the thread answers the next question
             error = MillstreamError(f"the client cannot read the service: {described(other)}")
         with self._lock:
             self._under_way.pop(key, None)

@@ -1,4 +1,4 @@
-"""Rows that were answered before are not sent again: their answers are looked up in the service's cache."""
+"""Cache reader: finds the answers of rows that were answered before, so that these rows are not sent again."""
 
 from __future__ import annotations
 
@@ -19,31 +19,34 @@ from millstream.broker.transport.connection import Connection
 log = logging.getLogger(__name__)
 
 LOOK_UP_S = 0.25
-"""Seconds, of the call's own time, after which a look-up is given up: the rows are computed instead. For as long after
-it none is tried."""
+"""Seconds after which a look-up is given up and the rows are computed instead; part of the call's timeout.
+
+For the same time after a failed look-up no other one is tried.
+"""
 
 AT_ONCE = 4
-"""Blocking calls that look up at once, each on its own connection: more threads would only wait for one another."""
+"""Blocking look-ups that run at the same time, each on its own connection: more threads would only wait for each
+other."""
 
 IDLE_S = 1.0
-"""Seconds without a question after which the thread that looks up for event loops ends; the next one starts another."""
+"""Seconds without a question after which the thread that serves event loops ends; the next question starts another."""
 
 
 @dataclass(slots=True, eq=False)
 class _Question:
-    """Rows of one call (row -> text), whose kept answers `told` gets, by row, from any thread."""
+    """Rows of one call (row -> text). `deliver` gets their cached answers, by row, from any thread."""
 
     service: str
     cache_key: CacheKey
     texts: Mapping[int, str]
     options: Mapping[str, Json]
-    told: Callable[[dict[int, Cached]], object]
+    deliver: Callable[[dict[int, Cached]], object]
     once: list[str] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
     found: list[Cached | None] = field(default_factory=list)
 
     def name(self) -> None:
-        """Find the names of the answers. A text that comes twice is asked for once."""
+        """Computes the digests, the answers' names in the cache. Equal texts are looked up once."""
         self.once = list(dict.fromkeys(self.texts.values()))
         self.digests = self.cache_key.digests(self.once, self.options)
 
@@ -59,50 +62,50 @@ class _Question:
 
 
 class CacheReader:
-    """Looks up kept answers; thread-safe. A server that does not answer has none."""
+    """Reads cached answers. Thread-safe. If the server does not answer in time, every row counts as a miss."""
 
     def __init__(self, connection: Connection, registry: Registry) -> None:
         self._connection = connection
         self._registry = registry
-        self.begin()
+        self.after_fork()
 
-    def begin(self) -> None:
-        """Also in a forked child: a client and a thread of its own."""
+    def after_fork(self) -> None:
+        """Gives a forked child its own connections, lock and thread."""
         self._client = self._connection.within(LOOK_UP_S)
         self._free = threading.Semaphore(AT_ONCE)
         self._not_before = 0.0
         self._lock = threading.Lock()
         self._gatherer: _Gatherer | None = None
 
-    def rows(
+    def read(
         self, service: str, cache_key: CacheKey, texts: Mapping[int, str], options: Mapping[str, Json]
     ) -> dict[int, Cached]:
-        """The kept answers of `texts` (row -> text), by row. Waits for the server."""
-        question = _Question(service, cache_key, texts, options, told=len)
+        """Returns the cached answers of `texts` (row -> text), by row. Waits for the server."""
+        question = _Question(service, cache_key, texts, options, deliver=len)
         question.name()
         with self._free:
             question.found += self._look_up(service, question.digests)
         return question.rows()
 
-    def soon(
+    def read_soon(
         self,
         service: str,
         cache_key: CacheKey,
         texts: Mapping[int, str],
         options: Mapping[str, Json],
-        told: Callable[[dict[int, Cached]], object],
+        deliver: Callable[[dict[int, Cached]], object],
     ) -> None:
-        """As `rows`, but returns at once: `told` gets the answers, from another thread."""
-        question = _Question(service, cache_key, texts, options, told)
+        """Does as `read`, but returns at once: `deliver` gets the answers, from another thread."""
+        question = _Question(service, cache_key, texts, options, deliver)
         with self._lock, suppress(RuntimeError):
-            if self._gatherer is None or not self._gatherer.opts(question):
+            if self._gatherer is None or not self._gatherer.ask(question):
                 gatherer = _Gatherer(self._look_up)
-                gatherer.opts(question)
+                gatherer.ask(question)
                 gatherer.start()
                 self._gatherer = gatherer
             return
-        # No thread could be started: the rows are computed.
-        told({})
+        # No thread could be started, so every row is a miss and is computed.
+        deliver({})
 
     def _look_up(self, service: str, digests: Sequence[str]) -> Sequence[Cached | None]:
         if time.monotonic() < self._not_before:
@@ -115,18 +118,18 @@ class CacheReader:
 
 
 class _Gatherer(threading.Thread):
-    """Looks up what many calls of event loops ask for in one command. Ends after IDLE_S without a question."""
+    """Thread that looks up the rows of many async calls in one command. Ends after IDLE_S without a question."""
 
     def __init__(self, look_up: Callable[[str, Sequence[str]], Sequence[Cached | None]]) -> None:
-        super().__init__(name="millstream-recall", daemon=True)
+        super().__init__(name="millstream-cache-reader", daemon=True)
         self._look_up = look_up
         self._new: queue.SimpleQueue[_Question] = queue.SimpleQueue()
         self._open: deque[_Question] = deque()
         self._lock = threading.Lock()
         self._ended = False
 
-    def opts(self, question: _Question) -> bool:
-        """Answer `question` soon; False if this thread has ended."""
+    def ask(self, question: _Question) -> bool:
+        """Queues `question` for an answer; returns False if this thread has ended."""
         with self._lock:
             if not self._ended:
                 self._new.put(question)
@@ -137,7 +140,7 @@ class _Gatherer(threading.Thread):
             self._answer()
 
     def _gather(self) -> bool:
-        """Take what was asked; False if nothing was for IDLE_S."""
+        """Takes the queued questions; returns False if there was none for IDLE_S."""
         with suppress(queue.Empty):
             if not self._open:
                 self._open.append(_named(self._new.get(timeout=IDLE_S)))
@@ -148,14 +151,14 @@ class _Gatherer(threading.Thread):
             return not self._ended
 
     def _answer(self) -> None:
-        """Ask the server for one share of the questions, and tell those that are complete."""
+        """Looks up one share of the questions, and delivers the answers of those that are complete."""
         share = self._share()
         digests = [digest for question, size in share for digest in question.digests[len(question.found) :][:size]]
         try:
             found = self._look_up(share[0][0].service, digests) if digests else []
         except Exception:
-            # This thread serves all calls: whatever happened, their rows are computed instead.
-            log.exception("looking up kept answers failed")
+            # The thread must go on, since it serves all calls. These rows are misses and are computed.
+            log.exception("looking up cached answers failed")
             found = [None] * len(digests)
         at = 0
         for question, size in share:
@@ -164,10 +167,13 @@ class _Gatherer(threading.Thread):
             if question.missing:
                 self._open.append(question)
             else:
-                _tell(question)
+                _deliver(question)
 
     def _share(self) -> list[tuple[_Question, int]]:
-        """Questions about one service, and how many names of each, CHUNK in all: those of long lists take turns."""
+        """Returns questions about one service with the number of digests to look up for each, CHUNK in all.
+
+        A question with more rows than fit goes to the end of the queue, so long questions take turns.
+        """
         share: list[tuple[_Question, int]] = []
         room, others = CHUNK, list[_Question]()
         while self._open and room:
@@ -186,13 +192,13 @@ def _named(question: _Question) -> _Question:
     try:
         question.name()
     except Exception:
-        # Its rows have no names, and are computed.
-        log.exception("naming kept answers failed")
+        # Rows without digests are misses and are computed.
+        log.exception("computing the names of cached answers failed")
     return question
 
 
-def _tell(question: _Question) -> None:
+def _deliver(question: _Question) -> None:
     try:
-        question.told(question.rows())
+        question.deliver(question.rows())
     except Exception:
-        log.exception("a call could not be told of its kept answers")
+        log.exception("cached answers could not be delivered to a call")

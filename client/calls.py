@@ -1,4 +1,4 @@
-"""From a call's arguments to jobs under way: what the blocking and the async client share."""
+"""Calls: the code that the blocking and the async client share, from a call's arguments to its jobs in flight."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from millstream.broker.transport.connection import Connection
 from millstream.client.cache_reader import CacheReader
 from millstream.client.channel.channel import Channel
 from millstream.client.channel.coalescing import Coalescer
-from millstream.client.detached import Asked, Detached
+from millstream.client.detached import Detached, DetachedRequest
 from millstream.client.handle import Handle
 from millstream.client.job_terms import JobTerms, Progress
 from millstream.client.rerank import check_question
@@ -38,6 +38,8 @@ from millstream.client.services import Services, op_of
 from millstream.client.split import Part, estimate_tokens, split, split_evenly, split_once
 
 MAX_ROW_BYTES = 512 * 1024
+"""Bytes that one row may have at most, with those that the model reads beside it."""
+
 NO_HITS: Mapping[int, Cached] = MappingProxyType({})
 _TEXTS, _LISTS = (str, bytes), (list, Sequence, np.ndarray)
 _TENANT = re.compile(r"[A-Za-z0-9_.-]{0,64}")
@@ -50,9 +52,9 @@ _PRIORITIES: Mapping[str, Priority] = {str(each): each for each in Priority}
 
 
 class CallOptions(NamedTuple):
-    """What a caller may say about a call. `timeout` in seconds, for all of it; `options` go to the model.
+    """Options of a call. `timeout` is in seconds, for the whole call; `options` go to the model.
 
-    `op` is the operation that the service must run; an empty one is whatever it does.
+    `op` is the operation that the service must run; if it is empty, the service's own operation runs.
     """
 
     priority: PriorityName = "normal"
@@ -63,11 +65,11 @@ class CallOptions(NamedTuple):
     op: str = ""
 
     def until(self, began: float) -> float | None:
-        """When the time of a call is over that began at `began`, monotonic seconds."""
+        """Returns when the timeout of a call that began at `began` is over; both in monotonic seconds."""
         return None if self.timeout is None else began + self.timeout
 
     def checked(self) -> CallOptions:
-        """The same, with Python's own values in the place of NumPy's. Raises InvalidRequest."""
+        """Returns a valid copy, with Python values instead of NumPy's. Raises InvalidRequest if a value is wrong."""
         opts = self if _is_plain(self) else self._plain()
         opts._check()
         return opts
@@ -83,25 +85,25 @@ class CallOptions(NamedTuple):
         if self.timeout is not None and not (_is_number(self.timeout) and self.timeout > 0):
             raise InvalidRequest(f"timeout={self.timeout!r} is not a number of seconds above 0")
         if not (isinstance(self.tenant, str) and _TENANT.fullmatch(self.tenant)):
-            raise InvalidRequest(f"tenant={self.tenant!r}", hint="at most 64 of A-Z a-z 0-9 _ . -")
+            raise InvalidRequest(f"tenant={self.tenant!r} is not valid", hint="at most 64 of A-Z a-z 0-9 _ . -")
         if self.options:
             self._check_options()
 
     def _check_options(self) -> None:
         truncate = self.options.get("truncate", "none")
         if truncate not in _TRUNCATES:
-            raise InvalidRequest(f"truncate={truncate!r}", hint=f"one of {', '.join(_TRUNCATES)}")
+            raise InvalidRequest(f"truncate={truncate!r} is not valid", hint=f"one of {', '.join(_TRUNCATES)}")
         try:
             encode_inputs([], self.options)
         except (TypeError, ValueError, RecursionError) as error:
-            raise InvalidRequest(f"options that JSON cannot carry: {error}") from error
+            raise InvalidRequest(f"options must be JSON values: {error}") from error
 
 
 _PLAIN_TYPES = frozenset({str, int, float, bool, type(None)})
 
 
 def _is_plain(opts: CallOptions) -> bool:
-    """Whether nothing needs to be converted; asked at each call."""
+    """Returns whether no value needs to be converted. A fast check, since every call runs it."""
     if opts.options and not _PLAIN_TYPES.issuperset(map(type, opts.options.values())):
         return False
     return type(opts.timeout) in _PLAIN_TYPES and type(opts.wait) in _PLAIN_TYPES and type(opts.tenant) in _PLAIN_TYPES
@@ -112,7 +114,7 @@ def _is_number(value: object) -> bool:
 
 
 class Calls:
-    """One process's calls to one server. Survives os.fork: the child gets an identity and threads of its own."""
+    """All calls of one client to one server. Survives os.fork: the child gets its own client id and threads."""
 
     def __init__(self, url: str | None, prefix: str | None) -> None:
         target = find_target(url, prefix, os.environ)
@@ -124,48 +126,48 @@ class Calls:
         self._cache_reader = CacheReader(self.connection, self.registry)
         _living.add(self)
         self.executor = _executor()
-        # Not at exit: threads that wait then end with the process, and say nothing.
+        # Not at exit: waiting daemon threads then end with the process, without errors.
         weakref.finalize(self, _close, self.channel, self.services).atexit = False
 
     def start(
         self, service: str | None, inputs: Sequence[Json], opts: CallOptions, progress: Progress | None = None
     ) -> Handle:
-        """Send `inputs`, one a row, and return at once. Without a `service` it is the only one that runs `opts.op`.
+        """Sends `inputs`, one row each, and returns at once. `service` None means the only one that runs `opts.op`.
 
         Raises InvalidRequest, UnknownService, BrokerUnavailable.
         """
         opts = opts.checked()
-        # The clock starts here: reading the service, too, waits for the server.
+        # The timeout starts here, because reading the service can wait for the server.
         began = time.monotonic()
         until = opts.until(began)
         spec = self.services.read(service or self.services.only(MODEL_TYPES[opts.op], until), until)
-        hits = self.recall(spec, inputs, opts) if spec.runtime.enable_cache else {}
+        hits = self.read_cache(spec, inputs, opts) if spec.runtime.enable_cache else {}
         return self.begin(spec, inputs, opts, hits, began, progress)
 
-    def recall(self, spec: ServiceSpec, inputs: Sequence[Json], opts: CallOptions) -> Mapping[int, Cached]:
-        """What the cache of a service that was read has for `inputs`, by row; nothing if the server is too slow.
+    def read_cache(self, spec: ServiceSpec, inputs: Sequence[Json], opts: CallOptions) -> Mapping[int, Cached]:
+        """Returns the cached answers of `inputs`, by row; no answers if the server is too slow.
 
-        Waits for the server: LOOK_UP_S at most for each CHUNK of rows.
+        Waits for the server: at most LOOK_UP_S for each CHUNK of rows.
         """
-        cache_key, texts = self._kept_rows(spec, inputs)
-        return self._cache_reader.rows(spec.name, cache_key, texts, opts.options) if cache_key and texts else {}
+        cache_key, texts = self._cacheable_rows(spec, inputs)
+        return self._cache_reader.read(spec.name, cache_key, texts, opts.options) if cache_key and texts else {}
 
-    def recall_soon(
+    def read_cache_soon(
         self,
         spec: ServiceSpec,
         inputs: Sequence[Json],
         opts: CallOptions,
-        told: Callable[[Mapping[int, Cached]], object],
+        deliver: Callable[[Mapping[int, Cached]], object],
     ) -> None:
-        """Hand what `recall` finds to `told`, from another thread. Returns at once."""
-        cache_key, texts = self._kept_rows(spec, inputs)
+        """Does as `read_cache`, but returns at once: `deliver` gets the answers, from another thread."""
+        cache_key, texts = self._cacheable_rows(spec, inputs)
         if cache_key and texts:
-            self._cache_reader.soon(spec.name, cache_key, texts, opts.options, told)
+            self._cache_reader.read_soon(spec.name, cache_key, texts, opts.options, deliver)
         else:
-            told({})
+            deliver({})
 
-    def _kept_rows(self, spec: ServiceSpec, inputs: Sequence[Json]) -> tuple[CacheKey | None, dict[int, str]]:
-        """The recipe and texts, by row, of answers that may be kept; no recipe while the weights are unknown."""
+    def _cacheable_rows(self, spec: ServiceSpec, inputs: Sequence[Json]) -> tuple[CacheKey | None, dict[int, str]]:
+        """Returns the cache key and the texts, by row, of rows to look up; no key while the weights are unknown."""
         fingerprint = self.services.fingerprint(spec.name)
         sizes, _ = row_sizes(inputs)
         cache_key = CacheKey.of(spec, fingerprint, op_of(spec)) if fingerprint else None
@@ -180,9 +182,9 @@ class Calls:
         began: float | None = None,
         progress: Progress | None = None,
     ) -> Handle:
-        """As `start`, for a checked `opts`, a service that was read and what `recall` found: waits for nothing.
+        """Does as `start`, with checked `opts`, the service's spec and the cached answers `hits`. Does not block.
 
-        The call's time counts from `began`, monotonic seconds.
+        The call's timeout counts from `began`, monotonic seconds; None is now.
         """
         op, beside = checked(spec, opts)
         self.check_options(spec, opts.options)
@@ -193,7 +195,7 @@ class Calls:
             service=spec.name,
             op=op,
             priority=_PRIORITIES[opts.priority],
-            # A copy, too: a caller may change a list among them.
+            # A deep copy: the caller may change a list in the options.
             options=copy.deepcopy(opts.options) if opts.options else opts.options,
             timeout=opts.timeout,
             total_timeout=limits.total_timeout,
@@ -205,56 +207,61 @@ class Calls:
             rate_per_tenant=bool(opts.tenant) and spec.rate_per_tenant,
             idle_timeout=spec.runtime.total_timeout,
         )
-        # Where answers are kept, those of jobs under way are shared, too.
+        # If a service caches its answers, equal jobs in flight share theirs, too.
         channel = self._coalescer if spec.runtime.enable_cache else self.channel
         given: dict[int, MillstreamError | Cached] = {**refused, **hits} if refused or hits else {}
         return Handle(channel, terms, inputs, parts, given, self.services, began, progress, self)
 
     def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> None:
-        """Raises InvalidRequest for options that the model of `spec` would refuse for every row."""
+        """Raises InvalidRequest if the model of `spec` would refuse `options` for every row."""
         if options and spec.model.type == "embedding":
             EmbedOptions.read(options)
 
-    def leave(self, service: str, inputs: Sequence[Json], opts: CallOptions, idempotency_key: str | None) -> Detached:
-        """Client.submit_detached."""
+    def submit_detached(
+        self, service: str, inputs: Sequence[Json], opts: CallOptions, idempotency_key: str | None
+    ) -> Detached:
+        """Does as Client.submit_detached, with `opts`."""
         return Detached.submit(self, service, inputs, opts, idempotency_key)
 
-    def asked(
+    def detached_request(
         self,
         spec: ServiceSpec,
         inputs: Sequence[Json],
         opts: CallOptions,
         deadline: float | None,
         idempotency_key: str | None,
-    ) -> Asked:
-        """A detached call that may be begun. Raises InvalidRequest."""
-        return Asked.of(self, spec, inputs, opts, deadline, idempotency_key)
+    ) -> DetachedRequest:
+        """Returns a checked detached call that can be submitted. Raises InvalidRequest."""
+        return DetachedRequest.of(self, spec, inputs, opts, deadline, idempotency_key)
 
     def streams(self, service: str, within_s: float | None = None) -> Streams:
-        """The job streams of `service`, for calls that go past the channel.
+        """Returns the job streams of `service`, for commands that do not use the channel.
 
-        Their commands fail after `within_s` seconds without a byte from the server.
+        The commands fail after `within_s` seconds without a byte from the server.
         """
         client = self.connection.client if within_s is None else self.connection.within(within_s)
         return Streams(client, self.registry.keys(service))
 
     def close(self) -> None:
-        """End threads and connections. Calls under way in other threads get BrokerUnavailable."""
+        """Ends threads and connections. Calls that other threads wait for get BrokerUnavailable."""
         self.channel.flush(FLUSH_S)
         _close(self.channel, self.services)
 
     def after_fork(self) -> None:
-        """In a forked child: connections, threads and an identity of its own."""
+        """Gives a forked child its own connections, threads and client id."""
         self.connection.after_fork()
         self.channel.after_fork()
         self._coalescer.after_fork()
         self.services.after_fork()
         self.executor = _executor()
-        self._cache_reader.begin()
+        self._cache_reader.after_fork()
 
 
 def frozen(inputs: Sequence[Json], opts: CallOptions) -> tuple[Sequence[Json], CallOptions]:
-    """Copies of what a caller gave: it may change them while its call waits for the server. What is no list is kept."""
+    """Returns copies of a caller's inputs and options, which it may change while its call waits for the server.
+
+    Inputs that are not a list are returned as they are.
+    """
     if not _is_list(inputs):
         return inputs, opts
     rows = [row if isinstance(row, str) else _copied(row) for row in inputs]
@@ -264,14 +271,17 @@ def frozen(inputs: Sequence[Json], opts: CallOptions) -> tuple[Sequence[Json], C
 def _copied(row: Json) -> Json:
     try:
         return copy.deepcopy(row)
-    except Exception:  # noqa: BLE001 - whatever it is, it is no JSON, and becomes its row's error
+    except Exception:  # noqa: BLE001 - a row that cannot be copied is not JSON, and becomes its row's error
         return row
 
 
 def checked(spec: ServiceSpec, opts: CallOptions) -> tuple[str, int]:
-    """The operation of a call's jobs, and the bytes that are read with each row. Raises InvalidRequest."""
+    """Returns the operation of a call's jobs, and the UTF-8 bytes that the model reads beside each row.
+
+    Raises InvalidRequest if the service cannot run the call.
+    """
     op = op_of(spec)
-    # A user's own code may answer vectors.
+    # `embed` may call custom and echo services, because a user's own code may answer vectors.
     if opts.op and opts.op != op and not (opts.op == "embed" and op in ("call", "echo")):
         raise InvalidRequest(f"service {spec.name!r} is of type {spec.model.type!r}", hint=f"it cannot {opts.op}")
     return op, check_question(opts.options) if op == "rerank" else 0
@@ -280,10 +290,10 @@ def checked(spec: ServiceSpec, opts: CallOptions) -> tuple[str, int]:
 def cut(
     spec: ServiceSpec, inputs: Sequence[object], hits: Container[int] = (), beside: int = 0
 ) -> tuple[list[Part], dict[int, MillstreamError]]:
-    """The jobs a call becomes, without the rows of `hits`, and the rows that never travel.
+    """Splits a call into jobs, without the rows of `hits`. Returns the parts, and the errors of rows that are not sent.
 
-    A bad row costs its neighbours nothing. Where the service has a cache, a text that comes twice travels once.
-    `beside` is as in row_sizes.
+    A bad row does not affect other rows. If the service has a cache, equal texts are sent once. `beside` is as in
+    row_sizes.
     """
     sizes, refused = row_sizes(inputs, beside)
     rows, most_tokens = min(spec.runtime.batch_size, MAX_ROWS), spec.runtime.batch_tokens
@@ -296,16 +306,17 @@ def cut(
 
 
 def tokens_of(spec: ServiceSpec, sizes: Sequence[int]) -> int:
-    """About how many tokens rows of these sizes, UTF-8 bytes, have for the model of `spec`."""
+    """Estimates how many tokens rows of these sizes, UTF-8 bytes, have for the model of `spec`."""
     if spec.model.type == "custom":
         return spec.runtime.row_tokens * len(sizes)
     return sum(map(estimate_tokens, sizes))
 
 
 def outgoing(spec: ServiceSpec, inputs: Sequence[Json], options: Mapping[str, Json]) -> Sequence[Json]:
-    """The rows as they travel: of a custom service any JSON, encoded now, so that its caller may change it later.
+    """Returns the rows to send. Those of a custom service are encoded as JSON now, so the caller may change them later.
 
-    What JSON cannot carry becomes its row's error. Raises InvalidRequest if these are no rows, or options are given.
+    A payload that is not JSON becomes its row's error. For a custom service, raises InvalidRequest if `inputs` is not a
+    list, or if there are options.
     """
     if spec.model.type != "custom":
         return inputs
@@ -319,7 +330,7 @@ def outgoing(spec: ServiceSpec, inputs: Sequence[Json], options: Mapping[str, Js
 
 
 def _is_list(inputs: object) -> bool:
-    """Whether it has rows: an array without a dimension has none."""
+    """Returns whether `inputs` has rows. An array without a dimension has none."""
     return isinstance(inputs, _LISTS) and not isinstance(inputs, _TEXTS) and getattr(inputs, "ndim", 1) > 0
 
 
@@ -327,13 +338,14 @@ def _as_json(payload: object) -> JsonText | InvalidRequest:
     try:
         return encode_value(payload)
     except (TypeError, ValueError) as error:
-        return InvalidRequest(f"no JSON value: {error}"[:500], hint="convert it first")
+        return InvalidRequest(f"not a JSON value: {error}"[:500], hint="convert it first")
 
 
 def row_sizes(inputs: Sequence[object], beside: int = 0) -> tuple[dict[int, int], dict[int, MillstreamError]]:
-    """Each good row's size in UTF-8 bytes, each bad row's error. Raises InvalidRequest if `inputs` is no list.
+    """Returns the size in UTF-8 bytes of each good row, and the error of each bad row.
 
-    `beside` are bytes that the model reads with each row: a reranker's query.
+    `beside` is the number of bytes that the model reads with each row, such as a reranker's query. Raises
+    InvalidRequest if `inputs` is not a list.
     """
     if not _is_list(inputs):
         raise InvalidRequest(f"a list of strings is needed, not {type(inputs).__name__}")
@@ -349,9 +361,9 @@ def row_sizes(inputs: Sequence[object], beside: int = 0) -> tuple[dict[int, int]
 
 
 def vectors_of(result: Embeddings | list[Json], single: bool) -> Embeddings:
-    """A call's result as `embed` returns it: [rows, dim], [0, 0] for no rows, [dim] for a single text.
+    """Returns a call's result as `embed` does: [rows, dim], [0, 0] for no rows, [dim] for a single text.
 
-    Raises InvalidRequest if the model gives no vectors.
+    Raises InvalidRequest if the model answers other values than dense vectors.
     """
     if not isinstance(result, Embeddings):
         if result:
@@ -364,9 +376,7 @@ def vectors_of(result: Embeddings | list[Json], single: bool) -> Embeddings:
 
 
 def _size(text: object, beside: int) -> int | MillstreamError:
-    """The size in UTF-8 bytes of a text, or of a row that is JSON already, with those `beside` it; or why it cannot
-    travel.
-    """
+    """Returns the size in UTF-8 bytes of a text or an encoded row, plus `beside`; an error if it cannot be sent."""
     if not isinstance(text, str):
         if isinstance(text, MillstreamError):
             return text
@@ -381,7 +391,7 @@ def _size(text: object, beside: int) -> int | MillstreamError:
 
 
 def _most_jobs(spec: ServiceSpec) -> int:
-    """Jobs one call keeps in flight at most: never most of the queue."""
+    """Returns how many jobs one call keeps in flight at most: never more than a quarter of the queue."""
     return max(1, min(spec.runtime.max_queue_size // 4, MAX_JOBS_PER_CALL))
 
 
@@ -389,10 +399,10 @@ _living: weakref.WeakSet[Calls] = weakref.WeakSet()
 
 
 EXECUTOR_THREADS = 8
-"""Of the async client: for the few things that wait for the server and have no answer to listen for."""
+"""Threads of the async client, for the few blocking calls that have no asynchronous form."""
 
 FLUSH_S = 1.0
-"""Seconds the end of a client, or of its process, waits at most until its last cancellations are sent."""
+"""Seconds that a client which is being closed, or its process at exit, waits at most to send its last cancellations."""
 
 
 def _close(channel: Channel, services: Services) -> None:
@@ -401,7 +411,7 @@ def _close(channel: Channel, services: Services) -> None:
 
 
 def _executor() -> ThreadPoolExecutor:
-    # Not asyncio's default one: its few threads are everybody's.
+    # Not asyncio's default executor: other libraries use its few threads, too.
     return ThreadPoolExecutor(EXECUTOR_THREADS, thread_name_prefix="millstream-async")
 
 
@@ -411,7 +421,7 @@ def _forked() -> None:
 
 
 def _flush() -> None:
-    """At exit: jobs that were cancelled a moment ago must not run for nobody."""
+    """Sends the last cancellations at exit, so that workers do not run cancelled jobs."""
     until = time.monotonic() + FLUSH_S
     for calls in list(_living):
         calls.channel.flush(max(0.0, until - time.monotonic()))

@@ -1,4 +1,4 @@
-"""The blocking client: thread-safe, one channel a process behind it."""
+"""Blocking client: thread-safe, with one channel to the server."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from millstream.client.result import Embeddings
 class Client:
     """Calls services through the queue.
 
-    Without `url` it takes MILLSTREAM_REDIS_URL, then ./config.yaml, then the server of a local `millstream up`.
-    Raises ConfigError or BrokerUnavailable if none of them says where the queue is; connects on the first call.
+    Without `url` it uses MILLSTREAM_REDIS_URL, then ./config.yaml, then the server of a local `millstream up`. It
+    connects on the first call.
+
+    Raises ConfigError or BrokerUnavailable if none of them names a server.
     """
 
     _local: Local | None = None
@@ -41,16 +43,16 @@ class Client:
         replace: bool = False,
         timeout: float | None = START_S,
     ) -> Self:
-        """A client with a server and workers of its own: `millstream up CONFIG` in a child process.
+        """Returns a client with its own server and workers: `millstream up CONFIG` in a child process.
 
-        Returns when the workers of every service are ready, for which they have `timeout` seconds. `close`, the end of
-        a `with` block and the end of this process, even by kill -9, end them all within seconds; what they held stays
-        in the queue. `data_dir` is where the server keeps the queue, by default where `millstream up` keeps it; give it
-        a temporary folder for a queue that leaves nothing behind. If a server runs on it already, or a URL is
-        configured, that one is used and left running, with workers of this client's own. `replace` changes services
-        that are registered with other settings.
+        Returns when the workers of every service are ready, after at most `timeout` seconds. `close`, the end of a
+        `with` block and the end of this process, even by kill -9, end the server and the workers within seconds; their
+        unfinished jobs stay in the queue. `data_dir` is the folder of the server's data, by default that of
+        `millstream up`; use a temporary folder if no data should remain. If a server runs on it already, or a URL is
+        configured, that server is used and not stopped, with this client's own workers. `replace` changes services that
+        are registered with other settings.
 
-        Raises what `millstream up` would say: ConfigError, ModelUnavailable, BrokerUnavailable; NoWorkers after
+        Raises the errors of `millstream up`: ConfigError, ModelUnavailable, BrokerUnavailable; NoWorkers after
         `timeout`, with the last messages.
         """
         stack = Local.start(config, data_dir=data_dir, replace=replace, timeout=timeout)
@@ -74,19 +76,20 @@ class Client:
         normalize: bool | None = None,
         encoding: Encoding = "float32",
     ) -> Embeddings:
-        """Vectors of `texts`, float32 [len(texts), dim] in the order given; [dim] for a single str.
+        """Returns the vectors of `texts`, float32 [len(texts), dim], in the order given; [dim] for a single str.
 
-        Without more they are what the model's `encode` gives for each text. `input_type` "query" or "document" gives
-        what its `encode_query` or `encode_document` does, with the model's own prompts; `prompt` stands before each
-        text instead of those. `dimensions` keeps the first so many of each vector, made a unit vector again if the
-        model gives unit vectors; `normalize` True makes one of any, False leaves the cut one as it is. `encoding`
-        "float16" gives float16, "binary" uint8 [len(texts), ceil(dim / 8)]: a bit for each number, set if it is
-        above zero, as ubinary of sentence-transformers. Models with sparse vectors answer `submit` and `map`.
+        By default they are those of the model's `encode`. `input_type` "query" or "document" gives those of its
+        `encode_query` or `encode_document`, with the model's own prompts; `prompt` replaces these prompts.
+        `dimensions` is the number of leading dimensions to keep; the shorter vectors are scaled to unit length again
+        if the model's vectors have it. `normalize` True scales all vectors to unit length; False does not scale the
+        shorter ones. `encoding` "float16" gives float16; "binary" gives uint8 [len(texts), ceil(dim / 8)]: one bit for
+        each number, set if it is above zero, as ubinary of sentence-transformers. For models with sparse vectors, use
+        `submit` or `map`.
 
-        `service` may be left out if one embedding service is registered. `timeout` is seconds for the whole call;
-        without it the call ends when nothing of it was answered for the service's total_timeout. `wait=False` raises
-        QueueFull at once instead of waiting for room. `truncate` "start" or "end" cuts texts that are too long, and
-        reports them in `.truncated`.
+        `service` may be omitted if exactly one embedding service is registered. `timeout` is in seconds, for the whole
+        call; without it the call ends if none of its jobs was answered for the service's total_timeout. `wait=False`
+        raises QueueFull at once instead of waiting for room. `truncate` "start" or "end" cuts texts that are too long;
+        `.truncated` of the result lists them.
 
         Raises DeadlineExceeded, NoWorkers, QueueFull (with retry_after, seconds), InvalidRequest, InputTooLong,
         UnknownService, BrokerUnavailable; PartialFailure (errors by index) if only some texts failed.
@@ -114,18 +117,20 @@ class Client:
         scores: Scores | None = None,
         instruction: str | None = None,
     ) -> Ranking:
-        """`documents` by how well they answer `query`, the best first: index, score and document each, at most `top_n`.
+        """Ranks `documents` by how well they answer `query`. Returns at most `top_n` of them, the best first.
 
-        `document` is None unless `return_documents`. `scores` are what the model gives by itself, "raw" what it gives
-        before a sigmoid, "sigmoid" between 0 and 1. `instruction` tells a generative reranker what to look for.
-        `truncate` cuts documents that are too long with their query, never the query. `service` may be left out if
-        one reranker service is registered; the rest is as in `embed`, errors too: PartialFailure has the other
-        documents' scores as its results, by index.
+        Each has an index, a score and, if `return_documents` is True, its document. By default `scores` are the
+        model's own; "raw" gives them before a sigmoid, "sigmoid" between 0 and 1. `instruction` tells a generative
+        reranker how to judge. `truncate` cuts documents that are too long together with the query, never the query.
+        `service` may be omitted if exactly one reranker service is registered. The other arguments are those of
+        `embed`.
+
+        Raises as `embed` does; the results of PartialFailure are the scores of the other documents, by index.
         """
-        asked = question(query, top_n, scores, instruction, truncate)
+        options = question(query, top_n, scores, instruction, truncate)
         texts = copied(documents)
         handle = self._calls.start(
-            service, cast(Sequence[Json], texts), CallOptions(priority, timeout, wait, tenant, asked, op="rerank")
+            service, cast(Sequence[Json], texts), CallOptions(priority, timeout, wait, tenant, options, op="rerank")
         )
         return Ranking.of(handle.finish(), top_n, texts if return_documents else None)
 
@@ -140,11 +145,12 @@ class Client:
         tenant: str = "",
         **options: Json,
     ) -> Handle:
-        """Send `inputs`, one a row, and return at once; the handle's `result` waits. Raises as `embed` does.
+        """Sends `inputs`, one row each, and returns at once; the handle's `result` waits. Raises as `embed` does.
 
-        `options` go to the model: of an embedding service those of `embed`, from `truncate` on; of a reranker `query`,
-        which it must have, `truncate`, `scores` and `instruction`. A sparse embedding model answers
-        {"indices": [...], "values": [...]} for each text, by rising index. The rows of a custom service are any JSON.
+        `options` go to the model. An embedding service takes `truncate`, `input_type`, `prompt`, `dimensions`,
+        `normalize` and `encoding` of `embed`; a reranker takes `query`, which is required, `truncate`, `scores` and
+        `instruction`. A sparse embedding model answers {"indices": [...], "values": [...]} for each text, by rising
+        index. A row of a custom service is any JSON value.
         """
         return self._calls.start(service, inputs, CallOptions(priority, timeout, wait, tenant, options))
 
@@ -158,10 +164,10 @@ class Client:
         wait: bool = True,
         tenant: str = "",
     ) -> Any:
-        """The result of one `payload`: what the service's function gave for it, JSON or a vector, float32 [dim].
+        """Returns what the service's function returned for `payload`: a JSON value or a vector, float32 [dim].
 
-        A custom service takes any JSON; what JSON cannot carry is InvalidRequest. Raises as `embed` does, and
-        ModelFailed if the function failed on this payload.
+        A custom service takes any JSON value. Raises InvalidRequest if `payload` is not JSON, ModelFailed if the
+        function failed on it, and otherwise as `embed` does.
         """
         rows = cast(Sequence[Json], [payload])
         return self._calls.start(service, rows, CallOptions(priority, timeout, wait, tenant)).finish()[0]
@@ -178,11 +184,11 @@ class Client:
         results: Results = "values",
         **options: Json,
     ) -> Generator[Any, None, None]:
-        """The result of each input, for an iterable of any length, with at most about `window` rows under way.
+        """Yields the result of each input, for an iterable of any length, with at most about `window` rows in flight.
 
-        In the inputs' order, or with `ordered=False` as (index, result) pairs as they come. A row that fails raises its
-        error; with `results="outcomes"` the error is yielded in its place. Ending the iteration, by an error or by the
-        generator's `close`, cancels the rest.
+        Results come in the order of the inputs, or with `ordered=False` as (index, result) pairs as soon as they are
+        there. A row that fails raises its error; with `results="outcomes"` the error is yielded instead. If the
+        iteration ends early, by an error or by the generator's `close`, the rest is cancelled.
         """
         opts = CallOptions(priority, None, True, tenant, options)
         progress = Progress()
@@ -199,26 +205,28 @@ class Client:
         idempotency_key: str | None = None,
         **options: Json,
     ) -> Detached:
-        """Send `inputs` and leave: the results wait in Redis for any process that asks by the id.
+        """Submits `inputs` as a detached call. Its results stay in Redis for any process that has its id.
 
-        They live until `result_ttl` after the last one. Blocks until the server has accepted all of it. A second
-        submission under the same `idempotency_key` is the first one; with other inputs or options it is InvalidRequest.
-        Raises QueueFull, InvalidRequest, UnknownService, BrokerUnavailable.
+        The results expire `result_ttl` after the last one. Blocks until the server has accepted all jobs. A second
+        submission with the same `idempotency_key` returns the first call.
+
+        Raises QueueFull, UnknownService, BrokerUnavailable, and InvalidRequest, also if the key was used with other
+        inputs or options.
         """
         opts = CallOptions(priority, timeout, True, tenant, options)
-        return self._calls.leave(service, inputs, opts, idempotency_key)
+        return self._calls.submit_detached(service, inputs, opts, idempotency_key)
 
     def job(self, job_id: str) -> Detached:
-        """A detached call by its id, from any process. Raises InvalidRequest if it is no such id."""
+        """Returns the detached call with this id, in any process. Raises InvalidRequest if it is not such an id."""
         return Detached.find(self._calls, job_id)
 
     @property
     def stray_replies(self) -> int:
-        """Replies that came for no waiting call: after its timeout, or read twice around a cut connection."""
+        """Number of replies that no call waited for: they came after its timeout, or twice after a cut connection."""
         return self._calls.channel.stray_replies
 
     def close(self) -> None:
-        """End the client's threads and connections. Calls under way in other threads get BrokerUnavailable."""
+        """Ends the client's threads and connections. Calls that other threads wait for get BrokerUnavailable."""
         self._calls.close()
         if self._local:
             self._local.stop()

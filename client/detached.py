@@ -1,4 +1,4 @@
-"""Calls that outlive their caller: submitted, left, and asked for later by id from any process."""
+"""Detached calls: they go on without the process that submitted them. Any process gets the results by the call's id."""
 
 from __future__ import annotations
 
@@ -43,29 +43,31 @@ _ID = re.compile(
     r"(?P<service>[A-Za-z0-9][A-Za-z0-9_.-]{0,63}):(?P<rows>[1-9]\d{0,8})x(?P<per_job>[1-9]\d{0,3}):(?P<call>[0-9a-f]{32})"
 )
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.005, 0.5
+"""Seconds between the first two looks for results, and between the last ones of a long wait."""
+
 _LOOK_UP = 128
-"""Jobs whose replies one command reads: each may be as large as MAX_PART_BYTES."""
+"""Jobs whose replies one command reads. A reply may be as large as MAX_PART_BYTES."""
 
 LOOK_S = 0.25
-"""Seconds without a byte after which a look for results is given up, and tried again."""
+"""Seconds without a byte from the server after which a look for results is given up and tried again."""
 
 AWAY_S = 5.0
-"""Seconds the server may be away before a wait for results says so."""
+"""Seconds for which the server may be unreachable before a wait for results raises BrokerUnavailable."""
 
 MAX_JOBS = 100_000
-"""Of one detached call."""
+"""Jobs that one detached call has at most."""
 
 _PAYLOAD = re.compile(r"(?P<rows>\d+)x(?P<per_job>\d+) (?P<digest>[0-9a-f]*)")
-"""How the server knows what was submitted: shape and digest; no digest for calls without an idempotency key."""
+"""Payload that the server stores with a call: its shape and digest; no digest for calls without an idempotency key."""
 
 
 def id_of(service: str, rows: int, per_job: int, call: str) -> str:
-    """The id of a detached call: `service:rows x rows a job:call`. `call` is the id of its first job."""
+    """Returns the id of a detached call: `service:ROWSxROWS_PER_JOB:call`. `call` is the id of its first job."""
     return f"{service}:{rows}x{per_job}:{call}"
 
 
 class Detached:
-    """A detached call. Its `id` is all that another process needs."""
+    """Detached call. Another process needs only its `id`."""
 
     def __init__(self, calls: Calls, service: str, rows: int, per_job: int, call: str) -> None:
         self.id = id_of(service, rows, per_job, call)
@@ -82,7 +84,10 @@ class Detached:
 
     @classmethod
     def find(cls, calls: Calls, job_id: str) -> Detached:
-        """The call named by `job_id`; whether it is still there only its methods say. Raises InvalidRequest."""
+        """Returns the call with this id, without asking the server: its methods raise ResultExpired if it is gone.
+
+        Raises InvalidRequest if `job_id` is not an id of a detached call.
+        """
         match = _ID.fullmatch(job_id) if isinstance(job_id, str) else None
         if match is None:
             named = str(job_id)[:200]
@@ -95,40 +100,40 @@ class Detached:
     def submit(
         cls, calls: Calls, service: str, inputs: Sequence[Json], opts: CallOptions, idempotency_key: str | None
     ) -> Detached:
-        """Client.submit_detached."""
+        """Does as Client.submit_detached, with `opts`."""
         opts = opts.checked()
         began = time.monotonic()
         spec = calls.services.read(service, opts.until(began))
-        asked = calls.asked(spec, inputs, opts, opts.until(began), idempotency_key)
+        request = calls.detached_request(spec, inputs, opts, opts.until(began), idempotency_key)
         try:
-            return asked.begin(calls, asked.per_job).accepted()
+            return request.begin(calls, request.per_job).accepted()
         except InvalidRequest:
-            per_job = asked.accepted_per_job(calls)
-            if per_job in (None, asked.per_job):
+            per_job = request.accepted_per_job(calls)
+            if per_job in (None, request.per_job):
                 raise
-            # The key names this very payload, cut into jobs before the service's batch size was changed.
-            return asked.begin(calls, per_job).accepted()
+            # The same payload was submitted with this key before the service's batch size was changed.
+            return request.begin(calls, per_job).accepted()
 
     def done(self) -> bool:
-        """Whether `result` would return or raise at once. Raises ResultExpired, BrokerUnavailable."""
+        """Returns whether `result` would return or raise at once. Raises ResultExpired, BrokerUnavailable."""
         self._look(self._streams())
         return not self._missing()
 
     def result(self, timeout: float | None = None) -> Embeddings | list[Json]:
-        """The results in the order of the inputs, waiting for at most `timeout` seconds.
+        """Waits for at most `timeout` seconds and returns the results in the order of the inputs.
 
-        Raises as Handle.result, and ResultExpired if the results' lifetime is over or there never was such a call.
+        Raises as Handle.result does, and ResultExpired if the results have expired or there never was such a call.
         """
         self._wait(timeout)
         return self._collected().value((time.monotonic() - self._began) * 1000)
 
     def outcomes(self, timeout: float | None = None) -> list[RowOutcome]:
-        """Each row's result or error, as values."""
+        """Waits as `result` does, and returns each row's result or error as a value."""
         self._wait(timeout)
         return self._collected().outcomes()
 
     def cancel(self) -> bool:
-        """Stop what is not answered; True if no worker had taken any of it. Raises BrokerUnavailable."""
+        """Cancels all unanswered jobs. Returns True if no worker had claimed any. Raises BrokerUnavailable."""
         job_ids = list(self._parts)
         with translated(self._calls.connection.safe_url):
             outcomes = [
@@ -158,13 +163,13 @@ class Detached:
                 pause = min(_LAST_LOOK_S, pause * 1.5)
 
     def _look(self, streams: Streams) -> None:
-        """Collect the answers that have come. Raises ResultExpired, BrokerUnavailable."""
+        """Reads the answers that are there. Raises ResultExpired, BrokerUnavailable."""
         missing = self._missing()
         if not missing:
             return
         with translated(self._calls.connection.safe_url):
             submitted = streams.submitted(self._call)
-            # Of a call of another shape the id names jobs that nobody submitted.
+            # If the call has another shape than the id says, the id's job ids were never submitted.
             if submitted is None or not submitted.payload.startswith(self._shape):
                 raise ResultExpired(
                     f"no call {self.id!r}: its result has expired, or it was never submitted here",
@@ -182,7 +187,7 @@ class Detached:
         return [job_id for job_id in self._parts if job_id not in self._replies]
 
     def _collected(self) -> RowResults:
-        # Made anew each time: threads, and a forked child, may ask at once.
+        # New for each result: several threads, and a forked child, may ask at the same time.
         rows = RowResults(sum(len(part.rows) for part in self._parts.values()), {})
         for job_id, part in self._parts.items():
             rows.place(part, self._replies[job_id])
@@ -193,7 +198,7 @@ class Detached:
 
 
 class Entering:
-    """A detached call whose jobs are on their way to the server."""
+    """Detached call whose jobs are being submitted."""
 
     def __init__(self, detached: Detached, acceptance: Acceptance, withdraw: Callable[[], None]) -> None:
         self.acceptance = acceptance
@@ -201,9 +206,10 @@ class Entering:
         self._withdraw = withdraw
 
     def accepted(self) -> Detached:
-        """The call, once the server has all of it; waits for that. If it does not take all, nothing of it stays.
+        """Waits until the server has accepted all jobs, and returns the call. If it raises, the call is withdrawn.
 
-        But jobs of a call with an idempotency key stay: another client may wait for them, and a repeat completes it.
+        Jobs of a call with an idempotency key are not withdrawn: another client may wait for them, and the same call
+        again submits the missing ones.
         """
         try:
             self.acceptance.wait()
@@ -213,14 +219,17 @@ class Entering:
         return self._detached
 
     def give_up(self) -> None:
-        """Nobody will have this call."""
+        """Withdraws the call: its caller will not get it."""
         with suppress(BrokerUnavailable):
             self._withdraw()
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A detached call as its caller asked for it. `per_job` is how many rows a job has now."""
+class DetachedRequest:
+    """Checked request for a detached call. `per_job` is the number of rows that a job has at most now.
+
+    `call` is the id of the call: equal for equal services, tenants and idempotency keys, random without a key.
+    """
 
     spec: ServiceSpec
     op: str
@@ -242,8 +251,8 @@ class Asked:
         opts: CallOptions,
         deadline: float | None,
         idempotency_key: str | None,
-    ) -> Asked:
-        """Raises InvalidRequest."""
+    ) -> DetachedRequest:
+        """Checks the inputs and options of a detached call. Raises InvalidRequest."""
         from millstream.client.calls import checked, outgoing, row_sizes
 
         calls.check_options(spec, opts.options)
@@ -260,14 +269,14 @@ class Asked:
         return cls(spec, op, inputs, sizes, opts, deadline, idempotency_key, per_job)
 
     def __post_init__(self) -> None:
-        """`call` is the id of the call: the same for the same key."""
+        """Sets the call's id and digest."""
         named = f"{self.spec.name}\0{self.opts.tenant}\0{self.key}".encode()
         call = secrets.token_hex(16) if self.key is None else hashlib.sha256(named).hexdigest()[:32]
         object.__setattr__(self, "call", call)
         object.__setattr__(self, "digest", "" if self.key is None else self._digest())
 
     def begin(self, calls: Calls, per_job: int) -> Entering:
-        """Send its jobs, and return at once."""
+        """Submits its jobs, `per_job` rows each, and returns at once."""
         detached = Detached(calls, self.spec.name, len(self.inputs), per_job, self.call)
         drafts = self.drafts(detached._parts)
         acceptance = Acceptance(calls.channel, drafts, self._submission(drafts, per_job), self.deadline)
@@ -276,23 +285,24 @@ class Asked:
             job_ids = [draft.id for draft in drafts] if self.key is None else []
             for at in range(0, len(job_ids), MAX_JOBS_PER_CALL):
                 page = job_ids[at : at + MAX_JOBS_PER_CALL]
-                calls.channel.withdraw(Cancellation(self.spec.name, page, lambda outcomes: None, call=self.call))
+                calls.channel.cancel_detached(Cancellation(self.spec.name, page, lambda outcomes: None, call=self.call))
 
         return Entering(detached, acceptance, withdraw)
 
     def _digest(self) -> str:
-        """The name of what is asked for, however it is cut into jobs."""
+        """Returns a digest of operation, options and inputs. It does not depend on the rows per job."""
         digest = hashlib.sha256(json.dumps([self.op, dict(self.opts.options)], sort_keys=True).encode())
         for row in self.inputs:
             digest.update(b"\0" + encode_inputs([_sorted(row)], {}))
         return digest.hexdigest()[:32]
 
     def record(self, per_job: int, jobs: int) -> DetachedCall:
+        """Returns the record of the call that the server stores."""
         payload = f"{len(self.inputs)}x{per_job} {self.digest}"
         return DetachedCall(self.call, jobs, payload, max(1, round(self.spec.result_ttl * 1000)))
 
     def accepted_per_job(self, calls: Calls) -> int | None:
-        """Rows a job of this very payload, as it was accepted under its key; None if there is no such call."""
+        """Returns the rows per job with which this payload was accepted under its key; None if it was not."""
         if self.key is None:
             return None
         with translated(calls.connection.safe_url):
@@ -301,6 +311,7 @@ class Asked:
         return int(match["per_job"]) if match and match["digest"] == self.digest else None
 
     def drafts(self, parts: Mapping[str, Part]) -> list[Draft]:
+        """Returns the job of each part, by job id."""
         from millstream.client.calls import tokens_of
 
         return [
@@ -317,7 +328,10 @@ class Asked:
         ]
 
     def _submission(self, drafts: Sequence[Draft], per_job: int) -> Callable[[Draft, float, Acceptance], Submission]:
-        """Makes a submission of one job: they enter one by one, as room appears. The first is charged for the call."""
+        """Returns a function that makes the submission of one job.
+
+        Jobs are admitted one by one, as the queue has room. The first one is charged for the call.
+        """
         record, priority = self.record(per_job, len(drafts)), Priority(self.opts.priority)
         tenant = self.opts.tenant if self.spec.rate_per_tenant else ""
         first = drafts[0].id
@@ -325,19 +339,22 @@ class Asked:
         def make(draft: Draft, until: float, acceptance: Acceptance) -> Submission:
             calls = int(draft.id == first)
             group = Group(priority, [draft], calls, self.spec.replicated, calls, record)
-            told = partial(acceptance.accepted, draft.id)
-            return Submission(self.spec.name, group, acceptance, until, tenant, told)
+            on_accepted = partial(acceptance.accepted, draft.id)
+            return Submission(self.spec.name, group, acceptance, until, tenant, on_accepted)
 
         return make
 
 
 def _sorted(row: Json) -> Json:
-    """A payload with the names of its objects in order: they say the same in any."""
+    """Returns a payload with sorted object keys, so that equal payloads have equal digests."""
     return json.dumps(json.loads(row), sort_keys=True) if isinstance(row, JsonText) else row
 
 
 def _check_jobs(rows: int, per_job: int) -> None:
-    """An id may come from anybody: it must not make a process run out of memory. Raises InvalidRequest."""
+    """Raises InvalidRequest if the call has more than MAX_JOBS jobs.
+
+    An id is untrusted input: one with too many jobs must not exhaust the memory of the process.
+    """
     if rows > per_job * MAX_JOBS:
         raise InvalidRequest(f"{rows} rows are more than {MAX_JOBS} jobs of {per_job}", hint="make several calls")
 

@@ -1,19 +1,22 @@
-"""How many jobs one call keeps in flight: a pure rule over its answers, times in seconds of any one clock."""
+"""Flow control of one call: computes how many jobs it keeps in flight. Pure; times are in seconds of any one clock."""
 
 from __future__ import annotations
 
 JOBS_PER_WORKER = 8
-"""Jobs in flight for each live worker: one runs, and the others are prepared or on their way meanwhile."""
+"""Jobs in flight for each live worker at most: one runs while the others are prepared or travel."""
 
 LEAST_PER_WORKER = 2
-"""Also if answers are slow: one runs, one waits."""
+"""Jobs in flight for each live worker at least, if answers are slow: one runs, one waits."""
 
 HALF_LIFE_S = 10.0
-"""Seconds after which an answer counts half as much for the rate."""
+"""Seconds after which the weight of an answer in the measured rate is halved."""
 
 
 class Flow:
-    """Learns how many jobs are answered a second. `answer_within` is the time each job has, None if it has no limit."""
+    """Measures how many jobs are answered per second and derives the window.
+
+    `most` is the largest window. `answer_within_s` is the time limit of each job in seconds, None if there is none.
+    """
 
     def __init__(self, most: int, answer_within_s: float | None, now: float) -> None:
         self._most = most
@@ -23,7 +26,7 @@ class Flow:
         self._last = now
 
     def answered(self, now: float) -> None:
-        """One more job was answered."""
+        """Counts one answered job at `now`."""
         passed = now - self._last
         keep = 0.5 ** (passed / HALF_LIFE_S)
         self._answered = self._answered * keep + 1
@@ -31,10 +34,10 @@ class Flow:
         self._last = now
 
     def window(self, live_workers: int) -> int:
-        """Jobs to keep in flight.
+        """Returns the number of jobs to keep in flight.
 
-        At most what is answered in half of the time that a job has (Little's law): a call whose forwards are slow must
-        not let its own jobs wait behind one another until their time is over.
+        At most the number that is answered in half of a job's time limit (Little's law): if answers are slow, the jobs
+        of a call must not wait behind each other until their deadlines are over.
         """
         jobs = JOBS_PER_WORKER * live_workers
         if self._answer_within_s is not None and self._seconds:

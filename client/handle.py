@@ -1,4 +1,4 @@
-"""One call under way, as its caller holds it: waiting, results, cancellation."""
+"""Handle of a submitted call: waiting, results, cancellation."""
 
 from __future__ import annotations
 
@@ -20,39 +20,42 @@ from millstream.client.split import Part
 from millstream.client.transfer import Transfer
 
 CANCEL_S = 5.0
-"""Seconds that `cancel` waits at most for the server's word."""
+"""Seconds that `cancel` waits at most for the server's answer."""
 
 ABANDON_S = 1.0
-"""The same after an interrupt: the process may be about to end, and Ctrl-C must not seem to hang."""
+"""Seconds that `cancel` waits after an interrupt: the process may be ending, and Ctrl-C must not seem to hang."""
 
 RECHECK_S = 2.0
-"""Seconds a thread sleeps at most before it looks for itself: an interrupt may have cost it its wake-up."""
+"""Seconds that a thread sleeps at most before it checks the rows itself: an interrupt may have lost its wake-up."""
 
 
 class Cancelling:
-    """A call that is being cancelled. `asked`: the server has been asked. `untouched`: no row had an outcome before."""
+    """Cancellation of a call in progress. `notify` is called when the server has answered, from another thread.
 
-    def __init__(self, told: Callable[[], None]) -> None:
+    `asked` is True if the server was asked. `untouched` is True if no row had an outcome before.
+    """
+
+    def __init__(self, notify: Callable[[], None]) -> None:
         self.asked = self.untouched = False
-        self._told = told
-        self._heard: Sequence[CancelOutcome] | MillstreamError | None = None
+        self._notify = notify
+        self._outcomes: Sequence[CancelOutcome] | MillstreamError | None = None
 
-    def hear(self, outcomes: Sequence[CancelOutcome] | MillstreamError) -> None:
-        """The server's word, from the channel."""
-        self._heard = outcomes
-        self._told()
+    def receive(self, outcomes: Sequence[CancelOutcome] | MillstreamError) -> None:
+        """Takes the server's answer. Called by the channel."""
+        self._outcomes = outcomes
+        self._notify()
 
-    def word(self) -> bool:
-        """What Handle.cancel returns or raises, by what was heard until now."""
-        if self.asked and self._heard is None:
-            raise DeadlineExceeded("no word on the cancellation in time")
-        if isinstance(self._heard, MillstreamError):
-            raise self._heard
-        return self.untouched and all(outcome == "waiting" for outcome in self._heard or ())
+    def result(self) -> bool:
+        """Returns or raises what Handle.cancel does, from the answers received so far."""
+        if self.asked and self._outcomes is None:
+            raise DeadlineExceeded("the server did not answer the cancellation in time")
+        if isinstance(self._outcomes, MillstreamError):
+            raise self._outcomes
+        return self.untouched and all(outcome == "waiting" for outcome in self._outcomes or ())
 
 
 class Handle:
-    """A submitted call. Its methods may be called from any thread, again and again."""
+    """Submitted call. Its methods may be called from any thread and any number of times."""
 
     def __init__(
         self,
@@ -68,7 +71,7 @@ class Handle:
     ) -> None:
         began = time.monotonic() if began is None else began
         self._pid = os.getpid()
-        # A client that nobody holds any more closes itself: not before its calls are over.
+        # This reference keeps the client alive: an unreferenced client closes itself, and would end this call.
         self._owner = owner
         shared = progress or Progress(began)
         self._transfer = Transfer(channel, watch, terms, inputs, parts, given, began, shared)
@@ -76,39 +79,39 @@ class Handle:
         try:
             self._transfer.pump()
         except BaseException:
-            # An interrupt: nobody will ever have this handle.
+            # After an interrupt the caller never gets this handle.
             self.cancel_soon()
             raise
 
     @property
     def id(self) -> str:
-        """The call's name: the id of its first job."""
+        """Id of the call, which is the id of its first job."""
         return self._transfer.id
 
     @property
     def ready(self) -> bool:
-        """Whether every row has its outcome. Asks nobody: a call whose time is over is not ready until waited for."""
+        """Whether every row has its outcome. Does not check the call's deadline: only `wait` and `expire` do."""
         self._check_process()
         with self._lock:
-            return self._rows.left <= 0
+            return self._rows.missing <= 0
 
     @property
     def rows_done(self) -> int:
-        """Rows that have their outcome, for a progress bar."""
+        """Number of rows that have their outcome, for a progress bar."""
         self._check_process()
         with self._lock:
-            return len(self._rows) - self._rows.left
+            return len(self._rows) - self._rows.missing
 
     def done(self) -> bool:
-        """Whether `result` would return or raise at once."""
+        """Returns whether `result` would return or raise at once."""
         return self.wait(0)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for at most `timeout` seconds until every row has its outcome; whether they have."""
+        """Waits for at most `timeout` seconds until every row has its outcome. Returns whether they all have."""
         until = waits_until(timeout)
         self._check_process()
         with self._lock:
-            while self._rows.left > 0:
+            while self._rows.missing > 0:
                 now, end = time.monotonic(), self._transfer.expires_at()
                 if end is not None and now >= end:
                     self._transfer.expire(now)
@@ -119,23 +122,27 @@ class Handle:
             return True
 
     def result(self, timeout: float | None = None) -> Embeddings | list[Json]:
-        """The results in the order of the inputs, waiting for at most `timeout` seconds.
+        """Waits for at most `timeout` seconds and returns the results in the order of the inputs.
 
         Raises DeadlineExceeded if this wait was too short (the call goes on), or the call's own error: PartialFailure
-        if some rows failed, with the others' results; the rows' error if all failed alike.
+        if some rows failed, with the results of the others; the error of the first row if all failed with the same
+        type.
         """
         self._wait_or_raise(timeout)
         with self._lock:
             return self._rows.value((self._transfer.ended - self._transfer.began) * 1000)
 
     def outcomes(self, timeout: float | None = None) -> list[RowOutcome]:
-        """Each row's result or error, as values. Raises DeadlineExceeded if this wait was too short."""
+        """Waits as `result` does, and returns each row's result or error as a value.
+
+        Raises DeadlineExceeded if this wait was too short.
+        """
         self._wait_or_raise(timeout)
         with self._lock:
             return self._rows.outcomes()
 
     def finish(self) -> Embeddings | list[Json]:
-        """As `result`. An interrupt of this thread, such as Ctrl-C, cancels the call: nobody waits for it any more."""
+        """Does as `result`, without a limit. An interrupt of this thread, such as Ctrl-C, cancels the call."""
         try:
             return self.result()
         except MillstreamError:
@@ -146,62 +153,63 @@ class Handle:
             raise
 
     def cancel(self, timeout: float = CANCEL_S) -> bool:
-        """Stop the call; `result` then raises Cancelled. True if none of its jobs had been taken by a worker.
+        """Cancels the call; `result` then raises Cancelled. Returns True if no worker had claimed any of its jobs.
 
-        A job that runs ends at its worker's next beat, within about a second. False too if the call was over. Raises
-        BrokerUnavailable, or DeadlineExceeded if the server says nothing within `timeout` seconds.
+        Returns False, too, if the call was over. A job that runs is stopped at its worker's next heartbeat, within
+        about a second. Raises BrokerUnavailable, or DeadlineExceeded if the server does not answer within `timeout`
+        seconds.
         """
-        limit, told = seconds_of(timeout), threading.Event()
-        cancelling = self.begin_cancel(told.set)
+        limit, reported = seconds_of(timeout), threading.Event()
+        cancelling = self.begin_cancel(reported.set)
         if cancelling.asked:
-            told.wait(None if limit is None else min(limit, threading.TIMEOUT_MAX))
-        return cancelling.word()
+            reported.wait(None if limit is None else min(limit, threading.TIMEOUT_MAX))
+        return cancelling.result()
 
-    def begin_cancel(self, told: Callable[[], None]) -> Cancelling:
-        """As `cancel`, without waiting: `told` is called, from another thread, when the server has said its word."""
+    def begin_cancel(self, notify: Callable[[], None]) -> Cancelling:
+        """Cancels without waiting. `notify` is called, from another thread, when the server has answered."""
         self._check_process()
-        cancelling = Cancelling(told)
+        cancelling = Cancelling(notify)
         with self._lock:
             cancelling.untouched = self._transfer.untouched
-            cancelling.asked = self._transfer.drop(cancelling.hear)
+            cancelling.asked = self._transfer.drop(cancelling.receive)
         return cancelling
 
     def cancel_soon(self) -> None:
-        """As `cancel`, without waiting for the server. Does nothing if there is nothing to cancel any more."""
-        # An inherited call is its parent's; a closed client has no calls.
+        """Cancels without waiting for the server. Does nothing if the call is over."""
+        # In a forked child the call still belongs to the parent. A closed client has no calls.
         if os.getpid() == self._pid:
             with suppress(BrokerUnavailable):
                 self._transfer.drop(lambda outcomes: None)
 
     @property
     def expires_at(self) -> float | None:
-        """When `expire` is to be called, monotonic seconds; None if the call has no limit, or is over."""
+        """Time at which to call `expire`, monotonic seconds; None if the call has no limit or is over."""
         self._check_process()
         with self._lock:
-            return self._transfer.expires_at() if self._rows.left > 0 else None
+            return self._transfer.expires_at() if self._rows.missing > 0 else None
 
     def expire(self) -> None:
-        """End the call if its time is over. Waits for nothing: `listen` tells when the rows have their errors."""
+        """Ends the call if its deadline is over. Does not block: listeners are called when rows get their errors."""
         with self._lock:
             now, end = time.monotonic(), self.expires_at
             if end is not None and now >= end:
                 self._transfer.expire(now)
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """Call `listener` whenever rows get their outcome, until `unlisten`: from any thread, so it must be quick."""
-        # Without the lock: a forked child may end this, too.
+        """Calls `listener` whenever rows get their outcome, until `unlisten`: in any thread, so it must be quick."""
+        # Without the lock: a forked child may call `unlisten`, and a thread of its parent may have held the lock.
         self._transfer.listeners.append(listener)
 
     def unlisten(self, listener: Callable[[], None]) -> None:
-        """Does nothing if it does not listen: an interrupt may have come before."""
+        """Removes `listener`. Does nothing if it was not added, for instance because of an interrupt."""
         if listener in self._transfer.listeners:
             self._transfer.listeners.remove(listener)
 
     # -- under the lock ----------------------------------------------------------------------------------------
 
     def _sleep(self, timeout: float | None) -> None:
-        """Sleep, without the lock, until rows got their outcome, or for `timeout` seconds, or RECHECK_S."""
-        # What threading.Condition does, for a sixth of its price: every blocking call comes here.
+        """Sleeps, without the lock, until rows get their outcome; at most `timeout` seconds, and at most RECHECK_S."""
+        # Costs a sixth of threading.Condition, and every blocking call sleeps here.
         waiter = threading.Lock()
         waiter.acquire()
         self._transfer.waiters.append(waiter)
@@ -212,12 +220,15 @@ class Handle:
             self._lock.acquire()
             if waiter in self._transfer.waiters:
                 self._transfer.waiters.remove(waiter)
-            wake_chain.left(waiter)
+            wake_chain.leave(waiter)
 
     # ----------------------------------------------------------------------------------------------------------
 
     def _check_process(self) -> None:
-        """Before any lock is taken: a thread of the parent may have held it when this process was forked."""
+        """Raises BrokerUnavailable in a forked child.
+
+        Called before a lock is acquired: a thread of the parent may have held it when this process was forked.
+        """
         if os.getpid() != self._pid:
             raise BrokerUnavailable(
                 "this call was made before a fork, in the parent process", hint="make it again here"
@@ -229,7 +240,7 @@ class Handle:
 
 
 def _soonest(now: float, *moments: float | None) -> float | None:
-    """Seconds from `now` to the first of `moments`; None if there is none."""
+    """Returns the seconds from `now` to the earliest of `moments`; None if there is none."""
     first = None
     for moment in moments:
         if moment is not None and (first is None or moment < first):

@@ -1,4 +1,4 @@
-"""What a call is made of: its terms, and the interfaces of the channel and of the services it needs."""
+"""Job terms: how the jobs of a call are run, and the interfaces to the channel and the services that a call uses."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from millstream.client.services import Known
 
 
 class JobTerms(NamedTuple):
-    """How a call is to be run. Times in seconds; None is no limit.
+    """Terms of a call, which hold for all its jobs. Times are in seconds; None is no limit.
 
-    `timeout` bounds the whole call. Without it the call ends when nothing of it was answered for `total_timeout`: a
-    call of any length goes on as long as it makes progress. Without both it ends when nothing was answered for
-    `idle_timeout` and no worker lives. `most_jobs` is how many jobs may be in flight at most.
+    `timeout` limits the whole call. Without it the call ends when no job was answered for `total_timeout`: a call of
+    any length goes on while it makes progress. Without both it ends when no job was answered for `idle_timeout` and no
+    worker is alive. `most_jobs` is the largest number of jobs in flight.
     """
 
     service: str
@@ -39,9 +39,9 @@ class JobTerms(NamedTuple):
 
 
 def seconds_of(timeout: float | None) -> float | None:
-    """The seconds that a wait may take; None is no limit.
+    """Returns the seconds that a wait may take; None is no limit.
 
-    Raises InvalidRequest for what is no number of seconds, not-a-number among it: no wait for it would end.
+    Raises InvalidRequest if `timeout` is not a number, or NaN: a wait until NaN would never end.
     """
     seconds = plain(timeout)
     if seconds is None:
@@ -52,7 +52,10 @@ def seconds_of(timeout: float | None) -> float | None:
 
 
 def waits_until(timeout: float | None) -> float | None:
-    """When a wait of `timeout` seconds ends, monotonic seconds; None if it has no limit. Raises InvalidRequest."""
+    """Returns when a wait of `timeout` seconds ends, monotonic seconds; None if it has no limit.
+
+    Raises InvalidRequest if `timeout` is not a number of seconds.
+    """
     if timeout is None:
         return None
     seconds = seconds_of(timeout)
@@ -60,27 +63,27 @@ def waits_until(timeout: float | None) -> float | None:
 
 
 class Progress:
-    """When something of one call, or of the calls of one map, was last answered; monotonic seconds."""
+    """Time `at` which a job of a call, or of the calls of one map, was last answered; monotonic seconds."""
 
     def __init__(self, at: float | None = None) -> None:
         self.at = time.monotonic() if at is None else at
 
 
 class Watch(Protocol):
-    """What a call asks about its service. No method waits for the server."""
+    """Questions of a call about its service. No method waits for the server."""
 
     def live(self, service: str, changed: Callable[[], None]) -> int:
-        """Workers that lived when the server was last asked, at least 1; calls `changed` if it hears of others."""
+        """Returns the number of live workers, at least 1, as last read; calls `changed` if a later read differs."""
 
     def explain(self, service: str, tell: Callable[[Known], None]) -> None:
-        """Calls `tell` with the state of the service, soon, from any thread."""
+        """Calls `tell` with the state of the service, soon and from any thread."""
 
-    def last_word(self, service: str) -> Known:
-        """The state of the service as last heard."""
+    def last_known(self, service: str) -> Known:
+        """Returns the state of the service as last read."""
 
 
 class CallChannel(Protocol):
-    """The part of a channel that a call uses."""
+    """Part of a channel that a call uses."""
 
     @property
     def client_id(self) -> str: ...

@@ -1,4 +1,4 @@
-"""A server and workers of a program's own: `millstream up` as a child process, which ends when the program does."""
+"""Server and workers of one program: `millstream up` as a child process that ends with the program."""
 
 from __future__ import annotations
 
@@ -26,21 +26,29 @@ from millstream.broker.transport.error_map import START_ONE
 from millstream.client.job_terms import waits_until
 
 START_S = 300.0
-"""How long workers may take to be ready: a first start can have a model to download."""
+"""Seconds that workers may take to be ready: a first start may have to download a model."""
 
 _END_S = 20.0
+"""Seconds that the child may take to end, before it is killed."""
+
 _POLL_S = 0.02
+"""Seconds between two checks whether the workers are ready."""
+
 _LOG_BYTES = 64 * 1024
-_SAYS = "millstream: "
+"""Bytes at the end of the child's output that are read."""
+
+_PREFIX = "millstream: "
+"""Start of each message of the child."""
+
 _ERRORS: dict[int, type[MillstreamError]] = {
     error.exit_code: error for error in (ConfigError, BrokerUnavailable, ModelUnavailable)
 }
 
 
 class Local:
-    """One running `millstream up`. `url` and `prefix` say where its services are.
+    """Running `millstream up`. Its services are on the server at `url`, under the key prefix `prefix`.
 
-    Its standard input is a pipe that nothing is ever written to: the pipe's end, however this process ends, is its own.
+    Its standard input is a pipe without data. However this process ends, the pipe is closed, and then the child ends.
     """
 
     def __init__(self, config: Path, loaded: Config, data_dir: Path | None, *, replace: bool) -> None:
@@ -49,7 +57,7 @@ class Local:
         self._config = config
         self._loaded = loaded
         self._data_dir = data_dir
-        # Files, not pipes: nobody has to read them on.
+        # Files, not pipes: a pipe that is not read would block the child.
         self._out, self._err = files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - _end closes
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "millstream.cli.main", "up", *_flags(data_dir, replace), "--", config],
@@ -59,7 +67,7 @@ class Local:
             stderr=self._err,
             start_new_session=True,  # Ctrl-C is for this process
         )
-        # Also where nobody closed the client: at the interpreter's exit, or when it is forgotten.
+        # Ends the child even if the client is not closed: at the interpreter's exit, or when it is collected.
         self._end = weakref.finalize(self, _end, self._process, files, os.getpid())
         _living.add(self)
 
@@ -72,22 +80,22 @@ class Local:
         replace: bool = False,
         timeout: float | None = START_S,
     ) -> Local:
-        """As Client.local: returns when the workers of every service are ready."""
+        """Does as Client.local: returns when the workers of every service are ready."""
         path, folder = Path(config), None if data_dir is None else Path(data_dir).expanduser()
         loaded = load(path)
         until = waits_until(timeout)
         try:
             return cls(path, loaded, folder, replace=replace)._await_ready(until)
         except BrokerUnavailable:
-            # It may have found the server of a program that was just ending; now it starts one.
+            # The first try may have found the server of a program that was ending. The second starts its own.
             return cls(path, loaded, folder, replace=replace)._await_ready(until)
 
     def stop(self) -> None:
-        """End the child and all that it started. In a forked process this does nothing: it is its parent's."""
+        """Ends the child and its processes. Does nothing in a forked process, whose parent owns the child."""
         self._end()
 
-    def let_go(self) -> None:
-        """In a forked child: a pipe that it kept open would outlive its parent."""
+    def close_pipe(self) -> None:
+        """Closes the inherited pipe in a forked child: while it is open, the end of the parent would not be noticed."""
         if self._process.stdin:
             self._process.stdin.close()
 
@@ -97,7 +105,7 @@ class Local:
                 if self._process.poll() is not None:
                     raise self._failure(self._process.returncode)
                 if until is not None and time.monotonic() > until:
-                    raise NoWorkers(f"the workers of {self._config} are not ready in time", hint=self._last_words())
+                    raise NoWorkers(f"the workers of {self._config} are not ready in time", hint=self._last_messages())
                 time.sleep(_POLL_S)
             self.url = self._find_url()
         except BaseException:
@@ -117,14 +125,14 @@ class Local:
         return url
 
     def _failure(self, status: int) -> MillstreamError:
-        words = self._last_words() or f"`millstream up` ended with status {status}"
-        return _ERRORS.get(status, MillstreamError)(words)
+        message = self._last_messages() or f"`millstream up` ended with status {status}"
+        return _ERRORS.get(status, MillstreamError)(message)
 
-    def _last_words(self) -> str:
-        """Its last messages, on one line; whatever it said where there is none."""
+    def _last_messages(self) -> str:
+        """Returns the child's last messages on one line; the last lines of any output if it wrote no message."""
         lines = _lines(self._err)
-        said = [line.removeprefix(_SAYS) for line in lines if line.startswith(_SAYS)]
-        return "; ".join((said or lines)[-3:])
+        messages = [line.removeprefix(_PREFIX) for line in lines if line.startswith(_PREFIX)]
+        return "; ".join((messages or lines)[-3:])
 
 
 _living: weakref.WeakSet[Local] = weakref.WeakSet()
@@ -132,7 +140,7 @@ _living: weakref.WeakSet[Local] = weakref.WeakSet()
 
 def _forked() -> None:
     for local in list(_living):
-        local.let_go()
+        local.close_pipe()
 
 
 os.register_at_fork(after_in_child=_forked)
@@ -145,7 +153,7 @@ def _flags(data_dir: Path | None, replace: bool) -> list[str]:
 
 
 def _lines(file: IO[bytes]) -> list[str]:
-    # The child writes through the same descriptor: reading must not move its position.
+    # The child writes through the same open file, so reading must not move its position.
     size = os.fstat(file.fileno()).st_size
     text = os.pread(file.fileno(), _LOG_BYTES, max(0, size - _LOG_BYTES))
     return [line for line in text.decode(errors="replace").splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""Iterables of any length through a bounded window of calls."""
+"""Mapping: iterables of any length, sent through a bounded window of calls."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ Results = Literal["values", "outcomes"]
 Start = Callable[[Sequence[Json]], Handle]
 
 LOOK_S = 0.5
+"""Seconds between two checks whether a call's deadline is over."""
+
 CHUNKS = 4
-"""A window is this many calls: one being collected, the others under way."""
+"""Calls in a window: the results of one are being read while the others are in flight."""
 
 
 def map_rows(
     start: Start, inputs: Iterable[Json], window: int, ordered: bool, results: Results
 ) -> Generator[Any, None, None]:
-    """Client.map, over `start`, which sends a list of rows."""
+    """Does as Client.map. `start` sends a list of rows as a call."""
     window = check_map(window, results)
     count, chunk = chunking(window)
     pairs = (_in_order if ordered else _as_completed)(start, chunks(inputs, chunk), count)
@@ -34,17 +36,17 @@ def map_rows(
 
 
 def check_map(window: int, results: Results) -> int:
-    """The `window` as Python's own number. Raises InvalidRequest."""
+    """Returns `window` as a Python int. Raises InvalidRequest if `window` or `results` is wrong."""
     rows = plain(window)
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise InvalidRequest(f"window={window!r} is not a number of rows above 0")
     if results not in get_args(Results):
-        raise InvalidRequest(f"results={results!r}", hint=f"one of {', '.join(get_args(Results))}")
+        raise InvalidRequest(f"results={results!r} is not valid", hint=f"one of {', '.join(get_args(Results))}")
     return rows
 
 
 def chunking(window: int) -> tuple[int, int]:
-    """How many calls at once, and the rows of each."""
+    """Returns the number of calls in a window, and the rows of each."""
     count = min(CHUNKS, window)
     return count, window // count
 
@@ -52,7 +54,7 @@ def chunking(window: int) -> tuple[int, int]:
 def _yielded(
     pairs: Generator[tuple[int, RowOutcome], None, None], ordered: bool, results: Results
 ) -> Generator[Any, None, None]:
-    # Closed here: the traceback of a raised error would keep it, and the calls under way, alive.
+    # Closed here, because the traceback of a raised error would keep the generator and its calls alive.
     with closing(pairs):
         for row, outcome in pairs:
             if results == "values" and isinstance(outcome, MillstreamError):
@@ -61,7 +63,7 @@ def _yielded(
 
 
 def chunks(inputs: Iterable[Json], size: int) -> Iterator[tuple[int, list[Json]]]:
-    """(index of the first, rows) of each chunk."""
+    """Yields (index of the first row, rows) of each chunk."""
     source, first = iter(inputs), 0
     while rows := list(islice(source, size)):
         yield first, rows
@@ -105,7 +107,7 @@ def _as_completed(
 
 
 def _first_ready(under_way: dict[int, Handle]) -> int:
-    """The first call that is complete, waiting for one."""
+    """Waits for a complete call and returns the index of its first row."""
     changed = threading.Event()
     handles = list(under_way.values())
     try:
@@ -113,7 +115,7 @@ def _first_ready(under_way: dict[int, Handle]) -> int:
             handle.listen(changed.set)
         while True:
             changed.clear()
-            # Nobody calls us when a call's time is over: that is noticed by waiting for it.
+            # Listeners are not called at a call's deadline: `wait(0)` checks it.
             for first, handle in under_way.items():
                 if handle.wait(0):
                     return first

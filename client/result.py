@@ -1,4 +1,4 @@
-"""What calls return: an array, or a list, that knows what it cost."""
+"""Results of calls: an array or a list, with the tokens and the time that the call took."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Timings = Mapping[str, float]
 
 
 class Embeddings(np.ndarray[Any, np.dtype[Any]]):
-    """float32 [texts, dim], or [dim] for a single text; float16, or uint8 with a bit for each number, where asked.
+    """Array of vectors, float32 [texts, dim], or [dim] for a single text; other encodings give float16 or uint8.
 
-    `usage["tokens"]` counts the tokens that ran, special ones included; `truncated` lists the texts that were cut;
-    `timings` is in ms: `queue` and `inference` of the slowest job, `total` of the whole call. `fingerprint` names the
-    weights that made all of it: vectors of different fingerprints must not be compared. It is empty if not all workers
-    said it.
+    uint8 holds one bit for each number of a vector. `usage["tokens"]` counts the tokens that the model ran, special
+    tokens included; `truncated` lists the texts that were cut; `timings` is in ms: `queue` and `inference` of the
+    slowest job, `total` of the whole call. `fingerprint` identifies the weights that made all vectors: vectors of
+    different fingerprints must not be compared. It is empty if a worker did not report it.
     """
 
     usage: Mapping[str, int] = MappingProxyType({})
@@ -43,7 +43,7 @@ class Embeddings(np.ndarray[Any, np.dtype[Any]]):
 
 
 class Values(list[Json]):
-    """One JSON value a row, for instance a reranker's scores; with what Embeddings tell of a call."""
+    """List of one JSON value per row, for instance a reranker's scores. Has the other attributes of Embeddings."""
 
     usage: Mapping[str, int] = MappingProxyType({})
     truncated: tuple[int, ...] = ()
@@ -54,7 +54,7 @@ class Values(list[Json]):
     def of(
         cls, values: Iterable[Json], tokens: int, truncated: tuple[int, ...], timings: Timings, fingerprint: str = ""
     ) -> Values:
-        made = cls(values)
-        made.usage, made.truncated, made.timings = {"tokens": tokens}, truncated, timings
-        made.fingerprint = fingerprint
-        return made
+        result = cls(values)
+        result.usage, result.truncated, result.timings = {"tokens": tokens}, truncated, timings
+        result.fingerprint = fingerprint
+        return result

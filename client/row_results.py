@@ -1,4 +1,4 @@
-"""The rows of one call and what became of each: pure bookkeeping, in the caller's order."""
+"""Row results: the outcome of each row of a call, in the caller's order. Pure."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from millstream.client.result import Embeddings, Timings, Values
 from millstream.client.split import Part
 
 RowOutcome = Encoded | Json | MillstreamError
-"""A vector [dim], a JSON value, or the row's error."""
+"""Outcome of a row: a vector [dim], a JSON value, or the row's error."""
 
 
 class RowResults:
-    """Outcomes by row, filled part by part; those of `given` are there from the start. `left` rows have none yet.
+    """Outcomes by row, filled part by part. `missing` is the number of rows that have none yet.
 
-    `op` is the operation that was asked for: results it cannot have are their rows' errors. An empty one has any.
+    `given` are the outcomes that are known from the start. `op` is the operation of the call: a result that it cannot
+    have becomes its row's error. An empty `op` accepts any result.
     """
 
     def __init__(self, count: int, given: Mapping[int, MillstreamError | Cached], op: str = "") -> None:
         self._rows: list[RowOutcome] = [None] * count
-        self.left = count - len(given)
+        self.missing = count - len(given)
         self._tokens = 0
         self._truncated: list[int] = []
         self._timings: Timings = {}
@@ -46,13 +47,13 @@ class RowResults:
         return len(self._rows)
 
     def place(self, part: Part, outcome: Reply | MillstreamError) -> None:
-        """Put what came for `part` into its rows; one error stands for all of them."""
-        self.left -= part.size if part.twins else len(part.rows)
+        """Stores the outcome of `part` in its rows; an error is stored in all of them."""
+        self.missing -= part.size if part.twins else len(part.rows)
         if isinstance(outcome, MillstreamError):
             outcome = Reply(error=outcome)
         results: Sequence[RowOutcome] | Encoded
         vectors = outcome.vectors
-        # At once what most replies are.
+        # A fast path, since most replies have one vector or value for each row and no error.
         if (
             vectors is not None
             and len(vectors) == len(part.rows)
@@ -83,14 +84,14 @@ class RowResults:
             self._place_twins(part, outcome)
 
     def _note(self, fingerprint: str) -> None:
-        """Remember which weights made rows; there is one fingerprint as a rule."""
+        """Notes a fingerprint of the weights that made rows. Nearly all calls have one."""
         if self._fingerprint is None:
             self._fingerprint = fingerprint
         elif fingerprint != self._fingerprint:
             self._others.add(fingerprint)
 
     def _check_fingerprints(self) -> None:
-        # An empty one comes from a worker of an older version, and says nothing.
+        # A worker of an older version reports an empty fingerprint.
         named = {self._fingerprint or "", *self._others} - {""}
         if len(named) > 1:
             raise MixedModels(
@@ -106,17 +107,22 @@ class RowResults:
             self._truncated += others if row in truncated else ()
 
     def outcomes(self) -> list[RowOutcome]:
+        """Returns each row's result or error; None for a row that has none yet."""
         return list(self._rows)
 
     def value(self, total_ms: float) -> Embeddings | list[Json]:
-        """The call's result. Raises PartialFailure, the rows' own error if all failed alike, or MixedModels."""
+        """Returns the call's result. `total_ms` is the time of the whole call.
+
+        Raises PartialFailure if some rows failed, the first row's error if all failed with the same type, MixedModels
+        if rows were made by different weights, and ModelFailed if their vectors do not fit together.
+        """
         if self._others:
             self._check_fingerprints()
         if self._failed:
             raise _failure(self._rows)
         fingerprint = "" if self._others else self._fingerprint or ""
         truncated, timings = tuple(sorted(self._truncated)), {**self._timings, "total": total_ms}
-        # Of a custom service some rows may be vectors, and some not.
+        # A custom service may answer some rows with vectors and others with JSON values.
         kinds = set(map(type, self._rows))
         if kinds != {np.ndarray}:
             if self._op == "embed" and np.ndarray in kinds:
@@ -140,21 +146,21 @@ def _matrix(rows: Sequence[RowOutcome]) -> Encoded:
 
 
 def _slowest(before: Timings, timings: Timings) -> Timings:
-    """The timings of the slowest job."""
+    """Returns the larger of two timings for each name."""
     return {**before, **{name: max(ms, before.get(name, ms)) for name, ms in timings.items()}}
 
 
 def _checked(reply: Reply, rows: int) -> Sequence[RowOutcome]:
-    """One outcome for each of a job's `rows`.
+    """Returns one outcome for each of a job's `rows`.
 
-    A reply that answers more or fewer rows answers none: whose results those are nobody knows.
+    If a reply has more or fewer outcomes than rows, each row gets an error: the results cannot be matched to rows.
     """
     vectors, values, errors, error, *_ = reply
     if error is not None:
         return [error] * rows
     results: Sequence[RowOutcome] = list(vectors) if vectors is not None else values or ()
     if len(results) + len(errors) != rows or (errors and max(errors) >= rows):
-        # A new error for each row: one that is raised keeps what its callers held alive.
+        # A new error for each row: a raised error keeps its caller's frames alive.
         return [_unusable(len(results), len(errors), rows) for _ in range(rows)]
     if vectors is not None and not _is_finite(vectors):
         results = [vector if np.isfinite(vector).all() else _not_finite() for vector in vectors]
@@ -163,13 +169,13 @@ def _checked(reply: Reply, rows: int) -> Sequence[RowOutcome]:
 
 
 def _is_finite(vectors: Encoded) -> bool:
-    """Whether no number is NaN or infinite."""
-    # Half the time of all(), which is made for arrays of any shape.
+    """Returns whether no number is NaN or infinite."""
+    # Takes half the time of all(), which handles arrays of any shape.
     return vectors.dtype.kind == "u" or b"\0" not in np.isfinite(vectors).tobytes()
 
 
 def _score(result: RowOutcome) -> RowOutcome:
-    """A row's outcome of `rerank`: a number, or an error."""
+    """Returns a row's outcome of `rerank`: a number or an error. Other results become an error."""
     if isinstance(result, float | int | MillstreamError) and not isinstance(result, bool):
         return result
     return ModelFailed(f"the worker's reply has a score of type {type(result).__name__}")

@@ -1,4 +1,4 @@
-"""What this process knows of the services: their specifications and live workers, read from Redis and kept a moment."""
+"""Services as this process knows them: specifications and live workers, read from Redis and reused for FRESH_S."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.pause import find_pause
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection, translated
-from millstream.client.asker import PATIENCE_S, Asker, Question
+from millstream.client.asker import REFRESH_WAIT_S, Asker, Question
 
 FRESH_S = 1.0
+"""Seconds for which a description of a service is reused."""
+
 _OPS = {"embedding": "embed", "reranker": "rerank", "custom": "call", "echo": "echo"}
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """One service, as the server described it at `read_at`, monotonic seconds."""
+    """Description of one service, as the server had it at `read_at`, monotonic seconds."""
 
     spec: ServiceSpec
     fingerprint: str
@@ -38,10 +40,10 @@ class Known:
     paused: bool
     read_at: float
     away: MillstreamError | None = None
-    """Why the server could not be asked at `read_at`; the rest is what it said before."""
+    """Error if the server could not be reached at `read_at`; the other fields are then from an earlier read."""
     token: str = ""
     emptied_at: float = 0.0
-    """When this process learned that the server has lost its data; monotonic seconds, 0 for never."""
+    """Time at which this process saw that the server had lost its data, monotonic seconds; 0 is never."""
 
     @property
     def name(self) -> str:
@@ -49,18 +51,19 @@ class Known:
 
     @property
     def fresh(self) -> bool:
-        """Whether it is good enough to begin a call."""
+        """Whether the description is new enough to begin a call: it is at most FRESH_S old."""
         return time.monotonic() - self.read_at <= FRESH_S
 
     @property
     def stuck(self) -> bool:
-        """Whether a call without a time limit waits for nobody: no worker lives, and no pause says why."""
+        """Whether a call without a time limit should end: the server is unreachable, or no worker lives and no pause
+        is the reason."""
         return self.away is not None or not (self.live_workers or self.paused)
 
     def why_late(self, sent_at: float | None = None) -> MillstreamError:
-        """The error of a call whose time is over: is the server gone, every worker dead, or all of them busy?
+        """Returns the error of a call whose deadline is over: no server, a lost job, no live worker, a pause, or slow.
 
-        `sent_at` is when its job was sent, monotonic seconds: a server that was emptied since has lost it.
+        `sent_at` is when its job was sent, monotonic seconds: if the server was emptied later, the job is lost.
         """
         if self.away:
             return copy.copy(self.away)
@@ -73,8 +76,8 @@ class Known:
         if not self.live_workers:
             start = "start one with `millstream up` or `millstream worker run`"
             return NoWorkers(
-                f"no worker of service {self.name!r} is alive; the job was accepted and waited in vain",
-                hint=f"{start}; paused, too: {resume_hint(self.name)}" if self.paused else start,
+                f"no worker of service {self.name!r} is alive; the job was accepted and not answered",
+                hint=f"{start}; the service is paused, too: {resume_hint(self.name)}" if self.paused else start,
             )
         if self.paused:
             return DeadlineExceeded(
@@ -87,7 +90,7 @@ class Known:
 
 
 def op_of(spec: ServiceSpec) -> str:
-    """The operation that jobs of this service name. Raises InvalidRequest if this version has none for its type."""
+    """Returns the operation of this service's jobs. Raises InvalidRequest if this version has none for its type."""
     op = _OPS.get(spec.model.type)
     if op is None:
         raise InvalidRequest(
@@ -98,7 +101,7 @@ def op_of(spec: ServiceSpec) -> str:
 
 
 class Services:
-    """The registry as a client sees it; thread-safe. What was read stays good while the server is away."""
+    """Reads the registry for a client. Thread-safe. While the server is unreachable, earlier answers are used."""
 
     def __init__(self, connection: Connection, registry: Registry) -> None:
         self._connection = connection
@@ -108,65 +111,68 @@ class Services:
         self._only: dict[str, tuple[str, float]] = {}
 
     def after_fork(self) -> None:
-        """In a forked child: threads of its own."""
+        """Gives a forked child its own thread."""
         self._asker.after_fork()
 
     def close(self) -> None:
-        """Ask the server nothing any more."""
+        """Refuses new questions to the server."""
         self._asker.close()
 
     def known(self, service: str) -> ServiceSpec | None:
-        """The specification if it was read within FRESH_S; asks nobody."""
+        """Returns the specification if it was read within FRESH_S, else None. Does not ask the server."""
         known = self._known.get(service)
         return known.spec if known and known.fresh else None
 
     def read(self, service: str, until: float | None = None) -> ServiceSpec:
-        """The specification of `service`; at most FRESH_S old if the server answers in time.
+        """Returns the specification of `service`, at most FRESH_S old if the server answers in time.
 
-        Waits until `until`, monotonic seconds, at most, and for a newer description of a known service at most
-        PATIENCE_S. Raises UnknownService, BrokerUnavailable.
+        Waits until `until`, monotonic seconds, at most; for a service that was read before at most REFRESH_WAIT_S.
+        Raises UnknownService, BrokerUnavailable.
         """
         if spec := self.known(service):
             return spec
-        question = self.opts(service)
+        question = self.ask(service)
         question.wait(until)
         return question.answer().spec
 
-    def opts(self, service: str) -> Question[Known]:
-        """Ask the server about `service`; calls that ask meanwhile share its answer."""
-        return self._asker.opts(service, lambda: self._ask(service), self._known.get(service))
+    def ask(self, service: str) -> Question[Known]:
+        """Asks the server about `service`. Calls that ask at the same time share the answer."""
+        return self._asker.ask(service, lambda: self._read(service), self._known.get(service))
 
     def fingerprint(self, service: str) -> str:
-        """The weights of `service` as last read; "" if no worker has said them, or the server is away."""
+        """Returns the fingerprint of the weights of `service` as last read.
+
+        Returns "" if no worker has reported it, or the server could not be reached.
+        """
         known = self._known.get(service)
         return known.fingerprint if known and not known.away else ""
 
-    def remembered(self, model_type: str) -> str | None:
-        """What `only` answered within FRESH_S; asks nobody."""
+    def known_only(self, model_type: str) -> str | None:
+        """Returns what `only` found within FRESH_S, else None. Does not ask the server."""
         name, asked_at = self._only.get(model_type, (None, 0.0))
         return name if time.monotonic() - asked_at <= FRESH_S else None
 
     def only(self, model_type: str, until: float | None = None) -> str:
-        """The one service of `model_type`. Waits as `read` does.
+        """Returns the name of the only service of `model_type`. Waits as `read` does.
 
-        Raises UnknownService if there is none, or more than one to list; BrokerUnavailable.
+        Raises UnknownService if there is none or more than one, and BrokerUnavailable.
         """
-        if name := self.remembered(model_type):
+        if name := self.known_only(model_type):
             return name
         question = self.ask_only(model_type)
         question.wait(until)
         return question.answer()
 
     def ask_only(self, model_type: str) -> Question[str]:
-        """Ask the server which service is the only one of `model_type`."""
+        """Asks the server which service is the only one of `model_type`."""
         before, _ = self._only.get(model_type, (None, 0.0))
-        return self._asker.opts(("type", model_type), lambda: self._find_only(model_type), before)
+        return self._asker.ask(("type", model_type), lambda: self._find_only(model_type), before)
 
     def live(self, service: str, changed: Callable[[], None]) -> int:
-        """Workers that lived when the server was last asked, at least 1. Waits for nothing.
+        """Returns the number of live workers as last read, at least 1. Does not wait for the server.
 
-        If that was longer than FRESH_S ago the server is asked again, and `changed` is called, from another thread, if
-        others live by then.
+        If it was read more than FRESH_S ago, the server is asked again, and `changed` is called from another thread if
+        the number differs.
         """
         known = self._known.get(service)
         live = max(1, known.live_workers) if known else 1
@@ -176,26 +182,29 @@ class Services:
                 if future.exception() is None and max(1, future.result().live_workers) != live:
                     changed()
 
-            self.opts(service).future.add_done_callback(answered)
+            self.ask(service).future.add_done_callback(answered)
         return live
 
     def explain(self, service: str, tell: Callable[[Known], None]) -> None:
-        """Call `tell` with what the server says of `service` now, soon and from any thread; at once if it just did."""
+        """Calls `tell` with the present state of `service`, soon and from any thread.
+
+        Calls it at once if the state was read within REFRESH_WAIT_S.
+        """
         known = self._known.get(service)
-        if known and time.monotonic() - known.read_at <= PATIENCE_S:
+        if known and time.monotonic() - known.read_at <= REFRESH_WAIT_S:
             tell(known)
             return
 
         def answered(future: Future[Known]) -> None:
-            error, word = future.exception(), self.last_word(service)
-            tell(replace(word, away=error) if isinstance(error, MillstreamError) else word)
+            error, known = future.exception(), self.last_known(service)
+            tell(replace(known, away=error) if isinstance(error, MillstreamError) else known)
 
-        self.opts(service).future.add_done_callback(answered)
+        self.ask(service).future.add_done_callback(answered)
 
-    def last_word(self, service: str) -> Known:
-        """What the server last said of a service that was read; `away` if a question to it has no answer yet."""
+    def last_known(self, service: str) -> Known:
+        """Returns the last description of a service that was read; `away` is set if it is older than REFRESH_WAIT_S."""
         known = self._known[service]
-        if time.monotonic() - known.read_at <= PATIENCE_S:
+        if time.monotonic() - known.read_at <= REFRESH_WAIT_S:
             return known
         silent = BrokerUnavailable(
             f"Redis at {self._connection.safe_url} did not answer in time", hint="it is overloaded, frozen or cut off"
@@ -203,8 +212,11 @@ class Services:
         return known if known.away else replace(known, away=silent)
 
     def live_workers(self, service: str) -> int:
-        """Workers with a beat younger than a lease, asked now. Raises UnknownService, BrokerUnavailable."""
-        known = self.opts(service).future.result()
+        """Asks the server for the number of live workers: those whose last heartbeat is younger than a lease.
+
+        Raises UnknownService, BrokerUnavailable.
+        """
+        known = self.ask(service).future.result()
         if known.away:
             raise known.away
         return known.live_workers
@@ -215,7 +227,9 @@ class Services:
             self._only[model_type] = (names[0], time.monotonic())
             return names[0]
         if names:
-            raise UnknownService(f"{len(names)} {model_type} services", hint=f"say service=, one of {', '.join(names)}")
+            raise UnknownService(
+                f"{len(names)} {model_type} services", hint=f"pass service=, one of {', '.join(names)}"
+            )
         raise UnknownService(
             f"no {model_type} service on {self._connection.safe_url}",
             hint="run `millstream up` or `millstream config push`",
@@ -223,10 +237,13 @@ class Services:
 
     def _fresh(self, service: str) -> Known:
         known = self._known.get(service)
-        return known if known and known.fresh else self._ask(service)
+        return known if known and known.fresh else self._read(service)
 
-    def _ask(self, service: str) -> Known:
-        """In the asker's thread. Raises UnknownService; BrokerUnavailable if the service was never read."""
+    def _read(self, service: str) -> Known:
+        """Reads `service` from the server, in the asker's thread.
+
+        Raises UnknownService, and BrokerUnavailable if the service was never read.
+        """
         try:
             spec, fingerprint, token = self._registry.describe(service)
             with translated(self._connection.safe_url):
@@ -245,7 +262,10 @@ class Services:
         return known
 
     def _emptied_at(self, known: Known) -> float:
-        """When the server was last seen to have lost its data, monotonic seconds; 0 for never."""
+        """Returns when the server was last seen to have lost its data, monotonic seconds; 0 is never.
+
+        A server that was emptied has another token.
+        """
         before = self._known.get(known.name)
         if before is None:
             return 0.0

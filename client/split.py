@@ -1,4 +1,4 @@
-"""Lists to jobs and back: pure. Rows of like length share a job, so that a worker pads little."""
+"""Splitting of a call's rows into jobs. Pure. Rows of similar length share a job, so that a worker pads little."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 SPECIAL_TOKENS = 2
+"""Tokens that a model adds to a text, as an estimate."""
+
 BYTES_PER_TOKEN = 4
+"""UTF-8 bytes of a token, as an estimate."""
+
 MAX_PART_BYTES = 512 * 1024
+"""Bytes that a part may have at most, if each row is as long as its longest; a single row may have more."""
 
 
 class Part(NamedTuple):
-    """One job's share of a call: which rows it carries, and about how many tokens they have.
+    """Rows of a call that one job carries, and about how many tokens they have.
 
-    `twins` are rows that do not travel: each has the text of one that does, and gets its outcome.
+    `twins` maps a row to the rows with an equal text. These are not sent, and get the outcome of that row.
     """
 
     rows: tuple[int, ...]
@@ -23,20 +28,21 @@ class Part(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Rows that have their outcome once this part has."""
+        """Number of rows that get their outcome from this part, twins included."""
         return len(self.rows) + sum(map(len, self.twins.values()))
 
 
 def estimate_tokens(size: int) -> int:
-    """Tokens of a text of `size` UTF-8 bytes, roughly: a client has no tokenizer, and the worker counts again."""
+    """Estimates the tokens of a text of `size` UTF-8 bytes. A client has no tokenizer; the worker counts exactly."""
     return SPECIAL_TOKENS + size // BYTES_PER_TOKEN
 
 
 def split(sizes: Mapping[int, int], most_rows: int, most_tokens: int) -> list[Part]:
-    """Parts that hold each row of `sizes` (row -> UTF-8 bytes) once.
+    """Splits the rows of `sizes` (row -> UTF-8 bytes) into parts. Each row is in one part.
 
-    A part has at most `most_rows` rows and about `most_tokens` padded tokens, but at least one row. Long rows come
-    first: what is left for the end is short, and workers finish together. Within a part rows keep their order.
+    A part has at most `most_rows` rows and about `most_tokens` padded tokens, but at least one row. Parts with long
+    rows come first: the last parts are then short, and the workers finish together. Within a part rows keep their
+    order.
     """
     if len(sizes) == 1:
         ((row, size),) = sizes.items()
@@ -54,13 +60,13 @@ def split(sizes: Mapping[int, int], most_rows: int, most_tokens: int) -> list[Pa
 
 
 def split_evenly(sizes: Mapping[int, int], most_rows: int, row_tokens: int) -> list[Part]:
-    """The same for rows that count `row_tokens` each, whatever their size."""
+    """Splits as `split` does, for rows that count `row_tokens` each, whatever their size."""
     parts = split(sizes, most_rows, most_rows * estimate_tokens(max(sizes.values(), default=0)))
     return [part._replace(tokens=row_tokens * len(part.rows)) for part in parts]
 
 
 def split_once(sizes: Mapping[int, int], inputs: Sequence[object], most_rows: int, most_tokens: int) -> list[Part]:
-    """The same, where rows with equal inputs travel once."""
+    """Splits as `split` does, but sends rows with equal inputs once: the others become twins."""
     rows_of: dict[object, list[int]] = {}
     for row in sizes:
         rows_of.setdefault(inputs[row], []).append(row)

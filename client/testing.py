@@ -1,11 +1,11 @@
-"""Clients for a caller's tests: no server, no model, no threads.
+"""Fake clients for the tests of a program that uses millstream: no server, no model, no threads.
 
     client = FakeClient()
     vectors = client.embed(["a stream", "a mill"])
     client.fail(QueueFull("full", retry_after=1.0))
     client = FakeClient(handlers={"reverse": lambda payloads: [each[::-1] for each in payloads]})
 
-What they check, split, order and raise is the real clients' own code; only the queue behind it is pretended.
+They check, split, order and raise with the code of the real clients. Only the queue behind it is a fake.
 """
 
 from __future__ import annotations
@@ -38,31 +38,30 @@ from millstream.client.calls import NO_HITS, CallOptions, Calls
 from millstream.client.channel.channel import Channel
 from millstream.client.channel.requests import Cancellation
 from millstream.client.client import Client
-from millstream.client.detached import Asked
+from millstream.client.detached import DetachedRequest
 from millstream.client.handle import Handle
 from millstream.client.job_terms import Progress
 from millstream.client.row_results import RowOutcome
 from millstream.client.services import Known, Services
 
 Answers = Callable[[str], RowOutcome]
-"""The outcome of one text: a vector [dim], a JSON value such as a score, or an error, returned or raised."""
+"""Function from a text to its outcome: a vector [dim], a JSON value such as a score, or an error (may be raised)."""
 
 Handler = Callable[[list[Any]], Sequence[Any]]
-"""The function of a custom service, as a worker would run it; here with one payload at a time."""
+"""Function of a custom service, as a worker runs it; here it gets one payload at a time."""
 
 SERVICE, RERANKER = "embed", "rerank"
-"""The services of calls that name none."""
+"""Names of the services that calls without `service` go to: `embed` and `rerank`."""
 
 SERVICES: Mapping[str, ModelType] = MappingProxyType({RERANKER: "reranker"})
-"""The types of services that do not embed."""
-
+"""Types of the services that are not embedding services, by name."""
 
 _CUSTOM: ModelType = "custom"
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call that was made; of a map, one for each piece of its input."""
+    """Call that was made. A map makes one for each chunk of its input."""
 
     service: str
     inputs: list[Json]
@@ -72,24 +71,24 @@ class Call:
 
 
 def fake_vector(text: str, dim: int) -> Vectors:
-    """A unit vector, float32 [dim], that depends on nothing but the text: the same on every machine."""
+    """Returns a unit vector, float32 [dim], that depends only on the text: equal on every machine."""
     digest = hashlib.shake_256(text.encode()).digest(4 * dim)
     vector = np.frombuffer(digest, dtype="<u4").astype(np.float64) / 2**31 - 1.0
     return cast(Vectors, (vector / np.linalg.norm(vector)).astype(np.float32))
 
 
 def fake_score(query: str, document: str) -> float:
-    """The part of the query's words, between 0 and 1, that the document holds."""
+    """Returns the share of the query's words, between 0 and 1, that are in the document."""
     words = set(query.lower().split())
     return len(words & set(document.lower().split())) / max(1, len(words))
 
 
 class FakeClient(Client):
-    """A Client that answers at once, any service, and keeps what it was asked in `calls`.
+    """Client that answers every service at once, and lists its calls in `calls`.
 
-    Each text gets a unit vector made from its hash, a document of a reranker the part of the query's words that it
-    holds, or what `answers` gives for it; texts in `errors` get their error. `services` says which names are of other
-    types than embedding; "rerank" is a reranker. Those in `handlers` are custom ones, answered by their function.
+    A text gets a unit vector made from its hash; a document of a reranker gets the share of the query's words that it
+    has. `answers` replaces both. Texts in `errors` get their error. `services` has the types of services that are not
+    embedding services; "rerank" is a reranker. Names in `handlers` are custom services, answered by their function.
     """
 
     def __init__(
@@ -104,16 +103,16 @@ class FakeClient(Client):
 
     @property
     def calls(self) -> list[Call]:
-        """Every call that passed the checks of its arguments, in order."""
+        """Calls whose arguments passed the checks, in order."""
         return self._fake.made
 
     def fail(self, error: MillstreamError, *, times: int = 1) -> None:
-        """The next `times` calls end with `error`: `embed` raises it, of a submitted call the handle's `result`."""
+        """Makes the next `times` calls fail with `error`: `embed` raises it, or the handle's `result` if submitted."""
         self._fake.faults.extend([error] * times)
 
 
 class AsyncFakeClient(AsyncClient):
-    """FakeClient for asyncio."""
+    """Client for asyncio that answers as FakeClient does."""
 
     def __init__(
         self,
@@ -127,11 +126,11 @@ class AsyncFakeClient(AsyncClient):
 
     @property
     def calls(self) -> list[Call]:
-        """As FakeClient.calls."""
+        """Calls as in FakeClient.calls."""
         return self._fake.made
 
     def fail(self, error: MillstreamError, *, times: int = 1) -> None:
-        """As FakeClient.fail."""
+        """Does as FakeClient.fail."""
         self._fake.faults.extend([error] * times)
 
 
@@ -151,10 +150,10 @@ class _FakeCalls(Calls):
         self.made: list[Call] = []
         self.faults: deque[MillstreamError] = deque()
         self._model = model
-        # It is named by error messages, and never connects.
+        # Error messages name it; it never connects.
         self.connection = Connection("redis://fake")
         self.registry = Registry(self.connection)
-        self._left: dict[str, Streams] = {}
+        self._detached_streams: dict[str, Streams] = {}
         self.channel = cast(Channel, _FakeChannel(model, self.faults, self.streams))
         self.services = cast(Services, _FakeServices(types))
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="millstream-fake")
@@ -176,26 +175,26 @@ class _FakeCalls(Calls):
         if spec.model.type == "embedding":
             _embed_options(options)
 
-    def asked(
+    def detached_request(
         self,
         spec: ServiceSpec,
         inputs: Sequence[Json],
         opts: CallOptions,
         deadline: float | None,
         idempotency_key: str | None,
-    ) -> Asked:
-        asked = super().asked(spec, inputs, opts, deadline, idempotency_key)
+    ) -> DetachedRequest:
+        request = super().detached_request(spec, inputs, opts, deadline, idempotency_key)
         self.made.append(Call(spec.name, list(inputs), opts, True, idempotency_key))
         if self.faults:
             raise self.faults.popleft()
-        return asked
+        return request
 
     def streams(self, service: str, within_s: float | None = None) -> Streams:
-        return self._left.setdefault(service, cast(Streams, _FakeStreams(self._model, service)))
+        return self._detached_streams.setdefault(service, cast(Streams, _FakeStreams(self._model, service)))
 
 
 def _embed_options(options: Mapping[str, Json]) -> EmbedOptions:
-    """Those of an embedding service: nobody says which service is one, and others may have any."""
+    """Returns the options that an embedding service has. Others are ignored, since services have no declared type."""
     return EmbedOptions.read({name: value for name, value in options.items() if name in EmbedOptions._fields})
 
 
@@ -213,9 +212,9 @@ class _FakeModel:
         self.handlers = handlers
 
     def reply(self, service: str, draft: Draft) -> bytes:
-        """The answer to one job, as a worker would send it."""
-        inputs, asked = decode_inputs(draft.body, draft.rows)
-        query = str(asked["query"]) if draft.op == "rerank" else None
+        """Returns the encoded reply to one job, as a worker would send it."""
+        inputs, options = decode_inputs(draft.body, draft.rows)
+        query = str(options["query"]) if draft.op == "rerank" else None
         if handler := self.handlers.get(service):
             outcomes = [_handled(handler, payload) for payload in inputs]
         else:
@@ -224,9 +223,9 @@ class _FakeModel:
         good = [each for each in outcomes if not isinstance(each, MillstreamError)]
         tokens = sum(len(str(text).split()) + 2 for row, text in enumerate(inputs) if row not in errors)
         if good and all(isinstance(each, np.ndarray) for each in good):
-            options = _embed_options(asked)
+            embed_options = _embed_options(options)
             whole = np.stack(cast(list[Vectors], good))
-            vectors = shaped(whole, options.dimensions, options.unit(True), options.encoding)
+            vectors = shaped(whole, embed_options.dimensions, embed_options.unit(True), embed_options.encoding)
             return encode_reply(Reply(vectors=vectors, errors=errors, tokens=tokens))
         return encode_reply(Reply(values=cast(list[Json], good), errors=errors, tokens=tokens))
 
@@ -249,9 +248,9 @@ def _handled(handler: Handler, payload: Json) -> RowOutcome:
     except MillstreamError as error:
         return error
     except KeyboardInterrupt:
-        # Not as a worker does: it is the test's own process, which Ctrl-C ends.
+        # A worker would answer an error, but Ctrl-C must end the test's process.
         raise
-    except BaseException as error:  # noqa: BLE001 - as a worker does
+    except BaseException as error:  # noqa: BLE001 - a worker answers every error of a handler, too
         return ModelFailed(described(error))
     return cast(RowOutcome, result)
 
@@ -271,7 +270,7 @@ class _FakeChannel:
         if self._closed:
             raise BrokerUnavailable("this client is closed", hint="make a new one")
         if queue := getattr(self._turn, "queue", None):
-            # An answer makes its call send the next jobs: a long one would nest too deep.
+            # An answer makes its call submit the next jobs. A queue avoids deep recursion in long calls.
             queue.extend(submissions)
             return
         self._turn.queue = deque(submissions)
@@ -289,7 +288,7 @@ class _FakeChannel:
                 submission.sink.answered(draft.id, self._model.reply(submission.service, draft))
             queue.popleft()
 
-    def leave(self, submissions: Sequence[Submission]) -> None:
+    def submit_detached(self, submissions: Sequence[Submission]) -> None:
         for submission in submissions:
             (admission,) = self._streams(submission.service).enqueue([submission.group])
             if error := refusal(submission.service, admission):
@@ -298,9 +297,9 @@ class _FakeChannel:
                 submission.accepted()
 
     def cancel(self, cancellation: Cancellation) -> None:
-        cancellation.told(["gone"] * len(cancellation.job_ids))
+        cancellation.report(["gone"] * len(cancellation.job_ids))
 
-    withdraw = cancel
+    cancel_detached = cancel
 
     def refusal_of(self, job_id: str) -> MillstreamError | None:
         return None
@@ -314,7 +313,7 @@ class _FakeChannel:
 
 
 class _FakeServices:
-    """Every name is a service, with a live worker."""
+    """Services in which every valid name is a service with one live worker."""
 
     def __init__(self, types: Mapping[str, ModelType]) -> None:
         self._types = types
@@ -324,29 +323,29 @@ class _FakeServices:
         try:
             return ServiceSpec(name=service, model=model, model_ref="fake", runtime=Runtime())
         except ValueError:
-            raise UnknownService(f"no service {service!r}", hint="it is no name of a service") from None
+            raise UnknownService(f"no service {service!r}", hint="it is not a valid name of a service") from None
 
     read = known
 
     def only(self, model_type: str, until: float | None = None) -> str:
         return RERANKER if model_type == "reranker" else SERVICE
 
-    remembered = only
+    known_only = only
 
     def live(self, service: str, changed: Callable[[], None]) -> int:
         return 1
 
-    def last_word(self, service: str) -> Known:
+    def last_known(self, service: str) -> Known:
         return Known(self.known(service), "", 1, False, 0.0)
 
     def explain(self, service: str, tell: Callable[[Known], None]) -> None:
-        tell(self.last_word(service))
+        tell(self.last_known(service))
 
     def close(self) -> None: ...
 
 
 class _FakeStreams:
-    """Where detached jobs are answered, each once."""
+    """Streams of detached jobs, which are answered when they are enqueued, each once."""
 
     def __init__(self, model: _FakeModel, service: str) -> None:
         self._model = model

@@ -1,4 +1,4 @@
-"""The jobs of one call: sent a window at a time, answered, sent again if they ran out of time, given up together."""
+"""Transfer of one call's jobs: sends a window of them at a time, and sends timed-out ones again."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ from millstream.client.row_results import RowResults
 from millstream.client.services import Known
 from millstream.client.split import Part
 
-VERDICT_S = 0.25
-"""Seconds after its time that a call waits at most for the server to say why it is late."""
+EXPLAIN_S = 0.25
+"""Seconds after its deadline that a call waits at most to learn from the server why it is late."""
 
 
-class _Sent(NamedTuple):
-    """A job in flight, sent at `at`, monotonic seconds."""
+class _SentJob(NamedTuple):
+    """Job in flight, which was sent at `at`, monotonic seconds."""
 
     part: Part
     at: float
 
 
 class Transfer:
-    """One call's jobs, as the sink of the channel. Wakes `waiters` and calls `listeners` when rows have an outcome."""
+    """Sends one call's jobs and is their sink. Wakes `waiters` and calls `listeners` when rows get an outcome."""
 
     def __init__(
         self,
@@ -68,36 +68,36 @@ class Transfer:
         self._channel = channel
         self._watch = watch
         self._terms = terms
-        # A copy: what the caller does to its list later is not for us.
+        # A copy, because the caller may change its list later.
         self._inputs = list(inputs)
         self._unsent = deque(parts)
-        self._sent: dict[str, _Sent] = {}
-        self._sendable = self.rows.left
+        self._in_flight: dict[str, _SentJob] = {}
+        self._sendable = self.rows.missing
         self._end = None if terms.timeout is None else began + terms.timeout
         self._progress = progress
-        # To be begun is progress, too: a map begins its later calls long after its first.
+        # The start of a call counts as progress: a map starts its later calls long after its first.
         progress.at = max(progress.at, began)
-        # Most calls have one job, which needs no window.
+        # None until the call needs a window: most calls have only one job.
         self._flow: Flow | None = None
         self._looked_at = began
-        self._verdict_by: float | None = None
+        self._explain_by: float | None = None
         self.waiters: list[threading.Lock] = []
         self.listeners: list[Callable[[], None]] = []
 
     @property
     def untouched(self) -> bool:
         """Whether rows were sent and none has an outcome yet."""
-        return 0 < self.rows.left == self._sendable
+        return 0 < self.rows.missing == self._sendable
 
     # -- sending -----------------------------------------------------------------------------------------------
 
     def pump(self) -> None:
-        """Send what the window has room for."""
-        # The channel's turn too is under the lock: a cancellation must not overtake what it cancels.
+        """Sends as many jobs as the window has room for."""
+        # Submits under the lock: the cancellation of a job must not reach the channel before the job.
         with self.lock:
             drafts: list[Draft] = []
-            window = self._window() if len(self._unsent) + len(self._sent) > 1 else 1
-            while self._unsent and len(self._sent) < window:
+            window = self._window() if len(self._unsent) + len(self._in_flight) > 1 else 1
+            while self._unsent and len(self._in_flight) < window:
                 if draft := self._draft(self._unsent.popleft()):
                     drafts.append(draft)
             if not drafts:
@@ -114,20 +114,23 @@ class Transfer:
         return self._flow.window(self._watch.live(self._terms.service, self.pump))
 
     def _submissions(self, drafts: Sequence[Draft]) -> list[Submission]:
-        """One a job, each waiting out refusals by itself; if the call does not wait, one for all, accepted or not."""
+        """Returns one submission for each job, which waits for room by itself.
+
+        If the call does not wait for room, returns one submission for all jobs, which are accepted or refused together.
+        """
         terms = self._terms
         tenant = terms.tenant if terms.rate_per_tenant else ""
         submissions = []
         for together in [[draft] for draft in drafts] if terms.wait else [drafts]:
             first = together[0]
-            # No other one of them: the call is charged with the first job that it drafts, or drafts again.
+            # The rate limit counts a call once, with its first job, or with the job that replaces it.
             calls = int(first.id == self._charged_with)
             group = Group(terms.priority, together, calls, terms.replicated, refusals=calls)
             submissions.append(Submission(terms.service, group, self, first.deadline if terms.wait else 0.0, tenant))
         return submissions
 
     def _draft(self, part: Part) -> Draft | None:
-        """The job that carries `part`; None, and its rows have their error, if it cannot be encoded."""
+        """Returns the job that carries `part`. If it cannot be encoded, its rows get the error and None is returned."""
         terms, now = self._terms, time.monotonic()
         own_end = None if terms.total_timeout is None else now + terms.total_timeout
         end = self._end if self._end is not None else own_end
@@ -139,38 +142,41 @@ class Transfer:
         except (TypeError, ValueError, RecursionError) as error:
             self._place([part], InvalidRequest(f"cannot be sent: {described(error)}"))
             return None
-        # The call is charged with its first job; if that was never accepted, with the next one.
+        # The call is charged with its first job; if that one was never accepted, with the next one.
         self._charged_with = self._charged_with or job_id
         self._first_id = ""
-        self._sent[job_id] = _Sent(part, now)
+        self._in_flight[job_id] = _SentJob(part, now)
         return draft
 
     # -- the channel's side ------------------------------------------------------------------------------------
 
     def answered(self, job_id: str, reply: bytes) -> None:
-        """A job's reply came. Called by the channel."""
+        """Stores a job's reply and sends the next jobs. Called by the channel."""
         outcome: Reply | MillstreamError
         try:
             outcome = decode_reply(reply)
         except Malformed as error:
             outcome = ModelFailed(f"its reply cannot be read: {error}", hint="client and worker of different versions?")
         with self.lock:
-            if sent := self._sent.pop(job_id, None):
-                self._settle(sent, outcome)
+            if job := self._in_flight.pop(job_id, None):
+                self._settle(job, outcome)
         if self._unsent:
             self.pump()
 
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
-        """Jobs were not accepted, or nobody listens for their answers any more. Called by the channel."""
+        """Ends jobs that were not accepted, or whose answers can no longer be read; sends them again if allowed.
+
+        Called by the channel.
+        """
         with self.lock:
-            sent = [self._sent.pop(job_id) for job_id in job_ids if job_id in self._sent]
-            again = [each for each in sent if self._may_run_again(each, error)]
-            lost = [each.part for each in sent if each not in again]
+            jobs = [self._in_flight.pop(job_id) for job_id in job_ids if job_id in self._in_flight]
+            again = [each for each in jobs if self._may_run_again(each, error)]
+            lost = [each.part for each in jobs if each not in again]
             self._unsent.extendleft(each.part for each in again)
             if self._charged_with in job_ids:
                 self._charged_with = ""
-                # Its other jobs would run for a call that the limit on calls has refused.
-                lost += self._take_sent() if lost else []
+                # The call was to be charged with this job. Without the charge its other jobs must not run.
+                lost += self._take_in_flight() if lost else []
             if lost and not isinstance(error, DeadlineExceeded):
                 # Unsent jobs would fail for the same reason, so they get the same outcome.
                 lost += self._take_unsent()
@@ -178,20 +184,20 @@ class Transfer:
         if self._unsent:
             self.pump()
 
-    def _settle(self, sent: _Sent, outcome: Reply | MillstreamError) -> None:
+    def _settle(self, job: _SentJob, outcome: Reply | MillstreamError) -> None:
         error = outcome.error if isinstance(outcome, Reply) else None
-        if error is not None and self._may_run_again(sent, error):
-            self._unsent.appendleft(sent.part)
+        if error is not None and self._may_run_again(job, error):
+            self._unsent.appendleft(job.part)
             return
         if not isinstance(error, DeadlineExceeded):
             self._progress.at = time.monotonic()
             if self._unsent and self._flow:
                 self._flow.answered(self._progress.at)
-        self._place([sent.part], outcome)
+        self._place([job.part], outcome)
 
-    def _may_run_again(self, sent: _Sent, error: MillstreamError) -> bool:
-        """Whether a job that ran out of time goes on with its call: others were answered since it was sent."""
-        if self._end is not None or self._progress.at <= sent.at:
+    def _may_run_again(self, job: _SentJob, error: MillstreamError) -> bool:
+        """Returns whether a job that was late or refused is sent again: other jobs were answered since it was sent."""
+        if self._end is not None or self._progress.at <= job.at:
             return False
         if isinstance(error, DeadlineExceeded):
             return error.phase != "inference"
@@ -206,31 +212,34 @@ class Transfer:
 
     def _tell(self) -> None:
         if self.waiters:
-            # First: an interrupt must not leave them to be woken twice.
+            # Emptied before the wake-up: after an interrupt no waiter may be woken twice.
             waiters, self.waiters = self.waiters, []
             wake_chain.wake(waiters)
         for listener in list(self.listeners):
             listener()
 
-    def _take_sent(self) -> list[Part]:
-        """The parts of all jobs in flight, which are cancelled."""
-        sent, self._sent = self._sent, {}
-        if sent:
+    def _take_in_flight(self) -> list[Part]:
+        """Cancels all jobs in flight and returns their parts."""
+        jobs, self._in_flight = self._in_flight, {}
+        if jobs:
             with suppress(BrokerUnavailable):
-                self._channel.cancel(Cancellation(self._terms.service, list(sent), lambda outcomes: None))
-        return [each.part for each in sent.values()]
+                self._channel.cancel(Cancellation(self._terms.service, list(jobs), lambda outcomes: None))
+        return [each.part for each in jobs.values()]
 
     def _take_unsent(self) -> list[Part]:
         parts = list(self._unsent)
         self._unsent.clear()
         return parts
 
-    # -- the end of its time -----------------------------------------------------------------------------------
+    # -- the deadline ------------------------------------------------------------------------------------------
 
     def expires_at(self) -> float | None:
-        """When the call is late: its verdict is due, its time is over, or nothing was answered for too long."""
-        if self._verdict_by is not None:
-            return self._verdict_by
+        """Returns when to call `expire`, monotonic seconds; None if the call has no limit.
+
+        While the server is being asked why the call is late, it is the end of that wait.
+        """
+        if self._explain_by is not None:
+            return self._explain_by
         if self._end is not None:
             return self._end
         if self._terms.total_timeout is not None:
@@ -240,21 +249,21 @@ class Transfer:
         return None
 
     def expire(self, now: float) -> None:
-        """Ask, without waiting, why the call is late; or end it, if it has waited for the answer long enough."""
-        if self._verdict_by is None:
-            self._verdict_by = now + VERDICT_S
-            self._watch.explain(self._terms.service, self._judge)
-        elif now >= self._verdict_by:
-            self._judge(self._watch.last_word(self._terms.service))
+        """Asks the server, without waiting, why the call is late; ends the call if the answer takes over EXPLAIN_S."""
+        if self._explain_by is None:
+            self._explain_by = now + EXPLAIN_S
+            self._watch.explain(self._terms.service, self._end_if_late)
+        elif now >= self._explain_by:
+            self._end_if_late(self._watch.last_known(self._terms.service))
 
-    def _judge(self, known: Known) -> None:
-        """End the call, if it is still late, with what is known of its service."""
+    def _end_if_late(self, known: Known) -> None:
+        """Ends the call if it is still late, with an error that depends on the state of its service."""
         with self.lock:
-            if self._verdict_by is None:
+            if self._explain_by is None:
                 return
-            self._verdict_by, now = None, time.monotonic()
+            self._explain_by, now = None, time.monotonic()
             end = self.expires_at()
-            if not self.rows.left or end is None or now < end:
+            if not self.rows.missing or end is None or now < end:
                 return
             self._looked_at = now
             endless = self._end is None and self._terms.total_timeout is None
@@ -262,24 +271,27 @@ class Transfer:
                 self._give_up(known)
 
     def _give_up(self, known: Known) -> None:
-        """Give each row its error: why its job was not accepted, if it waits for that, else why the service is late."""
-        sent, self._sent = self._sent, {}
-        refusals = {job_id: self._channel.refusal_of(job_id) for job_id in sent}
+        """Gives each row its error: the last refusal if its job was not accepted yet, else why the service is late."""
+        jobs, self._in_flight = self._in_flight, {}
+        refusals = {job_id: self._channel.refusal_of(job_id) for job_id in jobs}
         with suppress(BrokerUnavailable):
-            # Nobody waits: off the queue, where dead work would keep others out.
-            self._channel.cancel(Cancellation(self._terms.service, list(sent), lambda outcomes: None))
-        for job_id, each in sent.items():
+            # No caller waits for these jobs any more: they must not take room in the queue.
+            self._channel.cancel(Cancellation(self._terms.service, list(jobs), lambda outcomes: None))
+        for job_id, each in jobs.items():
             self._place([each.part], refusals[job_id] or known.why_late(each.at))
         refusal = next((each for each in refusals.values() if each), None)
         self._place(self._take_unsent(), refusal or known.why_late())
 
-    def drop(self, told: Callable[[Sequence[CancelOutcome] | MillstreamError], None]) -> bool:
-        """Give every row that is not answered its Cancelled, and cancel what was sent; False if nothing was."""
+    def drop(self, report: Callable[[Sequence[CancelOutcome] | MillstreamError], None]) -> bool:
+        """Cancels the jobs in flight; rows without an outcome get Cancelled. Returns False if no job was in flight.
+
+        `report` gets the outcomes of the cancellation. If it returns False, `report` is not called.
+        """
         with self.lock:
-            sent, self._sent = self._sent, {}
+            jobs, self._in_flight = self._in_flight, {}
             self._place(
-                [each.part for each in sent.values()] + self._take_unsent(), Cancelled("cancelled by its caller")
+                [each.part for each in jobs.values()] + self._take_unsent(), Cancelled("cancelled by its caller")
             )
-            if sent:
-                self._channel.cancel(Cancellation(self._terms.service, list(sent), told))
-            return bool(sent)
+            if jobs:
+                self._channel.cancel(Cancellation(self._terms.service, list(jobs), report))
+            return bool(jobs)

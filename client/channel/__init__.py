@@ -1,4 +1,4 @@
-"""One process's traffic with one server: what is asked of it, the thread that sends, those that read.
+"""One process's traffic with one server: requests, the thread that sends them, the threads that read replies.
 
-Imports nothing else of `client`. Start with `channel.py`.
+Imports no other module of `client`. Start with `channel.py`.
 """

@@ -1,4 +1,4 @@
-"""One process's traffic with one server: a sender thread for all calls, a reader thread for each service."""
+"""Channel of one process to one server: a sender thread for all calls, a reader thread for each service."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from millstream.client.channel.sender import Sender
 
 
 class Channel:
-    """Shared by all clients of a process that talk to one server; thread-safe. Threads start with the first call."""
+    """Channel for all calls of one client. Thread-safe. Its threads start with the first call."""
 
     def __init__(self, connection: Connection, registry: Registry) -> None:
         self._connection = connection
@@ -26,59 +26,68 @@ class Channel:
         self.after_fork()
 
     def after_fork(self) -> None:
-        """In a forked child: an identity, locks and threads of its own; its parent's calls are not its calls."""
+        """Gives a forked child its own client id, locks and threads. It does not inherit its parent's calls."""
         self.client_id = secrets.token_hex(8)
         self._lock = threading.Lock()
         self._readers: dict[str, Reader] = {}
         self._sender: Sender | None = None
 
     def submit(self, submissions: Sequence[Submission]) -> None:
-        """Send these, answers and refusals to their sinks. Returns at once. Raises BrokerUnavailable once closed."""
+        """Sends `submissions` and returns at once. Their sinks get the answers and refusals.
+
+        Raises BrokerUnavailable if the channel is closed.
+        """
         for submission in submissions:
-            reader = self._readers.get(submission.service) or self._reader(submission.service)
+            reader = self._readers.get(submission.service) or self._open_reader(submission.service)
             reader.expect(submission)
         try:
-            (self._sender or self._sending()).put(submissions)
+            (self._sender or self._open_sender()).put(submissions)
         except MillstreamError:
             for submission in submissions:
                 self.forget(submission.service, submission.job_ids)
             raise
 
-    def leave(self, submissions: Sequence[Submission]) -> None:
-        """Send detached jobs, whose answers nobody here waits for. Returns at once. Raises BrokerUnavailable."""
-        (self._sender or self._sending()).put(submissions)
+    def submit_detached(self, submissions: Sequence[Submission]) -> None:
+        """Sends detached jobs and returns at once. No reader waits for their answers, which stay on the server.
+
+        Raises BrokerUnavailable if the channel is closed.
+        """
+        (self._sender or self._open_sender()).put(submissions)
 
     def refusal_of(self, job_id: str) -> MillstreamError | None:
-        """Why a job was not accepted yet and waits to be sent again; None if it does not."""
+        """Returns why a job was not accepted yet and waits to be sent again; None if it does not wait."""
         return self._sender.refusal_of(job_id) if self._sender else None
 
     def flush(self, timeout: float) -> None:
-        """Wait until the server has heard of every cancellation, for at most `timeout` seconds."""
+        """Waits until every cancellation has been sent to the server, for at most `timeout` seconds."""
         if self._sender:
             self._sender.flush(timeout)
 
     def cancel(self, cancellation: Cancellation) -> None:
-        """Stop jobs; in order with what was submitted before, so that none slips in behind. Returns at once."""
-        self.forget(cancellation.service, cancellation.job_ids)
-        self.withdraw(cancellation)
+        """Cancels jobs and returns at once.
 
-    def withdraw(self, cancellation: Cancellation) -> None:
-        """The same for detached jobs."""
-        (self._sender or self._sending()).put([cancellation])
+        A cancellation keeps its place behind earlier submissions, so it cannot reach the server before its jobs.
+        """
+        self.forget(cancellation.service, cancellation.job_ids)
+        self.cancel_detached(cancellation)
+
+    def cancel_detached(self, cancellation: Cancellation) -> None:
+        """Cancels detached jobs and returns at once, in the same order as `cancel`."""
+        (self._sender or self._open_sender()).put([cancellation])
 
     def forget(self, service: str, job_ids: Sequence[str]) -> None:
-        """Nobody waits for these jobs any more; late answers are dropped."""
+        """Stops waiting for these jobs; their late answers are dropped."""
         if reader := self._readers.get(service):
             reader.forget(job_ids)
 
     @property
     def stray_replies(self) -> int:
-        """Replies so far that nobody waited for."""
+        """Number of replies so far that no call waited for."""
         with self._lock:
             return sum(reader.strays for reader in self._readers.values())
 
     def close(self) -> None:
-        """End the threads; jobs under way go on without anybody waiting."""
+        """Ends the threads. Jobs in flight still run, but no caller gets their answers."""
         with self._lock:
             self._closed = True
             if self._sender:
@@ -89,10 +98,10 @@ class Channel:
         self._connection.close()
 
     def _awaited(self) -> int:
-        """Jobs whose answers have not been read."""
+        """Returns the number of jobs whose answers have not been read."""
         return sum([reader.awaited for reader in list(self._readers.values())])
 
-    def _sending(self) -> Sender:
+    def _open_sender(self) -> Sender:
         with self._lock:
             self._check_open()
             if self._sender is None:
@@ -101,7 +110,7 @@ class Channel:
                 self._sender = sender
             return self._sender
 
-    def _reader(self, service: str) -> Reader:
+    def _open_reader(self, service: str) -> Reader:
         with self._lock:
             self._check_open()
             reader = self._readers.get(service)
@@ -119,7 +128,7 @@ class Channel:
 
 
 def start(thread: threading.Thread) -> None:
-    """Start it. Raises BrokerUnavailable if the system has no thread left; the next call tries again."""
+    """Starts `thread`. Raises BrokerUnavailable if the system has no thread left; the next call tries again."""
     try:
         thread.start()
     except RuntimeError as error:

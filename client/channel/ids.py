@@ -1,4 +1,4 @@
-"""Names for jobs, callers' calls among them: random enough to meet nobody else's, and quick to make."""
+"""Ids of jobs and calls: 128 random bits, so that they do not collide, and quick to make."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import os
 import random
 import secrets
 
-_chance = random.Random(secrets.randbits(256))
+_random = random.Random(secrets.randbits(256))
 
-# Else a forked child would go on with its parent's numbers.
-os.register_at_fork(after_in_child=lambda: _chance.seed(secrets.randbits(256)))
+# Without a new seed a forked child would make the same ids as its parent.
+os.register_at_fork(after_in_child=lambda: _random.seed(secrets.randbits(256)))
 
 
 def new_id() -> str:
-    """32 hexadecimal digits. Not a secret: the system's own generator would be asked for each job, by a system call."""
-    return f"{_chance.getrandbits(128):032x}"
+    """Returns 32 hexadecimal digits. Not a secret: the system's own generator would cost a system call for each job."""
+    return f"{_random.getrandbits(128):032x}"

@@ -1,4 +1,4 @@
-"""Waking an event loop from other threads: many calls, one wake-up."""
+"""Calls into an event loop from other threads: many calls, one wake-up of the loop."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ T = TypeVar("T")
 
 
 class Mailbox:
-    """Actions that other threads want done in one event loop. A loop that is awake is not woken again for each.
+    """Queue of actions that other threads run in one event loop. A loop that is awake is not woken again.
 
-    Once the loop is closed, it keeps nothing that was posted.
+    If the loop is closed, posted actions are dropped.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        # Weak: it is found by its loop, and must not keep it.
+        # A weak reference: the mailbox must not keep its loop alive.
         self._loop = weakref.ref(loop)
         self._posted: deque[Callable[[], object]] = deque()
         self._waking = False
 
     def post(self, action: Callable[[], object]) -> bool:
-        """Have `action` called in the loop, soon and in order; False if the loop is closed. From any thread."""
+        """Calls `action` in the loop, soon and in order; returns False if the loop is closed. From any thread."""
         self._posted.append(action)
         loop = self._loop()
-        # A loop that is closed before it wakes up never empties this.
+        # A loop that is closed before it wakes up never empties the queue.
         if loop is None or loop.is_closed() or not self._wake(loop):
             self._posted.clear()
             return False
@@ -40,19 +40,19 @@ class Mailbox:
             try:
                 loop.call_soon_threadsafe(self._empty)
             except RuntimeError:
-                # It was closed a moment ago.
+                # The loop was closed after the check in `post`.
                 return False
         return True
 
     def _empty(self) -> None:
-        # First: what is posted from now on, and not seen below, wakes the loop again.
+        # Before the actions run: an action that is posted after the last check below must wake the loop again.
         self._waking = False
         while self._posted:
             self._posted.popleft()()
 
 
 class Listener:
-    """Posts one action to a mailbox whenever it is called; lets go of both once the loop is closed."""
+    """Callable that posts one action to a mailbox. Drops its references to both once the loop is closed."""
 
     def __init__(self, box: Mailbox, action: Callable[[], object]) -> None:
         self._target: tuple[Mailbox, Callable[[], object]] | None = (box, action)
@@ -65,11 +65,12 @@ class Listener:
 
 
 _mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.ref[Mailbox]] = weakref.WeakKeyDictionary()
-"""Weak on both sides: a mailbox lives while somebody may post to it, since what was posted may hold the loop."""
+"""Mailbox of each event loop. Both references are weak: posted actions may hold the loop, so a mailbox only lives while
+a listener can post to it."""
 
 
 def mailbox() -> Mailbox:
-    """The mailbox of the running event loop."""
+    """Returns the mailbox of the running event loop."""
     loop = asyncio.get_running_loop()
     known = _mailboxes.get(loop)
     found = known() if known else None
@@ -80,12 +81,12 @@ def mailbox() -> Mailbox:
 
 
 def listener(action: Callable[[], object]) -> Listener:
-    """Has `action` called in the running event loop, after each call of it from any thread."""
+    """Returns a callable for any thread: each call of it calls `action` in the running event loop."""
     return Listener(mailbox(), action)
 
 
 async def arrival(ask: Callable[[Callable[[T], object]], object]) -> T:
-    """What `ask` hands to the function that it is given, once and from any thread."""
+    """Calls `ask` with a function and returns the value that this function gets, once and from any thread."""
     box, future = mailbox(), asyncio.get_running_loop().create_future()
 
     def arrive(value: T) -> None:

@@ -1,4 +1,4 @@
-"""Thread: reads the replies of one service to this process, and hands each to whoever waits for it."""
+"""Reader thread: reads the replies of one service to this process and gives each to the call that waits for it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,16 @@ from millstream.client.channel.requests import client_closed
 log = logging.getLogger(__name__)
 
 READ_S = 2.0
+"""Seconds that one blocking read waits for replies at most."""
+
 SWEEP_S = 10.0
-_NOBODY: tuple[Sink | None, float | None] = (None, None)
+"""Seconds between two sweeps of unanswered jobs, and seconds after a job's deadline until a sweep ends it."""
+
+_NO_SINK: tuple[Sink | None, float | None] = (None, None)
 
 
 class Reader(threading.Thread):
-    """Reads one service's replies while anybody waits for one; sleeps otherwise."""
+    """Thread that reads one service's replies while a call waits for one, and sleeps otherwise."""
 
     def __init__(self, service: str, replies: Replies) -> None:
         super().__init__(name=f"millstream-reader-{service}", daemon=True)
@@ -42,11 +46,11 @@ class Reader(threading.Thread):
 
     @property
     def awaited(self) -> int:
-        """Jobs whose answers have not been read."""
+        """Number of jobs whose answers have not been read."""
         return len(self._waiting)
 
     def expect(self, submission: Submission) -> None:
-        """Raises BrokerUnavailable once closed."""
+        """Waits for the answers of these jobs from now on. Raises BrokerUnavailable if the reader is closed."""
         with self._lock:
             if self._closed:
                 raise client_closed()
@@ -62,29 +66,29 @@ class Reader(threading.Thread):
                 self._waiting.pop(job_id, None)
 
     def close(self) -> None:
-        """Nobody reads any more: who waits is told."""
+        """Ends the thread. Calls that wait get BrokerUnavailable."""
         with self._lock:
             self._closed = True
             self._changed.notify()
             waiting, self._waiting = self._waiting, {}
         for job_id, (sink, _) in waiting.items():
-            # One of its own for each: a raised error keeps its caller's frames alive.
-            closed = BrokerUnavailable("this client was closed", hint="the job goes on without anybody waiting")
+            # A new error for each: a raised error keeps its caller's frames alive.
+            closed = BrokerUnavailable("this client was closed", hint="the job still runs, but its answer is dropped")
             _refuse(sink, job_id, closed)
 
     def run(self) -> None:
-        while self._wanted():
+        while self._wait_for_work():
             self._step()
 
     def _step(self) -> None:
-        # A call of its own: what it held must not stay alive while nobody waits.
+        # A function of its own: its local variables must not stay alive while the thread sleeps.
         try:
             answers = self._replies.read(READ_S)
-        except Exception as error:  # noqa: BLE001 - whatever happened, callers wait for what comes next
-            self._away(error)
+        except Exception as error:  # noqa: BLE001 - callers still wait for the next replies, so the thread goes on
+            self._pause(error)
             return
         with self._lock:
-            sinks = [self._waiting.pop(job_id, _NOBODY)[0] for job_id, _ in answers]
+            sinks = [self._waiting.pop(job_id, _NO_SINK)[0] for job_id, _ in answers]
         for sink, (job_id, reply) in zip(sinks, answers, strict=True):
             if not sink:
                 self.strays += 1
@@ -92,18 +96,19 @@ class Reader(threading.Thread):
             try:
                 sink.answered(job_id, reply)
             except Exception as error:
-                # One caller's fault must not end the thread that serves all others.
+                # One caller's error must not end the thread, which serves all others.
                 log.exception("a reply could not be handed to its caller")
                 _refuse(sink, job_id, ModelFailed(f"its reply cannot be used: {described(error)}"))
         self._sweep()
 
-    def _wanted(self) -> bool:
+    def _wait_for_work(self) -> bool:
+        """Sleeps until a job waits for its answer; returns False if the reader is closed."""
         with self._lock:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             return not self._closed
 
     def _sweep(self) -> None:
-        """End calls that their callers dropped, and that nobody answered in time."""
+        """Ends jobs that have no answer SWEEP_S after their deadline, for instance if their caller dropped the call."""
         now = time.monotonic()
         if now - self._swept_at < SWEEP_S:
             return
@@ -114,8 +119,8 @@ class Reader(threading.Thread):
         for job_id, sink in zip(over, sinks, strict=True):
             _refuse(sink, job_id, DeadlineExceeded("no answer in time"))
 
-    def _away(self, error: Exception) -> None:
-        # A closed socket ends a read in many ways.
+    def _pause(self, error: Exception) -> None:
+        # While the reader is being closed, a read may fail with any error.
         if not self._closed and not is_transient(error):
             log.error("reading replies failed, trying again: %s", error)
         with self._lock:

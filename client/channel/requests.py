@@ -1,4 +1,4 @@
-"""What a process asks its channel for beside submissions: jobs not to run any more, and who is told."""
+"""Cancellations, and the errors that the threads of a client share."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError
 from millstream.broker.queue.streams import CancelOutcome
 
 NO_THREAD = "raise the limit on threads of this user or container (ulimit -u, pids.max)"
-"""What to do if a thread of the client cannot start."""
+"""Hint of the error that is raised if a thread of the client cannot start."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cancellation:
-    """Jobs nobody wants any more. `told` gets one outcome a job, or the error that kept us from asking.
+    """Jobs to cancel. `report` gets one outcome for each job, or the error if the server could not be asked.
 
-    Those of a detached call have its id as `call`.
+    `call` is the id of the call if its jobs are detached, otherwise empty.
     """
 
     service: str
     job_ids: Sequence[str]
-    told: Callable[[Sequence[CancelOutcome] | MillstreamError], None]
+    report: Callable[[Sequence[CancelOutcome] | MillstreamError], None]
     call: str = ""
 
     @property
@@ -34,4 +34,5 @@ class Cancellation:
 
 
 def client_closed() -> BrokerUnavailable:
+    """Returns the error of a request to a closed client."""
     return BrokerUnavailable("this client is closed", hint="make a new one")

@@ -1,7 +1,7 @@
-"""Thread: carries what all threads of a process submit to the server, in few script calls and in order.
+"""Sender thread: sends the requests of all threads of a process to the server, in order and in few script calls.
 
-Enqueueing is idempotent by job id, so it sends again through cut connections and restarts until the submission's time
-is over.
+Enqueueing is idempotent by job id, so the thread sends again after cut connections and restarts until the deadline of
+the submission.
 """
 
 from __future__ import annotations
@@ -25,15 +25,21 @@ from millstream.client.channel.wake_chain import wake_chain
 log = logging.getLogger(__name__)
 
 LINGER_S = 0.002
-"""Seconds the sender waits at most for what callers send that are being woken: a script call for each costs more."""
+"""Seconds that the sender waits at most for the next requests of callers that are being woken.
+
+A script call for each of their requests would cost more than the wait.
+"""
 
 LINGER_FOR, LINGER_SHARE = 64, 3
-"""It waits for at most LINGER_FOR submissions, and at most 1/LINGER_SHARE of the jobs in flight: the others keep server
-and workers busy meanwhile."""
+"""Requests to wait for: at most LINGER_FOR, and at most 1/LINGER_SHARE of the jobs in flight. The other jobs keep the
+server and the workers busy during the wait."""
 
 
 class Sender(threading.Thread):
-    """Takes submissions in order, those of one service together, and carries them to the server."""
+    """Thread that sends requests in order; adjacent submissions of one service share a script call.
+
+    `awaited` returns the number of jobs whose answers have not been read.
+    """
 
     def __init__(
         self,
@@ -59,30 +65,30 @@ class Sender(threading.Thread):
         self._closed = False
         self._cancelling = 0
 
-    def put(self, orders: Sequence[Submission | Cancellation]) -> None:
-        """Raises BrokerUnavailable once closed."""
+    def put(self, requests: Sequence[Submission | Cancellation]) -> None:
+        """Appends requests to the queue of the thread. Raises BrokerUnavailable if the sender is closed."""
         with self._lock:
             if self._closed:
                 raise client_closed()
-            self._ready.extend(orders)
-            if orders and isinstance(orders[0], Cancellation):
+            self._ready.extend(requests)
+            if requests and isinstance(requests[0], Cancellation):
                 self._cancelling += 1
             if self._waits:
                 self._changed.notify()
 
     def close(self) -> None:
-        """End the thread."""
+        """Ends the thread."""
         with self._lock:
             self._closed = True
             self._changed.notify()
 
     def flush(self, timeout: float) -> None:
-        """Wait until the server has heard of every cancellation, for at most `timeout` seconds."""
+        """Waits until every cancellation has been sent to the server, for at most `timeout` seconds."""
         with self._lock:
             self._changed.wait_for(lambda: not self._cancelling or self._closed, timeout)
 
     def refusal_of(self, job_id: str) -> MillstreamError | None:
-        """Why a job waits here to be sent again; None if it does not."""
+        """Returns why a job waits to be sent again; None if it does not wait."""
         return self._submitter.refusal_of(job_id)
 
     def run(self) -> None:
@@ -90,17 +96,17 @@ class Sender(threading.Thread):
             try:
                 self._step()
             except Exception:
-                # It serves all calls of the process.
-                log.exception("sending failed, going on")
+                # The thread must go on: it serves all calls of the process.
+                log.exception("sending failed; the sender continues")
         self._submitter.close(client_closed)
-        for order in self._ready:
-            if isinstance(order, Cancellation):
-                _tell(order, BrokerUnavailable("this client was closed", hint="its jobs go on"))
+        for request in self._ready:
+            if isinstance(request, Cancellation):
+                _report(request, BrokerUnavailable("this client was closed", hint="its jobs still run"))
             else:
-                self._refuse(order, client_closed())
+                self._refuse(request, client_closed())
 
     def _step(self) -> None:
-        # A call of its own: what it held must not stay alive while the next step waits.
+        # A function of its own: its local variables must not stay alive while the next step waits.
         self._submitter.retry()
         batch = self._gather(self._submitter.next_at)
         if batch and isinstance(batch[0], Cancellation):
@@ -115,33 +121,36 @@ class Sender(threading.Thread):
 
     def _cancel(self, batch: Sequence[Cancellation]) -> None:
         job_ids = [job_id for each in batch for job_id in each.job_ids]
-        # In order behind their submissions: those that the server does not have wait to be sent again.
+        # The submissions of these jobs were handled before. Jobs that the server does not have wait to be sent again.
         unsent = self._submitter.withdraw(job_ids)
         try:
             with translated(self._connection.safe_url):
                 call = batch[0].call
                 found = self._streams(batch[0].service).cancel(job_ids, "" if call else self._client_id, call)
-        except Exception as error:  # noqa: BLE001 - every caller hears of it; the sender serves the next
+        except Exception as error:  # noqa: BLE001 - every caller gets it, and the sender serves the next request
             for cancellation in batch:
-                _tell(cancellation, _ours(error))
+                _report(cancellation, _as_own_error(error))
         else:
             outcomes = dict(zip(job_ids, found, strict=True))
             outcomes |= {job_id: "waiting" for job_id in unsent if outcomes[job_id] == "gone"}
             for cancellation in batch:
-                _tell(cancellation, [outcomes[job_id] for job_id in cancellation.job_ids])
+                _report(cancellation, [outcomes[job_id] for job_id in cancellation.job_ids])
         with self._lock:
             self._cancelling -= len(batch)
             self._changed.notify_all()
 
     def _gather(self, next_at: float | None) -> list[Submission | Cancellation]:
-        """What is ready for one script call: submissions of one service, or cancellations; nothing at `next_at`."""
+        """Waits for requests and returns those for one script call: submissions of one service, or cancellations.
+
+        Returns an empty list at `next_at`, monotonic seconds, or if the sender is closed.
+        """
         with self._lock:
             while not self._closed and not self._ready:
-                left_s = None if next_at is None else next_at - time.monotonic()
-                if left_s is not None and left_s <= 0:
+                wait_s = None if next_at is None else next_at - time.monotonic()
+                if wait_s is not None and wait_s <= 0:
                     return []
                 self._waits = True
-                self._changed.wait(left_s)
+                self._changed.wait(wait_s)
                 self._waits = False
             if not self._closed:
                 self._linger()
@@ -152,7 +161,7 @@ class Sender(threading.Thread):
             if not self._ready:
                 return batch
             jobs, size = first.jobs, first.size
-            while self._ready and _alike(after := self._ready[0], first):
+            while self._ready and _share_a_call(after := self._ready[0], first):
                 jobs, size = jobs + after.jobs, size + after.size
                 if jobs > MAX_JOBS_PER_CALL or size > MAX_BYTES_PER_CALL:
                     break
@@ -161,14 +170,14 @@ class Sender(threading.Thread):
             return batch
 
     def _linger(self) -> None:
-        """More is on its way here, from callers that have their answers."""
+        """Waits briefly for callers that have just got their answers: they are likely to send their next requests."""
         due = wake_chain.due
         missing = min(LINGER_FOR, (due + self._awaited()) // LINGER_SHARE) - len(self._ready)
         if not due or missing <= 0:
             return
         self._lock.release()
         try:
-            wake_chain.after(missing, LINGER_S)
+            wake_chain.wait_for(missing, LINGER_S)
         finally:
             self._lock.acquire()
 
@@ -177,24 +186,25 @@ class Sender(threading.Thread):
         try:
             submission.sink.refused(submission.job_ids, error)
         except Exception:
-            # One caller's fault must not end the thread that serves all others.
+            # One caller's error must not end the thread, which serves all others.
             log.exception("a refusal could not be handed to its caller")
 
 
-def _tell(cancellation: Cancellation, outcomes: Sequence[CancelOutcome] | MillstreamError) -> None:
+def _report(cancellation: Cancellation, outcomes: Sequence[CancelOutcome] | MillstreamError) -> None:
     try:
-        cancellation.told(outcomes)
+        cancellation.report(outcomes)
     except Exception:
         log.exception("the outcome of a cancellation could not be handed to its caller")
 
 
-def _alike(one: Submission | Cancellation, other: Submission | Cancellation) -> bool:
+def _share_a_call(one: Submission | Cancellation, other: Submission | Cancellation) -> bool:
+    """Returns whether both can be sent in one script call."""
     if isinstance(one, Cancellation) and isinstance(other, Cancellation) and one.call != other.call:
         return False
     return type(one) is type(other) and one.service == other.service
 
 
-def _ours(error: Exception) -> MillstreamError:
+def _as_own_error(error: Exception) -> MillstreamError:
     if isinstance(error, MillstreamError):
         return error
-    return BrokerUnavailable(f"cancel failed: {type(error).__name__}: {error}")
+    return BrokerUnavailable(f"the cancellation failed: {type(error).__name__}: {error}")

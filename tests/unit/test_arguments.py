@@ -50,7 +50,7 @@ def test_a_call_takes_numbers_and_texts_of_numpy_as_pythons() -> None:
     assert len(fake.rerank(np.array("q"), ["a", "b"], top_n=np.int32(1))) == 1
     assert len(list(fake.map("embed", ["a", "b"], window=np.int64(2)))) == 2
     assert fake.submit("embed", ["a"], dimensions=np.array(8)).result(np.float32(1)).shape == (1, 8)
-    assert [type(call.ask.timeout) for call in fake.calls if call.ask.timeout] == [float]
+    assert [type(call.opts.timeout) for call in fake.calls if call.opts.timeout] == [float]
 
 
 def test_the_async_client_takes_them_too() -> None:

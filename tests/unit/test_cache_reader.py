@@ -58,7 +58,7 @@ def reader(server: Asked, monkeypatch: pytest.MonkeyPatch) -> CacheReader:
 def test_every_row_with_a_kept_text_has_its_answer_and_each_text_is_asked_for_once(
     reader: CacheReader, server: Asked
 ) -> None:
-    hits = reader.rows("echo", CACHE_KEY, {0: "b", 2: "a", 3: "b", 5: "a"}, {})
+    hits = reader.read("echo", CACHE_KEY, {0: "b", 2: "a", 3: "b", 5: "a"}, {})
 
     assert hits == dict.fromkeys((2, 5), HIT)
     assert server.asked == [2]
@@ -70,24 +70,24 @@ def test_after_a_look_up_that_failed_none_is_tried_for_a_moment(
     now = 100.0
     monkeypatch.setattr("millstream.client.cache_reader.time.monotonic", lambda: now)
     server.away = True
-    assert reader.rows("echo", CACHE_KEY, {0: "a"}, {}) == {}
+    assert reader.read("echo", CACHE_KEY, {0: "a"}, {}) == {}
     server.away = False
 
-    assert reader.rows("echo", CACHE_KEY, {0: "a"}, {}) == {}
+    assert reader.read("echo", CACHE_KEY, {0: "a"}, {}) == {}
     assert server.asked == [1]
     now += module.LOOK_UP_S
-    assert reader.rows("echo", CACHE_KEY, {0: "a"}, {}) == {0: HIT}
+    assert reader.read("echo", CACHE_KEY, {0: "a"}, {}) == {0: HIT}
 
 
 class Loops:
     """Asks as event loops do, and notes each answer in the order of their coming."""
 
     def __init__(self, reader: CacheReader) -> None:
-        self._recall = reader
+        self._reader = reader
         self.answers: list[tuple[str, Mapping[int, Cached]]] = []
 
     def ask(self, name: str, texts: Mapping[int, str], service: str = "echo") -> None:
-        self._recall.soon(service, CACHE_KEY, texts, {}, lambda hits: self.answers.append((name, hits)))
+        self._reader.read_soon(service, CACHE_KEY, texts, {}, lambda hits: self.answers.append((name, hits)))
 
     def answered(self, count: int) -> list[tuple[str, Mapping[int, Cached]]]:
         eventually(lambda: len(self.answers) >= count)
@@ -160,8 +160,8 @@ def test_a_server_that_is_away_has_nothing_and_is_asked_once(loops: Loops, serve
 def test_a_call_that_raises_and_a_look_up_that_breaks_cost_no_other_call_its_answer(
     loops: Loops, reader: CacheReader, server: Asked, caplog: pytest.LogCaptureFixture
 ) -> None:
-    reader.soon("echo", CACHE_KEY, {0: "a"}, {}, lambda hits: 1 / 0)
-    reader.soon("echo", CACHE_KEY, {0: 5}, {}, lambda hits: None)  # type: ignore[dict-item]
+    reader.read_soon("echo", CACHE_KEY, {0: "a"}, {}, lambda hits: 1 / 0)
+    reader.read_soon("echo", CACHE_KEY, {0: 5}, {}, lambda hits: None)  # type: ignore[dict-item]
     loops.ask("whole", {0: "a"})
     assert loops.answered(1) == [("whole", {0: HIT})]
 

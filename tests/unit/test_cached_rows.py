@@ -29,7 +29,7 @@ def test_each_row_gets_its_outcome_and_each_text_travels_once(texts: list[str], 
         rows.place(part, Reply(values=[texts[row].upper() for row in part.rows]))
 
     assert sorted(travelling) == sorted(set(texts) - hit_texts)
-    assert rows.left == 0
+    assert rows.missing == 0
     assert rows.outcomes() == [text.upper() for text in texts]
 
 
@@ -40,7 +40,7 @@ def test_twins_share_an_error_and_a_cut() -> None:
 
     rows.place(part, Reply(vectors=np.array([[1]], np.float32), errors={0: error}, truncated=(1,), tokens=7))
 
-    assert rows.left == 0
+    assert rows.missing == 0
     assert [
         each if isinstance(each, MillstreamError) else cast(np.ndarray, each).tolist() for each in rows.outcomes()
     ] == [

@@ -84,5 +84,5 @@ def test_a_thread_that_cannot_start_is_started_by_the_next_call(monkeypatch: pyt
         channel.submit([submission("a", Sink())])
     channel.submit([submission("b", Sink())])
 
-    assert all(thread.is_alive() for thread in (channel._sending(), channel._reader("s")))
+    assert all(thread.is_alive() for thread in (channel._open_sender(), channel._open_reader("s")))
     channel.close()

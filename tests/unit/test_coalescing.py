@@ -71,7 +71,7 @@ class Sent:
         if self.closed:
             raise BrokerUnavailable("this client is closed")
         self.cancelled += cancellation.job_ids
-        cancellation.told(["running"] * len(cancellation.job_ids))
+        cancellation.report(["running"] * len(cancellation.job_ids))
 
     def forget(self, service: str, job_ids: Sequence[str]) -> None: ...
 
@@ -357,7 +357,7 @@ def test_nothing_is_kept_of_what_is_over(bench: Bench) -> None:
     bench.cancel(first, second)
 
     coalescer = bench.coalescer
-    assert (coalescer._jobs, coalescer._led, coalescer._followed, coalescer._left) == ({}, {}, {}, set())
+    assert (coalescer._jobs, coalescer._by_leader, coalescer._by_follower, coalescer._leaderless) == ({}, {}, {}, set())
 
 
 DEEDS = ("call", "call", "call", "cancel", "answer", "fail", "fail alike", "refuse")
@@ -424,4 +424,4 @@ def test_whatever_happens_each_caller_that_stays_has_one_outcome_and_nothing_run
     assert set(world.outcomes(gone=False)) <= {1}
     assert set(world.outcomes(gone=True)) <= {0}
     coalescer = world.coalescer
-    assert (coalescer._jobs, coalescer._led, coalescer._followed, coalescer._left) == ({}, {}, {}, set())
+    assert (coalescer._jobs, coalescer._by_leader, coalescer._by_follower, coalescer._leaderless) == ({}, {}, {}, set())

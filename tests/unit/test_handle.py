@@ -44,7 +44,7 @@ from millstream.client.result import Embeddings, Values
 from millstream.client.services import Known
 from millstream.client.split import split
 from millstream.client.testing import FakeClient
-from millstream.client.transfer import VERDICT_S
+from millstream.client.transfer import EXPLAIN_S
 
 
 class FakeChannel:
@@ -99,9 +99,9 @@ class FakeWatch:
 
     def explain(self, service: str, tell: Callable[[Known], None]) -> None:
         if not self.silent:
-            tell(self.last_word(service))
+            tell(self.last_known(service))
 
-    def last_word(self, service: str) -> Known:
+    def last_known(self, service: str) -> Known:
         return Known(SPEC, "", self.live_workers, False, 0.0)
 
 
@@ -728,7 +728,7 @@ def test_a_call_that_is_late_asks_without_waiting_and_ends_though_nobody_says_wh
     with pytest.raises(NoWorkers):
         handle.result()
 
-    assert time.monotonic() - began < 0.01 + VERDICT_S + 0.5
+    assert time.monotonic() - began < 0.01 + EXPLAIN_S + 0.5
 
 
 def test_a_late_call_whose_job_was_never_accepted_says_why() -> None:
@@ -823,7 +823,7 @@ def test_a_job_is_either_lost_or_sent_again_though_its_map_moves_on_meanwhile() 
     for _ in range(3):
         while channel.waiting:
             handle._transfer.refused([channel.take()[0].id], DeadlineExceeded("late"))
-        if handle._rows.left <= 0:
+        if handle._rows.missing <= 0:
             break
 
-    assert handle._rows.left == 0
+    assert handle._rows.missing == 0

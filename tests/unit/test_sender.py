@@ -119,7 +119,7 @@ def test_submissions_of_one_service_travel_together_in_order(sender: FakeSender,
 def wake_chain(monkeypatch: pytest.MonkeyPatch) -> WakeChain:
     """Not the one that this process's other threads are woken by."""
     made = WakeChain()
-    monkeypatch.setattr(sender_module, "baton", made)
+    monkeypatch.setattr(sender_module, "wake_chain", made)
     return made
 
 
@@ -146,9 +146,9 @@ def test_the_sender_waits_for_what_callers_send_that_are_being_woken(
 
     sender.put([submission("a")])
     eventually(lambda: wake_chain.due == 3)
-    wake_chain.left(answered[0])
+    wake_chain.leave(answered[0])
     sender.put([submission("b"), submission("c")])
-    wake_chain.left(answered[1])
+    wake_chain.leave(answered[1])
     eventually(lambda: len(streams.accepted) == 3)
     sender.put([submission("d")])
     eventually(lambda: len(streams.accepted) == 4)
@@ -192,7 +192,7 @@ def test_the_sender_knows_the_jobs_under_way_of_all_services() -> None:
     client = Channel(connection, Registry(connection))
 
     client.submit([submission("a", "b"), submission("c", service="t")])
-    under_way = client._sending()._awaited()
+    under_way = client._open_sender()._awaited()
     client.close()
 
     assert under_way == 3

@@ -34,12 +34,12 @@ def test_each_wakes_the_next(chain: WakeChain) -> None:
     assert woken(first, second, third) == [True, False, False]
     assert chain.due == 3
 
-    chain.left(first)
+    chain.leave(first)
     assert woken(second, third) == [True, False]
-    chain.left(second)
+    chain.leave(second)
     assert woken(third) == [True]
     assert chain.due == 1
-    chain.left(third)
+    chain.leave(third)
     assert not chain.due
 
     after = sleeper()
@@ -51,8 +51,8 @@ def test_one_that_leaves_before_its_turn_is_passed_over(chain: WakeChain) -> Non
     first, second, third = sleeper(), sleeper(), sleeper()
     chain.wake([first, second, third])
 
-    chain.left(second)
-    chain.left(first)
+    chain.leave(second)
+    chain.leave(first)
 
     assert woken(second, third) == [False, True]
     assert chain.due == 1
@@ -62,9 +62,9 @@ def test_one_that_never_leaves_holds_the_others_up_until_one_of_them_looks_for_i
     lost, second, third, fourth = sleeper(), sleeper(), sleeper(), sleeper()
     chain.wake([lost, second, third, fourth])
 
-    chain.left(second)
+    chain.leave(second)
     assert woken(third, fourth) == [True, False]
-    chain.left(third)
+    chain.leave(third)
     assert woken(fourth) == [True]
 
 
@@ -74,14 +74,14 @@ def test_whoever_waits_for_some_of_them_is_woken_after_these(
 ) -> None:
     waiters = [sleeper() for _ in range(4)]
     chain.wake(waiters[:3])
-    waiting = threading.Thread(target=chain.after, args=(threads, 60.0))
+    waiting = threading.Thread(target=chain.wait_for, args=(threads, 60.0))
     waiting.start()
     eventually(lambda: chain.due == 4)
     chain.wake(waiters[3:])
 
     for waiter in waiters[:first_of_them]:
         assert waiting.is_alive()
-        chain.left(waiter)
+        chain.leave(waiter)
     waiting.join(10.0)
 
     assert not waiting.is_alive()
@@ -90,7 +90,7 @@ def test_whoever_waits_for_some_of_them_is_woken_after_these(
 
 
 def test_whoever_waits_for_nobody_goes_on_at_once(chain: WakeChain) -> None:
-    chain.after(1, 60.0)
+    chain.wait_for(1, 60.0)
 
     assert not chain.due
 
@@ -99,27 +99,27 @@ def test_whoever_ran_out_of_patience_before_its_turn_changes_nothing(chain: Wake
     first, second = sleeper(), sleeper()
     chain.wake([first, second])
 
-    chain.after(1, 0.0)
+    chain.wait_for(1, 0.0)
 
     assert woken(first, second) == [True, False]
     assert chain.due == 2
 
 
-@pytest.mark.parametrize(("crowd_s", "at_once"), [(60.0, True), (0.0, False)])
+@pytest.mark.parametrize(("all_at_once_s", "at_once"), [(60.0, True), (0.0, False)])
 def test_where_threads_compute_all_are_woken_at_once_for_a_while(
-    chain: WakeChain, monkeypatch: pytest.MonkeyPatch, crowd_s: float, at_once: bool
+    chain: WakeChain, monkeypatch: pytest.MonkeyPatch, all_at_once_s: float, at_once: bool
 ) -> None:
     # Whoever is woken then runs too late.
     monkeypatch.setattr(wake_chain_module, "SLOW_S", -1.0)
-    monkeypatch.setattr(wake_chain_module, "CROWD_S", crowd_s)
+    monkeypatch.setattr(wake_chain_module, "ALL_AT_ONCE_S", all_at_once_s)
     first, second, third = sleeper(), sleeper(), sleeper()
     chain.wake([first, second, third])
 
-    chain.left(first)
+    chain.leave(first)
     assert woken(second, third) == [True, at_once]
 
-    chain.left(second)
-    chain.left(third)
+    chain.leave(second)
+    chain.leave(third)
     late, later = sleeper(), sleeper()
     chain.wake([late, later])
     assert woken(late, later) == [True, at_once]
@@ -130,7 +130,7 @@ def test_a_single_slow_thread_makes_no_crowd(chain: WakeChain, monkeypatch: pyte
     first, second, third = sleeper(), sleeper(), sleeper()
     chain.wake([first, second, third])
 
-    chain.left(first)
+    chain.leave(first)
 
     assert woken(second, third) == [True, False]
 
@@ -139,7 +139,7 @@ def test_whoever_was_not_to_be_woken_changes_nothing(chain: WakeChain) -> None:
     first, second = sleeper(), sleeper()
     chain.wake([first, second])
 
-    chain.left(sleeper())
+    chain.leave(sleeper())
 
     assert woken(first, second) == [True, False]
 
@@ -163,7 +163,7 @@ def test_all_threads_wake_whatever_the_order_of_their_patience(chain: WakeChain)
 
     def sleep(waiter: threading.Lock, patience_s: float) -> None:
         waiter.acquire(timeout=patience_s)
-        chain.left(waiter)
+        chain.leave(waiter)
 
     # Every third one looks for itself just about when it is woken.
     threads = [
