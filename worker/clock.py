@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-DOUBT_MS = 100.0
+TOLERANCE_MS = 100.0
 
 
 class ServerClock:
@@ -13,17 +13,17 @@ class ServerClock:
     def __init__(self) -> None:
         self._offset_ms = time.time() * 1000 - time.monotonic() * 1000
 
-    def heard(self, now_ms: int) -> None:
+    def set_to(self, now_ms: int) -> None:
         self._offset_ms = now_ms - time.monotonic() * 1000
 
-    def heard_late(self, now_ms: int) -> bool:
+    def advance_to(self, now_ms: int) -> bool:
         """The same from an answer that may have lain unread: by now it is that late at least.
 
         False where that is much earlier than thought: it lay for so long, or the server's clock stepped back. Ask anew.
         """
         offset_ms = now_ms - time.monotonic() * 1000
         self._offset_ms = max(self._offset_ms, offset_ms)
-        return offset_ms >= self._offset_ms - DOUBT_MS
+        return offset_ms >= self._offset_ms - TOLERANCE_MS
 
     def now(self) -> int:
         return int(time.monotonic() * 1000 + self._offset_ms)

@@ -24,5 +24,5 @@ class Context:
     clock: ServerClock = field(default_factory=ServerClock)
     counters: Counters = field(default_factory=Counters)
     shutdown: Shutdown = field(default_factory=Shutdown)
-    page: Progress = field(default_factory=Progress.alone)
+    progress: Progress = field(default_factory=Progress.alone)
     threads: Threads = field(default_factory=Threads.unmanaged)

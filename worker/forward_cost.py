@@ -42,7 +42,7 @@ class ForwardCost:
             self.budget = replace(self.budget, tokens=min(self.budget.tokens, self._cap))
             return lowers
 
-    def measured(self, seconds_per_token: float, overhead: float, smallest_s: float) -> None:
+    def calibrate(self, seconds_per_token: float, overhead: float, smallest_s: float) -> None:
         """Take over what warm-up measured; `overhead` in tokens."""
         with self._lock:
             self.budget = replace(self.budget, overhead=overhead)

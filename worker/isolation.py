@@ -20,7 +20,7 @@ def isolate(*private: int) -> int:
     """
     for each in private:
         os.set_inheritable(each, False)
-    taken = os.dup(0)
+    stdin_fd = os.dup(0)
     empty = os.open(os.devnull, os.O_RDONLY)
     os.dup2(empty, 0)
     os.close(empty)
@@ -28,7 +28,7 @@ def isolate(*private: int) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         # A process that is killed writes no buffer.
         sys.stdout.reconfigure(line_buffering=True)
-    return taken
+    return stdin_fd
 
 
 class Takeover:

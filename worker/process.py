@@ -36,7 +36,7 @@ from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.shutdown import Relay, Shutdown, ThreadFailed
 from millstream.worker.supervision.charging import End, give_back
 from millstream.worker.supervision.child_args import EXIT_PERMANENT, URL_VARIABLE, ChildArgs
-from millstream.worker.supervision.progress import Look, Progress, State
+from millstream.worker.supervision.progress import Progress, Snapshot, State
 from millstream.worker.window import Window
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Worker:
 
     def __init__(self, child_args: ChildArgs, url: str, load: Load | None = None) -> None:
         self._child_args = child_args
-        self._load = load or self._ordered
+        self._load = load or self._load_model
         self._connection = Connection(url, name=f"millstream-worker-{child_args.service}")
         self._registry = Registry(self._connection, child_args.prefix)
         self._progress = Progress(child_args.progress_fd)
@@ -76,13 +76,13 @@ class Worker:
         """Whether it holds nothing yet: the model is being loaded."""
         return self._progress.state is State.STARTING
 
-    def stuck(self) -> list[Look]:
+    def stuck(self) -> list[Snapshot]:
         """What the threads have in hand that make no progress for longer than stall_timeout."""
         return self._progress.stuck()
 
-    def in_hand(self) -> list[Look]:
+    def snapshots(self) -> list[Snapshot]:
         """What the threads have in hand: one of these may be the cause if the process fails."""
-        return self._progress.looks()
+        return self._progress.snapshots()
 
     def give_back(self, end: End) -> None:
         """Hand what it holds to the queue, as a supervisor does for a dead child. Raises BrokerUnavailable."""
@@ -98,15 +98,15 @@ class Worker:
         try:
             self.work()
         except (ModelUnavailable, ConfigError) as error:
-            return self._failed(error, EXIT_PERMANENT)
+            return self._report_failure(error, EXIT_PERMANENT)
         except (MillstreamError, ThreadFailed) as error:
-            return self._failed(error, 1)
+            return self._report_failure(error, 1)
         except Exception as error:
             log.debug("unknown error", exc_info=True)
-            return self._failed(described(error), 1)
+            return self._report_failure(described(error), 1)
         return 0
 
-    def orphaned(self) -> None:
+    def drain_without_supervisor(self) -> None:
         """Drain, and end if a thread is stuck: the supervisor that would end this process is gone."""
         self.drain()
         while not (stuck := self.stuck()):
@@ -138,11 +138,11 @@ class Worker:
         claim = partial(self._registry.claim_fingerprint, spec.name, model.fingerprint, answer)
         retrying(claim, stop=self._shutdown.stopped)
         context = Context(
-            child_args.consumer, window, shutdown=self._shutdown, page=self._progress, threads=self._threads
+            child_args.consumer, window, shutdown=self._shutdown, progress=self._progress, threads=self._threads
         )
         Lane(context, child_args, self._connection, spec, model, answer).work()
 
-    def _ordered(self, spec: ServiceSpec) -> Model:
+    def _load_model(self, spec: ServiceSpec) -> Model:
         child_args = self._child_args
         self._threads = Threads(child_args.threads, os.environ, _claims(spec, child_args.device))
         model = models.load(
@@ -156,9 +156,9 @@ class Worker:
             gc.set_threshold(YOUNG_OBJECTS)
         return model
 
-    def _failed(self, error: object, status: int) -> int:
+    def _report_failure(self, error: object, status: int) -> int:
         """Tell the supervisor why: it says what it makes of it."""
-        self._progress.last_words(str(error))
+        self._progress.set_reason(str(error))
         return status
 
 
@@ -183,7 +183,7 @@ def _drain_at_eof(worker: Worker, supervisor: int) -> None:
     """Drain when the pipe from the supervisor ends: then the supervisor is gone."""
     while os.read(supervisor, 4096):
         pass
-    worker.orphaned()
+    worker.drain_without_supervisor()
 
 
 def drain_on_signals(worker: Worker) -> None:

@@ -104,10 +104,10 @@ def _register(registry: Registry, service: str, limits: Mapping[str, object], re
             f"service {service!r} is registered with type {registered.model.type!r}", hint="choose another name"
         )
     if registered is None or limits or replace:
-        registry.push([_wanted(service, registered, limits)], replace=replace)
+        registry.push([_merged_spec(service, registered, limits)], replace=replace)
 
 
-def _wanted(service: str, registered: ServiceSpec | None, limits: Mapping[str, object]) -> ServiceSpec:
+def _merged_spec(service: str, registered: ServiceSpec | None, limits: Mapping[str, object]) -> ServiceSpec:
     """The service with `limits`, and all else as it is registered. Raises ConfigError."""
     if registered is None:
         return given_service(service, limits)
@@ -158,7 +158,7 @@ def _giving_back(worker: Worker) -> Iterator[None]:
         if not worker.starting:
             ordered = isinstance(error, Ended)
             _give_back(
-                worker, End("was ended by a signal") if ordered else End("failed", worker.in_hand(), described(error))
+                worker, End("was ended by a signal") if ordered else End("failed", worker.snapshots(), described(error))
             )
         raise
 

@@ -44,7 +44,7 @@ class Window:
         self.auto_tokens: int | None = None
         self._pool: Pool[Prepared] = Pool()
         self._chosen: Rows = []
-        self._held: dict[str, ActiveJob] = {}
+        self._jobs: dict[str, ActiveJob] = {}
         self._unsettled: set[str] = set()
         self._cancelled: set[str] = set()
         self._running = 0
@@ -52,11 +52,11 @@ class Window:
         self._takes = 0
         self._closed = False
         self._is_set_aside = False
-        self._arrived = threading.Condition(self._lock)
-        self._taken = threading.Condition(self._lock)
+        self._rows_arrived = threading.Condition(self._lock)
+        self._batch_taken = threading.Condition(self._lock)
         self._emptied = threading.Condition(self._lock)
-        self._in_hand_since: float | None = None
-        self._in_hand_s = 0.0
+        self._busy_since: float | None = None
+        self._busy_s = 0.0
 
     def limit(
         self, rows: int, tokens: int, queue_timeout_s: float | None, inference_timeout_s: float | None = None
@@ -76,14 +76,14 @@ class Window:
     def hold(self, jobs: Sequence[ActiveJob]) -> list[ActiveJob]:
         """Add jobs; their rows may be taken from now on. Those that were cancelled on their way here are returned."""
         with self._lock:
-            cancelled = [held for held in jobs if held.name in self._cancelled] if self._cancelled else []
-            wanted = [held for held in jobs if held not in cancelled] if cancelled else jobs
+            cancelled = [job for job in jobs if job.name in self._cancelled] if self._cancelled else []
+            live = [job for job in jobs if job not in cancelled] if cancelled else jobs
             self._cancelled.clear()
-            self._unsettled.update([held.name for held in jobs])
-            self._held.update({held.name: held for held in wanted})
-            self._pool.add([row for held in wanted for row in held.rows()])
-            self._note_in_hand()
-            self._arrived.notify_all()
+            self._unsettled.update([job.name for job in jobs])
+            self._jobs.update({job.name: job for job in live})
+            self._pool.add([row for job in live for row in job.rows()])
+            self._note_busy()
+            self._rows_arrived.notify_all()
             return cancelled
 
     def keep(self, names: Collection[str]) -> None:
@@ -96,7 +96,7 @@ class Window:
     ) -> ClaimBudget | None:
         """What may be claimed now on top of what waits; None if the window is full. `last_job`: its rows and tokens."""
         with self._lock:
-            budget, waiting, held, most = self.cost.budget, len(self._pool), len(self._unsettled), self._most_tokens()
+            budget, waiting, most = self.cost.budget, len(self._pool), self._most_tokens()
             rows, tokens = HOLD_BATCHES * budget.rows - waiting, most - self._pool.tokens
             if rows <= 0 or tokens <= 0:
                 return None
@@ -105,8 +105,8 @@ class Window:
                 rows=rows,
                 tokens=tokens,
                 live_workers=live_workers,
-                empty_handed=not (held or self._running),
-                held=held,
+                empty_handed=not (self._unsettled or self._running),
+                held=len(self._unsettled),
                 next_rows=max(0, budget.rows - waiting) if self._pool.tokens < budget.tokens else 0,
                 max_attempts=max_attempts,
                 job=last_job,
@@ -154,7 +154,7 @@ class Window:
         finally:
             with self._lock:
                 self._is_set_aside = False
-                self._arrived.notify_all()
+                self._rows_arrived.notify_all()
 
     def wait_until_at_rest(self, timeout: float) -> bool:
         """Sleep until all that is held waits for a forward and no suspect is held; False after `timeout` seconds."""
@@ -165,7 +165,7 @@ class Window:
     def _is_at_rest(self) -> bool:
         # What is unsettled and not held is on its way to the pool, or to the server. What is held and settled was taken
         # over by another worker, and is in no stage.
-        return not (self._running or self._pool.waiting(SUSPECT)) and self._unsettled <= self._held.keys()
+        return not (self._running or self._pool.waiting(SUSPECT)) and self._unsettled <= self._jobs.keys()
 
     def _most_tokens(self) -> int:
         return max(self._least_batches * self.cost.budget.tokens, self.cost.tokens_in(self._hold_s))
@@ -180,7 +180,7 @@ class Window:
         with self._lock:
             takes = self._takes
             return bool(
-                self._taken.wait_for(lambda: self._takes != takes or not len(self._pool) or self._closed, timeout)
+                self._batch_taken.wait_for(lambda: self._takes != takes or not len(self._pool) or self._closed, timeout)
             )
 
     @property
@@ -231,25 +231,25 @@ class Window:
                 return 0
             return self._pool.move(rank, BY_SHARE, rows)
 
-    def in_hand_s(self) -> float:
+    def busy_s(self) -> float:
         """Seconds, in all, during which at least one row waited here or ran."""
         with self._lock:
-            since = self._in_hand_since
-            return self._in_hand_s + (time.monotonic() - since if since is not None else 0.0)
+            since = self._busy_since
+            return self._busy_s + (time.monotonic() - since if since is not None else 0.0)
 
     def close(self) -> None:
         """No more jobs will come: the runner ends when the pool is empty."""
         with self._lock:
             self._closed = True
-            self._arrived.notify_all()
-            self._taken.notify_all()
+            self._rows_arrived.notify_all()
+            self._batch_taken.notify_all()
 
     # -- the runner's side -------------------------------------------------------------------------------------
 
     def take(self) -> Rows:
         """The next micro-batch, waiting for one; empty when the window is closed and nothing is left."""
         with self._lock:
-            self._arrived.wait_for(lambda: self._may_be_taken or self._closed)
+            self._rows_arrived.wait_for(lambda: self._may_be_taken or self._closed)
             budget = self.cost.one_forward()
             batch = self._pool.take(budget, self._chosen)
             self._chosen = []
@@ -258,7 +258,7 @@ class Window:
             self._running = len(batch)
             self._ends_at = time.monotonic() + self.cost.predicted_s(budget.computed(batch))
             self._takes += 1
-            self._taken.notify_all()
+            self._batch_taken.notify_all()
             return batch
 
     @property
@@ -278,25 +278,23 @@ class Window:
 
     def jobs_of(self, rows: Rows) -> list[ActiveJob | None]:
         """The job of each row taken; None where it was dropped or ended meanwhile."""
-        held_as = self._held.get
+        job_of = self._jobs.get
         # The same entry may be here again: lost while it ran, given back by others, and claimed anew.
-        return [
-            held if (held := held_as(row.owner)) and held.prepared[row.index] is row.payload else None for row in rows
-        ]
+        return [job if (job := job_of(row.owner)) and job.prepared[row.index] is row.payload else None for row in rows]
 
     def complete(self, rows: Rows, outcomes: Sequence[Outcome]) -> list[ActiveJob]:
         """Put rows back with their outcomes; the jobs that are complete by it."""
         with self._lock:
             done = []
-            for row, held, outcome in zip(rows, self.jobs_of(rows), outcomes, strict=True):
-                if held is None:
+            for row, job, outcome in zip(rows, self.jobs_of(rows), outcomes, strict=True):
+                if job is None:
                     continue
-                held.outcomes[row.index] = outcome
-                held.left -= 1
-                if not held.left:
-                    done.append(self._held.pop(row.owner))
+                job.outcomes[row.index] = outcome
+                job.rows_left -= 1
+                if not job.rows_left:
+                    done.append(self._jobs.pop(row.owner))
             self._running = 0
-            self._note_in_hand()
+            self._note_busy()
             self._note_empty()
             return done
 
@@ -304,33 +302,33 @@ class Window:
         """Stop jobs before their end, their waiting rows with them: expired, or taken over by another worker."""
         with self._lock:
             self._pool.drop(names)
-            ended = [self._held.pop(name) for name in names if name in self._held]
-            self._note_in_hand()
-            self._taken.notify_all()
+            ended = [self._jobs.pop(name) for name in names if name in self._jobs]
+            self._note_busy()
+            self._batch_taken.notify_all()
             return ended
 
     def cancel(self, names: Collection[str]) -> list[ActiveJob]:
         """As `end`, for jobs nobody wants any more; those that are claimed and not here yet are ended by `hold`."""
         with self._lock:
-            self._cancelled.update(name for name in names if name in self._unsettled and name not in self._held)
+            self._cancelled.update(name for name in names if name in self._unsettled and name not in self._jobs)
             return self.end(names)
 
     def overdue(self, limits: Mapping[Priority, float | None], now: float) -> list[str]:
         """The jobs that have been in the model for longer than their priority's limit. `now`: monotonic seconds."""
         with self._lock:
             return [
-                held.name
-                for held in self._held.values()
-                if (limit := limits.get(held.claim.address.priority)) is not None and held.in_model_s(now) > limit
+                job.name
+                for job in self._jobs.values()
+                if (limit := limits.get(job.claim.address.priority)) is not None and job.in_model_s(now) > limit
             ]
 
-    def _note_in_hand(self) -> None:
-        in_hand = bool(self._running or len(self._pool))
-        if in_hand and self._in_hand_since is None:
-            self._in_hand_since = time.monotonic()
-        elif not in_hand and self._in_hand_since is not None:
-            self._in_hand_s += time.monotonic() - self._in_hand_since
-            self._in_hand_since = None
+    def _note_busy(self) -> None:
+        is_busy = bool(self._running or len(self._pool))
+        if is_busy and self._busy_since is None:
+            self._busy_since = time.monotonic()
+        elif not is_busy and self._busy_since is not None:
+            self._busy_s += time.monotonic() - self._busy_since
+            self._busy_since = None
 
     def _note_empty(self) -> None:
         if self.empty or (self._is_set_aside and self._is_at_rest):

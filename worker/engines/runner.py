@@ -36,7 +36,7 @@ class Runner:
         self._clock = context.clock
         self._counters = context.counters
         self._model = model
-        self._track = context.page.runner
+        self._track = context.progress.runner
         self._threads = context.threads
         self._finish = finish
 
@@ -46,8 +46,8 @@ class Runner:
             self._threads.adapt(idle=not self._window.waiting)
             batch, jobs = self._in_time(batch)
             outcomes = self._forward(batch, jobs) if batch else []
-            for held in self._window.complete(batch, outcomes):
-                self._finish(Finished(held.claim.address, held.reply(), digests=held.digests))
+            for job in self._window.complete(batch, outcomes):
+                self._finish(Finished(job.claim.address, job.reply(), digests=job.digests))
             # Only now: to make a reply of large results may be what ends the process.
             self._track.stop()
 
@@ -58,24 +58,24 @@ class Runner:
         """
         now = self._clock.now()
         found = self._window.jobs_of(batch)
-        jobs = {held.name: held for held in found if held}
-        missed = [name for name, held in jobs.items() if _missed(held, now)]
+        jobs = {job.name: job for job in found if job}
+        missed = [name for name, job in jobs.items() if _missed(job, now)]
         if not missed and None not in found:
             return batch, jobs
-        for held in self._window.end(missed):
-            self._finish(Finished(held.claim.address, Reply(error=expired(held.job, _missed(held, now), now))))
-        in_time = {name: held for name, held in jobs.items() if name not in missed}
-        return [row for row, held in zip(batch, found, strict=True) if held and held.name in in_time], in_time
+        for job in self._window.end(missed):
+            self._finish(Finished(job.claim.address, Reply(error=expired(job.request, _missed(job, now), now))))
+        in_time = {name: job for name, job in jobs.items() if name not in missed}
+        return [row for row, job in zip(batch, found, strict=True) if job and job.name in in_time], in_time
 
     def _forward(self, batch: Rows, jobs: Jobs) -> list[Outcome]:
         now, start = self._clock.now(), time.monotonic()
-        for held in jobs.values():
-            held.started_at = held.started_at or now
-            held.running_since = start
+        for job in jobs.values():
+            job.started_at = job.started_at or now
+            job.running_since = start
         self._track.start(jobs, Stage.RUN)
-        once, places = _once(batch, jobs)
-        outcomes = run_rows(self._model, [row.payload for row in once], self._track.lap, self._too_large)
-        self._account(once, outcomes, jobs, time.monotonic() - start)
+        unique, places = _unique(batch, jobs)
+        outcomes = run_rows(self._model, [row.payload for row in unique], self._track.lap, self._too_large)
+        self._account(unique, outcomes, jobs, time.monotonic() - start)
         return [outcomes[place] for place in places]
 
     def _too_large(self, most: int) -> None:
@@ -94,32 +94,32 @@ class Runner:
         count.errors += sum(1 for outcome in outcomes if isinstance(outcome, MillstreamError))
         count.busy_ms += round(seconds * 1000)
         self._window.cost.observe(computed, seconds)
-        for held in jobs.values():
-            held.running_since = None
-            held.inference_ms += seconds * 1000
+        for job in jobs.values():
+            job.running_since = None
+            job.inference_ms += seconds * 1000
 
 
-def _once(batch: Rows, jobs: Jobs) -> tuple[Rows, Sequence[int]]:
+def _unique(batch: Rows, jobs: Jobs) -> tuple[Rows, Sequence[int]]:
     """The rows to run, and each row's place among them: those whose answer is kept under one name run once."""
-    if not any(held.digests for held in jobs.values()):
+    if not any(job.digests for job in jobs.values()):
         return batch, range(len(batch))
-    once: Rows = []
+    unique: Rows = []
     places: list[int] = []
     first: dict[str, int] = {}
     for row in batch:
         digests = jobs[row.owner].digests
         name = digests[row.index] if digests else ""
-        place = first.setdefault(name, len(once)) if name else len(once)
-        if place == len(once):
-            once.append(row)
+        place = first.setdefault(name, len(unique)) if name else len(unique)
+        if place == len(unique):
+            unique.append(row)
         places.append(place)
-    return once, places
+    return unique, places
 
 
-def _missed(held: ActiveJob, now: int) -> str:
+def _missed(job: ActiveJob, now: int) -> str:
     """The phase that is over at `now`; queue time ends with the job's first forward."""
-    phase = held.job.missed(now)
-    return "" if phase == "queue" and held.started_at else phase
+    phase = job.request.missed(now)
+    return "" if phase == "queue" and job.started_at else phase
 
 
 def run_rows(
@@ -145,7 +145,7 @@ def _run(model: Model, rows: Sequence[Prepared], lap: Callable[[], None], fit: F
     if not fit.rules_out(rows):
         try:
             outcomes = _checked(model.forward(rows), len(rows))
-            fit.fitted(rows)
+            fit.add_fitting(rows)
             return outcomes
         except Ended:
             raise
@@ -160,7 +160,7 @@ def _run(model: Model, rows: Sequence[Prepared], lap: Callable[[], None], fit: F
         lap()
         outcomes += _run(model, part, lap, fit)
     if exhausted and fit.alone == alone:
-        fit.exceeded(rows)
+        fit.add_too_large(rows)
     return outcomes
 
 

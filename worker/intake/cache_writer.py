@@ -50,8 +50,8 @@ def _answers(finished: Finished) -> Iterator[tuple[str, bytes]]:
         if at in reply.errors:
             continue
         cached = Cached(next(results), at in reply.truncated)  # type: ignore[arg-type]
-        if digest and (kept := _encoded(cached)) is not None:
-            yield digest, kept
+        if digest and (body := _encoded(cached)) is not None:
+            yield digest, body
 
 
 def _encoded(cached: Cached) -> bytes | None:

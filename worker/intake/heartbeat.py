@@ -23,9 +23,9 @@ class Watch(NamedTuple):
     """
 
     status: Callable[[], Mapping[str, str | int]]
-    heard: Callable[[Beat], None]
-    emptied: Callable[[], object]
-    stuck: Callable[[], bool]
+    on_beat: Callable[[Beat], None]
+    on_emptied: Callable[[], object]
+    is_stuck: Callable[[], bool]
 
 
 class Heartbeat(threading.Thread):
@@ -36,7 +36,7 @@ class Heartbeat(threading.Thread):
         self._consumer = context.consumer
         self._lease = lease
         self._watch = watch
-        self._held = context.window.names
+        self._held_names = context.window.names
         self._shutdown = context.shutdown
         self._stopped = threading.Event()
 
@@ -53,11 +53,11 @@ class Heartbeat(threading.Thread):
 
         A process whose runner is stuck stops beating: its jobs are not its own for longer than its lease.
         """
-        if self._watch.stuck():
+        if self._watch.is_stuck():
             return
         try:
-            beat = self._lease.beat(self._consumer, self._watch.status(), self._held())
-            self._watch.heard(beat)
+            beat = self._lease.beat(self._consumer, self._watch.status(), self._held_names())
+            self._watch.on_beat(beat)
             if beat.reclaim_due and (returned := self._lease.reclaim()):
                 log.warning("%d jobs of lost workers were given back to the queue", returned)
         except Exception as error:
@@ -70,7 +70,7 @@ class Heartbeat(threading.Thread):
     def _repair(self) -> None:
         """See that the service is registered. The claimer makes groups again, but not while its window is full."""
         try:
-            self._watch.emptied()
+            self._watch.on_emptied()
         except Exception as error:
             if not is_transient(error):
                 raise

@@ -47,8 +47,8 @@ class InferenceTimeout(threading.Thread):
         if not any(self._limits.values()):
             return
         now = time.monotonic()
-        for held in self._window.end(self._window.overdue(self._limits, now)):
-            self._finish(Finished(held.claim.address, Reply(error=_overdue(held, now))))
+        for job in self._window.end(self._window.overdue(self._limits, now)):
+            self._finish(Finished(job.claim.address, Reply(error=_overdue(job, now))))
 
 
 def _look_s(limits: Mapping[Priority, float | None]) -> float:
@@ -57,6 +57,6 @@ def _look_s(limits: Mapping[Priority, float | None]) -> float:
     return IDLE_LOOK_S if shortest is None else min(_MOST_LOOK_S, max(_LEAST_LOOK_S, shortest / 10))
 
 
-def _overdue(held: ActiveJob, now: float) -> DeadlineExceeded:
-    message = f"not finished within its inference time: {held.in_model_s(now) * 1000:.0f} ms in the model"
+def _overdue(job: ActiveJob, now: float) -> DeadlineExceeded:
+    message = f"not finished within its inference time: {job.in_model_s(now) * 1000:.0f} ms in the model"
     return DeadlineExceeded(message, phase="inference", hint="send fewer or shorter rows, or raise inference_timeout")

@@ -62,8 +62,8 @@ class Intake:
     def admit(self, claims: Sequence[Claim], now: int) -> tuple[list[ActiveJob], list[Finished]]:
         """The jobs to run and the answers to settle, at `now`, server ms.
 
-        Until `handed_on` the death of the process is charged to these claims, also after an error in here: the process
-        ends by it, and they may be its cause.
+        Until `end_admission` the death of the process is charged to these claims, also after an error in here: the
+        process ends by it, and they may be its cause.
         """
         self._track.start([claim.address.name for claim in claims], Stage.CLAIM)
         requests: list[_Request] = []
@@ -74,11 +74,11 @@ class Intake:
                 finished.append(read)
             else:
                 requests.append(read)
-        held = self._prepare(requests)
-        finished += [Finished(each.claim.address, each.reply()) for each in held if not each.left]
-        return [each for each in held if each.left], finished
+        jobs = self._prepare(requests)
+        finished += [Finished(each.claim.address, each.reply()) for each in jobs if not each.rows_left]
+        return [each for each in jobs if each.rows_left], finished
 
-    def handed_on(self) -> None:
+    def end_admission(self) -> None:
         """Note that others hold what was admitted last: its rows in the window, its answers to settle."""
         self._track.stop()
 
@@ -112,16 +112,16 @@ class Intake:
         for request in requests:
             key = json.dumps(request.options, sort_keys=True) if request.options else ""
             groups.setdefault(key, []).append(request)
-        held = []
+        jobs = []
         for group in groups.values():
             inputs = [each for request in group for each in request.inputs]
             places = [request.place for request in group for _ in request.inputs]
             rows = iter(self._rows(inputs, group[0].options, places))
-            held += [ActiveJob(each.claim, each.job, [next(rows) for _ in each.inputs]) for each in group]
-            for job, request in zip(held[-len(group) :], group, strict=True):
+            jobs += [ActiveJob(each.claim, each.job, [next(rows) for _ in each.inputs]) for each in group]
+            for job, request in zip(jobs[-len(group) :], group, strict=True):
                 job.digests = self._digests(request.inputs, request.options)
         self._track.move(Stage.PREPARE)
-        return held
+        return jobs
 
     def _rows(
         self, inputs: Sequence[Json], options: Mapping[str, Json], places: Sequence[int]
@@ -158,6 +158,6 @@ def expired(job: Job, phase: str, now: int) -> DeadlineExceeded:
     return DeadlineExceeded(f"not started within its {phase} time: it waited {now - job.at} ms", phase=phase)
 
 
-def cancelled(held: ActiveJob) -> Finished:
+def cancelled(job: ActiveJob) -> Finished:
     """The answer to a job that its caller does not want any more."""
-    return Finished(held.claim.address, Reply(error=Cancelled("cancelled by its caller")))
+    return Finished(job.claim.address, Reply(error=Cancelled("cancelled by its caller")))

@@ -58,9 +58,9 @@ class Settler(threading.Thread):
         self._window = context.window
         self._counters = context.counters
         self._shutdown = context.shutdown
-        self._track = context.page.settler
+        self._track = context.progress.settler
         self._queue: queue.SimpleQueue[Finished | None] = queue.SimpleQueue()
-        self._left: list[Finished] = []
+        self._overflow: list[Finished] = []
         self._ended = False
 
     def put(self, finished: Finished) -> None:
@@ -77,7 +77,7 @@ class Settler(threading.Thread):
 
     def _next(self) -> list[Finished]:
         """What the last call had no room for and what else is put, waiting for the first; nothing after `finish`."""
-        ready, self._left = self._left, []
+        ready, self._overflow = self._overflow, []
         while not self._ended and len(ready) < MAX_JOBS_PER_CALL and not (ready and self._queue.empty()):
             finished = self._queue.get()
             if finished is None:
@@ -88,7 +88,7 @@ class Settler(threading.Thread):
 
     def _settle(self, ready: list[Finished]) -> None:
         batch, answers = self._encode(ready)
-        self._left = ready[len(batch) :]
+        self._overflow = ready[len(batch) :]
         # First: whoever has this answer and asks again finds it.
         if self._cache_writer:
             self._cache_writer.write(answers)

@@ -146,8 +146,8 @@ class Claims:
 def _cores(text: bytes, default: Cores) -> Cores:
     """The cores that a claim names; `default` if a version that is not ours wrote it."""
     try:
-        said = json.loads(text)
-        return Cores(frozenset(map(int, said["cpus"])), str(said["group"]))
+        record = json.loads(text)
+        return Cores(frozenset(map(int, record["cpus"])), str(record["group"]))
     except (ValueError, KeyError, TypeError):
         return default
 

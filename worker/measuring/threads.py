@@ -47,7 +47,7 @@ def waiting(environ: Mapping[str, str]) -> dict[str, str]:
     return {} if SPIN in environ or POLICY in environ else {SPIN: str(SPINS)}
 
 
-def said_waiting(environ: Mapping[str, str]) -> str:
+def describe_waiting(environ: Mapping[str, str]) -> str:
     """The environment's words on how threads wait for each other; "" if it does not."""
     return " ".join(f"{name}={environ[name]}" for name in (SPIN, POLICY) if name in environ)
 
@@ -140,7 +140,7 @@ class Threads:
 
     def __init__(self, most: int, environ: Mapping[str, str] = os.environ, claims: Claims | None = None) -> None:
         self._operator = operator_threads(environ)
-        self._waiting = said_waiting(environ)
+        self._waiting = describe_waiting(environ)
         self._claims = claims
         self._most = most
         self._model: Model | None = None
@@ -170,7 +170,7 @@ class Threads:
             self.share = self._share()
             self._choose(model)
 
-    def look(self) -> None:
+    def update_share(self) -> None:
         """See how many cores are this worker's now."""
         if self._model:
             self.share = self._share()

@@ -64,8 +64,8 @@ class Cell:
 
 def mix(model: Model, count: int = ROWS) -> list[Prepared]:
     """Rows of a long-tailed mix of lengths, the same each time."""
-    chance = random.Random(SEED)
-    lengths = [min(MOST_TOKENS, max(1, round(MEDIAN_TOKENS * chance.lognormvariate(0, SPREAD)))) for _ in range(count)]
+    rng = random.Random(SEED)
+    lengths = [min(MOST_TOKENS, max(1, round(MEDIAN_TOKENS * rng.lognormvariate(0, SPREAD)))) for _ in range(count)]
     by_length = {length: sample(model, length) for length in set(lengths)}
     return [by_length[length] for length in lengths]
 
@@ -96,9 +96,9 @@ def grid(rows: Sequence[Prepared], window: Window, own: Budget) -> list[Cell]:
     """The cells to measure, by tokens and rows: `own`, and all that pack otherwise. `window` is warmed up."""
     cost = window.cost.seconds_per_token
     fast_enough = [tokens for at, tokens in enumerate(TOKENS) if at < LEAST_OF_TOKENS or cost * tokens <= FORWARD_S]
-    wanted = [Budget(*pair) for pair in product(BATCH_SIZES, fast_enough)]
+    candidates = [Budget(*pair) for pair in product(BATCH_SIZES, fast_enough)]
     cells: dict[tuple[tuple[int, int], ...], Cell] = {}
-    for limits in [own, *wanted]:
+    for limits in [own, *candidates]:
         cell = _cell(rows, window, limits)
         cells.setdefault(tuple((len(batch), _computed(batch, cell.budget)) for batch in cell.batches), cell)
     return sorted(cells.values(), key=lambda cell: (cell.budget.tokens, cell.budget.rows))

@@ -31,7 +31,7 @@ def warm_up(model: Model, window: Window) -> None:
     grown = rows * long.tokens - short.tokens
     token_s = max((long_s - short_s) / grown, 1e-9)
     overhead = max(LEAST_OVERHEAD, min(budget.tokens, short_s / token_s - short.tokens))
-    window.cost.measured(token_s, overhead, short_s)
+    window.cost.calibrate(token_s, overhead, short_s)
 
 
 def sample(model: Model, tokens: int) -> Prepared:

@@ -34,11 +34,11 @@ class ActiveJob:
     """
 
     claim: Claim
-    job: Job
+    request: Job
     prepared: Sequence[Prepared | MillstreamError]
     name: str = field(init=False)
     outcomes: list[Outcome | None] = field(init=False)
-    left: int = field(init=False)
+    rows_left: int = field(init=False)
     started_at: int = 0
     running_since: float | None = None
     inference_ms: float = 0.0
@@ -47,7 +47,7 @@ class ActiveJob:
     def __post_init__(self) -> None:
         self.name = self.claim.address.name
         self.outcomes = [row if isinstance(row, MillstreamError) else None for row in self.prepared]
-        self.left = self.outcomes.count(None)
+        self.rows_left = self.outcomes.count(None)
 
     def in_model_s(self, now: float) -> float:
         """Seconds the forwards over this job's rows took, the one under way included. `now`: monotonic seconds."""
@@ -96,7 +96,7 @@ class ActiveJob:
         """In ms; none where no row came to run."""
         if not self.started_at:
             return {}
-        return {"queue": float(max(0, self.started_at - self.job.at)), "inference": self.inference_ms}
+        return {"queue": float(max(0, self.started_at - self.request.at)), "inference": self.inference_ms}
 
 
 def _shape(outcome: Outcome | None) -> tuple[int, ...] | None:

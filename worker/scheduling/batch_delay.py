@@ -26,14 +26,14 @@ class BatchDelay:
 
     def wait_s(self, since_first_s: float, since_last_s: float = 0.0) -> float:
         """How much longer to wait for one more job, so long after the first one and the last one; 0 means run now."""
-        left = self.batch_timeout_s - since_first_s
-        if left <= 0 or self._arrivals < MIN_ARRIVALS:
+        remaining_s = self.batch_timeout_s - since_first_s
+        if remaining_s <= 0 or self._arrivals < MIN_ARRIVALS:
             return 0.0
         gap = self._busy_s / self._arrivals
         # Worth it only if one more is likely in the time left; and not longer than twice what is usual.
-        return max(0.0, min(left, 2 * gap - since_last_s)) if gap <= left else 0.0
+        return max(0.0, min(remaining_s, 2 * gap - since_last_s)) if gap <= remaining_s else 0.0
 
-    def waited_in_vain(self) -> None:
+    def note_failed_wait(self) -> None:
         """The wait ended without a second job. Traffic may have dropped, so past arrivals weigh a quarter."""
         self._arrivals /= 4
         self._busy_s /= 4

@@ -74,7 +74,7 @@ class Pool(Generic[T]):
             self._rows += 1
             self.tokens += row.tokens
 
-    def _removed(self, rows: Sequence[Row[T]]) -> None:
+    def _subtract(self, rows: Sequence[Row[T]]) -> None:
         self._rows -= len(rows)
         self.tokens -= sum([row.tokens for row in rows])
 
@@ -85,7 +85,7 @@ class Pool(Generic[T]):
         dropped = [row for rows in self._ranks.values() for row in rows if row.owner in owners]
         for rows in self._ranks.values() if dropped else ():
             rows[:] = [row for row in rows if row.owner not in owners]
-        self._removed(dropped)
+        self._subtract(dropped)
         return dropped
 
     def waiting(self, rank: int) -> int:
@@ -99,7 +99,7 @@ class Pool(Generic[T]):
         moved = [waiting[at] for at in chosen]
         for at in sorted(chosen, reverse=True):
             del waiting[at]
-        self._removed(moved)
+        self._subtract(moved)
         self.add(replace(row, urgency=(to, *row.urgency[1:])) for row in moved)
         return len(moved)
 
@@ -119,9 +119,9 @@ class Pool(Generic[T]):
         if place:
             del rows[place]
         else:
-            taken = set(map(id, batch))
-            rows[:] = [row for row in rows if id(row) not in taken]
-        self._removed(batch)
+            batch_ids = set(map(id, batch))
+            rows[:] = [row for row in rows if id(row) not in batch_ids]
+        self._subtract(batch)
         return batch
 
     def choose(self, budget: Budget) -> list[Row[T]]:

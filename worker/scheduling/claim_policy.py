@@ -20,14 +20,14 @@ from millstream.broker.contract.job import PRIORITIES
 from millstream.broker.queue.lease import SUSPECT_ATTEMPTS
 from millstream.broker.queue.streams import ClaimBudget, Claimed
 
-LOOK_S, LONGEST_LOOK_S = 0.02, 0.25
+SHORTEST_WAIT_S, LONGEST_WAIT_S = 0.02, 0.25
 """Seconds between two claims of a busy worker, at least and at most: the fewer, the sooner its forward ends."""
 
 RELIED_ON = 0.75
 """Part of the predicted rest of a forward after which the worker claims again: predictions come from other forwards."""
 
 
-class Look(NamedTuple):
+class LastClaim(NamedTuple):
     """What the last claim found, or the last sleep in Redis if `asleep`.
 
     `takes`: micro-batches taken before it. `found`: it took jobs. `left`: it left jobs. `blocked`: the stream whose
@@ -37,7 +37,7 @@ class Look(NamedTuple):
 
     takes: int = -1
     found: bool = True
-    left: bool = True
+    more_waiting: bool = True
     blocked: int = 0
     suspects: int = 0
     alone: bool = False
@@ -45,13 +45,13 @@ class Look(NamedTuple):
     asleep: bool = False
     waited: bool = False
 
-    def then(self, claimed: Claimed, limit: ClaimBudget, takes: int, *, asleep: bool = False) -> Look:
+    def then(self, claimed: Claimed, limit: ClaimBudget, takes: int, *, asleep: bool = False) -> LastClaim:
         """What `claimed` within `limit` says of the queue, after this; `takes` as it was before the claim."""
         not_asked = self.takes == takes and limit.streams < self.blocked
-        return Look(
+        return LastClaim(
             takes,
             found=bool(claimed.claims),
-            left=any(claimed.waiting),
+            more_waiting=any(claimed.waiting),
             blocked=claimed.blocked or (self.blocked if not_asked else 0),
             suspects=claimed.suspects,
             alone=any(claim.attempts >= SUSPECT_ATTEMPTS for claim in claimed.claims),
@@ -60,7 +60,7 @@ class Look(NamedTuple):
         )
 
 
-FIRST = Look()
+FIRST = LastClaim()
 """Before the first claim, and after a fault: anything may wait."""
 
 
@@ -75,7 +75,7 @@ class State(NamedTuple):
     `suspect_room`: what may be claimed of suspects to run before what waits, None if they wait until it is free.
     """
 
-    look: Look
+    last_claim: LastClaim
     room: ClaimBudget | None
     urgent_room: ClaimBudget | None = None
     waiting: bool = False
@@ -138,21 +138,21 @@ Step = Claim | Overtake | SleepInRedis | WaitForTake | WaitUntilEmpty | RunSuspe
 
 def next_step(state: State) -> Step:
     """The next thing to do. It is asked again after each step."""
-    look = state.look
-    if look.paused and not look.waited:
+    last_claim = state.last_claim
+    if last_claim.paused and not last_claim.waited:
         return Pause()
     last = _last_stream(state)
-    if look.alone and not state.empty_handed:
+    if last_claim.alone and not state.empty_handed:
         return WaitUntilEmpty()
-    if look.suspects and state.suspect_room and not state.empty_handed:
-        return RunSuspects(state.suspect_room._replace(streams=last, returned=look.suspects))
+    if last_claim.suspects and state.suspect_room and not state.empty_handed:
+        return RunSuspects(state.suspect_room._replace(streams=last, returned=last_claim.suspects))
     if not last:
-        return _past_a_full_window(state) if look.suspects == 1 and state.less_urgent else WaitUntilEmpty()
+        return _past_a_full_window(state) if last_claim.suspects == 1 and state.less_urgent else WaitUntilEmpty()
     with_room = _last_with_room(state)
     if state.room is None or (state.waiting and not with_room):
         return _past_a_full_window(state)
-    if not look.paused:
-        if state.waiting and not look.waited and _is_exhausted(state):
+    if not last_claim.paused:
+        if state.waiting and not last_claim.waited and _is_exhausted(state):
             return _wait_for_take(state)
         if not state.waiting and not (with_room and _may_find_more(state)):
             return _rest(state, state.room)
@@ -168,7 +168,7 @@ def _first_of(room: ClaimBudget, streams: int, returned: int) -> ClaimBudget:
 
 def _last_stream(state: State) -> int:
     """The least urgent stream to claim from: before a suspect that waits, and 0 once its class has saved enough."""
-    suspects = state.look.suspects
+    suspects = state.last_claim.suspects
     if state.empty_handed or not suspects:
         return len(PRIORITIES)
     is_due = suspects > 1 and state.saved[suspects - 2] >= state.batch_rows
@@ -177,38 +177,38 @@ def _last_stream(state: State) -> int:
 
 def _last_with_room(state: State) -> int:
     """The least urgent stream whose next job may have room. A take makes room, and an empty worker has some for any."""
-    look = state.look
-    is_blocked = look.blocked and state.takes == look.takes and not state.empty_handed
-    return look.blocked - 1 if is_blocked else len(PRIORITIES)
+    last_claim = state.last_claim
+    is_blocked = last_claim.blocked and state.takes == last_claim.takes and not state.empty_handed
+    return last_claim.blocked - 1 if is_blocked else len(PRIORITIES)
 
 
 def _is_exhausted(state: State) -> bool:
     """Whether to claim again at once would find nothing, as far as is known."""
-    look = state.look
-    took_all = not look.found or bool(look.blocked) or (look.asleep and not look.left)
-    return took_all and state.takes == look.takes
+    last_claim = state.last_claim
+    took_all = not last_claim.found or bool(last_claim.blocked) or (last_claim.asleep and not last_claim.more_waiting)
+    return took_all and state.takes == last_claim.takes
 
 
 def _may_find_more(state: State) -> bool:
     """Whether a worker without waiting rows should claim rather than rest."""
-    look = state.look
-    if state.empty_handed and (look.suspects or look.blocked):
+    last_claim = state.last_claim
+    if state.empty_handed and (last_claim.suspects or last_claim.blocked):
         return True
-    if look.asleep:
-        return look.left
-    return state.takes != look.takes or (look.found and not look.blocked)
+    if last_claim.asleep:
+        return last_claim.more_waiting
+    return state.takes != last_claim.takes or (last_claim.found and not last_claim.blocked)
 
 
 def _rest(state: State, room: ClaimBudget) -> Step:
     """Nothing can be claimed and nothing waits here."""
-    if state.look.suspects or state.look.blocked:
+    if state.last_claim.suspects or state.last_claim.blocked:
         return WaitUntilEmpty()
     # One more may come than is claimed: what must run alone is not for the same moment.
     return SleepInRedis(room._replace(empty_handed=False) if room.empty_handed else room)
 
 
 def _past_a_full_window(state: State) -> Step:
-    if state.look.waited and state.urgent_room is not None:
+    if state.last_claim.waited and state.urgent_room is not None:
         return Overtake(state.urgent_room)
     return _wait_for_take(state)
 
@@ -217,4 +217,4 @@ def _wait_for_take(state: State) -> WaitForTake:
     """What comes runs after the forward under way at the earliest, and a claim takes time from a model that fills all
     cores.
     """
-    return WaitForTake(min(LONGEST_LOOK_S, max(LOOK_S, RELIED_ON * state.forward_left_s)))
+    return WaitForTake(min(LONGEST_WAIT_S, max(SHORTEST_WAIT_S, RELIED_ON * state.forward_left_s)))

@@ -35,11 +35,11 @@ class FairShare:
         normal, batch = (int(self._saved[each]) for each in CLASSES)
         return normal, batch
 
-    def spent(self, priority: Priority, rows: int) -> None:
+    def charge(self, priority: Priority, rows: int) -> None:
         """Charge `rows`, claimed before, that run now ahead of more urgent ones."""
         self._saved[priority] = max(0.0, self._saved[priority] - rows * (1 - self._shares[priority]))
 
-    def served(self, claims: Sequence[Claim], waiting: Sequence[int]) -> None:
+    def record(self, claims: Sequence[Claim], waiting: Sequence[int]) -> None:
         """Note what a claim took, and how much of each priority still waits, in the streams or in hand."""
         rows = dict.fromkeys(PRIORITIES, 0)
         for claim in claims:

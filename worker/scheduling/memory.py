@@ -16,8 +16,8 @@ def is_exhaustion(error: BaseException) -> bool:
     # By name: nothing here imports torch, nor ONNX Runtime, whose RuntimeException is no RuntimeError.
     names = {cls.__name__ for cls in type(error).__mro__}
     untyped = not names.isdisjoint(("RuntimeError", "RuntimeException"))
-    said = untyped and any(sign in str(error).lower() for sign in _SIGNS)
-    return "OutOfMemoryError" in names or isinstance(error, MemoryError) or said
+    reports_it = untyped and any(sign in str(error).lower() for sign in _SIGNS)
+    return "OutOfMemoryError" in names or isinstance(error, MemoryError) or reports_it
 
 
 class Fit:
@@ -33,10 +33,10 @@ class Fit:
         self._fitted: list[int] = []
         self._too_large: int | None = None
 
-    def fitted(self, rows: Sequence[Prepared]) -> None:
+    def add_fitting(self, rows: Sequence[Prepared]) -> None:
         self._fitted.append(self._computed(rows))
 
-    def exceeded(self, rows: Sequence[Prepared]) -> None:
+    def add_too_large(self, rows: Sequence[Prepared]) -> None:
         """These ran out of memory together, and in parts they did not."""
         size = self._computed(rows)
         self._too_large = size if self._too_large is None else min(self._too_large, size)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from millstream.broker.queue.lease import Lease
-from millstream.worker.supervision.progress import Look
+from millstream.worker.supervision.progress import Snapshot
 
 
 class End(NamedTuple):
@@ -17,11 +17,11 @@ class End(NamedTuple):
     """
 
     what: str
-    charged: Sequence[Look] = ()
+    charged: Sequence[Snapshot] = ()
     why: str = ""
 
     def __str__(self) -> str:
-        stages = " and ".join(dict.fromkeys(look.stage.name.lower() for look in self.charged))
+        stages = " and ".join(dict.fromkeys(snapshot.stage.name.lower() for snapshot in self.charged))
         during = f" during {stages}" if stages else ""
         return f"{self.what}{during} ({self.why})" if self.why else f"{self.what}{during}"
 
@@ -30,7 +30,9 @@ def give_back(lease: Lease, consumer: str, end: End) -> int:
     """Give back what `consumer` held, with an attempt for what it is charged to; how many entries. Raises as Lease."""
     # Each stage first, and by itself: the trail of an entry names the stage that it was in.
     returned = sum(
-        lease.release(consumer, started=look.entries, only=look.entries, how=str(end._replace(charged=[look])))
-        for look in end.charged
+        lease.release(
+            consumer, started=snapshot.entries, only=snapshot.entries, how=str(end._replace(charged=[snapshot]))
+        )
+        for snapshot in end.charged
     )
     return returned + lease.release(consumer, gone=True, how=str(end))

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from millstream.worker.supervision.charging import End
-from millstream.worker.supervision.progress import Look, Progress, State
+from millstream.worker.supervision.progress import Progress, Snapshot, State
 
 STEADY_S = 30.0
 KILLED_S = 5.0
@@ -29,7 +29,7 @@ class Child:
     progress: Progress
     ready_since: float | None = None
     ordered: str = ""
-    stuck: Sequence[Look] = ()
+    stuck: Sequence[Snapshot] = ()
 
     @property
     def lives(self) -> bool:
@@ -60,7 +60,7 @@ class Child:
         status = self.process.returncode
         if self.ordered:
             return End(_how(status), why=self.ordered)
-        charged = self.stuck or self.progress.looks()
+        charged = self.stuck or self.progress.snapshots()
         drained = status == 0 and not charged and self.progress.state != State.READY
         return End("drained" if drained else _how(status), charged, self.progress.reason)
 
@@ -73,8 +73,8 @@ class Child:
         if self.stuck or self.ordered or not self.lives or not (stuck := self.progress.stuck()):
             return
         self.stuck = stuck
-        stuck_s = max(look.seconds for look in stuck)
-        self.progress.last_words(f"no progress for {stuck_s:.1f} s, the stall_timeout is {self.progress.stall_s:g} s")
+        stuck_s = max(snapshot.seconds for snapshot in stuck)
+        self.progress.set_reason(f"no progress for {stuck_s:.1f} s, the stall_timeout is {self.progress.stall_s:g} s")
         # Not waited for: a process that waits inside a driver would keep its supervisor from all others.
         self.process.kill()
 

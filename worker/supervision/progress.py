@@ -51,7 +51,7 @@ class Stage(IntEnum):
     SETTLE = 4
 
 
-class Look(NamedTuple):
+class Snapshot(NamedTuple):
     """What one thread had in hand at one moment, and for how many seconds it had made no progress."""
 
     stage: Stage
@@ -125,7 +125,7 @@ class Track:
         stage = self._words[self._word] % (1 << _STAGE_BITS)
         return time.monotonic() - self._seconds[self._stamp] if stage else 0.0
 
-    def look(self) -> Look | None:
+    def snapshot(self) -> Snapshot | None:
         """What it has in hand now, or had when the process died; None if it is in no stage."""
         while True:
             word = self._words[self._word]
@@ -139,7 +139,7 @@ class Track:
             # The writer may have begun this list's place anew only after it changed the word.
             if self._words[self._word] == word:
                 entries = text.decode().split()
-                return Look(Stage(stage), entries[place - 1 : place] if place else entries, idle_s)
+                return Snapshot(Stage(stage), entries[place - 1 : place] if place else entries, idle_s)
 
 
 class Progress:
@@ -177,7 +177,7 @@ class Progress:
     def enter(self, state: State) -> None:
         self._map[_STATE] = state
 
-    def last_words(self, reason: str) -> None:
+    def set_reason(self, reason: str) -> None:
         """Note why this process is about to end."""
         text = reason.encode()[: _REASON_BYTES - 1]
         self._map[_REASON : _REASON + len(text) + 1] = text + b"\0"
@@ -199,12 +199,12 @@ class Progress:
 
     def running(self) -> list[str]:
         """The entries whose forward is under way, or was when the process died."""
-        look = self.runner.look()
-        return look.entries if look else []
+        snapshot = self.runner.snapshot()
+        return snapshot.entries if snapshot else []
 
-    def looks(self) -> list[Look]:
+    def snapshots(self) -> list[Snapshot]:
         """What each thread has in hand now, or had when the process died."""
-        return [look for track in self._tracks if (look := track.look())]
+        return [snapshot for track in self._tracks if (snapshot := track.snapshot())]
 
     @property
     def stall_s(self) -> float:
@@ -220,9 +220,9 @@ class Progress:
         """Whether any thread is in its stage for longer than it may, without progress."""
         return any(track.idle_s > self.stall_s for track in self._tracks)
 
-    def stuck(self) -> list[Look]:
+    def stuck(self) -> list[Snapshot]:
         """What the threads have in hand that are stuck."""
-        return [look for look in self.looks() if look.seconds > self.stall_s] if self.is_stuck else []
+        return [snapshot for snapshot in self.snapshots() if snapshot.seconds > self.stall_s] if self.is_stuck else []
 
 
 def _nameless() -> int:

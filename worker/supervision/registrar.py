@@ -43,7 +43,7 @@ class Registration:
         except MillstreamError as error:
             if is_transient(error):
                 raise
-            self._say_refused(str(error))
+            self._log_refused(str(error))
             return False
         if restored:
             log.warning(
@@ -53,7 +53,7 @@ class Registration:
             )
         return restored
 
-    def _say_refused(self, reason: str) -> None:
+    def _log_refused(self, reason: str) -> None:
         if reason != self._refused:
             self._refused = reason
             log.error(

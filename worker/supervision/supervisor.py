@@ -120,7 +120,7 @@ class Supervisor:
         self._connection = Connection(url, name="millstream-supervisor")
         self._slots = [Slot(plan, plan.device_of(index)) for plan in plans for index in range(plan.count)]
         self._deaths: list[Death] = []
-        self._said: set[tuple[str, str]] = set()
+        self._logged: set[tuple[str, str]] = set()
         self._registrar = Registrar(Registry(self._connection, prefix), [plan.spec for plan in plans])
         self._stopping = False
         self.restarts = 0
@@ -158,7 +158,7 @@ class Supervisor:
             slot.child.end_stuck()
             slot.child.note_ready()
         if slot.child and not slot.child.lives:
-            self._died(slot, slot.child)
+            self._handle_exit(slot, slot.child)
         elif slot.child and slot.child.steady:
             slot.failures = 0
         if not slot.child and not slot.refused and time.monotonic() >= slot.start_at:
@@ -198,17 +198,17 @@ class Supervisor:
         for child in children:
             child.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + self._drain_s
-        while (left := [child for child in children if child.lives]) and time.monotonic() < deadline:
-            for child in left:
+        while (alive := [child for child in children if child.lives]) and time.monotonic() < deadline:
+            for child in alive:
                 child.end_stuck()
             time.sleep(POLL_S)
-        for child in left:
+        for child in alive:
             log.warning("worker %s did not drain in %g s: killed", child.consumer, self._drain_s)
             child.kill(f"it did not drain in {self._drain_s:g} s")
             child.await_end()
         for slot in self._slots:
             if slot.child:
-                self._bury(slot, slot.child)
+                self._remove(slot, slot.child)
         self._give_back()
         if self._deaths:
             log.warning("the server is away: what %d workers held stays theirs for a lease", len(self._deaths))
@@ -252,10 +252,10 @@ class Supervisor:
             raise
         return Child(consumer, process, progress)
 
-    def _died(self, slot: Slot, child: Child) -> None:
+    def _handle_exit(self, slot: Slot, child: Child) -> None:
         slot.past, failures = str(child.end), child.failures(slot.failures)
         reason = child.progress.reason or slot.past
-        self._bury(slot, child)
+        self._remove(slot, child)
         if child.process.returncode == EXIT_PERMANENT:
             self._refuse(slot, reason)
             return
@@ -266,10 +266,10 @@ class Supervisor:
     def _refuse(self, slot: Slot, reason: str) -> None:
         """Start no more here: it would fail again. What all workers of a service fail by is said once."""
         slot.refused = True
-        said = (slot.plan.spec.name, reason)
-        if said not in self._said:
-            self._said.add(said)
-            log.error("service %s: %s", *said)
+        message = (slot.plan.spec.name, reason)
+        if message not in self._logged:
+            self._logged.add(message)
+            log.error("service %s: %s", *message)
 
     def _back_off(self, slot: Slot, who: str) -> None:
         backoff = _backoff(slot.failures)
@@ -284,7 +284,7 @@ class Supervisor:
                 _LONGEST_BACKOFF_S,
             )
 
-    def _bury(self, slot: Slot, child: Child) -> None:
+    def _remove(self, slot: Slot, child: Child) -> None:
         self._deaths.append(Death(slot.plan.spec.name, child.consumer, child.end))
         child.close()
         slot.child, slot.ready = None, False
