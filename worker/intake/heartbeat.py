@@ -1,4 +1,4 @@
-"""Thread: once a second says that this process lives, extends its lease, and hears what it lost."""
+"""Thread that reports once a second that this process lives, extends its lease, and reads which jobs it lost."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from millstream.worker.context import Context
 log = logging.getLogger(__name__)
 
 EVERY_S = 1.0
+"""Seconds between two beats."""
 
 
 class Watch(NamedTuple):
-    """Callbacks of a beat: `status` is asked at each one, `heard` gets the server's answer.
+    """Callbacks of a beat: `status` returns the fields to publish, `on_beat` gets the server's answer.
 
-    `emptied` is called if the server has lost the service's streams, `stuck` says whether the runner is.
+    `on_emptied` is called if the server has lost the service's streams. `is_stuck` says whether a thread is stuck.
     """
 
     status: Callable[[], Mapping[str, str | int]]
@@ -29,7 +30,7 @@ class Watch(NamedTuple):
 
 
 class Heartbeat(threading.Thread):
-    """Beats until `stop`."""
+    """Beats every EVERY_S seconds until `stop`."""
 
     def __init__(self, context: Context, lease: Lease, watch: Watch) -> None:
         super().__init__(name="beat", daemon=True)
@@ -49,9 +50,9 @@ class Heartbeat(threading.Thread):
                 self.beat()
 
     def beat(self) -> None:
-        """One beat, and a reclaim pass where one is due. A server that is away is tried again at the next beat.
+        """One beat, and a reclaim pass if one is due. If the server is away, the next beat tries again.
 
-        A process whose runner is stuck stops beating: its jobs are not its own for longer than its lease.
+        A process with a stuck thread does not beat, so that others get its jobs when its lease is over.
         """
         if self._watch.is_stuck():
             return
@@ -68,7 +69,7 @@ class Heartbeat(threading.Thread):
                 self._repair()
 
     def _repair(self) -> None:
-        """See that the service is registered. The claimer makes groups again, but not while its window is full."""
+        """Registers the service again if needed. The claimer makes groups again, but not while the window is full."""
         try:
             self._watch.on_emptied()
         except Exception as error:
