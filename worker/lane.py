@@ -1,4 +1,4 @@
-"""The threads of one worker process at work, and what they tell each other."""
+"""One service in one worker process: creates its threads, connects them, runs them until the process drains."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from millstream.worker.supervision.registrar import Registration
 log = logging.getLogger(__name__)
 
 MOST_ROWS = MOST_ENTRIES - 2 * MAX_JOBS_PER_CALL
-"""Most rows in a forward, whatever batch_size says: so many jobs, and a claim on top of them, fit the page."""
+"""Most rows of a forward, even if batch_size is larger: one job a row, and a claim on top, must fit a track's list."""
 
 SETTLE_S = 2.0
-"""Seconds that a failing process waits until the answers it has are written."""
+"""Seconds that a failing process waits until its finished answers are written."""
 
 
 class Lane:
-    """Claimer, settler and beat around the runner, for one service and one loaded model."""
+    """Claimer, settler, heartbeat and inference timeout around the runner, for one service and one loaded model."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Lane:
         keys = self._registry.keys(spec.name)
         self._lease = Lease(connection.client, keys)
         self._streams = Streams(connection.own(), keys, result_ttl_ms=round(spec.result_ttl * 1000))
-        # As it was loaded, not as it is pushed later: those settings made its answers.
+        # By the settings it was loaded with, not by those pushed later: they determine its answers.
         cache_key = CacheKey.of(spec, model.fingerprint, model.op)
         self._cache_writer = CacheWriter(Cache(connection.client, keys), cache_key)
         self._progress = context.progress
@@ -87,11 +87,11 @@ class Lane:
             model.lap_by(self._intake.lap)
 
     def work(self) -> None:
-        """Run until the process drains. Raises ThreadFailed."""
+        """Runs until the process drains. Raises ThreadFailed."""
         try:
             self._work()
         finally:
-            # If it failed in a program that goes on, a beat would keep what it holds from everybody else.
+            # If it failed and the program goes on, further beats would extend the lease of jobs that nobody runs.
             self._heartbeat.stop()
             self._inference_timeout.stop()
             self._settler.finish()
@@ -103,7 +103,7 @@ class Lane:
         context = self._context
         retrying(self._streams.create_groups, stop=context.shutdown.stopped)
         self._progress.enter(State.READY)
-        # Beat before the first claim: a consumer without a beat would count as lost.
+        # Beat before the first claim: a consumer without a heartbeat counts as lost.
         self._heartbeat.beat()
         for thread in (self._heartbeat, self._settler, self._inference_timeout, self._claimer):
             thread.start()
@@ -144,7 +144,7 @@ class Lane:
         return isinstance(self._model, Placed) and self._model.device_type == "cpu"
 
     def _apply_beat(self, beat: Beat) -> None:
-        """What the server said to a beat."""
+        """Applys the server's answer to a heartbeat."""
         window = self._context.window
         self._context.clock.set_to(beat.now)
         self._context.threads.update_share()
@@ -159,24 +159,24 @@ class Lane:
             self._revision = beat.revision
 
     def _return_unknown_entries(self, entries: list[str]) -> None:
-        """Give back what is ours in name alone: a server delivers to a connection for a while after it was cut.
+        """Gives back entries that were delivered to this worker but never arrived, as after a cut connection.
 
-        Only from the second beat on: a claim's answer may just be on its way.
+        An entry is given back if two beats in a row report it: at one beat the reply to its claim may be on its way.
         """
         again = self._unknown_entries.intersection(entries)
         self._unknown_entries = set(entries)
         if again and (returned := self._lease.release(self._child_args.consumer, only=again)):
-            log.warning("%d jobs delivered to a connection that was cut are given back", returned)
+            log.warning("%d jobs were delivered to a connection that was cut; they are given back", returned)
 
     def _renew(self) -> None:
-        """Take over what was pushed since the last beat. Raises ConfigError where others brought other weights."""
+        """Applys settings pushed since the last beat. Raises ConfigError if the service runs other weights now."""
         self._registration.keep()
         try:
             self._limit(self._registry.read(self._spec.name).runtime)
         except (UnknownService, ConfigError) as error:
-            log.warning("the limits stay as they were: %s", error)
+            log.warning("the limits stay unchanged: %s", error)
             return
-        # Again, now that this worker beats: a push forgets the weights of a service without live workers.
+        # Claimed again, since a push forgets the weights of a service without live workers. This worker is live now.
         self._registry.claim_fingerprint(self._spec.name, self._model.fingerprint, self._answer)
 
     def _limit(self, runtime: Runtime) -> None:
@@ -199,7 +199,7 @@ class Lane:
         try:
             self._lease.release(self._child_args.consumer, gone=True)
         except Exception as error:
-            # Nothing is held any more; the supervisor, or a reclaim pass, forgets the name.
+            # No entry is held any more; the supervisor or a reclaim pass removes the consumer.
             if not is_transient(error):
                 raise
 
@@ -229,6 +229,6 @@ class Lane:
 
 
 def _text_tokens(model: Model) -> int:
-    """The most tokens of a text; 0 if there is no limit, or none is known."""
+    """Most tokens of a text; 0 if there is no limit, or none is known."""
     limit = model.limit.tokens if isinstance(model, Reads) else 0
     return 0 if limit >= ANY_LENGTH else limit

@@ -1,7 +1,7 @@
-"""What a worker holds: rows that wait for their forward, jobs that wait for a row, entries not yet settled.
+"""Work that a worker holds: rows that wait for their forward, jobs with unfinished rows, unsettled entries.
 
-Three threads meet here: the claimer adds jobs, the runner takes micro-batches and hands rows back, the settler forgets
-jobs whose answer is written.
+Three threads share it: the claimer adds jobs, the runner takes micro-batches and returns their outcomes, the settler
+removes entries whose answer is written.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ from millstream.worker.scheduling.batcher import Budget, Cut, Pool
 from millstream.worker.scheduling.fair_share import SAVED_BATCHES
 
 HOLD_S = 1.0
-"""About this much predicted work is held, and half the queue timeout at most: a hoarder starves its neighbours."""
+"""Seconds of predicted work to hold, at most half the queue timeout: jobs held here cannot run on other workers."""
 
 LEAST_BATCHES = 4
-"""Held also where they take longer than that, unless a queue timeout presses: fewer rows to choose among pad more."""
+"""Micro-batches to hold even if they take longer than HOLD_S; with a queue timeout, one. Fewer rows to choose from pad
+more."""
 
 HOLD_BATCHES = 8
+"""Micro-batches of rows to hold at most."""
 
 
 class Window:
-    """What one worker process holds; thread-safe. `cost` says what its forwards cost and how large they may be.
+    """Rows, jobs and entries that one worker process holds; thread-safe. `cost`: cost and limits of its forwards.
 
-    `cut` says, in the runner's thread, what ended the micro-batch taken last. `auto_tokens` is what the device was
-    measured to make of `max_batch_tokens: auto`.
+    `cut`: why the last micro-batch ended; for the runner's thread only. `auto_tokens`: the tokens measured on this
+    device for `max_batch_tokens: auto`, None if they were not measured.
     """
 
     def __init__(self, budget: Budget, queue_timeout_s: float | None = None) -> None:
-        # One lock; who waits for what is woken by that alone, and not by each job that another thread settles.
+        # One lock, with a condition for each event: a settled job then wakes no thread that waits for another event.
         self._lock = threading.RLock()
         self.cost = ForwardCost(budget)
         self.limit(budget.rows, budget.tokens, queue_timeout_s)
@@ -61,20 +63,20 @@ class Window:
     def limit(
         self, rows: int, tokens: int, queue_timeout_s: float | None, inference_timeout_s: float | None = None
     ) -> None:
-        """Take over changed limits, from the next micro-batch on."""
+        """Applys changed limits, from the next micro-batch on."""
         self.cost.limit(rows, tokens, inference_timeout_s)
         self._hold_s = HOLD_S if queue_timeout_s is None else min(HOLD_S, queue_timeout_s / 2)
         self._least_batches = LEAST_BATCHES if queue_timeout_s is None else 1
 
     @property
     def budget(self) -> Budget:
-        """The limits of a forward."""
+        """Limits of a forward."""
         return self.cost.budget
 
     # -- the claimer's side ------------------------------------------------------------------------------------
 
     def hold(self, jobs: Sequence[ActiveJob]) -> list[ActiveJob]:
-        """Add jobs; their rows may be taken from now on. Those that were cancelled on their way here are returned."""
+        """Adds jobs, whose rows may then be taken. Returns those that were cancelled before; they are not added."""
         with self._lock:
             cancelled = [job for job in jobs if job.name in self._cancelled] if self._cancelled else []
             live = [job for job in jobs if job not in cancelled] if cancelled else jobs
@@ -87,14 +89,14 @@ class Window:
             return cancelled
 
     def keep(self, names: Collection[str]) -> None:
-        """Note entries that are held only to be settled: malformed, expired, exhausted."""
+        """Notes entries as held whose jobs are not added yet, or that only need an answer, as malformed ones do."""
         with self._lock:
             self._unsettled.update(names)
 
     def room(
         self, live_workers: int = 1, max_attempts: int = 3, last_job: tuple[int, int] = (1, 1)
     ) -> ClaimBudget | None:
-        """What may be claimed now on top of what waits; None if the window is full. `last_job`: its rows and tokens."""
+        """Budget of a claim now; None if the window is full. `last_job`: rows and tokens of the last claimed job."""
         with self._lock:
             budget, waiting, most = self.cost.budget, len(self._pool), self._most_tokens()
             rows, tokens = HOLD_BATCHES * budget.rows - waiting, most - self._pool.tokens
@@ -114,7 +116,7 @@ class Window:
             )
 
     def urgent_room(self) -> ClaimBudget | None:
-        """What may be claimed of realtime jobs though the window is full: one micro-batch waits at most."""
+        """Budget of a claim of realtime jobs into a full window; None if a micro-batch of them waits already."""
         with self._lock:
             budget = self.budget
             rows = budget.rows - self.waiting_of(Priority.REALTIME)
@@ -123,10 +125,10 @@ class Window:
             return ClaimBudget(min(MAX_JOBS_PER_CALL, rows), rows, tokens=budget.tokens, streams=1, returned=1)
 
     def suspect_room(self, stream: int, live_workers: int) -> ClaimBudget | None:
-        """What may be claimed of suspects of `stream`, 1 to 3, to run before what waits here.
+        """Budget of a claim of suspects of `stream`, 1 to 3, that run before the waiting rows.
 
-        None if nothing waits here, if some of it is more urgent, or if it is more than two full windows: jobs that
-        came with no suspect among them.
+        None if no row waits, if a waiting row is more urgent, or if more than two full windows wait: such a claim may
+        bring other jobs instead of suspects, and they add up.
         """
         with self._lock:
             waiting, rows, tokens = len(self._pool), HOLD_BATCHES * self.budget.rows, self._most_tokens()
@@ -147,7 +149,7 @@ class Window:
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
-        """Meanwhile only rows of suspects are taken: the other rows that wait stay in no stage."""
+        """Lets only rows of suspects be taken meanwhile. The other rows wait, and no death is charged to them."""
         self._is_set_aside = True
         try:
             yield
@@ -157,14 +159,14 @@ class Window:
                 self._rows_arrived.notify_all()
 
     def wait_until_at_rest(self, timeout: float) -> bool:
-        """Sleep until all that is held waits for a forward and no suspect is held; False after `timeout` seconds."""
+        """Sleeps until every held job waits for a forward and no suspect is held; False after `timeout` seconds."""
         with self._lock:
             return self._emptied.wait_for(lambda: self._is_at_rest, timeout)
 
     @property
     def _is_at_rest(self) -> bool:
-        # What is unsettled and not held is on its way to the pool, or to the server. What is held and settled was taken
-        # over by another worker, and is in no stage.
+        # An unsettled entry without a job is being prepared, or its answer is being written. A job without an unsettled
+        # entry was taken over by another worker, and is in no stage.
         return not (self._running or self._pool.waiting(SUSPECT)) and self._unsettled <= self._jobs.keys()
 
     def _most_tokens(self) -> int:
@@ -172,11 +174,11 @@ class Window:
 
     @property
     def takes(self) -> int:
-        """How many micro-batches were taken so far."""
+        """Number of micro-batches taken so far."""
         return self._takes
 
     def wait_for_take(self, timeout: float) -> bool:
-        """Sleep until the runner takes its next micro-batch or the pool is empty; False after `timeout` seconds."""
+        """Sleeps until the runner takes a micro-batch or the pool is empty; False after `timeout` seconds."""
         with self._lock:
             takes = self._takes
             return bool(
@@ -185,11 +187,11 @@ class Window:
 
     @property
     def forward_left_s(self) -> float:
-        """Seconds until the forward under way should be over, as long as those before it took; 0.0 where none is."""
+        """Predicted seconds until the running forward ends; 0.0 if none runs."""
         return max(0.0, self._ends_at - time.monotonic()) if self._running else 0.0
 
     def wait_until_empty(self, timeout: float) -> bool:
-        """Sleep until this is `empty`; False after `timeout` seconds."""
+        """Sleeps until the window is `empty`; False after `timeout` seconds."""
         with self._lock:
             return self._emptied.wait_for(lambda: self.empty, timeout)
 
@@ -200,30 +202,30 @@ class Window:
 
     @property
     def idle(self) -> bool:
-        """Whether the runner has nothing to do and nothing to take."""
+        """Whether no forward runs and no row waits."""
         with self._lock:
             return not self._running and not len(self._pool)
 
     @property
     def empty(self) -> bool:
-        """Whether every held entry is settled and no forward runs, not even one whose jobs were ended."""
+        """Whether every held entry is settled and no forward runs. A forward counts even if all its jobs were ended."""
         return not self._unsettled and not self._running
 
     @property
     def waiting(self) -> bool:
         """Whether prepared rows wait for the runner."""
-        # One number, read without the lock.
+        # No lock: it reads one number.
         return bool(len(self._pool))
 
     def waiting_of(self, priority: Priority) -> int:
-        """Prepared rows of `priority` that wait for the runner, but for those that spend its share."""
+        """Number of prepared rows of `priority` that wait for the runner, without those that spend its share."""
         with self._lock:
             return self._pool.waiting(PRIORITIES.index(priority))
 
     def spend_share(self, priority: Priority, rows: int) -> int:
-        """Let rows of `priority` run before more urgent ones, oldest first; how many.
+        """Lets up to `rows` rows of `priority` run before more urgent ones, oldest first. Returns their number.
 
-        A whole micro-batch or all that wait, else none: a few rows would cost a forward of their own.
+        Moves none if `rows` is neither a whole micro-batch nor all that wait: a few rows would need an extra forward.
         """
         with self._lock:
             rank = PRIORITIES.index(priority)
@@ -232,13 +234,13 @@ class Window:
             return self._pool.move(rank, BY_SHARE, rows)
 
     def busy_s(self) -> float:
-        """Seconds, in all, during which at least one row waited here or ran."""
+        """Total seconds during which at least one row waited here or ran."""
         with self._lock:
             since = self._busy_since
             return self._busy_s + (time.monotonic() - since if since is not None else 0.0)
 
     def close(self) -> None:
-        """No more jobs will come: the runner ends when the pool is empty."""
+        """Accepts no more jobs: the runner ends when the pool is empty."""
         with self._lock:
             self._closed = True
             self._rows_arrived.notify_all()
@@ -247,7 +249,7 @@ class Window:
     # -- the runner's side -------------------------------------------------------------------------------------
 
     def take(self) -> Rows:
-        """The next micro-batch, waiting for one; empty when the window is closed and nothing is left."""
+        """Waits for the next micro-batch and returns it; empty if the window is closed and no row waits."""
         with self._lock:
             self._rows_arrived.wait_for(lambda: self._may_be_taken or self._closed)
             budget = self.cost.one_forward()
@@ -263,13 +265,13 @@ class Window:
 
     @property
     def _may_be_taken(self) -> bool:
-        """Whether rows wait, and may run now."""
+        """Whether rows wait that may run now."""
         return bool(self._pool.waiting(SUSPECT) if self._is_set_aside else len(self._pool))
 
     def upcoming(self) -> Sequence[Prepared]:
-        """What the next micro-batch will be, unless something more urgent comes.
+        """Payloads of the next micro-batch, which `take` returns unless a more urgent row arrives.
 
-        Empty where it would gain by what arrives until then: fixed now, a few rows would make a forward of their own.
+        Empty if the waiting rows do not fill a micro-batch: rows that arrive before the take may join them.
         """
         with self._lock:
             chosen = self._pool.choose(self.cost.one_forward())
@@ -277,13 +279,13 @@ class Window:
             return [row.payload for row in self._chosen]
 
     def jobs_of(self, rows: Rows) -> list[ActiveJob | None]:
-        """The job of each row taken; None where it was dropped or ended meanwhile."""
+        """The job of each taken row; None if it was ended meanwhile."""
         job_of = self._jobs.get
-        # The same entry may be here again: lost while it ran, given back by others, and claimed anew.
+        # The entry may be held a second time: lost while it ran, given back by another worker, and claimed again.
         return [job if (job := job_of(row.owner)) and job.prepared[row.index] is row.payload else None for row in rows]
 
     def complete(self, rows: Rows, outcomes: Sequence[Outcome]) -> list[ActiveJob]:
-        """Put rows back with their outcomes; the jobs that are complete by it."""
+        """Notes the outcomes of rows that ran. Returns the jobs that are now complete."""
         with self._lock:
             done = []
             for row, job, outcome in zip(rows, self.jobs_of(rows), outcomes, strict=True):
@@ -299,7 +301,7 @@ class Window:
             return done
 
     def end(self, names: Collection[str]) -> list[ActiveJob]:
-        """Stop jobs before their end, their waiting rows with them: expired, or taken over by another worker."""
+        """Ends jobs that expired or that another worker took over, and drops their waiting rows. Returns the jobs."""
         with self._lock:
             self._pool.drop(names)
             ended = [self._jobs.pop(name) for name in names if name in self._jobs]
@@ -308,13 +310,13 @@ class Window:
             return ended
 
     def cancel(self, names: Collection[str]) -> list[ActiveJob]:
-        """As `end`, for jobs nobody wants any more; those that are claimed and not here yet are ended by `hold`."""
+        """Ends jobs that were cancelled, as `end`. Jobs that are claimed and not added yet are ended by `hold`."""
         with self._lock:
             self._cancelled.update(name for name in names if name in self._unsettled and name not in self._jobs)
             return self.end(names)
 
     def overdue(self, limits: Mapping[Priority, float | None], now: float) -> list[str]:
-        """The jobs that have been in the model for longer than their priority's limit. `now`: monotonic seconds."""
+        """Names of jobs that were in the model for longer than their priority's limit. `now`: monotonic seconds."""
         with self._lock:
             return [
                 job.name
@@ -334,15 +336,15 @@ class Window:
         if self.empty or (self._is_set_aside and self._is_at_rest):
             self._emptied.notify_all()
 
-    # -- the settler's and the beat's side ---------------------------------------------------------------------
+    # -- the settler's and the heartbeat's side ----------------------------------------------------------------
 
     def forget(self, names: Collection[str]) -> None:
-        """These entries are settled, or no longer ours."""
+        """Removes entries that are settled, or no longer this worker's."""
         with self._lock:
             self._unsettled.difference_update(names)
             self._note_empty()
 
     def names(self) -> list[str]:
-        """Every entry held and not yet settled, as the scripts name them."""
+        """Names of all entries held and not yet settled, in the form that the scripts use."""
         with self._lock:
             return list(self._unsettled)
