@@ -1,4 +1,4 @@
-"""Processes that claim jobs in batches, run the model and settle the answers. `serve` makes one of a program's own."""
+"""Processes that claim jobs in batches, run the model and settle the answers. `serve` does so in any program."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        # Late: a worker process runs a module of this package as its program, which must not be imported before.
+        # Imported on first use: a worker process runs a module of this package with -m, which must not be imported yet.
         if name == "serve":
             from millstream.worker.serving import serve
 

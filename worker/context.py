@@ -1,4 +1,4 @@
-"""What the threads of one worker process share."""
+"""Objects that the threads of one worker process share."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from millstream.worker.window import Window
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """One process's name in the queue, what it holds, the server's clock, its counts, its end, its page, its threads.
+    """One worker process: its consumer name, window, clock, counters, shutdown, progress page and thread count.
 
-    `page` is read by a supervisor, if the process has one.
+    A supervisor reads `progress`, if the process has one.
     """
 
     consumer: str
@@ -24,5 +24,5 @@ class Context:
     clock: ServerClock = field(default_factory=ServerClock)
     counters: Counters = field(default_factory=Counters)
     shutdown: Shutdown = field(default_factory=Shutdown)
-    page: Progress = field(default_factory=Progress.alone)
+    progress: Progress = field(default_factory=Progress.alone)
     threads: Threads = field(default_factory=Threads.unmanaged)

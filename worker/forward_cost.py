@@ -1,4 +1,4 @@
-"""What a forward costs on this device, and how large one may be: measured at warm-up, corrected by each forward."""
+"""Cost of a forward on this device, and its limits: measured at warm-up, corrected by each forward."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ NEW_WEIGHT = 0.2
 class ForwardCost:
     """Cost and limits of one process's forwards; thread-safe.
 
-    `budget`: the limits of a forward, and its fixed cost in tokens. `seconds_per_token`: 0.0 while nothing is known.
-    `smallest_s`: seconds that the smallest forward takes, infinite while nothing is known.
+    `budget`: the limits of a forward, and its fixed cost in tokens. `seconds_per_token`: 0.0 until one is measured.
+    `smallest_s`: seconds that the smallest forward takes, infinite until it is measured.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -29,44 +29,44 @@ class ForwardCost:
         self.smallest_s = math.inf
 
     def limit(self, rows: int, tokens: int, inference_timeout_s: float | None = None) -> None:
-        """Take over changed limits, from the next micro-batch on."""
+        """Applys changed limits, from the next micro-batch on."""
         with self._lock:
             self.budget = replace(self.budget, rows=rows, tokens=min(tokens, self._cap))
             self._inference_s = inference_timeout_s
 
     def cap(self, tokens: int) -> bool:
-        """Keep every later forward to `tokens`, padding included, whatever is pushed; True if that lowers the cap."""
+        """Limits every later forward to `tokens`, padding included, also after a push; True if that lowers the cap."""
         with self._lock:
             lowers = tokens < self._cap
             self._cap = min(self._cap, tokens)
             self.budget = replace(self.budget, tokens=min(self.budget.tokens, self._cap))
             return lowers
 
-    def measured(self, seconds_per_token: float, overhead: float, smallest_s: float) -> None:
-        """Take over what warm-up measured; `overhead` in tokens."""
+    def calibrate(self, seconds_per_token: float, overhead: float, smallest_s: float) -> None:
+        """Applys the measurements of warm-up; `overhead` in tokens."""
         with self._lock:
             self.budget = replace(self.budget, overhead=overhead)
             self.seconds_per_token = seconds_per_token
             self.smallest_s = smallest_s
 
     def observe(self, computed: int, seconds: float) -> None:
-        """Correct the cost of a token by a forward over `computed` tokens, padding included."""
+        """Corrects the cost of a token by a forward over `computed` tokens, padding included."""
         rate = seconds / (computed + self.budget.overhead)
         before = self.seconds_per_token or rate
         self.seconds_per_token = before + NEW_WEIGHT * (rate - before)
 
     def predicted_s(self, computed: int) -> float:
-        """Seconds that a forward over `computed` tokens should take; 0.0 while nothing is known."""
+        """Predicted seconds of a forward over `computed` tokens; 0.0 until one is measured."""
         return self.seconds_per_token * (computed + self.budget.overhead)
 
     def tokens_in(self, seconds: float) -> int:
-        """Tokens that run in `seconds`; 0 while nothing is known."""
+        """Tokens that run in `seconds`; 0 until a forward is measured."""
         return round(seconds / self.seconds_per_token) if self.seconds_per_token else 0
 
     def one_forward(self) -> Budget:
-        """The budget, cut so that a forward is predicted to take at most half the inference timeout.
+        """The budget, reduced until the predicted time of a forward is at most half the inference timeout.
 
-        But not below the tokens that a forward's fixed cost is worth: finer cuts would only make each job slower.
+        Tokens are not reduced below `overhead`: smaller forwards would spend most of their time on their fixed cost.
         """
         budget = self.budget
         if self._inference_s is None or not self.seconds_per_token:

@@ -1,4 +1,4 @@
-"""Keeps what is the worker's own from a user's code and the programs that it starts."""
+"""Keeps the worker's descriptors and signal handlers from a user's code and from the programs that it starts."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 def isolate(*private: int) -> int:
-    """Keep standard input and the descriptors `private` from user code; the new descriptor of what was standard input.
+    """Keeps standard input and the descriptors `private` from user code. Returns a new descriptor of the old stdin.
 
-    Standard input becomes empty: a program that a handler starts, and that reads it, would wait for ever for a pipe on
-    which nothing is ever written. Standard output goes to standard error: that of a supervisor says when workers are
-    ready, and programs read it.
+    Standard input becomes empty: a program that a handler starts would otherwise wait for ever if it reads the
+    supervisor's pipe, to which nothing is written. Standard output goes to standard error: programs read the
+    supervisor's standard output to see when workers are ready.
     """
     for each in private:
         os.set_inheritable(each, False)
-    taken = os.dup(0)
+    stdin_fd = os.dup(0)
     empty = os.open(os.devnull, os.O_RDONLY)
     os.dup2(empty, 0)
     os.close(empty)
     os.dup2(2, 1)
     if hasattr(sys.stdout, "reconfigure"):
-        # A process that is killed writes no buffer.
+        # A process that is killed does not flush its buffers.
         sys.stdout.reconfigure(line_buffering=True)
-    return taken
+    return stdin_fd
 
 
 class Takeover:
-    """Signals that `handler` handles until `end`, in this process alone.
+    """Lets `handler` handle signals until `end`, in this process alone.
 
-    A process that is forked from it, as multiprocessing does, handles them as before: it can be terminated, and its
-    signals are not its parent's.
+    A forked process, such as one of multiprocessing, gets the old handlers back: it can be terminated, and its signals
+    do not drain its parent.
     """
 
     def __init__(self, numbers: Iterable[int], handler: Handler) -> None:
@@ -45,7 +45,7 @@ class Takeover:
         _open.add(self)
 
     def end(self) -> None:
-        """Put back what was before."""
+        """Restores the old handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
         _open.discard(self)

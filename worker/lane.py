@@ -1,4 +1,4 @@
-"""The threads of one worker process at work, and what they tell each other."""
+"""One service in one worker process: creates its threads, connects them, runs them until the process drains."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from millstream.worker.supervision.registrar import Registration
 log = logging.getLogger(__name__)
 
 MOST_ROWS = MOST_ENTRIES - 2 * MAX_JOBS_PER_CALL
-"""Most rows in a forward, whatever batch_size says: so many jobs, and a claim on top of them, fit the page."""
+"""Most rows of a forward, even if batch_size is larger: one job a row, and a claim on top, must fit a track's list."""
 
 SETTLE_S = 2.0
-"""Seconds that a failing process waits until the answers it has are written."""
+"""Seconds that a failing process waits until its finished answers are written."""
 
 
 class Lane:
-    """Claimer, settler and beat around the runner, for one service and one loaded model."""
+    """Claimer, settler, heartbeat and inference timeout around the runner, for one service and one loaded model."""
 
     def __init__(
         self,
@@ -63,11 +63,11 @@ class Lane:
         keys = self._registry.keys(spec.name)
         self._lease = Lease(connection.client, keys)
         self._streams = Streams(connection.own(), keys, result_ttl_ms=round(spec.result_ttl * 1000))
-        # As it was loaded, not as it is pushed later: those settings made its answers.
+        # By the settings it was loaded with, not by those pushed later: they determine its answers.
         cache_key = CacheKey.of(spec, model.fingerprint, model.op)
         self._cache_writer = CacheWriter(Cache(connection.client, keys), cache_key)
-        self._page = context.page
-        self._intake = Intake(model, spec.runtime.max_attempts, self._cache_writer.digests, self._page.claimer)
+        self._progress = context.progress
+        self._intake = Intake(model, spec.runtime.max_attempts, self._cache_writer.digests, self._progress.claimer)
         self._policy = Policy(BatchDelay(0.0), {}, FairShare({}, 0), supervised=child_args.supervised)
         self._settler = Settler(context, self._streams, self._cache_writer, model.fingerprint)
         queue = Queue(Streams(connection.blocking(SLEEP_S), keys), self._lease)
@@ -75,10 +75,10 @@ class Lane:
         self._inference_timeouts: dict[Priority, float | None] = {}
         self._inference_timeout = InferenceTimeout(context, self._inference_timeouts, self._settler.put)
         self._registration = Registration(self._registry, spec)
-        watch = Watch(self._status, self._heard, self._registration.keep, lambda: self._page.is_stuck)
+        watch = Watch(self._status, self._apply_beat, self._registration.keep, lambda: self._progress.is_stuck)
         self._heartbeat = Heartbeat(context, self._lease, watch)
         self._revision = 0
-        self._strangers: set[str] = set()
+        self._unknown_entries: set[str] = set()
         self._began = time.monotonic()
         self._limit(spec.runtime)
         if isinstance(model, Foresees):
@@ -87,11 +87,11 @@ class Lane:
             model.lap_by(self._intake.lap)
 
     def work(self) -> None:
-        """Run until the process drains. Raises ThreadFailed."""
+        """Runs until the process drains. Raises ThreadFailed."""
         try:
             self._work()
         finally:
-            # If it failed in a program that goes on, a beat would keep what it holds from everybody else.
+            # If it failed and the program goes on, further beats would extend the lease of jobs that nobody runs.
             self._heartbeat.stop()
             self._inference_timeout.stop()
             self._settler.finish()
@@ -102,15 +102,15 @@ class Lane:
     def _work(self) -> None:
         context = self._context
         retrying(self._streams.create_groups, stop=context.shutdown.stopped)
-        self._page.enter(State.READY)
-        # Beat before the first claim: a consumer without a beat would count as lost.
+        self._progress.enter(State.READY)
+        # Beat before the first claim: a consumer without a heartbeat counts as lost.
         self._heartbeat.beat()
         for thread in (self._heartbeat, self._settler, self._inference_timeout, self._claimer):
             thread.start()
-        self._say_ready()
+        self._log_ready()
         Runner(context, self._model, self._settler.put).run()
         context.shutdown.check()
-        self._page.enter(State.DRAINING)
+        self._progress.enter(State.DRAINING)
         self._inference_timeout.stop()
         self._inference_timeout.join()
         self._settler.finish()
@@ -122,7 +122,7 @@ class Lane:
         count = context.counters
         log.info("drained after %d jobs: %d rows in %d forwards", count.jobs, count.rows, count.forwards)
 
-    def _say_ready(self) -> None:
+    def _log_ready(self) -> None:
         window, device = self._context.window, self._child_args.device or "auto"
         how = " (measured)" if window.auto_tokens else ""
         limits = f"{window.budget.rows} rows and {window.budget.tokens} tokens{how}"
@@ -143,40 +143,40 @@ class Lane:
     def _on_cpu(self) -> bool:
         return isinstance(self._model, Placed) and self._model.device_type == "cpu"
 
-    def _heard(self, beat: Beat) -> None:
-        """What the server said to a beat."""
+    def _apply_beat(self, beat: Beat) -> None:
+        """Applys the server's answer to a heartbeat."""
         window = self._context.window
-        self._context.clock.heard(beat.now)
-        self._context.threads.look()
+        self._context.clock.set_to(beat.now)
+        self._context.threads.update_share()
         self._claimer.live_workers = beat.live_workers
         window.end(beat.lost)
         window.forget(beat.lost)
-        for held in window.cancel(beat.cancelled):
-            self._settler.put(cancelled(held))
-        self._return_strangers(beat.unknown)
+        for job in window.cancel(beat.cancelled):
+            self._settler.put(cancelled(job))
+        self._return_unknown_entries(beat.unknown)
         if beat.revision != self._revision:
             self._renew()
             self._revision = beat.revision
 
-    def _return_strangers(self, strangers: list[str]) -> None:
-        """Give back what is ours in name alone: a server delivers to a connection for a while after it was cut.
+    def _return_unknown_entries(self, entries: list[str]) -> None:
+        """Gives back entries that were delivered to this worker but never arrived, as after a cut connection.
 
-        Only from the second beat on: a claim's answer may just be on its way.
+        An entry is given back if two beats in a row report it: at one beat the reply to its claim may be on its way.
         """
-        again = self._strangers.intersection(strangers)
-        self._strangers = set(strangers)
+        again = self._unknown_entries.intersection(entries)
+        self._unknown_entries = set(entries)
         if again and (returned := self._lease.release(self._child_args.consumer, only=again)):
-            log.warning("%d jobs delivered to a connection that was cut are given back", returned)
+            log.warning("%d jobs were delivered to a connection that was cut; they are given back", returned)
 
     def _renew(self) -> None:
-        """Take over what was pushed since the last beat. Raises ConfigError where others brought other weights."""
+        """Applys settings pushed since the last beat. Raises ConfigError if the service runs other weights now."""
         self._registration.keep()
         try:
             self._limit(self._registry.read(self._spec.name).runtime)
         except (UnknownService, ConfigError) as error:
-            log.warning("the limits stay as they were: %s", error)
+            log.warning("the limits stay unchanged: %s", error)
             return
-        # Again, now that this worker beats: a push forgets the weights of a service without live workers.
+        # Claimed again, since a push forgets the weights of a service without live workers. This worker is live now.
         self._registry.claim_fingerprint(self._spec.name, self._model.fingerprint, self._answer)
 
     def _limit(self, runtime: Runtime) -> None:
@@ -193,13 +193,13 @@ class Lane:
         self._cache_writer.ttl_s = runtime.cache_s
         if isinstance(self._model, Adapts):
             self._model.adapt(runtime)
-        self._page.stall_s = runtime.stall_s
+        self._progress.stall_s = runtime.stall_s
 
     def _leave(self) -> None:
         try:
             self._lease.release(self._child_args.consumer, gone=True)
         except Exception as error:
-            # Nothing is held any more; the supervisor, or a reclaim pass, forgets the name.
+            # No entry is held any more; the supervisor or a reclaim pass removes the consumer.
             if not is_transient(error):
                 raise
 
@@ -218,8 +218,8 @@ class Lane:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "age_ms": round((time.monotonic() - self._began) * 1000),
-            "running": len(self._page.running()),
-            "running_ms": round(self._page.runner.idle_s * 1000),
+            "running": len(self._progress.running()),
+            "running_ms": round(self._progress.runner.idle_s * 1000),
             "past": self._child_args.past,
             "batch_tokens": self._context.window.budget.tokens,
             "text_tokens": _text_tokens(self._model),
@@ -229,6 +229,6 @@ class Lane:
 
 
 def _text_tokens(model: Model) -> int:
-    """The most tokens of a text; 0 if there is no limit, or none is known."""
+    """Most tokens of a text; 0 if there is no limit, or none is known."""
     limit = model.limit.tokens if isinstance(model, Reads) else 0
     return 0 if limit >= ANY_LENGTH else limit

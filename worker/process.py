@@ -1,7 +1,7 @@
 """One worker process: reads its service from the registry, loads the model, works, drains on request.
 
-Started by the supervisor as `python -P -m millstream.worker.process '{...}'`, with a pipe as standard input: its end of
-file means that the supervisor is gone, and drains too.
+The supervisor starts it as `python -P -m millstream.worker.process '{...}'`, with a pipe as standard input. If the pipe
+ends, the supervisor is gone, and the worker drains.
 """
 
 from __future__ import annotations
@@ -36,28 +36,29 @@ from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.shutdown import Relay, Shutdown, ThreadFailed
 from millstream.worker.supervision.charging import End, give_back
 from millstream.worker.supervision.child_args import EXIT_PERMANENT, URL_VARIABLE, ChildArgs
-from millstream.worker.supervision.progress import Look, Progress, State
+from millstream.worker.supervision.progress import Progress, Snapshot, State
 from millstream.worker.window import Window
 
 log = logging.getLogger(__name__)
 
 ORPHAN_LOOK_S = 1.0
+"""Seconds between two checks for stuck threads in a worker whose supervisor is gone."""
 
 STALLED = "made no progress for longer than stall_timeout"
 
 YOUNG_OBJECTS = 10_000
-"""So many new objects there may be before the garbage collector looks for cycles among them. Our own models make none;
-those of others may, with much memory in each."""
+"""New objects after which the garbage collector looks for cycles. The built-in models make none; other models may, with
+much memory in each."""
 
 Load = Callable[[ServiceSpec], Model]
 
 
 class Worker:
-    """One process's life, from its arguments to its exit status. `load` makes the model, by default of `child_args`."""
+    """One worker process, from its arguments to its exit status. `load` makes the model; default: by `child_args`."""
 
     def __init__(self, child_args: ChildArgs, url: str, load: Load | None = None) -> None:
         self._child_args = child_args
-        self._load = load or self._ordered
+        self._load = load or self._load_model
         self._connection = Connection(url, name=f"millstream-worker-{child_args.service}")
         self._registry = Registry(self._connection, child_args.prefix)
         self._progress = Progress(child_args.progress_fd)
@@ -65,27 +66,27 @@ class Worker:
         self._threads = Threads.unmanaged()
 
     def drain(self) -> None:
-        """Claim no more; settle what is held; end. Not in a signal handler: it takes locks."""
+        """Stops claiming, settles the held jobs, ends. Must not be called in a signal handler: it takes locks."""
         if self.starting:
-            # A model can take minutes to load.
+            # Nothing is held yet, and a model can take minutes to load.
             os._exit(0)
         self._shutdown.drain()
 
     @property
     def starting(self) -> bool:
-        """Whether it holds nothing yet: the model is being loaded."""
+        """Whether the model is still being loaded: then no job is held."""
         return self._progress.state is State.STARTING
 
-    def stuck(self) -> list[Look]:
-        """What the threads have in hand that make no progress for longer than stall_timeout."""
+    def stuck(self) -> list[Snapshot]:
+        """Stages of the threads that made no progress for longer than stall_timeout, with their entries."""
         return self._progress.stuck()
 
-    def in_hand(self) -> list[Look]:
-        """What the threads have in hand: one of these may be the cause if the process fails."""
-        return self._progress.looks()
+    def snapshots(self) -> list[Snapshot]:
+        """Stages of all threads, with their entries: one of these may be the cause if the process fails."""
+        return self._progress.snapshots()
 
     def give_back(self, end: End) -> None:
-        """Hand what it holds to the queue, as a supervisor does for a dead child. Raises BrokerUnavailable."""
+        """Gives the held jobs back to the queue, as a supervisor does for a dead child. Raises BrokerUnavailable."""
         lease = Lease(self._connection.client, self._registry.keys(self._child_args.service))
         with translated(self._connection.safe_url):
             give_back(lease, self._child_args.consumer, end)
@@ -94,20 +95,20 @@ class Worker:
         self._connection.close()
 
     def run(self) -> int:
-        """Work until drained; the exit status."""
+        """Works until drained; returns the exit status."""
         try:
             self.work()
         except (ModelUnavailable, ConfigError) as error:
-            return self._failed(error, EXIT_PERMANENT)
+            return self._report_failure(error, EXIT_PERMANENT)
         except (MillstreamError, ThreadFailed) as error:
-            return self._failed(error, 1)
+            return self._report_failure(error, 1)
         except Exception as error:
             log.debug("unknown error", exc_info=True)
-            return self._failed(described(error), 1)
+            return self._report_failure(described(error), 1)
         return 0
 
-    def orphaned(self) -> None:
-        """Drain, and end if a thread is stuck: the supervisor that would end this process is gone."""
+    def drain_without_supervisor(self) -> None:
+        """Drains, and ends the process if a thread is stuck. Called if the supervisor, which would end it, is gone."""
         self.drain()
         while not (stuck := self.stuck()):
             time.sleep(ORPHAN_LOOK_S)
@@ -116,7 +117,7 @@ class Worker:
         os._exit(1)
 
     def work(self) -> None:
-        """The same, but raises what ended it: ModelUnavailable, UnknownService, ConfigError, ThreadFailed, others."""
+        """Works until drained. Raises ModelUnavailable, UnknownService, ConfigError, ThreadFailed, or another error."""
         child_args, stopped = self._child_args, self._shutdown.stopped
         spec = retrying(lambda: self._registry.read(child_args.service), stop=stopped)
         model = self._load(spec)
@@ -138,32 +139,32 @@ class Worker:
         claim = partial(self._registry.claim_fingerprint, spec.name, model.fingerprint, answer)
         retrying(claim, stop=self._shutdown.stopped)
         context = Context(
-            child_args.consumer, window, shutdown=self._shutdown, page=self._progress, threads=self._threads
+            child_args.consumer, window, shutdown=self._shutdown, progress=self._progress, threads=self._threads
         )
         Lane(context, child_args, self._connection, spec, model, answer).work()
 
-    def _ordered(self, spec: ServiceSpec) -> Model:
+    def _load_model(self, spec: ServiceSpec) -> Model:
         child_args = self._child_args
         self._threads = Threads(child_args.threads, os.environ, _claims(spec, child_args.device))
         model = models.load(
             spec.with_handler(child_args.handler), child_args.device, self._threads.count, child_args.folder
         )
-        # What was loaded stays: the garbage collector would go through all of it again and again, for the few objects
-        # that each job brings.
+        # The loaded objects stay: without freeze, each collection would traverse all of them for the few objects of a
+        # job.
         gc.collect()
         gc.freeze()
         if spec.model.type != "custom":
             gc.set_threshold(YOUNG_OBJECTS)
         return model
 
-    def _failed(self, error: object, status: int) -> int:
-        """Tell the supervisor why: it says what it makes of it."""
-        self._progress.last_words(str(error))
+    def _report_failure(self, error: object, status: int) -> int:
+        """Notes the reason for the supervisor, which logs it; returns `status`."""
+        self._progress.set_reason(str(error))
         return status
 
 
 def _claims(spec: ServiceSpec, device: str | None) -> Claims | None:
-    """This process among those that compute on this host's cores; None if it does not, as far as is known yet."""
+    """Enters this process among those that compute on the host's cores; None if its device or model needs none."""
     if spec.model.type == "echo" or device not in (None, "auto", "cpu"):
         return None
     claims = Claims()
@@ -172,18 +173,18 @@ def _claims(spec: ServiceSpec, device: str | None) -> Claims | None:
 
 
 def use_threads(count: int) -> None:
-    """Make the calling thread's forwards run on `count` threads of torch."""
-    # Only now: torch takes seconds to import, and a worker of another kind needs none.
+    """Makes the calling thread's forwards run on `count` threads of torch."""
+    # Imported here: torch takes seconds to import, and workers of other model types do not need it.
     from millstream.worker.models.kernels import cpu
 
     cpu.use_threads(count)
 
 
 def _drain_at_eof(worker: Worker, supervisor: int) -> None:
-    """Drain when the pipe from the supervisor ends: then the supervisor is gone."""
+    """Drains if the pipe from the supervisor ends: then the supervisor is gone."""
     while os.read(supervisor, 4096):
         pass
-    worker.orphaned()
+    worker.drain_without_supervisor()
 
 
 def drain_on_signals(worker: Worker) -> None:

@@ -1,4 +1,4 @@
-"""Any function as a service, run by the program that holds it: `serve` is a worker without a supervisor."""
+"""Runs a Python function as a service within its own program: `serve` is a worker without a supervisor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from millstream.worker.supervision.progress import Progress
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.5
-"""How often it is looked at whether the function is stuck."""
+"""Seconds between two checks whether the function is stuck."""
 
 
 def serve(
@@ -46,25 +46,25 @@ def serve(
     tear_down: Callable[[], object] | None = None,
     **limits: Any,
 ) -> None:
-    """Answer `service` with `process_fn(payloads) -> results`, in this process, until SIGTERM or Ctrl-C; then drain.
+    """Runs `service` with `process_fn(payloads) -> results`, in this process, until SIGTERM or Ctrl-C; then drains.
 
     `process_fn` is a function, an object that can be called, or a class of such objects; it gets a list of payloads,
     any JSON, and gives one result for each, in order: a list of JSON values, or an array, float32 [payloads, dim].
     `cost(payload)`, `check(payload)`, `set_up(device)` and `tear_down()`, or methods of these names: see Hooks.
 
-    Which server: as `Client` finds it. A service that is not registered is registered, with `limits`, which are those
-    of `runtime` in config.yaml: batch_size, batch_timeout, max_queue_size, total_timeout, stall_timeout and so on. Of
-    one that is, they stay what they are; other `limits` need `replace`, as does another function.
+    The server is found as `Client` finds it. If the service is not registered, it is registered with `limits`: the
+    settings of `runtime` in config.yaml, such as batch_size, batch_timeout, max_queue_size, total_timeout and
+    stall_timeout. If it is registered, its limits stay; other `limits` need `replace`, as does another function.
 
-    Nobody watches this process. If it fails or exceeds stall_timeout (it then ends, with status 1), it gives back what
-    it held itself; if it is killed, other workers of the service, or its next one, do so a lease later, 5 s. A second
-    signal ends it at once, and does what it did before.
+    No supervisor watches this process. If it fails or exceeds stall_timeout (it then ends with status 1), it gives its
+    jobs back itself. If it is killed, other workers of the service, or the next one, give them back when its lease of
+    5 s is over. A second signal ends the process at once, by the handler that was set before.
 
-    Raises ConfigError for limits that are wrong or not those registered, ModelUnavailable where the function cannot be
-    set up, InvalidRequest outside of the main thread, BrokerUnavailable.
+    Raises ConfigError if limits are wrong or differ from the registered ones, ModelUnavailable if the function cannot
+    be set up, InvalidRequest if this is not the main thread, BrokerUnavailable if the server cannot be used.
     """
     if threading.current_thread() is not threading.main_thread():
-        raise InvalidRequest("serve runs in the main thread of its process: it takes the signals that end it")
+        raise InvalidRequest("serve must run in the main thread of its process, since it handles signals")
     target = find_target(url, prefix, os.environ)
     connection = Connection(target.url, name="millstream-worker")
     try:
@@ -94,7 +94,7 @@ def serve(
 
 
 def _register(registry: Registry, service: str, limits: Mapping[str, object], replace: bool) -> None:
-    """See that the service is there, with these limits if any are given. Raises ConfigError, BrokerUnavailable."""
+    """Registers the service, with these limits if any are given. Raises ConfigError, BrokerUnavailable."""
     try:
         registered = registry.read(service)
     except UnknownService:
@@ -104,11 +104,11 @@ def _register(registry: Registry, service: str, limits: Mapping[str, object], re
             f"service {service!r} is registered with type {registered.model.type!r}", hint="choose another name"
         )
     if registered is None or limits or replace:
-        registry.push([_wanted(service, registered, limits)], replace=replace)
+        registry.push([_merged_spec(service, registered, limits)], replace=replace)
 
 
-def _wanted(service: str, registered: ServiceSpec | None, limits: Mapping[str, object]) -> ServiceSpec:
-    """The service with `limits`, and all else as it is registered. Raises ConfigError."""
+def _merged_spec(service: str, registered: ServiceSpec | None, limits: Mapping[str, object]) -> ServiceSpec:
+    """The registered service with `limits` applied; a new one if none is registered. Raises ConfigError."""
     if registered is None:
         return given_service(service, limits)
     if not limits:
@@ -118,9 +118,9 @@ def _wanted(service: str, registered: ServiceSpec | None, limits: Mapping[str, o
 
 
 class _Signals:
-    """The first signal drains; the second one, kept as `second`, ends what runs, and a third does what it did before.
+    """Drains at the first signal and ends the process at the second, noted in `second`; a third has its old handler.
 
-    Before anything was claimed the first one ends it at once.
+    If no job was claimed yet, the first signal ends the process at once.
     """
 
     def __init__(self, worker: Worker) -> None:
@@ -158,14 +158,14 @@ def _giving_back(worker: Worker) -> Iterator[None]:
         if not worker.starting:
             ordered = isinstance(error, Ended)
             _give_back(
-                worker, End("was ended by a signal") if ordered else End("failed", worker.in_hand(), described(error))
+                worker, End("was ended by a signal") if ordered else End("failed", worker.snapshots(), described(error))
             )
         raise
 
 
 @contextmanager
 def _watched(worker: Worker) -> Iterator[None]:
-    """Meanwhile a thread ends this process if the function or a hook is stuck: nobody else would."""
+    """Runs a thread meanwhile that ends this process if the function or a hook is stuck: there is no supervisor."""
     ended = threading.Event()
 
     def watch() -> None:
@@ -189,4 +189,4 @@ def _give_back(worker: Worker, end: End) -> None:
     try:
         worker.give_back(end)
     except MillstreamError as error:
-        log.warning("what this worker held waits for the end of its lease: %s", error)
+        log.warning("the jobs of this worker wait for the end of its lease: %s", error)

@@ -1,4 +1,4 @@
-"""How a worker process ends: by draining, by a signal, or because one of its threads failed."""
+"""Ends a worker process: by draining, by a signal, or because one of its threads failed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ log = logging.getLogger(__name__)
 
 
 class ThreadFailed(Exception):
-    """A thread met an error it does not know. What the process holds is given back by its supervisor."""
+    """A thread failed with an unknown error. The supervisor gives the jobs of the process back."""
 
 
 class Ended(BaseException):
-    """A signal ends this process at once. Raised in the main thread: no fault of the code that it interrupts."""
+    """A signal ends this process at once. Raised in the main thread; the code that it interrupts is not at fault."""
 
 
 class Shutdown:
-    """Shared by the threads of one process; thread-safe. Not for signal handlers: see Relay."""
+    """State of a process's end, shared by its threads; thread-safe. Signal handlers must use a Relay."""
 
     def __init__(self) -> None:
         self.stopped = threading.Event()
@@ -34,16 +34,16 @@ class Shutdown:
         self.stopped.set()
 
     def pause(self, seconds: float) -> None:
-        """Sleep, but not past the begin of draining."""
+        """Sleeps for `seconds`; returns at once when draining begins."""
         self.stopped.wait(seconds)
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Around a thread's whole work: an unknown error ends the process instead of leaving it half alive."""
+        """Wraps a thread's whole work: an unknown error drains the process, which cannot work without that thread."""
         try:
             yield
         except BaseException as error:
-            # Not Exception: what a library's Rust code panics with is none.
+            # BaseException, since a panic in a library's Rust code is no Exception.
             self._failure = f"{threading.current_thread().name} failed: {type(error).__name__}: {error}"
             log.debug("thread failed", exc_info=True)
             self.stopped.set()
@@ -55,10 +55,10 @@ class Shutdown:
 
 
 class Relay:
-    """Calls `act` in a thread of its own after each `ring`, which is safe in a signal handler.
+    """Calls `act` in a thread of its own after each `ring`. `ring` is safe in a signal handler.
 
-    A handler runs in the middle of whatever its thread was doing: a lock that it takes may be one that this thread
-    holds, and that would never be released.
+    A signal handler interrupts its thread at any point. If it took a lock that the thread holds, both would wait for
+    ever.
     """
 
     def __init__(self, act: Callable[[], None]) -> None:
@@ -69,12 +69,12 @@ class Relay:
         self._thread.start()
 
     def ring(self, *_: object) -> None:
-        # Full: it is read soon, and one ring is as good as many.
+        # If the pipe is full, a call of `act` is due anyway.
         with suppress(BlockingIOError):
             os.write(self._writing, b"!")
 
     def close(self) -> None:
-        """End its thread. No handler may ring any more."""
+        """Ends the thread. No handler may call `ring` afterwards."""
         os.close(self._writing)
         self._thread.join()
         os.close(self._reading)

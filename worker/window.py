@@ -1,7 +1,7 @@
-"""What a worker holds: rows that wait for their forward, jobs that wait for a row, entries not yet settled.
+"""Work that a worker holds: rows that wait for their forward, jobs with unfinished rows, unsettled entries.
 
-Three threads meet here: the claimer adds jobs, the runner takes micro-batches and hands rows back, the settler forgets
-jobs whose answer is written.
+Three threads share it: the claimer adds jobs, the runner takes micro-batches and returns their outcomes, the settler
+removes entries whose answer is written.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ from millstream.worker.scheduling.batcher import Budget, Cut, Pool
 from millstream.worker.scheduling.fair_share import SAVED_BATCHES
 
 HOLD_S = 1.0
-"""About this much predicted work is held, and half the queue timeout at most: a hoarder starves its neighbours."""
+"""Seconds of predicted work to hold, at most half the queue timeout: jobs held here cannot run on other workers."""
 
 LEAST_BATCHES = 4
-"""Held also where they take longer than that, unless a queue timeout presses: fewer rows to choose among pad more."""
+"""Micro-batches to hold even if they take longer than HOLD_S; with a queue timeout, one. Fewer rows to choose from pad
+more."""
 
 HOLD_BATCHES = 8
+"""Micro-batches of rows to hold at most."""
 
 
 class Window:
-    """What one worker process holds; thread-safe. `cost` says what its forwards cost and how large they may be.
+    """Rows, jobs and entries that one worker process holds; thread-safe. `cost`: cost and limits of its forwards.
 
-    `cut` says, in the runner's thread, what ended the micro-batch taken last. `auto_tokens` is what the device was
-    measured to make of `max_batch_tokens: auto`.
+    `cut`: why the last micro-batch ended; for the runner's thread only. `auto_tokens`: the tokens measured on this
+    device for `max_batch_tokens: auto`, None if they were not measured.
     """
 
     def __init__(self, budget: Budget, queue_timeout_s: float | None = None) -> None:
-        # One lock; who waits for what is woken by that alone, and not by each job that another thread settles.
+        # One lock, with a condition for each event: a settled job then wakes no thread that waits for another event.
         self._lock = threading.RLock()
         self.cost = ForwardCost(budget)
         self.limit(budget.rows, budget.tokens, queue_timeout_s)
@@ -44,7 +46,7 @@ class Window:
         self.auto_tokens: int | None = None
         self._pool: Pool[Prepared] = Pool()
         self._chosen: Rows = []
-        self._held: dict[str, ActiveJob] = {}
+        self._jobs: dict[str, ActiveJob] = {}
         self._unsettled: set[str] = set()
         self._cancelled: set[str] = set()
         self._running = 0
@@ -52,51 +54,51 @@ class Window:
         self._takes = 0
         self._closed = False
         self._is_set_aside = False
-        self._arrived = threading.Condition(self._lock)
-        self._taken = threading.Condition(self._lock)
+        self._rows_arrived = threading.Condition(self._lock)
+        self._batch_taken = threading.Condition(self._lock)
         self._emptied = threading.Condition(self._lock)
-        self._in_hand_since: float | None = None
-        self._in_hand_s = 0.0
+        self._busy_since: float | None = None
+        self._busy_s = 0.0
 
     def limit(
         self, rows: int, tokens: int, queue_timeout_s: float | None, inference_timeout_s: float | None = None
     ) -> None:
-        """Take over changed limits, from the next micro-batch on."""
+        """Applys changed limits, from the next micro-batch on."""
         self.cost.limit(rows, tokens, inference_timeout_s)
         self._hold_s = HOLD_S if queue_timeout_s is None else min(HOLD_S, queue_timeout_s / 2)
         self._least_batches = LEAST_BATCHES if queue_timeout_s is None else 1
 
     @property
     def budget(self) -> Budget:
-        """The limits of a forward."""
+        """Limits of a forward."""
         return self.cost.budget
 
     # -- the claimer's side ------------------------------------------------------------------------------------
 
     def hold(self, jobs: Sequence[ActiveJob]) -> list[ActiveJob]:
-        """Add jobs; their rows may be taken from now on. Those that were cancelled on their way here are returned."""
+        """Adds jobs, whose rows may then be taken. Returns those that were cancelled before; they are not added."""
         with self._lock:
-            cancelled = [held for held in jobs if held.name in self._cancelled] if self._cancelled else []
-            wanted = [held for held in jobs if held not in cancelled] if cancelled else jobs
+            cancelled = [job for job in jobs if job.name in self._cancelled] if self._cancelled else []
+            live = [job for job in jobs if job not in cancelled] if cancelled else jobs
             self._cancelled.clear()
-            self._unsettled.update([held.name for held in jobs])
-            self._held.update({held.name: held for held in wanted})
-            self._pool.add([row for held in wanted for row in held.rows()])
-            self._note_in_hand()
-            self._arrived.notify_all()
+            self._unsettled.update([job.name for job in jobs])
+            self._jobs.update({job.name: job for job in live})
+            self._pool.add([row for job in live for row in job.rows()])
+            self._note_busy()
+            self._rows_arrived.notify_all()
             return cancelled
 
     def keep(self, names: Collection[str]) -> None:
-        """Note entries that are held only to be settled: malformed, expired, exhausted."""
+        """Notes entries as held whose jobs are not added yet, or that only need an answer, as malformed ones do."""
         with self._lock:
             self._unsettled.update(names)
 
     def room(
         self, live_workers: int = 1, max_attempts: int = 3, last_job: tuple[int, int] = (1, 1)
     ) -> ClaimBudget | None:
-        """What may be claimed now on top of what waits; None if the window is full. `last_job`: its rows and tokens."""
+        """Budget of a claim now; None if the window is full. `last_job`: rows and tokens of the last claimed job."""
         with self._lock:
-            budget, waiting, held, most = self.cost.budget, len(self._pool), len(self._unsettled), self._most_tokens()
+            budget, waiting, most = self.cost.budget, len(self._pool), self._most_tokens()
             rows, tokens = HOLD_BATCHES * budget.rows - waiting, most - self._pool.tokens
             if rows <= 0 or tokens <= 0:
                 return None
@@ -105,8 +107,8 @@ class Window:
                 rows=rows,
                 tokens=tokens,
                 live_workers=live_workers,
-                empty_handed=not (held or self._running),
-                held=held,
+                empty_handed=not (self._unsettled or self._running),
+                held=len(self._unsettled),
                 next_rows=max(0, budget.rows - waiting) if self._pool.tokens < budget.tokens else 0,
                 max_attempts=max_attempts,
                 job=last_job,
@@ -114,7 +116,7 @@ class Window:
             )
 
     def urgent_room(self) -> ClaimBudget | None:
-        """What may be claimed of realtime jobs though the window is full: one micro-batch waits at most."""
+        """Budget of a claim of realtime jobs into a full window; None if a micro-batch of them waits already."""
         with self._lock:
             budget = self.budget
             rows = budget.rows - self.waiting_of(Priority.REALTIME)
@@ -123,10 +125,10 @@ class Window:
             return ClaimBudget(min(MAX_JOBS_PER_CALL, rows), rows, tokens=budget.tokens, streams=1, returned=1)
 
     def suspect_room(self, stream: int, live_workers: int) -> ClaimBudget | None:
-        """What may be claimed of suspects of `stream`, 1 to 3, to run before what waits here.
+        """Budget of a claim of suspects of `stream`, 1 to 3, that run before the waiting rows.
 
-        None if nothing waits here, if some of it is more urgent, or if it is more than two full windows: jobs that
-        came with no suspect among them.
+        None if no row waits, if a waiting row is more urgent, or if more than two full windows wait: such a claim may
+        bring other jobs instead of suspects, and they add up.
         """
         with self._lock:
             waiting, rows, tokens = len(self._pool), HOLD_BATCHES * self.budget.rows, self._most_tokens()
@@ -147,49 +149,49 @@ class Window:
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
-        """Meanwhile only rows of suspects are taken: the other rows that wait stay in no stage."""
+        """Lets only rows of suspects be taken meanwhile. The other rows wait, and no death is charged to them."""
         self._is_set_aside = True
         try:
             yield
         finally:
             with self._lock:
                 self._is_set_aside = False
-                self._arrived.notify_all()
+                self._rows_arrived.notify_all()
 
     def wait_until_at_rest(self, timeout: float) -> bool:
-        """Sleep until all that is held waits for a forward and no suspect is held; False after `timeout` seconds."""
+        """Sleeps until every held job waits for a forward and no suspect is held; False after `timeout` seconds."""
         with self._lock:
             return self._emptied.wait_for(lambda: self._is_at_rest, timeout)
 
     @property
     def _is_at_rest(self) -> bool:
-        # What is unsettled and not held is on its way to the pool, or to the server. What is held and settled was taken
-        # over by another worker, and is in no stage.
-        return not (self._running or self._pool.waiting(SUSPECT)) and self._unsettled <= self._held.keys()
+        # An unsettled entry without a job is being prepared, or its answer is being written. A job without an unsettled
+        # entry was taken over by another worker, and is in no stage.
+        return not (self._running or self._pool.waiting(SUSPECT)) and self._unsettled <= self._jobs.keys()
 
     def _most_tokens(self) -> int:
         return max(self._least_batches * self.cost.budget.tokens, self.cost.tokens_in(self._hold_s))
 
     @property
     def takes(self) -> int:
-        """How many micro-batches were taken so far."""
+        """Number of micro-batches taken so far."""
         return self._takes
 
     def wait_for_take(self, timeout: float) -> bool:
-        """Sleep until the runner takes its next micro-batch or the pool is empty; False after `timeout` seconds."""
+        """Sleeps until the runner takes a micro-batch or the pool is empty; False after `timeout` seconds."""
         with self._lock:
             takes = self._takes
             return bool(
-                self._taken.wait_for(lambda: self._takes != takes or not len(self._pool) or self._closed, timeout)
+                self._batch_taken.wait_for(lambda: self._takes != takes or not len(self._pool) or self._closed, timeout)
             )
 
     @property
     def forward_left_s(self) -> float:
-        """Seconds until the forward under way should be over, as long as those before it took; 0.0 where none is."""
+        """Predicted seconds until the running forward ends; 0.0 if none runs."""
         return max(0.0, self._ends_at - time.monotonic()) if self._running else 0.0
 
     def wait_until_empty(self, timeout: float) -> bool:
-        """Sleep until this is `empty`; False after `timeout` seconds."""
+        """Sleeps until the window is `empty`; False after `timeout` seconds."""
         with self._lock:
             return self._emptied.wait_for(lambda: self.empty, timeout)
 
@@ -200,30 +202,30 @@ class Window:
 
     @property
     def idle(self) -> bool:
-        """Whether the runner has nothing to do and nothing to take."""
+        """Whether no forward runs and no row waits."""
         with self._lock:
             return not self._running and not len(self._pool)
 
     @property
     def empty(self) -> bool:
-        """Whether every held entry is settled and no forward runs, not even one whose jobs were ended."""
+        """Whether every held entry is settled and no forward runs. A forward counts even if all its jobs were ended."""
         return not self._unsettled and not self._running
 
     @property
     def waiting(self) -> bool:
         """Whether prepared rows wait for the runner."""
-        # One number, read without the lock.
+        # No lock: it reads one number.
         return bool(len(self._pool))
 
     def waiting_of(self, priority: Priority) -> int:
-        """Prepared rows of `priority` that wait for the runner, but for those that spend its share."""
+        """Number of prepared rows of `priority` that wait for the runner, without those that spend its share."""
         with self._lock:
             return self._pool.waiting(PRIORITIES.index(priority))
 
     def spend_share(self, priority: Priority, rows: int) -> int:
-        """Let rows of `priority` run before more urgent ones, oldest first; how many.
+        """Lets up to `rows` rows of `priority` run before more urgent ones, oldest first. Returns their number.
 
-        A whole micro-batch or all that wait, else none: a few rows would cost a forward of their own.
+        Moves none if `rows` is neither a whole micro-batch nor all that wait: a few rows would need an extra forward.
         """
         with self._lock:
             rank = PRIORITIES.index(priority)
@@ -231,25 +233,25 @@ class Window:
                 return 0
             return self._pool.move(rank, BY_SHARE, rows)
 
-    def in_hand_s(self) -> float:
-        """Seconds, in all, during which at least one row waited here or ran."""
+    def busy_s(self) -> float:
+        """Total seconds during which at least one row waited here or ran."""
         with self._lock:
-            since = self._in_hand_since
-            return self._in_hand_s + (time.monotonic() - since if since is not None else 0.0)
+            since = self._busy_since
+            return self._busy_s + (time.monotonic() - since if since is not None else 0.0)
 
     def close(self) -> None:
-        """No more jobs will come: the runner ends when the pool is empty."""
+        """Accepts no more jobs: the runner ends when the pool is empty."""
         with self._lock:
             self._closed = True
-            self._arrived.notify_all()
-            self._taken.notify_all()
+            self._rows_arrived.notify_all()
+            self._batch_taken.notify_all()
 
     # -- the runner's side -------------------------------------------------------------------------------------
 
     def take(self) -> Rows:
-        """The next micro-batch, waiting for one; empty when the window is closed and nothing is left."""
+        """Waits for the next micro-batch and returns it; empty if the window is closed and no row waits."""
         with self._lock:
-            self._arrived.wait_for(lambda: self._may_be_taken or self._closed)
+            self._rows_arrived.wait_for(lambda: self._may_be_taken or self._closed)
             budget = self.cost.one_forward()
             batch = self._pool.take(budget, self._chosen)
             self._chosen = []
@@ -258,18 +260,18 @@ class Window:
             self._running = len(batch)
             self._ends_at = time.monotonic() + self.cost.predicted_s(budget.computed(batch))
             self._takes += 1
-            self._taken.notify_all()
+            self._batch_taken.notify_all()
             return batch
 
     @property
     def _may_be_taken(self) -> bool:
-        """Whether rows wait, and may run now."""
+        """Whether rows wait that may run now."""
         return bool(self._pool.waiting(SUSPECT) if self._is_set_aside else len(self._pool))
 
     def upcoming(self) -> Sequence[Prepared]:
-        """What the next micro-batch will be, unless something more urgent comes.
+        """Payloads of the next micro-batch, which `take` returns unless a more urgent row arrives.
 
-        Empty where it would gain by what arrives until then: fixed now, a few rows would make a forward of their own.
+        Empty if the waiting rows do not fill a micro-batch: rows that arrive before the take may join them.
         """
         with self._lock:
             chosen = self._pool.choose(self.cost.one_forward())
@@ -277,74 +279,72 @@ class Window:
             return [row.payload for row in self._chosen]
 
     def jobs_of(self, rows: Rows) -> list[ActiveJob | None]:
-        """The job of each row taken; None where it was dropped or ended meanwhile."""
-        held_as = self._held.get
-        # The same entry may be here again: lost while it ran, given back by others, and claimed anew.
-        return [
-            held if (held := held_as(row.owner)) and held.prepared[row.index] is row.payload else None for row in rows
-        ]
+        """The job of each taken row; None if it was ended meanwhile."""
+        job_of = self._jobs.get
+        # The entry may be held a second time: lost while it ran, given back by another worker, and claimed again.
+        return [job if (job := job_of(row.owner)) and job.prepared[row.index] is row.payload else None for row in rows]
 
     def complete(self, rows: Rows, outcomes: Sequence[Outcome]) -> list[ActiveJob]:
-        """Put rows back with their outcomes; the jobs that are complete by it."""
+        """Notes the outcomes of rows that ran. Returns the jobs that are now complete."""
         with self._lock:
             done = []
-            for row, held, outcome in zip(rows, self.jobs_of(rows), outcomes, strict=True):
-                if held is None:
+            for row, job, outcome in zip(rows, self.jobs_of(rows), outcomes, strict=True):
+                if job is None:
                     continue
-                held.outcomes[row.index] = outcome
-                held.left -= 1
-                if not held.left:
-                    done.append(self._held.pop(row.owner))
+                job.outcomes[row.index] = outcome
+                job.rows_left -= 1
+                if not job.rows_left:
+                    done.append(self._jobs.pop(row.owner))
             self._running = 0
-            self._note_in_hand()
+            self._note_busy()
             self._note_empty()
             return done
 
     def end(self, names: Collection[str]) -> list[ActiveJob]:
-        """Stop jobs before their end, their waiting rows with them: expired, or taken over by another worker."""
+        """Ends jobs that expired or that another worker took over, and drops their waiting rows. Returns the jobs."""
         with self._lock:
             self._pool.drop(names)
-            ended = [self._held.pop(name) for name in names if name in self._held]
-            self._note_in_hand()
-            self._taken.notify_all()
+            ended = [self._jobs.pop(name) for name in names if name in self._jobs]
+            self._note_busy()
+            self._batch_taken.notify_all()
             return ended
 
     def cancel(self, names: Collection[str]) -> list[ActiveJob]:
-        """As `end`, for jobs nobody wants any more; those that are claimed and not here yet are ended by `hold`."""
+        """Ends jobs that were cancelled, as `end`. Jobs that are claimed and not added yet are ended by `hold`."""
         with self._lock:
-            self._cancelled.update(name for name in names if name in self._unsettled and name not in self._held)
+            self._cancelled.update(name for name in names if name in self._unsettled and name not in self._jobs)
             return self.end(names)
 
     def overdue(self, limits: Mapping[Priority, float | None], now: float) -> list[str]:
-        """The jobs that have been in the model for longer than their priority's limit. `now`: monotonic seconds."""
+        """Names of jobs that were in the model for longer than their priority's limit. `now`: monotonic seconds."""
         with self._lock:
             return [
-                held.name
-                for held in self._held.values()
-                if (limit := limits.get(held.claim.address.priority)) is not None and held.in_model_s(now) > limit
+                job.name
+                for job in self._jobs.values()
+                if (limit := limits.get(job.claim.address.priority)) is not None and job.in_model_s(now) > limit
             ]
 
-    def _note_in_hand(self) -> None:
-        in_hand = bool(self._running or len(self._pool))
-        if in_hand and self._in_hand_since is None:
-            self._in_hand_since = time.monotonic()
-        elif not in_hand and self._in_hand_since is not None:
-            self._in_hand_s += time.monotonic() - self._in_hand_since
-            self._in_hand_since = None
+    def _note_busy(self) -> None:
+        is_busy = bool(self._running or len(self._pool))
+        if is_busy and self._busy_since is None:
+            self._busy_since = time.monotonic()
+        elif not is_busy and self._busy_since is not None:
+            self._busy_s += time.monotonic() - self._busy_since
+            self._busy_since = None
 
     def _note_empty(self) -> None:
         if self.empty or (self._is_set_aside and self._is_at_rest):
             self._emptied.notify_all()
 
-    # -- the settler's and the beat's side ---------------------------------------------------------------------
+    # -- the settler's and the heartbeat's side ----------------------------------------------------------------
 
     def forget(self, names: Collection[str]) -> None:
-        """These entries are settled, or no longer ours."""
+        """Removes entries that are settled, or no longer this worker's."""
         with self._lock:
             self._unsettled.difference_update(names)
             self._note_empty()
 
     def names(self) -> list[str]:
-        """Every entry held and not yet settled, as the scripts name them."""
+        """Names of all entries held and not yet settled, in the form that the scripts use."""
         with self._lock:
             return list(self._unsettled)

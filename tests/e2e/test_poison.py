@@ -162,7 +162,7 @@ def buried_alone(
     assert all(line.startswith(f"{how} during {stage}") for line in history(letter))
     assert past.startswith(f"{how} during {stage}")
     assert restarts == MAX_ATTEMPTS
-    assert said(caplog, "died young", logging.ERROR)() == []
+    assert said(caplog, "died early", logging.ERROR)() == []
     assert site.watch.depth() == 0
 
 
@@ -257,7 +257,7 @@ def test_poison_jobs_among_others_do_not_pass_for_a_crash_loop(alone: Site, capl
             ledger.wait_for(ledger.send([["neighbour"]]))
 
     assert supervision.supervisor.restarts == 3 * 2
-    assert said(caplog, "died young", logging.ERROR)() == []
+    assert said(caplog, "died early", logging.ERROR)() == []
     pauses = {message.rpartition("; the next starts in ")[2] for message in said(caplog, "the next starts in")()}
     assert pauses <= {"0.5 s", "1 s"}
 
@@ -266,7 +266,7 @@ def test_a_worker_that_dies_of_every_job_is_in_a_crash_loop(
     alone: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_FIRST_BACKOFF_S", 0.1)
-    told = said(caplog, "5 workers in a row died young", logging.ERROR)
+    told = said(caplog, "5 workers in a row died early", logging.ERROR)
 
     with supervising(alone.url, Plan(alone.spec, 1)) as supervision, alone.ledger() as ledger:
         ledger.send([["poison"]] * 20)

@@ -161,7 +161,7 @@ def test_a_crash_loop_is_told_slowed_down_and_disturbs_nobody(
     opened: Open, caplog: pytest.LogCaptureFixture, model: str, why: str
 ) -> None:
     good, bad = opened(echo("")), opened(echo(model))
-    told = said(caplog, f"5 workers in a row died young, the last one {why}", logging.ERROR)
+    told = said(caplog, f"5 workers in a row died early, the last one {why}", logging.ERROR)
 
     with supervising(good.url, Plan(bad.spec, 1), Plan(good.spec, 1)) as supervision, good.ledger() as ledger:
         good.await_workers(1)
@@ -176,7 +176,7 @@ def test_a_crash_loop_is_told_slowed_down_and_disturbs_nobody(
     assert pauses == ["0.1 s", "0.2 s", "0.4 s", "0.8 s", "30 s"]
     assert len(told()) == 1
     assert bad.spec.name in told()[0]
-    assert told()[0].endswith("trying on, every 30 s")
+    assert told()[0].endswith("retrying every 30 s")
 
 
 def test_what_would_fail_again_is_said_once_and_not_tried_again(opened: Open, caplog: pytest.LogCaptureFixture) -> None:

@@ -38,8 +38,8 @@ WAYS: dict[str, tuple[type[MillstreamError], str]] = {
     "exhaust": (ModelFailed, "MemoryError"),
     "exhaust the device": (ModelFailed, "CUDA out of memory"),
     "miscount": (ModelFailed, "0 results for 1 rows"),
-    "nan": (ModelFailed, "JSON cannot carry"),
-    "set": (ModelFailed, "JSON cannot carry"),
+    "nan": (ModelFailed, "cannot be encoded as JSON"),
+    "set": (ModelFailed, "cannot be encoded as JSON"),
     "error": (ModelFailed, "ValueError: a stone in the mill"),
     "cancelled": (ModelFailed, "CancelledError: a stone in the mill"),
 }

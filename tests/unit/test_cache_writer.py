@@ -112,4 +112,4 @@ def test_a_cache_that_fails_is_told_of_once(writer: CacheWriter, kept: Kept, cap
     for text in ("a", "b"):
         keep(writer, finished(writer, [text], Reply(values=["A"])))
 
-    assert [record.message.partition(":")[0] for record in caplog.records] == ["answers cannot be kept in the cache"]
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["answers cannot be written to the cache"]

@@ -15,7 +15,7 @@ from millstream.broker.queue.streams import ClaimBudget, Claimed
 from millstream.worker.scheduling.claim_policy import (
     FIRST,
     Claim,
-    Look,
+    LastClaim,
     Overtake,
     Pause,
     RunSuspects,
@@ -32,10 +32,10 @@ URGENT = ClaimBudget(jobs=4, rows=4, tokens=100, streams=1, returned=1)
 
 streams = st.integers(0, 3)
 looks = st.builds(
-    Look,
+    LastClaim,
     takes=st.sampled_from([1, 2]),
     found=st.booleans(),
-    left=st.booleans(),
+    more_waiting=st.booleans(),
     blocked=streams,
     suspects=streams,
     alone=st.booleans(),
@@ -67,29 +67,29 @@ def states(draw: st.DrawFn) -> State:
 
 @given(states())
 def test_a_worker_that_holds_suspects_takes_nothing_beside_them(state: State) -> None:
-    step = next_step(state._replace(look=state.look._replace(alone=True, paused=False)))
+    step = next_step(state._replace(last_claim=state.last_claim._replace(alone=True, paused=False)))
 
     assert state.empty_handed or step == WaitUntilEmpty()
 
 
 @given(states())
 def test_while_a_suspect_waits_a_worker_that_is_not_free_claims_only_what_is_more_urgent(state: State) -> None:
-    look, step = state.look, next_step(state)
+    last_claim, step = state.last_claim, next_step(state)
 
-    if not look.suspects or state.empty_handed:
+    if not last_claim.suspects or state.empty_handed:
         return
     assert not isinstance(step, SleepInRedis)
-    if isinstance(step, Overtake) and look.suspects == 1:
+    if isinstance(step, Overtake) and last_claim.suspects == 1:
         assert state.less_urgent
     elif isinstance(step, Claim | Overtake):
-        assert max(step.limit.streams, step.limit.returned) < look.suspects
-        assert look.suspects < 2 or state.saved[look.suspects - 2] < state.batch_rows
+        assert max(step.limit.streams, step.limit.returned) < last_claim.suspects
+        assert last_claim.suspects < 2 or state.saved[last_claim.suspects - 2] < state.batch_rows
 
 
 @given(states())
 def test_while_a_realtime_suspect_waits_new_realtime_jobs_pass_what_is_less_urgent(state: State) -> None:
-    look = state.look._replace(suspects=1, alone=False, paused=False, waited=True)
-    step = next_step(state._replace(look=look))
+    last_claim = state.last_claim._replace(suspects=1, alone=False, paused=False, waited=True)
+    step = next_step(state._replace(last_claim=last_claim))
 
     if state.empty_handed:
         return
@@ -103,7 +103,9 @@ def test_while_a_realtime_suspect_waits_new_realtime_jobs_pass_what_is_less_urge
 
 @given(states())
 def test_a_worker_that_is_free_claims_when_a_suspect_waits(state: State) -> None:
-    step = next_step(state._replace(look=state.look._replace(suspects=state.look.suspects or 3, paused=False)))
+    step = next_step(
+        state._replace(last_claim=state.last_claim._replace(suspects=state.last_claim.suspects or 3, paused=False))
+    )
 
     assert not state.empty_handed or (isinstance(step, Claim) and step.limit.streams == step.limit.returned == 3)
 
@@ -116,20 +118,22 @@ def test_nothing_is_claimed_beyond_the_room_nor_at_once_from_a_paused_service(st
         assert state.room is not None
         assert step.limit.rows <= state.room.rows
     if isinstance(step, Overtake):
-        assert (state.look.waited, step.limit) == (True, URGENT)
-        assert state.room is None or state.look.suspects == 1 or state.look.blocked == 1
-    if state.look.paused and not state.look.waited:
+        assert (state.last_claim.waited, step.limit) == (True, URGENT)
+        assert state.room is None or state.last_claim.suspects == 1 or state.last_claim.blocked == 1
+    if state.last_claim.paused and not state.last_claim.waited:
         assert step == Pause()
 
 
 @given(states())
 def test_no_claim_asks_for_nothing_and_a_realtime_job_without_room_passes_what_waits(state: State) -> None:
     step = next_step(state)
-    look = state.look._replace(blocked=1, suspects=0, takes=state.takes, alone=False, paused=False, waited=True)
-    urged = next_step(state._replace(look=look, urgent_room=URGENT))
+    last_claim = state.last_claim._replace(
+        blocked=1, suspects=0, takes=state.takes, alone=False, paused=False, waited=True
+    )
+    urged = next_step(state._replace(last_claim=last_claim, urgent_room=URGENT))
 
     # A claim also learns whether a pause is over.
-    assert not isinstance(step, Claim | Overtake) or step.limit.streams or state.look.paused
+    assert not isinstance(step, Claim | Overtake) or step.limit.streams or state.last_claim.paused
     assert urged == Overtake(URGENT) or not state.waiting
 
 
@@ -139,9 +143,9 @@ def test_a_worker_sleeps_only_with_nothing_in_hand_to_run_and_nothing_known_to_w
 
     if isinstance(step, SleepInRedis):
         assert not state.waiting
-        assert not state.look.suspects
+        assert not state.last_claim.suspects
         assert not step.limit.empty_handed
-        assert not state.look.found or not state.look.left
+        assert not state.last_claim.found or not state.last_claim.more_waiting
 
 
 @given(states())
@@ -160,7 +164,7 @@ class Worker:
     """A claimer, a runner and a queue in one: each wait of the claimer lets the runner take, or settles all."""
 
     jobs: list[list[tuple[int, float]]]
-    look: Look = FIRST
+    last_claim: LastClaim = FIRST
     pool: list[int] = field(default_factory=list)
     unsettled: int = 0
     takes: int = 0
@@ -170,7 +174,7 @@ class Worker:
     def state(self) -> State:
         rows = 8 - sum(self.pool)
         room = ClaimBudget(8, rows, 100, empty_handed=not self.unsettled) if rows > 0 else None
-        return State(self.look, room, None, bool(self.pool), not self.unsettled, self.takes, batch_rows=4)
+        return State(self.last_claim, room, None, bool(self.pool), not self.unsettled, self.takes, batch_rows=4)
 
     def do(self, step: Step) -> None:
         if isinstance(step, Claim | Overtake | SleepInRedis):
@@ -206,7 +210,7 @@ class Worker:
         waiting_jobs = tuple(len(each) for each in self.jobs)
         claims = [claim_of(attempts=attempts) for _, attempts in taken]
         claimed = Claimed(0, waiting_jobs, suspects, False, blocked % 4, claims)
-        self.look = self.look.then(claimed, limit, self.takes, asleep=asleep)
+        self.last_claim = self.last_claim.then(claimed, limit, self.takes, asleep=asleep)
         self.pool += [rows for rows, _ in taken]
         self.unsettled += len(taken)
         self.groups.append([attempts for _, attempts in taken])
@@ -237,9 +241,9 @@ def test_suspects_run_before_what_waits_where_they_may_and_nothing_less_urgent_i
     step = next_step(state._replace(suspect_room=ROOM))
 
     if isinstance(step, RunSuspects):
-        assert state.look.suspects
+        assert state.last_claim.suspects
         assert not state.empty_handed
-        assert not state.look.alone
-        assert step.limit.streams < step.limit.returned == state.look.suspects
-    elif state.look.suspects and not state.empty_handed:
-        assert state.look.alone or state.look.paused
+        assert not state.last_claim.alone
+        assert step.limit.streams < step.limit.returned == state.last_claim.suspects
+    elif state.last_claim.suspects and not state.empty_handed:
+        assert state.last_claim.alone or state.last_claim.paused

@@ -25,7 +25,7 @@ from millstream.worker.models.echo import EchoModel
 from millstream.worker.scheduling import claim_policy
 from millstream.worker.scheduling.batch_delay import BatchDelay
 from millstream.worker.scheduling.batcher import Budget
-from millstream.worker.scheduling.claim_policy import LONGEST_LOOK_S, LOOK_S
+from millstream.worker.scheduling.claim_policy import LONGEST_WAIT_S, SHORTEST_WAIT_S
 from millstream.worker.scheduling.fair_share import FairShare
 from millstream.worker.window import HOLD_BATCHES, Window
 
@@ -157,7 +157,7 @@ def test_a_realtime_job_that_has_no_room_in_a_window_that_is_nearly_full_passes_
     assert bench.run_one() == [Priority.REALTIME]
 
 
-@pytest.mark.parametrize(("left_s", "waits_s"), [(0.0, LOOK_S), (0.2, 0.15), (3600.0, LONGEST_LOOK_S)])
+@pytest.mark.parametrize(("left_s", "waits_s"), [(0.0, SHORTEST_WAIT_S), (0.2, 0.15), (3600.0, LONGEST_WAIT_S)])
 def test_a_busy_worker_looks_the_oftener_the_sooner_its_forward_is_over(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, left_s: float, waits_s: float
 ) -> None:
@@ -304,7 +304,7 @@ def test_suspects_run_alone_before_what_waits_in_a_supervised_worker() -> None:
     bench = Bench(SHARES, supervised=True)
     with_a_full_window_and_suspects(bench, Priority.BATCH)
     # A claim past the full window sees them.
-    eventually(lambda: bench.claimer._look.suspects == 3)
+    eventually(lambda: bench.claimer._last_claim.suspects == 3)
 
     served = sizes_served(bench, HOLD_BATCHES)
 
@@ -328,7 +328,7 @@ def test_suspects_do_not_pass_more_urgent_jobs_that_wait_in_a_supervised_worker(
     (lost,) = bench.queue.claim("dead").claims
     bench.queue.lease.release("dead", started=[lost.address.name], gone=True)
     bench.claimer.start()
-    eventually(lambda: bench.claimer._look.suspects == 3)
+    eventually(lambda: bench.claimer._last_claim.suspects == 3)
 
     served = [bench.run_one() for _ in range(3)]
     bench.context.shutdown.drain()
@@ -344,12 +344,12 @@ def test_suspects_do_not_wait_for_a_row_whose_answer_was_settled_elsewhere() -> 
     window = bench.context.window
     settled = window.names()[0]
     # Lost while this process was frozen, claimed anew, and then answered by what it had computed before.
-    bench.queue.settle([window._held[settled].claim])
+    bench.queue.settle([window._jobs[settled].claim])
     window.forget([settled])
     bench.put(Priority.NORMAL, 1)
     (lost,) = bench.queue.claim("dead").claims
     bench.queue.lease.release("dead", started=[lost.address.name], gone=True)
-    bench.claimer._look = claim_policy.Look(takes=0, suspects=2)
+    bench.claimer._last_claim = claim_policy.LastClaim(takes=0, suspects=2)
     bench.claimer.start()
 
     served = [bench.run_one() for _ in range(2)]
@@ -370,7 +370,7 @@ def test_the_share_of_suspects_pays_for_one_group_before_more_urgent_jobs() -> N
         bench.queue.lease.release("dead", started=[lost.address.name], only=[lost.address.name])
     bench.put(Priority.REALTIME, 3)
     bench.claimer._fair_share._saved[Priority.NORMAL] = float(ROWS)
-    bench.claimer._look = claim_policy.Look(takes=0, suspects=2)
+    bench.claimer._last_claim = claim_policy.LastClaim(takes=0, suspects=2)
     bench.claimer.start()
 
     served = [bench.run_one() for _ in range(2)]
@@ -449,8 +449,8 @@ def step_with_a_runner(
 ) -> int:
     """Steps of the claimer beside a runner that takes at once, up to `until`; how many jobs ran."""
     # As long as a loaded machine needs to let the runner take.
-    monkeypatch.setattr(claim_policy, "LOOK_S", LONG_S)
-    monkeypatch.setattr(claim_policy, "LONGEST_LOOK_S", LONG_S)
+    monkeypatch.setattr(claim_policy, "SHORTEST_WAIT_S", LONG_S)
+    monkeypatch.setattr(claim_policy, "LONGEST_WAIT_S", LONG_S)
     ran: list[Priority] = []
 
     def run() -> None:

@@ -29,7 +29,7 @@ def served(fair_share: FairShare, window: int, claims: int) -> Mapping[Priority,
         taken[REALTIME] = window - taken[NORMAL] - taken[BATCH]
         for each in PRIORITIES:
             total[each] += taken[each]
-        fair_share.served([claim for each in PRIORITIES for claim in rows(each, taken[each])], EVERYBODY)
+        fair_share.record([claim for each in PRIORITIES for claim in rows(each, taken[each])], EVERYBODY)
     return total
 
 
@@ -44,7 +44,7 @@ def test_each_class_that_waits_gets_its_share(window: int) -> None:
 def test_a_class_that_does_not_wait_saves_nothing() -> None:
     fair_share = FairShare(SHARES, most_rows=128)
 
-    fair_share.served(rows(REALTIME, 100), (500, 0, 10))
+    fair_share.record(rows(REALTIME, 100), (500, 0, 10))
 
     assert fair_share.saved() == (0, 10)
 
@@ -52,7 +52,7 @@ def test_a_class_that_does_not_wait_saves_nothing() -> None:
 def test_what_a_class_is_served_anyway_counts() -> None:
     fair_share = FairShare(SHARES, most_rows=128)
 
-    fair_share.served(rows(REALTIME, 50) + rows(NORMAL, 50), EVERYBODY)
+    fair_share.record(rows(REALTIME, 50) + rows(NORMAL, 50), EVERYBODY)
 
     assert fair_share.saved() == (0, 10)
 
@@ -60,7 +60,7 @@ def test_what_a_class_is_served_anyway_counts() -> None:
 def test_savings_are_bounded() -> None:
     fair_share = FairShare(SHARES, most_rows=16)
 
-    fair_share.served(rows(REALTIME, 1_000), EVERYBODY)
+    fair_share.record(rows(REALTIME, 1_000), EVERYBODY)
 
     assert fair_share.saved() == (16, 16)
 
@@ -91,9 +91,9 @@ def test_a_priority_has_its_own_limits_where_given_and_the_services_otherwise() 
 
 def test_what_was_claimed_before_and_runs_by_its_share_is_spent() -> None:
     fair_share = FairShare(SHARES, most_rows=128)
-    fair_share.served(rows(REALTIME, 500), EVERYBODY)
+    fair_share.record(rows(REALTIME, 500), EVERYBODY)
     assert fair_share.saved() == (100, 50)
 
-    fair_share.spent(BATCH, 40)
+    fair_share.charge(BATCH, 40)
 
     assert fair_share.saved() == (100, 14)

@@ -25,7 +25,7 @@ from millstream.worker.intake.settler import Finished
 from millstream.worker.models.base import Prepared
 from millstream.worker.models.custom import CustomModel, Hooks
 from millstream.worker.models.echo import EchoModel
-from millstream.worker.supervision.progress import Look, Progress, Stage
+from millstream.worker.supervision.progress import Progress, Snapshot, Stage
 
 
 class Panic(BaseException):
@@ -143,7 +143,7 @@ def test_a_row_the_model_refuses_fails_alone(intake: Intake) -> None:
     (held,), finished = intake.admit([claim_of(["a", 5, "w " * 10, "b"])], NOW)
 
     assert [type(row) for row in held.prepared] == [Prepared, InvalidRequest, InputTooLong, Prepared]
-    assert (held.left, finished) == (2, [])
+    assert (held.rows_left, finished) == (2, [])
 
 
 def test_a_job_of_refused_rows_only_is_answered_at_once(intake: Intake) -> None:
@@ -169,25 +169,25 @@ def test_a_row_that_makes_prepare_fail_fails_alone(intake: Intake, guilty: str) 
 
 def test_what_is_read_and_prepared_is_on_the_page_until_it_was_handed_on(model: Recording) -> None:
     page = Progress.alone()
-    intake = Intake(model, 3, lambda inputs, options: seen.append(page.looks()) or (), page.claimer)  # type: ignore[func-returns-value]
+    intake = Intake(model, 3, lambda inputs, options: seen.append(page.snapshots()) or (), page.claimer)  # type: ignore[func-returns-value]
     claims = [claim_of(["a"]), claim_of(body=b"{"), claim_of(["b"])]
-    seen: list[list[Look]] = []
+    seen: list[list[Snapshot]] = []
     read = intake._read
 
     def watched(place: int, claim: Claim, now: int) -> object:
-        seen.append(page.looks())
+        seen.append(page.snapshots())
         return read(place, claim, now)
 
     intake._read = watched  # type: ignore[method-assign,assignment]
     held, finished = intake.admit(claims, NOW)
-    seen.append(page.looks())
-    intake.handed_on()
+    seen.append(page.snapshots())
+    intake.end_admission()
 
     entries = [claim.address.name for claim in claims]
     assert (len(held), len(finished)) == (2, 1)
-    assert [look.stage for (look,) in seen] == [Stage.CLAIM] * 3 + [Stage.PREPARE] * 3
-    assert all(look.entries == entries for (look,) in seen)
-    assert page.looks() == []
+    assert [snapshot.stage for (snapshot,) in seen] == [Stage.CLAIM] * 3 + [Stage.PREPARE] * 3
+    assert all(snapshot.entries == entries for (snapshot,) in seen)
+    assert page.snapshots() == []
 
 
 def test_a_model_that_prepares_row_by_row_charges_each_row_to_its_own_entry() -> None:
@@ -195,7 +195,7 @@ def test_a_model_that_prepares_row_by_row_charges_each_row_to_its_own_entry() ->
     seen: list[tuple[Json, list[list[str]]]] = []
 
     def check(payload: Json) -> None:
-        seen.append((payload, [look.entries for look in page.looks()]))
+        seen.append((payload, [snapshot.entries for snapshot in page.snapshots()]))
         if payload == "leave":
             raise SystemExit
 
@@ -209,7 +209,7 @@ def test_a_model_that_prepares_row_by_row_charges_each_row_to_its_own_entry() ->
     }
 
     intake.admit([claim_of(body=b"{", op="call"), *jobs.values()], NOW)
-    at_the_end = [look.entries for look in page.looks()]
+    at_the_end = [snapshot.entries for snapshot in page.snapshots()]
 
     owner = {"b": "a"}
     assert seen == [(each, [[jobs[owner.get(each, each)].address.name]]) for each in ("a", "b", "leave", "c")]
@@ -239,7 +239,7 @@ def test_rows_that_are_prepared_again_are_charged_to_their_own_entries_again() -
 
     def lap() -> None:
         intake.lap()
-        seen.extend(entry for look in page.looks() for entry in look.entries)
+        seen.extend(entry for snapshot in page.snapshots() for entry in snapshot.entries)
 
     model.lap = lap
     claims = [claim_of([each]) for each in ("a", "raise", "b", "c")]
@@ -257,7 +257,7 @@ def test_what_an_unknown_error_ended_the_process_over_stays_on_the_page(model: R
     with pytest.raises(ZeroDivisionError):
         intake.admit([claim], NOW)
 
-    assert [look.entries for look in page.looks()] == [[claim.address.name]]
+    assert [snapshot.entries for snapshot in page.snapshots()] == [[claim.address.name]]
 
 
 def test_each_attempt_to_prepare_has_the_whole_stall_timeout(model: Recording, monkeypatch: pytest.MonkeyPatch) -> None:

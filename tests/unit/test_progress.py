@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL
 from millstream.worker.lane import MOST_ROWS
-from millstream.worker.supervision.progress import MOST_ENTRIES, SIZE, Look, Progress, Stage, State, Track
+from millstream.worker.supervision.progress import MOST_ENTRIES, SIZE, Progress, Snapshot, Stage, State, Track
 
 CHILD = """
 import sys, time
@@ -82,12 +82,12 @@ def killed(progress: Progress, code: str, after_s: float = 0.0) -> None:
 
 
 def in_hand(progress: Progress) -> list[tuple[Stage, list[str]]]:
-    return [(look.stage, look.entries) for look in progress.looks()]
+    return [(snapshot.stage, snapshot.entries) for snapshot in progress.snapshots()]
 
 
 def test_a_new_page_is_of_a_worker_that_starts_and_has_nothing_in_hand(progress: Progress) -> None:
     assert progress.state == State.STARTING
-    assert (progress.running(), progress.looks(), progress.is_stuck) == ([], [], False)
+    assert (progress.running(), progress.snapshots(), progress.is_stuck) == ([], [], False)
 
 
 def test_what_each_thread_had_in_hand_is_known_after_the_workers_kill_9(progress: Progress) -> None:
@@ -183,8 +183,8 @@ def test_a_track_says_what_its_thread_did_last(does: list[str]) -> None:
             expected = None
             track.stop()
 
-        look = track.look()
-        assert (look and (look.stage, look.entries)) == expected
+        snapshot = track.snapshot()
+        assert (snapshot and (snapshot.stage, snapshot.entries)) == expected
 
 
 def test_the_page_has_room_for_the_longest_names_of_all_that_a_forward_or_a_claim_can_hold(progress: Progress) -> None:
@@ -195,8 +195,8 @@ def test_the_page_has_room_for_the_longest_names_of_all_that_a_forward_or_a_clai
     for track in (progress.claimer, progress.runner, progress.settler):
         track.start(entries, Stage.RUN)
 
-    assert all(look.entries == entries for look in progress.looks())
-    assert len(progress.looks()) == 3
+    assert all(snapshot.entries == entries for snapshot in progress.snapshots())
+    assert len(progress.snapshots()) == 3
 
 
 def test_more_than_the_page_holds_is_refused_and_never_cut(progress: Progress) -> None:
@@ -240,7 +240,7 @@ def test_any_stage_is_stuck_once_it_makes_no_progress_for_longer_than_it_may(
     track: Track = getattr(progress, which)
     progress.stall_s = 10.0
     now = time.monotonic()
-    stuck: list[list[Look]] = []
+    stuck: list[list[Snapshot]] = []
 
     def after(seconds: float) -> None:
         nonlocal now
@@ -271,13 +271,13 @@ def test_a_thread_that_goes_on_is_not_blamed_for_one_that_is_stuck(
     monkeypatch.setattr(time, "monotonic", lambda: later)
     progress.runner.lap()
 
-    assert [look.entries for look in progress.stuck()] == [["1:1-1"]]
+    assert [snapshot.entries for snapshot in progress.stuck()] == [["1:1-1"]]
 
 
 @pytest.mark.parametrize("reason", ["", "CUDA error: the device is gone", "ü" * 5_000])
 def test_last_words_are_kept_as_far_as_they_fit(progress: Progress, reason: str) -> None:
     run(progress, ["1:1-1"])
-    progress.last_words(reason)
+    progress.set_reason(reason)
 
     assert reason.startswith(progress.reason.rstrip("\N{REPLACEMENT CHARACTER}"))
     assert bool(progress.reason) == bool(reason)

@@ -277,7 +277,7 @@ class Bench:
     finished: dict[str, Finished] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.clock.heard(NOW)
+        self.clock.set_to(NOW)
         self.context = Context("w1", self.window, self.clock, self.counters)
 
     def finish(self, finished: Finished) -> None:
@@ -353,7 +353,7 @@ def test_queue_time_ends_with_a_jobs_first_forward(bench: Bench) -> None:
     forward = bench.model.forward
 
     def slow_forward(rows: Sequence[Prepared]) -> Vectors | list[Json]:
-        bench.clock.heard(NOW + 120_000)
+        bench.clock.set_to(NOW + 120_000)
         return forward(rows)
 
     bench.model.forward = slow_forward  # type: ignore[method-assign]
@@ -368,7 +368,7 @@ def test_a_deadline_ends_a_job_between_two_of_its_forwards(bench: Bench) -> None
     forward = bench.model.forward
 
     def slow_forward(rows: Sequence[Prepared]) -> Vectors | list[Json]:
-        bench.clock.heard(NOW + 120_000)
+        bench.clock.set_to(NOW + 120_000)
         return forward(rows)
 
     bench.model.forward = slow_forward  # type: ignore[method-assign]
@@ -395,11 +395,11 @@ def test_what_runs_is_on_the_page_from_its_forward_until_its_reply_is_handed_on(
     forward, finish = bench.model.forward, bench.finish
 
     def watched(rows: Sequence[Prepared]) -> Vectors | list[Json]:
-        seen.append(bench.context.page.running())
+        seen.append(bench.context.progress.running())
         return forward(rows)
 
     def watched_finish(finished: Finished) -> None:
-        seen.append(bench.context.page.running())
+        seen.append(bench.context.progress.running())
         finish(finished)
 
     bench.model.forward = watched  # type: ignore[method-assign]
@@ -407,7 +407,7 @@ def test_what_runs_is_on_the_page_from_its_forward_until_its_reply_is_handed_on(
     bench.run(job)
 
     assert seen == [[job.name], [job.name]]
-    assert bench.context.page.running() == []
+    assert bench.context.progress.running() == []
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, Panic])

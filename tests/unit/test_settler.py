@@ -21,7 +21,7 @@ from millstream.worker.intake.settler import Finished, Settler
 from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.scheduling.counters import Counters
 from millstream.worker.shutdown import Shutdown
-from millstream.worker.supervision.progress import Look, Stage
+from millstream.worker.supervision.progress import Snapshot, Stage
 from millstream.worker.window import Window
 
 
@@ -130,7 +130,9 @@ def test_each_answer_is_on_the_page_while_it_is_encoded_for_the_cache() -> None:
     bench = Bench(keeper)
     claims = bench.hold(2)
     seen: list[tuple[Stage, list[str]]] = []
-    keeper.on_encode = lambda: seen.extend((look.stage, look.entries) for look in bench.context.page.looks())
+    keeper.on_encode = lambda: seen.extend(
+        (snapshot.stage, snapshot.entries) for snapshot in bench.context.progress.snapshots()
+    )
 
     bench.settle(*[Finished(claim.address, Reply(values=["a"])) for claim in claims])
 
@@ -160,18 +162,20 @@ def test_each_answer_is_on_the_page_while_it_is_encoded_and_not_while_it_waits_f
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claims = bench.hold(3)
-    seen: list[Sequence[Look]] = []
+    seen: list[Sequence[Snapshot]] = []
 
     def encode(reply: Reply) -> bytes:
-        seen.append(bench.context.page.looks())
+        seen.append(bench.context.progress.snapshots())
         return encode_reply(reply)
 
     monkeypatch.setattr(module, "encode_reply", encode)
-    bench.streams.on_settle = lambda: seen.append(bench.context.page.looks())
+    bench.streams.on_settle = lambda: seen.append(bench.context.progress.snapshots())
     bench.settle(*[Finished(claim.address, Reply(values=["a"])) for claim in claims])
 
     *encoding, writing = seen
-    assert [(look.stage, look.entries) for (look,) in encoding] == [(Stage.SETTLE, [name]) for name in names(claims)]
+    assert [(snapshot.stage, snapshot.entries) for (snapshot,) in encoding] == [
+        (Stage.SETTLE, [name]) for name in names(claims)
+    ]
     assert writing == []
 
 
@@ -181,7 +185,7 @@ def test_an_answer_behind_a_large_one_waits_for_the_next_call_and_is_charged_wit
     large, small = bench.hold(2)
     seen: list[list[str]] = []
     bench.streams.on_settle = lambda: seen.append(
-        [each for look in bench.context.page.looks() for each in look.entries]
+        [each for snapshot in bench.context.progress.snapshots() for each in snapshot.entries]
     )
 
     bench.settle(Finished(large.address, Reply(values=["x" * 2_000_000])), Finished(small.address, Reply(values=["a"])))

@@ -16,10 +16,10 @@ from millstream.worker.measuring.threads import (
     MEASURE_S,
     Threads,
     counts,
+    describe_waiting,
     fastest,
     measure,
     operator_threads,
-    said_waiting,
     waiting,
 )
 from millstream.worker.models.base import NO_OPTIONS, Prepared
@@ -161,7 +161,7 @@ def test_what_is_no_number_of_threads_is_none(value: str) -> None:
 def test_threads_wait_for_a_bounded_time_unless_the_operator_says_how() -> None:
     assert waiting({}) == {"GOMP_SPINCOUNT": "10000"}
     assert waiting({"GOMP_SPINCOUNT": "5"}) == waiting({"OMP_WAIT_POLICY": "ACTIVE"}) == {}
-    assert said_waiting({"GOMP_SPINCOUNT": "10000", "HOME": "/"}) == "GOMP_SPINCOUNT=10000"
+    assert describe_waiting({"GOMP_SPINCOUNT": "10000", "HOME": "/"}) == "GOMP_SPINCOUNT=10000"
 
 
 def test_workers_that_come_and_go_change_the_number_of_threads() -> None:
@@ -170,14 +170,14 @@ def test_workers_that_come_and_go_change_the_number_of_threads() -> None:
     ran = len(device.ran)
 
     neighbours.share = 4
-    threads.look()
+    threads.update_share()
     # Only the thread that runs forwards may change its threads.
     assert device.threads == 8
     threads.adapt(idle=True)
     assert (threads.count, device.threads) == (4, 4)
 
     neighbours.share = 8
-    threads.look()
+    threads.update_share()
     threads.adapt(idle=True)
     assert (threads.count, device.threads) == (8, 8)
     assert len(device.ran) == ran
@@ -189,7 +189,7 @@ def test_cores_that_become_free_are_measured_before_they_are_used() -> None:
     assert (threads.count, device.ran) == (1, [])
 
     neighbours.share = 8
-    threads.look()
+    threads.update_share()
     threads.adapt(idle=True)
 
     # No more than its supervisor gave it.
@@ -202,7 +202,7 @@ def test_a_forward_that_fails_beside_the_measuring_leaves_the_threads_as_they_ar
 
     device.error = ValueError("broken")
     neighbours.share = 8
-    threads.look()
+    threads.update_share()
     threads.adapt(idle=True)
     threads.adapt(idle=True)
 
@@ -224,7 +224,7 @@ def test_a_model_on_another_device_leaves_the_cores_to_others() -> None:
 
     threads = choosing(device, 8, neighbours)
     neighbours.share = 4
-    threads.look()
+    threads.update_share()
     threads.adapt(idle=True)
 
     assert (neighbours.left, device.ran, device.threads) == (True, [], 0)
@@ -236,7 +236,7 @@ def test_a_busy_worker_uses_cores_that_become_free_and_measures_them_later() -> 
     ran = len(device.ran)
 
     neighbours.share = 8
-    threads.look()
+    threads.update_share()
     threads.adapt(idle=False)
     assert (threads.count, device.threads, len(device.ran)) == (8, 8, ran)
 

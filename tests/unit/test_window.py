@@ -34,7 +34,7 @@ def asleep(window: Window, action: Callable[[], object]) -> Callable[[], object]
     thread = threading.Thread(target=lambda: results.append(action()), daemon=True)
     thread.start()
     # Nothing public says that a thread sleeps; without knowing it these tests would pass with no notification at all.
-    conditions = (window._arrived, window._taken, window._emptied)
+    conditions = (window._rows_arrived, window._batch_taken, window._emptied)
     eventually(lambda: any(getattr(each, "_waiters") for each in conditions))  # noqa: B009
 
     def result() -> object:
@@ -392,15 +392,15 @@ def test_it_is_idle_until_rows_come_and_again_when_they_are_back(window: Window)
 
 
 def test_time_in_hand_counts_only_while_rows_are(window: Window) -> None:
-    assert window.in_hand_s() == 0.0
+    assert window.busy_s() == 0.0
     window.hold([held_of()])
     rows = window.take()
-    assert window.in_hand_s() > 0.0
+    assert window.busy_s() > 0.0
 
     window.complete(rows, ["x"])
 
-    after = window.in_hand_s()
-    assert window.in_hand_s() == after > 0.0
+    after = window.busy_s()
+    assert window.busy_s() == after > 0.0
 
 
 def test_taking_waits_for_a_job(window: Window) -> None:

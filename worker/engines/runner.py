@@ -1,4 +1,4 @@
-"""The main loop: take a micro-batch, run it, hand back its outcomes. Owns the device; runs in the main thread."""
+"""The main loop: takes a micro-batch, runs it, returns its outcomes. Owns the device; runs in the main thread."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from millstream.worker.supervision.progress import Stage
 log = logging.getLogger(__name__)
 
 Jobs = dict[str, ActiveJob]
-"""By name."""
+"""Jobs by name."""
 
 
 class Runner:
@@ -36,50 +36,50 @@ class Runner:
         self._clock = context.clock
         self._counters = context.counters
         self._model = model
-        self._track = context.page.runner
+        self._track = context.progress.runner
         self._threads = context.threads
         self._finish = finish
 
     def run(self) -> None:
         while batch := self._window.take():
-            # First: it may take a while, and nothing that is late by it may start.
+            # Before the check of deadlines: this may take a while, and a job that expires meanwhile must not start.
             self._threads.adapt(idle=not self._window.waiting)
             batch, jobs = self._in_time(batch)
             outcomes = self._forward(batch, jobs) if batch else []
-            for held in self._window.complete(batch, outcomes):
-                self._finish(Finished(held.claim.address, held.reply(), digests=held.digests))
-            # Only now: to make a reply of large results may be what ends the process.
+            for job in self._window.complete(batch, outcomes):
+                self._finish(Finished(job.claim.address, job.reply(), digests=job.digests))
+            # After the replies are made: a reply of large results may be what ends the process.
             self._track.stop()
 
     def _in_time(self, batch: Rows) -> tuple[Rows, Jobs]:
-        """The rows that may still start, and their jobs; the callers of the others are told.
+        """Returns the rows that may still start, and their jobs. Jobs whose time is over are finished with an error.
 
-        The last check before the model. Rows whose job was dropped meanwhile go, too.
+        It is the last check before the model. Rows whose job was ended meanwhile are dropped.
         """
         now = self._clock.now()
         found = self._window.jobs_of(batch)
-        jobs = {held.name: held for held in found if held}
-        missed = [name for name, held in jobs.items() if _missed(held, now)]
+        jobs = {job.name: job for job in found if job}
+        missed = [name for name, job in jobs.items() if _missed(job, now)]
         if not missed and None not in found:
             return batch, jobs
-        for held in self._window.end(missed):
-            self._finish(Finished(held.claim.address, Reply(error=expired(held.job, _missed(held, now), now))))
-        in_time = {name: held for name, held in jobs.items() if name not in missed}
-        return [row for row, held in zip(batch, found, strict=True) if held and held.name in in_time], in_time
+        for job in self._window.end(missed):
+            self._finish(Finished(job.claim.address, Reply(error=expired(job.request, _missed(job, now), now))))
+        in_time = {name: job for name, job in jobs.items() if name not in missed}
+        return [row for row, job in zip(batch, found, strict=True) if job and job.name in in_time], in_time
 
     def _forward(self, batch: Rows, jobs: Jobs) -> list[Outcome]:
         now, start = self._clock.now(), time.monotonic()
-        for held in jobs.values():
-            held.started_at = held.started_at or now
-            held.running_since = start
+        for job in jobs.values():
+            job.started_at = job.started_at or now
+            job.running_since = start
         self._track.start(jobs, Stage.RUN)
-        once, places = _once(batch, jobs)
-        outcomes = run_rows(self._model, [row.payload for row in once], self._track.lap, self._too_large)
-        self._account(once, outcomes, jobs, time.monotonic() - start)
+        unique, places = _unique(batch, jobs)
+        outcomes = run_rows(self._model, [row.payload for row in unique], self._track.lap, self._too_large)
+        self._account(unique, outcomes, jobs, time.monotonic() - start)
         return [outcomes[place] for place in places]
 
     def _too_large(self, most: int) -> None:
-        """Begin the next batch with what fitted into this one's memory."""
+        """Limits later batches to `most` tokens, which fitted into memory."""
         if self._window.cost.cap(most):
             log.warning("out of memory: batches hold at most %d tokens from now on, padding included", most)
 
@@ -94,32 +94,32 @@ class Runner:
         count.errors += sum(1 for outcome in outcomes if isinstance(outcome, MillstreamError))
         count.busy_ms += round(seconds * 1000)
         self._window.cost.observe(computed, seconds)
-        for held in jobs.values():
-            held.running_since = None
-            held.inference_ms += seconds * 1000
+        for job in jobs.values():
+            job.running_since = None
+            job.inference_ms += seconds * 1000
 
 
-def _once(batch: Rows, jobs: Jobs) -> tuple[Rows, Sequence[int]]:
-    """The rows to run, and each row's place among them: those whose answer is kept under one name run once."""
-    if not any(held.digests for held in jobs.values()):
+def _unique(batch: Rows, jobs: Jobs) -> tuple[Rows, Sequence[int]]:
+    """The distinct rows to run, and each row's place among them. Rows with the same cache key run once."""
+    if not any(job.digests for job in jobs.values()):
         return batch, range(len(batch))
-    once: Rows = []
+    unique: Rows = []
     places: list[int] = []
     first: dict[str, int] = {}
     for row in batch:
         digests = jobs[row.owner].digests
         name = digests[row.index] if digests else ""
-        place = first.setdefault(name, len(once)) if name else len(once)
-        if place == len(once):
-            once.append(row)
+        place = first.setdefault(name, len(unique)) if name else len(unique)
+        if place == len(unique):
+            unique.append(row)
         places.append(place)
-    return once, places
+    return unique, places
 
 
-def _missed(held: ActiveJob, now: int) -> str:
-    """The phase that is over at `now`; queue time ends with the job's first forward."""
-    phase = held.job.missed(now)
-    return "" if phase == "queue" and held.started_at else phase
+def _missed(job: ActiveJob, now: int) -> str:
+    """The phase whose time is over at `now`, or "". Queue time ends with the job's first forward."""
+    phase = job.request.missed(now)
+    return "" if phase == "queue" and job.started_at else phase
 
 
 def run_rows(
@@ -128,10 +128,10 @@ def run_rows(
     lap: Callable[[], None] = lambda: None,
     too_large: Callable[[int], None] = lambda most: None,
 ) -> list[Outcome]:
-    """One outcome a row. Where a forward fails its rows are halved until the guilty one stands alone.
+    """Returns one outcome a row. If a forward fails, its rows are halved until each failing row runs alone.
 
-    `lap` is called between two forwards: each has the whole stall timeout. `too_large` is told how many tokens, padding
-    included, fit into memory, where a forward failed for having more of them.
+    `lap` is called between two forwards, so that each has the whole stall timeout. If a forward ran out of memory,
+    `too_large` is called with the number of tokens, padding included, that fits.
     """
     fit = Fit(packs(model))
     outcomes = _run(model, rows, lap, fit)
@@ -145,13 +145,13 @@ def _run(model: Model, rows: Sequence[Prepared], lap: Callable[[], None], fit: F
     if not fit.rules_out(rows):
         try:
             outcomes = _checked(model.forward(rows), len(rows))
-            fit.fitted(rows)
+            fit.add_fitting(rows)
             return outcomes
         except Ended:
             raise
-        except BaseException as error:  # noqa: BLE001 - a user's sys.exit or a panic ends neither neighbours nor worker
+        except BaseException as error:  # noqa: BLE001 - a user's sys.exit or a panic must end no other row
             exhausted, failure = is_exhaustion(error), _failure(error)
-    # Only now: an error that is being handled keeps alive what its forward had allocated.
+    # Outside of the except block: a handled error keeps the memory of its forward allocated.
     if failure and len(rows) == 1:
         fit.alone += exhausted
         return [failure]
@@ -160,7 +160,7 @@ def _run(model: Model, rows: Sequence[Prepared], lap: Callable[[], None], fit: F
         lap()
         outcomes += _run(model, part, lap, fit)
     if exhausted and fit.alone == alone:
-        fit.exceeded(rows)
+        fit.add_too_large(rows)
     return outcomes
 
 
@@ -174,7 +174,7 @@ def _failure(error: BaseException) -> MillstreamError:
 def _checked(results: Vectors | list[Json] | list[Outcome], count: int) -> list[Outcome]:
     if len(results) != count:
         raise ModelFailed(f"the model gave {len(results)} results for {count} rows")
-    # All at once where all are sound, as they nearly always are.
+    # The usual case, kept fast: all results are valid.
     if isinstance(results, np.ndarray) and np.isfinite(results).all():
         return list(results)
     if {str}.issuperset(map(type, results)) and _is_unicode(cast(list[str], results)):
@@ -201,6 +201,6 @@ def _checked_row(result: Outcome) -> Outcome:
         encode_value(result)
     except Ended:
         raise
-    except BaseException as error:  # noqa: BLE001 - what a model answers may have code of its own
-        return ModelFailed(f"the model answered what JSON cannot carry: {described(error)}")
+    except BaseException as error:  # noqa: BLE001 - a result may have code of its own
+        return ModelFailed(f"the model's result cannot be encoded as JSON: {described(error)}")
     return result

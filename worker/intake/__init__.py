@@ -1,5 +1,5 @@
-"""The threads of a worker process beside the one that runs its model: what comes in, and what goes out.
+"""Threads that bring jobs into a worker process and send answers out, besides the thread that runs the model.
 
-Claims, prepares, settles, beats, tells callers what took too long. Imports `worker.scheduling` and `broker.queue`.
-Start with `claimer.py`, then `settler.py`.
+They claim and prepare jobs, settle answers, send heartbeats, and end jobs that take too long. Imports
+`worker.scheduling` and `broker.queue`. Start with `claimer.py`, then `settler.py`.
 """

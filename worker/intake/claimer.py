@@ -1,4 +1,4 @@
-"""Thread: claims jobs, prepares their rows, keeps the window filled while the model is busy."""
+"""Thread that claims jobs, prepares their rows, and keeps the window filled while the model is busy."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from millstream.worker.scheduling.fair_share import CLASSES, FairShare
 log = logging.getLogger(__name__)
 
 MOST_WAITS = 5
-"""Times SLEEP_S that suspects wait, while no forward runs, for answers to be settled."""
+"""Most waits, of SLEEP_S seconds, for answers to be settled while no forward runs; then no suspect is claimed."""
 
 SLEEP_S = 1.0
-"""Seconds of one wait in Redis: also how late jobs that were given back are seen by an idle worker."""
+"""Seconds of one blocking read. An idle worker sees jobs that were given back at most this late."""
 
 LEAST_WAIT_S = 0.002
-"""Seconds of the shortest wait for company."""
+"""Seconds of the shortest wait for more jobs."""
 
 PAUSED_S = 0.25
 """Seconds between two claims from a paused service."""
@@ -40,7 +40,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """The claimer's way to its service: on the connection of `streams`, its own, it also sleeps until a job comes."""
+    """The claimer's access to its service. `streams` has its own connection, on which the claimer blocks for jobs."""
 
     streams: Streams
     lease: Lease
@@ -48,9 +48,9 @@ class Queue:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """When to wait for company, how long at most by priority (seconds), and who comes before whom.
+    """Rules of the claimer: when to wait for more jobs, for how long by priority (seconds), and each class's share.
 
-    `supervised`: somebody knows what was in work if this process dies, and what only waited.
+    `supervised`: if this process dies, a supervisor knows which jobs were in a stage and which only waited.
     """
 
     batch_delay: BatchDelay
@@ -60,9 +60,9 @@ class Policy:
 
 
 class Claimer(threading.Thread):
-    """Claims until the process drains, then closes the window. `live_workers` is what the last beat heard.
+    """Claims until the process drains, then closes the window. `live_workers`: their number at the last heartbeat.
 
-    What to do next is decided by claim_policy.py.
+    claim_policy.py decides the next step.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class Claimer(threading.Thread):
         self._supervised = policy.supervised
         self._sought_at = -math.inf
         self._finish = finish
-        self._in_hand_s = 0.0
-        self._look = claim_policy.FIRST
+        self._busy_s = 0.0
+        self._last_claim = claim_policy.FIRST
         self._last_job = (1, 1)
         self._pause_s = 0.0
         self._gathered: list[str] = []
@@ -95,8 +95,8 @@ class Claimer(threading.Thread):
 
     @property
     def paused(self) -> bool:
-        """Whether the last claim was given nothing because the service is paused."""
-        return self._look.paused
+        """Whether the last claim got no job because the service is paused."""
+        return self._last_claim.paused
 
     def run(self) -> None:
         with self._shutdown.guard():
@@ -111,23 +111,23 @@ class Claimer(threading.Thread):
         except Exception as error:
             self._window.forget(self._gathered)
             self._gathered.clear()
-            self._look = claim_policy.FIRST
+            self._last_claim = claim_policy.FIRST
             if "NOGROUP" in str(error):
-                # FLUSHALL or a lost stream: start over from the first entry, skipping nothing.
+                # After FLUSHALL or a lost stream: new groups start at the first entry, so that none is skipped.
                 self._queue.streams.create_groups()
             elif is_transient(error):
-                self._away(error)
+                self._back_off(error)
             else:
                 raise
 
-    def _away(self, error: Exception) -> None:
+    def _back_off(self, error: Exception) -> None:
         if not self._pause_s:
             log.warning("the server is away, claiming goes on when it is back: %s", error)
         self._pause_s = min(_LONGEST_PAUSE_S, max(_FIRST_PAUSE_S, 2 * self._pause_s))
         self._shutdown.pause(self._pause_s)
 
     def _recover(self) -> None:
-        """After a fault: give back what a cut-off reply may have left on our name without our knowing."""
+        """Gives back, after a fault, entries that were delivered to this worker in a reply that never arrived."""
         if self._pause_s:
             self._queue.streams.create_groups()
             lost = self._queue.lease.release(self._consumer, keep=self._window.names())
@@ -135,13 +135,13 @@ class Claimer(threading.Thread):
             self._pause_s = 0.0
 
     def _state(self) -> State:
-        window, look = self._window, self._look
-        # Takes first: one that comes in between is then seen as one that came after.
+        window, last_claim = self._window, self._last_claim
+        # Read `takes` before the room: a take in between then counts as later, and the claim is tried again.
         takes, room = window.takes, self._room()
-        # What only a full window and suspects ask for is not looked at for every job.
-        is_full = room is None or look.blocked or look.suspects
+        # Only a full window or suspects need these values, so they are not computed for every job.
+        is_full = room is None or last_claim.blocked or last_claim.suspects
         return State(
-            look,
+            last_claim,
             room=room,
             urgent_room=window.urgent_room() if is_full else None,
             waiting=window.waiting,
@@ -151,14 +151,17 @@ class Claimer(threading.Thread):
             saved=[0 if window.waiting_of(each) else rows for each, rows in self._saved()] if is_full else (0, 0),
             batch_rows=window.budget.rows,
             less_urgent=bool(is_full) and any(map(window.waiting_of, CLASSES)),
-            suspect_room=self._suspect_room() if look.suspects else None,
+            suspect_room=self._suspect_room() if last_claim.suspects else None,
         )
 
     def _suspect_room(self) -> ClaimBudget | None:
-        """Not soon after it was used in vain: what was reported may be a large job, which waits until this is free."""
+        """Budget of a claim of suspects; None for SLEEP_S after a search found none.
+
+        The reported suspect may be a large job, which waits until this worker is free.
+        """
         if not self._supervised or time.monotonic() - self._sought_at < SLEEP_S:
             return None
-        room = self._window.suspect_room(self._look.suspects, self.live_workers)
+        room = self._window.suspect_room(self._last_claim.suspects, self.live_workers)
         return room and room._replace(max_attempts=self._intake.max_attempts, job=self._last_job)
 
     def _room(self) -> ClaimBudget | None:
@@ -174,40 +177,40 @@ class Claimer(threading.Thread):
                 self._sleep(limit)
             case claim_policy.WaitForTake(seconds):
                 if not self._window.wait_for_take(seconds):
-                    self._look = self._look._replace(waited=True)
+                    self._last_claim = self._last_claim._replace(waited=True)
             case claim_policy.WaitUntilEmpty():
                 self._window.wait_until_empty(SLEEP_S)
             case claim_policy.RunSuspects(limit):
                 self._run_suspects(limit)
             case claim_policy.Pause():
                 self._shutdown.pause(PAUSED_S)
-                self._look = self._look._replace(waited=True)
+                self._last_claim = self._last_claim._replace(waited=True)
 
     def _fill(self, limit: ClaimBudget) -> None:
         claims = self._claim(limit).claims
-        if self._look.alone:
-            # No job may join suspects.
+        if self._last_claim.alone:
+            # No other job may run with suspects.
             self._hold(claims)
         elif claims:
-            self._hold(self._with_company(claims, limit))
+            self._hold(self._wait_for_more(claims, limit))
 
     def _run_suspects(self, limit: ClaimBudget) -> None:
-        """Group after group, each alone and settled before the next; and what is more urgent instead, if it came."""
-        suspects, found = self._look.suspects, False
+        """Runs groups of suspects, each alone and settled before the next. Ends if a claim brings more urgent jobs."""
+        suspects, found = self._last_claim.suspects, False
         with self._window.set_aside():
-            while self._rests():
+            while self._wait_until_at_rest():
                 self._hold(self._claim(limit).claims)
-                if not self._look.alone:
+                if not self._last_claim.alone:
                     break
                 found = True
-                # Their share paid for the first group alone.
+                # The share of their class pays for the first group only.
                 limit = limit._replace(streams=max(limit.streams, suspects - 1))
         self._sought_at = -math.inf if found else time.monotonic()
         if not found:
-            self._look = self._look._replace(suspects=self._look.suspects or suspects)
+            self._last_claim = self._last_claim._replace(suspects=self._last_claim.suspects or suspects)
 
-    def _rests(self) -> bool:
-        """Wait until nothing that is held is in a stage; False if the process drains, or answers cannot be settled."""
+    def _wait_until_at_rest(self) -> bool:
+        """Waits until no held job is in a stage; False if the process drains or answers cannot be settled."""
         waits = 0
         while not self._shutdown.draining and waits < MOST_WAITS:
             if self._window.wait_until_at_rest(SLEEP_S):
@@ -216,46 +219,46 @@ class Claimer(threading.Thread):
         return False
 
     def _sleep(self, limit: ClaimBudget) -> None:
-        """Sleep in Redis until a job comes and hold it with what came with it."""
+        """Blocks in Redis until a job comes, and holds it with the jobs claimed at the same time."""
         takes = self._window.takes
         claimed = self._queue.streams.wait(self._consumer, SLEEP_S, self._saving(limit))
         self._note(claimed)
-        self._look = self._look.then(claimed, limit, takes, asleep=True)
-        # It may have waited for us: a process can be frozen, and sleeps here most of its time.
-        if not self._clock.heard_late(claimed.now):
-            self._clock.heard(self._queue.lease.now())
+        self._last_claim = self._last_claim.then(claimed, limit, takes, asleep=True)
+        # The reply may have been read late: a process can be frozen, most likely here.
+        if not self._clock.advance_to(claimed.now):
+            self._clock.set_to(self._queue.lease.now())
         if claimed.claims and claimed.paused:
             self._hand_back()
         elif claimed.claims:
-            self._hold(self._with_company(claimed.claims, limit))
+            self._hold(self._wait_for_more(claimed.claims, limit))
 
     def _hand_back(self) -> None:
-        """The service was paused while these were on their way here: they wait again, and nothing is counted."""
+        """Gives back jobs that were delivered while the service was paused, without charging an attempt."""
         self._queue.lease.release(self._consumer, only=self._gathered)
         self._window.forget(self._gathered)
         self._gathered.clear()
 
     def _claim_more(self, limit: ClaimBudget) -> list[Claim]:
-        """Claim on top of what was gathered and is not in the window yet."""
+        """Claims besides the gathered jobs, which are not in the window yet."""
         room = self._room()
         if room is None:
             return []
-        before = self._look
+        before = self._last_claim
         claims = self._claim(room._replace(streams=limit.streams, returned=limit.returned)).claims
-        self._look = self._look._replace(takes=before.takes, found=True, asleep=before.asleep)
+        self._last_claim = self._last_claim._replace(takes=before.takes, found=True, asleep=before.asleep)
         return claims
 
     def _claim(self, limit: ClaimBudget) -> Claimed:
         takes = self._window.takes
         claimed = self._queue.streams.claim(self._consumer, self._saving(limit))
-        self._clock.heard(claimed.now)
+        self._clock.set_to(claimed.now)
         self._note(claimed)
-        self._look = self._look.then(claimed, limit, takes)
+        self._last_claim = self._last_claim.then(claimed, limit, takes)
         return claimed
 
     def _note(self, claimed: Claimed) -> None:
-        in_hand = map(self._window.waiting_of, PRIORITIES)
-        self._fair_share.served(claimed.claims, [sum(each) for each in zip(claimed.waiting, in_hand, strict=True)])
+        in_window = map(self._window.waiting_of, PRIORITIES)
+        self._fair_share.record(claimed.claims, [sum(each) for each in zip(claimed.waiting, in_window, strict=True)])
         self._gather(claimed.claims)
         if claimed.claims and (job := claimed.claims[-1].job):
             self._last_job = (job.rows, job.tokens)
@@ -264,7 +267,7 @@ class Claimer(threading.Thread):
         return list(zip(CLASSES, self._fair_share.saved(), strict=True))
 
     def _saving(self, limit: ClaimBudget) -> ClaimBudget:
-        """`limit` with the rows each class may be claimed out of its share, which what is in hand spends first."""
+        """`limit` with the saved rows of each class. Its rows that wait here spend them first."""
         if not any(self._fair_share.saved()):
             return limit
         normal, batch = (self._spend_share(*each) for each in self._saved())
@@ -273,51 +276,51 @@ class Claimer(threading.Thread):
     def _spend_share(self, priority: Priority, saved: int) -> int:
         if not self._window.waiting_of(priority):
             return saved
-        self._fair_share.spent(priority, self._window.spend_share(priority, saved))
+        self._fair_share.charge(priority, self._window.spend_share(priority, saved))
         return 0
 
     def _gather(self, claims: Sequence[Claim]) -> None:
-        """Hold these entries in name until their rows are in the window, so that no beat takes them for strangers."""
+        """Notes entries as held until their rows are in the window. A beat would report them as unknown otherwise."""
         names = [claim.address.name for claim in claims]
         self._window.keep(names)
         self._gathered += names
 
-    def _with_company(self, gathered: list[Claim], limit: ClaimBudget) -> list[Claim]:
-        """While the model is idle and more is likely, wait for more; at most batch_timeout from the first job."""
+    def _wait_for_more(self, gathered: list[Claim], limit: ClaimBudget) -> list[Claim]:
+        """Waits for more jobs while the model is idle and they are likely; at most batch_timeout from the first job."""
         self._observe(len(gathered))
-        # The least patient of them decides for all.
+        # The shortest batch_timeout applies to all.
         self._batch_delay.batch_timeout_s = min(self._batch_timeouts[claim.address.priority] for claim in gathered)
         first = last = time.monotonic()
         while self._window.idle and sum(_rows(claim) for claim in gathered) < self._window.budget.rows:
             since = time.monotonic()
             wait_s = self._batch_delay.wait_s(since - first, since - last)
-            # What company saves is a forward: one that is over sooner than the shortest wait is not worth any.
+            # A wait saves at most a forward: not worth it if a forward is shorter than the shortest wait.
             if not wait_s or self._window.cost.smallest_s < LEAST_WAIT_S or self._shutdown.draining:
                 break
-            # Not a blocking read: an idle server ends one up to 100 ms late (its timer runs 10 times a second).
+            # No blocking read: an idle server ends it up to 100 ms late (its timer runs 10 times a second).
             self._shutdown.pause(max(LEAST_WAIT_S, wait_s / 4))
             more = self._claim_more(limit)
             self._batch_delay.observe(len(more), time.monotonic() - since)
             gathered += more
             last = time.monotonic() if more else last
         if last == first and time.monotonic() - first > LEAST_WAIT_S:
-            self._batch_delay.waited_in_vain()
+            self._batch_delay.note_failed_wait()
         return gathered
 
     def _observe(self, arrived: int) -> None:
-        """Tell patience what came while others were in hand; the first job after idleness came to nobody's company."""
-        in_hand_s = self._window.in_hand_s()
+        """Reports the jobs that arrived while others waited or ran. The first job after an idle time does not count."""
+        busy_s = self._window.busy_s()
         alone = self._window.idle
-        self._batch_delay.observe(arrived - alone, in_hand_s - self._in_hand_s)
-        self._in_hand_s = in_hand_s
+        self._batch_delay.observe(arrived - alone, busy_s - self._busy_s)
+        self._busy_s = busy_s
 
     def _hold(self, claims: list[Claim]) -> None:
-        held, finished = self._intake.admit(claims, self._clock.now())
+        jobs, finished = self._intake.admit(claims, self._clock.now())
         for each in finished:
             self._finish(each)
-        for unwanted in self._window.hold(held):
-            self._finish(cancelled(unwanted))
-        self._intake.handed_on()
+        for job in self._window.hold(jobs):
+            self._finish(cancelled(job))
+        self._intake.end_admission()
         self._gathered.clear()
 
 

@@ -1,4 +1,4 @@
-"""Thread: once a second says that this process lives, extends its lease, and hears what it lost."""
+"""Thread that reports once a second that this process lives, extends its lease, and reads which jobs it lost."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from millstream.worker.context import Context
 log = logging.getLogger(__name__)
 
 EVERY_S = 1.0
+"""Seconds between two beats."""
 
 
 class Watch(NamedTuple):
-    """Callbacks of a beat: `status` is asked at each one, `heard` gets the server's answer.
+    """Callbacks of a beat: `status` returns the fields to publish, `on_beat` gets the server's answer.
 
-    `emptied` is called if the server has lost the service's streams, `stuck` says whether the runner is.
+    `on_emptied` is called if the server has lost the service's streams. `is_stuck` says whether a thread is stuck.
     """
 
     status: Callable[[], Mapping[str, str | int]]
-    heard: Callable[[Beat], None]
-    emptied: Callable[[], object]
-    stuck: Callable[[], bool]
+    on_beat: Callable[[Beat], None]
+    on_emptied: Callable[[], object]
+    is_stuck: Callable[[], bool]
 
 
 class Heartbeat(threading.Thread):
-    """Beats until `stop`."""
+    """Beats every EVERY_S seconds until `stop`."""
 
     def __init__(self, context: Context, lease: Lease, watch: Watch) -> None:
         super().__init__(name="beat", daemon=True)
         self._consumer = context.consumer
         self._lease = lease
         self._watch = watch
-        self._held = context.window.names
+        self._held_names = context.window.names
         self._shutdown = context.shutdown
         self._stopped = threading.Event()
 
@@ -49,15 +50,15 @@ class Heartbeat(threading.Thread):
                 self.beat()
 
     def beat(self) -> None:
-        """One beat, and a reclaim pass where one is due. A server that is away is tried again at the next beat.
+        """One beat, and a reclaim pass if one is due. If the server is away, the next beat tries again.
 
-        A process whose runner is stuck stops beating: its jobs are not its own for longer than its lease.
+        A process with a stuck thread does not beat, so that others get its jobs when its lease is over.
         """
-        if self._watch.stuck():
+        if self._watch.is_stuck():
             return
         try:
-            beat = self._lease.beat(self._consumer, self._watch.status(), self._held())
-            self._watch.heard(beat)
+            beat = self._lease.beat(self._consumer, self._watch.status(), self._held_names())
+            self._watch.on_beat(beat)
             if beat.reclaim_due and (returned := self._lease.reclaim()):
                 log.warning("%d jobs of lost workers were given back to the queue", returned)
         except Exception as error:
@@ -68,9 +69,9 @@ class Heartbeat(threading.Thread):
                 self._repair()
 
     def _repair(self) -> None:
-        """See that the service is registered. The claimer makes groups again, but not while its window is full."""
+        """Registers the service again if needed. The claimer makes groups again, but not while the window is full."""
         try:
-            self._watch.emptied()
+            self._watch.on_emptied()
         except Exception as error:
             if not is_transient(error):
                 raise

@@ -1,4 +1,4 @@
-"""Thread: ends jobs that are too long in the model. Their callers are told at once; the late result is dropped."""
+"""Thread that ends jobs that exceed their inference timeout. Callers get an error at once, late results are dropped."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from millstream.worker.intake.settler import Finished
 from millstream.worker.scheduling.active_job import ActiveJob
 
 IDLE_LOOK_S = 0.5
-"""How soon a limit that was pushed is felt where there was none."""
+"""Seconds between two checks while no limit is set: a pushed limit applies at most this late."""
 
 _MOST_LOOK_S, _LEAST_LOOK_S = 0.1, 0.005
 
 
 class InferenceTimeout(threading.Thread):
-    """Looks at the jobs in the model until `stop`. `limits` are the inference timeouts by priority, seconds.
+    """Checks the jobs in the model until `stop`. `limits`: inference timeout by priority, seconds, None for no limit.
 
-    The forward goes on, since nothing can end it but the process's end; what it computes for an ended job is dropped.
+    The forward goes on, since only the end of the process could stop it. Its results for ended jobs are dropped.
     """
 
     def __init__(
@@ -43,20 +43,20 @@ class InferenceTimeout(threading.Thread):
                 self.look()
 
     def look(self) -> None:
-        """End the jobs whose time is over now."""
+        """Ends the jobs that exceed their inference timeout now."""
         if not any(self._limits.values()):
             return
         now = time.monotonic()
-        for held in self._window.end(self._window.overdue(self._limits, now)):
-            self._finish(Finished(held.claim.address, Reply(error=_overdue(held, now))))
+        for job in self._window.end(self._window.overdue(self._limits, now)):
+            self._finish(Finished(job.claim.address, Reply(error=_overdue(job, now))))
 
 
 def _look_s(limits: Mapping[Priority, float | None]) -> float:
-    """Often enough to be at most a tenth late."""
+    """Seconds until the next check: a tenth of the shortest limit, within bounds."""
     shortest = min((limit for limit in limits.values() if limit), default=None)
     return IDLE_LOOK_S if shortest is None else min(_MOST_LOOK_S, max(_LEAST_LOOK_S, shortest / 10))
 
 
-def _overdue(held: ActiveJob, now: float) -> DeadlineExceeded:
-    message = f"not finished within its inference time: {held.in_model_s(now) * 1000:.0f} ms in the model"
+def _overdue(job: ActiveJob, now: float) -> DeadlineExceeded:
+    message = f"not finished within its inference time: {job.in_model_s(now) * 1000:.0f} ms in the model"
     return DeadlineExceeded(message, phase="inference", hint="send fewer or shorter rows, or raise inference_timeout")

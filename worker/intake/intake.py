@@ -1,4 +1,4 @@
-"""From claimed entries to rows: who can run, who gets an error at once. Decides; does no I/O beside the tokenizer."""
+"""Turns claimed entries into prepared rows, or into errors. Calls the model's tokenizer; does no other I/O."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from millstream.worker.supervision.progress import Progress, Stage, Track
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """A job whose body was read; `place` is its claim's among those admitted together, from 1."""
+    """A job with its decoded inputs. `place`: position of its claim among those admitted together, from 1."""
 
     place: int
     claim: Claim
@@ -37,13 +37,13 @@ class _Request:
 
 
 Digests = Callable[[Sequence[Json], Mapping[str, Json]], Sequence[str]]
-"""The names under which the answers of rows are kept, from inputs and options; none where none are kept."""
+"""Computes the cache keys of rows from inputs and options; empty if there is no cache."""
 
 
 class Intake:
-    """Turns one claim's entries into jobs with prepared rows; the rest is finished at once, each by its own error.
+    """Turns the entries of a claim into jobs with prepared rows. Each entry that cannot run is finished with an error.
 
-    `track` tells the supervisor what is being read and prepared.
+    `track` shows the supervisor which entries are being read and prepared.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class Intake:
         self.max_attempts = max_attempts
 
     def admit(self, claims: Sequence[Claim], now: int) -> tuple[list[ActiveJob], list[Finished]]:
-        """The jobs to run and the answers to settle, at `now`, server ms.
+        """Returns the jobs to run and the answers to settle, at `now`, server ms.
 
-        Until `handed_on` the death of the process is charged to these claims, also after an error in here: the process
-        ends by it, and they may be its cause.
+        The death of the process is charged to these claims until `end_admission`. That holds also if this raises: the
+        error ends the process, and one of the claims may be its cause.
         """
         self._track.start([claim.address.name for claim in claims], Stage.CLAIM)
         requests: list[_Request] = []
@@ -74,16 +74,16 @@ class Intake:
                 finished.append(read)
             else:
                 requests.append(read)
-        held = self._prepare(requests)
-        finished += [Finished(each.claim.address, each.reply()) for each in held if not each.left]
-        return [each for each in held if each.left], finished
+        jobs = self._prepare(requests)
+        finished += [Finished(each.claim.address, each.reply()) for each in jobs if not each.rows_left]
+        return [each for each in jobs if each.rows_left], finished
 
-    def handed_on(self) -> None:
-        """Note that others hold what was admitted last: its rows in the window, its answers to settle."""
+    def end_admission(self) -> None:
+        """Notes that the last admitted jobs are in the window and their errors with the settler."""
         self._track.stop()
 
     def lap(self) -> None:
-        """Note that the model turns to its next row. Called by a model that prepares row by row, before each."""
+        """Notes that the model begins the next row. A model that prepares row by row calls it before each."""
         self._track.point(next(self._places, 0))
 
     def _read(self, place: int, claim: Claim, now: int) -> _Request | Finished:
@@ -92,7 +92,7 @@ class Intake:
             return _newer(claim) if claim.newer else _malformed(claim, claim.malformed)
         if claim.attempts >= self.max_attempts:
             lost = WorkerLost(
-                f"its worker died {claim.attempts:g} times while it had it in work", hint="see the dead letters"
+                f"its worker died {claim.attempts:g} times while it worked on this job", hint="see the dead letters"
             )
             return Finished(claim.address, Reply(error=lost), bury="max_attempts")
         if phase := job.missed(now):
@@ -107,33 +107,36 @@ class Intake:
         return _Request(place, claim, job, inputs, options)
 
     def _prepare(self, requests: Sequence[_Request]) -> list[ActiveJob]:
-        """Prepare all rows that share their options in one call: one tokenizer call a claim, not one a job."""
+        """Prepares all rows with equal options in one call, so that a claim usually takes one tokenizer call."""
         groups: dict[str, list[_Request]] = {}
         for request in requests:
             key = json.dumps(request.options, sort_keys=True) if request.options else ""
             groups.setdefault(key, []).append(request)
-        held = []
+        jobs = []
         for group in groups.values():
             inputs = [each for request in group for each in request.inputs]
             places = [request.place for request in group for _ in request.inputs]
             rows = iter(self._rows(inputs, group[0].options, places))
-            held += [ActiveJob(each.claim, each.job, [next(rows) for _ in each.inputs]) for each in group]
-            for job, request in zip(held[-len(group) :], group, strict=True):
+            jobs += [ActiveJob(each.claim, each.job, [next(rows) for _ in each.inputs]) for each in group]
+            for job, request in zip(jobs[-len(group) :], group, strict=True):
                 job.digests = self._digests(request.inputs, request.options)
         self._track.move(Stage.PREPARE)
-        return held
+        return jobs
 
     def _rows(
         self, inputs: Sequence[Json], options: Mapping[str, Json], places: Sequence[int]
     ) -> list[Prepared | MillstreamError]:
-        """The inputs as rows; `places` are those of their entries. Each part has the whole stall timeout."""
+        """Prepares the inputs, halving them if that fails; `places` are those of their entries.
+
+        Each call has the whole stall timeout.
+        """
         self._track.move(Stage.PREPARE)
         self._places = iter(places)
         try:
             rows = self._model.prepare(inputs, options)
             if len(rows) != len(inputs):
                 raise ModelFailed(f"prepare gave {len(rows)} rows for {len(inputs)} inputs")
-        except BaseException as error:  # noqa: BLE001 - a tokenizer's panic is no Exception, and its neighbours must live
+        except BaseException as error:  # noqa: BLE001 - a tokenizer's panic is no Exception, and must not fail others
             if len(inputs) == 1:
                 return [ModelFailed(f"cannot be prepared: {described(error)}")]
             half = len(inputs) // 2
@@ -148,16 +151,16 @@ def _malformed(claim: Claim, reason: str) -> Finished:
 
 
 def _newer(claim: Claim) -> Finished:
-    """The answer to an entry that only newer workers read. Its copy can be run again when they are there."""
+    """The answer to an entry that only newer workers can read. Its dead letter can be run again by them."""
     error = UnsupportedVersion(f"it was written by a newer client: {claim.malformed}", hint="update the workers")
     return Finished(claim.address, Reply(error=error), bury=f"newer version: {claim.malformed}")
 
 
 def expired(job: Job, phase: str, now: int) -> DeadlineExceeded:
-    """The error of a job whose `phase` was over at `now`, server ms, before it started."""
+    """The error of a job that did not start before its `phase` was over; `now`: server ms."""
     return DeadlineExceeded(f"not started within its {phase} time: it waited {now - job.at} ms", phase=phase)
 
 
-def cancelled(held: ActiveJob) -> Finished:
-    """The answer to a job that its caller does not want any more."""
-    return Finished(held.claim.address, Reply(error=Cancelled("cancelled by its caller")))
+def cancelled(job: ActiveJob) -> Finished:
+    """The answer to a job that its caller cancelled."""
+    return Finished(job.claim.address, Reply(error=Cancelled("cancelled by its caller")))

@@ -1,4 +1,4 @@
-"""Thread: encodes answers and settles them, many jobs a round trip. Keeps them through a server's absence."""
+"""Thread that encodes answers and settles them, many jobs a round trip. Keeps them while the server is away."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 
 class Finished(NamedTuple):
-    """A job's answer, on its way out; `bury` is the reason where it goes to the dead letters.
+    """A job's answer, ready to settle. `bury`: reason for the dead letters, "" if the job does not go there.
 
-    `digests` has a name for each row, under which its answer is kept; none where it is not to be.
+    `digests`: cache key of each row's answer; empty if they are not cached.
     """
 
     address: Address
@@ -32,17 +32,17 @@ class Finished(NamedTuple):
 
 
 class CacheWriter(Protocol):
-    """Keeps answers for callers that ask again."""
+    """Writes answers to a cache."""
 
     def encoded(self, finished: Finished) -> list[tuple[str, bytes]]:
-        """The answers of one job that are to be kept, by their names."""
+        """Cache keys and encoded answers of one job."""
 
     def write(self, answers: Sequence[tuple[str, bytes]]) -> None:
-        """Keep these; may wait for the server."""
+        """Writes answers to the cache; may wait for the server."""
 
 
 class Settler(threading.Thread):
-    """Writes what is `put`, until `finish`; nothing put is dropped while the process lives."""
+    """Settles the answers that were `put`, until `finish`. None is dropped while the process lives."""
 
     def __init__(
         self,
@@ -58,16 +58,16 @@ class Settler(threading.Thread):
         self._window = context.window
         self._counters = context.counters
         self._shutdown = context.shutdown
-        self._track = context.page.settler
+        self._track = context.progress.settler
         self._queue: queue.SimpleQueue[Finished | None] = queue.SimpleQueue()
-        self._left: list[Finished] = []
+        self._overflow: list[Finished] = []
         self._ended = False
 
     def put(self, finished: Finished) -> None:
         self._queue.put(finished)
 
     def finish(self) -> None:
-        """Settle what was put so far, then end."""
+        """Settles the answers that were put so far, then ends."""
         self._queue.put(None)
 
     def run(self) -> None:
@@ -76,8 +76,8 @@ class Settler(threading.Thread):
                 self._settle(ready)
 
     def _next(self) -> list[Finished]:
-        """What the last call had no room for and what else is put, waiting for the first; nothing after `finish`."""
-        ready, self._left = self._left, []
+        """Waits for answers to settle: the overflow of the last call, then new ones. Empty after `finish`."""
+        ready, self._overflow = self._overflow, []
         while not self._ended and len(ready) < MAX_JOBS_PER_CALL and not (ready and self._queue.empty()):
             finished = self._queue.get()
             if finished is None:
@@ -88,16 +88,16 @@ class Settler(threading.Thread):
 
     def _settle(self, ready: list[Finished]) -> None:
         batch, answers = self._encode(ready)
-        self._left = ready[len(batch) :]
-        # First: whoever has this answer and asks again finds it.
+        self._overflow = ready[len(batch) :]
+        # Before the reply: a caller that has this answer and asks again then finds it in the cache.
         if self._cache_writer:
             self._cache_writer.write(answers)
         self._write(batch)
 
     def _encode(self, ready: Sequence[Finished]) -> tuple[list[Settlement], list[tuple[str, bytes]]]:
-        """As many of these as go into one call, and the answers to keep.
+        """Encodes as many answers as fit one call. Returns the settlements, and the answers to cache.
 
-        The stage ends before anything is written: that may wait for the server.
+        The stage ends before the writes, which may wait for the server: a death during them is charged to no job.
         """
         self._track.start([each.address.name for each in ready], Stage.SETTLE)
         batch: list[Settlement] = []
@@ -114,7 +114,7 @@ class Settler(threading.Thread):
         return batch, answers
 
     def _write(self, batch: list[Settlement]) -> None:
-        # Settling again what was settled changes nothing, so a cut connection is simply tried again.
+        # Settling is idempotent, so the call is sent again after a cut connection.
         outcomes = retrying(lambda: self._streams.settle(batch), until=None, stop=None)
         for settlement, outcome in zip(batch, outcomes, strict=True):
             if outcome == "late":
@@ -129,6 +129,6 @@ class Settler(threading.Thread):
 def _encoded(finished: Finished, origin: str) -> Settlement:
     try:
         reply = encode_reply(finished.reply, origin)
-    except BaseException as error:  # noqa: BLE001 - a result may have code of its own, and its neighbours must live
+    except BaseException as error:  # noqa: BLE001 - a result may have code of its own, and must not fail other jobs
         reply = encode_reply(Reply(error=ModelFailed(f"the answer cannot be sent: {type(error).__name__}")))
     return Settlement(finished.address, reply, finished.bury)

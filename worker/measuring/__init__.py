@@ -1,4 +1,4 @@
-"""What a worker finds out as it starts: its cores, the threads, the size and the cost of a forward, its own answer.
+"""Measurements of a starting worker: its cores, threads, the size and cost of a forward, its answer to fixed texts.
 
 Imports `worker.models` and `worker.scheduling`. Start with `warmup.py`.
 """

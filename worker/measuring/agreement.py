@@ -1,7 +1,7 @@
-"""A fixed text's answer, by which two workers of one fingerprint know that they run the same numbers.
+"""Computes a model's answer to fixed texts, by which workers with one fingerprint check that they compute the same.
 
-A fingerprint names what the files hold. It does not tell of a library that loads them another way, of random weights in
-their place, or of a device that computes wrongly.
+A fingerprint identifies the files of a model. It cannot show that a library loads them differently, that random weights
+replace them, or that a device computes wrongly.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OPTIONS: Mapping[str, Mapping[str, Json]] = {
 
 
 def answer_of(model: Model) -> Answer:
-    """The answer of `model` to a few fixed texts, as places and numbers. Raises ModelUnavailable if it is no number."""
+    """The answer of `model` to fixed texts, index -> number. Raises ModelUnavailable if it fails or is not finite."""
     rows = model.prepare(list(_TEXTS[model.op]), _OPTIONS[model.op])
     for row in rows:
         if isinstance(row, MillstreamError):

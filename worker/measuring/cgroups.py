@@ -1,4 +1,4 @@
-"""CPU quotas of Linux control groups, version 1 and 2: how many cores' worth of time this process may use."""
+"""Reads the CPU quotas of Linux control groups, version 1 and 2, in cores."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ PROC = Path("/proc/self")
 
 
 class Quota(NamedTuple):
-    """The tightest quota of a process, in cores, and the folder of the control group that has it."""
+    """A CPU quota, in cores, and the folder of the control group that has it."""
 
     cores: float
     group: Path
 
 
 class Hierarchy(NamedTuple):
-    """The control groups that limit CPU time: the folder they are mounted in, this process's own, their version."""
+    """The control groups that limit CPU time: their mount folder, this process's own folder, their version."""
 
     mount: Path
     own: Path
@@ -26,16 +26,16 @@ class Hierarchy(NamedTuple):
 
 
 def quota(proc: Path = PROC) -> Quota | None:
-    """The tightest quota of this process's control group and of those around it; None if there is none."""
+    """The smallest quota of this process's control group and of its parents; None if there is none."""
     found = hierarchy(proc)
     return min(_quotas(found), default=None) if found else None
 
 
 def hierarchy(proc: Path = PROC) -> Hierarchy | None:
-    """The control groups this process is in; None on systems without any."""
+    """The control groups of this process; None on systems without any."""
     with suppress(OSError, ValueError):
         mounts, paths = _mounts(proc), _paths(proc)
-        # A controller of version 1 is not one of version 2.
+        # Version 1 first: a CPU controller that it has mounted is not available in version 2.
         for version in (1, 2):
             if version in mounts and version in paths:
                 root, mount = mounts[version]
@@ -44,7 +44,7 @@ def hierarchy(proc: Path = PROC) -> Hierarchy | None:
 
 
 def _paths(proc: Path) -> dict[int, str]:
-    """This process's place in each version's groups: lines such as `0::/a.slice` and `4:cpu,cpuacct:/a`."""
+    """Path of this process's group by version, from lines such as `0::/a.slice` and `4:cpu,cpuacct:/a`."""
     paths = {}
     for line in (proc / "cgroup").read_text().splitlines():
         number, controllers, path = line.split(":", 2)
@@ -56,7 +56,7 @@ def _paths(proc: Path) -> dict[int, str]:
 
 
 def _mounts(proc: Path) -> dict[int, tuple[str, Path]]:
-    """For each version, which group is mounted, and where: proc_pid_mountinfo(5)."""
+    """The mounted group and its mount point by version; see proc_pid_mountinfo(5)."""
     mounts = {}
     for line in (proc / "mountinfo").read_text().splitlines():
         place, _, kind = line.partition(" - ")
@@ -74,7 +74,7 @@ def _unescaped(word: str) -> str:
 
 
 def _below(path: str, root: str) -> str:
-    """`path` as seen from `root`. In a container it may be the host's: then what is mounted is the process's own."""
+    """`path` relative to `root`. "." if it is outside, as a host's path is in a container: then `root` is the group."""
     inside = Path(path).is_relative_to(root) and ".." not in Path(path).parts
     return str(Path(path).relative_to(root)) if inside else "."
 
@@ -91,7 +91,7 @@ def _quotas(found: Hierarchy) -> Iterator[Quota]:
 
 
 def _limit(group: Path, version: int) -> float | None:
-    """The quota of one group, in cores; None if it has none. Raises OSError or ValueError if it does not say."""
+    """The quota of one group, in cores; None if it has none. Raises OSError or ValueError if it cannot be read."""
     if version == 2:
         microseconds, period = (group / "cpu.max").read_text().split()
     else:

@@ -1,7 +1,7 @@
-"""The cores of this host that a process computes with: those it may use, and its share beside other workers.
+"""Counts the cores of this host for a process: those it may use, and its share if other workers run there too.
 
-Each worker process keeps a file locked for as long as it lives, whatever server or supervisor it belongs to. The system
-ends the lock with the process, however that ends, so nobody has to be told of a death and nothing stays behind.
+Each worker process keeps a file locked while it lives, whichever server or supervisor it belongs to. The system ends
+the lock with the process, so a dead worker is never counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """The CPUs a process may run on, the folder of its control group, and the quota on it, if there is one."""
+    """The CPUs that a process may run on, the folder of its control group, and its quota, None if there is none."""
 
     cpus: frozenset[int]
     group: str = ""
@@ -35,26 +35,26 @@ class Cores:
 
     @property
     def count(self) -> int:
-        """Cores to compute with. A part of one counts as one."""
+        """Number of cores to compute with, at least one; a part of a core counts as one."""
         return max(1, min(len(self.cpus), math.ceil(self.quota.cores) if self.quota else len(self.cpus)))
 
 
 def usable() -> Cores:
-    """The cores of this process: by its affinity, and by the CPU quota of its control groups."""
+    """The cores of this process, by its affinity and by the CPU quota of its control groups."""
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     found = cgroups.hierarchy()
     return Cores(frozenset(cpus), str(found.own) if found else "", cgroups.quota())
 
 
 def cores() -> int:
-    """The number of cores this process may use."""
+    """Number of cores that this process may use."""
     return usable().count
 
 
 def share(mine: Cores, others: Sequence[Cores]) -> int:
-    """The part of its cores that a process has beside `others`, at least one.
+    """Number of cores for a process that shares its cores with `others`, at least one.
 
-    Only those count that run on some of the same CPUs; and against a quota, those that it limits, too.
+    Its CPUs are divided by the processes that run on any of them, its quota by the processes that it limits.
     """
     by_cpus = len(mine.cpus) // (1 + sum(1 for each in others if each.cpus & mine.cpus))
     if mine.quota is None:
@@ -64,15 +64,15 @@ def share(mine: Cores, others: Sequence[Cores]) -> int:
 
 
 def _folder() -> Path:
-    # Services of systemd have a /tmp of their own, and all of a user's see this.
+    # A systemd service can have a private /tmp; /dev/shm is shared by all processes of a user.
     shared = Path("/dev/shm")
     return (shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())) / f"millstream-cores-{os.getuid()}"
 
 
 class Claims:
-    """The worker processes of this user on this host, each with the cores it may use. Used by one thread at a time.
+    """The worker processes of this user on this host, with the cores that each may use. Not thread-safe.
 
-    Workers in containers do not see those outside; there a quota or an affinity says what is theirs.
+    Workers in a container do not see those outside of it. A quota or an affinity should limit them instead.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -83,22 +83,22 @@ class Claims:
 
     @property
     def share(self) -> int:
-        """The cores that are this process's beside all others."""
+        """Number of cores for this process, shared with all other workers."""
         return share(self._mine, list(self._others()))
 
     def enter(self) -> None:
-        """Count from now on, for as long as this process lives. If the folder cannot be used, that is logged."""
+        """Makes other workers count this process until it ends. If the folder cannot be used, that is logged."""
         try:
             self._folder.mkdir(mode=0o700, exist_ok=True)
             _check_private(self._folder)
             self._file, self._name = self._locked()
-            # A child that a handler forks shares the lock, and may outlive this process.
+            # A child that a handler forks would share the lock, and may outlive this process.
             os.register_at_fork(after_in_child=self._forget)
         except OSError as error:
             log.warning("other workers of this host will not count this one's threads: %s", error)
 
     def leave(self) -> None:
-        """Count no more: this process computes on another device."""
+        """Makes other workers count this process no longer, since it computes on another device."""
         if self._file is None:
             return
         with suppress(OSError):
@@ -107,13 +107,13 @@ class Claims:
         self._file = None
 
     def _forget(self) -> None:
-        """Lets go, in a forked child, of the parent's lock, which is the parent's own while it lives."""
+        """Closes the parent's lock file in a forked child; the parent keeps its lock."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
     def _locked(self) -> tuple[int, str]:
-        """A file of our own, and its name. Others see it once it is locked."""
+        """Creates the file of this process; returns descriptor and name. Others see it only after it is locked."""
         name = f"{os.getpid()}-{secrets.token_hex(4)}"
         hidden = self._folder / f".{name}"
         file = os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW, 0o600)
@@ -133,7 +133,7 @@ class Claims:
                     yield found
 
     def _read(self, path: Path) -> Cores | None:
-        """The cores of whoever holds `path`; None, and the file is gone, if nobody does any more."""
+        """The cores of the process that has `path` locked. If none has, removes the file and returns None."""
         with path.open("rb") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -144,16 +144,16 @@ class Claims:
 
 
 def _cores(text: bytes, default: Cores) -> Cores:
-    """The cores that a claim names; `default` if a version that is not ours wrote it."""
+    """The cores in a worker's file; `default` if another version wrote it in another form."""
     try:
-        said = json.loads(text)
-        return Cores(frozenset(map(int, said["cpus"])), str(said["group"]))
+        record = json.loads(text)
+        return Cores(frozenset(map(int, record["cpus"])), str(record["group"]))
     except (ValueError, KeyError, TypeError):
         return default
 
 
 def _check_private(folder: Path) -> None:
-    """Raises PermissionError if others could write there."""
+    """Raises PermissionError if `folder` belongs to another user, or others may write to it."""
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise PermissionError(f"{folder} is no folder of this user's alone")

@@ -1,4 +1,4 @@
-"""What `max_batch_tokens: auto` comes to: the batch is doubled until this device gives no more for it."""
+"""Measures a value for `max_batch_tokens: auto`: doubles the batch until this device gets no faster."""
 
 from __future__ import annotations
 
@@ -15,27 +15,33 @@ from millstream.worker.scheduling.memory import is_exhaustion
 log = logging.getLogger(__name__)
 
 PROBED = ("embedding", "reranker")
-"""The types whose forward costs what its padded tokens do. Of others nothing is to be learned by doubling them."""
+"""Model types whose forward costs in proportion to its padded tokens. Only these can be measured by doubling."""
 
 TYPICAL_TOKENS = 64
+"""Tokens of a row in a measured batch, as long as `batch_size` allows enough rows."""
+
 LEAST_TOKENS, MOST_TOKENS = 256, 16_384
+"""Padded tokens of the smallest and of the largest batch."""
+
 GAIN = 1.05
-"""What is not better by this factor is no better: a smaller batch answers sooner and pads less."""
+"""Factor by which a larger batch must be faster to be preferred: a smaller one answers sooner and pads less."""
 
 FLAT_SIZES = 2
-"""Sizes in a row without a gain that end it: one may be a chance of a busy machine."""
+"""Sizes in a row without a gain after which the probe ends. A single one may be due to a busy machine."""
 
 REPEATS = 3
+"""Forwards of each size; the fastest counts."""
+
 FORWARD_S, PROBE_S = 1.0, 5.0
-"""No forward starts that is predicted to take longer, nor one that would end later."""
+"""Seconds: the longest predicted forward that starts, and the whole probe."""
 
 Clock = Callable[[], float]
 
 
 def auto_tokens(spec: ServiceSpec, model: Model) -> int | None:
-    """What `auto` comes to for `spec` on the device of `model`; None where it is not asked for, or not to be measured.
+    """Padded tokens measured for `auto` on the device of `model`; None if `spec` sets a number or cannot be measured.
 
-    Raises ModelUnavailable where not even the smallest batch runs.
+    Raises ModelUnavailable if not even the smallest batch runs.
     """
     if spec.runtime.max_batch_tokens != "auto" or spec.model.type not in PROBED:
         return None
@@ -43,17 +49,17 @@ def auto_tokens(spec: ServiceSpec, model: Model) -> int | None:
 
 
 def most_tokens(runtime: Runtime, measured: int | None = None) -> int:
-    """The most padded tokens of a forward by `runtime`; `measured` is what `auto` came to here, if it was measured."""
+    """Most padded tokens of a forward by `runtime`; `measured`: the result of `auto_tokens` on this device."""
     return measured if measured and runtime.max_batch_tokens == "auto" else runtime.batch_tokens
 
 
 def probe(model: Model, most_rows: int, clock: Clock = time.perf_counter) -> int:
-    """The fewest padded tokens with which a forward gives within 5 % of the most tokens a second.
+    """The fewest padded tokens with which a forward is within 5 % of the highest rate of tokens a second.
 
-    A batch has rows of a typical length, at most `most_rows`, and from there on longer ones. Ends after PROBE_S and the
-    forward under way; a size that has no room in memory bounds it. Raises ModelUnavailable.
+    A batch has rows of a typical length, up to `most_rows`; larger batches have longer rows. Ends after PROBE_S seconds
+    and the running forward, or at a size that does not fit into memory. Raises ModelUnavailable.
     """
-    # The first forward loads what all others find loaded.
+    # The first forward loads kernels and memory; the others find them loaded.
     _seconds(model, [sample(model, TYPICAL_TOKENS)], 0.0, clock)
     began = clock()
     rates: dict[int, float] = {}
@@ -66,7 +72,7 @@ def probe(model: Model, most_rows: int, clock: Clock = time.perf_counter) -> int
         tokens = rows[0].tokens * len(rows)
         seconds = _seconds(model, rows, min(FORWARD_S, left_s), clock)
         if seconds is None:
-            log.info("a forward of %d padded tokens is out of memory: batches stay below", tokens)
+            log.info("a forward of %d padded tokens ran out of memory: batches stay below that", tokens)
             break
         rates[tokens] = tokens / max(seconds, 1e-9)
         flat = 0 if rates[tokens] > GAIN * best else flat + 1
@@ -75,13 +81,13 @@ def probe(model: Model, most_rows: int, clock: Clock = time.perf_counter) -> int
             break
     if not rates:
         raise ModelUnavailable(
-            f"not even {LEAST_TOKENS} padded tokens have room in memory", hint="use another device, or smaller weights"
+            f"not even {LEAST_TOKENS} padded tokens fit into memory", hint="use another device, or smaller weights"
         )
     return min(tokens for tokens, rate in rates.items() if GAIN * rate >= best)
 
 
 def _doubling(model: Model, most_rows: int) -> Iterator[list[Prepared]]:
-    """Batches of twice the tokens each time, as far as rows and the model's longest text allow."""
+    """Yields batches, each with twice the tokens of the last, as far as `most_rows` and the longest text allow."""
     typical = sample(model, TYPICAL_TOKENS).tokens
     before, tokens = 0, LEAST_TOKENS
     while tokens <= MOST_TOKENS:
@@ -94,7 +100,7 @@ def _doubling(model: Model, most_rows: int) -> Iterator[list[Prepared]]:
 
 
 def _seconds(model: Model, rows: list[Prepared], within_s: float, clock: Clock) -> float | None:
-    """Of the fastest of a few forwards, as many as `within_s` has room for; None where one has no room in memory."""
+    """Seconds of the fastest of a few forwards that fit into `within_s`; None if one runs out of memory."""
     began = clock()
     best = float("inf")
     for _ in range(REPEATS):
@@ -110,7 +116,7 @@ def _seconds(model: Model, rows: list[Prepared], within_s: float, clock: Clock) 
 
 
 def run(model: Model, rows: Sequence[Prepared]) -> None:
-    """Raises MemoryError where there is too little memory, ModelUnavailable for any other fault."""
+    """Runs one forward. Raises MemoryError if it runs out of memory, ModelUnavailable for any other fault."""
     try:
         model.forward(rows)
     except Exception as error:

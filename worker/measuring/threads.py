@@ -1,7 +1,7 @@
-"""Chooses the threads of a forward: as many as are fastest for this model, of the cores that are this process's.
+"""Chooses the number of threads of a forward: the fastest for this model, up to the process's share of cores.
 
-A tiny model is faster on one thread than on two, a large one on as many as there are, and beside a busy neighbour both
-change: so it is measured as a worker starts. What is left to the operator is what the environment says.
+A tiny model is faster on one thread than on two, a large model on all of them, and a busy process on the same host
+changes both. So the number is measured when a worker starts. Environment variables of the operator take precedence.
 """
 
 from __future__ import annotations
@@ -23,48 +23,50 @@ log = logging.getLogger(__name__)
 THREADS = "OMP_NUM_THREADS"
 SPIN = "GOMP_SPINCOUNT"
 POLICY = "OMP_WAIT_POLICY"
+
 SPINS = 10_000
-"""Rounds that a thread of GNU OpenMP waits for the others before it sleeps. By default it goes on for so long that a
-forward beside a busy process loses a fifth; with no round at all each operation costs a system call."""
+"""Rounds that a thread of GNU OpenMP waits for the others before it sleeps. The default is so long that a forward loses
+a fifth if another process is busy; with no round at all, each operation costs a system call."""
 
 GAIN = 1.03
-"""More threads are taken if they are faster by this factor."""
+"""Factor by which more threads must be faster to be preferred."""
 
 MUCH_SLOWER = 2.0
-"""A number of threads that is slower by this factor is not measured again, nor is a smaller one."""
+"""Factor: a number of threads that is slower by it is not measured again, and smaller numbers not at all."""
 
 FORWARD_S, MEASURE_S, SLOW_S = 0.1, 1.5, 1.0
-"""Seconds: of a forward to measure with, of all measuring, and of a forward of one row that is not measured at all."""
+"""Seconds: of a measured forward, of the whole measurement, and of a forward of one row that is too slow to measure."""
 
 ROUNDS, MOST_ROWS = 7, 16
+"""Rates measured for each number of threads, and rows of a measured forward, at most."""
 
 Use = Callable[[int], None]
-"""Makes the calling thread's next forwards run on so many threads."""
+"""Makes the calling thread's next forwards run on this number of threads."""
 
 
 def waiting(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables to set before a process loads torch, unless the operator chose another way."""
+    """Variables to set before a process loads torch; empty if the operator set one of them."""
     return {} if SPIN in environ or POLICY in environ else {SPIN: str(SPINS)}
 
 
-def said_waiting(environ: Mapping[str, str]) -> str:
-    """The environment's words on how threads wait for each other; "" if it does not."""
+def describe_waiting(environ: Mapping[str, str]) -> str:
+    """The variables that say how threads wait for each other, as `NAME=value`; "" if none is set."""
     return " ".join(f"{name}={environ[name]}" for name in (SPIN, POLICY) if name in environ)
 
 
 def operator_threads(environ: Mapping[str, str]) -> int | None:
-    """The number of threads that the operator set; None if there is none, or it is no number."""
+    """Number of threads that the operator set; None if it is not set, or is no number."""
     first = environ.get(THREADS, "").split(",")[0].strip()
     return int(first) if first.isdigit() and int(first) > 0 else None
 
 
 def counts(most: int) -> list[int]:
-    """The numbers of threads to try, the largest first: `most`, and the powers of two below it."""
+    """Numbers of threads to try, the largest first: `most`, and the powers of two below it."""
     return sorted({most, *(2**power for power in range(most.bit_length()) if 2**power < most)}, reverse=True)
 
 
 def measure(model: Model, most: int, use: Use, clock: Clock = time.perf_counter) -> dict[int, float]:
-    """Tokens a second by number of threads, up to `most`; empty if one row takes SLOW_S, or there is too little memory.
+    """Tokens a second by number of threads, up to `most`; empty if one row takes SLOW_S, or if memory runs out.
 
     Raises ModelUnavailable if the model fails.
     """
@@ -72,12 +74,12 @@ def measure(model: Model, most: int, use: Use, clock: Clock = time.perf_counter)
         rows = _rows(model, most, use, clock)
         return _measured(model, rows, most, use, clock) if rows else {}
     except MemoryError as error:
-        log.warning("how many threads are fastest could not be measured: %s", error)
+        log.warning("the fastest number of threads could not be measured: %s", error)
         return {}
 
 
 def _measured(model: Model, rows: Sequence[Prepared], most: int, use: Use, clock: Clock) -> dict[int, float]:
-    """The numbers take turns, so that what else runs on the host slows all of them alike."""
+    """Median rate by number of threads. The numbers take turns, so that other load on the host slows all of them."""
     began = clock()
     rates: dict[int, list[float]] = {}
     for count in counts(most):
@@ -97,7 +99,7 @@ def _measured(model: Model, rows: Sequence[Prepared], most: int, use: Use, clock
 
 
 def fastest(rates: Mapping[int, float], most: int) -> int:
-    """The fewest threads, of at most `most`, that are nearly as fast as any; `most` if nothing was measured."""
+    """The fewest threads, up to `most`, that are within GAIN of the fastest; `most` if none was measured."""
     allowed = {count: rate for count, rate in rates.items() if count <= most}
     best = max(allowed.values(), default=0.0)
     return min((count for count, rate in allowed.items() if GAIN * rate >= best), default=most)
@@ -106,10 +108,10 @@ def fastest(rates: Mapping[int, float], most: int) -> int:
 def _rows(model: Model, most: int, use: Use, clock: Clock) -> Sequence[Prepared]:
     """Rows of typical lengths whose forward takes about FORWARD_S; none if one row takes SLOW_S."""
     use(most)
-    # Of several lengths: rows of one length need fewer operations than a worker's batches do.
+    # Several lengths, as in a worker's batches: rows of one length need fewer operations.
     rows = mix(model, MOST_ROWS)
     typical = sorted(rows, key=lambda row: row.tokens)[len(rows) // 2 :][:1]
-    # The first forward loads what all others find loaded.
+    # The first forward loads kernels and memory; the others find them loaded.
     run(model, typical)
     seconds = _seconds(model, typical, clock)
     return [] if seconds > SLOW_S else rows[: max(1, int(FORWARD_S / max(seconds, 1e-9)))]
@@ -117,13 +119,13 @@ def _rows(model: Model, most: int, use: Use, clock: Clock) -> Sequence[Prepared]
 
 def _rate(model: Model, rows: Sequence[Prepared], count: int, use: Use, clock: Clock) -> float:
     use(count)
-    # The first forward after a change starts threads, or ends them.
+    # The first forward after a change starts or ends threads, so it is not measured.
     run(model, rows)
     return sum(row.tokens for row in rows) / max(_seconds(model, rows, clock), 1e-9)
 
 
 def _seconds(model: Model, rows: Sequence[Prepared], clock: Clock) -> float:
-    """A forward's, over as many as take half of FORWARD_S."""
+    """Mean seconds of a forward, over FORWARD_S / 2 seconds, at least one forward."""
     began, forwards = clock(), 0
     while not forwards or clock() - began < FORWARD_S / 2:
         run(model, rows)
@@ -132,15 +134,15 @@ def _seconds(model: Model, rows: Sequence[Prepared], clock: Clock) -> float:
 
 
 class Threads:
-    """The threads of one process's forwards. `look` may be called by another thread than all else.
+    """Number of threads of one process's forwards. `update_share` may be called by another thread than the rest.
 
-    `most` is the part of the host's cores that its supervisor gave it; `claims`, if there are any, say how many other
-    workers share them.
+    `most`: the part of the host's cores that its supervisor assigned. `claims`, if given, counts the other workers that
+    share them.
     """
 
     def __init__(self, most: int, environ: Mapping[str, str] = os.environ, claims: Claims | None = None) -> None:
         self._operator = operator_threads(environ)
-        self._waiting = said_waiting(environ)
+        self._waiting = describe_waiting(environ)
         self._claims = claims
         self._most = most
         self._model: Model | None = None
@@ -153,13 +155,14 @@ class Threads:
 
     @classmethod
     def unmanaged(cls) -> Threads:
-        """The threads of a process whose forwards are its own affair."""
+        """Threads of a process that sets them itself: nothing is measured or changed."""
         return cls(1, {})
 
     def choose(self, model: Model, use: Use) -> None:
-        """Measure what is fastest for `model`, and use it. In the thread that runs forwards. Raises ModelUnavailable.
+        """Measures the fastest number of threads for `model`, and uses it. Raises ModelUnavailable.
 
-        Only the threads of torch on the CPU can be changed once a model is loaded.
+        Must be called in the thread that runs forwards. Only the threads of torch on the CPU can be changed after a
+        model is loaded; for other models nothing is done.
         """
         if not isinstance(model, Placed):
             return
@@ -170,15 +173,16 @@ class Threads:
             self.share = self._share()
             self._choose(model)
 
-    def look(self) -> None:
-        """See how many cores are this worker's now."""
+    def update_share(self) -> None:
+        """Updates this worker's share of the host's cores."""
         if self._model:
             self.share = self._share()
 
     def adapt(self, *, idle: bool) -> None:
-        """Use another number of threads if the share changed. In the thread that runs forwards, between two of them.
+        """Uses another number of threads if the share changed.
 
-        More threads than were measured are measured only if the process is `idle` beside this forward.
+        Must be called in the thread that runs forwards, between two of them. More threads than were measured are
+        measured now only if no other rows wait (`idle`).
         """
         if not self._model or self.share == self._chosen_for:
             return
@@ -190,12 +194,12 @@ class Threads:
             self._choose(self._model)
         except ModelUnavailable as error:
             self._use(before)
-            log.warning("the threads stay as they are: %s", error)
+            log.warning("the number of threads stays unchanged: %s", error)
         if self.count != before:
             log.info("the share of this host's cores is now %d: %s", self._chosen_for, self)
 
     def _assume(self) -> None:
-        """Takes it that more threads help, until they are measured, if the most that were measured helped."""
+        """Uses all threads of the share until they are measured, if the largest measured number was the fastest."""
         most = max(self.rates, default=1)
         if self.count != self.share and fastest(self.rates, most) == most:
             self.count = self.share

@@ -1,4 +1,4 @@
-"""What batch limits are worth on this device: a grid of them, each run over the same rows, packed as a worker packs."""
+"""Measures batch limits on this device: runs each of a grid over the same rows, batched as a worker batches them."""
 
 from __future__ import annotations
 
@@ -18,23 +18,29 @@ from millstream.worker.window import Window
 
 BATCH_SIZES = (8, 16, 32, 64, 128)
 TOKENS = (512, 1_024, 2_048, 4_096, 8_192, 16_384)
+"""Limits of rows and of padded tokens in the grid."""
+
 LEAST_OF_TOKENS = 2
-"""So many of TOKENS are measured on the slowest device; larger ones where a forward is predicted to take FORWARD_S."""
+"""Number of TOKENS to measure on every device; larger ones only if a forward is predicted to take FORWARD_S at most."""
 
 FORWARD_S = 2.0
+"""Seconds."""
+
 ROUNDS = 3
+"""Rates measured for each cell, at most."""
 
 SEED = 7
 ROWS = 1_024
 MEDIAN_TOKENS, SPREAD, MOST_TOKENS = 52, 0.7, 512
-"""The mix has log-normal lengths; the longest are as long as the model reads, and MOST_TOKENS at most."""
+"""The mix has log-normal lengths, cut at MOST_TOKENS and at the longest text of the model."""
 
 
 @dataclass(slots=True, eq=False)
 class Cell:
-    """One pair of limits: what packing by them makes of all rows, and what was measured of it.
+    """One pair of limits: the micro-batches of all rows by them, and the measurements.
 
-    `rates` has rows a second, one for each round; `no_room`: a forward was out of memory.
+    `padding`: computed tokens / tokens. `rates`: rows a second, one for each round. `no_room`: a forward ran out of
+    memory.
     """
 
     budget: Budget
@@ -58,20 +64,20 @@ class Cell:
 
     @property
     def forward_s(self) -> float:
-        """Seconds a forward takes on average; 0.0 before the first round."""
+        """Mean seconds of a forward; 0.0 before the first round."""
         return self.rows_per_forward / self.rate if self.rate else 0.0
 
 
 def mix(model: Model, count: int = ROWS) -> list[Prepared]:
-    """Rows of a long-tailed mix of lengths, the same each time."""
-    chance = random.Random(SEED)
-    lengths = [min(MOST_TOKENS, max(1, round(MEDIAN_TOKENS * chance.lognormvariate(0, SPREAD)))) for _ in range(count)]
+    """Rows of a long-tailed mix of lengths; equal at each call."""
+    rng = random.Random(SEED)
+    lengths = [min(MOST_TOKENS, max(1, round(MEDIAN_TOKENS * rng.lognormvariate(0, SPREAD)))) for _ in range(count)]
     by_length = {length: sample(model, length) for length in set(lengths)}
     return [by_length[length] for length in lengths]
 
 
 def rows_of(model: Model, texts: Sequence[str]) -> tuple[list[Prepared], dict[int, MillstreamError]]:
-    """`texts` as rows, repeated where they are few, and by its place in `texts` each that the model refuses."""
+    """Rows of `texts`, repeated up to about ROWS, and the error of each refused text by its index."""
     prepared = model.prepare(list(texts), model.sample_options)
     rows = [row for row in prepared if isinstance(row, Prepared)]
     refused = {at: row for at, row in enumerate(prepared) if isinstance(row, MillstreamError)}
@@ -79,7 +85,7 @@ def rows_of(model: Model, texts: Sequence[str]) -> tuple[list[Prepared], dict[in
 
 
 def micro_batches(rows: Iterable[Prepared], window: Window) -> list[list[Prepared]]:
-    """The micro-batches that a worker with `window`, an empty one, makes of `rows` that wait in this order."""
+    """The micro-batches that a worker with `window`, which must be empty, makes of `rows`, waiting in this order."""
     room, pool, batches = window.room(1), Pool[Prepared](), list[list[Prepared]]()
     most_rows, most_tokens = (room.rows, room.tokens) if room else (1, 1)
     waiting = enumerate(rows)
@@ -93,12 +99,12 @@ def micro_batches(rows: Iterable[Prepared], window: Window) -> list[list[Prepare
 
 
 def grid(rows: Sequence[Prepared], window: Window, own: Budget) -> list[Cell]:
-    """The cells to measure, by tokens and rows: `own`, and all that pack otherwise. `window` is warmed up."""
+    """The cells to measure, by tokens and rows: `own`, and others with distinct batches. `window` must be warmed up."""
     cost = window.cost.seconds_per_token
     fast_enough = [tokens for at, tokens in enumerate(TOKENS) if at < LEAST_OF_TOKENS or cost * tokens <= FORWARD_S]
-    wanted = [Budget(*pair) for pair in product(BATCH_SIZES, fast_enough)]
+    candidates = [Budget(*pair) for pair in product(BATCH_SIZES, fast_enough)]
     cells: dict[tuple[tuple[int, int], ...], Cell] = {}
-    for limits in [own, *wanted]:
+    for limits in [own, *candidates]:
         cell = _cell(rows, window, limits)
         cells.setdefault(tuple((len(batch), _computed(batch, cell.budget)) for batch in cell.batches), cell)
     return sorted(cells.values(), key=lambda cell: (cell.budget.tokens, cell.budget.rows))
@@ -114,12 +120,12 @@ def _cell(rows: Sequence[Prepared], window: Window, limits: Budget) -> Cell:
 
 
 def measure(model: Model, cells: Sequence[Cell], seconds: float, clock: Clock = time.perf_counter) -> Iterator[Cell]:
-    """Run the cells in turn, for about `seconds` in all; each as it gains a round. Raises ModelUnavailable.
+    """Runs the cells in turn, for about `seconds` in all; yields each cell after its round. Raises ModelUnavailable.
 
-    A round of a cell runs some of its forwards, at least one, and counts on the others to take as long a padded token.
+    A round of a cell runs some of its forwards, at least one, and assumes the same time a padded token for the others.
     """
     share_s, until = seconds / (ROUNDS * max(1, len(cells))), clock() + seconds
-    # Not in the order of packing: the last batches are what was left over.
+    # In random order: the last batches have the remaining rows, which are not typical.
     order = random.Random(SEED)
     forwards = {cell: cycle(order.sample(cell.batches, len(cell.batches))) for cell in cells}
     for _ in range(ROUNDS):
@@ -148,7 +154,7 @@ def _round(model: Model, cell: Cell, forwards: Iterator[Sequence[Prepared]], unt
 
 
 def best(cells: Iterable[Cell], own: Budget) -> Cell | None:
-    """The limits to take: the smallest within 5 % of the fastest, and `own` where they are; None of none measured."""
+    """The limits to use: `own` if within 5 % of the fastest, else the smallest that are; None if none was measured."""
     measured = [cell for cell in cells if cell.rates]
     fastest = max((cell.rate for cell in measured), default=0.0)
     good = [cell for cell in measured if GAIN * cell.rate >= fastest]
@@ -156,7 +162,7 @@ def best(cells: Iterable[Cell], own: Budget) -> Cell | None:
 
 
 def same(one: Budget, other: Budget) -> bool:
-    """Whether both allow as many rows and tokens."""
+    """Whether both have the same limits of rows and tokens."""
     return (one.rows, one.tokens) == (other.rows, other.tokens)
 
 

@@ -1,4 +1,4 @@
-"""The first forwards: they load kernels and memory, and measure what a forward and a token cost on this device."""
+"""Runs the first forwards, which load kernels and memory, and measures the cost of a forward and of a token."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from millstream.worker.window import Window
 
 SHORT_TOKENS = 16
 LONG_TOKENS = 128
+"""Tokens of a row in the smallest and in the largest batch."""
+
 REPEATS = 2
+"""Forwards of each batch; the fastest counts."""
+
 LEAST_OVERHEAD = 64.0
-"""Tokens. Below it a CPU measures no gain from cutting finer, and batches only get smaller."""
+"""Least fixed cost of a forward, in tokens. With less, batches get smaller, which gained nothing on a CPU."""
 
 
 def warm_up(model: Model, window: Window) -> None:
-    """Run the smallest and the largest batch, and set the window's cost of a forward and of a token by them.
+    """Runs the smallest and the largest batch, and sets the window's cost of a forward and of a token by them.
 
-    A model without samples is left to learn from its first jobs. Raises ModelUnavailable where it cannot run its own
-    warm-up.
+    If a model has no samples, nothing is run; its first jobs set the cost. Raises ModelUnavailable if it fails.
     """
     if not model.samples(SHORT_TOKENS):
         return
@@ -31,11 +34,11 @@ def warm_up(model: Model, window: Window) -> None:
     grown = rows * long.tokens - short.tokens
     token_s = max((long_s - short_s) / grown, 1e-9)
     overhead = max(LEAST_OVERHEAD, min(budget.tokens, short_s / token_s - short.tokens))
-    window.cost.measured(token_s, overhead, short_s)
+    window.cost.calibrate(token_s, overhead, short_s)
 
 
 def sample(model: Model, tokens: int) -> Prepared:
-    """A row of about `tokens` tokens, ready to run. Raises ModelUnavailable where the model refuses its own samples."""
+    """A prepared row of about `tokens` tokens. Raises ModelUnavailable if the model has no samples or refuses them."""
     samples = model.samples(tokens)
     if not samples:
         raise ModelUnavailable("the model has no sample to measure with")
@@ -46,7 +49,7 @@ def sample(model: Model, tokens: int) -> Prepared:
 
 
 def _seconds(model: Model, rows: list[Prepared]) -> float:
-    """Of the fastest of a few forwards."""
+    """Seconds of the fastest of REPEATS forwards."""
     best = float("inf")
     for _ in range(REPEATS):
         start = time.perf_counter()

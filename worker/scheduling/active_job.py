@@ -1,4 +1,4 @@
-"""A job in a worker's hand: its rows, what became of each, and the reply they make."""
+"""A job that a worker holds: its rows, their outcomes, and the reply."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ Outcome = Result
 Rows = list[Row[Prepared]]
 
 BY_SHARE = -1
-"""The rank of rows that spend their class's share, before that of the first priority."""
+"""Rank of rows that spend their class's share; they run before the first priority."""
 
 SUSPECT = -2
-"""The rank of the rows of suspects, before all others: a forward holds rows of one rank only."""
+"""Rank of the rows of suspects, before all others. They run alone, since a forward holds rows of one rank only."""
 
 
 @dataclass(slots=True, eq=False)
 class ActiveJob:
-    """A job in hand. `prepared` has one entry a row; `outcomes` fills as rows come back.
+    """A job that this worker holds. `prepared` has one entry a row; `outcomes` has None for a row without outcome yet.
 
-    `digests` names each row's answer in the cache; empty where none is kept.
+    `request`: the job as its client sent it. `rows_left`: rows without an outcome. `started_at`: server ms of the first
+    forward, 0 before it. `running_since`: monotonic seconds of the running forward's start. `digests`: cache key of
+    each row's answer; empty if they are not cached.
     """
 
     claim: Claim
-    job: Job
+    request: Job
     prepared: Sequence[Prepared | MillstreamError]
     name: str = field(init=False)
     outcomes: list[Outcome | None] = field(init=False)
-    left: int = field(init=False)
+    rows_left: int = field(init=False)
     started_at: int = 0
     running_since: float | None = None
     inference_ms: float = 0.0
@@ -47,18 +49,19 @@ class ActiveJob:
     def __post_init__(self) -> None:
         self.name = self.claim.address.name
         self.outcomes = [row if isinstance(row, MillstreamError) else None for row in self.prepared]
-        self.left = self.outcomes.count(None)
+        self.rows_left = self.outcomes.count(None)
 
     def in_model_s(self, now: float) -> float:
-        """Seconds the forwards over this job's rows took, the one under way included. `now`: monotonic seconds."""
+        """Seconds of all forwards over this job's rows, with the running one. `now`: monotonic seconds."""
         since = self.running_since
         return self.inference_ms / 1000 + (now - since if since is not None else 0.0)
 
     def rows(self) -> Rows:
+        """The prepared rows, with rank and urgency."""
         rank = BY_SHARE if self.claim.by_share else int(self.name[0]) - 1
         if self.claim.attempts >= SUSPECT_ATTEMPTS:
             rank = SUSPECT
-        # By the entry, not by the ms of its arrival alone: jobs of one ms would share micro-batches, and all end late.
+        # The sequence number orders jobs that arrived in one ms: else their rows would mix, and all would end late.
         ms, _, sequence = self.name[2:].partition("-")
         urgency = (rank, int(ms), int(sequence))
         return [
@@ -68,9 +71,9 @@ class ActiveJob:
         ]
 
     def reply(self) -> Reply:
-        """The answer, once every row has its outcome."""
+        """The answer. Every row must have its outcome."""
         if len(self.outcomes) == 1 and isinstance(vector := self.outcomes[0], np.ndarray):
-            # What most jobs come to, at once.
+            # The usual case, kept fast: one row, one vector.
             (row,) = cast(Sequence[Prepared], self.prepared)
             return Reply(
                 vector[np.newaxis], tokens=row.tokens, truncated=(0,) if row.truncated else (), timings=self._timings()
@@ -93,10 +96,10 @@ class ActiveJob:
         )
 
     def _timings(self) -> dict[str, float]:
-        """In ms; none where no row came to run."""
+        """Milliseconds in the queue and in the model; empty if no row ran."""
         if not self.started_at:
             return {}
-        return {"queue": float(max(0, self.started_at - self.job.at)), "inference": self.inference_ms}
+        return {"queue": float(max(0, self.started_at - self.request.at)), "inference": self.inference_ms}
 
 
 def _shape(outcome: Outcome | None) -> tuple[int, ...] | None:
@@ -104,13 +107,13 @@ def _shape(outcome: Outcome | None) -> tuple[int, ...] | None:
 
 
 def _alike(outcomes: Sequence[Outcome | None]) -> list[Outcome | None]:
-    """The outcomes, where results of another shape than most of them have are their rows' failures."""
+    """Replaces each result by ModelFailed if its shape is not that of more than half of the results."""
     counts = Counter(_shape(out) for out in outcomes if not isinstance(out, MillstreamError))
     most, number = counts.most_common(1)[0]
     usual = {most} if 2 * number > counts.total() else set()
     return [
         out
         if isinstance(out, MillstreamError) or _shape(out) in usual
-        else ModelFailed("the model's result has another shape than those of its neighbours")
+        else ModelFailed("the model's result has another shape than those of the job's other rows")
         for out in outcomes
     ]

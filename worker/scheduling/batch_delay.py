@@ -1,17 +1,20 @@
-"""Whether an idle model should wait for company: a pure rule over arrival times, seconds of any one clock.
+"""Decides if an idle model should wait for more jobs: a pure rule over arrival times, in seconds of any one clock.
 
-A lone caller's next request comes only after its answer, so waiting for it is waiting for nothing. What counts is how
-often a job arrives while another one is in hand: that rate says whether company is likely.
+A single caller sends its next request only after its answer, so waiting for it is useless. The rule uses the rate of
+jobs that arrive while another one waits or runs: it says how likely a second job is.
 """
 
 from __future__ import annotations
 
 HALF_LIFE_S = 2.0
+"""Busy seconds after which an arrival weighs half."""
+
 MIN_ARRIVALS = 0.5
+"""Weighted arrivals below which the rule never waits."""
 
 
 class BatchDelay:
-    """Learns the rate of arrivals while others are in hand, and from it how long to wait."""
+    """Estimates the rate of arrivals in busy time, and from it how long to wait. `batch_timeout_s`: longest wait."""
 
     def __init__(self, batch_timeout_s: float) -> None:
         self.batch_timeout_s = batch_timeout_s
@@ -19,21 +22,21 @@ class BatchDelay:
         self._busy_s = 0.0
 
     def observe(self, arrivals: int, busy_s: float) -> None:
-        """`arrivals` jobs came in `busy_s` seconds during which at least one other was in hand."""
+        """Notes that `arrivals` jobs came in `busy_s` seconds during which at least one other job waited or ran."""
         keep = 0.5 ** (busy_s / HALF_LIFE_S)
         self._arrivals = self._arrivals * keep + arrivals
         self._busy_s = self._busy_s * keep + busy_s
 
     def wait_s(self, since_first_s: float, since_last_s: float = 0.0) -> float:
-        """How much longer to wait for one more job, so long after the first one and the last one; 0 means run now."""
-        left = self.batch_timeout_s - since_first_s
-        if left <= 0 or self._arrivals < MIN_ARRIVALS:
+        """Seconds to wait for one more job, by the time since the first and the last one; 0.0: run now."""
+        remaining_s = self.batch_timeout_s - since_first_s
+        if remaining_s <= 0 or self._arrivals < MIN_ARRIVALS:
             return 0.0
         gap = self._busy_s / self._arrivals
-        # Worth it only if one more is likely in the time left; and not longer than twice what is usual.
-        return max(0.0, min(left, 2 * gap - since_last_s)) if gap <= left else 0.0
+        # Wait only if one more job is likely in the remaining time, and at most twice the mean gap between arrivals.
+        return max(0.0, min(remaining_s, 2 * gap - since_last_s)) if gap <= remaining_s else 0.0
 
-    def waited_in_vain(self) -> None:
-        """The wait ended without a second job. Traffic may have dropped, so past arrivals weigh a quarter."""
+    def note_failed_wait(self) -> None:
+        """Notes that a wait ended without a second job. Traffic may have dropped, so past arrivals weigh a quarter."""
         self._arrivals /= 4
         self._busy_s /= 4

@@ -1,8 +1,8 @@
-"""Which rows run together: a pure decision over a pool kept in order of length. No I/O, no clock.
+"""Chooses the rows that run together: a pure decision over a pool ordered by length. No I/O, no clock.
 
-Where a model pads its batches to their longest row, rows of like length belong together; the most urgent row says
-around which length. Measured on a long-tailed mix, batches of 64 in arrival order compute 3.6 times the tokens they
-hold. Where it packs them, rows of all lengths run together with no padding: then the most urgent do.
+If a model pads its batches to their longest row, rows of similar length should run together, around the length of the
+most urgent row. Measured on a long-tailed mix, batches of 64 in arrival order compute 3.6 times the tokens they hold.
+If a model packs its batches, rows of all lengths run together without padding, so the most urgent rows are chosen.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from typing import Generic, Literal, TypeVar
 T = TypeVar("T")
 
 Cut = Literal["rows", "tokens", "time", "padding", "arrival"]
-"""What ended a micro-batch: its rows, its tokens, the time it may take, that the next row would pad more than a forward
-of its own costs, or that nothing more of its rank was waiting."""
+"""Reason why a micro-batch has no more rows: the limit of rows, of tokens or of time, or more padding than an extra
+forward would cost, or no more rows of its rank waiting."""
 
 
 def computed(lengths: Sequence[int], packs: bool) -> int:
-    """Tokens that one forward over rows of these lengths computes, in a model that `packs` them or pads."""
+    """Tokens that one forward over rows of these lengths computes, if the model `packs` them, else with padding."""
     return sum(lengths) if packs else max(lengths, default=0) * len(lengths)
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Limits of one forward: rows, and the tokens it computes, padding included. One over-long row goes alone.
+    """Limits of one forward: rows, and the tokens it computes, padding included. A row over the limit runs alone.
 
-    `overhead` is what a forward costs before its first token, in tokens: the price of cutting one batch in two. A model
-    that `packs` runs rows of different lengths without padding each to the longest.
+    `overhead`: fixed cost of a forward, in tokens; an extra forward costs that much. A model that `packs` runs rows of
+    different lengths without padding them to the longest.
     """
 
     rows: int
@@ -47,7 +47,7 @@ class Budget:
 
 @dataclass(slots=True, eq=False)
 class Row(Generic[T]):
-    """One row that waits. A smaller `urgency` runs earlier: its rank, then what orders arrivals. `owner` is its job."""
+    """One waiting row. A smaller `urgency` runs earlier: its rank, then the order of arrival. `owner` names its job."""
 
     tokens: int
     urgency: tuple[int, ...]
@@ -57,7 +57,7 @@ class Row(Generic[T]):
 
 
 class Pool(Generic[T]):
-    """Rows that wait for their forward: those of each rank ordered by length. `cut` is what ended the last batch."""
+    """Rows that wait for their forward, each rank ordered by length. `cut`: why the last batch has no more rows."""
 
     def __init__(self) -> None:
         self._ranks: dict[int, list[Row[T]]] = {}
@@ -74,42 +74,42 @@ class Pool(Generic[T]):
             self._rows += 1
             self.tokens += row.tokens
 
-    def _removed(self, rows: Sequence[Row[T]]) -> None:
+    def _subtract(self, rows: Sequence[Row[T]]) -> None:
         self._rows -= len(rows)
         self.tokens -= sum([row.tokens for row in rows])
 
     def drop(self, owners: Collection[str]) -> list[Row[T]]:
-        """Take out all rows of `owners`."""
+        """Removes all rows of `owners` and returns them."""
         if not owners:
             return []
         dropped = [row for rows in self._ranks.values() for row in rows if row.owner in owners]
         for rows in self._ranks.values() if dropped else ():
             rows[:] = [row for row in rows if row.owner not in owners]
-        self._removed(dropped)
+        self._subtract(dropped)
         return dropped
 
     def waiting(self, rank: int) -> int:
-        """How many rows of `rank` wait."""
+        """Number of waiting rows of `rank`."""
         return len(self._ranks.get(rank, ()))
 
     def move(self, rank: int, to: int, rows: int) -> int:
-        """Give the most urgent rows of `rank`, at most so many, the rank `to`; how many there were."""
+        """Moves the most urgent rows of `rank`, at most `rows`, to the rank `to`. Returns their number."""
         waiting = self._ranks.get(rank, [])
         chosen = nsmallest(rows, range(len(waiting)), key=lambda at: waiting[at].urgency)
         moved = [waiting[at] for at in chosen]
         for at in sorted(chosen, reverse=True):
             del waiting[at]
-        self._removed(moved)
+        self._subtract(moved)
         self.add(replace(row, urgency=(to, *row.urgency[1:])) for row in moved)
         return len(moved)
 
     def take(self, budget: Budget, chosen: Sequence[Row[T]] = ()) -> list[Row[T]]:
-        """The next micro-batch: the most urgent row and those neighbours in length that are worth padding together, or
-        the most urgent rows where the model packs.
+        """Removes the next micro-batch and returns it.
 
-        All of one rank: where time grows with tokens, the company of bulk would cost a single text its urgency. Never
-        empty unless the pool is; never over the budget but for one row that is over it by itself. What `choose` said
-        last is taken as long as it may be: all of it waits, no rank above it does, and the budget allows it.
+        It has the most urgent row and the rows next to it in length that are worth padding together; if the model
+        packs, the most urgent rows. All are of one rank: rows of a lower rank would delay an urgent one. The batch is
+        empty only if the pool is, and over the budget only if a single row is. `chosen`, a result of `choose`, is taken
+        if all of it still waits, no rank above it does, and the budget allows it.
         """
         rows = self._first()
         if chosen and _allowed(chosen, rows, budget):
@@ -119,17 +119,17 @@ class Pool(Generic[T]):
         if place:
             del rows[place]
         else:
-            taken = set(map(id, batch))
-            rows[:] = [row for row in rows if id(row) not in taken]
-        self._removed(batch)
+            batch_ids = set(map(id, batch))
+            rows[:] = [row for row in rows if id(row) not in batch_ids]
+        self._subtract(batch)
         return batch
 
     def choose(self, budget: Budget) -> list[Row[T]]:
-        """What `take` would take now."""
+        """The rows that `take` would return now. They stay in the pool."""
         return self._pick(self._first(), budget)[0]
 
     def _pick(self, rows: Sequence[Row[T]], budget: Budget) -> tuple[list[Row[T]], slice | None]:
-        """The next micro-batch of `rows`, and its place among them where it is one piece."""
+        """The next micro-batch of `rows`, and its slice of them; None if it is not contiguous."""
         if not rows:
             return [], None
         if budget.packs:
@@ -140,7 +140,7 @@ class Pool(Generic[T]):
         return list(rows[place]), place
 
     def _first(self) -> list[Row[T]]:
-        """The rows of the most urgent rank that has any."""
+        """Rows of the most urgent rank that has any."""
         return next((self._ranks[rank] for rank in sorted(self._ranks) if self._ranks[rank]), [])
 
 
@@ -150,7 +150,7 @@ def _allowed(chosen: Sequence[Row[T]], rows: Sequence[Row[T]], budget: Budget) -
 
 
 def _oldest(rows: Sequence[Row[T]], budget: Budget) -> tuple[list[Row[T]], Cut]:
-    """The most urgent rows that fit, in order, and why no more."""
+    """The most urgent rows that fit, in order, and the reason why no more do."""
     batch = nsmallest(budget.rows, rows, key=_urgency)
     fitting = max(1, sum(tokens <= budget.tokens for tokens in accumulate(row.tokens for row in batch)))
     if fitting < len(batch):
@@ -159,14 +159,14 @@ def _oldest(rows: Sequence[Row[T]], budget: Budget) -> tuple[list[Row[T]], Cut]:
 
 
 def _neighbours(rows: Sequence[Row[T]], at: int, budget: Budget) -> tuple[int, int, Cut]:
-    """Grow [low, high] around `at` while that raises the share of real tokens in the forward's cost; and why not on."""
+    """Extends [low, high] around `at` while the share of real tokens in the cost rises. Returns also why it ended."""
     low = high = at
     real = rows[at].tokens
     share = real / (budget.overhead + real)
     for size in range(2, len(rows) + 1):
         if size > budget.rows:
             return low, high, "rows"
-        # Of the rows with one more: of those that fit, and of those that are over the budget.
+        # Share with one more row, below or above. `over`: the share if that row does not fit the budget.
         below = above = over = -1.0
         if low > 0:
             padded = size * rows[high].tokens
@@ -191,7 +191,7 @@ def _neighbours(rows: Sequence[Row[T]], at: int, budget: Budget) -> tuple[int, i
     return low, high, "arrival"
 
 
-# In C: they are called for every row that waits at every micro-batch.
+# Implemented in C, which matters: they are called for every waiting row at every micro-batch.
 _length = attrgetter("tokens")
 _urgency = attrgetter("urgency")
 

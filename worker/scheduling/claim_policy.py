@@ -1,13 +1,14 @@
-"""What a worker does next to keep its window filled: a pure table over what it holds and what its last claim found.
+"""Decides a worker's next step, which keeps its window filled: a pure function of its state and its last claim.
 
-A suspect waits for a worker that holds nothing. So does a job larger than its class may save, or than a window, if it
-does not fit: here it counts as a suspect. While one waits, the worker claims only what is more urgent and so makes
-itself free; once the class of the suspect has saved a micro-batch, it claims nothing at all until it is free. While a
-realtime suspect waits, new realtime jobs are claimed as long as less urgent rows wait here: they keep the worker busy.
+A suspect waits for a worker that holds nothing. A job that does not fit and is larger than a window, or than its class
+may save, also waits for such a worker and counts as a suspect here. While a suspect waits, the worker claims only more
+urgent jobs, so that it becomes free. When the class of the suspect has saved a micro-batch, the worker claims nothing
+until it is free. While a realtime suspect waits, new realtime jobs are claimed as long as less urgent rows wait here,
+since those keep the worker busy anyway.
 
-A supervised worker need not become free, unless rows that are more urgent than the suspect wait here: after the forward
-under way it sets aside what waits, and runs the suspects first. If it dies of them, its supervisor knows that the
-others only waited.
+A supervised worker need not become free, unless rows that are more urgent than the suspect wait here. After the running
+forward it sets the waiting rows aside and runs the suspects first. If it dies, its supervisor charges the suspects
+only, since the other jobs only waited.
 """
 
 from __future__ import annotations
@@ -20,24 +21,25 @@ from millstream.broker.contract.job import PRIORITIES
 from millstream.broker.queue.lease import SUSPECT_ATTEMPTS
 from millstream.broker.queue.streams import ClaimBudget, Claimed
 
-LOOK_S, LONGEST_LOOK_S = 0.02, 0.25
-"""Seconds between two claims of a busy worker, at least and at most: the fewer, the sooner its forward ends."""
+SHORTEST_WAIT_S, LONGEST_WAIT_S = 0.02, 0.25
+"""Seconds between two claims of a busy worker, at least and at most. It is shorter if the forward ends sooner."""
 
 RELIED_ON = 0.75
-"""Part of the predicted rest of a forward after which the worker claims again: predictions come from other forwards."""
+"""Part of the predicted rest of a forward after which the worker claims again. The prediction may be too long."""
 
 
-class Look(NamedTuple):
-    """What the last claim found, or the last sleep in Redis if `asleep`.
+class LastClaim(NamedTuple):
+    """Result of the last claim; `asleep`: it was a blocking read.
 
-    `takes`: micro-batches taken before it. `found`: it took jobs. `left`: it left jobs. `blocked`: the stream whose
-    next job had no room, 0 for none. `suspects`: the most urgent stream with suspects left, 0 for none. `alone`: it
-    took suspects. `paused`: the service gives out nothing. `waited`: a wait ended since, without a take.
+    `takes`: value of `window.takes` before it. `found`: it returned jobs. `more_waiting`: more jobs wait in the queue.
+    `blocked`: the stream whose next job had no room, 0 for none. `suspects`: the most urgent stream in which suspects
+    wait, 0 for none. `alone`: it returned suspects. `paused`: the service is paused. `waited`: a wait has ended since,
+    without a take.
     """
 
     takes: int = -1
     found: bool = True
-    left: bool = True
+    more_waiting: bool = True
     blocked: int = 0
     suspects: int = 0
     alone: bool = False
@@ -45,13 +47,13 @@ class Look(NamedTuple):
     asleep: bool = False
     waited: bool = False
 
-    def then(self, claimed: Claimed, limit: ClaimBudget, takes: int, *, asleep: bool = False) -> Look:
-        """What `claimed` within `limit` says of the queue, after this; `takes` as it was before the claim."""
+    def then(self, claimed: Claimed, limit: ClaimBudget, takes: int, *, asleep: bool = False) -> LastClaim:
+        """The next value, from a claim within `limit` that returned `claimed`; `takes`: its value before that claim."""
         not_asked = self.takes == takes and limit.streams < self.blocked
-        return Look(
+        return LastClaim(
             takes,
             found=bool(claimed.claims),
-            left=any(claimed.waiting),
+            more_waiting=any(claimed.waiting),
             blocked=claimed.blocked or (self.blocked if not_asked else 0),
             suspects=claimed.suspects,
             alone=any(claim.attempts >= SUSPECT_ATTEMPTS for claim in claimed.claims),
@@ -60,22 +62,23 @@ class Look(NamedTuple):
         )
 
 
-FIRST = Look()
-"""Before the first claim, and after a fault: anything may wait."""
+FIRST = LastClaim()
+"""Value before the first claim, and after a fault: nothing is known of the queue."""
 
 
 class State(NamedTuple):
-    """One worker at one moment.
+    """State of one worker at one moment.
 
-    `room`: what may be claimed on top of what waits here, None if the window is full. `urgent_room`: how much realtime
-    work may pass a full window, None for none. `waiting`: rows wait for the runner. `empty_handed`: every entry is
-    settled and no forward runs. `takes`: micro-batches taken so far. `forward_left_s`: predicted rest of the forward
-    under way. `saved`: rows that normal and batch jobs may run before more urgent ones, 0 if such rows wait here.
+    `room`: budget of a claim, None if the window is full. `urgent_room`: budget of a claim of realtime jobs into a full
+    window, None if there is none. `waiting`: rows wait for the runner. `empty_handed`: every entry is settled and no
+    forward runs. `takes`: micro-batches taken so far. `forward_left_s`: predicted seconds until the running forward
+    ends. `saved`: rows that normal and batch jobs may run before more urgent ones, 0 if such rows wait here.
     `batch_rows`: rows of a micro-batch. `less_urgent`: rows of normal or batch jobs wait for the runner.
-    `suspect_room`: what may be claimed of suspects to run before what waits, None if they wait until it is free.
+    `suspect_room`: budget of a claim of suspects that run before the waiting rows, None if they have to wait until the
+    worker is free.
     """
 
-    look: Look
+    last_claim: LastClaim
     room: ClaimBudget | None
     urgent_room: ClaimBudget | None = None
     waiting: bool = False
@@ -97,14 +100,14 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Overtake:
-    """The window is full, or the worker is to be free: claim realtime jobs within `limit`, to run before what waits."""
+    """Claim realtime jobs within `limit`, though the window is full or the worker has to become free."""
 
     limit: ClaimBudget
 
 
 @dataclass(frozen=True, slots=True)
 class SleepInRedis:
-    """Sleep until a new job comes; claim it, and what came with it within `limit`."""
+    """Sleep until a new job comes; claim it and others within `limit`."""
 
     limit: ClaimBudget
 
@@ -123,36 +126,36 @@ class WaitUntilEmpty:
 
 @dataclass(frozen=True, slots=True)
 class RunSuspects:
-    """Set aside what waits here, claim suspects within `limit`, and wait until they are settled."""
+    """Set the waiting rows aside, claim suspects within `limit`, and wait until they are settled."""
 
     limit: ClaimBudget
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Wait a moment: the service is paused."""
+    """Wait a moment, since the service is paused."""
 
 
 Step = Claim | Overtake | SleepInRedis | WaitForTake | WaitUntilEmpty | RunSuspects | Pause
 
 
 def next_step(state: State) -> Step:
-    """The next thing to do. It is asked again after each step."""
-    look = state.look
-    if look.paused and not look.waited:
+    """The next step. The claimer asks again after each step."""
+    last_claim = state.last_claim
+    if last_claim.paused and not last_claim.waited:
         return Pause()
     last = _last_stream(state)
-    if look.alone and not state.empty_handed:
+    if last_claim.alone and not state.empty_handed:
         return WaitUntilEmpty()
-    if look.suspects and state.suspect_room and not state.empty_handed:
-        return RunSuspects(state.suspect_room._replace(streams=last, returned=look.suspects))
+    if last_claim.suspects and state.suspect_room and not state.empty_handed:
+        return RunSuspects(state.suspect_room._replace(streams=last, returned=last_claim.suspects))
     if not last:
-        return _past_a_full_window(state) if look.suspects == 1 and state.less_urgent else WaitUntilEmpty()
+        return _past_a_full_window(state) if last_claim.suspects == 1 and state.less_urgent else WaitUntilEmpty()
     with_room = _last_with_room(state)
     if state.room is None or (state.waiting and not with_room):
         return _past_a_full_window(state)
-    if not look.paused:
-        if state.waiting and not look.waited and _is_exhausted(state):
+    if not last_claim.paused:
+        if state.waiting and not last_claim.waited and _is_exhausted(state):
             return _wait_for_take(state)
         if not state.waiting and not (with_room and _may_find_more(state)):
             return _rest(state, state.room)
@@ -167,8 +170,8 @@ def _first_of(room: ClaimBudget, streams: int, returned: int) -> ClaimBudget:
 
 
 def _last_stream(state: State) -> int:
-    """The least urgent stream to claim from: before a suspect that waits, and 0 once its class has saved enough."""
-    suspects = state.look.suspects
+    """The least urgent stream to claim from, before that of a suspect; 0 if its class has saved a micro-batch."""
+    suspects = state.last_claim.suspects
     if state.empty_handed or not suspects:
         return len(PRIORITIES)
     is_due = suspects > 1 and state.saved[suspects - 2] >= state.batch_rows
@@ -176,45 +179,43 @@ def _last_stream(state: State) -> int:
 
 
 def _last_with_room(state: State) -> int:
-    """The least urgent stream whose next job may have room. A take makes room, and an empty worker has some for any."""
-    look = state.look
-    is_blocked = look.blocked and state.takes == look.takes and not state.empty_handed
-    return look.blocked - 1 if is_blocked else len(PRIORITIES)
+    """The least urgent stream whose next job may have room. A take makes room; an empty worker has room for any job."""
+    last_claim = state.last_claim
+    is_blocked = last_claim.blocked and state.takes == last_claim.takes and not state.empty_handed
+    return last_claim.blocked - 1 if is_blocked else len(PRIORITIES)
 
 
 def _is_exhausted(state: State) -> bool:
-    """Whether to claim again at once would find nothing, as far as is known."""
-    look = state.look
-    took_all = not look.found or bool(look.blocked) or (look.asleep and not look.left)
-    return took_all and state.takes == look.takes
+    """Whether another claim now would probably find nothing."""
+    last_claim = state.last_claim
+    took_all = not last_claim.found or bool(last_claim.blocked) or (last_claim.asleep and not last_claim.more_waiting)
+    return took_all and state.takes == last_claim.takes
 
 
 def _may_find_more(state: State) -> bool:
     """Whether a worker without waiting rows should claim rather than rest."""
-    look = state.look
-    if state.empty_handed and (look.suspects or look.blocked):
+    last_claim = state.last_claim
+    if state.empty_handed and (last_claim.suspects or last_claim.blocked):
         return True
-    if look.asleep:
-        return look.left
-    return state.takes != look.takes or (look.found and not look.blocked)
+    if last_claim.asleep:
+        return last_claim.more_waiting
+    return state.takes != last_claim.takes or (last_claim.found and not last_claim.blocked)
 
 
 def _rest(state: State, room: ClaimBudget) -> Step:
-    """Nothing can be claimed and nothing waits here."""
-    if state.look.suspects or state.look.blocked:
+    """The step if nothing can be claimed and no row waits here."""
+    if state.last_claim.suspects or state.last_claim.blocked:
         return WaitUntilEmpty()
-    # One more may come than is claimed: what must run alone is not for the same moment.
+    # The blocking read itself may bring a job, so the claim after it must not bring jobs that have to run alone.
     return SleepInRedis(room._replace(empty_handed=False) if room.empty_handed else room)
 
 
 def _past_a_full_window(state: State) -> Step:
-    if state.look.waited and state.urgent_room is not None:
+    if state.last_claim.waited and state.urgent_room is not None:
         return Overtake(state.urgent_room)
     return _wait_for_take(state)
 
 
 def _wait_for_take(state: State) -> WaitForTake:
-    """What comes runs after the forward under way at the earliest, and a claim takes time from a model that fills all
-    cores.
-    """
-    return WaitForTake(min(LONGEST_LOOK_S, max(LOOK_S, RELIED_ON * state.forward_left_s)))
+    """Waits for most of the running forward: new jobs cannot run earlier, and a claim takes CPU time from the model."""
+    return WaitForTake(min(LONGEST_WAIT_S, max(SHORTEST_WAIT_S, RELIED_ON * state.forward_left_s)))

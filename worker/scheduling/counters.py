@@ -1,4 +1,4 @@
-"""What a worker process counts of its own work; published at each beat."""
+"""Counters of a worker process; published at each beat."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from millstream.worker.scheduling.batcher import Cut
 
 @dataclass(slots=True)
 class Counters:
-    """Totals since the process started. `padded` / `tokens` is the padding; `rows` / `forwards` the mean batch.
+    """Totals since the process started. `padded` / `tokens` is the padding, `rows` / `forwards` the mean batch.
 
-    `cuts` counts the forwards by what ended their micro-batch.
+    `padded`: computed tokens, padding included. `late`: answers to jobs that were settled before. `cuts`: forwards by
+    the reason why their micro-batch had no more rows.
     """
 
     jobs: int = 0
@@ -26,6 +27,7 @@ class Counters:
     cuts: dict[Cut, int] = field(default_factory=lambda: dict.fromkeys(get_args(Cut), 0))
 
     def fields(self) -> dict[str, str | int]:
+        """All counters by the name under which they are published."""
         totals = asdict(self)
         cuts = {f"cut_{reason}": count for reason, count in totals.pop("cuts").items()}
         return totals | cuts

@@ -1,7 +1,7 @@
-"""How less urgent jobs keep moving while more urgent ones saturate the workers: a pure deficit count, in rows.
+"""Keeps less urgent jobs from starving while more urgent ones saturate the workers: a pure deficit count, in rows.
 
-After deficit round robin (Shreedhar and Varghese, 1995): a class that waits saves its share of all rows served, and may
-spend what it saved before more urgent classes.
+After deficit round robin (Shreedhar and Varghese, 1995): a waiting class saves its share of all claimed rows, and may
+run as many rows as it saved before more urgent classes.
 """
 
 from __future__ import annotations
@@ -11,36 +11,35 @@ from collections.abc import Mapping, Sequence
 from millstream.broker.contract.job import PRIORITIES, Claim, Priority
 
 CLASSES = (Priority.NORMAL, Priority.BATCH)
-"""The classes that can starve; realtime is always served first."""
-
+"""Classes that can starve; realtime jobs run first."""
 
 SAVED_BATCHES = 2
-"""Micro-batches of rows that a class saves at most."""
+"""Micro-batches of rows that a class may save at most."""
 
 
 class FairShare:
-    """One worker's count. `shares` are parts of 1; at most `most_rows` are saved: nobody holds others up for long."""
+    """Saved rows of one worker. `shares` are parts of 1; `most_rows` bounds how long a class delays urgent ones."""
 
     def __init__(self, shares: Mapping[Priority, float], most_rows: int) -> None:
         self._saved = dict.fromkeys(CLASSES, 0.0)
         self.change(shares, most_rows)
 
     def change(self, shares: Mapping[Priority, float], most_rows: int) -> None:
-        """Take over changed limits."""
+        """Applys changed limits."""
         self._shares = shares
         self._most_rows = most_rows
 
     def saved(self) -> tuple[int, int]:
-        """Rows that normal and batch jobs may take before more urgent ones."""
+        """Rows that normal and batch jobs may run before more urgent ones."""
         normal, batch = (int(self._saved[each]) for each in CLASSES)
         return normal, batch
 
-    def spent(self, priority: Priority, rows: int) -> None:
-        """Charge `rows`, claimed before, that run now ahead of more urgent ones."""
+    def charge(self, priority: Priority, rows: int) -> None:
+        """Charges `rows` that were claimed before and run now, before more urgent ones."""
         self._saved[priority] = max(0.0, self._saved[priority] - rows * (1 - self._shares[priority]))
 
-    def served(self, claims: Sequence[Claim], waiting: Sequence[int]) -> None:
-        """Note what a claim took, and how much of each priority still waits, in the streams or in hand."""
+    def record(self, claims: Sequence[Claim], waiting: Sequence[int]) -> None:
+        """Notes the claimed jobs, and how many of each priority still wait, in the streams or in the window."""
         rows = dict.fromkeys(PRIORITIES, 0)
         for claim in claims:
             rows[claim.address.priority] += claim.job.rows if claim.job else 1

@@ -1,4 +1,4 @@
-"""What a micro-batch that ran out of memory teaches: how much fits into one forward. Pure; knows no device."""
+"""Finds how many tokens fit into one forward, from micro-batches that ran out of memory. Pure; knows no device."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from millstream.worker.models.base import Prepared
 from millstream.worker.scheduling.batcher import computed
 
 _SIGNS = ("out of memory", "can't allocate memory", "failed to allocate memory", "alloc_failed")
-"""How torch, ONNX Runtime and the libraries below them say it, in errors that are no type of their own."""
+"""Parts of the messages with which torch, ONNX Runtime and the libraries below them report it in general errors."""
 
 
 def is_exhaustion(error: BaseException) -> bool:
-    """Whether a forward failed for want of memory, the host's or a device's."""
-    # By name: nothing here imports torch, nor ONNX Runtime, whose RuntimeException is no RuntimeError.
+    """Whether a forward failed for lack of memory of the host or of a device."""
+    # By name: this imports neither torch nor ONNX Runtime, whose RuntimeException is no RuntimeError.
     names = {cls.__name__ for cls in type(error).__mro__}
     untyped = not names.isdisjoint(("RuntimeError", "RuntimeException"))
-    said = untyped and any(sign in str(error).lower() for sign in _SIGNS)
-    return "OutOfMemoryError" in names or isinstance(error, MemoryError) or said
+    reports_it = untyped and any(sign in str(error).lower() for sign in _SIGNS)
+    return "OutOfMemoryError" in names or isinstance(error, MemoryError) or reports_it
 
 
 class Fit:
-    """How the forwards over one micro-batch's rows fared, in tokens computed, by a model that `packs` or pads.
+    """Sizes of the forwards over one micro-batch's rows, in computed tokens; the model `packs` its rows, or pads them.
 
-    `alone` counts rows that exhausted the memory by themselves. They say nothing of how much fits: a batch counts as
-    too large only where each of its rows ran in the end.
+    `alone` counts rows that exhausted the memory by themselves. They do not show how much fits: a batch counts as too
+    large only if each of its rows ran in the end.
     """
 
     def __init__(self, packs: bool = False) -> None:
@@ -33,21 +33,22 @@ class Fit:
         self._fitted: list[int] = []
         self._too_large: int | None = None
 
-    def fitted(self, rows: Sequence[Prepared]) -> None:
+    def add_fitting(self, rows: Sequence[Prepared]) -> None:
+        """Notes that a forward over `rows` fitted into memory."""
         self._fitted.append(self._computed(rows))
 
-    def exceeded(self, rows: Sequence[Prepared]) -> None:
-        """These ran out of memory together, and in parts they did not."""
+    def add_too_large(self, rows: Sequence[Prepared]) -> None:
+        """Notes that `rows` ran out of memory together, and did not in parts."""
         size = self._computed(rows)
         self._too_large = size if self._too_large is None else min(self._too_large, size)
 
     def rules_out(self, rows: Sequence[Prepared]) -> bool:
-        """Whether a forward as large as that is known to fail."""
+        """Whether a forward over `rows` is known to fail."""
         return self._too_large is not None and len(rows) > 1 and self._computed(rows) >= self._too_large
 
     @property
     def most(self) -> int | None:
-        """The largest forward that may be tried from now on; None where memory sufficed."""
+        """The largest forward that fits, in tokens; None if none ran out of memory, or if none fitted."""
         if self._too_large is None:
             return None
         return max((size for size in self._fitted if size < self._too_large), default=None)

@@ -1,5 +1,5 @@
-"""Worker processes seen from outside: started, watched, ended, and what they held given back.
+"""Starts, watches and ends worker processes, and gives the jobs of dead ones back.
 
-Child and supervisor meet in `progress.py`, a page of shared memory. Imports `broker` and, for the plan of a process,
-its models' names. Start with `supervisor.py`.
+Child and supervisor share `progress.py`, a page of shared memory. Imports `broker` and, for the plan of a process, the
+names of its models. Start with `supervisor.py`.
 """

@@ -1,4 +1,4 @@
-"""What a supervisor tells its child. Small and without imports: both sides read it before anything heavy is loaded."""
+"""Arguments of a supervisor to its child. A module with light imports only: both import it before torch is loaded."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import socket
 from dataclasses import asdict, dataclass
 
 URL_VARIABLE = "MILLSTREAM_REDIS_URL"
-"""Where the child finds the server's URL: it may hold a password, which an argument would show to everybody."""
+"""Environment variable with the server's URL. It may hold a password, which an argument would show to all users."""
 
 EXIT_PERMANENT = 78
-"""The exit status of a start that would fail again: wrong configuration, no such model."""
+"""Exit status of a start that would fail again: wrong configuration, unknown model."""
 
 
 def new_consumer() -> str:
-    """A name for a worker process that no other has: its host, who named it, and chance."""
+    """A unique name for a worker process: host, pid of the process that names it, and random digits."""
     return f"{socket.gethostname()[:32]}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 @dataclass(frozen=True, slots=True)
 class ChildArgs:
-    """One child's task. `past` says how its predecessor ended.
+    """Arguments of one child. `past`: how its predecessor ended, "" for the first.
 
-    `handler` is the code of a custom model, and `folder` where its configuration file stands. `supervised`: somebody
-    reads the page after the child's death.
+    `handler`: import path of a custom model's code. `folder`: folder of its configuration file. `supervised`: a
+    supervisor reads the progress page after the child's death.
     """
 
     service: str

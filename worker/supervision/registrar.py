@@ -1,4 +1,4 @@
-"""Thread: puts services back on a server that was emptied, from what it last read of them there."""
+"""Thread that registers services again on a server that was emptied, from the records it last read there."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from millstream.broker.transport.connection import is_transient
 log = logging.getLogger(__name__)
 
 LOOK_S = 1.0
-"""Seconds between two looks at the registry."""
+"""Seconds between two checks of the registry."""
 
 
 class Registration:
-    """One service's record as the server last had it. Changes that others push are taken over, never undone.
+    """One service's record as last read from the server. Changes that others push are kept, never undone.
 
-    It is written only if the server has none: after FLUSHALL, or if it came back without its data.
+    The record is written only if the server has none: after FLUSHALL, or a restart without its data.
     """
 
     def __init__(self, registry: Registry, spec: ServiceSpec) -> None:
@@ -30,7 +30,7 @@ class Registration:
         self._refused = ""
 
     def keep(self) -> bool:
-        """Read the record, or put the last one back; whether it was put back. Raises what a read raises."""
+        """Reads the record; if there is none, writes the last one and returns True. Raises as a read does."""
         if standing := self._registry.record(self._service):
             self._record = standing
             self._refused = ""
@@ -43,21 +43,21 @@ class Registration:
         except MillstreamError as error:
             if is_transient(error):
                 raise
-            self._say_refused(str(error))
+            self._log_refused(str(error))
             return False
         if restored:
             log.warning(
-                "service %s was registered no more, the server was emptied: it is registered again, "
+                "service %s was no longer registered, the server was emptied: it is registered again, "
                 "and jobs that were accepted before are lost",
                 self._service,
             )
         return restored
 
-    def _say_refused(self, reason: str) -> None:
+    def _log_refused(self, reason: str) -> None:
         if reason != self._refused:
             self._refused = reason
             log.error(
-                "service %s is registered no more, and cannot be registered again from here: %s; run "
+                "service %s is no longer registered, and cannot be registered again from here: %s; run "
                 "`millstream config push`",
                 self._service,
                 reason,
@@ -65,7 +65,7 @@ class Registration:
 
 
 class Registrar(threading.Thread):
-    """Keeps the services of one supervisor registered until `stop`: none of its workers may be alive to do so."""
+    """Keeps the services of one supervisor registered until `stop`, even if none of its workers is alive."""
 
     def __init__(self, registry: Registry, specs: Sequence[ServiceSpec]) -> None:
         super().__init__(name="registrar", daemon=True)
@@ -81,9 +81,9 @@ class Registrar(threading.Thread):
             self._stopped.wait(LOOK_S)
 
     def look(self) -> None:
-        """One look at each service. A server that is away is asked again at the next look."""
+        """Checks each service once. If the server is away, the next check tries again."""
         for registration in self._registrations:
             try:
                 registration.keep()
-            except Exception as error:  # noqa: BLE001 - one service's broken keys must not end the care for all others
+            except Exception as error:  # noqa: BLE001 - one service's broken keys must not affect the others
                 log.debug("the registry cannot be read: %s", described(error))

@@ -1,4 +1,4 @@
-"""Starts worker processes, starts them again when they die, and gives back at once what a dead one held."""
+"""Starts worker processes, restarts those that die, and gives the jobs of dead ones back at once."""
 
 from __future__ import annotations
 
@@ -30,19 +30,25 @@ from millstream.worker.supervision.registrar import Registrar
 log = logging.getLogger(__name__)
 
 POLL_S = 0.1
+"""Seconds between two checks of the children."""
+
 DRAIN_S = 30.0
+"""Seconds that a drain may take by default before children are killed."""
+
 CRASH_LOOP = 5
+"""Early deaths in a row from which on restarts wait for the longest backoff."""
+
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
 _LIBRARIES = ("torch", "sentence_transformers")
 RUNNABLE = ("embedding", "reranker", "custom", "echo")
-"""The model types this version has a worker for."""
+"""Model types that this version can run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How many processes of a service to run here, each on `device` (None: the model's, or the best there is).
+    """Processes of a service to run here: `count` of them, each on `device` (None: the model's, or the best one).
 
-    `folder` is where the code of a custom model is looked for, beside what is installed.
+    `folder`: searched for the code of a custom model, besides the installed packages.
     """
 
     spec: ServiceSpec
@@ -51,14 +57,14 @@ class Plan:
     folder: str = ""
 
     def device_of(self, index: int) -> str | None:
-        """Where the process number `index` of this plan runs: its devices in turn."""
+        """Device of the process number `index` of this plan: its devices in turn."""
         devices = (self.device,) if self.device else self.spec.model.devices or (self.spec.model.device,)
         return devices[index % len(devices)]
 
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """What a dead child left behind, until it is given back to the queue."""
+    """A dead child whose jobs are not given back to the queue yet."""
 
     service: str
     consumer: str
@@ -67,10 +73,10 @@ class Death:
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One place for a child: its plan, the child in it, and when the next may start after a death.
+    """One place for a child: its plan, the child in it, and when the next may start after a death (monotonic seconds).
 
-    `past` says how its last child ended. `ready` is what the last look found: other threads read it, and must not touch
-    a child that may just be buried.
+    `past`: how its last child ended. `ready`: whether the child was ready at the last check. Other threads read that
+    field, since they must not touch a child that may be closed at the same time. `refused`: no child starts again.
     """
 
     plan: Plan
@@ -84,7 +90,7 @@ class Slot:
 
 
 def preflight(specs: Sequence[ServiceSpec]) -> None:
-    """Check in milliseconds, without torch, what a worker could only find out in seconds. Raises ModelUnavailable."""
+    """Checks, without torch and in milliseconds, that workers can start. Raises ModelUnavailable if not."""
     for spec in specs:
         if spec.model.type not in RUNNABLE:
             raise ModelUnavailable(
@@ -110,7 +116,7 @@ def _check_libraries(spec: ServiceSpec) -> None:
 class Supervisor:
     """Keeps the planned processes alive until `drain`.
 
-    Not thread-safe but for `stop`, `kill` and the read-only properties.
+    Only `stop`, `kill` and the read-only properties may be used by other threads.
     """
 
     def __init__(self, url: str, prefix: str, plans: Sequence[Plan], *, drain_s: float = DRAIN_S) -> None:
@@ -120,13 +126,13 @@ class Supervisor:
         self._connection = Connection(url, name="millstream-supervisor")
         self._slots = [Slot(plan, plan.device_of(index)) for plan in plans for index in range(plan.count)]
         self._deaths: list[Death] = []
-        self._said: set[tuple[str, str]] = set()
+        self._logged: set[tuple[str, str]] = set()
         self._registrar = Registrar(Registry(self._connection, prefix), [plan.spec for plan in plans])
         self._stopping = False
         self.restarts = 0
 
     def run(self) -> None:
-        """Start the processes, watch over them until `stop`, drain. Raises ModelUnavailable if none can start."""
+        """Starts the processes, watches them until `stop`, then drains. Raises ModelUnavailable if none can start."""
         self._registrar.start()
         try:
             while not self._stopping:
@@ -136,17 +142,17 @@ class Supervisor:
             self.drain()
 
     def stop(self) -> None:
-        """End `run`, from another thread or a signal handler, which must take no lock."""
+        """Ends `run`. Takes no lock, so signal handlers may call it."""
         self._stopping = True
 
     def kill(self) -> None:
-        """Kill all children at once, from another thread. That is ordered: it costs no job an attempt."""
+        """Kills all children at once, from any thread. No job is charged an attempt."""
         for child in [slot.child for slot in self._slots]:
             if child:
                 child.kill("the drain was cut short")
 
     def step(self) -> None:
-        """One look at every child: start what is missing, end what is stuck, bury what died."""
+        """Checks every child once: starts missing ones, kills stuck ones, gives the jobs of dead ones back."""
         for slot in self._slots:
             self._look(slot)
         self._give_back()
@@ -158,7 +164,7 @@ class Supervisor:
             slot.child.end_stuck()
             slot.child.note_ready()
         if slot.child and not slot.child.lives:
-            self._died(slot, slot.child)
+            self._handle_exit(slot, slot.child)
         elif slot.child and slot.child.steady:
             slot.failures = 0
         if not slot.child and not slot.refused and time.monotonic() >= slot.start_at:
@@ -174,7 +180,7 @@ class Supervisor:
         return len(self._slots)
 
     def tally(self) -> dict[str, tuple[int, int]]:
-        """Service -> (processes that are ready, processes planned)."""
+        """Service -> (ready processes, planned processes)."""
         counts: dict[str, tuple[int, int]] = {}
         for slot in self._slots:
             ready, planned = counts.get(slot.plan.spec.name, (0, 0))
@@ -182,36 +188,36 @@ class Supervisor:
         return counts
 
     def refusals(self) -> dict[str, str]:
-        """Service -> how its last worker ended, of the services for which none is started again."""
+        """Service -> how its last worker ended, for the services that no worker is started for any more."""
         going = {slot.plan.spec.name for slot in self._slots if not slot.refused}
         return {slot.plan.spec.name: slot.past for slot in self._slots if slot.plan.spec.name not in going}
 
     @property
     def pids(self) -> list[int]:
-        """Of the children not yet waited for: until then the system gives a pid to nobody else."""
+        """Pids of the children that were not waited for yet. Until then the system does not reuse a pid."""
         children = [slot.child for slot in self._slots]
         return [child.process.pid for child in children if child and child.process.returncode is None]
 
     def drain(self) -> None:
-        """Let every child settle what it holds, for at most `drain_s`; kill what is left and give back its jobs."""
+        """Lets every child settle its jobs, for at most `drain_s` seconds; kills the rest and gives their jobs back."""
         children = [slot.child for slot in self._slots if slot.child]
         for child in children:
             child.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + self._drain_s
-        while (left := [child for child in children if child.lives]) and time.monotonic() < deadline:
-            for child in left:
+        while (alive := [child for child in children if child.lives]) and time.monotonic() < deadline:
+            for child in alive:
                 child.end_stuck()
             time.sleep(POLL_S)
-        for child in left:
+        for child in alive:
             log.warning("worker %s did not drain in %g s: killed", child.consumer, self._drain_s)
             child.kill(f"it did not drain in {self._drain_s:g} s")
             child.await_end()
         for slot in self._slots:
             if slot.child:
-                self._bury(slot, slot.child)
+                self._remove(slot, slot.child)
         self._give_back()
         if self._deaths:
-            log.warning("the server is away: what %d workers held stays theirs for a lease", len(self._deaths))
+            log.warning("the server is away: the jobs of %d workers wait for the end of a lease", len(self._deaths))
         self._registrar.stop()
         self._connection.close()
 
@@ -239,7 +245,7 @@ class Supervisor:
             folder=plan.folder,
         )
         try:
-            # A session of its own: Ctrl-C in the terminal reaches the supervisor alone, which drains its children.
+            # In a new session, so that Ctrl-C in the terminal reaches only the supervisor, which drains its children.
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "millstream.worker.process", child_args.to_json()],
                 stdin=subprocess.PIPE,
@@ -252,10 +258,10 @@ class Supervisor:
             raise
         return Child(consumer, process, progress)
 
-    def _died(self, slot: Slot, child: Child) -> None:
+    def _handle_exit(self, slot: Slot, child: Child) -> None:
         slot.past, failures = str(child.end), child.failures(slot.failures)
         reason = child.progress.reason or slot.past
-        self._bury(slot, child)
+        self._remove(slot, child)
         if child.process.returncode == EXIT_PERMANENT:
             self._refuse(slot, reason)
             return
@@ -264,12 +270,12 @@ class Supervisor:
         self._back_off(slot, f"worker {child.consumer}")
 
     def _refuse(self, slot: Slot, reason: str) -> None:
-        """Start no more here: it would fail again. What all workers of a service fail by is said once."""
+        """Starts no more children here, since they would fail again. Equal reasons of one service are logged once."""
         slot.refused = True
-        said = (slot.plan.spec.name, reason)
-        if said not in self._said:
-            self._said.add(said)
-            log.error("service %s: %s", *said)
+        message = (slot.plan.spec.name, reason)
+        if message not in self._logged:
+            self._logged.add(message)
+            log.error("service %s: %s", *message)
 
     def _back_off(self, slot: Slot, who: str) -> None:
         backoff = _backoff(slot.failures)
@@ -277,36 +283,36 @@ class Supervisor:
         log.warning("%s %s; the next starts in %g s", who, slot.past, backoff)
         if slot.failures == CRASH_LOOP:
             log.error(
-                "service %s: %d workers in a row died young, the last one %s; trying on, every %g s",
+                "service %s: %d workers in a row died early, the last one %s; retrying every %g s",
                 slot.plan.spec.name,
                 CRASH_LOOP,
                 slot.past,
                 _LONGEST_BACKOFF_S,
             )
 
-    def _bury(self, slot: Slot, child: Child) -> None:
+    def _remove(self, slot: Slot, child: Child) -> None:
         self._deaths.append(Death(slot.plan.spec.name, child.consumer, child.end))
         child.close()
         slot.child, slot.ready = None, False
 
     def _give_back(self) -> None:
-        """Release what the dead held: at once, or as soon as the server is back."""
+        """Gives the jobs of dead children back, at once or as soon as the server is back."""
         for death in list(self._deaths):
             lease = Lease(self._connection.client, ServiceKeys(death.service, self._prefix))
             try:
                 returned = give_back(lease, death.consumer, death.end)
-            except Exception as error:  # noqa: BLE001 - one service's broken keys must not end the workers of all others
+            except Exception as error:  # noqa: BLE001 - one service's broken keys must not affect the others
                 if is_transient(error):
                     return
-                log.error("what worker %s held waits for the end of its lease: %s", death.consumer, error)
+                log.error("the jobs of worker %s wait for the end of its lease: %s", death.consumer, error)
                 returned = 0
             self._deaths.remove(death)
             if returned:
-                log.warning("worker %s: %d jobs it held are given back to the queue", death.consumer, returned)
+                log.warning("worker %s: its %d jobs are given back to the queue", death.consumer, returned)
 
 
 def _backoff(failures: int) -> float:
-    """Seconds until the next start: none after a steady life, doubling with each early death, long in a crash loop."""
+    """Seconds until the next start: 0 after steady work, doubled with each early death, longest in a crash loop."""
     if failures >= CRASH_LOOP:
         return _LONGEST_BACKOFF_S
     return _FIRST_BACKOFF_S * 2 ** (failures - 1) if failures else 0.0
