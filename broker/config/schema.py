@@ -24,6 +24,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "revision": "Branch, tag or commit on the hub.",
     "dtype": "Anything but float32 changes the vectors.",
     "attention": "How attention is computed; auto is what the model library takes by itself.",
+    "kernels": "Whether packed texts and oneDNN's linear layers may replace the library's own forward; off: never.",
     "backend": "What runs the weights; onnx and openvino take an exported file from the model's folder.",
     "model_file": "Which exported file, below the model's folder; by default model.onnx or openvino_model.xml.",
     "max_length": "Longest text, in tokens; by default the model's own limit.",

@@ -16,7 +16,7 @@ from millstream.broker.contract.errors import InputTooLong, InvalidRequest, Mill
 from millstream.broker.contract.job import Json, Vectors
 from millstream.worker.models.base import Limit, Prepared, Upcoming
 from millstream.worker.models.embedding.tokens import Reader, reader_of, text_of
-from millstream.worker.models.kernels.packing import Packing
+from millstream.worker.models.kernels.accelerate import accelerate
 from millstream.worker.models.kernels.prefetch import Prefetch, to_device
 from millstream.worker.models.loading.fetch import fetch_folder
 from millstream.worker.models.loading.folder import Folder
@@ -93,7 +93,7 @@ class Encoder:
         # If the model truncates its vectors, it does not normalize them again.
         self.own_cut: int | None = getattr(self.model, "truncate_dim", None)
         self._prefetch = Prefetch(self.model.device, self._tensors, spec.backend)
-        self._packing = Packing.of(self.model) if spec.backend == "torch" and self._pools_prompt else None
+        self._packing = accelerate(self.model, spec)
         # Before any forward: some models keep state of a long text.
         upto = forget(self.model)
         self.plain = self._plan(EmbedOptions())

@@ -181,6 +181,8 @@ def _may_pack(model: SentenceTransformer) -> bool:
         # Not measured on CUDA yet.
         model.device.type == "cpu"
         and type(first).__name__ == "Transformer"
+        # Pooling in `run` cannot leave out the tokens of a prompt.
+        and all(getattr(module, "include_prompt", True) for module in rest)
         and {type(module).__name__ for module in rest}.issubset(_AFTER)
         and getattr(config, "model_type", None) in _SKIPS_PADDING
         and getattr(config, "position_embedding_type", "absolute") == "absolute"

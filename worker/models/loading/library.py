@@ -13,7 +13,6 @@ from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncod
 
 from millstream.broker.config.load import ModelSpec
 from millstream.broker.contract.errors import ModelUnavailable
-from millstream.worker.models.kernels.linear import prepack
 from millstream.worker.models.loading.exports import check_runs, find_export
 from millstream.worker.models.loading.folder import Folder
 from millstream.worker.models.loading.weights import check_rows, missing_tensors, reads_pooler, whole_weights
@@ -102,7 +101,6 @@ def load_model(kind: type[M], source: Path, spec: ModelSpec, device: str | None)
     if spec.backend != "torch":
         check_runs(model, spec)
     model.eval()
-    prepack(model)
     return model
 
 

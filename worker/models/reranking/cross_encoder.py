@@ -12,6 +12,7 @@ from millstream.broker.config.load import ModelSpec
 from millstream.broker.contract.errors import InvalidRequest, MillstreamError, ModelUnavailable
 from millstream.broker.contract.job import Json
 from millstream.worker.models.base import Prepared, Upcoming
+from millstream.worker.models.kernels.accelerate import accelerate
 from millstream.worker.models.kernels.prefetch import Prefetch, to_device
 from millstream.worker.models.loading.folder import Folder
 from millstream.worker.models.loading.lengths import forget
@@ -43,6 +44,7 @@ class CrossEncoderModel:
     def __init__(self, folder: Folder, spec: ModelSpec, device: str | None, threads: int, truncate: str) -> None:
         torch.set_num_threads(threads)
         encoder = load_model(CrossEncoder, folder.source, spec, device)
+        accelerate(encoder, spec)
         self._encoder, self._model = encoder, cast(Any, encoder.model)
         _check_labels(self._model.config.num_labels, spec)
         self._tokenizer = cast(Any, encoder.tokenizer)

@@ -14,7 +14,7 @@ from millstream.broker.config.load import ModelSpec
 from millstream.broker.contract.errors import MillstreamError, ModelUnavailable
 from millstream.broker.contract.job import Json
 from millstream.worker.models.base import Prepared, Upcoming
-from millstream.worker.models.kernels.linear import prepack
+from millstream.worker.models.kernels.accelerate import accelerate
 from millstream.worker.models.kernels.prefetch import Prefetch, to_device
 from millstream.worker.models.loading.folder import Folder
 from millstream.worker.models.loading.lengths import forget
@@ -41,6 +41,7 @@ class GenerativeReranker:
     def __init__(self, folder: Folder, spec: ModelSpec, device: str | None, threads: int, truncate: str) -> None:
         torch.set_num_threads(threads)
         self._tokenizer, self._model = _load(folder, spec, device)
+        accelerate(self._model, spec)
         self._padding = Padding.of(self._tokenizer)
         self._prefetch = Prefetch(self._model.device, lambda rows: self._pad(rows, "left"))
         self._takes = set(inspect.signature(self._model.forward).parameters)
@@ -137,7 +138,6 @@ def _load(folder: Folder, spec: ModelSpec, device: str | None) -> tuple[Any, Any
         with whole_weights(spec.model_name):
             model: Any = AutoModelForCausalLM.from_pretrained(source, **model_kwargs(spec), trust_remote_code=False)
         model.eval().to(get_device_name() if device in (None, "auto") else device)
-        prepack(model)
         return tokenizer, model
     except LOAD_ERRORS as error:
         raise load_error(error, spec, device) from error
