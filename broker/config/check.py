@@ -66,6 +66,7 @@ def _problems(file: ConfigFile, document: Document) -> Found:
         if model.device and model.devices:
             yield ("models", name, "devices"), "device is set too; keep one of them"
         yield from _backends(name, model)
+        yield from _kernels(name, model)
 
 
 def _validate(document: Document) -> ConfigFile:
@@ -196,6 +197,12 @@ def _backends(name: str, model: ModelSpec) -> Found:
     for key in ("dtype", "attention"):
         if getattr(model, key) != ModelSpec.model_fields[key].default:
             yield (*path, key), f"an exported file has its own {key}; leave it out, or name another model_file"
+
+
+def _kernels(name: str, model: ModelSpec) -> Found:
+    if model.kernels != "auto" and model.type not in ("embedding", "reranker"):
+        reason = f"only types embedding and reranker have kernels, this is {model.type}; leave kernels out"
+        yield ("models", name, "kernels"), reason
 
 
 def _unknown_models(file: ConfigFile, document: Document) -> Found:

@@ -148,6 +148,11 @@ def _redis_url(url: str | None) -> str | None:
     return canonical(url)
 
 
+def _kernels(value: object) -> object:
+    # YAML 1.1 reads `off` as false.
+    return "off" if value is False else value
+
+
 def _below(path: str) -> str:
     if path.startswith("/") or not {"..", ""}.isdisjoint(path.split("/")):
         raise ValueError("must be a path below the model's folder, as in onnx/model.onnx")
@@ -329,6 +334,8 @@ class ModelSpec(Settings):
     revision: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "float32"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    # auto: faster kernels replace the library's own if they prove equal; off: never.
+    kernels: Annotated[Literal["auto", "off"], BeforeValidator(_kernels), Also([{"const": False}])] = "auto"
     # The library that runs the weights. If it is not torch, `model_file` is the exported file in the model's folder.
     backend: Literal["torch", "onnx", "openvino"] = "torch"
     model_file: Annotated[str, AfterValidator(_below)] | None = None
@@ -385,7 +392,7 @@ class ServiceSpec(Settings):
         """Returns the record for the registry, without `model.handler`. Equal specs give equal text."""
         # Newer keys are omitted while they have their defaults, so that older versions write the same record.
         off: dict[str, bool | set[str]] = {} if self.replicated else {"replicated": True}
-        newer = ("attention", "backend", "model_file")
+        newer = ("attention", "backend", "kernels", "model_file")
         off["model"] = {name for name in newer if getattr(self.model, name) == ModelSpec.model_fields[name].default}
         return self.model_dump_json(exclude=off)
 

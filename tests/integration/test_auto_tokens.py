@@ -44,3 +44,20 @@ def test_a_worker_measures_its_budget_keeps_to_it_and_says_what_it_found(
     assert worker.text_tokens == TINY_LIMIT
     remove(server.url, name)
     connection.close()
+
+
+def test_a_worker_with_kernels_off_is_ready_without_packing(
+    server: EmbeddedServer, tiny_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = f"test-kernels-{uuid.uuid4().hex[:8]}"
+    model = ModelSpec(type="embedding", model_name=str(tiny_model), device="cpu", kernels="off")
+    spec = ServiceSpec(name=name, model=model, model_ref="m", runtime=Runtime())
+
+    with working(server.url, spec), Client(server.url) as client:
+        vectors = client.submit(name, ["a mill", "the stream turns a mill"]).result(timeout=30)
+
+    ready = next(line for line in capfd.readouterr().err.splitlines() if "ready: " in line)
+    assert len(vectors) == 2
+    assert "texts packed" not in ready
+    assert f"reads {TINY_LIMIT} tokens a text" in ready
+    remove(server.url, name)

@@ -84,6 +84,13 @@ def test_every_commented_option_of_the_repositorys_config_is_one_that_loads(load
     assert config.services["embed"].runtime.priorities["realtime"].queue_timeout == 0.5
 
 
+@pytest.mark.parametrize("value", ["off", "'off'"], ids=["as YAML's false", "as text"])
+def test_kernels_can_be_off(value: str, load_text: Load) -> None:
+    text = "models: {m: {type: embedding, model_name: m, kernels: %s}}\nservices: {embed: {model: m}}"
+
+    assert load_text(text % value).services["embed"].model.kernels == "off"
+
+
 def test_a_value_comes_from_environment_then_file_then_preset_then_type_then_default(load_text: Load) -> None:
     environ = {"MILLSTREAM_SERVICES__EMBED__RUNTIME__MAX_ATTEMPTS": "7"}
 
@@ -133,6 +140,19 @@ def test_a_value_comes_from_environment_then_file_then_preset_then_type_then_def
             "models: {c: {type: embedding, model_name: m, backend: onnx, dtype: bfloat16}}",
             "config.yaml:1: models.c.dtype: an exported file has its own dtype; leave it out, or name another "
             "model_file",
+        ),
+        (
+            "models: {c: {type: embedding, model_name: m, kernels: of}}",
+            "config.yaml:1: models.c.kernels: must be 'auto' or 'off', not 'of'; did you mean off?",
+        ),
+        (
+            "models: {c: {type: embedding, model_name: m, kernels: on}}",
+            "config.yaml:1: models.c.kernels: must be 'auto' or 'off', not on",
+        ),
+        (
+            "models: {c: {type: echo, kernels: off}}",
+            "config.yaml:1: models.c.kernels: only types embedding and reranker have kernels, this is echo; "
+            "leave kernels out",
         ),
         (
             "models: {c: {type: echo, backend: openvino}}",

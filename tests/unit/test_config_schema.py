@@ -71,6 +71,11 @@ def test_a_value_may_be_written_in_each_of_its_ways(runtime: str) -> None:
     assert mistakes(SMALL % ("embedding", runtime)) == []
 
 
+@pytest.mark.parametrize("kernels", ["off", "'off'", "auto"])
+def test_kernels_are_auto_or_off(kernels: str) -> None:
+    assert mistakes(f"models: {{m: {{type: embedding, model_name: m, kernels: {kernels}}}}}") == []
+
+
 @pytest.mark.parametrize(
     "text", ["models:\nservices:\n", "models: {m: {type: echo}}\nservices: {s: {model: m}}\nredis:"]
 )
@@ -85,6 +90,8 @@ def test_sections_may_be_empty_or_left_out(text: str) -> None:
         "models: {m: {typ: echo}}",
         "models: {m: {type: eco}}",
         "models: {m: {type: echo, devices: cpu}}",
+        "models: {m: {type: embedding, model_name: m, kernels: on}}",
+        "models: {m: {type: embedding, model_name: m, kernels: of}}",
         "services: {s: {modl: m}}",
         "services: {s: {model: m, batch_size: 3}}",
         "services: {'a b': {model: m}}",

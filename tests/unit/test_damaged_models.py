@@ -199,7 +199,7 @@ def test_a_model_that_the_hub_has_as_pickles_alone_is_not_to_be_downloaded_again
     monkeypatch.setattr(fetch, "snapshot_download", lambda *args, **kwargs: str(folder))
 
     with pytest.raises(ModelUnavailable, match=f"'mill/pickles' has no {file} on the hub") as caught:
-        fetch.local(ModelSpec(type="embedding", model_name="mill/pickles"))
+        fetch.fetch_folder(ModelSpec(type="embedding", model_name="mill/pickles"))
 
     assert "refs/pr/N" in caught.value.hint
     assert "again" not in caught.value.hint

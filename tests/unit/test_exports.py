@@ -17,8 +17,8 @@ from sentence_transformers import SentenceTransformer
 from millstream.broker.config.spec import ModelSpec
 from millstream.broker.contract.errors import ModelUnavailable
 from millstream.worker.models.embedding.embedding import EmbeddingModel
-from millstream.worker.models.loading.exports import Export, export_digest, exported, find
-from millstream.worker.models.loading.fetch import local
+from millstream.worker.models.loading.exports import Export, export_digest, export_file, find_export
+from millstream.worker.models.loading.fetch import fetch_folder
 from millstream.worker.models.reranking.reranker import load_reranker
 
 Files = Callable[..., Path]
@@ -54,7 +54,7 @@ def of(backend: str, **settings: Any) -> ModelSpec:
 
 
 def asked(backend: str, folder: Path, device: str | None) -> Export:
-    return find(folder, of(backend), device, "SentenceTransformer")
+    return find_export(folder, of(backend), device, "SentenceTransformer")
 
 
 @pytest.mark.parametrize(
@@ -68,16 +68,16 @@ def asked(backend: str, folder: Path, device: str | None) -> Export:
 def test_the_file_is_the_one_that_the_library_would_take(
     backend: str, there: list[str], file: str, files: Files
 ) -> None:
-    assert exported(files(*there), of(backend)) == file
+    assert export_file(files(*there), of(backend)) == file
 
 
 def test_a_file_that_is_named_is_the_one(files: Files) -> None:
     folder = files("model.onnx", "onnx/model_qint8_avx512.onnx")
 
     quantised = "onnx/model_qint8_avx512.onnx"
-    assert exported(folder, of("onnx", model_file=quantised)) == quantised
+    assert export_file(folder, of("onnx", model_file=quantised)) == quantised
     with pytest.raises(ModelUnavailable, match=r"'m' has no onnx/model_O4.onnx, which backend onnx runs"):
-        exported(folder, of("onnx", model_file="onnx/model_O4.onnx"))
+        export_file(folder, of("onnx", model_file="onnx/model_O4.onnx"))
 
 
 def test_where_there_is_no_export_the_error_says_how_to_make_one(tiny_model: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_model_of_the_hub_is_to_be_downloaded(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
     with pytest.raises(ModelUnavailable, match="runs a model from a folder") as caught:
-        local(of("onnx", model_name="mill/tiny"))
+        fetch_folder(of("onnx", model_name="mill/tiny"))
 
     assert caught.value.hint is not None
     assert "hf download mill/tiny --local-dir FOLDER" in caught.value.hint

@@ -206,3 +206,20 @@ def test_what_cannot_pack_pads(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_linear_layers_are_those_of_onednn() -> None:
     assert any(isinstance(module, Prepacked) for module in of(MINILM)._encoder.model.modules())
+
+
+def test_with_kernels_off_the_librarys_own_layers_run_and_batches_are_padded(tiny_model: Path) -> None:
+    fast, own = of(tiny_model), of(tiny_model, kernels="off")
+    modules = list(own._encoder.model.modules())
+
+    expected = vectors_of(fast, rows_of(fast, TINY_LIMIT - 2))
+    found = vectors_of(own, rows_of(own, TINY_LIMIT - 2))
+
+    assert (fast.packs, own.packs) == (True, False)
+    assert not any(isinstance(module, Prepacked) for module in modules)
+    assert [module.config._attn_implementation for module in modules if isinstance(module, BertModel)] == ["sdpa"]
+    assert np.abs(found - expected).max() < 1e-5
+
+
+def test_kernels_do_not_change_the_fingerprint(tiny_model: Path) -> None:
+    assert of(tiny_model, kernels="off").fingerprint == of(tiny_model).fingerprint

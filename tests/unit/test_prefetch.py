@@ -60,7 +60,7 @@ def test_the_next_batch_is_made_once_a_forward_runs(prefetch: Prefetch, make: Ma
     prefetch.foresee(lambda: after)
 
     prefetch.batch(now)
-    prefetch.launched()
+    prefetch.make_next()
     assert make.made == [now, after]
     tensors = prefetch.batch(after)
 
@@ -71,11 +71,11 @@ def test_the_next_batch_is_made_once_a_forward_runs(prefetch: Prefetch, make: Ma
 def test_a_batch_that_was_not_foreseen_is_made_as_ever(prefetch: Prefetch) -> None:
     expected, like_it = rows(3), rows(3)
     prefetch.foresee(lambda: expected)
-    prefetch.launched()
+    prefetch.make_next()
 
     assert prefetch.batch(rows(4, 5))["lengths"].tolist() == [4, 5]
     assert prefetch.batch(expected)["lengths"].tolist() == [3]
-    prefetch.launched()
+    prefetch.make_next()
     # Rows are themselves, not what they look like.
     assert prefetch.batch([*like_it, *expected])["lengths"].tolist() == [3, 3]
 
@@ -84,7 +84,7 @@ def test_what_fails_to_be_made_ahead_fails_its_own_forward_alone(prefetch: Prefe
     after = rows(3)
     prefetch.foresee(lambda: after)
     make.fails = True
-    prefetch.launched()
+    prefetch.make_next()
 
     with pytest.raises(RuntimeError, match="out of memory"):
         prefetch.batch(after)
@@ -93,9 +93,9 @@ def test_what_fails_to_be_made_ahead_fails_its_own_forward_alone(prefetch: Prefe
 
 
 def test_where_nothing_waits_nothing_is_made(prefetch: Prefetch, make: Maker) -> None:
-    prefetch.launched()
+    prefetch.make_next()
     prefetch.foresee(list)
-    prefetch.launched()
+    prefetch.make_next()
 
     assert make.made == []
 
@@ -104,7 +104,7 @@ def test_a_device_that_runs_in_the_callers_time_is_asked_nothing(make: Maker) ->
     prefetch = Prefetch(CPU, make)
     prefetch.foresee(lambda: pytest.fail("asked"))
 
-    prefetch.launched()
+    prefetch.make_next()
 
     assert make.made == []
 

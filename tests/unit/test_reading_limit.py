@@ -23,7 +23,7 @@ from millstream.broker.contract.job import Json
 from millstream.worker.models.base import ANY_LENGTH, Limit, Prepared
 from millstream.worker.models.embedding.embedding import EmbeddingModel
 from millstream.worker.models.embedding.tokens import text_of
-from millstream.worker.models.loading.limits import MOST, positions, settled, stretched
+from millstream.worker.models.loading.limits import MOST, count_positions, find_limit, stretch
 from millstream.worker.models.reranking.reranker import load_reranker
 
 POSITIONS = 40
@@ -94,11 +94,11 @@ def test_the_limit_is_the_longest_text_that_runs_for_every_make_of_positions(
     forward = made(name, settings)
     truth = longest(forward, 2 * POSITIONS + 1)
 
-    limit = settled(2 * POSITIONS, forward, None)
+    limit = find_limit(2 * POSITIONS, forward, None)
 
     assert limit == Limit(truth, truth)
     # Known without a text that is too long: on CUDA that would end the process.
-    known = positions(forward)
+    known = count_positions(forward)
     assert known == (None if truth == 2 * POSITIONS else truth)
 
 
@@ -106,7 +106,7 @@ def test_relative_positions_have_no_limit() -> None:
     config = transformers.T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     model: Any = transformers.T5EncoderModel(config)
 
-    assert positions(lambda tokens: model(input_ids=torch.full((1, tokens), 5))) is None
+    assert count_positions(lambda tokens: model(input_ids=torch.full((1, tokens), 5))) is None
 
 
 class Table:
@@ -128,9 +128,9 @@ class Table:
 def test_a_limit_that_no_look_up_shows_is_found_by_running() -> None:
     model = Table(room=77)
 
-    assert settled(512, model.forward, None) == Limit(77, 77)
+    assert find_limit(512, model.forward, None) == Limit(77, 77)
     with pytest.raises(ModelUnavailable, match=r"max_length is 512, and the model reads at most 77 tokens"):
-        settled(512, model.forward, 512)
+        find_limit(512, model.forward, 512)
 
 
 def test_the_search_for_the_longest_text_ends_after_10_seconds(caplog: pytest.LogCaptureFixture) -> None:
@@ -140,7 +140,7 @@ def test_the_search_for_the_longest_text_ends_after_10_seconds(caplog: pytest.Lo
         model.now += 6.0 * (tokens > 77)
         model.forward(tokens)
 
-    assert settled(512, forward, None, lambda: model.now) == Limit(64, 64)
+    assert find_limit(512, forward, None, lambda: model.now) == Limit(64, 64)
     assert model.now == 18.0
     assert "64 tokens run, 80 do not" in caplog.text
 
@@ -152,14 +152,14 @@ def test_an_empty_look_up_shows_no_limit() -> None:
     def forward(tokens: int) -> object:
         return table(torch.empty(1, 0, dtype=torch.long)), table(torch.arange(tokens)[None])
 
-    assert positions(forward) == POSITIONS
+    assert count_positions(forward) == POSITIONS
 
 
 @pytest.mark.parametrize("named", [40_000, 10**30])
 def test_a_very_long_limit_is_not_run_whole(named: int) -> None:
     model = Table(room=10**40)
 
-    limit = settled(named, model.forward, None)
+    limit = find_limit(named, model.forward, None)
 
     assert limit == Limit(min(named, ANY_LENGTH), MOST)
     assert max(model.ran) == MOST
@@ -168,13 +168,13 @@ def test_a_very_long_limit_is_not_run_whole(named: int) -> None:
 def test_no_forward_starts_that_would_take_seconds() -> None:
     model = Table(room=10**6, token_s=1 / 128)
 
-    assert settled(512, model.forward, None, lambda: model.now) == Limit(512, 128)
+    assert find_limit(512, model.forward, None, lambda: model.now) == Limit(512, 128)
 
 
 def test_a_limit_that_has_no_room_in_memory_is_kept_and_said() -> None:
     model = Table(room=100, error=MemoryError())
 
-    limit = settled(512, model.forward, None)
+    limit = find_limit(512, model.forward, None)
 
     assert limit == Limit(512, 64)
     assert str(limit) == "512 tokens a text, 64 were tried"
@@ -184,7 +184,7 @@ def test_a_device_that_asserted_is_not_asked_again() -> None:
     model = Table(room=100, error=RuntimeError("CUDA error: device-side assert triggered"))
 
     with pytest.raises(ModelUnavailable, match=r"the model cannot read 128 tokens.*smaller max_length"):
-        settled(512, model.forward, None)
+        find_limit(512, model.forward, None)
     assert model.now == 0.0
 
 
@@ -196,7 +196,7 @@ def test_limits_are_said_in_words() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 9])
 def test_a_short_text_is_stretched_to_any_length_between_its_special_tokens(tokens: int) -> None:
-    made = stretched([0, 7, 2], tokens)
+    made = stretch([0, 7, 2], tokens)
 
     assert len(made) == tokens
     assert made.count(7) == max(1, tokens - 2)

@@ -129,6 +129,23 @@ def test_linear_layers_are_those_of_onednn(kind: str, loaded: Mapping[str, Any])
     assert any(isinstance(module, Prepacked) for module in loaded[kind]._model.modules())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_kernels_off_the_librarys_own_layers_give_the_same_scores(
+    kind: str, folders: Folders, loaded: Mapping[str, Any]
+) -> None:
+    from millstream.worker.models.base import packs
+    from millstream.worker.models.kernels.linear import Prepacked
+
+    own = load(folders[kind], kernels="off")
+
+    expected, found = (scores(model, QUERIES[1], texts(8)) for model in (loaded[kind], own))
+
+    assert not packs(own)
+    assert not any(isinstance(module, Prepacked) for module in own._model.modules())
+    assert own.fingerprint == loaded[kind].fingerprint
+    assert np.abs(np.array(found) - expected).max() < CLOSE
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [

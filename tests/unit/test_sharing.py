@@ -29,7 +29,7 @@ from millstream.worker.models.base import Model, Prepared
 from millstream.worker.models.embedding import encoder
 from millstream.worker.models.embedding.embedding import EmbeddingModel
 from millstream.worker.models.kernels.packing import Packing
-from millstream.worker.models.loading.sharing import FLOAT32, HALF, REDUCED, Filling, Precision, Sharing, Side, measured
+from millstream.worker.models.loading.sharing import FLOAT32, HALF, REDUCED, Padding, Precision, Sharing, Side, measure
 from millstream.worker.models.reranking.options import RerankOptions
 from millstream.worker.models.reranking.prompts import qwen3_frame
 from millstream.worker.models.reranking.reranker import load_reranker
@@ -259,13 +259,13 @@ def test_rows_share_forwards_as_far_as_that_changes_no_result(name: str) -> None
     ]
 
     def forward(some: Sequence[Prepared], side: Side) -> torch.Tensor:
-        made = Filling({"input_ids": 1}).padded([cast(Any, row.features) for row in some], side)
+        made = Padding({"input_ids": 1}).pad([cast(Any, row.features) for row in some], side)
         return net(made["input_ids"].float(), made["attention_mask"])
 
-    found = measured(forward, rows, ("right", "left"))
+    found = measure(forward, rows, ("right", "left"))
 
     assert found == expected
-    shared = found.in_groups(rows, lambda some: forward(some, found.side)).float()
+    shared = found.run_in_groups(rows, lambda some: forward(some, found.side)).float()
     alone = torch.cat([forward([row], found.side) for row in rows]).float()
     assert torch.allclose(shared, alone, rtol=1e-2 if name == "half the digits" else 1e-4)
 
@@ -300,7 +300,7 @@ def test_how_far_results_may_differ_follows_the_least_precise_arithmetic(
 ) -> None:
     rows = [Prepared(length, None) for length in (1, 2, 5, 5, 9)]
 
-    assert measured(forward, rows, ("right", "left"), precision=precision).kind == kind
+    assert measure(forward, rows, ("right", "left"), precision=precision).kind == kind
 
 
 def test_a_models_precision_is_that_of_its_least_precise_part() -> None:
@@ -315,10 +315,10 @@ def test_each_route_is_measured_once(tiny_model: Path, tmp_path: Path, monkeypat
     tried: list[object] = []
 
     def counted(forward: object, rows: Sequence[Any], *args: object) -> Sharing:
-        tried.append(rows[0].wish.way.route)
+        tried.append(rows[0].plan.group.route)
         return Sharing()
 
-    monkeypatch.setattr(encoder, "measured", counted)
+    monkeypatch.setattr(encoder, "measure", counted)
     EmbeddingModel(spec_of("embedding", save_routed(tiny_model, tiny_model, tmp_path / "routed")), "cpu", threads=1)
 
     assert sorted(map(str, tried)) == ["document", "query"]
@@ -332,7 +332,7 @@ def test_rows_beyond_a_length_share_forwards_by_length_alone() -> None:
         sizes.append([row.tokens for row in some])
         return torch.tensor([row.tokens for row in some])
 
-    found = Sharing(upto=16).in_groups(rows, run)
+    found = Sharing(upto=16).run_in_groups(rows, run)
 
     assert sizes == [[3, 5, 16], [20, 20], [17]]
     assert found.tolist() == [row.tokens for row in rows]

@@ -1,4 +1,4 @@
-"""The models a worker can run. The only place that imports torch and the libraries on top of it."""
+"""Models that a worker can run. Only this package imports torch and the model libraries."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ __all__ = ["Model", "Prepared", "load", "packs"]
 
 
 def load(spec: ServiceSpec, device: str | None, threads: int, folder: str = "") -> Model:
-    """The model of `spec`, loaded. Raises ModelUnavailable. Torch is imported only by the types that need it.
+    """Returns the loaded model of `spec`. Raises ModelUnavailable if it cannot be loaded.
 
-    `folder` is where the code of a custom model is looked for, beside what is installed.
+    Only the types embedding and reranker import torch. The code of a custom model is searched in the installed
+    packages, then in `folder`.
     """
     if spec.model.type == "echo":
         from millstream.worker.models.echo import EchoModel
@@ -36,13 +37,13 @@ def load(spec: ServiceSpec, device: str | None, threads: int, folder: str = "") 
     if spec.model.type == "custom":
         from millstream.worker.models.custom import CustomModel, load_handler
 
-        # What torch and its like read as they are imported: all cores for each of several workers would be too many.
+        # torch and similar libraries read it at import. Without it, each of several workers would use all cores.
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         handler = handler_of(spec)
         return CustomModel(load_handler(handler, folder), handler, spec.runtime, device)
     raise ModelUnavailable(
-        f"service {spec.name!r}: this version has no worker for models of type {spec.model.type!r}",
-        hint="embedding, reranker, custom and echo run today",
+        f"service {spec.name!r}: this version cannot run models of type {spec.model.type!r}",
+        hint="use type embedding, reranker, custom or echo",
     )
 
 

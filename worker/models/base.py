@@ -1,4 +1,4 @@
-"""What the worker asks of a model. Three methods; everything else (queue, batches, deadlines, faults) is above it."""
+"""The interface between the worker and a model: three methods. Queue, batches, deadlines and faults stay outside."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from millstream.broker.contract.errors import MillstreamError
 from millstream.broker.contract.job import Encoded, Json, Vectors
 
 Result = Encoded | Json | MillstreamError
-"""What becomes of one row in a forward: a vector [dim], a JSON value, or its error."""
+"""The result of one row in a forward: a vector [dim], a JSON value, or an error."""
 
 NOT_FINITE = "the model answered NaN or infinity"
 
@@ -20,11 +20,14 @@ NO_OPTIONS: Mapping[str, Json] = MappingProxyType({})
 
 
 ANY_LENGTH = 10**9
-"""Tokens. A limit as high as that is none: some tokenizers name 10^30."""
+"""Tokens. A limit this high means no limit: some tokenizers name 10^30."""
 
 
 class Limit(NamedTuple):
-    """The most tokens of a text, special ones included. `ran`: the longest text that ran at start; 0 if none did."""
+    """The longest text that a model reads, in tokens, special tokens included.
+
+    `ran` is the length of the longest text that ran at the start, in tokens; 0 if none did.
+    """
 
     tokens: int
     ran: int
@@ -38,7 +41,7 @@ class Limit(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Prepared:
-    """One row ready to run: its length in tokens, special ones included, and what the model made of it."""
+    """One row ready to run: its length in tokens, special tokens included, and its features for the model."""
 
     tokens: int
     features: object
@@ -46,88 +49,92 @@ class Prepared:
 
 
 Upcoming = Callable[[], Sequence[Prepared]]
-"""The rows that probably run next; none where nothing waits."""
+"""Returns the rows that probably run next; empty if no row waits."""
 
 
 class Model(Protocol):
-    """Weights on a device. `prepare` runs in the claimer thread while `forward` runs in the main one."""
+    """Weights on a device. `prepare` runs in the claimer thread while `forward` runs in the main thread."""
 
     op: str
-    """The operation its jobs name, for instance "embed"."""
+    """The operation that its jobs name, for example "embed"."""
 
     fingerprint: str
-    """Names the weights and how they run; vectors of different fingerprints must not be mixed."""
+    """Names the weights and how they run. Vectors of different fingerprints must not be mixed."""
 
     sample_options: Mapping[str, Json]
-    """The options that go with `samples`."""
+    """The job options to use with `samples`."""
 
     def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
-        """Each input as a row, or the error that row alone gets: not a string, too long."""
+        """Returns for each input a row, or its own error, for example if it is not a string or too long."""
         ...
 
     def forward(self, rows: Sequence[Prepared]) -> Vectors | list[Json] | list[Result]:
-        """One result a row, in order: float32 [rows, dim], or a list where rows differ. May raise anything."""
+        """Returns one result for each row, in order: float32 [rows, dim], or a list if results differ in kind.
+
+        May raise any exception.
+        """
         ...
 
     def samples(self, tokens: int) -> Sequence[Json]:
-        """One input of about `tokens` tokens, for the warm-up to measure with; none where only callers know any."""
+        """Returns one input of about `tokens` tokens, for the warm-up; empty if only callers know valid inputs."""
         ...
 
 
 @runtime_checkable
 class Adapts(Protocol):
-    """A model whose rows depend on its service's limits."""
+    """A model whose rows depend on the limits of its service."""
 
     def adapt(self, runtime: Runtime) -> None:
-        """Take over limits that were pushed, for the rows prepared from now on. Called from any thread."""
+        """Uses the pushed limits for all rows prepared from now on. Called from any thread."""
         ...
 
 
 @runtime_checkable
 class Foresees(Protocol):
-    """A model that can prepare its next forward while one runs."""
+    """A model that can prepare its next forward while one forward runs."""
 
     def foresee(self, upcoming: Upcoming) -> None:
-        """Ask `upcoming`, in the main thread, for the rows that come next. Called once, before the first forward."""
+        """Stores `upcoming`, which is called in the main thread. Called once, before the first forward."""
         ...
 
 
 @runtime_checkable
 class Laps(Protocol):
-    """A model that prepares its rows one by one, each of which may take long."""
+    """A model that prepares its rows one by one, when one row may take long."""
 
     def lap_by(self, lap: Callable[[], None]) -> None:
-        """Call `lap` before each row of `prepare`, in order: it has the whole stall timeout, and a death is its own.
+        """Stores `lap`, to be called before each row of `prepare`, in order.
 
-        Called once, before any.
+        So each row has the full stall timeout, and a process that dies does so at a known row. Called once, before the
+        first row.
         """
         ...
 
 
 @runtime_checkable
 class Reads(Protocol):
-    """A model that reads texts up to a limit."""
+    """A model that reads texts up to a limited length."""
 
     limit: Limit
 
 
 @runtime_checkable
 class Placed(Protocol):
-    """A model that says where its forwards run: the kind of device, such as "cpu", and the library, such as "torch"."""
+    """A model that names the kind of its device, for example "cpu", and its library, for example "torch"."""
 
     device_type: str
     backend: str
 
 
 def packs(model: Model) -> bool:
-    """Whether `model` has a true attribute `packs`: it runs rows of any lengths with no padding."""
+    """Returns whether `model` has a true attribute `packs`: it runs rows of any lengths without padding."""
     return bool(getattr(model, "packs", False))
 
 
 @runtime_checkable
 class Closes(Protocol):
-    """A model that holds more than memory."""
+    """A model that holds resources other than memory."""
 
     def close(self) -> None:
-        """Called once, when the last answer is settled. Raises nothing."""
+        """Releases the resources. Called once, after the last job is settled. Raises nothing."""
         ...

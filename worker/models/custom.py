@@ -1,4 +1,7 @@
-"""Any function as a model: payloads in, results out. The code is named by this host's own file, or given to `serve`."""
+"""Runs any function as a model: it gets payloads and returns results.
+
+The function is named in this host's own config.yaml, or is an argument of `serve`.
+"""
 
 from __future__ import annotations
 
@@ -32,16 +35,19 @@ from millstream.worker.shutdown import Ended
 log = logging.getLogger(__name__)
 
 ProcessFn = Callable[[list[Json]], object]
-"""One result a payload, in order: a list of JSON values, vectors or errors; or an array, float32 [payloads, dim]."""
+"""Returns one result for each payload, in order.
+
+They are a list of JSON values, vectors or errors, or an array, float32 [payloads, dim].
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What may stand beside a process function. `check` and `cost` run in another thread than it does.
+    """Optional functions beside a process function. `check` and `cost` run in another thread than the process function.
 
-    `cost` is a payload's size, in the unit of max_batch_tokens; `check` raises ValueError for a payload that is not to
-    run. `set_up` gets the device of config.yaml, None where it names none, before the first payload; `tear_down` is
-    called after the last one.
+    `cost` returns the size of a payload, in the unit of max_batch_tokens. `check` raises ValueError for a payload that
+    must not run. `set_up` is called before the first payload with the device of config.yaml, None if it names none.
+    `tear_down` is called after the last payload.
     """
 
     cost: Callable[[Json], int] | None = None
@@ -50,14 +56,14 @@ class Hooks:
     tear_down: Callable[[], object] | None = None
 
     def beside(self, handler: object) -> Hooks:
-        """These, and those that are methods of `handler`."""
+        """Returns these hooks, completed by the methods of `handler` that have the same names."""
         return Hooks(*(getattr(self, each.name) or getattr(handler, each.name, None) for each in fields(Hooks)))
 
 
 class CustomModel:
-    """Runs `handler`, a function, an object that can be called, or a class of such objects; `name` is for messages.
+    """Runs `handler`: a function, a callable object, or a class of callable objects. Messages use `name`.
 
-    Without a `cost` a payload counts an equal share of a batch. Raises ModelUnavailable where the class cannot be
+    Without `cost` each payload counts an equal share of a batch. Raises ModelUnavailable if the class cannot be
     constructed or set up.
     """
 
@@ -67,7 +73,7 @@ class CustomModel:
     def __init__(
         self, handler: object, name: str, runtime: Runtime, device: str | None, hooks: Hooks | None = None
     ) -> None:
-        self._process = self._begun(handler, name)
+        self._process = self._construct(handler, name)
         self._hooks = (hooks or Hooks()).beside(self._process)
         self._lap: Callable[[], None] = lambda: None
         self.adapt(runtime)
@@ -78,21 +84,21 @@ class CustomModel:
             except Ended:
                 raise
             except BaseException as error:
-                raise _unavailable(name, "cannot be set up", error) from error
+                raise _handler_error(name, "cannot be set up", error) from error
 
-    def _begun(self, handler: object, name: str) -> ProcessFn:
+    def _construct(self, handler: object, name: str) -> ProcessFn:
         if isinstance(handler, type):
             try:
                 handler = handler()
             except Ended:
                 raise
             except BaseException as error:
-                raise _unavailable(name, "cannot be constructed", error) from error
+                raise _handler_error(name, "cannot be constructed", error) from error
         how = "give def process(payloads), or a class with __call__(self, payloads)"
         if not callable(handler):
             raise ModelUnavailable(f"handler {name!r} is no function but {type(handler).__name__}", hint=how)
         if any(map(inspect.iscoroutinefunction, (handler, type(handler).__call__))):
-            raise ModelUnavailable(f"handler {name!r} is async, and nobody would await it", hint=how)
+            raise ModelUnavailable(f"handler {name!r} is async, but it is called without await", hint=how)
         return cast(ProcessFn, handler)
 
     def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
@@ -105,22 +111,22 @@ class CustomModel:
         self._lap()
         try:
             if hooks.check:
-                hooks.check(_copied(payload))
+                hooks.check(_copy(payload))
         except ValueError as error:
             return InvalidRequest(message_of(error))
-        except BaseException as error:  # noqa: BLE001 - this payload's fault, whatever it is: a sys.exit, a panic
+        except BaseException as error:  # noqa: BLE001 - any failure is this payload's: also a sys.exit or a panic
             return ModelFailed(f"check: {described(error)}")
         try:
-            tokens = hooks.cost(_copied(payload)) if hooks.cost else self._row_tokens
-        except BaseException as error:  # noqa: BLE001 - the same
+            tokens = hooks.cost(_copy(payload)) if hooks.cost else self._row_tokens
+        except BaseException as error:  # noqa: BLE001 - as above
             return ModelFailed(f"cost: {described(error)}")
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-            return ModelFailed(f"cost gave {tokens!r}"[:500], hint="it gives a whole number of at least 1")
+            return ModelFailed(f"cost returned {tokens!r}"[:500], hint="return a whole number of at least 1")
         return Prepared(tokens, payload)
 
     def forward(self, rows: Sequence[Prepared]) -> Vectors | list[Json]:
-        # Copies: a function that changes its payloads and then fails is called again with the same ones.
-        payloads = [_copied(cast(Json, row.features)) for row in rows]
+        # Copies: if the function changes its payloads and then fails, it is called again with the same payloads.
+        payloads = [_copy(cast(Json, row.features)) for row in rows]
         return _results(self._process(payloads))
 
     def lap_by(self, lap: Callable[[], None]) -> None:
@@ -143,8 +149,11 @@ class CustomModel:
 
 
 def load_handler(target: str, folder: str) -> object:
-    """What `module:attribute` names, with `folder` as the last place to look for it. Raises ModelUnavailable."""
-    # Last: a random.py or client.py of the user's must not be taken for the library's, or for ours.
+    """Returns the object that `target`, `module:attribute`, names. Raises ModelUnavailable if there is none.
+
+    `folder` is appended to the import path.
+    """
+    # Appended, not prepended: a user's random.py or client.py must not replace a library's module, or ours.
     if folder and folder not in sys.path:
         sys.path.append(folder)
     module_name, _, path = target.partition(":")
@@ -159,7 +168,7 @@ def load_handler(target: str, folder: str) -> object:
                 f"handler {target!r}: there is no module {missing!r}",
                 hint=f"put it into {folder or 'the folder of config.yaml'}, or install it",
             ) from None
-        raise _unavailable(target, f"module {module_name!r} cannot be imported", error) from error
+        raise _handler_error(target, f"module {module_name!r} cannot be imported", error) from error
     file = getattr(found, "__file__", None) or module_name
     log.info("handler %s of %s", target, file)
     for name in path.split("."):
@@ -170,9 +179,9 @@ def load_handler(target: str, folder: str) -> object:
 
 
 def name_of(handler: object) -> str:
-    """`module:name` of a function, a class or an object's class: how a handler that is given would be written.
+    """Returns `module:name` of a function, a class or the class of an object, as config.yaml would name it.
 
-    Of a program's own the module is its file: each program calls itself `__main__`.
+    If the module is `__main__`, as in every program, the name of its file takes its place.
     """
     named = handler if hasattr(handler, "__qualname__") else type(handler)
     module = getattr(named, "__module__", "")
@@ -180,13 +189,13 @@ def name_of(handler: object) -> str:
     return f"{Path(file).name if file else module}:{named.__qualname__}"
 
 
-def _unavailable(name: str, what: str, error: BaseException) -> ModelUnavailable:
-    said = " ".join(described(error).split())
-    return ModelUnavailable(f"handler {name!r} {what}: {said}", hint=_where(error))
+def _handler_error(name: str, what: str, error: BaseException) -> ModelUnavailable:
+    reason = " ".join(described(error).split())
+    return ModelUnavailable(f"handler {name!r} {what}: {reason}", hint=_location(error))
 
 
-def _where(error: BaseException) -> str:
-    """The line that raised `error`: the last one in the user's own files, if any."""
+def _location(error: BaseException) -> str:
+    """Returns `file:line`, the last line in the user's own files that raised `error`; empty if there is none."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
     frames = [each for each in traceback.extract_tb(error.__traceback__) if _is_own(Path(each.filename))]
@@ -194,27 +203,27 @@ def _where(error: BaseException) -> str:
 
 
 def _is_own(file: Path) -> bool:
-    """Whether that is a file neither of Python, nor of an installed package, nor this one."""
+    """Returns whether `file` is the user's: not Python's, not an installed package's, and not this module."""
     not_own = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")} | {Path(__file__)}
     return file.is_file() and not not_own.intersection((file, *file.parents))
 
 
-def _copied(payload: Json) -> Json:
+def _copy(payload: Json) -> Json:
     return cast(Json, marshal.loads(marshal.dumps(payload))) if isinstance(payload, dict | list) else payload
 
 
 def _results(answer: object) -> Vectors | list[Json]:
-    """What a process function gave, as a model gives it."""
+    """Converts the return value of a process function to the results of a forward. Raises ModelFailed."""
     if isinstance(answer, np.ndarray) and answer.ndim == 2 and answer.dtype.kind in "fiu":
-        # A copy: a function may use its own array again.
+        # A copy: the function may reuse its own array.
         return np.array(answer, np.float32)
     if isinstance(answer, np.ndarray) and answer.ndim == 1 and answer.dtype.kind in "fiub":
         return cast(list[Json], answer.tolist())
     if isinstance(answer, list | tuple):
         return cast(list[Json], [_result(each) for each in answer])
     raise ModelFailed(
-        f"process_fn gave {type(answer).__name__}",
-        hint="it gives a list with a result for each payload, or an array [payloads, dim]",
+        f"process_fn returned {type(answer).__name__}",
+        hint="return a list with one result for each payload, or an array [payloads, dim]",
     )
 
 
@@ -223,9 +232,9 @@ def _result(value: object) -> object:
         return value.item()
     if isinstance(value, np.ndarray):
         if value.ndim != 1 or value.dtype.kind not in "fiu":
-            return ModelFailed(f"process_fn gave an array {value.dtype} {list(value.shape)}, not a vector [dim]")
+            return ModelFailed(f"process_fn returned an array {value.dtype} {list(value.shape)}, not a vector [dim]")
         return np.array(value, np.float32)
-    # Not Exception: asyncio.gather gives CancelledError, which is none.
+    # Not Exception: asyncio.gather returns CancelledError, which is a BaseException only.
     if isinstance(value, BaseException) and not isinstance(value, MillstreamError):
         return ModelFailed(described(value))
     return value

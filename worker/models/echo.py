@@ -1,4 +1,4 @@
-"""A model that answers its input. No torch: for tests of the queue and for measuring it."""
+"""A model that answers with its input. It needs no torch: it is for tests and benchmarks of the queue."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ from millstream.broker.contract.job import Json, Vectors
 from millstream.worker.models.base import NO_OPTIONS, Prepared
 
 SPARE_BYTES, CHUNK_BYTES = 256 * 2**20, 16 * 2**20
-"""How much a `memory:` forward takes in all, and at a time."""
+"""Bytes. SPARE_BYTES: how much a `memory:` forward allocates in all; CHUNK_BYTES: how much at a time."""
 
 
 class EchoModel:
-    """Answers each row with itself; a token is a word.
+    """Answers each row with the row itself. Each word counts as one token.
 
-    Its `model_name` can give it habits. `sleep:0.05`: each forward takes 0.05 s; `sleep:0.05+0.001`: and 0.001 s more
-    for each row. `vector:384`: it answers float32 [384] instead. `crash:WORD` and `raise:WORD`: a forward over a row
-    that contains WORD ends the process, or raises. `segfault:` and `memory:`: such a forward reads where nothing is, or
-    takes memory until the process is killed; `tokenizer:`: preparing such a row does. `hang:`, `spin:` and `hold:`: it
-    never ends; it sleeps, loops in Python, or waits in C without letting another thread run. A comma joins several.
+    Its `model_name` can set delays, vectors and faults; a comma separates several:
+    - `sleep:0.05`: each forward takes 0.05 s; `sleep:0.05+0.001`: 0.001 s more for each row
+    - `vector:384`: each answer is float32 [384] instead
+    - `crash:WORD`, `raise:WORD`: a forward over a row that contains WORD ends the process, or raises
+    - `segfault:WORD`, `memory:WORD`: such a forward reads an invalid address, or allocates until the process is killed
+    - `tokenizer:WORD`: preparing such a row allocates until the process is killed
+    - `hang:WORD`, `spin:WORD`, `hold:WORD`: such a forward never ends: it sleeps, loops in Python, or waits in C while
+      no other thread can run
     """
 
     op = "echo"
@@ -78,25 +81,25 @@ class EchoModel:
 
 
 def _read_nowhere() -> None:
-    # Where the system writes core dumps: not for this one.
+    # No core dump: this crash is intended.
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     ctypes.string_at(0)
 
 
 def exhaust_memory() -> None:
-    """Take memory until there is no more, then end as the system's out-of-memory killer ends a process."""
-    # A limit of its own, just above what is in use: the machine's own memory is not in danger.
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + SPARE_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    hoard = []
+    """Allocates until no memory is left, then kills this process as the out-of-memory killer of the system does."""
+    # A limit just above what this process uses, so the other processes of the machine keep their memory.
+    used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used_bytes + SPARE_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    chunks = []
     with suppress(MemoryError):
         while True:
-            hoard.append(b"x" * CHUNK_BYTES)
+            chunks.append(b"x" * CHUNK_BYTES)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _raise() -> None:
-    raise RuntimeError("a row contains the word to raise at")
+    raise RuntimeError("a row contains the WORD of `raise:WORD`")
 
 
 def _sleep() -> None:
@@ -110,7 +113,7 @@ def _loop() -> None:
 
 
 def _wait_with_the_lock() -> None:
-    # PyDLL, unlike CDLL, keeps the interpreter's lock through the call.
+    # PyDLL, unlike CDLL, holds the interpreter's lock during the call.
     libc = ctypes.PyDLL(None)
     while True:
         libc.pause()

@@ -1,1 +1,1 @@
-"""Vectors of texts. `tokens.py` makes rows, `encoder.py` runs them, `embedding.py` answers jobs. Start there."""
+"""Embedding models. `tokens.py` tokenizes texts, `encoder.py` runs them, `embedding.py` answers jobs: start there."""

@@ -1,4 +1,4 @@
-"""Sentence-transformers embedding models, dense and sparse: one forward a micro-batch, whatever its rows ask for."""
+"""Runs embedding models of sentence-transformers, dense and sparse: one forward for rows of any options."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from millstream.broker.contract.embedding import shaped
 from millstream.broker.contract.errors import InvalidRequest, MillstreamError, ModelFailed
 from millstream.broker.contract.job import Json, Vectors
 from millstream.worker.models.base import NO_OPTIONS, NOT_FINITE, Prepared, Result, Upcoming
-from millstream.worker.models.embedding.encoder import Encoder, Text, Wish
+from millstream.worker.models.embedding.encoder import Encoder, Plan, Text
 
 
 class EmbeddingModel:
     """One embedding model on one device.
 
-    `prepare` and `forward` give what the model's own `encode`, `encode_query` or `encode_document` gives for the text
-    alone. A model whose settings say SparseEncoder answers {"indices": [...], "values": [...]}, by rising index.
+    An answer is what the model's own `encode`, `encode_query` or `encode_document` returns for the text alone. A model
+    whose settings say SparseEncoder answers {"indices": [...], "values": [...]}, sorted by index.
     """
 
     op = "embed"
@@ -36,24 +36,25 @@ class EmbeddingModel:
         self._dimension = int(model.get_embedding_dimension() or 0)
         self._gives_units = type(list(model.modules())[-1]).__name__ == "Normalize" and not self._encoder.own_cut
         self._most_active = getattr(model, "max_active_dims", None)
-        # The library learns how long a sparse vector is from the first one it makes.
+        # Not the dimension: the library knows that of sparse vectors only after its first forward.
         self.fingerprint = self._encoder.fingerprint("sparse" if self._sparse else str(self._dimension))
 
     def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
         try:
-            wish = self._encoder.wish(options)
-            self._check(wish)
+            plan = self._encoder.plan(options)
+            self._check(plan)
         except InvalidRequest as error:
             return [error] * len(inputs)
-        return self._encoder.prepare(inputs, wish)
+        return self._encoder.prepare(inputs, plan)
 
-    def _check(self, wish: Wish) -> None:
-        asked = wish.options
-        if self._sparse and (asked.dimensions, asked.normalize, asked.encoding) != (None, None, "float32"):
-            raise InvalidRequest("the model's vectors are sparse", hint="without dimensions, normalize and encoding")
-        if asked.dimensions and asked.dimensions > self._dimension:
+    def _check(self, plan: Plan) -> None:
+        options = plan.options
+        if self._sparse and (options.dimensions, options.normalize, options.encoding) != (None, None, "float32"):
+            raise InvalidRequest("the model's vectors are sparse", hint="leave dimensions, normalize and encoding out")
+        if options.dimensions and options.dimensions > self._dimension:
             raise InvalidRequest(
-                f"dimensions={asked.dimensions}, the model gives {self._dimension}", hint="ask for at most that many"
+                f"dimensions={options.dimensions}, the model gives {self._dimension}",
+                hint=f"pass dimensions of at most {self._dimension}",
             )
 
     def foresee(self, upcoming: Upcoming) -> None:
@@ -63,18 +64,18 @@ class EmbeddingModel:
         vectors = self._encoder.run(rows)
         if self._sparse:
             return list(self._sparse_rows(vectors))
-        wishes = {row.wish for row in cast(Sequence[Text], rows)}
-        return vectors if wishes == {self._encoder.plain} else self._as_asked(cast(Sequence[Text], rows), vectors)
+        plans = {row.plan for row in cast(Sequence[Text], rows)}
+        return vectors if plans == {self._encoder.plain} else self._shape(cast(Sequence[Text], rows), vectors)
 
-    def _as_asked(self, rows: Sequence[Text], vectors: Vectors) -> list[Result]:
+    def _shape(self, rows: Sequence[Text], vectors: Vectors) -> list[Result]:
         results: list[Result] = list(vectors)
-        for wish in {row.wish for row in rows}:
-            asked = wish.options
-            places = [at for at, row in enumerate(rows) if row.wish is wish]
-            some = shaped(vectors[places], asked.dimensions, asked.unit(self._gives_units), asked.encoding)
+        for plan in {row.plan for row in rows}:
+            options = plan.options
+            places = [at for at, row in enumerate(rows) if row.plan is plan]
+            some = shaped(vectors[places], options.dimensions, options.unit(self._gives_units), options.encoding)
             for at, result in zip(places, some, strict=True):
                 results[at] = result
-        # Looked for before they were encoded: no bit tells of a NaN.
+        # Checks the vectors before encoding: an encoded vector, such as a binary one, does not show a NaN.
         for at in np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist():
             results[at] = ModelFailed(NOT_FINITE)
         return results

@@ -1,4 +1,4 @@
-"""How a module reads texts: their tokens, what they are cut to, and the tensors of a micro-batch."""
+"""Tokenizes texts for a module, truncates them, and makes the tensors of a micro-batch."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from millstream.broker.contract.errors import ModelUnavailable
-from millstream.worker.models.loading.sharing import Features, Filling, Side
+from millstream.worker.models.loading.sharing import Features, Padding, Side
 
 
 class Reader(Protocol):
-    """A tokenizer. `read`, `cut` and `prompt_tokens` run in the claimer's thread, `batch` in the main one."""
+    """A tokenizer. `read`, `cut` and `prompt_tokens` run in the claimer's thread, `batch` in the main thread."""
 
     limit: int
-    """The most tokens of a text, special ones included."""
+    """Most tokens of a text, special tokens included."""
 
     special: int
-    """Special tokens of each text."""
+    """Number of special tokens that each text gets."""
 
     side: Side
-    """Where the tokenizer itself would pad."""
+    """The side at which the tokenizer itself pads."""
 
     shares_any: bool
-    """Whether there is nothing to pad: texts of any lengths may always share a forward."""
+    """Whether texts of any lengths may always share a forward, because nothing is padded."""
 
     reads_empty: bool
-    """Whether its module makes something of a text without tokens."""
+    """Whether the module returns a vector for a text without tokens."""
 
     def read(self, texts: list[str]) -> list[Features]:
-        """The tokens of each text, uncut, special ones included."""
+        """Returns the tokens of each text, not truncated, special tokens included."""
         ...
 
     def cut(self, text: str, tokens: Features, side: str, prompt: int) -> Features:
-        """The tokens of a text that is too long, without those beyond the limit at `side`, "start" or "end".
+        """Returns the tokens of a too long text, truncated to the limit at `side`, "start" or "end".
 
-        Its first `prompt` tokens are kept either way.
+        The first `prompt` tokens stay at either side.
         """
         ...
 
     def prompt_tokens(self, prompt: str) -> int:
-        """How many tokens `prompt` makes at the start of a text, a special one before it included."""
+        """Returns how many tokens `prompt` has at the start of a text, a special token before it included."""
         ...
 
     def batch(self, rows: list[Features], side: Side) -> Mapping[str, torch.Tensor]:
-        """The tensors that a module's forward takes, on the CPU, padded at `side`."""
+        """Returns the tensors that a module's forward takes, on the CPU, padded at `side`."""
         ...
 
 
 def reader_of(module: Any, max_length: int | None, task: str | None) -> Reader:
-    """How `module`, a model's first one, reads texts of `task`. Raises ModelUnavailable for an unknown kind."""
+    """Returns the reader for texts of `task` by `module`, a model's first. Raises ModelUnavailable if it has none."""
     tokenizer = getattr(module, "tokenizer", None)
     if isinstance(tokenizer, tokenizers.Tokenizer):
         return BagReader(tokenizer, max_length)
@@ -65,36 +65,37 @@ def reader_of(module: Any, max_length: int | None, task: str | None) -> Reader:
         settings = settings_of(module)
         own = getattr(module, f"{task}_length", None) or getattr(module, "max_seq_length", None)
         own = settings.pop("max_length", None) or own
-        # The words of an inference-free sparse model are looked up as they are.
+        # An inference-free sparse model looks up each token in a table, so it has no special tokens.
         bare = type(module).__name__ == "SparseStaticEmbedding"
         if bare:
             settings["add_special_tokens"] = False
         return PaddedReader(tokenizer, int(max_length or own or tokenizer.model_max_length), settings, bare)
     raise ModelUnavailable(
         f"its module {type(module).__name__} reads texts with {type(tokenizer).__name__}",
-        hint="models with a tokenizer of transformers or tokenizers run",
+        hint="only models with a tokenizer of transformers or tokenizers can run",
     )
 
 
 _HARMLESS = frozenset({"padding", "padding_side", "pad_to_multiple_of", "return_tensors", "return_attention_mask"})
-"""Settings of a tokenizer that only say how a batch is padded."""
+"""Tokenizer settings that only decide how a batch is padded; they are ignored."""
 
-_KEPT = frozenset({"add_special_tokens", "max_length", "return_token_type_ids"})
+_USED = frozenset({"add_special_tokens", "max_length", "return_token_type_ids"})
+"""Tokenizer settings that are passed on."""
 
 
 def settings_of(module: Any) -> dict[str, Any]:
-    """Settings that the folder of `module` has for its tokenizer, among `processing_kwargs` of sentence-transformers.
+    """Returns the tokenizer settings of `module`: sentence-transformers keeps them in `processing_kwargs`.
 
-    Raises ModelUnavailable for an unknown one.
+    Raises ModelUnavailable if a setting is unknown.
     """
     given = getattr(module, "processing_kwargs", None) or {}
     settings = {**(given.get("text") or {}), **(given.get("common") or {})}
-    unknown = sorted(settings.keys() - _HARMLESS - _KEPT - {"truncation", "logits_to_keep"})
+    unknown = sorted(settings.keys() - _HARMLESS - _USED - {"truncation", "logits_to_keep"})
     if unknown:
         raise ModelUnavailable(
-            f"its processing_kwargs set {', '.join(unknown)} for texts", hint=f"{', '.join(sorted(_KEPT))} are known"
+            f"its processing_kwargs set {', '.join(unknown)} for texts", hint=f"{', '.join(sorted(_USED))} are known"
         )
-    return {name: value for name, value in settings.items() if name in _KEPT}
+    return {name: value for name, value in settings.items() if name in _USED}
 
 
 class PaddedReader:
@@ -106,10 +107,10 @@ class PaddedReader:
         self, tokenizer: PreTrainedTokenizerBase, limit: int, settings: Mapping[str, Any], reads_empty: bool = False
     ) -> None:
         self._tokenizer = cast(Any, tokenizer)
-        # verbose: the tokenizer warns about long texts; here they are an error or cut.
+        # verbose=False: no warning about long texts, which are truncated here or an error.
         self._settings = {**settings, "padding": False, "return_attention_mask": False, "verbose": False}
         self._with_special = bool(settings.get("add_special_tokens", True))
-        self._filling = Filling.of(tokenizer)
+        self._padding = Padding.of(tokenizer)
         self.side: Side = "left" if self._tokenizer.padding_side == "left" else "right"
         self.limit, self.reads_empty = limit, reads_empty
         self.special = self._tokenizer.num_special_tokens_to_add() if self._with_special else 0
@@ -121,7 +122,7 @@ class PaddedReader:
     def cut(self, text: str, tokens: Features, side: str, prompt: int) -> Features:
         if side == "start" and prompt:
             return _without_middle(tokens, prompt, self.limit)
-        # Only this thread truncates; padding, in the runner's, does not read the side.
+        # Safe without a lock: only this thread truncates, and padding, in the main thread, does not read the side.
         self._tokenizer.truncation_side = "left" if side == "start" else "right"
         return dict(self._tokenizer(text, truncation=True, max_length=self.limit, **self._settings))
 
@@ -133,11 +134,11 @@ class PaddedReader:
         return min(len(ids) - bool(closed), self.limit)
 
     def batch(self, rows: list[Features], side: Side) -> Mapping[str, torch.Tensor]:
-        return self._filling.padded(rows, side)
+        return self._padding.pad(rows, side)
 
 
 class BagReader:
-    """A bare tokenizer: each text is a bag of tokens, nothing is padded, no token is special."""
+    """A tokenizer of the library tokenizers, for bag-of-tokens models: no padding, no special tokens."""
 
     side: Side = "right"
     shares_any = reads_empty = True
@@ -169,7 +170,7 @@ class BagReader:
 
 
 def text_of(tokens: int, count: Callable[[str], int]) -> str:
-    """A text with about `tokens` tokens, and never more, as `count` counts them; "" if one word has more."""
+    """Returns a text with about `tokens` tokens, at most that many, by `count`; "" if one word has more."""
     words = tokens
     while words > 0 and (counted := count(text := " ".join(["a"] * words))) > tokens:
         words = min(words - 1, words * tokens // counted)

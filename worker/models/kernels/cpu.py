@@ -1,4 +1,4 @@
-"""The threads on which torch computes."""
+"""Sets the threads that torch computes with."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def use_threads(count: int) -> None:
-    """Make the calling thread's operations run on `count` threads. Others keep what they have."""
+    """Makes operations of the calling thread run on `count` threads. Other threads keep their number."""
     torch.set_num_threads(count)

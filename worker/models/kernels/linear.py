@@ -1,8 +1,8 @@
-"""Linear layers of float32 models on the CPU by oneDNN, their weights laid out once as it reads them fastest.
+"""Linear layers of oneDNN for float32 models on the CPU. Their weights are reordered once, to oneDNN's fastest layout.
 
-torch multiplies float32 with MKL, from weights as they lie in the file (benchmarks/linear_layers.py compares the two).
-The operators are those that torch.compile emits for a frozen model (torch._inductor.mkldnn_lowerings). They are no
-public interface, so each layer is compared with what it was before it is replaced.
+torch itself multiplies float32 with MKL, with weights in the layout of the file; benchmarks/linear_layers.py compares
+the two. The operators are the ones that torch.compile emits for a frozen model (torch._inductor.mkldnn_lowerings).
+They are no public interface, so each new layer is compared with the old one before it replaces it.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ ARCHITECTURES = frozenset(
         "xlm-roberta",
     }
 )
-"""Those that only call their linear layers. Others look at the weights, too, which are not there any more."""
+"""Model types that only call their linear layers. Others also read the weights, which a replaced layer lacks."""
 
 _ROWS, _CLOSE = 5, 1e-5
+"""Rows of the comparison, and its largest relative difference."""
 
 _ACTIVATION = "intermediate_act_fn"
 
-# oneDNN makes a program for each number of rows and each shape, half a megabyte each. By itself it keeps 1,024.
+# oneDNN compiles a program of about 0.5 MB for each number of rows and each shape. Its default is to keep 1,024.
 for _capacity in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
     os.environ.setdefault(_capacity, "64")
 
@@ -49,14 +50,14 @@ for _capacity in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
 class Prepacked(nn.Module):
     """A linear layer [.., in] -> [.., out] that holds its weights in oneDNN's own layout only.
 
-    With `gelu` it applies that, too, while what it computed is still in the core's cache.
+    With `gelu` it also applies GELU, while the product is still in the cache of the core.
     """
 
     def __init__(self, layer: nn.Linear, *, gelu: bool = False) -> None:
         super().__init__()
         self.bias = layer.bias
         self._weights = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-        # An activation, its numbers, its kind: "tanh" is the other one of GELU.
+        # Name of the activation, its scalars, its variant: GELU has "none", the exact one, and "tanh".
         self._then: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
@@ -65,12 +66,12 @@ class Prepacked(nn.Module):
 
 
 def prepack(model: nn.Module) -> int:
-    """Replace the linear layers of `model` where that is known to work, float32 on the CPU; returns how many."""
+    """Replaces linear layers of `model`, if float32 on the CPU and known to work; returns their number."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return 0
-    # What is the weight of an embedding, too, stays where it is.
+    # A layer whose weight is shared, for example with an embedding, is not replaced.
     uses = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
-    # By their names: whoever holds a layer keeps its weights, and the model would need its memory twice.
+    # Names, not layers: a reference to a layer keeps its weights, so the model would need its memory twice.
     places = [
         (holder, name)
         for holder in _holders(model)
@@ -81,18 +82,18 @@ def prepack(model: nn.Module) -> int:
     try:
         for holder, name in places:
             replaced += _replace(holder, name)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the layers may run as they ever did
+    except Exception as error:  # noqa: BLE001 - after any failure the remaining layers run as before
         log.warning("oneDNN cannot take this model's linear layers: %s", described(error))
     if replaced < len(places):
-        log.warning("%d of %d linear layers stay as they are", len(places) - replaced, len(places))
+        log.warning("%d of %d linear layers are not replaced", len(places) - replaced, len(places))
     return replaced
 
 
 def _replace(holder: nn.Module, name: str) -> bool:
-    """Replace that layer, with the activation after it where it is one that oneDNN has; False where they differ."""
+    """Replaces one layer, and the GELU after it if there is one. Returns False if the results differ."""
     layer = cast(nn.Linear, getattr(holder, name))
     activation: Any = getattr(holder, _ACTIVATION, None)
-    # All that such a module does is one after the other.
+    # Such a module applies its activation to the layer's output and does nothing else.
     gelu = type(holder).__name__.endswith("Intermediate") and name == "dense" and type(activation) is GELUActivation
     made = Prepacked(layer, gelu=gelu)
     if not _are_equal(made, nn.Sequential(layer, activation) if gelu else layer, layer.in_features):
@@ -104,7 +105,7 @@ def _replace(holder: nn.Module, name: str) -> bool:
 
 
 def _holders(model: nn.Module) -> list[nn.Module]:
-    """The modules of known architectures; those that others put among them, such as adapters, may read weights."""
+    """Returns modules of known architectures that transformers defines. Others, such as adapters, may read weights."""
     known = [
         each
         for each in model.modules()
@@ -116,7 +117,7 @@ def _holders(model: nn.Module) -> list[nn.Module]:
 
 def _suits(weight: torch.Tensor) -> bool:
     plain = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.numel() > 0
-    # NaN is what weights.py puts into a layer that nothing reads.
+    # weights.py fills a layer with NaN if its weights are missing and nothing reads it.
     return plain and not bool(weight.isnan().any())
 
 

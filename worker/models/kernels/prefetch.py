@@ -1,4 +1,4 @@
-"""Batches on their way to the device. On CUDA from pinned memory, and the next one while the last one runs."""
+"""Makes batches and copies them to the device. On CUDA it copies from pinned memory, while the last forward runs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Make = Callable[[Sequence[Prepared]], Mapping[str, torch.Tensor]]
 
 
 class Prefetch:
-    """What one model's forwards take, on its device. Used by one thread.
+    """Makes the input tensors of one model's forwards, on its device. Used by one thread.
 
-    CUDA runs a forward by itself once it is launched. Between that and the wait for its results the next batch is made
-    and sent after it; where `upcoming` was wrong about it, it is made again.
+    CUDA runs a launched forward asynchronously. Before the thread waits for the results, it makes the next batch and
+    queues its copy. If `upcoming` predicted other rows than the ones that come, the batch is made again.
     """
 
     def __init__(self, device: torch.device, make: Make, backend: str = "torch") -> None:
@@ -32,32 +32,32 @@ class Prefetch:
             self._upcoming = upcoming
 
     def batch(self, rows: Sequence[Prepared]) -> dict[str, Any]:
-        """The tensors of `rows`, on the device."""
+        """Returns the tensors of `rows`, on the device."""
         (expected, tensors), self._next = self._next, ([], {})
-        # Rows are compared by identity.
-        return tensors if list(expected) == list(rows) else self._sent(rows)
+        # Rows compare by identity.
+        return tensors if list(expected) == list(rows) else self._make_on_device(rows)
 
-    def launched(self) -> None:
-        """A forward runs, and nobody has asked for its results yet."""
+    def make_next(self) -> None:
+        """Makes the predicted next batch. Call it after a forward was launched, before its results are read."""
         rows = self._upcoming() if self._upcoming else ()
         if not rows:
             return
         try:
-            self._next = rows, self._sent(rows)
-        except Exception:  # noqa: BLE001 - its own forward will meet the same, and this one has done nothing wrong
+            self._next = rows, self._make_on_device(rows)
+        except Exception:  # noqa: BLE001 - the next forward raises it again; the forward that runs now is not at fault
             self._next = [], {}
 
-    def _sent(self, rows: Sequence[Prepared]) -> dict[str, Any]:
-        return sent(self._make(rows), self._device)
+    def _make_on_device(self, rows: Sequence[Prepared]) -> dict[str, Any]:
+        return to_device(self._make(rows), self._device)
 
 
 def runs_by_itself(device: torch.device, backend: str) -> bool:
-    """Whether a forward goes on there while its caller does something else."""
+    """Returns whether a forward on that device and backend runs while its caller does something else."""
     return device.type == "cuda" and backend == "torch"
 
 
-def sent(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
-    """`tensors` on `device`. From pageable memory a copy to CUDA would wait for what runs there."""
+def to_device(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
+    """Copies `tensors` to `device`. They are pinned for CUDA: a copy from pageable memory waits for running kernels."""
     if device.type != "cuda":
         return {name: tensor.to(device) for name, tensor in tensors.items()}
     return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}

@@ -1,6 +1,6 @@
-"""Models exported to ONNX or OpenVINO: which file runs and where, how it is loaded, and what names it.
+"""Models exported to ONNX or OpenVINO: the file, its device, its loading arguments and its digest.
 
-The export is made beforehand, by sentence-transformers: a worker that exports as it starts would do so at each start.
+The export is made beforehand, with sentence-transformers: a worker would have to repeat it at each start.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ _LIBRARIES = {"onnx": ("onnxruntime", "optimum.onnxruntime"), "openvino": ("opti
 
 
 class Export(NamedTuple):
-    """An exported model: the device for it and the modules behind it, and its loading."""
+    """An exported model: the device for it and for the modules after it, and the arguments to load it."""
 
     device: str
     kwargs: dict[str, Any]
-    """How the file is to be loaded, as from_pretrained takes it."""
+    """Arguments of from_pretrained."""
 
 
 def needs_folder(source: str, spec: ModelSpec) -> ModelUnavailable:
-    """The error of an exported model that is on the hub."""
+    """Returns the error of an exported model that is on the hub, not in a folder."""
     return ModelUnavailable(
         f"backend {spec.backend} runs a model from a folder, {spec.model_name!r} is on the hub",
         hint=f"download it (hf download {source} --local-dir FOLDER) and give the folder",
     )
 
 
-def find(source: Path, spec: ModelSpec, device: str | None, kind: str) -> Export:
-    """The export of a model of `kind`, a class of sentence-transformers. Raises ModelUnavailable."""
-    file = exported(source, spec, kind)
+def find_export(source: Path, spec: ModelSpec, device: str | None, kind: str) -> Export:
+    """Returns the export of a model of `kind`, a class of sentence-transformers. Raises ModelUnavailable."""
+    file = export_file(source, spec, kind)
     refuse_links(source, (source / file).parent)
     for part in _parts(source / file):
         check_content(part)
     _check_installed(spec.backend)
-    where = _onnx_device(device) if spec.backend == "onnx" else _openvino_device(device)
-    options = _onnx(where) if spec.backend == "onnx" else _openvino()
-    return Export(where, {"file_name": file, "export": False, **options})
+    place = _onnx_device(device) if spec.backend == "onnx" else _openvino_device(device)
+    options = _onnx(place) if spec.backend == "onnx" else _openvino()
+    return Export(place, {"file_name": file, "export": False, **options})
 
 
-def exported(folder: Path, spec: ModelSpec, kind: str = "SentenceTransformer") -> str:
-    """The file to run, below the model's folder. Raises ModelUnavailable."""
+def export_file(folder: Path, spec: ModelSpec, kind: str = "SentenceTransformer") -> str:
+    """Returns the path of the exported file, relative to `folder`. Raises ModelUnavailable if there is none."""
     default = _FILES[spec.backend]
     names = [spec.model_file] if spec.model_file else [default, f"{spec.backend}/{default}"]
     for name in names:
@@ -107,13 +107,13 @@ def _openvino_device(device: str | None) -> str:
 
 
 def _openvino() -> dict[str, Any]:
-    # By default it computes in bfloat16 wherever the CPU can, whatever the file holds.
+    # Without the hint OpenVINO computes in bfloat16 if the CPU can, also for a float32 file.
     config = {"INFERENCE_NUM_THREADS": str(torch.get_num_threads()), "INFERENCE_PRECISION_HINT": "f32"}
     return {"device": "cpu", "ov_config": config}
 
 
 def check_runs(model: torch.nn.Module, spec: ModelSpec) -> None:
-    """Raises ModelUnavailable where sentence-transformers passed the backend over and took weights for torch."""
+    """Raises ModelUnavailable if sentence-transformers ignored the backend and loaded weights for torch."""
     first = next(model.children(), model)
     if isinstance(getattr(first, "model", first), torch.nn.Module):
         raise ModelUnavailable(
@@ -123,8 +123,10 @@ def check_runs(model: torch.nn.Module, spec: ModelSpec) -> None:
 
 
 def export_digest(folder: Path, file: str) -> str:
-    """SHA-256, in hex, over what runs of the model in `folder`: the exported file, the weights it keeps beside itself
-    where they are too large for one, under whatever names, and those of the modules behind it, which torch runs.
+    """Returns the SHA-256, in hex, over all files of the model in `folder` that run.
+
+    They are the exported file, the files beside it that hold weights too large for one file, and the weights of the
+    modules after it, which torch runs.
     """
     digest = hashlib.sha256()
     for each in (*sorted(_parts(folder / file)), *_behind(folder)):
@@ -134,6 +136,7 @@ def export_digest(folder: Path, file: str) -> str:
 
 
 _NO_PARTS = {".json", ".jinja", ".md", ".model", ".onnx", ".safetensors", ".txt", ".xml", ".yaml"}
+"""Suffixes of files beside an ONNX file that hold none of its weights. The files that do may have any name."""
 
 
 def _parts(export: Path) -> Iterator[Path]:

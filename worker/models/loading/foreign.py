@@ -1,7 +1,7 @@
-"""Refuses what would run, or be read, that is not the model's own data: pickles, code, links and paths that lead out.
+"""Refuses model folders with pickles, with code, or with links and paths to the outside.
 
-Looked at before a library sees the folder, so that nothing depends on a library's release. Modules of foreign classes
-are refused in parts.py, where they are named.
+The check runs before a library reads the folder, so it does not depend on a library's release. Modules of foreign
+classes are refused in parts.py.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from millstream.worker.models.loading.files import read_json, read_settings, refused
+from millstream.worker.models.loading.files import read_json, read_settings, refusal
 from millstream.worker.models.loading.parts import LIBRARY, Part
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 
 _READERS = ("AutoProcessor", "AutoTokenizer")
+"""Keys of auto_map that name classes of tokenizers and processors."""
 
 _ELSEWHERE = {"cache_dir", "code_revision", "gguf_file", "merges_file", "tokenizer_file", "vocab_file"}
-"""Arguments of from_pretrained that name another place than the folder."""
+"""Arguments of from_pretrained that name files outside of the folder."""
 
 _ARGUMENTS = ("model_args", "model_kwargs", "tokenizer_args", "processor_kwargs", "config_args", "config_kwargs")
 
@@ -30,10 +31,10 @@ _ACTIVATIONS = {"activation_fn", "activation_function", "sbert_ce_default_activa
 
 
 def refuse_foreign(folder: Path, parts: Iterable[Part], backend: str) -> None:
-    """Raise ModelUnavailable if anything in a module's folder is code, a pickle to be loaded, or leads out."""
+    """Raises ModelUnavailable if a module's folder has code, a pickle to load, or a link to the outside."""
     for part in parts:
         refuse_links(folder, part.folder)
-        # An exported model takes the place of what transformers would load.
+        # If an exported model runs, transformers loads no weights.
         if not (part.is_transformer and backend != "torch"):
             _refuse_pickles(part.folder)
         kind = _integrated_type(part.folder / "config.json")
@@ -45,56 +46,56 @@ def refuse_foreign(folder: Path, parts: Iterable[Part], backend: str) -> None:
 
 
 def refuse_links(folder: Path, part: Path) -> None:
-    """Raise ModelUnavailable if `part`, or a file in it, is a link to somewhere outside of the model's `folder`."""
+    """Raises ModelUnavailable if `part`, or a file in it, is a link to the outside of the model's `folder`."""
     inside = [folder.resolve()]
-    # The hub's cache keeps the files of all revisions in one place, and folders of links to them.
+    # The hub's cache keeps the files of all revisions in `blobs`; `snapshots` has only links to them.
     if folder.parent.name == "snapshots":
         inside.append(folder.parent.parent.resolve() / "blobs")
     for each in (part, *part.iterdir()) if part.is_dir() else ():
         target = each.resolve()
         if not any(target.is_relative_to(place) for place in inside):
-            raise refused(each, f"it leads out of the model's folder, to {target}", "put a copy in its place")
+            raise refusal(each, f"it leads out of the model's folder, to {target}", "put a copy in its place")
 
 
 def _refuse_pickles(part: Path) -> None:
-    """Pickles beside safetensors are never read: many published models have both."""
+    """Raises ModelUnavailable if `part` has pickles and no safetensors. Pickles beside safetensors are never read."""
     if any(part.glob("*.safetensors")) or not part.is_dir():
         return
     for file in sorted(each for pattern in _PICKLES for each in part.glob(pattern)):
-        raise refused(
+        raise refusal(
             file,
             "its weights are pickled, which may run code; no model.safetensors is beside it",
-            "save the model again with save_pretrained(FOLDER), where you trust it, and give that folder",
+            "on a host where you trust it, save the model with save_pretrained(FOLDER), and give that folder",
         )
 
 
 def _refuse_elsewhere(file: Path, settings: dict[str, object]) -> None:
     own_tokenizer = settings.get("tokenizer_name_or_path")
     if own_tokenizer is not None:
-        raise refused(file, f"it names a tokenizer elsewhere, {own_tokenizer!r}", "save it into the model's folder")
+        raise refusal(file, f"it names a tokenizer elsewhere, {own_tokenizer!r}", "save it into the model's folder")
     if isinstance(settings.get("path"), str):
-        raise refused(file, f"it reads weights elsewhere, {settings['path']!r}", "save them into the model's folder")
+        raise refusal(file, f"it reads weights elsewhere, {settings['path']!r}", "save them into the model's folder")
     for name in _ARGUMENTS:
         arguments = settings.get(name)
         for key in sorted(_ELSEWHERE.intersection(arguments)) if isinstance(arguments, dict) else ():
-            raise refused(file, f"{name}.{key} names another place", "everything must be in the model's folder")
+            raise refusal(file, f"{name}.{key} names another place", "everything must be in the model's folder")
 
 
 def _refuse_code(file: Path, content: object, kind: str) -> None:
     for key, value in _settings(content):
         if key == "auto_map" and value and not _only_integrated(value, kind):
-            raise refused(
+            raise refusal(
                 file,
                 f"its auto_map names code of its own: {value}",
-                "code of a model's own is never run: give a model that transformers has classes for; if transformers' "
+                "a model's own code is never run: give a model that transformers has classes for; if transformers' "
                 "classes are known to give the same results, delete auto_map from the file",
             )
         if why := _foreign(key, value):
-            raise refused(file, why, "code of a model's own is never run: give one that transformers has a class for")
+            raise refusal(file, why, "a model's own code is never run: give one that transformers has a class for")
 
 
 def _settings(value: object) -> Iterator[tuple[str, object]]:
-    """All keys and values, at any depth."""
+    """Yields all keys and values, at any depth."""
     if isinstance(value, dict):
         yield from value.items()
     for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -102,7 +103,7 @@ def _settings(value: object) -> Iterator[tuple[str, object]]:
 
 
 def _foreign(key: str, value: object) -> str:
-    """Why a setting is refused; empty if it is not."""
+    """Returns why a setting is refused; empty if it is accepted."""
     if key == "trust_remote_code" and value:
         return "it asks for trust_remote_code"
     if not isinstance(value, str):
@@ -117,10 +118,11 @@ def _foreign(key: str, value: object) -> str:
 
 
 def _integrated_type(config: Path) -> str:
-    """The model type in config.json if its author's classes became transformers' own; empty if not.
+    """Returns the model type in config.json if its author's classes became part of transformers; empty if not.
 
-    Authors leave auto_map in the settings for older releases. It names their AutoConfig then. Code for a type that
-    transformers always had needs none: it may bear the names of transformers' classes, and compute something else.
+    Authors keep auto_map in the settings for older releases of transformers; then it has an AutoConfig. Without an
+    AutoConfig the type was always part of transformers, so the code has a different purpose: its classes may have the
+    names of transformers' classes, and compute something else.
     """
     settings = read_settings(config)
     kind, auto_map = settings.get("model_type"), settings.get("auto_map")
@@ -130,7 +132,7 @@ def _integrated_type(config: Path) -> str:
 
 
 def _only_integrated(auto_map: object, kind: str) -> bool:
-    """Whether `auto_map` names classes of the integrated type `kind`. Only a head may have another name."""
+    """Returns whether `auto_map` names classes of the integrated type `kind`. Only a head may have another name."""
     if not kind or not isinstance(auto_map, dict):
         return False
     models = MODEL_MAPPING_NAMES.get(kind, ())
@@ -142,7 +144,7 @@ def _only_integrated(auto_map: object, kind: str) -> bool:
 
 
 def _names(auto_map: dict[str, object], key: str) -> list[str]:
-    """The bare names of the classes that `auto_map` has for `key`."""
+    """Returns the names of the classes that `auto_map` has for `key`, without their modules."""
     value = auto_map.get(key)
     names = value if isinstance(value, list) else [value]
     return [str(name).rpartition(".")[2] for name in names if name is not None]

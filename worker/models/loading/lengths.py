@@ -1,8 +1,8 @@
-"""Models that compute differently from some length on, and keep to it: transformers has two kinds of them.
+"""Resets models that keep state between forwards: transformers has two kinds that compute by the length of a text.
 
 Dynamic and "longrope" rotary positions choose their frequencies by the longest text of a forward; the dynamic ones keep
-those of the longest text they ever ran. BigBird's sparse attention turns into full attention for ever with its first
-short text. Here each forward starts as that of a model just loaded.
+the frequencies of the longest text so far. BigBird's sparse attention becomes full attention permanently at its first
+short text. After `forget` each forward computes like the first forward of a newly loaded model.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ import torch
 from torch import nn
 
 UNLIMITED = float("inf")
+"""Tokens: texts of all lengths compute alike."""
 
 
 def forget(model: nn.Module) -> float:
-    """Make each forward of `model` independent of those before it; call it once.
+    """Makes each forward of `model` independent of earlier forwards. Call it once.
 
-    Returns up to how many tokens texts of different lengths compute alike.
+    Returns the length in tokens up to which texts of different lengths compute alike.
     """
-    return min((UNLIMITED, *(_forgetting(module) for module in model.modules())))
+    return min((UNLIMITED, *(_make_independent(module) for module in model.modules())))
 
 
-def _forgetting(module: Any) -> float:
-    """The limit that `module` sets. It forgets from now on."""
+def _make_independent(module: Any) -> float:
+    """Makes the forwards of `module` independent of each other. Returns its limit in tokens, as `forget` does."""
     kinds = _rope_kinds(module)
     if any("dynamic" in kind for kind in kinds.values()):
         module.register_forward_pre_hook(_forget_frequencies)
@@ -39,7 +40,7 @@ def _forgetting(module: Any) -> float:
 
 
 def _rope_kinds(module: object) -> Mapping[str, str]:
-    """The kinds of rotary positions that `module` computes, by the type of layer; by "" if it has one kind."""
+    """Returns the kinds of rotary positions of `module` by layer type; the key is "" if it has one kind."""
     kinds = getattr(module, "rope_type", None)
     if not hasattr(module, "original_max_seq_len") or kinds is None:
         return {}
@@ -59,7 +60,7 @@ def _forget_frequencies(module: Any, _: object) -> None:
 
 
 def _long_from(module: Any, kinds: Mapping[str, str]) -> Iterable[int]:
-    # transformers 4 has the number beside the parameters.
+    # transformers 4 has no rope_parameters: the number is in the config itself.
     parameters = getattr(module.config, "rope_parameters", None) or vars(module.config)
     for layer, kind in kinds.items():
         if kind == "longrope":
@@ -67,19 +68,19 @@ def _long_from(module: Any, kinds: Mapping[str, str]) -> Iterable[int]:
 
 
 def _sparse_from(module: Any) -> float:
-    """Chooses the attention as BigBirdModel.forward does."""
+    """Makes `module` choose attention for each forward, as BigBirdModel.forward does. Returns its limit in tokens."""
     if not hasattr(module, "get_input_embeddings"):
         return UNLIMITED
     most = (5 + 2 * module.config.num_random_blocks) * module.config.block_size
     forward = module.forward
 
-    # No hook: sentence-transformers calls this method itself, past all hooks.
+    # Not a hook: sentence-transformers calls `forward` directly, so hooks do not run.
     @wraps(forward)
-    def sparse_again(*given: torch.Tensor, **named: Any) -> object:
-        ids = given[0] if given else named["input_ids"]
+    def sparse_again(*args: torch.Tensor, **kwargs: Any) -> object:
+        ids = args[0] if args else kwargs["input_ids"]
         if ids.shape[1] > most:
             module.set_attention_type("block_sparse")
-        return forward(*given, **named)
+        return forward(*args, **kwargs)
 
     module.forward = sparse_again
     return float(most)

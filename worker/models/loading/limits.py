@@ -1,9 +1,10 @@
-"""The longest text a model reads: what its files say, corrected by running it before the first job does.
+"""Finds the longest text that a model reads: the limit in its files, corrected by forwards before the first job.
 
-Files are wrong in many ways: RoBERTa counts its positions from the padding token's id, tokenizers name no limit or one
-of another model, and so does a user's `max_length`. So nothing here looks at the name of an architecture. Two short
-texts show which table a model looks up by position and how many texts longer it lasts; on CUDA that must be known
-beforehand, since a look-up beyond the table ends the process. A text as long as the limit then confirms it.
+Files are often wrong: RoBERTa counts its positions from the padding token's id, tokenizers name no limit or that of
+another model, and a user's `max_length` may be too large. So this module does not use the names of architectures. Two
+short texts show which table the model looks up by position, and how many tokens that table has room for. On CUDA this
+must be known before a long text runs, because a look-up beyond the table ends the process. Then longer and longer texts
+run, up to the limit, to confirm it.
 """
 
 from __future__ import annotations
@@ -26,43 +27,47 @@ SHORT, LONGER = 3, 5
 """Tokens of the two texts whose look-ups are compared."""
 
 FIRST, MOST = 64, 2_048
-"""Tokens. The first text of those that grow towards the limit, and the longest: attention may need its square in bytes
-some hundred times, and a start must not need gigabytes."""
+"""Tokens of the first and the longest text that tries the limit.
+
+Attention may need some hundred times MOST squared bytes, and a start must not need gigabytes.
+"""
 
 FORWARD_S, GROWTH = 2.0, 3.0
-"""No forward starts that is predicted to take more seconds. One over twice the tokens is predicted to take GROWTH times
-as long: layers take twice, attention four times."""
+"""FORWARD_S: seconds that a forward may be predicted to take, else it does not start. GROWTH: predicted factor.
+
+Twice the tokens are predicted to take GROWTH times as long: layers take twice as long, attention four times.
+"""
 
 BISECTION_S = 10.0
-"""Seconds after which the search for the longest text that runs ends with the longest that ran."""
+"""Seconds after which the search for the longest text ends, with the longest text that ran."""
 
 Forward = Callable[[int], object]
-"""Runs the model over one text of so many tokens. May raise anything."""
+"""Runs the model over one text of that many tokens. May raise any exception."""
 
 Clock = Callable[[], float]
 
 
-def settled(named: int, forward: Forward, configured: int | None, clock: Clock = time.perf_counter) -> Limit:
-    """The limit of a model whose files, or `configured`, its max_length, name `named` tokens.
+def find_limit(named: int, forward: Forward, configured: int | None, clock: Clock = time.perf_counter) -> Limit:
+    """Returns the limit of a model. `named` is the limit, in tokens, of its files or of `configured`, its max_length.
 
     Raises ModelUnavailable if the model reads less than `configured`, or fails on a short text.
     """
-    most = positions(forward)
+    most = count_positions(forward)
     reads = named if most is None else min(named, most)
     _check_configured(configured, reads)
-    ran, failed = _grown(reads, forward, clock)
+    ran, failed = _grow(reads, forward, clock)
     if failed:
-        reads = ran = _between(ran or LONGER, failed, forward, clock)
+        reads = ran = _bisect(ran or LONGER, failed, forward, clock)
         _check_configured(configured, reads)
     if reads < named:
         log.info("the model's files name a limit of %d tokens, it reads %d", named, reads)
     return Limit(min(reads, ANY_LENGTH), ran)
 
 
-def positions(forward: Forward) -> int | None:
-    """The length of the shortest table that `forward` looks up by position, in tokens; None if there is none.
+def count_positions(forward: Forward) -> int | None:
+    """Returns the size of the smallest table that `forward` looks up by position, in tokens; None if it has none.
 
-    Such a table is as long for every text, and the largest index into it grows by one with each token.
+    Such a table has the same size for every text, and the largest index into it grows by one with each token.
     """
     short, longer = _lookups(forward, SHORT), _lookups(forward, LONGER)
     if len(short) != len(longer):
@@ -72,21 +77,21 @@ def positions(forward: Forward) -> int | None:
     return min((entries - (largest - (SHORT - 1)) for entries, largest in by_position), default=None)
 
 
-def stretched(values: Sequence[int], tokens: int) -> list[int]:
-    """`values`, one a token of a short text, for a text of `tokens` tokens: the middle one is repeated."""
+def stretch(values: Sequence[int], tokens: int) -> list[int]:
+    """Returns `values`, one for each token of a short text, for `tokens` tokens: the middle value is repeated."""
     middle = len(values) // 2
     tail = list(values[middle + 1 :])[: max(0, tokens - 1)]
     head = list(values[:middle])[: max(0, tokens - 1 - len(tail))]
     return [*head, *[values[middle]] * (tokens - len(head) - len(tail)), *tail]
 
 
-def stretched_row(ids: Mapping[str, Sequence[int]], tokens: int) -> dict[str, list[int]]:
-    """Each of a row's inputs, stretched as `stretched` does."""
-    return {name: stretched(values, tokens) for name, values in ids.items()}
+def stretch_row(ids: Mapping[str, Sequence[int]], tokens: int) -> dict[str, list[int]]:
+    """Stretches each input of a row, as `stretch` does."""
+    return {name: stretch(values, tokens) for name, values in ids.items()}
 
 
 class _Lookups(TorchDispatchMode):
-    """Notes of each look-up by one row of indices: the entries of its table, and the largest index."""
+    """Records each look-up by one row of indices: the number of entries of its table, and the largest index."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -97,7 +102,7 @@ class _Lookups(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.aten.embedding.default:
             table, indices = args[:2]
-            # Relative positions are looked up for each pair of tokens, and their tables serve any length.
+            # Relative positions are looked up for each pair of tokens; their tables do not limit the length.
             if 0 < indices.numel() == indices.shape[-1]:
                 self.found.append((table.shape[0], int(indices.max())))
         return func(*args, **(kwargs or {}))
@@ -111,15 +116,18 @@ def _lookups(forward: Forward, tokens: int) -> list[tuple[int, int]]:
 
 
 def _run(forward: Forward, tokens: int) -> None:
-    """Raises ModelUnavailable for any fault."""
+    """Runs one forward. Raises ModelUnavailable if it fails."""
     try:
         forward(tokens)
     except Exception as error:
         raise ModelUnavailable(f"the model fails on a text of {tokens} tokens: {described(error)}") from error
 
 
-def _grown(limit: int, forward: Forward, clock: Clock) -> tuple[int, int]:
-    """The longest text that ran, of those that grow to `limit`, and the shortest that failed; 0 if there is none."""
+def _grow(limit: int, forward: Forward, clock: Clock) -> tuple[int, int]:
+    """Runs longer and longer texts, up to `limit`.
+
+    Returns the tokens of the longest text that ran and of the one that failed; 0 if there is none.
+    """
     ran, seconds = 0, 0.0
     for tokens in _sizes(limit):
         if seconds * GROWTH > FORWARD_S:
@@ -149,18 +157,21 @@ def _sizes(limit: int) -> Iterator[int]:
     yield most
 
 
-def _between(good: int, bad: int, forward: Forward, clock: Clock) -> int:
-    """The most tokens that run, between `good`, which do, and `bad`, which do not; after BISECTION_S one of fewer."""
+def _bisect(good: int, bad: int, forward: Forward, clock: Clock) -> int:
+    """Searches between `good` tokens, which run, and `bad` tokens, which fail. Returns the most tokens that ran.
+
+    After BISECTION_S the search stops, so the result may be too low.
+    """
     began = clock()
     while bad - good > 1 and clock() - began < BISECTION_S:
         middle = (good + bad) // 2
         try:
             forward(middle)
             good = middle
-        except Exception:  # noqa: BLE001 - whatever it is, so many tokens do not run
+        except Exception:  # noqa: BLE001 - any failure means that these tokens do not run
             bad = middle
     if bad - good > 1:
-        log.warning("the longest text was searched for %g s: %d tokens run, %d do not", BISECTION_S, good, bad)
+        log.warning("the search for the longest text took over %g s: %d tokens run, %d do not", BISECTION_S, good, bad)
     return good
 
 

@@ -1,6 +1,6 @@
-"""The modules that a model's folder names, each with its files: of sentence-transformers alone, in the folder alone.
+"""Reads which modules a model's folder has: only classes of sentence-transformers, with files inside the folder.
 
-This is looked at before the library sees the folder: some releases import whatever modules.json names.
+This check runs before the library reads the folder: some releases import any class that modules.json names.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.util import import_from_string
 from torch import nn
 
-from millstream.worker.models.loading.files import below, read_json, read_settings, refused
+from millstream.worker.models.loading.files import below, read_json, read_settings, refusal
 
 LIBRARY = "sentence_transformers."
 
 _FIRST_LAYOUT = f"{LIBRARY}models."
-"""Names that releases before 5.4 gave their modules. Folders of that time may have been put together by hand."""
+"""Prefix of module names in folders of releases before 5.4. Some of these folders were written by hand."""
 
 
 class Part(NamedTuple):
-    """One module: its class, where its files are, and whether a release of the library wrote the folder as it is."""
+    """One module: its class, the folder of its files, and whether release 5.4 or later of the library wrote it."""
 
     kind: type[nn.Module]
     folder: Path
@@ -30,24 +30,24 @@ class Part(NamedTuple):
 
     @property
     def is_transformer(self) -> bool:
-        """Whether transformers loads its weights."""
+        """Whether transformers loads the weights of this module."""
         return issubclass(self.kind, Transformer) or self.kind.__name__ == "CLIPModel"
 
 
 def parts_of(folder: Path) -> list[Part]:
-    """The modules of the model in `folder`; a transformer alone if it has no modules.json. Raises ModelUnavailable."""
+    """Returns the modules of a model in `folder`; one transformer without modules.json. Raises ModelUnavailable."""
     listing = folder / "modules.json"
     if not listing.is_file():
         return [Part(Transformer, folder, False)]
     modules = read_json(listing)
     if not isinstance(modules, list) or not modules:
-        raise refused(listing, "it lists no modules", "copy or download the folder again, whole")
+        raise refusal(listing, "it lists no modules", "copy or download the folder again, whole")
     return [part for module in modules for part in _parts(folder, module, listing)]
 
 
 def _parts(folder: Path, module: object, listing: Path) -> Iterator[Part]:
     if not isinstance(module, dict) or not {"type", "path"}.issubset(module):
-        raise refused(listing, f"a module without type or path: {module!r}", "copy or download the folder again, whole")
+        raise refusal(listing, f"a module without type or path: {module!r}", "copy or download the folder again, whole")
     part = _part(module["type"], below(folder, module["path"], listing), listing)
     yield part
     if issubclass(part.kind, Router):
@@ -55,13 +55,13 @@ def _parts(folder: Path, module: object, listing: Path) -> Iterator[Part]:
 
 
 def _routes(folder: Path) -> Iterator[Part]:
-    """The modules of a router, which are listed in a file of its own; in config.json, until release 5.0."""
+    """Yields the modules of a router. They are listed in router_config.json; until release 5.0, in config.json."""
     listing = next((file for file in (folder / "router_config.json", folder / "config.json") if file.is_file()), None)
     if listing is None:
-        raise refused(folder / "router_config.json", "it is missing", "copy or download the folder again, whole")
+        raise refusal(folder / "router_config.json", "it is missing", "copy or download the folder again, whole")
     types = read_settings(listing).get("types")
     if not isinstance(types, dict) or not types:
-        raise refused(listing, "it lists no modules", "copy or download the folder again, whole")
+        raise refusal(listing, "it lists no modules", "copy or download the folder again, whole")
     for path, kind in types.items():
         yield _part(kind, below(folder, path, listing), listing)
 
@@ -72,7 +72,7 @@ def _part(name: object, folder: Path, listing: Path) -> Part:
 
 
 def _class(name: object, listing: Path) -> type[nn.Module]:
-    """The class of that name, which must be a module that the library defines, not one that it imported."""
+    """Returns the class `name`. Raises ModelUnavailable if it is no module that sentence-transformers defines."""
     kind: Any = None
     if isinstance(name, str) and name.startswith(LIBRARY):
         try:
@@ -80,9 +80,9 @@ def _class(name: object, listing: Path) -> type[nn.Module]:
         except (ImportError, AttributeError, ValueError):
             kind = None
     if not isinstance(kind, type) or not issubclass(kind, nn.Module) or not kind.__module__.startswith(LIBRARY):
-        raise refused(
+        raise refusal(
             listing,
             f"it names the module {name!r}, which is not one of sentence-transformers'",
-            "code of a model's own is never run; `pip install -U sentence-transformers` if a newer release has it",
+            "a model's own code is never run; `pip install -U sentence-transformers` if a newer release has it",
         )
     return kind

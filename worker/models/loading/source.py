@@ -1,6 +1,6 @@
-"""Where a model comes from: weights in a folder, an installed package, the hub; code that this host's own file names.
+"""Finds a model: weights in a folder, in an installed package or on the hub; code that this host's config.yaml names.
 
-Needs no torch, so errors come fast.
+It does not import torch, so its errors come before a slow import.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from millstream.broker.contract.errors import ModelUnavailable
 
 PACKAGE = "package:"
 RERANKERS = "cross-encoder"
-"""Whose rerankers on the hub may be named without it, as in sentence-transformers."""
+"""Organization on the hub; its rerankers may be named without it, as in sentence-transformers."""
 
 
 def handler_of(spec: ServiceSpec) -> str:
-    """The code of a custom model, as this host's own file names it. Raises ModelUnavailable where it does not."""
+    """Returns the handler that this host's config.yaml names. Raises ModelUnavailable if it names none."""
     if spec.model.handler is None:
         raise ModelUnavailable(
             f"service {spec.name!r} is of type custom, and this worker's config.yaml names no handler for it",
@@ -32,16 +32,16 @@ def handler_of(spec: ServiceSpec) -> str:
 
 
 def locate(model_name: str, organization: str = "") -> Path | str:
-    """The folder of `model_name`, or its hub id. Raises ModelUnavailable, with what to do.
+    """Returns the folder of `model_name`, or its hub id. Raises ModelUnavailable with a hint if there is none.
 
-    `package:NAME/folder` is a folder inside an installed Python package; a name that starts with `.`, `/` or `~`, or
-    is a folder here, is local. On the hub a name without a slash is `organization`'s, where one is given.
+    `package:NAME/folder` is a folder inside an installed Python package. A name is local if it starts with `.`, `/` or
+    `~`, or if it is a folder. A hub name without a slash belongs to `organization`, if one is given.
     """
     if model_name.startswith(PACKAGE):
         return _in_package(model_name)
     path = Path(model_name).expanduser()
     if path.is_dir():
-        return _checked(path.resolve())
+        return _check(path.resolve())
     if model_name.startswith((".", "/", "~")):
         raise ModelUnavailable(
             f"no model folder {str(path)!r}", hint="give a folder saved with save_pretrained, or a hub id"
@@ -60,20 +60,20 @@ def _in_package(model_name: str) -> Path:
     path = Path(spec.submodule_search_locations[0]) / folder
     if not path.is_dir():
         raise ModelUnavailable(f"model {model_name!r}: the package has no folder {folder!r}", hint="check model_name")
-    return _checked(path)
+    return _check(path)
 
 
-def _checked(path: Path) -> Path:
+def _check(path: Path) -> Path:
     if not (path / "config.json").is_file() and not (path / "modules.json").is_file():
         raise ModelUnavailable(
-            f"{path} holds no model: neither config.json nor modules.json is in it",
+            f"{path} is no model folder: it has neither config.json nor modules.json",
             hint="give a folder saved with save_pretrained",
         )
     return path
 
 
 def _on_hub(model_name: str) -> str:
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE") and not _cached(model_name):
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE") and not _is_cached(model_name):
         raise ModelUnavailable(
             f"model {model_name!r} is neither a local folder nor in the hub's cache, and HF_HUB_OFFLINE is set",
             hint="give a folder, download it once, or unset HF_HUB_OFFLINE",
@@ -81,7 +81,7 @@ def _on_hub(model_name: str) -> str:
     return model_name
 
 
-def _cached(model_name: str) -> bool:
+def _is_cached(model_name: str) -> bool:
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     names = (model_name, f"sentence-transformers/{model_name}")
@@ -89,7 +89,7 @@ def _cached(model_name: str) -> bool:
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 of the safetensors file in `folder`, as sha256sum prints it; of several, over their names and digests."""
+    """Returns the SHA-256 of the safetensors file in `folder`, in hex; of several, over their digests and names."""
     digests = {file.relative_to(folder).as_posix(): _digest(file) for file in sorted(folder.rglob("*.safetensors"))}
     if len(digests) == 1:
         return next(iter(digests.values()))
@@ -103,14 +103,14 @@ _SETTINGS = (
     *("added_tokens.json", "chat_template.jinja"),
 )
 _VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "*.model", "*.spm")
-"""Read where there is no tokenizer.json."""
+"""Files that count only if there is no tokenizer.json."""
 
 
 def settings_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of the files that, beside its weights, decide what a model answers.
+    """Returns the SHA-256 over names and contents of the files that, besides the weights, decide a model's answers.
 
-    The tokenizer's, the modules' and the prompts', of the folder and of the modules below it. Others do not count: two
-    hosts have the same model where one downloaded a README or an ONNX export as well.
+    They are the files of the tokenizer, the modules and the prompts, in the folder and in the modules below it. Other
+    files do not count: two hosts have the same model, even if one also downloaded a README or an ONNX export.
     """
     files = [file for each in module_folders(folder) for file in _settings(each)]
     listing = "".join(f"{_digest(file)}  {file.relative_to(folder).as_posix()}\n" for file in sorted(set(files)))
@@ -118,7 +118,7 @@ def settings_digest(folder: Path) -> str:
 
 
 def module_folders(folder: Path) -> Iterator[Path]:
-    """The folder, and every one in which a module of modules.json, or a part of it, is kept."""
+    """Yields the folder, and each folder of a module in modules.json, with its subfolders."""
     yield folder
     modules = folder / "modules.json"
     for module in json.loads(modules.read_text(encoding="utf-8")) if modules.is_file() else ():

@@ -1,4 +1,4 @@
-"""Loads weights that are whole: what transformers warns about, and fills with random numbers, is an error here."""
+"""Makes incomplete weights an error: transformers only warns, and fills missing tensors with random numbers."""
 
 from __future__ import annotations
 
@@ -20,67 +20,67 @@ _LOADING = threading.Lock()
 _POOLER = re.compile(r"(^|\.)pooler\.")
 
 _CONSTANT = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|masked_bias|(attn|attention)\.bias)$")
-"""Positions and causal masks, which old checkpoints hold and models compute anew."""
+"""Names of positions and causal masks: old checkpoints contain them, but models compute them."""
 
 _HINT = "copy or download the folder again, whole; if it was saved with other names or sizes, save it again"
 
 
 @contextmanager
-def whole_weights(name: str, spares_pooler: bool = False) -> Iterator[set[str]]:
-    """Within it `from_pretrained` of any model raises ModelUnavailable if a tensor is missing, too many, or misshapen.
+def whole_weights(name: str, allow_missing_pooler: bool = False) -> Iterator[set[str]]:
+    """Makes `from_pretrained` of any model raise ModelUnavailable if a tensor is missing, unexpected, or misshapen.
 
     With `spares_pooler` the pooler may be missing: sentence-transformers pools by a module of its own, and many
     published encoders were saved without. It is NaN then, so that an answer that used it is no number. Yields the names
     of such tensors. sentence-transformers does not pass `output_loading_info` on, hence the wrapper.
     """
-    spared: set[str] = set()
+    missing_poolers: set[str] = set()
     with _LOADING:
         original = PreTrainedModel.__dict__["from_pretrained"]
 
         def from_pretrained(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> Any:
-            # Told to ignore other sizes, it lists them; else it raises an error that names none.
+            # With ignore_mismatched_sizes it lists these tensors; without, its error does not name them.
             kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
             model, info = original.__get__(None, cls)(*args, **kwargs)
-            spared.update(_check(model, info, name, spares_pooler))
+            missing_poolers.update(_check(model, info, name, allow_missing_pooler))
             return model
 
         PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[method-assign, assignment]
         try:
-            yield spared
+            yield missing_poolers
         finally:
             PreTrainedModel.from_pretrained = original  # type: ignore[method-assign]
 
 
-def _check(model: PreTrainedModel, info: dict[str, Any], name: str, spares_pooler: bool) -> set[str]:
-    """The tensors of a pooler that is spared. Raises ModelUnavailable for any other fault."""
+def _check(model: PreTrainedModel, info: dict[str, Any], name: str, allow_missing_pooler: bool) -> set[str]:
+    """Returns the missing tensors of a pooler, if allowed. Raises ModelUnavailable for any other fault."""
     constants = {each for each, _ in model.named_buffers()}
     missing = {key for key in info["missing_keys"] if key not in constants or "running_" in key}
-    poolers = {key for key in missing if _POOLER.search(key)} if spares_pooler else set()
+    poolers = {key for key in missing if _POOLER.search(key)} if allow_missing_pooler else set()
     misshapen = [f"{key} {_size(saved)}, not {_size(own)}" for key, saved, own in info["mismatched_keys"]]
     unexpected = {key for key in info["unexpected_keys"] if _is_own(key, model, constants)}
     if missing - poolers:
-        raise lacking(name, missing - poolers)
+        raise missing_tensors(name, missing - poolers)
     for what, keys in (
         ("have a tensor of another shape,", misshapen),
         ("have a tensor that the model has no place for,", unexpected),
         ("cannot be loaded:", info["error_msgs"]),
     ):
         if keys:
-            raise ModelUnavailable(f"the weights of {name!r} {what} {_listed(keys)}", hint=_HINT)
+            raise ModelUnavailable(f"the weights of {name!r} {what} {_list(keys)}", hint=_HINT)
     _spoil(model, poolers)
     return poolers
 
 
-def lacking(name: str, keys: Iterable[str]) -> ModelUnavailable:
-    """The error of a model without the tensors `keys`."""
-    return ModelUnavailable(f"the weights of {name!r} lack the tensor {_listed(keys)}", hint=_HINT)
+def missing_tensors(name: str, keys: Iterable[str]) -> ModelUnavailable:
+    """Returns the error of a model without the tensors `keys`."""
+    return ModelUnavailable(f"the weights of {name!r} lack the tensor {_list(keys)}", hint=_HINT)
 
 
 def _is_own(key: str, model: PreTrainedModel, constants: set[str]) -> bool:
-    """Whether a tensor that found no place is of the base model, such as a layer too many.
+    """Returns whether an unexpected tensor belongs to the base model, for example to a layer too many.
 
-    Others belong to a head for another task, which checkpoints of that task bring along: beside the model's own head,
-    too. A pooler counts as one.
+    Other tensors belong to a head for another task: a checkpoint of that task contains its head, also beside the
+    model's own head. A pooler counts as a head.
     """
     prefix = model.base_model_prefix
     bare = key.removeprefix(f"{prefix}.")
@@ -95,7 +95,7 @@ def _size(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape)) or "()"
 
 
-def _listed(keys: Iterable[str]) -> str:
+def _list(keys: Iterable[str]) -> str:
     first, *others = sorted(map(str, keys))
     return f"{first} and {len(others)} more" if others else first
 
@@ -108,13 +108,13 @@ def _spoil(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def reads_pooler(model: nn.Module) -> bool:
-    """Whether a module of sentence-transformers takes the output of a transformer's own pooler."""
+    """Returns whether a module of sentence-transformers reads the output of the transformer's own pooler."""
     methods = (getattr(module, "modality_config", None) or {} for module in model.modules())
     return any(each.get("method_output_name") == "pooler_output" for config in methods for each in config.values())
 
 
 def check_rows(model: nn.Module, name: str) -> None:
-    """Raise ModelUnavailable if a static embedding, which takes its size from the file, has too few rows."""
+    """Raises ModelUnavailable if a static embedding, whose size comes from the file, has too few rows."""
     for module in model.modules():
         table = getattr(module, "embedding", None)
         if not isinstance(module, StaticEmbedding) or not isinstance(table, nn.EmbeddingBag):

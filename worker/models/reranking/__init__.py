@@ -1,1 +1,1 @@
-"""Scores of documents for a query, by any of three kinds of model. Start with `reranker.py`."""
+"""Scores documents for a query, with one of three kinds of model. Start with `reranker.py`."""

@@ -1,4 +1,4 @@
-"""Embedding models as rerankers: how near a document's vector is to the query's."""
+"""Embedding models as rerankers: a score is the similarity of the query's vector and the document's."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from millstream.broker.contract.embedding import EmbedOptions, InputType, Trunca
 from millstream.broker.contract.errors import InputTooLong, InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Json
 from millstream.worker.models.base import Prepared
-from millstream.worker.models.embedding.encoder import Encoder, Text, Wish
-from millstream.worker.models.loading.loading import Folder
+from millstream.worker.models.embedding.encoder import Encoder, Plan, Text
+from millstream.worker.models.loading.folder import Folder
 from millstream.worker.models.loading.sharing import Features
 from millstream.worker.models.reranking.options import RerankOptions, answer_each
 from millstream.worker.models.reranking.pairs import SAMPLE_OPTIONS, too_long_query
@@ -28,10 +28,10 @@ class _Pair:
 
 
 class BiEncoderModel:
-    """One dense embedding model on one device. It gives `similarity(encode_query(query), encode_document(document))`.
+    """One dense embedding model on one device. Scores are `similarity(encode_query(query), encode_document(document))`.
 
-    That is the cosine, unless the model names another similarity. A row's tokens are its document's: a query is encoded
-    once for all rows of a micro-batch that ask it.
+    The similarity is the cosine, unless the model names another one. A row counts the tokens of its document only: each
+    query is encoded once for all its rows of a micro-batch.
     """
 
     op = "rerank"
@@ -41,15 +41,15 @@ class BiEncoderModel:
         self._encoder = Encoder(spec, device, threads, truncate, folder.source)
         self._model = cast(SentenceTransformer, self._encoder.model)
         self._truncate = truncate
-        self._asking = self._wish("query", "none")
-        self._answering = {how: self._wish("document", how) for how in ("none", "start", "end")}
+        self._query_plan = self._plan("query", "none")
+        self._document_plans = {how: self._plan("document", how) for how in ("none", "start", "end")}
         self.packs = self._encoder.packs
         self.fingerprint = self._encoder.fingerprint("bi-encoder", str(self._model.similarity_fn_name))
-        self.limit = self._encoder.limit_of(self._answering["none"])
+        self.limit = self._encoder.limit_of(self._document_plans["none"])
         self.device_type, self.backend = self._encoder.device_type, spec.backend
 
-    def _wish(self, input_type: InputType, truncate: Truncate) -> Wish:
-        return self._encoder.wish(EmbedOptions(truncate=truncate, input_type=input_type).json())
+    def _plan(self, input_type: InputType, truncate: Truncate) -> Plan:
+        return self._encoder.plan(EmbedOptions(truncate=truncate, input_type=input_type).json())
 
     def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
         return answer_each(inputs, options, self._truncate, self._rows)
@@ -61,14 +61,14 @@ class BiEncoderModel:
                 hint="leave instruction and scores out",
             )
         query = self._query(question.query)
-        answering = self._answering[question.truncate]
-        return [self._row(query, made) for made in self._encoder.prepare(documents, answering)]
+        plan = self._document_plans[question.truncate]
+        return [self._row(query, made) for made in self._encoder.prepare(documents, plan)]
 
     def _query(self, text: str) -> Text:
-        """The query, ready to run. Raises its error: that of all its rows."""
-        (query,) = self._encoder.prepare([text], self._asking)
+        """Returns the query, ready to run. Raises its error, which all its rows get."""
+        (query,) = self._encoder.prepare([text], self._query_plan)
         if isinstance(query, InputTooLong):
-            raise too_long_query(self._encoder.tokens(text, self._asking), self._asking.way.reader.limit)
+            raise too_long_query(self._encoder.tokens(text, self._query_plan), self._query_plan.group.reader.limit)
         if isinstance(query, MillstreamError):
             raise query
         return cast(Text, query)
@@ -82,11 +82,13 @@ class BiEncoderModel:
         pairs = [cast(_Pair, row.features) for row in rows]
         queries = {_ids(pair.query): pair.query for pair in pairs}
         places = {ids: at for at, ids in enumerate(queries)}
-        asked = torch.from_numpy(self._encoder.run(list(queries.values())))
+        query_vectors = torch.from_numpy(self._encoder.run(list(queries.values())))
         documents = torch.from_numpy(self._encoder.run([pair.document for pair in pairs]))
         with torch.inference_mode():
-            alike = self._model.similarity_pairwise(asked[[places[_ids(pair.query)] for pair in pairs]], documents)
-            return cast(list[Json], alike.tolist())
+            scores = self._model.similarity_pairwise(
+                query_vectors[[places[_ids(pair.query)] for pair in pairs]], documents
+            )
+            return cast(list[Json], scores.tolist())
 
     def samples(self, tokens: int) -> Sequence[Json]:
         return ["a " * tokens]

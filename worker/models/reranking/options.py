@@ -1,4 +1,4 @@
-"""What a reranking job asks of its documents: the query and the rest of the job's options, read with distrust."""
+"""Reads and checks the options of a reranking job: query, scores, instruction, truncate."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from millstream.broker.contract.job import Json
 from millstream.worker.models.base import Prepared
 
 SCORES = ("", "raw", "sigmoid")
-"""How scores are given: as the model gives them by itself, as they leave it, through a sigmoid."""
+"""Kinds of scores: by the model's own activation (""), the logit ("raw"), or the logit through a sigmoid."""
 
 
 class RerankOptions(NamedTuple):
-    """One query to rank documents by. `truncate` is "none", "start" or "end"; an empty `instruction` is the model's."""
+    """Checked options of a job. `truncate` is "none", "start" or "end"; "" as `instruction` means the model's own."""
 
     query: str
     scores: str
@@ -23,7 +23,7 @@ class RerankOptions(NamedTuple):
 
     @classmethod
     def of(cls, options: Mapping[str, Json], truncate: str) -> RerankOptions:
-        """The question of a job's options; `truncate` where they say nothing. Raises InvalidRequest."""
+        """Reads a job's options; `truncate` is the default. Raises InvalidRequest."""
         query, scores, instruction, side = (
             options.get("query"),
             options.get("scores") or "",
@@ -31,22 +31,22 @@ class RerankOptions(NamedTuple):
             options.get("truncate", truncate),
         )
         if not isinstance(query, str):
-            raise InvalidRequest("no query to rank by, or none that is a string", hint='query="..."')
+            raise InvalidRequest("rerank needs `query`, a string", hint='query="..."')
         if scores not in SCORES:
             raise InvalidRequest(f"scores={scores!r}", hint='"raw" or "sigmoid"')
         if not isinstance(instruction, str):
-            raise InvalidRequest("an instruction that is no string")
+            raise InvalidRequest("`instruction` must be a string")
         return cls(query, str(scores), instruction, side if side in ("start", "end") else "none")
 
 
 Pairing = Callable[[RerankOptions, list[str]], Sequence[Prepared | MillstreamError]]
-"""The rows of a question's documents, or an error each. Raises the error that they all get."""
+"""Returns one row or error for each document. Raises an error that all documents get."""
 
 
 def answer_each(
     inputs: Sequence[Json], options: Mapping[str, Json], truncate: str, pair: Pairing
 ) -> list[Prepared | MillstreamError]:
-    """Each input as `pair` makes it a row, what is no string as an error; all as one where the question is at fault."""
+    """Returns for each input a row of `pair`, or an error if it is no string. Invalid options are the error of all."""
     try:
         question = RerankOptions.of(options, truncate)
         rows = iter(pair(question, [text for text in inputs if isinstance(text, str)]))

@@ -1,4 +1,4 @@
-"""A query with each of its documents as token ids, made once; where a row is too long, only the document is cut."""
+"""Tokenizes a query with each of its documents. If a row is too long, only the document is truncated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from millstream.broker.contract.errors import InputTooLong, MillstreamError
 from millstream.broker.contract.job import Json
 from millstream.worker.models.base import Limit, Model, Prepared
-from millstream.worker.models.loading.limits import settled, stretched_row
+from millstream.worker.models.loading.limits import find_limit, stretch_row
 from millstream.worker.models.reranking.options import RerankOptions
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -22,7 +22,7 @@ SAMPLE_OPTIONS: Mapping[str, Json] = MappingProxyType({"query": "a", "truncate":
 
 @dataclass(slots=True, eq=False)
 class Pair:
-    """One row: what the tokenizer made of it, by the name of the model's input, and how its score is wanted."""
+    """Features of one row: token ids by the name of the model's input, and the kind of its score, one of SCORES."""
 
     ids: Mapping[str, Sequence[int]]
     scores: str
@@ -33,7 +33,7 @@ def pairs_of(rows: Sequence[Prepared]) -> list[Pair]:
 
 
 class TextPairs:
-    """Query and document as the two texts that a cross-encoder's tokenizer takes. `prompt` goes before the query."""
+    """Pairs for a cross-encoder, whose tokenizer takes query and document as two texts. `prompt` precedes the query."""
 
     def __init__(self, tokenizer: Any, limit: int, prompt: str = "") -> None:
         self._tokenizer = tokenizer
@@ -42,9 +42,9 @@ class TextPairs:
         self._special = int(tokenizer.num_special_tokens_to_add(pair=True))
 
     def rows(self, question: RerankOptions, documents: Sequence[str]) -> list[Prepared | MillstreamError]:
-        """Raises InputTooLong where the query leaves no room for any document."""
-        if (taken := self.taken(question)) >= self.limit:
-            raise too_long_query(taken, self.limit)
+        """Returns the row or error of each document. Raises InputTooLong if the query leaves no room for a document."""
+        if (tokens := self.fixed_tokens(question)) >= self.limit:
+            raise too_long_query(tokens, self.limit)
         if not documents:
             return []
         query = self._prompt + question.query
@@ -53,11 +53,11 @@ class TextPairs:
         return [self._row(query, document, row, question) for document, row in zip(documents, rows, strict=True)]
 
     def short(self) -> Pair:
-        """A row of a few tokens."""
+        """Returns a row of a few tokens."""
         return Pair(dict(self._ids("a", "a")), "raw")
 
-    def taken(self, question: RerankOptions) -> int:
-        """Tokens of a row without a document."""
+    def fixed_tokens(self, question: RerankOptions) -> int:
+        """Returns the number of tokens of a row without its document."""
         return len(self._ids(self._prompt + question.query, add_special_tokens=False)["input_ids"]) + self._special
 
     def _row(self, query: str, document: str, pair: Pair, question: RerankOptions) -> Prepared | MillstreamError:
@@ -66,24 +66,24 @@ class TextPairs:
             return Prepared(tokens, pair)
         if question.truncate == "none":
             return too_long(tokens, self.limit)
-        # Only this thread truncates; padding, in the runner's, does not read the side.
+        # Safe without a lock: only this thread truncates, and padding, in the main thread, does not read the side.
         self._tokenizer.truncation_side = "left" if question.truncate == "start" else "right"
         cut = self._ids(query, document, truncation="only_second", max_length=self.limit)
         return Prepared(len(cut["input_ids"]), Pair(dict(cut), question.scores), truncated=True)
 
     def _ids(self, *texts: str | list[str], truncation: str | bool = False, **options: object) -> Any:
-        # verbose: the tokenizer warns about long texts; here they are an error or cut.
+        # verbose=False: no warning about long texts, which are truncated here or an error.
         return self._tokenizer(
             *texts, truncation=truncation, padding=False, return_attention_mask=False, verbose=False, **options
         )
 
 
 Frame = Callable[[RerankOptions], tuple[str, str]]
-"""What a prompt says before the document, the query among it, and what after it."""
+"""Returns the text of a prompt before the document, query included, and the text after it."""
 
 
 class Prompts:
-    """Query and document in one text, as a `frame` puts them to a language model."""
+    """Pairs for a language model: `frame` puts query and document into one prompt."""
 
     def __init__(self, tokenizer: Any, limit: int, frame: Frame) -> None:
         self._tokenizer = tokenizer
@@ -91,23 +91,21 @@ class Prompts:
         self._frame = frame
 
     def rows(self, question: RerankOptions, documents: Sequence[str]) -> list[Prepared | MillstreamError]:
-        """Raises InputTooLong where the query leaves no room for any document."""
-        if (taken := self.taken(question)) >= self.limit:
-            raise too_long_query(taken, self.limit)
+        """Returns the row or error of each document. Raises InputTooLong if the query leaves no room for a document."""
+        if (tokens := self.fixed_tokens(question)) >= self.limit:
+            raise too_long_query(tokens, self.limit)
         if not documents:
             return []
         head, tail = self._frame(question)
         ids = self._ids([head + document + tail for document in documents])["input_ids"]
-        return [
-            self._row((head, document, tail), tokens, question) for document, tokens in zip(documents, ids, strict=True)
-        ]
+        return [self._row((head, document, tail), row, question) for document, row in zip(documents, ids, strict=True)]
 
     def short(self) -> Pair:
-        """A row of a few tokens."""
+        """Returns a row of a few tokens."""
         return Pair({"input_ids": self._ids(["a"])["input_ids"][0]}, "raw")
 
-    def taken(self, question: RerankOptions) -> int:
-        """Tokens of a row without a document."""
+    def fixed_tokens(self, question: RerankOptions) -> int:
+        """Returns the number of tokens of a row without its document."""
         return sum(map(len, self._ids(list(self._frame(question)))["input_ids"]))
 
     def _row(self, text: tuple[str, str, str], ids: list[int], question: RerankOptions) -> Prepared | MillstreamError:
@@ -119,7 +117,7 @@ class Prompts:
         return Prepared(len(ids), Pair({"input_ids": ids}, question.scores), truncated)
 
     def _cut(self, text: tuple[str, str, str], side: str) -> list[int]:
-        """The ids without as many of the document's, from `side`, as there are too many."""
+        """Returns the ids without the excess, which is removed from the document at `side`, "start" or "end"."""
         head, document, _ = text
         made = self._ids(["".join(text)], return_offsets_mapping=True)
         ids, spans = made["input_ids"][0], made["offset_mapping"][0]
@@ -130,20 +128,23 @@ class Prompts:
         return [token for at, token in enumerate(ids) if at not in gone]
 
     def _ids(self, texts: list[str], **options: object) -> Any:
-        # The frame says which special tokens there are.
+        # The prompt itself contains the special tokens.
         return self._tokenizer(
             texts, add_special_tokens=False, padding=False, truncation=False, verbose=False, **options
         )
 
 
-def settle(pairs: TextPairs | Prompts, model: Model, configured: int | None) -> Limit:
-    """Give `pairs` the limit that `model` proves to have. Raises ModelUnavailable, also if `configured` exceeds it."""
+def set_limit(pairs: TextPairs | Prompts, model: Model, configured: int | None) -> Limit:
+    """Sets `pairs.limit` to the limit that `model` is found to have.
+
+    Raises ModelUnavailable if `configured` exceeds it.
+    """
     short = pairs.short()
 
     def forward(tokens: int) -> object:
-        return model.forward([Prepared(tokens, Pair(stretched_row(short.ids, tokens), short.scores))])
+        return model.forward([Prepared(tokens, Pair(stretch_row(short.ids, tokens), short.scores))])
 
-    limit = settled(pairs.limit, forward, configured)
+    limit = find_limit(pairs.limit, forward, configured)
     pairs.limit = limit.tokens
     return limit
 
@@ -161,12 +162,12 @@ def too_long_query(tokens: int, limit: int) -> InputTooLong:
 
 
 def sample(pairs: TextPairs | Prompts, tokens: int) -> str:
-    """A document that makes a row of about `tokens` tokens with the query of SAMPLE_OPTIONS."""
-    return "a " * max(1, tokens - pairs.taken(RerankOptions.of(SAMPLE_OPTIONS, "end")))
+    """Returns a document that makes a row of about `tokens` tokens with the query of SAMPLE_OPTIONS."""
+    return "a " * max(1, tokens - pairs.fixed_tokens(RerankOptions.of(SAMPLE_OPTIONS, "end")))
 
 
-def scored(logits: torch.Tensor, pairs: Sequence[Pair], own: Activation) -> list[Json]:
-    """A score for each row, from `logits` [rows] and as its call wants it; `own` is what the model does by itself."""
+def score(logits: torch.Tensor, pairs: Sequence[Pair], own: Activation) -> list[Json]:
+    """Returns the scores of `logits` [rows], each of the kind that its pair names. `own` is the model's activation."""
     ways: dict[str, Activation] = {"": own, "raw": lambda each: each, "sigmoid": torch.sigmoid}
     given = {how: ways[how](logits.float()).tolist() for how in {pair.scores for pair in pairs}}
     return [given[pair.scores][at] for at, pair in enumerate(pairs)]

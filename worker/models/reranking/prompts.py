@@ -1,4 +1,4 @@
-"""How a reranker that is a language model is asked: in the words of its own chat template, or of Qwen3-Reranker."""
+"""Prompts of generative rerankers: by the model's own chat template, or in the format of Qwen3-Reranker."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ _TAIL = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 _INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 
 _MARK = "\ue000"
-"""Stands for a document: a character of private use, which no template holds."""
+"""Placeholder of a document: a character of private use, which no template contains."""
 
 
 def qwen3_frame(question: RerankOptions) -> tuple[str, str]:
-    """As Qwen3-Reranker was trained: "<Instruct>: ...", "<Query>: ...", "<Document>: ..." to a judge of yes or no."""
+    """Returns the prompt that Qwen3-Reranker was trained with: "<Instruct>: ...", "<Query>: ...", "<Document>: ..."."""
     instruction = question.instruction or _INSTRUCTION
     return f"{_HEAD}<Instruct>: {instruction}\n<Query>: {question.query}\n<Document>: ", _TAIL
 
 
 def chat_frame(tokenizer: Any, prompt: str, settings: Mapping[str, object], name: str) -> Frame:
-    """As sentence-transformers asks: the chat template over a query and a document, each a message of that role.
+    """Returns the frame of a chat template, as sentence-transformers uses it.
 
-    The instruction, or else the model's own `prompt`, goes before them as the system's message. Raises ModelUnavailable
-    where the template drops one of the two.
+    Query and document are messages of these roles. The instruction, or else the model's own `prompt`, is the system's
+    message before them. Raises ModelUnavailable if the template drops query or document.
     """
 
-    def rendered(question: RerankOptions, document: str) -> str:
+    def render(question: RerankOptions, document: str) -> str:
         messages = [{"role": "query", "content": question.query}, {"role": "document", "content": document}]
         if system := question.instruction or prompt:
             messages.insert(0, {"role": "system", "content": system})
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **settings))
 
     def frame(question: RerankOptions) -> tuple[str, str]:
-        head, _, tail = rendered(question, _MARK).rpartition(_MARK)
+        head, _, tail = render(question, _MARK).rpartition(_MARK)
         return head, tail
 
     try:
-        carried = all(
-            text in rendered(RerankOptions("mill?", "", "", "none"), "stream!") for text in ("mill?", "stream!")
+        has_both = all(
+            text in render(RerankOptions("mill?", "", "", "none"), "stream!") for text in ("mill?", "stream!")
         )
     except (TemplateError, ValueError, TypeError):
-        carried = False
-    if not carried:
+        has_both = False
+    if not has_both:
         raise ModelUnavailable(
             f"the chat template of {name!r} does not carry a query and a document",
             hint="give a reranker saved by sentence-transformers with its chat_template.jinja",

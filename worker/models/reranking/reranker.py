@@ -1,4 +1,4 @@
-"""Which of three kinds of model ranks documents: the model's own files say it."""
+"""Loads a reranker: the model's own files decide which of three kinds it is."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import transformers
 from millstream.broker.config.load import ModelSpec
 from millstream.broker.contract.errors import ModelUnavailable
 from millstream.worker.models.base import Model
-from millstream.worker.models.loading.fetch import local
-from millstream.worker.models.loading.loading import LOAD_ERRORS, Folder, unavailable
+from millstream.worker.models.loading.fetch import fetch_folder
+from millstream.worker.models.loading.folder import Folder
+from millstream.worker.models.loading.library import LOAD_ERRORS, load_error
 from millstream.worker.models.loading.source import RERANKERS
 from millstream.worker.models.reranking.bi_encoder import BiEncoderModel
 from millstream.worker.models.reranking.cross_encoder import CrossEncoderModel
 from millstream.worker.models.reranking.generative_reranker import GenerativeReranker
 
-# A worker logs one line when it is ready; bars of many processes only garble a terminal.
+# Progress bars of several processes garble a terminal; a worker logs one line when it is ready.
 transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 Reranker = type[CrossEncoderModel] | type[BiEncoderModel] | type[GenerativeReranker]
@@ -31,24 +32,25 @@ _OF_MODULES: dict[tuple[str, ...], Reranker] = {
 
 
 def load_reranker(spec: ModelSpec, device: str | None, threads: int, truncate: str = "none") -> Model:
-    """The reranker of `spec`, loaded. Raises ModelUnavailable.
+    """Returns the loaded reranker of `spec`. Raises ModelUnavailable.
 
-    A folder with modules.json was saved by sentence-transformers: as a cross-encoder, with a classifier or with a
-    language model that is asked for yes or no, or as an embedding model, which ranks by the cosine. Of any other, the
-    architecture in config.json decides: a sequence classifier is a cross-encoder, a causal language model generative.
+    A folder with modules.json was saved by sentence-transformers, as one of three kinds: a cross-encoder with a
+    classifier, one with a language model that answers yes or no, or an embedding model, which ranks by similarity. For
+    any other folder the architecture in config.json decides: a sequence classifier is a cross-encoder, a causal
+    language model a generative reranker.
     """
-    folder = Folder(local(spec, RERANKERS), spec.revision)
+    folder = Folder(fetch_folder(spec, RERANKERS), spec.revision)
     try:
         kind = _kind(folder)
     except LOAD_ERRORS as error:
-        raise unavailable(error, spec, device) from error
+        raise load_error(error, spec, device) from error
     if kind is None:
         raise ModelUnavailable(
             f"{spec.model_name!r} is no reranker that can be run here",
             hint="give a cross-encoder, a sentence-transformers embedding model, or a causal language model",
         )
     if kind is GenerativeReranker and spec.backend != "torch":
-        raise ModelUnavailable(f"{spec.model_name!r} is a language model", hint="it runs with backend torch alone")
+        raise ModelUnavailable(f"{spec.model_name!r} is a language model", hint="it runs with backend torch only")
     return kind(folder, spec, device, threads, truncate)
 
 
