@@ -335,7 +335,7 @@ class ModelSpec(Settings):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "float32"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     # auto: faster kernels replace the library's own if they prove equal; off: never.
-    kernels: Annotated[Literal["auto", "off"], BeforeValidator(_kernels), Also([{"const": False}])] = "auto"
+    kernels: Annotated[Literal["auto", "off"], BeforeValidator(_kernels), AlsoAccepts([{"const": False}])] = "auto"
     # The library that runs the weights. If it is not torch, `model_file` is the exported file in the model's folder.
     backend: Literal["torch", "onnx", "openvino"] = "torch"
     model_file: Annotated[str, AfterValidator(_below)] | None = None

@@ -18,11 +18,12 @@ from millstream.broker.queue import streams
 def test_text_is_emitted_once_and_in_order_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "MOST_UNREAD_DELTAS", 4)
 
-    def machine() -> EmitMachine:
-        client = fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2)
-        queue = Queue(client, ServiceKeys(f"test-{secrets.token_hex(6)}"))
-        queue.open()
-        return EmitMachine(queue)
+    class OnFakeRedis(EmitMachine):
+        def __init__(self) -> None:
+            client = fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2)
+            queue = Queue(client, ServiceKeys(f"test-{secrets.token_hex(6)}"))
+            queue.open()
+            super().__init__(queue)
 
     effort = settings(
         max_examples=40,
@@ -31,4 +32,4 @@ def test_text_is_emitted_once_and_in_order_whatever_happens(monkeypatch: pytest.
         phases=[Phase.explicit, Phase.reuse, Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(machine, settings=effort)
+    run_state_machine_as_test(OnFakeRedis, settings=effort)
