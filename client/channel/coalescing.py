@@ -120,7 +120,10 @@ class Coalescer:
             raise
 
     def _lead_or_follow(self, submission: Submission) -> Submission | None:
-        """Returns the submission to send, with a new shared job as its sink; None if it follows an equal job."""
+        """Returns the submission to send; None if it follows an equal job that was sent.
+
+        Its sink is a new shared job. A submission that cannot be shared is returned as it is.
+        """
         # A caller that does not wait for room must not follow a job that does.
         if submission.jobs != 1 or submission.until == 0.0:
             return submission
