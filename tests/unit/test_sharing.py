@@ -332,9 +332,9 @@ def test_rows_beyond_a_length_share_forwards_by_length_alone() -> None:
         sizes.append([row.tokens for row in some])
         return torch.tensor([row.tokens for row in some])
 
-    found = Sharing(upto=16).run_in_groups(rows, run)
+    found = Sharing(max_tokens=16).run_in_groups(rows, run)
 
     assert sizes == [[3, 5, 16], [20, 20], [17]]
     assert found.tolist() == [row.tokens for row in rows]
-    assert Sharing(upto=16).of_one_forward(rows) == ()
+    assert Sharing(max_tokens=16).of_one_forward(rows) == ()
     assert Sharing().of_one_forward(rows) == rows

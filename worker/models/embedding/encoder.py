@@ -94,15 +94,15 @@ class Encoder:
         self.own_cut: int | None = getattr(self.model, "truncate_dim", None)
         self._prefetch = Prefetch(self.model.device, self._tensors, spec.backend)
         self._packing = accelerate(self.model, spec)
-        # Before any forward: some models keep state of a long text.
-        upto = forget(self.model)
+        # Before the limits are tried: a long text changes the state of some models.
+        max_tokens = forget(self.model)
         self.plain = self._plan(EmbedOptions())
         # All readers now: finding a reader's limit runs forwards, which the claimer's thread must not do.
         for task in ("query", "document"):
             if self._router is None or task in self._router.sub_modules:
                 self._reader(self._route(task), task)
         self._sharing: dict[str | None, Sharing] = {}
-        self._measure_sharing(upto)
+        self._measure_sharing(max_tokens)
 
     @property
     def device_type(self) -> str:
@@ -122,7 +122,7 @@ class Encoder:
         """Names the weights, the other files that decide vectors, the dtype, and `what` else decides them."""
         return Folder(self._source, self._spec.revision).fingerprint(self._spec, dtype_of(self.model), *what)
 
-    def _measure_sharing(self, upto: float) -> None:
+    def _measure_sharing(self, max_tokens: float) -> None:
         """Measures for each route which rows may share a forward. Packed rows may: Packing.of tested it."""
         if self._packing:
             self._sharing[None] = Sharing()
@@ -137,7 +137,9 @@ class Encoder:
                 self._sharing[plan.group.route] = Sharing()
                 continue
             rows = [row for row in self.prepare(PROBES, plan) if isinstance(row, Text)]
-            self._sharing[plan.group.route] = measure(self._run_padded, rows, ("right", reader.side), upto, precision)
+            self._sharing[plan.group.route] = measure(
+                self._run_padded, rows, ("right", reader.side), max_tokens, precision
+            )
 
     def _tasks(self) -> list[InputType]:
         """Returns one input type for each route of the model."""

@@ -37,7 +37,7 @@ class Reader(Protocol):
         ...
 
     def cut(self, text: str, tokens: Features, side: str, prompt: int) -> Features:
-        """Returns the tokens of a too long text, truncated to the limit at `side`, "start" or "end".
+        """Returns the tokens of a text that is too long, truncated to the limit at `side`, "start" or "end".
 
         The first `prompt` tokens stay at either side.
         """
@@ -88,8 +88,8 @@ def settings_of(module: Any) -> dict[str, Any]:
 
     Raises ModelUnavailable if a setting is unknown.
     """
-    given = getattr(module, "processing_kwargs", None) or {}
-    settings = {**(given.get("text") or {}), **(given.get("common") or {})}
+    kwargs = getattr(module, "processing_kwargs", None) or {}
+    settings = {**(kwargs.get("text") or {}), **(kwargs.get("common") or {})}
     unknown = sorted(settings.keys() - _HARMLESS - _USED - {"truncation", "logits_to_keep"})
     if unknown:
         raise ModelUnavailable(

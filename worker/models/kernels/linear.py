@@ -58,10 +58,10 @@ class Prepacked(nn.Module):
         self.bias = layer.bias
         self._weights = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
         # Name of the activation, its scalars, its variant: GELU has "none", the exact one, and "tanh".
-        self._then: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
+        self._post_op: tuple[str, list[float], str] = ("gelu", [], "none") if gelu else ("none", [], "")
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weights, self.bias, *self._then)
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._weights, self.bias, *self._post_op)
         return product
 
 

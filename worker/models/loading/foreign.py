@@ -120,8 +120,8 @@ def _foreign(key: str, value: object) -> str:
 def _integrated_type(config: Path) -> str:
     """Returns the model type in config.json if its author's classes became part of transformers; empty if not.
 
-    Authors keep auto_map in the settings for older releases of transformers; then it has an AutoConfig. Without an
-    AutoConfig the type was always part of transformers, so the code has a different purpose: its classes may have the
+    Authors keep auto_map in the settings for older releases of transformers; then auto_map names their AutoConfig. If
+    it names none, the type was always part of transformers, so the code has another purpose: its classes may have the
     names of transformers' classes, and compute something else.
     """
     settings = read_settings(config)

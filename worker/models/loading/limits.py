@@ -47,20 +47,20 @@ Forward = Callable[[int], object]
 Clock = Callable[[], float]
 
 
-def find_limit(named: int, forward: Forward, configured: int | None, clock: Clock = time.perf_counter) -> Limit:
-    """Returns the limit of a model. `named` is the limit, in tokens, of its files or of `configured`, its max_length.
+def find_limit(limit: int, forward: Forward, max_length: int | None, clock: Clock = time.perf_counter) -> Limit:
+    """Returns the limit that a model has. `limit` is the one, in tokens, that its files or `max_length` name.
 
-    Raises ModelUnavailable if the model reads less than `configured`, or fails on a short text.
+    Raises ModelUnavailable if the model reads less than the configured `max_length`, or fails on a short text.
     """
     most = count_positions(forward)
-    reads = named if most is None else min(named, most)
-    _check_configured(configured, reads)
+    reads = limit if most is None else min(limit, most)
+    _check_configured(max_length, reads)
     ran, failed = _grow(reads, forward, clock)
     if failed:
         reads = ran = _bisect(ran or LONGER, failed, forward, clock)
-        _check_configured(configured, reads)
-    if reads < named:
-        log.info("the model's files name a limit of %d tokens, it reads %d", named, reads)
+        _check_configured(max_length, reads)
+    if reads < limit:
+        log.info("the model's files name a limit of %d tokens, it reads %d", limit, reads)
     return Limit(min(reads, ANY_LENGTH), ran)
 
 
@@ -95,7 +95,7 @@ class _Lookups(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[tuple[int, int]] = []
+        self.records: list[tuple[int, int]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -104,7 +104,7 @@ class _Lookups(TorchDispatchMode):
             table, indices = args[:2]
             # Relative positions are looked up for each pair of tokens; their tables do not limit the length.
             if 0 < indices.numel() == indices.shape[-1]:
-                self.found.append((table.shape[0], int(indices.max())))
+                self.records.append((table.shape[0], int(indices.max())))
         return func(*args, **(kwargs or {}))
 
 
@@ -112,7 +112,7 @@ def _lookups(forward: Forward, tokens: int) -> list[tuple[int, int]]:
     lookups = _Lookups()
     with lookups:
         _run(forward, tokens)
-    return lookups.found
+    return lookups.records
 
 
 def _run(forward: Forward, tokens: int) -> None:
@@ -175,9 +175,9 @@ def _bisect(good: int, bad: int, forward: Forward, clock: Clock) -> int:
     return good
 
 
-def _check_configured(configured: int | None, reads: int) -> None:
-    if configured and configured > reads:
+def _check_configured(max_length: int | None, reads: int) -> None:
+    if max_length and max_length > reads:
         raise ModelUnavailable(
-            f"max_length is {configured}, and the model reads at most {reads} tokens",
+            f"max_length is {max_length}, and the model reads at most {reads} tokens",
             hint=f"set max_length: {reads}, or leave it out",
         )

@@ -26,7 +26,7 @@ class Part(NamedTuple):
 
     kind: type[nn.Module]
     folder: Path
-    saved: bool
+    current_layout: bool
 
     @property
     def is_transformer(self) -> bool:

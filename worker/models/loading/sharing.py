@@ -74,11 +74,11 @@ def _precision(dtype: torch.dtype) -> Precision:
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """Rule by which rows of one model share forwards. Rows of more than `upto` tokens share only with equal lengths."""
+    """Rule by which rows of one model share forwards. Above `max_tokens` tokens only rows of one length do."""
 
     kind: Kind = "padded"
     side: Side = "right"
-    upto: float = float("inf")
+    max_tokens: float = float("inf")
 
     def run_in_groups(self, rows: Sequence[R], run: Callable[[Sequence[R]], torch.Tensor]) -> torch.Tensor:
         """Calls `run` for each group of rows that may share a forward. Returns [rows, ...] in the order of `rows`."""
@@ -95,7 +95,7 @@ class Sharing:
         """Returns the key of the row at place `at` with `length` tokens. Rows of equal keys may share a forward."""
         if self.kind == "single":
             return "row", at
-        return "any" if self.kind == "padded" and length <= self.upto else length
+        return "any" if self.kind == "padded" and length <= self.max_tokens else length
 
 
 def group_places(keys: Iterable[Hashable]) -> list[list[int]]:
@@ -143,26 +143,27 @@ def measure(
     forward: Forward[R],
     rows: Sequence[R],
     sides: Sequence[Side],
-    upto: float = float("inf"),
+    max_tokens: float = float("inf"),
     precision: Precision = FLOAT32,
 ) -> Sharing:
     """Compares the results of `rows` alone and together. Padding is tried at `sides`, in order. Returns the sharing.
 
-    Rows of more than `upto` tokens are not tried: padding is known to change them. Rows that fail alone are ignored;
-    the warm-up reports why they fail. `precision` is the model's; if the results are less precise, theirs counts.
+    Rows of more than `max_tokens` tokens are not tried: padding is known to change them. Rows that fail alone are
+    ignored; the warm-up reports why they fail. `precision` is the model's; if the results are less precise, theirs
+    counts.
     """
     with torch.inference_mode():
-        trial = _Trial(forward, [row for row in rows if row.tokens <= upto], sides[0], precision)
+        trial = _Trial(forward, [row for row in rows if row.tokens <= max_tokens], sides[0], precision)
         for side in sides:
             if trial.padding(side) <= trial.precision.close:
-                return Sharing("padded", side, upto)
+                return Sharing("padded", side, max_tokens)
         noise = trial.noise()
         if noise > trial.precision.noisy:
             log.warning("rows that share a forward change each other's results, by %.1e: each row runs alone", noise)
             return Sharing("single", sides[0])
         for side in sides:
             if trial.padding(side) <= min(_NOISE * noise, HALF.noisy):
-                return Sharing("padded", side, upto)
+                return Sharing("padded", side, max_tokens)
         log.warning(
             "padding changes results of this model, by %.1e: only rows of one length share a forward",
             trial.padding(sides[0]),

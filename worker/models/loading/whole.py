@@ -53,7 +53,7 @@ def check_whole(folder: Path, parts: Sequence[Part], backend: str) -> None:
     by_library = isinstance(read_settings(folder / SETTINGS).get("__version__"), dict)
     for part in parts:
         _check_content(part.folder)
-        if part.saved and not (folder / SETTINGS).is_file():
+        if part.current_layout and not (folder / SETTINGS).is_file():
             raise missing_file(folder / SETTINGS)
         if part.is_transformer:
             _check_transformer(part, by_library)
@@ -79,7 +79,7 @@ def _check_other(part: Part) -> None:
     if getattr(part.kind, "config_keys", ()) and name != "Normalize":
         _check_there(part.folder, str(getattr(part.kind, "config_file_name", "config.json")))
     if name == "SparseStaticEmbedding":
-        _check_tokenizer(part.folder, part.saved)
+        _check_tokenizer(part.folder, part.current_layout)
     if name == "StaticEmbedding":
         _check_there(part.folder, "tokenizer.json")
 
@@ -121,15 +121,15 @@ def _check_transformer(part: Part, by_library: bool) -> None:
             "it is an adapter to a base model, which may differ between hosts",
             "merge it into the base model (merge_and_unload), save the result, and give that folder",
         )
-    if part.saved:
+    if part.current_layout:
         _check_there(folder, *_LIMITS)
     # Before release 5.4 CLIP had no such file, and other folders may have been written by hand.
     elif by_library and part.kind.__name__ != "CLIPModel" and not any(_files(folder, _LIMITS)):
         log.warning("%s is missing: the limit of texts is the transformer's own", folder / _LIMITS[0])
-    _check_tokenizer(folder, part.saved or by_library)
+    _check_tokenizer(folder, part.current_layout or by_library)
 
 
-def _check_tokenizer(folder: Path, saved: bool) -> None:
+def _check_tokenizer(folder: Path, current_layout: bool) -> None:
     kind = read_settings(folder / "config.json").get("model_type")
     reader = read_settings(folder / "tokenizer_config.json").get("tokenizer_class")
     has_file = (folder / "tokenizer.json").is_file()
@@ -138,7 +138,7 @@ def _check_tokenizer(folder: Path, saved: bool) -> None:
         if (folder / "vocab.json").is_file() and not any(_files(folder, ("merges.txt", "*.model"))):
             raise missing_file(folder / "merges.txt", "neither it nor tokenizer.json is there")
     # Libraries write both files together; the first published models have a vocabulary only.
-    if has_file or saved:
+    if has_file or current_layout:
         _check_there(folder, "tokenizer_config.json")
     if _chats(folder) and not _has_template(folder):
         raise missing_file(folder / "chat_template.jinja")

@@ -49,7 +49,7 @@ class CrossEncoderModel:
         _check_labels(self._model.config.num_labels, spec)
         self._tokenizer = cast(Any, encoder.tokenizer)
         self._modality = "text" if "text" in getattr(encoder[0], "modality_config", ("text",)) else "message"
-        self._own = cast(Activation, encoder.activation_fn)
+        self._own_activation = cast(Activation, encoder.activation_fn)
         self._truncate = truncate
         self._pairs = self._pairing(folder, spec)
         self._padding = Padding.of(self._tokenizer)
@@ -57,7 +57,9 @@ class CrossEncoderModel:
         self._sharing = self._measure_sharing(
             forget(encoder), Precision.of(encoder, str(self._model.device.type), spec.backend)
         )
-        self.fingerprint = folder.fingerprint(spec, dtype_of(encoder), "cross-encoder", type(self._own).__name__)
+        self.fingerprint = folder.fingerprint(
+            spec, dtype_of(encoder), "cross-encoder", type(self._own_activation).__name__
+        )
         self.limit = set_limit(self._pairs, self, spec.max_length)
         self.device_type, self.backend = str(self._model.device.type), spec.backend
 
@@ -85,21 +87,21 @@ class CrossEncoderModel:
         with torch.inference_mode():
             logits = self._sharing.run_in_groups(rows, lambda some: self._logits(self._prefetch.batch(some)))
             self._prefetch.make_next()
-            return score(logits, pairs_of(rows), self._own)
+            return score(logits, pairs_of(rows), self._own_activation)
 
     def _logits(self, features: dict[str, Any]) -> torch.Tensor:
         """Returns logits [rows], by the library's own forward, which knows the inputs of the model."""
         scores = self._encoder({**features, "modality": self._modality})["scores"]
         return cast(torch.Tensor, scores).reshape(len(scores))
 
-    def _measure_sharing(self, upto: float, precision: Precision) -> Sharing:
+    def _measure_sharing(self, max_tokens: float, precision: Precision) -> Sharing:
         def run_padded(rows: Sequence[Prepared], side: Side) -> torch.Tensor:
             return self._logits(to_device(self._pad(rows, side), self._model.device))
 
         made = self.prepare(PROBES, {"query": QUERY, "truncate": "end"})
         own: Side = "left" if self._tokenizer.padding_side == "left" else "right"
         rows = [row for row in made if isinstance(row, Prepared)]
-        return measure(run_padded, rows, ("right", own), upto, precision)
+        return measure(run_padded, rows, ("right", own), max_tokens, precision)
 
     def _tensors(self, rows: Sequence[Prepared]) -> Mapping[str, torch.Tensor]:
         return self._pad(rows, self._sharing.side)

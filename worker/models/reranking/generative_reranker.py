@@ -48,14 +48,16 @@ class GenerativeReranker:
         self._truncate = truncate
         judge = _judge(folder)
         self._yes, self._no = _answers(judge, self._tokenizer, spec.model_name)
-        self._own = _activation(folder, spec.model_name)
+        self._own_activation = _activation(folder, spec.model_name)
         frame: Frame = qwen3_frame
         if judge is not None:
             frame = chat_frame(self._tokenizer, folder.prompt(), folder.chat_settings(), spec.model_name)
         self._pairs = Prompts(
             self._tokenizer, spec.max_length or token_limit(self._tokenizer, self._model.config), frame
         )
-        self.fingerprint = folder.fingerprint(spec, dtype_of(self._model), "generative", type(self._own).__name__)
+        self.fingerprint = folder.fingerprint(
+            spec, dtype_of(self._model), "generative", type(self._own_activation).__name__
+        )
         self._sharing = self._measure_sharing(forget(self._model))
         self.limit = set_limit(self._pairs, self, spec.max_length)
         self.device_type, self.backend = str(self._model.device.type), spec.backend
@@ -71,24 +73,24 @@ class GenerativeReranker:
             logits = self._sharing.run_in_groups(rows, lambda some: self._logits(self._prefetch.batch(some)))
             self._prefetch.make_next()
             yes, no = logits.float().unbind(1)
-            return score(yes - no, pairs_of(rows), self._own)
+            return score(yes - no, pairs_of(rows), self._own_activation)
 
     def _logits(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Returns the logits of "yes" and "no" as the next token, [rows, 2]; 0 for "no" if the model has none."""
-        given = {**features, "logits_to_keep": 1, "use_cache": False}
-        logits = self._model(**{name: value for name, value in given.items() if name in self._takes}).logits[:, -1]
+        inputs = {**features, "logits_to_keep": 1, "use_cache": False}
+        logits = self._model(**{name: value for name, value in inputs.items() if name in self._takes}).logits[:, -1]
         yes = logits[:, self._yes]
         no = torch.zeros_like(yes) if self._no is None else logits[:, self._no]
         return torch.stack([yes, no], dim=1)
 
-    def _measure_sharing(self, upto: float) -> Sharing:
+    def _measure_sharing(self, max_tokens: float) -> Sharing:
         def run_padded(rows: Sequence[Prepared], side: Side) -> torch.Tensor:
             return self._logits(to_device(self._pad(rows, side), self._model.device))
 
         made = self.prepare(PROBES, {"query": QUERY, "truncate": "end"})
         rows = [row for row in made if isinstance(row, Prepared)]
         precision = Precision.of(self._model, str(self._model.device.type), "torch")
-        return measure(run_padded, rows, ("left",), upto, precision)
+        return measure(run_padded, rows, ("left",), max_tokens, precision)
 
     def _pad(self, rows: Sequence[Prepared], side: Side) -> Mapping[str, torch.Tensor]:
         """Returns the padded tensors. Padding is at the left: the logits are read in the last column.

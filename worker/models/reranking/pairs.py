@@ -122,10 +122,10 @@ class Prompts:
         made = self._ids(["".join(text)], return_offsets_mapping=True)
         ids, spans = made["input_ids"][0], made["offset_mapping"][0]
         first, end = len(head), len(head) + len(document)
-        own = [at for at, (start, stop) in enumerate(spans) if stop > first and start < end]
+        own_tokens = [at for at, (start, stop) in enumerate(spans) if stop > first and start < end]
         excess = len(ids) - self.limit
-        gone = set(own[:excess] if side == "start" else own[-excess:])
-        return [token for at, token in enumerate(ids) if at not in gone]
+        excess_places = set(own_tokens[:excess] if side == "start" else own_tokens[-excess:])
+        return [token for at, token in enumerate(ids) if at not in excess_places]
 
     def _ids(self, texts: list[str], **options: object) -> Any:
         # The prompt itself contains the special tokens.
@@ -134,17 +134,17 @@ class Prompts:
         )
 
 
-def set_limit(pairs: TextPairs | Prompts, model: Model, configured: int | None) -> Limit:
+def set_limit(pairs: TextPairs | Prompts, model: Model, max_length: int | None) -> Limit:
     """Sets `pairs.limit` to the limit that `model` is found to have.
 
-    Raises ModelUnavailable if `configured` exceeds it.
+    Raises ModelUnavailable if the configured `max_length` exceeds it.
     """
     short = pairs.short()
 
     def forward(tokens: int) -> object:
         return model.forward([Prepared(tokens, Pair(stretch_row(short.ids, tokens), short.scores))])
 
-    limit = find_limit(pairs.limit, forward, configured)
+    limit = find_limit(pairs.limit, forward, max_length)
     pairs.limit = limit.tokens
     return limit
 
@@ -166,8 +166,8 @@ def sample(pairs: TextPairs | Prompts, tokens: int) -> str:
     return "a " * max(1, tokens - pairs.fixed_tokens(RerankOptions.of(SAMPLE_OPTIONS, "end")))
 
 
-def score(logits: torch.Tensor, pairs: Sequence[Pair], own: Activation) -> list[Json]:
-    """Returns the scores of `logits` [rows], each of the kind that its pair names. `own` is the model's activation."""
-    ways: dict[str, Activation] = {"": own, "raw": lambda each: each, "sigmoid": torch.sigmoid}
-    given = {how: ways[how](logits.float()).tolist() for how in {pair.scores for pair in pairs}}
-    return [given[pair.scores][at] for at, pair in enumerate(pairs)]
+def score(logits: torch.Tensor, pairs: Sequence[Pair], own_activation: Activation) -> list[Json]:
+    """Returns the scores of `logits` [rows], each of the kind that its pair names; "" is through `own_activation`."""
+    ways: dict[str, Activation] = {"": own_activation, "raw": lambda each: each, "sigmoid": torch.sigmoid}
+    by_kind = {how: ways[how](logits.float()).tolist() for how in {pair.scores for pair in pairs}}
+    return [by_kind[pair.scores][at] for at, pair in enumerate(pairs)]
