@@ -162,7 +162,7 @@ class Settlement(NamedTuple):
 
 
 class Emission(NamedTuple):
-    """What a job generated since the server last confirmed `before` bytes of its records.
+    """Output of a job since the server last confirmed `before` bytes of its records.
 
     `records` are whole encoded records. `delta` is their text. `forgives`: it generated enough that deaths of earlier
     workers are no longer counted against it.
