@@ -24,7 +24,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from millstream.broker.config.spec import ModelSpec
-from millstream.worker.engines.runner import run_rows
+from millstream.worker.engines.one_shot import run_rows
 from millstream.worker.models.base import Model, Prepared
 from millstream.worker.models.embedding import encoder
 from millstream.worker.models.embedding.embedding import EmbeddingModel
