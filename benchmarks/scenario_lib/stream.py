@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import redis
 from measure import Cell, Report, Table, percentile
 from stage import Stage, Team
 
@@ -42,15 +41,13 @@ REST_S = 60.0
 
 @dataclass
 class Found:
-    """What the streams, and who disturbed them, saw. `marks`: words at which workers began, by job, as the server has."""
+    """How streams ended, and what disturbed them. `marks`: words at which workers began, by job, as the server has."""
 
     ended: Counter[str] = field(default_factory=Counter)
     first_s: list[float] = field(default_factory=list)
-    began: dict[str, Sequence[int]] = field(default_factory=dict)
     marks: dict[str, Sequence[int]] = field(default_factory=dict)
     kills: int = 0
     cuts: int = 0
-    resumed: int = 0
 
 
 def run(stage: Stage, seconds: float) -> Report:
@@ -63,7 +60,7 @@ async def _run(stage: Stage, seconds: float) -> Found:
     async with AsyncClient(stage.url) as client, asyncio.timeout(seconds + REST_S):
         disturbing = [
             asyncio.create_task(disturb)
-            for disturb in (_kill(stage, team, found), _cut(stage, found), _watch(stage, client, found))
+            for disturb in (_kill(stage, team, found), _cut(stage, found), _watch(stage, found))
         ]
         await asyncio.gather(*[_stream(client, number, ends, found) for number in range(STREAMS)])
         for task in disturbing:
@@ -104,17 +101,15 @@ async def _kill(stage: Stage, team: Team, found: Found) -> None:
 async def _cut(stage: Stage, found: Found) -> None:
     while True:
         await asyncio.sleep(CUT_EVERY_S)
-        found.cuts += int(stage.connection.client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"))
+        found.cuts += int(stage.connection.client.client_kill_filter(_type="normal", skipme=True))
 
 
-async def _watch(stage: Stage, client: AsyncClient, found: Found) -> None:
+async def _watch(stage: Stage, found: Found) -> None:
     """Note at which words workers began, by what lies on the server."""
     while True:
         await asyncio.sleep(MARKS_EVERY_S)
         for job_id, records in await asyncio.to_thread(lambda: list(_partials(stage))):
-            marks = [at for at, state in enumerate(records) if state == BEGAN]
-            found.marks[job_id] = marks
-            found.resumed += len(marks) > 1
+            found.marks[job_id] = [at for at, state in enumerate(records) if state == BEGAN]
 
 
 def _partials(stage: Stage) -> Iterator[tuple[str, Sequence[bytes]]]:
@@ -130,7 +125,7 @@ def _report(stage: Stage, found: Found) -> Report:
     left = list(stage.connection.client.scan_iter(f"{stage.keys(SERVICE).partial('')}*"))
     resumed = [marks for marks in found.marks.values() if len(marks) > 1]
     rows: list[list[Cell]] = [
-        *[[f"streams: {how}", count] for how, count in sorted(found.ended.items())],
+        *([f"streams: {how}", count] for how, count in sorted(found.ended.items())),
         ["workers killed", found.kills],
         ["connections cut", found.cuts],
         ["streams that a second worker went on with", len(resumed)],

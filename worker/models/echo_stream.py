@@ -23,7 +23,7 @@ BEGAN = b"began"
 _WORD = re.compile(r"\s*\S+\s*|\s+")
 
 
-def load(spec: ServiceSpec, device: str | None, threads: int, folder: str = "") -> EchoStreamModel:
+def load(spec: ServiceSpec, device: str | None, threads: int, folder: str) -> EchoStreamModel:
     """The model of `spec`, with `batch_size` rows at once."""
     return EchoStreamModel(spec.model.model_name, spec.runtime.batch_size)
 
