@@ -17,6 +17,7 @@ from millstream.broker.contract.errors import (
     NoWorkers,
     UnknownService,
 )
+from millstream.broker.contract.operations import OPERATIONS
 from millstream.broker.queue.admission import resume_hint
 from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.pause import find_pause
@@ -26,8 +27,6 @@ from millstream.client.asker import REFRESH_WAIT_S, Asker, Question
 
 FRESH_S = 1.0
 """Seconds for which a description of a service is reused."""
-
-_OPS = {"embedding": "embed", "reranker": "rerank", "custom": "call", "echo": "echo"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +90,24 @@ class Known:
 
 def op_of(spec: ServiceSpec) -> str:
     """Returns the operation of this service's jobs. Raises InvalidRequest if this version has none for its type."""
-    op = _OPS.get(spec.model.type)
-    if op is None:
+    operation = OPERATIONS.get(spec.model.type)
+    if operation is None:
         raise InvalidRequest(
-            f"service {spec.name!r} is of type {spec.model.type!r}, which this version cannot call yet",
-            hint="embedding, reranker and custom services can be called",
+            f"service {spec.name!r} is of type {spec.model.type!r}, which this version cannot call",
+            hint="update this program",
         )
-    return op
+    return operation.op
+
+
+def streams_text(spec: ServiceSpec) -> bool:
+    """Returns whether this service's jobs show their text while they run."""
+    operation = OPERATIONS.get(spec.model.type)
+    return operation is not None and operation.streams
+
+
+def has_cache(spec: ServiceSpec) -> bool:
+    """Returns whether calls look for cached answers of this service. Generated text is never cached."""
+    return spec.runtime.enable_cache and not streams_text(spec)
 
 
 class Services:
