@@ -144,7 +144,7 @@ class TextStream(Iterator[str]):
             raise
 
     def close(self) -> None:
-        """Cancels the job, without waiting for the server. Does nothing if the text is complete."""
+        """Cancels the job, without waiting for the server. Does nothing if its reply has arrived."""
         self._call.handle.cancel_soon()
 
     def __enter__(self) -> Self:
@@ -159,7 +159,8 @@ class TextStream(Iterator[str]):
 class AsyncTextStream:
     """Async iterator over the pieces of a text, with the attributes and errors of TextStream.
 
-    The call begins with the first `async for` step or with `async with`. Cancelling the awaiting task cancels the job.
+    The call begins with the first `async for` step or with `async with`. One task at a time may iterate; cancelling it
+    cancels the job.
     """
 
     def __init__(

@@ -116,8 +116,8 @@ def test_a_waiting_thread_gets_each_piece_at_once(client: Client, service: str, 
 
     assert [piece for piece, _ in came] == list("0123456789")
     delays = sorted(at - begun for (_, at), begun in zip(came, written, strict=True))
-    # Of ten, so that one stall of the machine does not decide.
-    assert delays[5] < 0.1
+    # The median: a stall of the machine does not decide. A thread that nobody wakes looks after 2 s.
+    assert delays[5] < 0.5
 
 
 def test_a_call_that_does_not_iterate_until_the_end_gets_all_of_it(client: Client, service: str, writer: Open) -> None:
@@ -389,13 +389,13 @@ def test_without_any_text_the_call_ends_at_the_services_total_timeout(
 
 
 def test_pieces_keep_a_call_alive_beyond_the_services_total_timeout(client: Client, service: str, writer: Open) -> None:
-    worker = writer(total_timeout=6 * STEP_S)
+    worker = writer(total_timeout=10 * STEP_S)
 
     def write() -> None:
         worker.take()
         assert worker.claim.job
         assert worker.claim.job.deadline == 0
-        for n in range(12):
+        for n in range(15):
             time.sleep(STEP_S)
             worker.live()
             worker.write(f"{n} ")
@@ -405,13 +405,13 @@ def test_pieces_keep_a_call_alive_beyond_the_services_total_timeout(client: Clie
     with at_once(write):
         text = "".join(client.stream(service, "a"))
 
-    assert text == "".join(f"{n} " for n in range(12))
-    assert time.monotonic() - began > 10 * STEP_S
+    assert text == "".join(f"{n} " for n in range(15))
+    assert time.monotonic() - began > 14 * STEP_S
 
 
 def test_with_a_timeout_the_call_ends_then_whatever_comes(client: Client, service: str, writer: Open) -> None:
     worker = writer()
-    stream = client.stream(service, "a", timeout=5 * STEP_S)
+    stream = client.stream(service, "a", timeout=12 * STEP_S)
     over = threading.Event()
 
     def write() -> None:
@@ -598,7 +598,7 @@ def test_a_cancelled_task_and_a_left_block_cancel_their_jobs(
 
 
 def test_a_task_that_waits_ends_at_the_time_limit(server: EmbeddedServer, service: str, writer: Open) -> None:
-    worker = writer(total_timeout=3 * STEP_S)
+    worker = writer(total_timeout=10 * STEP_S)
 
     async def run() -> str:
         async with AsyncClient(server.url) as client:
