@@ -17,10 +17,12 @@ from millstream.client.detached import Detached
 from millstream.client.handle import Handle
 from millstream.client.rerank import Ranked, Ranking
 from millstream.client.result import Embeddings, Values
+from millstream.client.streaming import AsyncTextStream, TextStream
 
 __all__ = [
     "AsyncClient",
     "AsyncHandle",
+    "AsyncTextStream",
     "Client",
     "Detached",
     "Embeddings",
@@ -29,11 +31,13 @@ __all__ = [
     "PartialFailure",
     "Ranked",
     "Ranking",
+    "TextStream",
     "Values",
     "call",
     "default",
     "embed",
     "rerank",
+    "stream",
 ]
 
 
@@ -56,3 +60,8 @@ def call(service: str, payload: object, **options: Any) -> Any:
 def rerank(query: str, documents: Sequence[str], **options: Any) -> Ranking:
     """Calls `default().rerank(query, documents, ...)`: see Client.rerank."""
     return default().rerank(query, documents, **options)
+
+
+def stream(service: str, payload: object, **options: Any) -> TextStream:
+    """Calls `default().stream(service, payload, ...)`: see Client.stream."""
+    return default().stream(service, payload, **options)

@@ -116,6 +116,9 @@ class Acceptance:
     def answered(self, job_id: str, reply: bytes) -> None:
         """Does nothing, and is never called: the answers of detached jobs stay on the server."""
 
+    def emitted(self, job_id: str, delta: bytes) -> None:
+        """Does nothing, and is never called: the text of detached jobs stays on the server."""
+
     def _submit_more(self) -> None:
         page = [self._unsubmitted.popleft() for _ in range(min(PAGE, len(self._unsubmitted)))]
         if page:

@@ -19,7 +19,7 @@ from millstream.broker.contract.rerank import RerankOptions, Scores
 from millstream.broker.contract.scalars import plain
 from millstream.client.asker import Question
 from millstream.client.calls import NO_HITS, CallOptions, Calls, PriorityName, frozen, vectors_of
-from millstream.client.channel.loop_calls import arrival, listener
+from millstream.client.channel.loop_calls import Changed, arrival, listener
 from millstream.client.detached import Detached, Entering
 from millstream.client.handle import CANCEL_S, Handle
 from millstream.client.job_terms import Progress, waits_until
@@ -28,6 +28,7 @@ from millstream.client.mapping import Results, check_map, chunking
 from millstream.client.rerank import Ranking, check_top_n, copied
 from millstream.client.result import Embeddings
 from millstream.client.row_results import RowOutcome
+from millstream.client.streaming import AsyncTextStream, TextCall
 
 T = TypeVar("T")
 
@@ -59,7 +60,7 @@ class AsyncHandle:
 
     async def cancel(self) -> bool:
         """Does as Handle.cancel."""
-        reported = _Changed()
+        reported = Changed()
         cancelling = self._handle.begin_cancel(listener(reported.set))
         await reported.wait(CANCEL_S if cancelling.asked else 0.0)
         return cancelling.result()
@@ -80,7 +81,7 @@ class AsyncHandle:
 
 async def _first_ready(handles: Sequence[Handle], until: float | None = None) -> int | None:
     """Waits for a complete call and returns its index in `handles`; None if `until` (monotonic seconds) comes first."""
-    changed = _Changed()
+    changed = Changed()
     wake = listener(changed.set)
     try:
         for handle in handles:
@@ -100,33 +101,6 @@ async def _first_ready(handles: Sequence[Handle], until: float | None = None) ->
     finally:
         for handle in handles:
             handle.unlisten(wake)
-
-
-class _Changed:
-    """Event for one waiting task, with a timeout. Costs half of asyncio.Event, and every awaited call uses one."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._set = False
-        self._waiter: asyncio.Future[None] | None = None
-
-    def set(self) -> None:
-        """Sets the event and wakes the task. Must be called in the loop."""
-        self._set = True
-        if self._waiter and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def wait(self, timeout: float | None) -> None:
-        """Waits for the event, at most `timeout` seconds; returns at once if it was set since the last wait."""
-        if not self._set:
-            self._waiter = self._loop.create_future()
-            timer = None if timeout is None else self._loop.call_later(timeout, self.set)
-            try:
-                await self._waiter
-            finally:
-                if timer:
-                    timer.cancel()
-        self._set = False
 
 
 class AsyncClient:
@@ -231,6 +205,35 @@ class AsyncClient:
         rows = cast(Sequence[Json], [payload])
         handle = await self._start(service, rows, CallOptions(priority, timeout, wait, tenant))
         return (await AsyncHandle(handle).result())[0]
+
+    def stream(
+        self,
+        service: str,
+        payload: object,
+        *,
+        priority: PriorityName = "normal",
+        timeout: float | None = None,
+        wait: bool = True,
+        tenant: str = "",
+        **options: Json,
+    ) -> AsyncTextStream:
+        """Does as Client.stream: `async for piece in client.stream(...)`, or `async with client.stream(...) as stream`.
+
+        The call begins with the first piece that is awaited, or with `async with`, and then raises its errors.
+        """
+        opts = CallOptions(priority, timeout, wait, tenant, options)
+
+        async def begin() -> TextCall:
+            checked = opts.checked()
+            began = time.monotonic()
+            (row,), checked = frozen([cast(Json, payload)], checked)
+            spec = await self._spec(service, checked.until(began))
+            return self._calls.begin_stream(spec, row, checked, began)
+
+        async def read_partial(handle: Handle) -> str:
+            return await self._in_thread(self._calls.read_partial, handle.id, service)
+
+        return AsyncTextStream(begin, read_partial)
 
     async def map(
         self,
@@ -344,7 +347,7 @@ class AsyncClient:
 
 async def _entered(entering: Entering) -> Detached:
     """Does as Entering.accepted."""
-    changed, acceptance = _Changed(), entering.acceptance
+    changed, acceptance = Changed(), entering.acceptance
     acceptance.listen(listener(changed.set))
     try:
         while not acceptance.over:
@@ -358,7 +361,7 @@ async def _entered(entering: Entering) -> Detached:
 
 async def _answer(question: Question[T], until: float | None) -> T:
     """Does as Question.wait, then Question.answer."""
-    changed = _Changed()
+    changed = Changed()
     wake = listener(changed.set)
     question.future.add_done_callback(lambda future: wake())
     await changed.wait(question.wait_s(until))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import atexit
 import copy
+import logging
 import os
 import re
 import time
 import weakref
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures.thread import ThreadPoolExecutor
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -18,9 +20,10 @@ import numpy as np
 from millstream.broker.config.load import ServiceSpec
 from millstream.broker.contract.codec import MAX_ROWS, JsonText, encode_inputs, encode_value
 from millstream.broker.contract.embedding import Truncate
-from millstream.broker.contract.errors import InputTooLong, InvalidRequest, MillstreamError
+from millstream.broker.contract.errors import InputTooLong, InvalidRequest, MillstreamError, described
 from millstream.broker.contract.job import Json, Priority
 from millstream.broker.contract.operations import BY_OP, Operation
+from millstream.broker.contract.partial import decode_records, text_of
 from millstream.broker.contract.scalars import plain
 from millstream.broker.queue.cache import Cached, CacheKey
 from millstream.broker.queue.registry import Registry
@@ -31,11 +34,18 @@ from millstream.client.cache_reader import CacheReader
 from millstream.client.channel.channel import Channel
 from millstream.client.channel.coalescing import Coalescer
 from millstream.client.detached import Detached, DetachedRequest
+from millstream.client.growing_text import GrowingText
 from millstream.client.handle import Handle
 from millstream.client.job_terms import JobTerms, Progress
 from millstream.client.result import Embeddings
 from millstream.client.services import Services, operation_of
 from millstream.client.split import Part, estimate_tokens, split, split_evenly, split_once
+from millstream.client.streaming import TextCall, TextStream
+
+log = logging.getLogger(__name__)
+
+PARTIAL_S = 0.5
+"""Seconds that a stream with a gap waits at most for the text so far; then it waits for its job's reply."""
 
 MAX_ROW_BYTES = 512 * 1024
 """Bytes that one row may have at most, with those that the model reads beside it."""
@@ -122,6 +132,7 @@ class Calls:
         self._coalescer = Coalescer(self.channel)
         self.services = Services(self.connection, self.registry)
         self._cache_reader = CacheReader(self.connection, self.registry)
+        self._partials: dict[str, Streams] = {}
         _living.add(self)
         self.executor = _executor()
         # Not at exit: waiting daemon threads then end with the process, without errors.
@@ -141,6 +152,42 @@ class Calls:
         spec = self.services.read(service or self.services.only(BY_OP[opts.op].type, until), until)
         hits = self.read_cache(spec, inputs, opts) if spec.runtime.enable_cache else {}
         return self.begin(spec, inputs, opts, hits, began, progress)
+
+    def start_stream(self, service: str, payload: object, opts: CallOptions) -> TextStream:
+        """Does as Client.stream, with `opts`."""
+        opts = opts.checked()
+        began = time.monotonic()
+        spec = self.services.read(service, opts.until(began))
+        call = self.begin_stream(spec, payload, opts, began)
+        return TextStream(call, partial(self.read_partial, call.handle.id, service))
+
+    def begin_stream(self, spec: ServiceSpec, payload: object, opts: CallOptions, began: float) -> TextCall:
+        """Sends one job whose text can be read while it grows, and does not block. `opts` are checked.
+
+        Raises InvalidRequest if the service does not stream, or `payload` is not JSON.
+        """
+        if not spec.model.operation.streams:
+            raise InvalidRequest(
+                f"service {spec.name!r} is of type {spec.model.type!r}, which does not stream",
+                hint="`call` returns its result",
+            )
+        growing = GrowingText()
+        return TextCall(self.begin(spec, [cast(Json, payload)], opts, began=began, growing=growing), growing)
+
+    def read_partial(self, job_id: str, service: str) -> str:
+        """Returns the text so far of a running job, as the server has it. Waits for at most PARTIAL_S.
+
+        Returns "" if there is none or the server does not answer: the job's reply has the whole text.
+        """
+        try:
+            streams = self._partials.get(service)
+            if streams is None:
+                streams = self._partials[service] = self.streams(service, PARTIAL_S)
+            (records,) = streams.partials([job_id])
+            return text_of(decode_records(records))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the stream goes on with the reply
+            log.warning("job %s: its text so far cannot be read: %s", job_id, described(error))
+            return ""
 
     def read_cache(self, spec: ServiceSpec, inputs: Sequence[Json], opts: CallOptions) -> Mapping[int, Cached]:
         """Returns the cached answers of `inputs`, by row; no answers if the server is too slow.
@@ -179,10 +226,12 @@ class Calls:
         hits: Mapping[int, Cached] = NO_HITS,
         began: float | None = None,
         progress: Progress | None = None,
+        growing: GrowingText | None = None,
     ) -> Handle:
         """Does as `start`, with checked `opts`, the service's spec and the cached answers `hits`. Does not block.
 
-        The call's timeout counts from `began`, monotonic seconds; None is now.
+        The call's timeout counts from `began`, monotonic seconds; None is now. `growing` gets the text of a streaming
+        call.
         """
         operation = find_operation(spec, opts.op)
         beside = self.check_options(spec, opts.options)
@@ -208,7 +257,7 @@ class Calls:
         # If a service caches its answers, equal jobs in flight share theirs, too.
         channel = self._coalescer if spec.runtime.enable_cache else self.channel
         given: dict[int, MillstreamError | Cached] = {**refused, **hits} if refused or hits else {}
-        return Handle(channel, terms, inputs, parts, given, self.services, began, progress, self)
+        return Handle(channel, terms, inputs, parts, given, self.services, began, progress, self, growing)
 
     def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> int:
         """Returns the UTF-8 bytes that the model of `spec` reads beside each row.
@@ -255,6 +304,7 @@ class Calls:
         self.services.after_fork()
         self.executor = _executor()
         self._cache_reader.after_fork()
+        self._partials = {}
 
 
 def frozen(inputs: Sequence[Json], opts: CallOptions) -> tuple[Sequence[Json], CallOptions]:

@@ -20,6 +20,7 @@ from millstream.client.local import START_S, Local
 from millstream.client.mapping import Results, map_rows
 from millstream.client.rerank import Ranking, check_top_n, copied
 from millstream.client.result import Embeddings
+from millstream.client.streaming import TextStream
 
 
 class Client:
@@ -169,11 +170,34 @@ class Client:
     ) -> Any:
         """Returns what the service's function returned for `payload`: a JSON value or a vector, float32 [dim].
 
-        A custom service takes any JSON value. Raises InvalidRequest if `payload` is not JSON, ModelFailed if the
+        A custom service takes any JSON value, as does a service that streams, which returns {"text", "finish_reason"}.
+        Raises InvalidRequest if `payload` is not JSON, ModelFailed if the
         function failed on it, and otherwise as `embed` does.
         """
         rows = cast(Sequence[Json], [payload])
         return self._calls.start(service, rows, CallOptions(priority, timeout, wait, tenant)).finish()[0]
+
+    def stream(
+        self,
+        service: str,
+        payload: object,
+        *,
+        priority: PriorityName = "normal",
+        timeout: float | None = None,
+        wait: bool = True,
+        tenant: str = "",
+        **options: Json,
+    ) -> TextStream:
+        """Returns an iterator over the text that the service generates for `payload`, any JSON value, while it grows.
+
+        Closing it, or leaving its `with` block, cancels the job. `options` go to the model. `timeout` is in seconds,
+        for the whole call; without it the call ends if no piece came for the service's total_timeout.
+
+        Raises InvalidRequest if the service does not stream, UnknownService, BrokerUnavailable. The iterator raises the
+        other errors of `embed`, and StreamDiverged.
+        """
+        opts = CallOptions(priority, timeout, wait, tenant, options)
+        return self._calls.start_stream(service, payload, opts)
 
     def map(
         self,

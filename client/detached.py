@@ -26,13 +26,14 @@ from millstream.broker.contract.errors import (
     ResultExpired,
 )
 from millstream.broker.contract.job import Draft, Json, Priority, Reply
+from millstream.broker.contract.partial import decode_records, text_of
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, DetachedCall, Group, Streams
 from millstream.broker.queue.submission import Submission, draft_job
 from millstream.broker.transport.connection import is_transient, translated
 from millstream.client.acceptance import Acceptance
 from millstream.client.channel.requests import Cancellation
 from millstream.client.job_terms import waits_until
-from millstream.client.result import Embeddings
+from millstream.client.result import Embeddings, text_result
 from millstream.client.row_results import RowOutcome, RowResults
 from millstream.client.split import MAX_PART_BYTES, Part
 
@@ -131,6 +132,26 @@ class Detached:
         """Waits as `result` does, and returns each row's result or error as a value."""
         self._wait(timeout)
         return self._collected().outcomes()
+
+    def partial(self) -> str:
+        """Returns the text so far of a call of one row, if its service streams; the whole text once the call is done.
+
+        Raises InvalidRequest if the call has more rows, the call's error if it failed, ResultExpired,
+        BrokerUnavailable.
+        """
+        (job_id, part), *others = self._parts.items()
+        if others or len(part.rows) > 1:
+            raise InvalidRequest("only a call of one row has a text so far", hint="`outcomes` has each row's result")
+        streams = self._streams()
+        self._look(streams)
+        if self._missing():
+            with translated(self._calls.connection.safe_url):
+                (records,) = streams.partials([job_id])
+            if records:
+                return _text_so_far(records)
+            # Settling a job deletes its records.
+            self._look(streams)
+        return "" if self._missing() else text_result(self._collected().value(0.0)).text
 
     def cancel(self) -> bool:
         """Cancels all unanswered jobs. Returns True if no worker had claimed any. Raises BrokerUnavailable."""
@@ -264,7 +285,8 @@ class DetachedRequest:
             raise InvalidRequest(f"row {row}: {error.message}", hint=error.hint)
         if not sizes:
             raise InvalidRequest("no rows", hint="a detached call needs at least one")
-        per_job = max(1, min(spec.runtime.batch_size, MAX_ROWS, MAX_PART_BYTES // max(1, *sizes.values())))
+        most_rows = 1 if spec.model.operation.streams else min(spec.runtime.batch_size, MAX_ROWS)
+        per_job = max(1, min(most_rows, MAX_PART_BYTES // max(1, *sizes.values())))
         _check_jobs(len(inputs), per_job)
         return cls(spec, operation.op, inputs, sizes, opts, deadline, idempotency_key, per_job)
 
@@ -343,6 +365,15 @@ class DetachedRequest:
             return Submission(self.spec.name, group, acceptance, until, tenant, on_accepted)
 
         return make
+
+
+def _text_so_far(records: bytes) -> str:
+    try:
+        return text_of(decode_records(records))
+    except Malformed as error:
+        raise ModelFailed(
+            f"its text cannot be read: {error}", hint="client and worker of different versions?"
+        ) from error
 
 
 def _sorted(row: Json) -> Json:

@@ -13,6 +13,7 @@ from millstream.broker.contract.job import Json
 from millstream.broker.queue.cache import Cached
 from millstream.broker.queue.streams import CancelOutcome
 from millstream.client.channel.wake_chain import wake_chain
+from millstream.client.growing_text import GrowingText
 from millstream.client.job_terms import CallChannel, JobTerms, Progress, Watch, seconds_of, waits_until
 from millstream.client.result import Embeddings
 from millstream.client.row_results import RowOutcome
@@ -68,13 +69,16 @@ class Handle:
         began: float | None = None,
         progress: Progress | None = None,
         owner: object = None,
+        growing: GrowingText | None = None,
     ) -> None:
+        """Sends the call's jobs. `growing` gets the text of a call of one job, if its operation streams."""
         began = time.monotonic() if began is None else began
         self._pid = os.getpid()
         # This reference keeps the client alive: an unreferenced client closes itself, and would end this call.
         self._owner = owner
         shared = progress or Progress(began)
-        self._transfer = Transfer(channel, watch, terms, inputs, parts, given, began, shared)
+        self._growing = growing
+        self._transfer = Transfer(channel, watch, terms, inputs, parts, given, began, shared, growing)
         self._lock, self._rows = self._transfer.lock, self._transfer.rows
         try:
             self._transfer.pump()
@@ -112,14 +116,21 @@ class Handle:
         self._check_process()
         with self._lock:
             while self._rows.missing > 0:
-                now, end = time.monotonic(), self._transfer.expires_at()
-                if end is not None and now >= end:
-                    self._transfer.expire(now)
-                elif until is not None and now >= until:
+                if not self._sleep_until(until):
                     return False
-                else:
-                    self._sleep(_soonest(now, until, end))
             return True
+
+    def wait_for_text(self) -> None:
+        """Waits until there is text to take or a gap to fill, or the call is over."""
+        self._check_process()
+        with self._lock:
+            while self._rows.missing > 0 and not self.has_text:
+                self._sleep_until(None)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is text to take or a gap to fill."""
+        return self._growing is not None and self._growing.has_news
 
     def result(self, timeout: float | None = None) -> Embeddings | list[Json]:
         """Waits for at most `timeout` seconds and returns the results in the order of the inputs.
@@ -188,6 +199,11 @@ class Handle:
         with self._lock:
             return self._transfer.expires_at() if self._rows.missing > 0 else None
 
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until `expires_at`, at least 0; None if the call has no limit or is over."""
+        return _soonest(time.monotonic(), self.expires_at)
+
     def expire(self) -> None:
         """Ends the call if its deadline is over. Does not block: listeners are called when rows get their errors."""
         with self._lock:
@@ -206,6 +222,17 @@ class Handle:
             self._transfer.listeners.remove(listener)
 
     # -- under the lock ----------------------------------------------------------------------------------------
+
+    def _sleep_until(self, until: float | None) -> bool:
+        """Sleeps once, or ends the call if its deadline is over. Returns False if it is `until` or later."""
+        now, end = time.monotonic(), self._transfer.expires_at()
+        if end is not None and now >= end:
+            self._transfer.expire(now)
+        elif until is not None and now >= until:
+            return False
+        else:
+            self._sleep(_soonest(now, until, end))
+        return True
 
     def _sleep(self, timeout: float | None) -> None:
         """Sleeps, without the lock, until rows get their outcome; at most `timeout` seconds, and at most RECHECK_S."""

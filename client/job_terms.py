@@ -19,8 +19,8 @@ class JobTerms(NamedTuple):
     """Terms of a call, which hold for all its jobs. Times are in seconds; None is no limit.
 
     `timeout` limits the whole call. Without it the call ends when no job was answered for `total_timeout`: a call of
-    any length goes on while it makes progress. Without both it ends when no job was answered for `idle_timeout` and no
-    worker is alive. `most_jobs` is the largest number of jobs in flight.
+    any length goes on while it makes progress; a piece of a growing text is progress, too. Without both it ends when no
+    job was answered for `idle_timeout` and no worker is alive. `most_jobs` is the largest number of jobs in flight.
     """
 
     service: str

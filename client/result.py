@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from millstream.broker.contract.errors import Malformed, ModelFailed
+from millstream.broker.contract.generation import Generation
 from millstream.broker.contract.job import Encoded, Json
 
 Timings = Mapping[str, float]
@@ -58,3 +60,15 @@ class Values(list[Json]):
         result.usage, result.truncated, result.timings = {"tokens": tokens}, truncated, timings
         result.fingerprint = fingerprint
         return result
+
+
+def text_result(result: Embeddings | list[Json]) -> Generation:
+    """Returns the text of a streaming call of one row. Raises ModelFailed if its result has another shape."""
+    try:
+        if not (isinstance(result, Values) and len(result) == 1):
+            raise Malformed("not one JSON value")
+        return Generation.read(result[0])
+    except Malformed as error:
+        raise ModelFailed(
+            f"its reply is not a text: {error}", hint="client and worker of different versions?"
+        ) from error

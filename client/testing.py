@@ -11,6 +11,7 @@ They check, split, order and raise with the code of the real clients. Only the q
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +24,20 @@ import numpy as np
 
 from millstream.broker.config.load import ServiceSpec
 from millstream.broker.config.spec import ModelSpec, Runtime
-from millstream.broker.contract.codec import decode_inputs, encode_reply, encode_value
+from millstream.broker.contract.codec import decode_inputs, decode_reply, encode_reply, encode_value
 from millstream.broker.contract.embedding import EmbedOptions
-from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError, ModelFailed, UnknownService, described
+from millstream.broker.contract.errors import (
+    BrokerUnavailable,
+    Malformed,
+    MillstreamError,
+    ModelFailed,
+    UnknownService,
+    described,
+)
+from millstream.broker.contract.generation import Generation
 from millstream.broker.contract.job import Draft, Json, Reply, Vectors
-from millstream.broker.contract.operations import BY_OP, CALL, EMBED, OPERATIONS, RERANK, ModelType
+from millstream.broker.contract.operations import BY_OP, CALL, EMBED, OPERATIONS, RERANK, STREAMING_OPS, ModelType
+from millstream.broker.contract.partial import Delta, encode_delta
 from millstream.broker.contract.vectors import shaped
 from millstream.broker.queue.admission import refusal
 from millstream.broker.queue.cache import Cached
@@ -41,6 +51,7 @@ from millstream.client.channel.channel import Channel
 from millstream.client.channel.requests import Cancellation
 from millstream.client.client import Client
 from millstream.client.detached import DetachedRequest
+from millstream.client.growing_text import GrowingText
 from millstream.client.handle import Handle
 from millstream.client.job_terms import Progress
 from millstream.client.row_results import RowOutcome
@@ -57,6 +68,9 @@ SERVICE, RERANKER = EMBED.op, RERANK.op
 
 SERVICES: Mapping[str, ModelType] = MappingProxyType({RERANKER: RERANK.type})
 """Types of the services that are not embedding services, by name."""
+
+_STREAMING = frozenset(each.type for each in OPERATIONS.values() if each.streams)
+_WORDS = re.compile(r"\S+\s*|\s+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +103,8 @@ class FakeClient(Client):
     A text gets a unit vector made from its hash; a document of a reranker gets the share of the query's words that it
     has. `answers` replaces both. Texts in `errors` get their error. `services` has the types of services that are not
     embedding services; "rerank" is a reranker. Names in `handlers` are custom services, answered by their function.
+
+    A service of type "echo-stream" gives its handler's text, or the payload itself, word by word if it is streamed.
     """
 
     def __init__(
@@ -141,7 +157,8 @@ def _fake_calls(
     services: Mapping[str, ModelType],
     handlers: Mapping[str, Handler],
 ) -> _FakeCalls:
-    types = {**SERVICES, **services, **dict.fromkeys(handlers, CALL.type)}
+    custom = dict.fromkeys([name for name in handlers if services.get(name) not in _STREAMING], CALL.type)
+    types = {**SERVICES, **services, **custom}
     return _FakeCalls(_FakeModel(dim, answers, errors, handlers), types)
 
 
@@ -167,8 +184,9 @@ class _FakeCalls(Calls):
         hits: Mapping[int, Cached] = NO_HITS,
         began: float | None = None,
         progress: Progress | None = None,
+        growing: GrowingText | None = None,
     ) -> Handle:
-        handle = super().begin(spec, inputs, opts, hits, began, progress)
+        handle = super().begin(spec, inputs, opts, hits, began, progress, growing)
         self.made.append(Call(spec.name, list(inputs), opts))
         return handle
 
@@ -221,7 +239,9 @@ class _FakeModel:
         if handler := self.handlers.get(service):
             outcomes = [_handled(handler, payload) for payload in inputs]
         else:
-            outcomes = [self._outcome(str(text), query) for text in inputs]
+            outcomes = [self._outcome(str(text), draft.op, query) for text in inputs]
+        if draft.op in STREAMING_OPS:
+            outcomes = [Generation(each, "stop").json() if isinstance(each, str) else each for each in outcomes]
         errors = {row: each for row, each in enumerate(outcomes) if isinstance(each, MillstreamError)}
         good = [each for each in outcomes if not isinstance(each, MillstreamError)]
         tokens = sum(len(str(text).split()) + 2 for row, text in enumerate(inputs) if row not in errors)
@@ -232,7 +252,7 @@ class _FakeModel:
             return encode_reply(Reply(vectors=vectors, errors=errors, tokens=tokens))
         return encode_reply(Reply(values=cast(list[Json], good), errors=errors, tokens=tokens))
 
-    def _outcome(self, text: str, query: str | None) -> RowOutcome:
+    def _outcome(self, text: str, op: str, query: str | None) -> RowOutcome:
         try:
             if text in self._errors:
                 return self._errors[text]
@@ -240,7 +260,19 @@ class _FakeModel:
                 return self._answers(text)
         except MillstreamError as error:
             return error
+        if op in STREAMING_OPS:
+            return text
         return fake_vector(text, self._dim) if query is None else fake_score(query, text)
+
+
+def _deltas(reply: bytes) -> list[bytes]:
+    """Returns a delta for each word of a generated text."""
+    values = decode_reply(reply).values
+    try:
+        text = Generation.read(values[0] if values else None).text
+    except Malformed:
+        return []
+    return [encode_delta(Delta(word.start(), word[0])) for word in _WORDS.finditer(text)]
 
 
 def _handled(handler: Handler, payload: Json) -> RowOutcome:
@@ -288,7 +320,10 @@ class _FakeChannel:
             if fault:
                 submission.sink.refused(submission.job_ids, fault)
             for draft in submission.group.drafts if not fault else ():
-                submission.sink.answered(draft.id, self._model.reply(submission.service, draft))
+                reply = self._model.reply(submission.service, draft)
+                for delta in _deltas(reply) if draft.op in STREAMING_OPS else ():
+                    submission.sink.emitted(draft.id, delta)
+                submission.sink.answered(draft.id, reply)
             queue.popleft()
 
     def submit_detached(self, submissions: Sequence[Submission]) -> None:
@@ -377,6 +412,9 @@ class _FakeStreams:
     def results(self, call: str, job_ids: Sequence[str]) -> list[bytes | None]:
         _, replies = self._calls[call]
         return [replies.get(job_id) for job_id in job_ids]
+
+    def partials(self, job_ids: Sequence[str]) -> list[bytes]:
+        return [b""] * len(job_ids)
 
     def cancel(self, job_ids: Sequence[str], client: str, call: str = "") -> list[CancelOutcome]:
         return ["gone"] * len(job_ids)

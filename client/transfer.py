@@ -24,7 +24,8 @@ from millstream.broker.contract.errors import (
     described,
 )
 from millstream.broker.contract.job import Draft, Json, Reply
-from millstream.broker.contract.operations import BY_OP
+from millstream.broker.contract.operations import BY_OP, STREAMING_OPS
+from millstream.broker.contract.partial import decode_delta
 from millstream.broker.queue.cache import Cached
 from millstream.broker.queue.streams import CancelOutcome, Group
 from millstream.broker.queue.submission import Submission, draft_job
@@ -32,6 +33,7 @@ from millstream.client.channel.ids import new_id
 from millstream.client.channel.requests import Cancellation
 from millstream.client.channel.wake_chain import wake_chain
 from millstream.client.flow import Flow
+from millstream.client.growing_text import GrowingText
 from millstream.client.job_terms import CallChannel, JobTerms, Progress, Watch
 from millstream.client.row_results import RowResults
 from millstream.client.services import Known
@@ -42,14 +44,18 @@ EXPLAIN_S = 0.25
 
 
 class _SentJob(NamedTuple):
-    """Job in flight, which was sent at `at`, monotonic seconds."""
+    """Job in flight, which was sent at `at`, monotonic seconds. `emitted`: a part of its text has arrived."""
 
     part: Part
     at: float
+    emitted: bool = False
 
 
 class Transfer:
-    """Sends one call's jobs and is their sink. Wakes `waiters` and calls `listeners` when rows get an outcome."""
+    """Sends one call's jobs and is their sink. Wakes `waiters` and calls `listeners` when rows get an outcome.
+
+    `growing` gets the text of a call of one job, if its operation streams; waiters are woken for each piece, too.
+    """
 
     def __init__(
         self,
@@ -61,6 +67,7 @@ class Transfer:
         given: Mapping[int, MillstreamError | Cached],
         began: float,
         progress: Progress,
+        growing: GrowingText | None = None,
     ) -> None:
         self.id = self._first_id = self._charged_with = new_id()
         self.lock = threading.RLock()
@@ -76,6 +83,7 @@ class Transfer:
         self._sendable = self.rows.missing
         self._end = None if terms.timeout is None else began + terms.timeout
         self._progress = progress
+        self._growing = growing
         # The start of a call counts as progress: a map starts its later calls long after its first.
         progress.at = max(progress.at, began)
         # None until the call needs a window: most calls have only one job.
@@ -133,8 +141,10 @@ class Transfer:
     def _draft(self, part: Part) -> Draft | None:
         """Returns the job that carries `part`. If it cannot be encoded, its rows get the error and None is returned."""
         terms, now = self._terms, time.monotonic()
-        own_end = None if terms.total_timeout is None else now + terms.total_timeout
-        end = self._end if self._end is not None else own_end
+        end = self._end
+        # A job whose text grows may run for any time: the call ends if it does not grow for total_timeout.
+        if end is None and terms.total_timeout is not None and terms.op not in STREAMING_OPS:
+            end = now + terms.total_timeout
         queue_by = None if terms.queue_timeout is None else now + terms.queue_timeout
         job_id, client = self._first_id or new_id(), self._channel.client_id
         rows = list(map(self._inputs.__getitem__, part.rows))
@@ -163,6 +173,15 @@ class Transfer:
                 self._settle(job, outcome)
         if self._unsent:
             self.pump()
+
+    def emitted(self, job_id: str, delta: bytes) -> None:
+        """Takes a delta of a job's text, which is progress. Called by the channel. Raises Malformed."""
+        with self.lock:
+            if job := self._in_flight.get(job_id):
+                self._in_flight[job_id] = job._replace(emitted=True)
+                self._progress.at = time.monotonic()
+                if self._growing is not None and self._growing.add(decode_delta(delta)):
+                    self._tell()
 
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
         """Ends jobs that were not accepted, or whose answers can no longer be read; sends them again if allowed.
@@ -197,8 +216,11 @@ class Transfer:
         self._place([job.part], outcome)
 
     def _may_run_again(self, job: _SentJob, error: MillstreamError) -> bool:
-        """Returns whether a job that was late or refused is sent again: other jobs were answered since it was sent."""
-        if self._end is not None or self._progress.at <= job.at:
+        """Returns whether a job that was late or refused is sent again: other jobs were answered since it was sent.
+
+        A job whose text has begun is not: another run may generate another text.
+        """
+        if self._end is not None or self._progress.at <= job.at or job.emitted:
             return False
         if isinstance(error, DeadlineExceeded):
             return error.phase != "inference"

@@ -124,8 +124,8 @@ def _partials(stage: Stage) -> Iterator[tuple[str, Sequence[bytes]]]:
 def _report(stage: Stage, found: Found) -> Report:
     left = list(stage.connection.client.scan_iter(f"{stage.keys(SERVICE).partial('')}*"))
     resumed = [marks for marks in found.marks.values() if len(marks) > 1]
-    rows: list[list[Cell]] = [
-        *([f"streams: {how}", count] for how, count in sorted(found.ended.items())),
+    rows: list[list[Cell]] = [[f"streams: {how}", count] for how, count in sorted(found.ended.items())]
+    rows += [
         ["workers killed", found.kills],
         ["connections cut", found.cuts],
         ["streams that a second worker went on with", len(resumed)],

@@ -175,6 +175,16 @@ class ReaderTooSlow(MillstreamError):
     exit_code = 9
 
 
+class StreamDiverged(MillstreamError):
+    """A job's text is not the continuation of the text that its caller has been given; the call ends.
+
+    It means that two runs of the job generated different texts. The same call again generates another text.
+    """
+
+    code = "stream_diverged"
+    exit_code = 9
+
+
 class WorkerLost(MillstreamError):
     """A worker died each time it ran this job, which is now a dead letter."""
 

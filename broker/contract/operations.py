@@ -178,7 +178,9 @@ RERANK = Operation(
 GENERATE = Operation(
     "llm",
     "generate",
+    row="payload",
     results="text",
+    uncached="its answers are streamed",
     streams=True,
     needs_weights=True,
     # A single prompt is often longer than 2,048 tokens. Prompts are few, and each takes long to compute.
@@ -211,6 +213,7 @@ STREAM = Operation(
     "echo-stream",
     "stream",
     "millstream.worker.models.echo_stream:load",
+    row="payload",
     results="text",
     uncached="its answers are streamed",
     streams=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import redis
 
@@ -16,10 +16,19 @@ DELETE_COUNT, DELETE_BYTES = 16, 65_536
 """Number and bytes of returned replies at which the next read deletes them: one XDEL for many replies."""
 
 _START = b"0-0"
-_NAMES = (b"id", b"reply")
+_IS_FINAL = {(b"id", b"reply"): True, (b"id", b"delta"): False}
+"""Names of an entry's first two fields -> whether it ends its job."""
 
 _XREAD = b"XREAD"
 """The command as bytes: redis-py has no callback for it, so it does not make a dict of each entry."""
+
+
+class Answer(NamedTuple):
+    """Entry of a reply stream. `data`: the job's encoded reply if `final` is True, else a delta of its text."""
+
+    job_id: str
+    data: bytes
+    final: bool
 
 
 class Replies:
@@ -37,10 +46,10 @@ class Replies:
         self._to_delete: list[bytes] = []
         self._to_delete_bytes = 0
 
-    def read(self, wait_s: float) -> list[tuple[str, bytes]]:
-        """Returns (job id, encoded reply) pairs, oldest first; empty after `wait_s` seconds without one.
+    def read(self, wait_s: float) -> list[Answer]:
+        """Returns replies and deltas, oldest first; empty after `wait_s` seconds without one.
 
-        A pair can come twice. Raises what redis-py raises.
+        Each can come twice. Raises what redis-py raises.
         """
         last, self._last = self._last, _START
         deletes = (
@@ -66,8 +75,10 @@ class Replies:
         self._last = entries[-1][0]
         self._to_delete += [entry for entry, _ in entries]
         self._to_delete_bytes += sum([len(part) for _, fields in entries for part in fields])
-        # Entries that are not replies are ignored, and deleted with the rest: no worker wrote them. Newer workers add
-        # their fields after these two.
+        # Other entries are ignored, and deleted with the rest: no worker wrote them. Newer workers add their fields
+        # after these two.
         return [
-            (fields[1].decode(errors="replace"), fields[3]) for _, fields in entries if tuple(fields[0:4:2]) == _NAMES
+            Answer(fields[1].decode(errors="replace"), fields[3], _IS_FINAL[names])
+            for _, fields in entries
+            if (names := tuple(fields[0:4:2])) in _IS_FINAL
         ]

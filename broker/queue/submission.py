@@ -16,6 +16,9 @@ class Sink(Protocol):
 
     def answered(self, job_id: str, reply: bytes) -> None: ...
 
+    def emitted(self, job_id: str, delta: bytes) -> None:
+        """Takes an encoded delta of a running job's text. The same delta can come twice, and deltas can be missing."""
+
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None: ...
 
 

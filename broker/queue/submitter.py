@@ -148,6 +148,9 @@ class _Verdict:
     def answered(self, job_id: str, reply: bytes) -> None:
         """Does nothing: nobody reads replies here."""
 
+    def emitted(self, job_id: str, delta: bytes) -> None:
+        """Does nothing: nobody reads deltas here."""
+
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
         self.error = error
 

@@ -57,6 +57,14 @@ class _SharedJob:
                 # One caller's error must not keep the answer from the others.
                 log.exception("job %s: its answer could not be handed over", each)
 
+    def emitted(self, job_id: str, delta: bytes) -> None:
+        sinks = [(job_id, self.leader)] if self.leader else []
+        for each, sink in [*sinks, *self.coalescer.followers_of(self)]:
+            try:
+                sink.emitted(each, delta)
+            except Exception:
+                log.exception("job %s: a delta of its text could not be handed over", each)
+
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
         self.coalescer.end_shared(self, resend=True)
         if self.leader:
@@ -139,6 +147,11 @@ class Coalescer:
             own_job = _SharedJob(self, key, submission.service, draft.id, submission.sink, draft.deadline)
             self._jobs[key] = self._by_leader[draft.id] = own_job
             return submission._replace(sink=own_job)
+
+    def followers_of(self, shared_job: _SharedJob) -> list[tuple[str, Sink]]:
+        """Returns the job ids and sinks of its followers."""
+        with self._lock:
+            return [(job_id, submission.sink) for job_id, submission in shared_job.followers.items()]
 
     def end_shared(self, shared_job: _SharedJob, *, resend: bool) -> dict[str, Submission]:
         """Ends the shared job. Returns its followers the first time; with `resend` sends them and returns none."""

@@ -1,4 +1,7 @@
-"""Reader thread: reads the replies of one service to this process and gives each to the call that waits for it."""
+"""Reader thread: reads the replies of one service to this process and gives each to the call that waits for it.
+
+A job whose text grows gets its deltas, too.
+"""
 
 from __future__ import annotations
 
@@ -87,18 +90,19 @@ class Reader(threading.Thread):
         except Exception as error:  # noqa: BLE001 - callers still wait for the next replies, so the thread goes on
             self._pause(error)
             return
+        waiting = self._waiting
         with self._lock:
-            sinks = [self._waiting.pop(job_id, _NO_SINK)[0] for job_id, _ in answers]
-        for sink, (job_id, reply) in zip(sinks, answers, strict=True):
+            sinks = [
+                (waiting.pop(job_id, _NO_SINK) if final else waiting.get(job_id, _NO_SINK))[0]
+                for job_id, _, final in answers
+            ]
+        for sink, (job_id, data, final) in zip(sinks, answers, strict=True):
             if not sink:
-                self.strays += 1
-                continue
-            try:
-                sink.answered(job_id, reply)
-            except Exception as error:
-                # One caller's error must not end the thread, which serves all others.
-                log.exception("a reply could not be handed to its caller")
-                _refuse(sink, job_id, ModelFailed(f"its reply cannot be used: {described(error)}"))
+                self.strays += final
+            elif final:
+                _answer(sink, job_id, data)
+            else:
+                _emit(sink, job_id, data)
         self._sweep()
 
     def _wait_for_work(self) -> bool:
@@ -125,6 +129,23 @@ class Reader(threading.Thread):
             log.error("reading replies failed, trying again: %s", error)
         with self._lock:
             self._changed.wait_for(lambda: self._closed, AWAY_PAUSE_S)
+
+
+def _answer(sink: Sink, job_id: str, reply: bytes) -> None:
+    try:
+        sink.answered(job_id, reply)
+    except Exception as error:
+        # One caller's error must not end the thread, which serves all others.
+        log.exception("a reply could not be handed to its caller")
+        _refuse(sink, job_id, ModelFailed(f"its reply cannot be used: {described(error)}"))
+
+
+def _emit(sink: Sink, job_id: str, delta: bytes) -> None:
+    try:
+        sink.emitted(job_id, delta)
+    except Exception:
+        # The reply has the whole text.
+        log.exception("a delta of a job's text could not be handed to its caller")
 
 
 def _refuse(sink: Sink, job_id: str, error: MillstreamError) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import redis
@@ -11,7 +11,7 @@ from contracts.queue import CALLER, Queue, draft
 from support import eventually
 
 from millstream.broker.contract.keys import ServiceKeys
-from millstream.broker.queue.replies import DELETE_BYTES, DELETE_COUNT, READ_COUNT, Replies
+from millstream.broker.queue.replies import DELETE_BYTES, DELETE_COUNT, READ_COUNT, Answer, Replies
 from millstream.broker.transport.connection import Connection, is_transient
 from millstream.broker.transport.exchange import Words, exchange
 
@@ -57,15 +57,29 @@ def test_replies_come_in_order_with_their_job_and_bytes(queue: Queue, replies: R
     queue.settle([first], b"\x00\xff\n")
     queue.settle([second], b"")
 
-    assert replies.read(LONG_S) == [(drafts[0].id, b"\x00\xff\n"), (drafts[1].id, b"")]
+    assert replies.read(LONG_S) == [(drafts[0].id, b"\x00\xff\n", True), (drafts[1].id, b"", True)]
+
+
+def test_deltas_come_in_order_with_replies_and_entries_of_other_shapes_are_ignored_and_deleted(
+    queue: Queue, replies: Replies
+) -> None:
+    key = queue.keys.reply(CALLER)
+    for fields in ({"id": "a", "delta": "0 x"}, {"id": "b", "text": "no"}, {"delta": "0 y"}, {"id": "a", "reply": "z"}):
+        queue.client.xadd(key, cast(dict[Any, Any], fields))
+    queue.client.pexpire(key, 60_000)
+
+    assert replies.read(LONG_S) == [("a", b"0 x", False), ("a", b"z", True)]
+    assert replies.read(0.01) == []
+    assert replies.read(0.01) == []
+    assert queue.client.xlen(key) == 0
 
 
 def test_many_replies_are_deleted_with_the_next_read(queue: Queue, replies: Replies) -> None:
     first = answer(queue, DELETE_COUNT)
-    assert [job_id for job_id, _ in replies.read(LONG_S)] == first
+    assert [job_id for job_id, *_ in replies.read(LONG_S)] == first
     second = answer(queue, 2)
 
-    assert [job_id for job_id, _ in replies.read(LONG_S)] == second
+    assert [job_id for job_id, *_ in replies.read(LONG_S)] == second
     assert [job_id for job_id, _ in queue.replies()] == second
 
 
@@ -79,7 +93,7 @@ def test_a_large_reply_is_deleted_with_the_next_read(queue: Queue, replies: Repl
 
 
 def test_few_replies_stay_until_nothing_more_comes(queue: Queue, replies: Replies) -> None:
-    read = [answer(queue, 1) + [job_id for job_id, _ in replies.read(LONG_S)] for _ in range(DELETE_COUNT - 1)]
+    read = [answer(queue, 1) + [job_id for job_id, *_ in replies.read(LONG_S)] for _ in range(DELETE_COUNT - 1)]
 
     assert all(answered == got for answered, got in read)
     assert len(queue.replies()) == DELETE_COUNT - 1
@@ -97,13 +111,13 @@ def test_a_stream_that_begins_anew_with_smaller_ids_loses_nothing(queue: Queue, 
     queue.client.expire(key, 60)
 
     assert replies.read(0.01) == []
-    assert replies.read(LONG_S) == [("2" * 32, b"after")]
+    assert replies.read(LONG_S) == [("2" * 32, b"after", True)]
 
 
 def test_more_replies_than_one_read_holds_come_with_the_next(queue: Queue, replies: Replies) -> None:
     answered = answer(queue, READ_COUNT + 50)
 
-    assert [job_id for job_id, _ in replies.read(LONG_S) + replies.read(LONG_S)] == answered
+    assert [job_id for job_id, *_ in replies.read(LONG_S) + replies.read(LONG_S)] == answered
 
 
 def test_a_read_without_replies_ends_after_its_time(replies: Replies) -> None:
@@ -111,7 +125,7 @@ def test_a_read_without_replies_ends_after_its_time(replies: Replies) -> None:
 
 
 def test_a_reply_wakes_a_sleeping_reader(queue: Queue, replies: Replies) -> None:
-    woken: list[list[tuple[str, bytes]]] = []
+    woken: list[list[Answer]] = []
     thread = threading.Thread(target=lambda: woken.append(replies.read(LONG_S)))
     thread.start()
     eventually(lambda: sleeping(queue))
@@ -119,7 +133,7 @@ def test_a_reply_wakes_a_sleeping_reader(queue: Queue, replies: Replies) -> None
     answered = answer(queue, 1)
 
     thread.join(LONG_S)
-    assert [job_id for job_id, _ in woken[0]] == answered
+    assert [job_id for job_id, *_ in woken[0]] == answered
 
 
 def test_a_read_whose_answer_was_lost_on_its_way_is_read_again(
@@ -139,7 +153,7 @@ def test_a_read_whose_answer_was_lost_on_its_way_is_read_again(
     again = replies.read(LONG_S)
 
     assert len(read) == 5
-    assert [job_id for job_id, _ in again] == lost
+    assert [job_id for job_id, *_ in again] == lost
 
 
 def test_replies_under_smaller_ids_are_read_too_as_after_a_servers_clock_stepped_back(
@@ -152,7 +166,7 @@ def test_replies_under_smaller_ids_are_read_too_as_after_a_servers_clock_stepped
     queue.client.xadd(queue.keys.reply(CALLER), {"id": "late", "reply": "still"}, id="1-1")
     queue.client.pexpire(queue.keys.reply(CALLER), 60_000)
 
-    assert replies.read(LONG_S) == [("late", b"still")]
+    assert replies.read(LONG_S) == [("late", b"still", True)]
 
 
 def test_replies_survive_a_connection_that_is_cut_again_and_again(queue: Queue, replies: Replies) -> None:
@@ -174,7 +188,7 @@ def test_replies_survive_a_connection_that_is_cut_again_and_again(queue: Queue, 
     errors: list[Exception] = []
     while threads[0].is_alive() or len(set(read)) < len(answered):
         try:
-            read += [job_id for job_id, _ in replies.read(0.2)]
+            read += [job_id for job_id, *_ in replies.read(0.2)]
         except redis.RedisError as error:
             errors.append(error)
     done.set()

@@ -232,6 +232,13 @@ def test_an_admin_operates(enter: Enter, connection: Connection, echo_spec: Serv
     assert "0 dead letters" in millstream("dead", "purge", name, "--yes", *target)
 
 
+def test_a_client_reads_the_text_so_far_of_a_job(enter: Enter, connection: Connection, service: str) -> None:
+    queue_of(connection, service).open()
+
+    with opened(enter("client", service)) as limited:
+        assert queue_of(limited, service).streams.partials(["0" * 32]) == [b""]
+
+
 # -- and what it does not ------------------------------------------------------------------------------------------
 
 

@@ -237,7 +237,7 @@ class QueueMachine(RuleBasedStateMachine):
 
         pairs = self.readers[client].read(0.001)
 
-        assert [(job_id, _plain(reply)) for job_id, reply in pairs] == unread
+        assert [(job_id, _plain(reply)) for job_id, reply, _ in pairs] == unread
         seen.read += len(unread)
         seen.from_start = not unread
         self.count("read", times=bool(unread))

@@ -12,7 +12,7 @@ from support import eventually
 from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError
 from millstream.broker.contract.job import Draft, Priority
 from millstream.broker.queue.registry import Registry
-from millstream.broker.queue.replies import Replies
+from millstream.broker.queue.replies import Answer, Replies
 from millstream.broker.queue.streams import Group
 from millstream.broker.queue.submission import Submission
 from millstream.broker.transport.connection import Connection
@@ -32,6 +32,8 @@ class Sink:
             raise IndexError("a fault of this call alone")
         self.heard.append(reply)
 
+    emitted = answered
+
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
         self.heard.append(error)
         if self.broken:
@@ -40,9 +42,9 @@ class Sink:
 
 class FakeReplies:
     def __init__(self) -> None:
-        self.batches: list[list[tuple[str, bytes]]] = []
+        self.batches: list[list[Answer]] = []
 
-    def read(self, wait_s: float) -> list[tuple[str, bytes]]:
+    def read(self, wait_s: float) -> list[Answer]:
         return self.batches.pop(0) if self.batches else []
 
 
@@ -56,7 +58,7 @@ def test_a_call_that_fails_on_its_reply_is_told_and_its_neighbours_are_answered(
     reader = Reader("s", cast(Replies, replies))
     reader.expect(submission("bad", bad))
     reader.expect(submission("good", good))
-    replies.batches.append([("bad", b"reply"), ("good", b"reply")])
+    replies.batches.append([Answer("bad", b"reply", True), Answer("good", b"reply", True)])
 
     reader.start()
     eventually(lambda: good.heard)
@@ -65,6 +67,42 @@ def test_a_call_that_fails_on_its_reply_is_told_and_its_neighbours_are_answered(
     assert good.heard == [b"reply"]
     assert len(bad.heard) == 1
     assert isinstance(bad.heard[0], MillstreamError)
+
+
+def test_a_calls_deltas_come_before_its_reply_and_end_nothing() -> None:
+    replies, sink = FakeReplies(), Sink()
+    reader = Reader("s", cast(Replies, replies))
+    reader.expect(submission("a", sink))
+    replies.batches.append([Answer("a", b"0 x", False), Answer("a", b"1 y", False)])
+    replies.batches.append([Answer("a", b"reply", True), Answer("a", b"2 z", False)])
+
+    reader.start()
+    eventually(lambda: reader.awaited == 0)
+    reader.close()
+    reader.join()
+
+    assert sink.heard == [b"0 x", b"1 y", b"reply"]
+    assert reader.strays == 0
+
+
+def test_a_call_that_fails_on_a_delta_still_gets_its_reply_and_others_get_theirs() -> None:
+    class FailsOnDeltas(Sink):
+        def emitted(self, job_id: str, delta: bytes) -> None:
+            raise IndexError("a fault of this delta alone")
+
+    replies, bad, good = FakeReplies(), FailsOnDeltas(), Sink()
+    reader = Reader("s", cast(Replies, replies))
+    reader.expect(submission("bad", bad))
+    reader.expect(submission("good", good))
+    replies.batches.append([Answer(job_id, b"0 x", False) for job_id in ("bad", "good")])
+    replies.batches.append([Answer(job_id, b"reply", True) for job_id in ("bad", "good")])
+
+    reader.start()
+    eventually(lambda: reader.awaited == 0)
+    reader.close()
+    reader.join()
+
+    assert (bad.heard, good.heard) == ([b"reply"], [b"0 x", b"reply"])
 
 
 @pytest.mark.parametrize("first", ["millstream-sender", "millstream-reader-s"])

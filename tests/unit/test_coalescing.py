@@ -39,10 +39,14 @@ class Caller:
 
     def __init__(self) -> None:
         self.answers: list[tuple[str, bytes]] = []
+        self.deltas: list[tuple[str, bytes]] = []
         self.errors: list[tuple[Sequence[str], MillstreamError]] = []
 
     def answered(self, job_id: str, reply: bytes) -> None:
         self.answers.append((job_id, reply))
+
+    def emitted(self, job_id: str, delta: bytes) -> None:
+        self.deltas.append((job_id, delta))
 
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
         self.errors.append((job_ids, error))
@@ -128,6 +132,18 @@ def test_like_jobs_under_way_are_sent_once_and_each_caller_is_answered_by_its_ow
 
     assert bench.sent == calls[0][1].job_ids
     assert [caller.answers for caller, _ in calls] == [[(job.job_ids[0], ANSWER)] for _, job in calls]
+
+
+def test_deltas_reach_all_callers_of_a_shared_job_and_one_callers_fault_keeps_them_from_no_other(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [bench.call() for _ in range(3)]
+    monkeypatch.setattr(calls[0][0], "emitted", None)
+
+    submission = bench.channel.submissions[0]
+    submission.sink.emitted(submission.job_ids[0], b"0 a")
+
+    assert [caller.deltas for caller, _ in calls] == [[], *[[(job.job_ids[0], b"0 a")] for _, job in calls[1:]]]
 
 
 def test_after_the_answer_a_like_job_is_sent_again(bench: Bench) -> None:

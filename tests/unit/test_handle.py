@@ -22,6 +22,7 @@ from millstream.broker.contract.errors import (
     BrokerUnavailable,
     DeadlineExceeded,
     InvalidRequest,
+    Malformed,
     MillstreamError,
     MixedModels,
     ModelFailed,
@@ -38,11 +39,13 @@ from millstream.client.channel.channel import Channel
 from millstream.client.channel.requests import Cancellation
 from millstream.client.channel.wake_chain import wake_chain
 from millstream.client.flow import JOBS_PER_WORKER
+from millstream.client.growing_text import GrowingText
 from millstream.client.handle import Handle
 from millstream.client.job_terms import JobTerms, Progress
 from millstream.client.result import Embeddings, Values
 from millstream.client.services import Known
 from millstream.client.split import split
+from millstream.client.streaming import TextCall, TextStream
 from millstream.client.testing import FakeClient
 from millstream.client.transfer import EXPLAIN_S
 
@@ -827,3 +830,81 @@ def test_a_job_is_either_lost_or_sent_again_though_its_map_moves_on_meanwhile() 
             break
 
     assert handle._rows.missing == 0
+
+
+def streaming(channel: FakeChannel, given_terms: JobTerms, progress: Progress | None = None) -> TextCall:
+    growing, parts = GrowingText(), split({0: 1}, 1, 100)
+    watch = FakeWatch(1)
+    return TextCall(Handle(channel, given_terms, ["a"], parts, {}, watch, progress=progress, growing=growing), growing)
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_a_job_whose_text_grows_has_the_calls_deadline_and_no_other(timeout: float | None) -> None:
+    channel = FakeChannel()
+
+    streaming(channel, terms(op="generate", timeout=timeout, total_timeout=1.0))
+
+    assert (channel.waiting[0].deadline is None) == (timeout is None)
+
+
+@pytest.mark.parametrize("ends", ["answered", "refused"])
+def test_a_job_whose_text_has_begun_is_not_sent_again_though_the_call_made_progress(ends: str) -> None:
+    channel = FakeChannel()
+    call = streaming(channel, terms(op="generate", total_timeout=60))
+    draft, _ = channel.take()
+    transfer = call.handle._transfer
+
+    transfer.emitted(draft.id, b"0 ab")
+    if ends == "answered":
+        transfer.answered(draft.id, encode_reply(Reply(error=DeadlineExceeded("late"))))
+    else:
+        transfer.refused([draft.id], DeadlineExceeded("late"))
+
+    assert call.advance() == "ab"
+    with pytest.raises(DeadlineExceeded):
+        call.advance()
+    assert channel.waiting == []
+
+
+def test_a_delta_is_progress_and_those_of_other_jobs_are_not() -> None:
+    channel = FakeChannel()
+    call = streaming(channel, terms(op="generate", total_timeout=60))
+    draft, _ = channel.take()
+    first = call.handle.expires_at
+
+    call.handle._transfer.emitted("another", b"0 x")
+    second = call.handle.expires_at
+    call.handle._transfer.emitted(draft.id, b"0 x")
+    third = call.handle.expires_at
+
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    assert first == second < third
+
+
+def test_a_delta_that_cannot_be_read_is_progress_and_the_reply_has_its_text() -> None:
+    channel = FakeChannel()
+    call = streaming(channel, terms(op="generate"))
+    draft, _ = channel.take()
+
+    with pytest.raises(Malformed):
+        call.handle._transfer.emitted(draft.id, b"no offset")
+    value: Json = {"text": "ab", "finish_reason": "stop"}
+    call.handle._transfer.answered(draft.id, encode_reply(Reply(values=[value])))
+
+    assert (call.advance(), call.advance(), call.finish_reason) == ("ab", None, "stop")
+
+
+def test_in_a_forked_child_a_stream_is_its_parents(monkeypatch: pytest.MonkeyPatch) -> None:
+    channel = FakeChannel()
+    call = streaming(channel, terms(op="generate"))
+    call.handle._transfer.emitted(channel.waiting[0].id, b"0 ab")
+    stream = TextStream(call, lambda: "")
+    monkeypatch.setattr(call.handle, "_pid", -1)
+
+    with pytest.raises(BrokerUnavailable, match="fork"):
+        next(stream)
+    stream.close()
+
+    assert (stream.text, channel.cancelled) == ("", [])

@@ -66,6 +66,8 @@ class Sink:
     def answered(self, job_id: str, reply: bytes) -> None:
         raise NotImplementedError
 
+    emitted = answered
+
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
         self.errors |= dict.fromkeys(job_ids, error)
 

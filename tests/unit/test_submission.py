@@ -58,6 +58,8 @@ class Sink:
 
     def answered(self, job_id: str, reply: bytes) -> None: ...
 
+    def emitted(self, job_id: str, delta: bytes) -> None: ...
+
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:
         self.errors |= dict.fromkeys(job_ids, error)
 

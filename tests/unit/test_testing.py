@@ -25,6 +25,8 @@ from millstream.broker.contract.job import Json
 from millstream.client import AsyncClient, Client, Embeddings
 from millstream.client.testing import SERVICE, AsyncFakeClient, FakeClient
 
+LLMS = ("chat", "other")
+
 
 @pytest.fixture
 def fake() -> FakeClient:
@@ -341,3 +343,46 @@ def test_a_service_of_another_kind_is_named_before_anything_is_sent() -> None:
     with pytest.raises(InvalidRequest, match=r"'rerank' is of type 'reranker' .it cannot embed"):
         fake.embed("q", service="rerank")
     assert fake.calls == []
+
+
+def test_a_text_is_streamed_word_by_word_and_ends_with_its_reason() -> None:
+    handlers = {"chat": lambda prompts: [f"{prompts[0]} turns\nslowly"]}
+    fake = FakeClient(handlers=handlers, services={"chat": "echo-stream", "echoing": "echo-stream"})
+
+    stream = fake.stream("chat", "the mill", temperature=0.0)
+
+    assert list(stream) == ["the ", "mill ", "turns\n", "slowly"]
+    assert (stream.text, stream.finish_reason) == ("the mill turns\nslowly", "stop")
+    assert list(fake.stream("echoing", "a b")) == ["a ", "b"]
+    assert fake.call("chat", "a mill") == {"text": "a mill turns\nslowly", "finish_reason": "stop"}
+    assert fake.job(fake.submit_detached("chat", ["a"]).id).partial() == "a turns\nslowly"
+    assert [call.service for call in fake.calls] == ["chat", "echoing", "chat", "chat"]
+
+
+def test_a_stream_fails_as_it_would_on_a_server() -> None:
+    def broken(prompts: list[object]) -> list[object]:
+        raise ValueError("no such prompt")
+
+    fake = FakeClient(
+        handlers={"chat": broken, "other": lambda prompts: [5]}, services=dict.fromkeys(LLMS, "echo-stream")
+    )
+    with pytest.raises(ModelFailed, match="no such prompt"):
+        next(fake.stream("chat", "a"))
+    with pytest.raises(ModelFailed, match="not a text"):
+        next(fake.stream("other", "a"))
+    fake.fail(QueueFull("full"))
+    with pytest.raises(QueueFull):
+        next(fake.stream("chat", "a"))
+    with pytest.raises(InvalidRequest, match="does not stream"):
+        fake.stream(SERVICE, "a")
+
+
+def test_the_fake_for_asyncio_streams_too() -> None:
+    async def use() -> None:
+        async with AsyncFakeClient(services={"chat": "echo-stream"}) as fake:
+            assert [piece async for piece in fake.stream("chat", "a mill")] == ["a ", "mill"]
+            async with fake.stream("chat", "a mill") as stream:
+                assert await anext(stream) == "a "
+            assert (stream.text, stream.finish_reason) == ("a ", None)
+
+    asyncio.run(use())
