@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from millstream.broker.config.load import ServiceSpec
 from millstream.broker.contract.errors import InputTooLong, InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Json, Vectors
+from millstream.broker.contract.operations import ECHO
 from millstream.worker.models.base import NO_OPTIONS, Prepared
 
 SPARE_BYTES, CHUNK_BYTES = 256 * 2**20, 16 * 2**20
@@ -34,7 +36,7 @@ class EchoModel:
       no other thread can run
     """
 
-    op = "echo"
+    op = ECHO.op
     sample_options = NO_OPTIONS
 
     def __init__(self, model_name: str = "", max_length: int | None = None) -> None:
@@ -78,6 +80,11 @@ class EchoModel:
 
     def samples(self, tokens: int) -> Sequence[Json]:
         return ["word " * (tokens - 1) + "word"]
+
+
+def load(spec: ServiceSpec, device: str | None, threads: int, folder: str) -> EchoModel:
+    """Returns the echo model of `spec`."""
+    return EchoModel(spec.model.model_name, spec.model.max_length)
 
 
 def _read_nowhere() -> None:
