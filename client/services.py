@@ -94,7 +94,7 @@ def operation_of(spec: ServiceSpec) -> Operation:
     Raises InvalidRequest if this version has no worker for the service's type.
     """
     operation = spec.model.operation
-    if not operation.runs:
+    if not operation.loader:
         raise InvalidRequest(
             f"service {spec.name!r} is of type {spec.model.type!r}, which this version cannot call yet",
             hint=f"types that can be called: {', '.join(RUNNABLE)}",

@@ -24,6 +24,7 @@ import numpy as np
 
 from millstream.broker.config.load import ServiceSpec
 from millstream.broker.config.spec import ModelSpec, Runtime
+<<<<<<< HEAD
 from millstream.broker.contract.codec import decode_inputs, decode_reply, encode_reply, encode_value
 from millstream.broker.contract.embedding import EmbedOptions
 from millstream.broker.contract.errors import (
@@ -38,6 +39,13 @@ from millstream.broker.contract.generation import Generation
 from millstream.broker.contract.job import Draft, Json, Reply, Vectors
 from millstream.broker.contract.operations import BY_OP, CALL, EMBED, OPERATIONS, RERANK, STREAMING_OPS, ModelType
 from millstream.broker.contract.partial import Delta, encode_delta
+=======
+from millstream.broker.contract.codec import decode_inputs, encode_reply, encode_value
+from millstream.broker.contract.embedding import EmbedOptions
+from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError, ModelFailed, UnknownService, described
+from millstream.broker.contract.job import Draft, Json, Reply, Vectors
+from millstream.broker.contract.operations import BY_OP, CALL, EMBED, OPERATIONS, RERANK, ModelType
+>>>>>>> ops
 from millstream.broker.contract.vectors import shaped
 from millstream.broker.queue.admission import refusal
 from millstream.broker.queue.cache import Cached
@@ -69,9 +77,12 @@ SERVICE, RERANKER = EMBED.op, RERANK.op
 SERVICES: Mapping[str, ModelType] = MappingProxyType({RERANKER: RERANK.type})
 """Types of the services that are not embedding services, by name."""
 
+<<<<<<< HEAD
 _STREAMING = frozenset(each.type for each in OPERATIONS.values() if each.streams)
 _WORDS = re.compile(r"\S+\s*|\s+")
 
+=======
+>>>>>>> ops
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -157,8 +168,12 @@ def _fake_calls(
     services: Mapping[str, ModelType],
     handlers: Mapping[str, Handler],
 ) -> _FakeCalls:
+<<<<<<< HEAD
     custom = dict.fromkeys([name for name in handlers if services.get(name) not in _STREAMING], CALL.type)
     types = {**SERVICES, **services, **custom}
+=======
+    types = {**SERVICES, **services, **dict.fromkeys(handlers, CALL.type)}
+>>>>>>> ops
     return _FakeCalls(_FakeModel(dim, answers, errors, handlers), types)
 
 

@@ -314,7 +314,8 @@ class ModelSpec(Settings):
     # Only a worker's own file names code: a handler is neither written to Redis nor read from it.
     handler: Annotated[str, AfterValidator(_handler)] | None = Field(default=None, exclude=True)
 
-    @property
+    # Looked up once: each call of a client reads it several times.
+    @cached_property
     def operation(self) -> Operation:
         """The record of the model's type: everything that differs between types."""
         return OPERATIONS[self.type]
