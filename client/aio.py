@@ -10,22 +10,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
-from millstream.broker.config.load import ServiceSpec
+from millstream.broker.config.spec import PriorityName, ServiceSpec
 from millstream.broker.contract.embedding import EmbedOptions, Encoding, InputType, Truncate
 from millstream.broker.contract.errors import DeadlineExceeded, InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.scalars import plain
 from millstream.client.asker import Question
-from millstream.client.calls import MODEL_TYPES, NO_HITS, CallOptions, Calls, PriorityName, frozen, vectors_of
+from millstream.client.call_options import CallOptions
+from millstream.client.calls import MODEL_TYPES, NO_HITS, Calls
 from millstream.client.channel.loop_calls import arrival, listener
-from millstream.client.detached import Detached, Entering
+from millstream.client.detached import Detached
+from millstream.client.detached_request import PendingDetached
 from millstream.client.handle import CANCEL_S, Handle
 from millstream.client.job_terms import Progress, waits_until
 from millstream.client.local import START_S, Local
 from millstream.client.mapping import Results, check_map, chunking
-from millstream.client.rerank import Ranking, Scores, copied, question
-from millstream.client.result import Embeddings
+from millstream.client.rerank import Ranking, Scores, copy_documents, make_rerank_options
+from millstream.client.result import Embeddings, to_vectors
 from millstream.client.row_results import RowOutcome
+from millstream.client.rows import copy_arguments
 
 T = TypeVar("T")
 
@@ -175,7 +178,7 @@ class AsyncClient:
         options = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding).json()
         rows = cast(Sequence[Json], [texts] if single else texts)
         handle = await self._start(service, rows, CallOptions(priority, timeout, wait, tenant, options, "embed"))
-        return vectors_of(await AsyncHandle(handle).result(), single)
+        return to_vectors(await AsyncHandle(handle).result(), single)
 
     async def rerank(
         self,
@@ -194,8 +197,8 @@ class AsyncClient:
         instruction: str | None = None,
     ) -> Ranking:
         """Does as Client.rerank."""
-        options = question(query, top_n, scores, instruction, truncate)
-        texts = copied(documents)
+        options = make_rerank_options(query, top_n, scores, instruction, truncate)
+        texts = copy_documents(documents)
         opts = CallOptions(priority, timeout, wait, tenant, options, op="rerank")
         handle = await self._start(service, cast(Sequence[Json], texts), opts)
         return Ranking.of(await AsyncHandle(handle).result(), top_n, texts if return_documents else None)
@@ -278,18 +281,18 @@ class AsyncClient:
     ) -> Detached:
         """Does as Client.submit_detached. The methods of Detached block: call them with asyncio.to_thread."""
         opts = CallOptions(priority, timeout, True, tenant, options)
-        opts = opts.checked()
+        opts = opts.validate()
         until = opts.until(time.monotonic())
-        rows, opts = frozen(inputs, opts)
+        rows, opts = copy_arguments(inputs, opts)
         spec = await self._spec(service, until)
-        request = self._calls.detached_request(spec, rows, opts, until, idempotency_key)
+        request = self._calls.check_detached(spec, rows, opts, until, idempotency_key)
         try:
-            return await _entered(request.begin(self._calls, request.per_job))
+            return await _accept(request.begin(self._calls, request.per_job))
         except InvalidRequest:
-            per_job = await self._in_thread(request.accepted_per_job, self._calls)
-            if per_job in (None, request.per_job):
+            per_job = await self._in_thread(request.find_other_per_job, self._calls)
+            if per_job is None:
                 raise
-            return await _entered(request.begin(self._calls, per_job))
+            return await _accept(request.begin(self._calls, per_job))
 
     def job(self, job_id: str) -> Detached:
         """Does as Client.job. The methods of Detached block: call them with asyncio.to_thread."""
@@ -313,7 +316,7 @@ class AsyncClient:
         self, service: str | None, inputs: Sequence[Json], opts: CallOptions, progress: Progress | None = None
     ) -> Handle:
         """Does as Calls.start, but awaits the server instead of blocking a thread."""
-        opts = opts.checked()
+        opts = opts.validate()
         began = time.monotonic()
         until = opts.until(began)
         services = self._calls.services
@@ -321,7 +324,7 @@ class AsyncClient:
         spec = services.known(name) if name else None
         if spec is None or spec.runtime.enable_cache:
             # The caller may change its inputs while this waits for the server.
-            inputs, opts = frozen(inputs, opts)
+            inputs, opts = copy_arguments(inputs, opts)
         if name is None:
             name = await _answer(services.ask_only(MODEL_TYPES[opts.op]), until)
         if spec is None:
@@ -339,17 +342,17 @@ class AsyncClient:
         return await asyncio.get_running_loop().run_in_executor(self._calls.executor, partial(function, *args))
 
 
-async def _entered(entering: Entering) -> Detached:
-    """Does as Entering.accepted."""
-    changed, acceptance = _Changed(), entering.acceptance
+async def _accept(pending: PendingDetached) -> Detached:
+    """Does as PendingDetached.wait."""
+    changed, acceptance = _Changed(), pending.acceptance
     acceptance.listen(listener(changed.set))
     try:
         while not acceptance.over:
             await changed.wait(max(0.0, acceptance.ends_at - time.monotonic()))
         # The acceptance is over, so this does not block.
-        return entering.accepted()
+        return pending.wait()
     except BaseException:
-        entering.give_up()
+        pending.give_up()
         raise
 
 

@@ -5,112 +5,35 @@ from __future__ import annotations
 import atexit
 import copy
 import os
-import re
 import time
 import weakref
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.thread import ThreadPoolExecutor
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, cast, get_args
-
-import numpy as np
 
 from millstream.broker.config.load import ServiceSpec
-from millstream.broker.contract.codec import MAX_ROWS, JsonText, encode_inputs, encode_value
-from millstream.broker.contract.embedding import EmbedOptions, Truncate
-from millstream.broker.contract.errors import InputTooLong, InvalidRequest, MillstreamError
+from millstream.broker.contract.embedding import EmbedOptions
+from millstream.broker.contract.errors import InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Json, Priority
-from millstream.broker.contract.scalars import plain
 from millstream.broker.queue.cache import Cached, CacheKey
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.broker.target import find_target
 from millstream.broker.transport.connection import Connection
 from millstream.client.cache_reader import CacheReader
+from millstream.client.call_options import CallOptions, check_operation
 from millstream.client.channel.channel import Channel
 from millstream.client.channel.coalescing import Coalescer
-from millstream.client.detached import Detached, DetachedRequest
+from millstream.client.detached import Detached
+from millstream.client.detached_request import DetachedRequest
 from millstream.client.handle import Handle
 from millstream.client.job_terms import JobTerms, Progress
-from millstream.client.rerank import check_question
-from millstream.client.result import Embeddings
+from millstream.client.rows import encode_rows, measure_rows, split_rows
 from millstream.client.services import Services, op_of
-from millstream.client.split import Part, estimate_tokens, split, split_evenly, split_once
-
-MAX_ROW_BYTES = 512 * 1024
-"""Bytes that one row may have at most, with those that the model reads beside it."""
 
 NO_HITS: Mapping[int, Cached] = MappingProxyType({})
-_TEXTS, _LISTS = (str, bytes), (list, Sequence, np.ndarray)
-_TENANT = re.compile(r"[A-Za-z0-9_.-]{0,64}")
-
-PriorityName = Literal["realtime", "normal", "batch"]
-_TRUNCATES: tuple[str, ...] = get_args(Truncate)
 MODEL_TYPES: Mapping[str, str] = {"embed": "embedding", "rerank": "reranker"}
 """Operation -> the type of model whose only service runs it."""
-_PRIORITIES: Mapping[str, Priority] = {str(each): each for each in Priority}
-
-
-class CallOptions(NamedTuple):
-    """Options of a call. `timeout` is in seconds, for the whole call; `options` go to the model.
-
-    `op` is the operation that the service must run; if it is empty, the service's own operation runs.
-    """
-
-    priority: PriorityName = "normal"
-    timeout: float | None = None
-    wait: bool = True
-    tenant: str = ""
-    options: Mapping[str, Json] = MappingProxyType({})
-    op: str = ""
-
-    def until(self, began: float) -> float | None:
-        """Returns when the timeout of a call that began at `began` is over; both in monotonic seconds."""
-        return None if self.timeout is None else began + self.timeout
-
-    def checked(self) -> CallOptions:
-        """Returns a valid copy, with Python values instead of NumPy's. Raises InvalidRequest if a value is wrong."""
-        opts = self if _is_plain(self) else self._plain()
-        opts._check()
-        return opts
-
-    def _plain(self) -> CallOptions:
-        given = [plain(value) for value in self]
-        options = {name: cast(Json, plain(value)) for name, value in self.options.items()}
-        return CallOptions(*cast(tuple[Any, ...], given))._replace(options=options)
-
-    def _check(self) -> None:
-        if not isinstance(self.priority, str) or self.priority not in _PRIORITIES:
-            raise InvalidRequest(f"no priority {self.priority!r}", hint=f"one of {', '.join(Priority)}")
-        if self.timeout is not None and not (_is_number(self.timeout) and self.timeout > 0):
-            raise InvalidRequest(f"timeout={self.timeout!r} is not a number of seconds above 0")
-        if not (isinstance(self.tenant, str) and _TENANT.fullmatch(self.tenant)):
-            raise InvalidRequest(f"tenant={self.tenant!r} is not valid", hint="at most 64 of A-Z a-z 0-9 _ . -")
-        if self.options:
-            self._check_options()
-
-    def _check_options(self) -> None:
-        truncate = self.options.get("truncate", "none")
-        if truncate not in _TRUNCATES:
-            raise InvalidRequest(f"truncate={truncate!r} is not valid", hint=f"one of {', '.join(_TRUNCATES)}")
-        try:
-            encode_inputs([], self.options)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise InvalidRequest(f"options must be JSON values: {error}") from error
-
-
-_PLAIN_TYPES = frozenset({str, int, float, bool, type(None)})
-
-
-def _is_plain(opts: CallOptions) -> bool:
-    """Returns whether no value needs to be converted. A fast check, since every call runs it."""
-    if opts.options and not _PLAIN_TYPES.issuperset(map(type, opts.options.values())):
-        return False
-    return type(opts.timeout) in _PLAIN_TYPES and type(opts.wait) in _PLAIN_TYPES and type(opts.tenant) in _PLAIN_TYPES
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Calls:
@@ -136,7 +59,7 @@ class Calls:
 
         Raises InvalidRequest, UnknownService, BrokerUnavailable.
         """
-        opts = opts.checked()
+        opts = opts.validate()
         # The timeout starts here, because reading the service can wait for the server.
         began = time.monotonic()
         until = opts.until(began)
@@ -169,7 +92,7 @@ class Calls:
     def _cacheable_rows(self, spec: ServiceSpec, inputs: Sequence[Json]) -> tuple[CacheKey | None, dict[int, str]]:
         """Returns the cache key and the texts, by row, of rows to look up; no key while the weights are unknown."""
         fingerprint = self.services.fingerprint(spec.name)
-        sizes, _ = row_sizes(inputs)
+        sizes, _ = measure_rows(inputs)
         cache_key = CacheKey.of(spec, fingerprint, op_of(spec)) if fingerprint else None
         return cache_key, {row: str(inputs[row]) for row in sizes}
 
@@ -186,15 +109,15 @@ class Calls:
 
         The call's timeout counts from `began`, monotonic seconds; None is now.
         """
-        op, beside = checked(spec, opts)
+        op, beside = check_operation(spec, opts)
         self.check_options(spec, opts.options)
-        inputs = outgoing(spec, inputs, opts.options)
-        parts, refused = cut(spec, inputs, hits, beside)
+        inputs = encode_rows(spec, inputs, opts.options)
+        parts, refused = split_rows(spec, inputs, hits, beside)
         limits = spec.runtime.limits(opts.priority)
         terms = JobTerms(
             service=spec.name,
             op=op,
-            priority=_PRIORITIES[opts.priority],
+            priority=Priority(opts.priority),
             # A deep copy: the caller may change a list in the options.
             options=copy.deepcopy(opts.options) if opts.options else opts.options,
             timeout=opts.timeout,
@@ -221,9 +144,20 @@ class Calls:
         self, service: str, inputs: Sequence[Json], opts: CallOptions, idempotency_key: str | None
     ) -> Detached:
         """Does as Client.submit_detached, with `opts`."""
-        return Detached.submit(self, service, inputs, opts, idempotency_key)
+        opts = opts.validate()
+        until = opts.until(time.monotonic())
+        spec = self.services.read(service, until)
+        request = self.check_detached(spec, inputs, opts, until, idempotency_key)
+        try:
+            return request.begin(self, request.per_job).wait()
+        except InvalidRequest:
+            # The same payload may have been submitted with this key before the service's batch size was changed.
+            per_job = request.find_other_per_job(self)
+            if per_job is None:
+                raise
+            return request.begin(self, per_job).wait()
 
-    def detached_request(
+    def check_detached(
         self,
         spec: ServiceSpec,
         inputs: Sequence[Json],
@@ -232,7 +166,8 @@ class Calls:
         idempotency_key: str | None,
     ) -> DetachedRequest:
         """Returns a checked detached call that can be submitted. Raises InvalidRequest."""
-        return DetachedRequest.of(self, spec, inputs, opts, deadline, idempotency_key)
+        self.check_options(spec, opts.options)
+        return DetachedRequest.of(spec, inputs, opts, deadline, idempotency_key)
 
     def streams(self, service: str, within_s: float | None = None) -> Streams:
         """Returns the job streams of `service`, for commands that do not use the channel.
@@ -255,139 +190,6 @@ class Calls:
         self.services.after_fork()
         self.executor = _executor()
         self._cache_reader.after_fork()
-
-
-def frozen(inputs: Sequence[Json], opts: CallOptions) -> tuple[Sequence[Json], CallOptions]:
-    """Returns copies of a caller's inputs and options, which it may change while its call waits for the server.
-
-    Inputs that are not a list are returned as they are.
-    """
-    if not _is_list(inputs):
-        return inputs, opts
-    rows = [row if isinstance(row, str) else _copied(row) for row in inputs]
-    return rows, opts._replace(options=copy.deepcopy(dict(opts.options))) if opts.options else opts
-
-
-def _copied(row: Json) -> Json:
-    try:
-        return copy.deepcopy(row)
-    except Exception:  # noqa: BLE001 - a row that cannot be copied is not JSON, and becomes its row's error
-        return row
-
-
-def checked(spec: ServiceSpec, opts: CallOptions) -> tuple[str, int]:
-    """Returns the operation of a call's jobs, and the UTF-8 bytes that the model reads beside each row.
-
-    Raises InvalidRequest if the service cannot run the call.
-    """
-    op = op_of(spec)
-    # `embed` may call custom and echo services, because a user's own code may answer vectors.
-    if opts.op and opts.op != op and not (opts.op == "embed" and op in ("call", "echo")):
-        raise InvalidRequest(f"service {spec.name!r} is of type {spec.model.type!r}", hint=f"it cannot {opts.op}")
-    return op, check_question(opts.options) if op == "rerank" else 0
-
-
-def cut(
-    spec: ServiceSpec, inputs: Sequence[object], hits: Container[int] = (), beside: int = 0
-) -> tuple[list[Part], dict[int, MillstreamError]]:
-    """Splits a call into jobs, without the rows of `hits`. Returns the parts, and the errors of rows that are not sent.
-
-    A bad row does not affect other rows. If the service has a cache, equal texts are sent once. `beside` is as in
-    row_sizes.
-    """
-    sizes, refused = row_sizes(inputs, beside)
-    rows, most_tokens = min(spec.runtime.batch_size, MAX_ROWS), spec.runtime.batch_tokens
-    if spec.model.type == "custom":
-        return split_evenly(sizes, rows, spec.runtime.row_tokens), refused
-    if not spec.runtime.enable_cache:
-        return split(sizes, rows, most_tokens), refused
-    misses = {row: size for row, size in sizes.items() if row not in hits}
-    return split_once(misses, inputs, rows, most_tokens), refused
-
-
-def tokens_of(spec: ServiceSpec, sizes: Sequence[int]) -> int:
-    """Estimates how many tokens rows of these sizes, UTF-8 bytes, have for the model of `spec`."""
-    if spec.model.type == "custom":
-        return spec.runtime.row_tokens * len(sizes)
-    return sum(map(estimate_tokens, sizes))
-
-
-def outgoing(spec: ServiceSpec, inputs: Sequence[Json], options: Mapping[str, Json]) -> Sequence[Json]:
-    """Returns the rows to send. Those of a custom service are encoded as JSON now, so the caller may change them later.
-
-    A payload that is not JSON becomes its row's error. For a custom service, raises InvalidRequest if `inputs` is not a
-    list, or if there are options.
-    """
-    if spec.model.type != "custom":
-        return inputs
-    if options:
-        raise InvalidRequest(f"service {spec.name!r} takes no options", hint="put them into the payload")
-    if not _is_list(inputs):
-        raise InvalidRequest(
-            f"a list of payloads is needed, not {type(inputs).__name__}", hint="`call` takes a single one"
-        )
-    return cast(Sequence[Json], [_as_json(payload) for payload in inputs])
-
-
-def _is_list(inputs: object) -> bool:
-    """Returns whether `inputs` has rows. An array without a dimension has none."""
-    return isinstance(inputs, _LISTS) and not isinstance(inputs, _TEXTS) and getattr(inputs, "ndim", 1) > 0
-
-
-def _as_json(payload: object) -> JsonText | InvalidRequest:
-    try:
-        return encode_value(payload)
-    except (TypeError, ValueError) as error:
-        return InvalidRequest(f"not a JSON value: {error}"[:500], hint="convert it first")
-
-
-def row_sizes(inputs: Sequence[object], beside: int = 0) -> tuple[dict[int, int], dict[int, MillstreamError]]:
-    """Returns the size in UTF-8 bytes of each good row, and the error of each bad row.
-
-    `beside` is the number of bytes that the model reads with each row, such as a reranker's query. Raises
-    InvalidRequest if `inputs` is not a list.
-    """
-    if not _is_list(inputs):
-        raise InvalidRequest(f"a list of strings is needed, not {type(inputs).__name__}")
-    sizes: dict[int, int] = {}
-    refused: dict[int, MillstreamError] = {}
-    for row, text in enumerate(inputs):
-        size = _size(text, beside)
-        if isinstance(size, int):
-            sizes[row] = size
-        else:
-            refused[row] = size
-    return sizes, refused
-
-
-def vectors_of(result: Embeddings | list[Json], single: bool) -> Embeddings:
-    """Returns a call's result as `embed` does: [rows, dim], [0, 0] for no rows, [dim] for a single text.
-
-    Raises InvalidRequest if the model answers other values than dense vectors.
-    """
-    if not isinstance(result, Embeddings):
-        if result:
-            raise InvalidRequest(
-                "this service answers values, not dense vectors",
-                hint="client.submit(SERVICE, texts).result() is a list of them",
-            )
-        return Embeddings.of(np.zeros((0, 0), dtype=np.float32), 0, (), {})
-    return Embeddings.of(result[0], result.usage["tokens"], result.truncated, result.timings) if single else result
-
-
-def _size(text: object, beside: int) -> int | MillstreamError:
-    """Returns the size in UTF-8 bytes of a text or an encoded row, plus `beside`; an error if it cannot be sent."""
-    if not isinstance(text, str):
-        if isinstance(text, MillstreamError):
-            return text
-        return InvalidRequest(f"not a string but {type(text).__name__}", hint="convert it first")
-    try:
-        size = len(text.encode()) + beside
-    except UnicodeEncodeError as error:
-        return InvalidRequest(f"not valid Unicode: {error.reason} at character {error.start}")
-    if size > MAX_ROW_BYTES:
-        return InputTooLong(f"{size} bytes, at most {MAX_ROW_BYTES} travel in one row", hint="shorten it")
-    return size
 
 
 def _most_jobs(spec: ServiceSpec) -> int:

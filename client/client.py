@@ -7,17 +7,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
+from millstream.broker.config.spec import PriorityName
 from millstream.broker.contract.embedding import EmbedOptions, Encoding, InputType, Truncate
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.scalars import plain
-from millstream.client.calls import CallOptions, Calls, PriorityName, vectors_of
+from millstream.client.call_options import CallOptions
+from millstream.client.calls import Calls
 from millstream.client.detached import Detached
 from millstream.client.handle import Handle
 from millstream.client.job_terms import Progress
 from millstream.client.local import START_S, Local
 from millstream.client.mapping import Results, map_rows
-from millstream.client.rerank import Ranking, Scores, copied, question
-from millstream.client.result import Embeddings
+from millstream.client.rerank import Ranking, Scores, copy_documents, make_rerank_options
+from millstream.client.result import Embeddings, to_vectors
 
 
 class Client:
@@ -99,7 +101,7 @@ class Client:
         options = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding).json()
         rows = cast(Sequence[Json], [texts] if single else texts)
         handle = self._calls.start(service, rows, CallOptions(priority, timeout, wait, tenant, options, "embed"))
-        return vectors_of(handle.finish(), single)
+        return to_vectors(handle.finish(), single)
 
     def rerank(
         self,
@@ -127,8 +129,8 @@ class Client:
 
         Raises as `embed` does; the results of PartialFailure are the scores of the other documents, by index.
         """
-        options = question(query, top_n, scores, instruction, truncate)
-        texts = copied(documents)
+        options = make_rerank_options(query, top_n, scores, instruction, truncate)
+        texts = copy_documents(documents)
         handle = self._calls.start(
             service, cast(Sequence[Json], texts), CallOptions(priority, timeout, wait, tenant, options, op="rerank")
         )

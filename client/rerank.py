@@ -52,7 +52,7 @@ class Ranking(list[Ranked]):
         return ranking
 
 
-def question(
+def make_rerank_options(
     query: str, top_n: int | None, scores: Scores | None, instruction: str | None, truncate: str | None
 ) -> dict[str, Json]:
     """Returns the options of a call that are not None. Raises InvalidRequest if `top_n` is not an int above 0."""
@@ -63,7 +63,7 @@ def question(
     return {name: value for name, value in options.items() if value is not None}
 
 
-def copied(documents: Sequence[str]) -> Sequence[str]:
+def copy_documents(documents: Sequence[str]) -> Sequence[str]:
     """Returns a copy of `documents`, which the caller may change while the call is in flight.
 
     Other types than list and tuple are returned as they are, for the call to refuse.
@@ -71,7 +71,7 @@ def copied(documents: Sequence[str]) -> Sequence[str]:
     return list(documents) if isinstance(documents, list | tuple) else documents
 
 
-def check_question(options: Mapping[str, Json]) -> int:
+def check_rerank_options(options: Mapping[str, Json]) -> int:
     """Returns the UTF-8 bytes that are read with each document. Raises InvalidRequest if an option is wrong."""
     for name in options:
         if name not in OPTIONS:

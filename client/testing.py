@@ -34,11 +34,12 @@ from millstream.broker.queue.streams import Admission, CancelOutcome, Group, Str
 from millstream.broker.queue.submission import Submission
 from millstream.broker.transport.connection import Connection
 from millstream.client.aio import AsyncClient
-from millstream.client.calls import NO_HITS, CallOptions, Calls
+from millstream.client.call_options import CallOptions
+from millstream.client.calls import NO_HITS, Calls
 from millstream.client.channel.channel import Channel
 from millstream.client.channel.requests import Cancellation
 from millstream.client.client import Client
-from millstream.client.detached import DetachedRequest
+from millstream.client.detached_request import DetachedRequest
 from millstream.client.handle import Handle
 from millstream.client.job_terms import Progress
 from millstream.client.row_results import RowOutcome
@@ -175,7 +176,7 @@ class _FakeCalls(Calls):
         if spec.model.type == "embedding":
             _embed_options(options)
 
-    def detached_request(
+    def check_detached(
         self,
         spec: ServiceSpec,
         inputs: Sequence[Json],
@@ -183,7 +184,7 @@ class _FakeCalls(Calls):
         deadline: float | None,
         idempotency_key: str | None,
     ) -> DetachedRequest:
-        request = super().detached_request(spec, inputs, opts, deadline, idempotency_key)
+        request = super().check_detached(spec, inputs, opts, deadline, idempotency_key)
         self.made.append(Call(spec.name, list(inputs), opts, True, idempotency_key))
         if self.faults:
             raise self.faults.popleft()
