@@ -53,14 +53,19 @@ class Ranking(list[Ranked]):
 
 
 def make_rerank_options(
-    query: str, top_n: int | None, scores: Scores | None, instruction: str | None, truncate: str | None
+    query: str, scores: Scores | None, instruction: str | None, truncate: str | None
 ) -> dict[str, Json]:
-    """Returns the options of a call that are not None. Raises InvalidRequest if `top_n` is not an int above 0."""
-    query, top_n = cast(tuple[str, int | None], (plain(query), plain(top_n)))
-    if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1):
-        raise InvalidRequest(f"top_n={top_n!r} is not a number of documents above 0", hint="None ranks all")
+    """Returns the options of a call that are not None."""
+    query = cast(str, plain(query))
     options: dict[str, Json] = {"query": query, "scores": scores, "instruction": instruction, "truncate": truncate}
     return {name: value for name, value in options.items() if value is not None}
+
+
+def check_top_n(top_n: int | None) -> None:
+    """Raises InvalidRequest if `top_n` is neither None nor an int above 0."""
+    count = plain(top_n)
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise InvalidRequest(f"top_n={count!r} is not a number of documents above 0", hint="None ranks all")
 
 
 def copy_documents(documents: Sequence[str]) -> Sequence[str]:

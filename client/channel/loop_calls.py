@@ -95,3 +95,30 @@ async def arrival(ask: Callable[[Callable[[T], object]], object]) -> T:
 
     ask(lambda value: box.post(partial(arrive, value)))
     return cast(T, await future)
+
+
+class Changed:
+    """Event for one waiting task, with a timeout. Costs half of asyncio.Event, and every awaited call uses one."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._set = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def set(self) -> None:
+        """Sets the event and wakes the task. Must be called in the loop."""
+        self._set = True
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self, timeout: float | None) -> None:
+        """Waits for the event, at most `timeout` seconds; returns at once if it was set since the last wait."""
+        if not self._set:
+            self._waiter = self._loop.create_future()
+            timer = None if timeout is None else self._loop.call_later(timeout, self.set)
+            try:
+                await self._waiter
+            finally:
+                if timer:
+                    timer.cancel()
+        self._set = False
