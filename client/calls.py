@@ -48,7 +48,7 @@ class Calls:
         self.services = Services(self.connection, self.registry)
         self._cache_reader = CacheReader(self.connection, self.registry)
         _living.add(self)
-        self.executor = _executor()
+        self.executor = _make_executor()
         # Not at exit: waiting daemon threads then end with the process, without errors.
         weakref.finalize(self, _close, self.channel, self.services).atexit = False
 
@@ -72,7 +72,7 @@ class Calls:
 
         Waits for the server: at most LOOK_UP_S for each CHUNK of rows.
         """
-        cache_key, texts = self._cacheable_rows(spec, inputs)
+        cache_key, texts = self._find_cacheable_rows(spec, inputs)
         return self._cache_reader.read(spec.name, cache_key, texts, opts.options) if cache_key and texts else {}
 
     def read_cache_soon(
@@ -83,13 +83,13 @@ class Calls:
         deliver: Callable[[Mapping[int, Cached]], object],
     ) -> None:
         """Does as `read_cache`, but returns at once: `deliver` gets the answers, from another thread."""
-        cache_key, texts = self._cacheable_rows(spec, inputs)
+        cache_key, texts = self._find_cacheable_rows(spec, inputs)
         if cache_key and texts:
             self._cache_reader.read_soon(spec.name, cache_key, texts, opts.options, deliver)
         else:
             deliver({})
 
-    def _cacheable_rows(self, spec: ServiceSpec, inputs: Sequence[Json]) -> tuple[CacheKey | None, dict[int, str]]:
+    def _find_cacheable_rows(self, spec: ServiceSpec, inputs: Sequence[Json]) -> tuple[CacheKey | None, dict[int, str]]:
         """Returns the cache key and the texts, by row, of rows to look up; no key while the weights are unknown."""
         fingerprint = self.services.fingerprint(spec.name)
         sizes, _ = measure_rows(inputs)
@@ -124,7 +124,7 @@ class Calls:
             total_timeout=limits.total_timeout,
             queue_timeout=limits.queue_timeout,
             wait=opts.wait,
-            most_jobs=_most_jobs(spec),
+            most_jobs=_limit_jobs(spec),
             tenant=opts.tenant,
             replicated=spec.replicated,
             rate_per_tenant=bool(opts.tenant) and spec.rate_per_tenant,
@@ -188,11 +188,11 @@ class Calls:
         self.channel.after_fork()
         self._coalescer.after_fork()
         self.services.after_fork()
-        self.executor = _executor()
+        self.executor = _make_executor()
         self._cache_reader.after_fork()
 
 
-def _most_jobs(spec: ServiceSpec) -> int:
+def _limit_jobs(spec: ServiceSpec) -> int:
     """Returns how many jobs one call keeps in flight at most: never more than a quarter of the queue."""
     return max(1, min(spec.runtime.max_queue_size // 4, MAX_JOBS_PER_CALL))
 
@@ -212,12 +212,12 @@ def _close(channel: Channel, services: Services) -> None:
     channel.close()
 
 
-def _executor() -> ThreadPoolExecutor:
+def _make_executor() -> ThreadPoolExecutor:
     # Not asyncio's default executor: other libraries use its few threads, too.
     return ThreadPoolExecutor(EXECUTOR_THREADS, thread_name_prefix="millstream-async")
 
 
-def _forked() -> None:
+def _renew_after_fork() -> None:
     for calls in list(_living):
         calls.after_fork()
 
@@ -232,4 +232,4 @@ def _flush() -> None:
 atexit.register(_flush)
 
 
-os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(after_in_child=_renew_after_fork)
