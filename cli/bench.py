@@ -31,9 +31,6 @@ MOST_ROWS, MOST_CONCURRENT, LONGEST_TEXT = 4_096, 1_024, 100_000
 TEXTS = 512
 """Number of different texts."""
 
-QUERY = "which of these texts is about a mill on a stream?"
-"""Query of each call to a reranker."""
-
 _PAUSE_S = 0.1
 """Pause after an error that gives no `retry_after`, seconds."""
 
@@ -139,8 +136,7 @@ def bench(
     """
     target = options.find(url, prefix)
     spec = _find_spec(target, service)
-    extra = {"query": QUERY} if spec.model.type == "reranker" else {}
-    load = Load(service, rows, concurrency, seconds, priority, timeout, extra)
+    load = Load(service, rows, concurrency, seconds, priority, timeout, spec.model.operation.example)
     tally = asyncio.run(measure(target, load, list(words(length, random.Random()))))
     figures = tally.figures(rows)
     if as_json:
@@ -205,12 +201,12 @@ def _find_spec(target: Target, service: str) -> ServiceSpec:
     Raises UnknownService if it is not registered, InvalidRequest if it cannot be called, NoWorkers if none is alive.
     """
     from millstream.broker.queue.registry import Registry
-    from millstream.client.services import Services, op_of
+    from millstream.client.services import Services, operation_of
 
     with options.connect(target.url) as connection:
         services = Services(connection, Registry(connection, target.prefix))
         spec = services.read(service)
-        op_of(spec)
+        operation_of(spec)
         live_workers = services.live_workers(service)
     if not live_workers:
         raise NoWorkers(

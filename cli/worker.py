@@ -148,15 +148,16 @@ def _choose(registry: Registry, services: Sequence[str], where: str) -> list[Ser
     Raises UnknownService if one is not registered, or if none is named and none can run here.
     """
     from millstream.broker.contract.errors import UnknownService
-    from millstream.worker.supervision.supervisor import RUNNABLE
+    from millstream.broker.contract.operations import RUNNABLE, types_with
 
     names = list(dict.fromkeys(services)) if services else registry.names()
     registered = _with_handlers([registry.read(name) for name in names])
     if services:
         return registered
-    runnable = [spec for spec in registered if spec.model.type in RUNNABLE and _has_code(spec)]
+    runnable = [spec for spec in registered if spec.model.operation.runs and _has_code(spec)]
     if not runnable:
-        types = f"types that can run: {', '.join(RUNNABLE)}; custom if ./config.yaml names a handler"
+        code = types_with(lambda each: each.needs_code)
+        types = f"types that can run: {', '.join(RUNNABLE)}; {code} if ./config.yaml names a handler"
         hint = types if registered else "run `millstream config push`"
         raise UnknownService(f"no service on {where} that a worker could run", hint=hint)
     return runnable
@@ -169,11 +170,11 @@ def _with_handlers(specs: Sequence[ServiceSpec]) -> list[ServiceSpec]:
     """
     from millstream.broker.target import find_config
 
-    needed = any(spec.model.type == "custom" for spec in specs)
+    needed = any(spec.model.operation.needs_code for spec in specs)
     config = find_config(os.environ) if needed else None
     own = config.services if config else {}
     return [spec.with_handler(own[spec.name].model.handler) if spec.name in own else spec for spec in specs]
 
 
 def _has_code(spec: ServiceSpec) -> bool:
-    return spec.model.type != "custom" or spec.model.handler is not None
+    return not spec.model.operation.needs_code or spec.model.handler is not None

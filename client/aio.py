@@ -14,11 +14,13 @@ from millstream.broker.config.spec import PriorityName, ServiceSpec
 from millstream.broker.contract.embedding import EmbedOptions, Encoding, InputType, Truncate
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Json
+from millstream.broker.contract.operations import BY_OP
+from millstream.broker.contract.rerank import RerankOptions, Scores
 from millstream.client.async_handle import AsyncHandle
 from millstream.client.awaiting import await_acceptance, await_answer
 from millstream.client.call_options import CallOptions
 from millstream.client.call_request import CallRequest, prepare_call, prepare_embed, prepare_rerank
-from millstream.client.calls import MODEL_TYPES, NO_HITS, Calls
+from millstream.client.calls import NO_HITS, Calls
 from millstream.client.channel.loop_calls import arrival
 from millstream.client.detached import Detached
 from millstream.client.handle import Handle
@@ -26,7 +28,7 @@ from millstream.client.job_terms import Progress
 from millstream.client.local import START_S, Local
 from millstream.client.map_window import MapWindow, Results
 from millstream.client.mapping import map_rows_async
-from millstream.client.rerank import Ranking, Scores, make_rerank_options
+from millstream.client.rerank import Ranking
 from millstream.client.result import Embeddings
 from millstream.client.rows import copy_arguments
 
@@ -98,8 +100,8 @@ class AsyncClient:
     ) -> Ranking:
         """Does as Client.rerank."""
         opts = CallOptions(priority, timeout, wait, tenant)
-        options = make_rerank_options(query, scores, instruction, truncate)
-        return await self._run(prepare_rerank(service, documents, opts, options, top_n, return_documents))
+        model = RerankOptions(query, scores, instruction, truncate)
+        return await self._run(prepare_rerank(service, documents, opts, model, top_n, return_documents))
 
     async def submit(
         self,
@@ -205,13 +207,13 @@ class AsyncClient:
         began = time.monotonic()
         until = opts.until(began)
         services = self._calls.services
-        name = service or services.known_only(MODEL_TYPES[opts.op])
+        name = service or services.known_only(BY_OP[opts.op].type)
         spec = services.known(name) if name else None
         if spec is None or spec.runtime.enable_cache:
             # The caller may change its inputs while this waits for the server.
             inputs, opts = copy_arguments(inputs, opts)
         if name is None:
-            name = await await_answer(services.ask_only(MODEL_TYPES[opts.op]), until)
+            name = await await_answer(services.ask_only(BY_OP[opts.op].type), until)
         if spec is None:
             spec = await self._spec(name, until)
         cached = spec.runtime.enable_cache

@@ -12,9 +12,9 @@ from millstream.broker.contract.codec import encode_inputs
 from millstream.broker.contract.embedding import Truncate
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Json, Priority
+from millstream.broker.contract.operations import BY_OP, Operation
 from millstream.broker.contract.scalars import plain
-from millstream.client.rerank import check_rerank_options
-from millstream.client.services import op_of
+from millstream.client.services import operation_of
 
 _TENANT = re.compile(r"[A-Za-z0-9_.-]{0,64}")
 _TRUNCATES: tuple[str, ...] = get_args(Truncate)
@@ -83,13 +83,15 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def check_operation(spec: ServiceSpec, opts: CallOptions) -> tuple[str, int]:
-    """Returns the operation of a call's jobs, and the UTF-8 bytes that the model reads beside each row.
+def find_operation(spec: ServiceSpec, op: str) -> Operation:
+    """Returns the operation of a call's jobs. `op` is the one that the call asks for; empty for any.
 
-    Raises InvalidRequest if the service cannot run the call.
+    Raises InvalidRequest if the service cannot run it.
     """
-    op = op_of(spec)
-    # `embed` may call custom and echo services, because a user's own code may answer vectors.
-    if opts.op and opts.op != op and not (opts.op == "embed" and op in ("call", "echo")):
-        raise InvalidRequest(f"service {spec.name!r} is of type {spec.model.type!r}", hint=f"it cannot {opts.op}")
-    return op, check_rerank_options(opts.options) if op == "rerank" else 0
+    operation = operation_of(spec)
+    if op and op != operation.op:
+        # A user's own code may answer vectors, so `embed` may call it.
+        may_answer = operation.results == "any" and BY_OP[op].results == "vectors"
+        if not may_answer:
+            raise InvalidRequest(f"service {spec.name!r} is of type {spec.model.type!r}", hint=f"it cannot {op}")
+    return operation

@@ -5,12 +5,14 @@ The blocking and the async client send them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from millstream.broker.contract.embedding import EmbedOptions
 from millstream.broker.contract.job import Json
+from millstream.broker.contract.operations import EMBED, RERANK
+from millstream.broker.contract.rerank import RerankOptions
 from millstream.broker.contract.scalars import plain
 from millstream.client.call_options import CallOptions
 from millstream.client.rerank import Ranking, check_top_n, copy_documents
@@ -38,7 +40,7 @@ def prepare_embed(
     texts = cast(Sequence[str], plain(texts))
     single = isinstance(texts, str)
     rows = cast(Sequence[Json], [texts] if single else texts)
-    opts = opts._replace(options=model.json(), op="embed")
+    opts = opts._replace(options=model.json(), op=EMBED.op)
     return CallRequest(service, rows, opts, partial(to_vectors, single=single))
 
 
@@ -46,17 +48,17 @@ def prepare_rerank(
     service: str | None,
     documents: Sequence[str],
     opts: CallOptions,
-    options: Mapping[str, Json],
+    model: RerankOptions,
     top_n: int | None,
     return_documents: bool,
 ) -> CallRequest[Ranking]:
-    """Returns the request of Client.rerank. `options` go to the model.
+    """Returns the request of Client.rerank. `model` are the options that go to the model.
 
     Raises InvalidRequest if `top_n` is not an int above 0.
     """
     check_top_n(top_n)
     texts = copy_documents(documents)
-    opts = opts._replace(options=options, op="rerank")
+    opts = opts._replace(options=model.json(), op=RERANK.op)
     convert = partial(Ranking.of, top_n=top_n, documents=texts if return_documents else None)
     return CallRequest(service, cast(Sequence[Json], texts), opts, convert)
 

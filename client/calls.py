@@ -12,16 +12,16 @@ from concurrent.futures.thread import ThreadPoolExecutor
 from types import MappingProxyType
 
 from millstream.broker.config.load import ServiceSpec
-from millstream.broker.contract.embedding import EmbedOptions
 from millstream.broker.contract.errors import InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Json, Priority
+from millstream.broker.contract.operations import BY_OP
 from millstream.broker.queue.cache import Cached, CacheKey
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.broker.target import find_target
 from millstream.broker.transport.connection import Connection
 from millstream.client.cache_reader import CacheReader
-from millstream.client.call_options import CallOptions, check_operation
+from millstream.client.call_options import CallOptions, find_operation
 from millstream.client.channel.channel import Channel
 from millstream.client.channel.coalescing import Coalescer
 from millstream.client.detached import Detached
@@ -29,11 +29,9 @@ from millstream.client.detached_request import DetachedRequest
 from millstream.client.handle import Handle
 from millstream.client.job_terms import JobTerms, Progress
 from millstream.client.rows import encode_rows, measure_rows, split_rows
-from millstream.client.services import Services, op_of
+from millstream.client.services import Services, operation_of
 
 NO_HITS: Mapping[int, Cached] = MappingProxyType({})
-MODEL_TYPES: Mapping[str, str] = {"embed": "embedding", "rerank": "reranker"}
-"""Operation -> the type of model whose only service runs it."""
 
 
 class Calls:
@@ -63,7 +61,7 @@ class Calls:
         # The timeout starts here, because reading the service can wait for the server.
         began = time.monotonic()
         until = opts.until(began)
-        spec = self.services.read(service or self.services.only(MODEL_TYPES[opts.op], until), until)
+        spec = self.services.read(service or self.services.only(BY_OP[opts.op].type, until), until)
         hits = self.read_cache(spec, inputs, opts) if spec.runtime.enable_cache else {}
         return self.begin(spec, inputs, opts, hits, began, progress)
 
@@ -93,7 +91,7 @@ class Calls:
         """Returns the cache key and the texts, by row, of rows to look up; no key while the weights are unknown."""
         fingerprint = self.services.fingerprint(spec.name)
         sizes, _ = measure_rows(inputs)
-        cache_key = CacheKey.of(spec, fingerprint, op_of(spec)) if fingerprint else None
+        cache_key = CacheKey.of(spec, fingerprint, operation_of(spec).op) if fingerprint else None
         return cache_key, {row: str(inputs[row]) for row in sizes}
 
     def begin(
@@ -109,14 +107,14 @@ class Calls:
 
         The call's timeout counts from `began`, monotonic seconds; None is now.
         """
-        op, beside = check_operation(spec, opts)
-        self.check_options(spec, opts.options)
-        inputs = encode_rows(spec, inputs, opts.options)
+        operation = find_operation(spec, opts.op)
+        beside = self.check_options(spec, opts.options)
+        inputs = encode_rows(operation, inputs)
         parts, refused = split_rows(spec, inputs, hits, beside)
         limits = spec.runtime.limits(opts.priority)
         terms = JobTerms(
             service=spec.name,
-            op=op,
+            op=operation.op,
             priority=Priority(opts.priority),
             # A deep copy: the caller may change a list in the options.
             options=copy.deepcopy(opts.options) if opts.options else opts.options,
@@ -135,10 +133,12 @@ class Calls:
         given: dict[int, MillstreamError | Cached] = {**refused, **hits} if refused or hits else {}
         return Handle(channel, terms, inputs, parts, given, self.services, began, progress, self)
 
-    def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> None:
-        """Raises InvalidRequest if the model of `spec` would refuse `options` for every row."""
-        if options and spec.model.type == "embedding":
-            EmbedOptions.read(options)
+    def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> int:
+        """Returns the UTF-8 bytes that the model of `spec` reads beside each row.
+
+        Raises InvalidRequest if the model would refuse `options` for every row.
+        """
+        return spec.model.operation.check(options)
 
     def submit_detached(
         self, service: str, inputs: Sequence[Json], opts: CallOptions, idempotency_key: str | None
@@ -166,8 +166,9 @@ class Calls:
         idempotency_key: str | None,
     ) -> DetachedRequest:
         """Returns a checked detached call that can be submitted. Raises InvalidRequest."""
-        self.check_options(spec, opts.options)
-        return DetachedRequest.of(spec, inputs, opts, deadline, idempotency_key)
+        operation = find_operation(spec, opts.op)
+        beside = self.check_options(spec, opts.options)
+        return DetachedRequest.of(spec, operation, inputs, beside, opts, deadline, idempotency_key)
 
     def streams(self, service: str, within_s: float | None = None) -> Streams:
         """Returns the job streams of `service`, for commands that do not use the channel.

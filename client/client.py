@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar
 from millstream.broker.config.spec import PriorityName
 from millstream.broker.contract.embedding import EmbedOptions, Encoding, InputType, Truncate
 from millstream.broker.contract.job import Json
+from millstream.broker.contract.rerank import RerankOptions, Scores
 from millstream.client.call_options import CallOptions
 from millstream.client.call_request import CallRequest, prepare_call, prepare_embed, prepare_rerank
 from millstream.client.calls import Calls
@@ -19,7 +20,7 @@ from millstream.client.job_terms import Progress
 from millstream.client.local import START_S, Local
 from millstream.client.map_window import MapWindow, Results
 from millstream.client.mapping import map_rows
-from millstream.client.rerank import Ranking, Scores, make_rerank_options
+from millstream.client.rerank import Ranking
 from millstream.client.result import Embeddings
 
 T = TypeVar("T")
@@ -130,8 +131,8 @@ class Client:
         Raises as `embed` does; the results of PartialFailure are the scores of the other documents, by index.
         """
         opts = CallOptions(priority, timeout, wait, tenant)
-        options = make_rerank_options(query, scores, instruction, truncate)
-        return self._run(prepare_rerank(service, documents, opts, options, top_n, return_documents))
+        model = RerankOptions(query, scores, instruction, truncate)
+        return self._run(prepare_rerank(service, documents, opts, model, top_n, return_documents))
 
     def submit(
         self,

@@ -15,11 +15,12 @@ from millstream.broker.config.load import ServiceSpec
 from millstream.broker.contract.codec import MAX_ROWS, JsonText, encode_inputs
 from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest
 from millstream.broker.contract.job import Draft, Json, Priority
+from millstream.broker.contract.operations import Operation
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, DetachedCall, Group
 from millstream.broker.queue.submission import Submission, draft_job
 from millstream.broker.transport.connection import translated
 from millstream.client.acceptance import Acceptance
-from millstream.client.call_options import CallOptions, check_operation
+from millstream.client.call_options import CallOptions
 from millstream.client.channel.requests import Cancellation
 from millstream.client.detached import Detached, DetachedCalls
 from millstream.client.detached_id import DetachedId
@@ -79,14 +80,15 @@ class DetachedRequest:
     def of(
         cls,
         spec: ServiceSpec,
+        operation: Operation,
         inputs: Sequence[Json],
+        beside: int,
         opts: CallOptions,
         deadline: float | None,
         idempotency_key: str | None,
     ) -> DetachedRequest:
-        """Checks the inputs and the operation of a detached call. Raises InvalidRequest."""
-        op, beside = check_operation(spec, opts)
-        inputs = encode_rows(spec, inputs, opts.options)
+        """Checks the inputs of a detached call. `beside` is as in measure_rows. Raises InvalidRequest."""
+        inputs = encode_rows(operation, inputs)
         sizes, refused = measure_rows(inputs, beside)
         if refused:
             row, error = next(iter(refused.items()))
@@ -94,7 +96,7 @@ class DetachedRequest:
         if not sizes:
             raise InvalidRequest("no rows", hint="a detached call needs at least one")
         per_job = max(1, min(spec.runtime.batch_size, MAX_ROWS, MAX_PART_BYTES // max(1, *sizes.values())))
-        request = cls(spec, op, inputs, sizes, opts, deadline, idempotency_key, per_job)
+        request = cls(spec, operation.op, inputs, sizes, opts, deadline, idempotency_key, per_job)
         # Raises if the call has too many jobs.
         request._name(per_job)
         return request

@@ -9,9 +9,11 @@ from typing import Any, cast
 import numpy as np
 
 from millstream.broker.contract.codec import decode_inputs, encode_reply, encode_value
-from millstream.broker.contract.embedding import EmbedOptions, shaped
+from millstream.broker.contract.embedding import EmbedOptions
 from millstream.broker.contract.errors import MillstreamError, ModelFailed, described
 from millstream.broker.contract.job import Draft, Json, Reply, Vectors
+from millstream.broker.contract.operations import BY_OP
+from millstream.broker.contract.vectors import shaped
 from millstream.client.row_results import RowOutcome
 
 Answers = Callable[[str], RowOutcome]
@@ -35,7 +37,7 @@ def fake_score(query: str, document: str) -> float:
 
 
 def read_embed_options(options: Mapping[str, Json]) -> EmbedOptions:
-    """Returns the options that an embedding service has. Others are ignored, since services have no declared type."""
+    """Returns the options that an embedding service has. Others are ignored, since the service has no declared type."""
     return EmbedOptions.read({name: value for name, value in options.items() if name in EmbedOptions._fields})
 
 
@@ -57,7 +59,7 @@ class FakeModel:
     def reply(self, service: str, draft: Draft) -> bytes:
         """Returns the encoded reply to one job, as a worker would send it."""
         inputs, options = decode_inputs(draft.body, draft.rows)
-        query = str(options["query"]) if draft.op == "rerank" else None
+        query = str(options["query"]) if BY_OP[draft.op].results == "scores" else None
         if handler := self.handlers.get(service):
             outcomes = [_handle(handler, payload) for payload in inputs]
         else:

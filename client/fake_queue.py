@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from millstream.broker.config.load import ServiceSpec
-from millstream.broker.config.spec import ModelSpec, ModelType, Runtime
+from millstream.broker.config.spec import ModelSpec, Runtime
 from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError, UnknownService
+from millstream.broker.contract.operations import EMBED, OPERATIONS, RERANK, ModelType
 from millstream.broker.queue.admission import refusal
 from millstream.broker.queue.streams import Admission, CancelOutcome, Group, Streams, Submitted
 from millstream.broker.queue.submission import Submission
@@ -17,10 +18,10 @@ from millstream.client.channel.requests import Cancellation
 from millstream.client.fake_model import FakeModel
 from millstream.client.services import Known
 
-SERVICE, RERANKER = "embed", "rerank"
+SERVICE, RERANKER = EMBED.op, RERANK.op
 """Names of the services that calls without `service` go to: `embed` and `rerank`."""
 
-SERVICES: Mapping[str, ModelType] = MappingProxyType({RERANKER: "reranker"})
+SERVICES: Mapping[str, ModelType] = MappingProxyType({RERANKER: RERANK.type})
 """Types of the services that are not embedding services, by name."""
 
 
@@ -88,7 +89,7 @@ class FakeServices:
         self._types = types
 
     def known(self, service: str, until: float | None = None) -> ServiceSpec:
-        model = ModelSpec(type=self._types.get(service, "embedding"), model_name="fake")
+        model = ModelSpec(type=self._types.get(service, EMBED.type), model_name="fake")
         try:
             return ServiceSpec(name=service, model=model, model_ref="fake", runtime=Runtime())
         except ValueError:
@@ -97,7 +98,7 @@ class FakeServices:
     read = known
 
     def only(self, model_type: str, until: float | None = None) -> str:
-        return RERANKER if model_type == "reranker" else SERVICE
+        return OPERATIONS[model_type].op
 
     known_only = only
 

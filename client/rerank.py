@@ -1,20 +1,16 @@
-"""Rerank calls: their options, and their result, documents ranked by score."""
+"""Result of a rerank call: documents ranked by score."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, cast, get_args
+from typing import cast
 
-from millstream.broker.contract.errors import InvalidRequest, did_you_mean
+from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.scalars import plain
 from millstream.client.result import Embeddings, Timings, Values
-
-Scores = Literal["sigmoid", "raw"]
-OPTIONS = ("query", "scores", "instruction", "truncate")
-"""Options that a reranker takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +48,6 @@ class Ranking(list[Ranked]):
         return ranking
 
 
-def make_rerank_options(
-    query: str, scores: Scores | None, instruction: str | None, truncate: str | None
-) -> dict[str, Json]:
-    """Returns the options of a call that are not None."""
-    query = cast(str, plain(query))
-    options: dict[str, Json] = {"query": query, "scores": scores, "instruction": instruction, "truncate": truncate}
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def check_top_n(top_n: int | None) -> None:
     """Raises InvalidRequest if `top_n` is neither None nor an int above 0."""
     count = plain(top_n)
@@ -74,20 +61,3 @@ def copy_documents(documents: Sequence[str]) -> Sequence[str]:
     Other types than list and tuple are returned as they are, for the call to refuse.
     """
     return list(documents) if isinstance(documents, list | tuple) else documents
-
-
-def check_rerank_options(options: Mapping[str, Json]) -> int:
-    """Returns the UTF-8 bytes that are read with each document. Raises InvalidRequest if an option is wrong."""
-    for name in options:
-        if name not in OPTIONS:
-            nearest = did_you_mean(name, OPTIONS)
-            raise InvalidRequest(f"a reranker has no option {name!r}", hint=nearest or f"one of {', '.join(OPTIONS)}")
-    query, instruction = options.get("query"), options.get("instruction") or ""
-    if not isinstance(query, str):
-        given = "" if query is None else f", not {type(query).__name__}"
-        raise InvalidRequest(f"rerank needs `query`, a string{given}", hint='query="..."')
-    if not isinstance(instruction, str):
-        raise InvalidRequest(f"`instruction` must be a string, not {type(instruction).__name__}")
-    if options.get("scores") not in (None, *get_args(Scores)):
-        raise InvalidRequest(f"scores={options['scores']!r} is not valid", hint=f"one of {', '.join(get_args(Scores))}")
-    return len(query.encode()) + len(instruction.encode())

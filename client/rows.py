@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from typing import cast
 
 import numpy as np
@@ -12,6 +12,7 @@ from millstream.broker.config.spec import ServiceSpec
 from millstream.broker.contract.codec import MAX_ROWS, JsonText, encode_value
 from millstream.broker.contract.errors import InputTooLong, InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Json
+from millstream.broker.contract.operations import Operation
 from millstream.client.call_options import CallOptions
 from millstream.client.split import Part, estimate_tokens, split, split_evenly, split_once
 
@@ -48,8 +49,11 @@ def split_rows(
     measure_rows.
     """
     sizes, refused = measure_rows(inputs, beside)
+    operation = spec.model.operation
     rows, most_tokens = min(spec.runtime.batch_size, MAX_ROWS), spec.runtime.batch_tokens
-    if spec.model.type == "custom":
+    if operation.streams:
+        rows = 1
+    if operation.even_cost:
         return split_evenly(sizes, rows, spec.runtime.row_tokens), refused
     if not spec.runtime.enable_cache:
         return split(sizes, rows, most_tokens), refused
@@ -59,21 +63,18 @@ def split_rows(
 
 def estimate_row_tokens(spec: ServiceSpec, sizes: Sequence[int]) -> int:
     """Estimates how many tokens rows of these sizes, UTF-8 bytes, have for the model of `spec`."""
-    if spec.model.type == "custom":
+    if spec.model.operation.even_cost:
         return spec.runtime.row_tokens * len(sizes)
     return sum(map(estimate_tokens, sizes))
 
 
-def encode_rows(spec: ServiceSpec, inputs: Sequence[Json], options: Mapping[str, Json]) -> Sequence[Json]:
-    """Returns the rows to send. Those of a custom service are encoded as JSON now, so the caller may change them later.
+def encode_rows(operation: Operation, inputs: Sequence[Json]) -> Sequence[Json]:
+    """Returns the rows to send. Payloads are encoded as JSON now, so the caller may change them later.
 
-    A payload that is not JSON becomes its row's error. For a custom service, raises InvalidRequest if `inputs` is not a
-    list, or if there are options.
+    A payload that is not JSON becomes its row's error. Raises InvalidRequest if `inputs` are payloads, but not a list.
     """
-    if spec.model.type != "custom":
+    if operation.row == "text":
         return inputs
-    if options:
-        raise InvalidRequest(f"service {spec.name!r} takes no options", hint="put them into the payload")
     if not _is_list(inputs):
         raise InvalidRequest(
             f"a list of payloads is needed, not {type(inputs).__name__}", hint="`call` takes a single one"

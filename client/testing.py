@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import cast
 
 from millstream.broker.config.load import ServiceSpec
-from millstream.broker.config.spec import ModelType
 from millstream.broker.contract.errors import MillstreamError
 from millstream.broker.contract.job import Json
+from millstream.broker.contract.operations import CALL, ModelType
 from millstream.broker.queue.cache import Cached
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.streams import Streams
@@ -48,8 +48,6 @@ __all__ = [
     "fake_score",
     "fake_vector",
 ]
-
-_CUSTOM: ModelType = "custom"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +119,7 @@ def _make_calls(
     services: Mapping[str, ModelType],
     handlers: Mapping[str, Handler],
 ) -> _FakeCalls:
-    types = {**SERVICES, **services, **dict.fromkeys(handlers, _CUSTOM)}
+    types = {**SERVICES, **services, **dict.fromkeys(handlers, CALL.type)}
     return _FakeCalls(FakeModel(dim, answers, errors, handlers), types)
 
 
@@ -130,6 +128,7 @@ class _FakeCalls(Calls):
         self.made: list[Call] = []
         self.faults: deque[MillstreamError] = deque()
         self._model = model
+        self._types = types
         # Error messages name it; it never connects.
         self.connection = Connection("redis://fake")
         self.registry = Registry(self.connection)
@@ -151,9 +150,11 @@ class _FakeCalls(Calls):
         self.made.append(Call(spec.name, list(inputs), opts))
         return handle
 
-    def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> None:
-        if spec.model.type == "embedding":
-            read_embed_options(options)
+    def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> int:
+        if spec.name in self._types:
+            return super().check_options(spec, options)
+        read_embed_options(options)
+        return 0
 
     def check_detached(
         self,

@@ -37,6 +37,10 @@ def echo(model_name: str, **runtime: object) -> ServiceSpec:
     return _spec(ModelSpec(type="echo", model_name=model_name), runtime)
 
 
+def echo_stream(model_name: str, **runtime: object) -> ServiceSpec:
+    return _spec(ModelSpec(type="echo-stream", model_name=model_name), runtime)
+
+
 def custom(handler: str, **runtime: object) -> ServiceSpec:
     return _spec(ModelSpec(type="custom", handler=handler), runtime)
 
