@@ -27,14 +27,13 @@ from pathlib import Path
 import click
 import torch
 
-from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, PriorityName, Runtime, ServiceSpec
 from millstream.broker.contract.job import Json
 from millstream.broker.queue.inspector import Inspector, WorkerView
 from millstream.broker.queue.registry import Registry
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.client import Client
-from millstream.client.calls import PriorityName
 from millstream.client.handle import Handle
 from millstream.worker.supervision.supervisor import Plan, Supervisor
 

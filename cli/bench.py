@@ -21,11 +21,10 @@ from millstream.cli.options import SecondsRange
 from millstream.cli.table import align, number
 
 if TYPE_CHECKING:
-    from millstream.broker.config.spec import ServiceSpec
+    from millstream.broker.config.spec import PriorityName, ServiceSpec
     from millstream.broker.contract.job import Json
     from millstream.broker.target import Target
     from millstream.client import AsyncClient
-    from millstream.client.calls import PriorityName
 
 LONGEST_S = 600.0
 MOST_ROWS, MOST_CONCURRENT, LONGEST_TEXT = 4_096, 1_024, 100_000

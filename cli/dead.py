@@ -170,11 +170,11 @@ def _letters(connection: Connection, keys: ServiceKeys) -> DeadLetters:
 
 def _requeue(letters: DeadLetters, service: str, letter: Letter) -> str:
     """Runs the letter's job again. Returns the id by which a client finds the answer."""
-    from millstream.client.detached import id_of
+    from millstream.client.detached_id import DetachedId
 
     job_id = letters.requeue(letter, ROOM_S)
     rows = int(letter.fields[b"rows"])
-    return id_of(service, rows, rows, job_id)
+    return str(DetachedId(service, rows, rows, job_id))
 
 
 def _texts(letter: Letter) -> dict[str, str]:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from millstream.broker.contract.errors import MillstreamError, PartialFailure
-from millstream.client.aio import AsyncClient, AsyncHandle
+from millstream.client.aio import AsyncClient
+from millstream.client.async_handle import AsyncHandle
 from millstream.client.client import Client
 from millstream.client.detached import Detached
 from millstream.client.handle import Handle

@@ -4,103 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
-from millstream.broker.config.load import ServiceSpec
+from millstream.broker.config.spec import PriorityName, ServiceSpec
 from millstream.broker.contract.embedding import EmbedOptions, Encoding, InputType, Truncate
-from millstream.broker.contract.errors import DeadlineExceeded, InvalidRequest, MillstreamError
+from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Json
-from millstream.broker.contract.operations import BY_OP, EMBED, RERANK
+from millstream.broker.contract.operations import BY_OP
 from millstream.broker.contract.rerank import RerankOptions, Scores
-from millstream.broker.contract.scalars import plain
-from millstream.client.asker import Question
-from millstream.client.calls import NO_HITS, CallOptions, Calls, PriorityName, frozen, vectors_of
-from millstream.client.channel.loop_calls import Changed, arrival, listener
-from millstream.client.detached import Detached, Entering
-from millstream.client.handle import CANCEL_S, Handle
-from millstream.client.job_terms import Progress, waits_until
+from millstream.client.async_handle import AsyncHandle
+from millstream.client.awaiting import await_acceptance, await_answer
+from millstream.client.call_options import CallOptions
+from millstream.client.call_request import CallRequest, prepare_call, prepare_embed, prepare_rerank
+from millstream.client.calls import NO_HITS, Calls
+from millstream.client.channel.loop_calls import arrival
+from millstream.client.detached import Detached
+from millstream.client.handle import Handle
+from millstream.client.job_terms import Progress
 from millstream.client.local import START_S, Local
-from millstream.client.mapping import Results, check_map, chunking
-from millstream.client.rerank import Ranking, check_top_n, copied
+from millstream.client.map_window import MapWindow, Results
+from millstream.client.mapping import map_rows_async
+from millstream.client.rerank import Ranking
 from millstream.client.result import Embeddings
-from millstream.client.row_results import RowOutcome
+from millstream.client.rows import copy_arguments
 from millstream.client.streaming import AsyncTextStream, TextCall
 
 T = TypeVar("T")
-
-
-class AsyncHandle:
-    """Handle of a submitted call, awaitable: `await handle` is `await handle.result()`."""
-
-    def __init__(self, handle: Handle) -> None:
-        self._handle = handle
-        self.id = handle.id
-
-    @property
-    def rows_done(self) -> int:
-        """Number of rows that have their outcome, for a progress bar."""
-        return self._handle.rows_done
-
-    def __await__(self) -> Generator[Any, None, Embeddings | list[Json]]:
-        return self.result().__await__()
-
-    async def result(self, timeout: float | None = None) -> Embeddings | list[Json]:
-        """Does as Handle.result. Cancelling the awaiting task cancels the call."""
-        await self._settled(timeout)
-        return self._handle.result(0)
-
-    async def outcomes(self, timeout: float | None = None) -> list[RowOutcome]:
-        """Does as Handle.outcomes. Cancelling the awaiting task cancels the call."""
-        await self._settled(timeout)
-        return self._handle.outcomes(0)
-
-    async def cancel(self) -> bool:
-        """Does as Handle.cancel."""
-        reported = Changed()
-        cancelling = self._handle.begin_cancel(listener(reported.set))
-        await reported.wait(CANCEL_S if cancelling.asked else 0.0)
-        return cancelling.result()
-
-    def cancel_soon(self) -> None:
-        """Does as Handle.cancel_soon."""
-        self._handle.cancel_soon()
-
-    async def _settled(self, timeout: float | None) -> None:
-        until = waits_until(timeout)
-        try:
-            if await _first_ready([self._handle], until) is None:
-                raise DeadlineExceeded(f"no result within {timeout} s of waiting", phase="total")
-        except asyncio.CancelledError:
-            self._handle.cancel_soon()
-            raise
-
-
-async def _first_ready(handles: Sequence[Handle], until: float | None = None) -> int | None:
-    """Waits for a complete call and returns its index in `handles`; None if `until` (monotonic seconds) comes first."""
-    changed = Changed()
-    wake = listener(changed.set)
-    try:
-        for handle in handles:
-            handle.listen(wake)
-        while True:
-            for place, handle in enumerate(handles):
-                if handle.ready:
-                    return place
-            now = time.monotonic()
-            if until is not None and now >= until:
-                return None
-            for handle in handles:
-                handle.expire()
-            ends = [end for handle in handles if (end := handle.expires_at) is not None]
-            moments = ends if until is None else [*ends, until]
-            await changed.wait(max(0.0, min(moments) - now) if moments else None)
-    finally:
-        for handle in handles:
-            handle.unlisten(wake)
 
 
 class AsyncClient:
@@ -146,12 +79,9 @@ class AsyncClient:
         encoding: Encoding = "float32",
     ) -> Embeddings:
         """Does as Client.embed."""
-        texts = cast(Sequence[str], plain(texts))
-        single = isinstance(texts, str)
-        options = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding).json()
-        rows = cast(Sequence[Json], [texts] if single else texts)
-        handle = await self._start(service, rows, CallOptions(priority, timeout, wait, tenant, options, EMBED.op))
-        return vectors_of(await AsyncHandle(handle).result(), single)
+        opts = CallOptions(priority, timeout, wait, tenant)
+        model = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding)
+        return await self._run(prepare_embed(service, texts, opts, model))
 
     async def rerank(
         self,
@@ -170,12 +100,9 @@ class AsyncClient:
         instruction: str | None = None,
     ) -> Ranking:
         """Does as Client.rerank."""
-        check_top_n(top_n)
-        options = RerankOptions(query, scores, instruction, truncate).json()
-        texts = copied(documents)
-        opts = CallOptions(priority, timeout, wait, tenant, options, RERANK.op)
-        handle = await self._start(service, cast(Sequence[Json], texts), opts)
-        return Ranking.of(await AsyncHandle(handle).result(), top_n, texts if return_documents else None)
+        opts = CallOptions(priority, timeout, wait, tenant)
+        model = RerankOptions(query, scores, instruction, truncate)
+        return await self._run(prepare_rerank(service, documents, opts, model, top_n, return_documents))
 
     async def submit(
         self,
@@ -202,9 +129,28 @@ class AsyncClient:
         tenant: str = "",
     ) -> Any:
         """Does as Client.call."""
-        rows = cast(Sequence[Json], [payload])
-        handle = await self._start(service, rows, CallOptions(priority, timeout, wait, tenant))
-        return (await AsyncHandle(handle).result())[0]
+        return await self._run(prepare_call(service, payload, CallOptions(priority, timeout, wait, tenant)))
+
+    def map(
+        self,
+        service: str,
+        inputs: Iterable[Json] | AsyncIterable[Json],
+        *,
+        window: int = 2_048,
+        ordered: bool = True,
+        priority: PriorityName = "batch",
+        tenant: str = "",
+        results: Results = "values",
+        **options: Json,
+    ) -> AsyncGenerator[Any, None]:
+        """Does as Client.map, and takes async iterables too.
+
+        To cancel the rest at once, call `aclose` of the generator, or use contextlib.aclosing.
+        """
+        opts, progress = CallOptions(priority, None, True, tenant, options), Progress()
+        return map_rows_async(
+            lambda rows: self._start(service, rows, opts, progress), inputs, MapWindow(window, ordered, results)
+        )
 
     def stream(
         self,
@@ -224,9 +170,9 @@ class AsyncClient:
         opts = CallOptions(priority, timeout, wait, tenant, options)
 
         async def begin() -> TextCall:
-            checked = opts.checked()
+            checked = opts.validate()
             began = time.monotonic()
-            (row,), checked = frozen([cast(Json, payload)], checked)
+            (row,), checked = copy_arguments([cast(Json, payload)], checked)
             spec = await self._spec(service, checked.until(began))
             return self._calls.begin_stream(spec, row, checked, began)
 
@@ -234,42 +180,6 @@ class AsyncClient:
             return await self._in_thread(self._calls.read_partial, handle.id, service)
 
         return AsyncTextStream(begin, read_partial)
-
-    async def map(
-        self,
-        service: str,
-        inputs: Iterable[Json] | AsyncIterable[Json],
-        *,
-        window: int = 2_048,
-        ordered: bool = True,
-        priority: PriorityName = "batch",
-        tenant: str = "",
-        results: Results = "values",
-        **options: Json,
-    ) -> AsyncGenerator[Any, None]:
-        """Does as Client.map, and takes async iterables too.
-
-        To cancel the rest at once, call `aclose` of the generator, or use contextlib.aclosing.
-        """
-        window = check_map(window, results)
-        opts = CallOptions(priority, None, True, tenant, options)
-        count, size = chunking(window)
-        progress = Progress()
-        under_way: list[tuple[int, Handle]] = []
-        first = 0
-        try:
-            async for rows in _chunks(inputs, size):
-                under_way.append((first, await self._start(service, rows, opts, progress)))
-                first += len(rows)
-                if len(under_way) == count:
-                    async for pair in _collected(under_way, ordered, results):
-                        yield pair if not ordered else pair[1]
-            while under_way:
-                async for pair in _collected(under_way, ordered, results):
-                    yield pair if not ordered else pair[1]
-        finally:
-            for _, handle in under_way:
-                handle.cancel_soon()
 
     async def submit_detached(
         self,
@@ -284,18 +194,18 @@ class AsyncClient:
     ) -> Detached:
         """Does as Client.submit_detached. The methods of Detached block: call them with asyncio.to_thread."""
         opts = CallOptions(priority, timeout, True, tenant, options)
-        opts = opts.checked()
+        opts = opts.validate()
         until = opts.until(time.monotonic())
-        rows, opts = frozen(inputs, opts)
+        rows, opts = copy_arguments(inputs, opts)
         spec = await self._spec(service, until)
-        request = self._calls.detached_request(spec, rows, opts, until, idempotency_key)
+        request = self._calls.check_detached(spec, rows, opts, until, idempotency_key)
         try:
-            return await _entered(request.begin(self._calls, request.per_job))
+            return await await_acceptance(request.begin(self._calls, request.per_job))
         except InvalidRequest:
-            per_job = await self._in_thread(request.accepted_per_job, self._calls)
-            if per_job in (None, request.per_job):
+            per_job = await self._in_thread(request.find_other_per_job, self._calls)
+            if per_job is None:
                 raise
-            return await _entered(request.begin(self._calls, per_job))
+            return await await_acceptance(request.begin(self._calls, per_job))
 
     def job(self, job_id: str) -> Detached:
         """Does as Client.job. The methods of Detached block: call them with asyncio.to_thread."""
@@ -315,11 +225,15 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
+    async def _run(self, request: CallRequest[T]) -> T:
+        handle = await self._start(request.service, request.inputs, request.opts)
+        return request.convert(await AsyncHandle(handle).result())
+
     async def _start(
         self, service: str | None, inputs: Sequence[Json], opts: CallOptions, progress: Progress | None = None
     ) -> Handle:
         """Does as Calls.start, but awaits the server instead of blocking a thread."""
-        opts = opts.checked()
+        opts = opts.validate()
         began = time.monotonic()
         until = opts.until(began)
         services = self._calls.services
@@ -327,9 +241,9 @@ class AsyncClient:
         spec = services.known(name) if name else None
         if spec is None or spec.runtime.enable_cache:
             # The caller may change its inputs while this waits for the server.
-            inputs, opts = frozen(inputs, opts)
+            inputs, opts = copy_arguments(inputs, opts)
         if name is None:
-            name = await _answer(services.ask_only(BY_OP[opts.op].type), until)
+            name = await await_answer(services.ask_only(BY_OP[opts.op].type), until)
         if spec is None:
             spec = await self._spec(name, until)
         cached = spec.runtime.enable_cache
@@ -339,64 +253,7 @@ class AsyncClient:
     async def _spec(self, service: str, until: float | None) -> ServiceSpec:
         """Does as Services.read."""
         services = self._calls.services
-        return services.known(service) or (await _answer(services.ask(service), until)).spec
+        return services.known(service) or (await await_answer(services.ask(service), until)).spec
 
     async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._calls.executor, partial(function, *args))
-
-
-async def _entered(entering: Entering) -> Detached:
-    """Does as Entering.accepted."""
-    changed, acceptance = Changed(), entering.acceptance
-    acceptance.listen(listener(changed.set))
-    try:
-        while not acceptance.over:
-            await changed.wait(max(0.0, acceptance.ends_at - time.monotonic()))
-        # The acceptance is over, so this does not block.
-        return entering.accepted()
-    except BaseException:
-        entering.give_up()
-        raise
-
-
-async def _answer(question: Question[T], until: float | None) -> T:
-    """Does as Question.wait, then Question.answer."""
-    changed = Changed()
-    wake = listener(changed.set)
-    question.future.add_done_callback(lambda future: wake())
-    await changed.wait(question.wait_s(until))
-    return question.answer()
-
-
-async def _chunks(inputs: Iterable[Json] | AsyncIterable[Json], size: int) -> AsyncIterator[list[Json]]:
-    chunk: list[Json] = []
-    async for row in _each(inputs):
-        chunk.append(row)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-async def _each(inputs: Iterable[Json] | AsyncIterable[Json]) -> AsyncIterator[Json]:
-    if isinstance(inputs, AsyncIterable):
-        async for row in inputs:
-            yield row
-    else:
-        for row in inputs:
-            yield row
-
-
-async def _collected(
-    under_way: list[tuple[int, Handle]], ordered: bool, results: Results
-) -> AsyncIterator[tuple[int, RowOutcome]]:
-    """Yields the rows of one call: the oldest, or the first that is complete if the order does not matter."""
-    handles = [handle for _, handle in under_way]
-    place = await _first_ready(handles[:1] if ordered else handles) or 0
-    first, handle = under_way[place]
-    for row, outcome in enumerate(handle.outcomes(), start=first):
-        if results == "values" and isinstance(outcome, MillstreamError):
-            raise outcome
-        yield row, outcome
-    del under_way[place]

@@ -54,7 +54,7 @@ class _Question:
     def missing(self) -> int:
         return len(self.digests) - len(self.found)
 
-    def rows(self) -> dict[int, Cached]:
+    def collect_rows(self) -> dict[int, Cached]:
         made_by = self.cache_key.fingerprint
         hits = zip(self.once, self.found, strict=False)
         found = {text: hit._replace(fingerprint=made_by) for text, hit in hits if hit is not None}
@@ -85,7 +85,7 @@ class CacheReader:
         question.name()
         with self._free:
             question.found += self._look_up(service, question.digests)
-        return question.rows()
+        return question.collect_rows()
 
     def read_soon(
         self,
@@ -143,9 +143,9 @@ class _Gatherer(threading.Thread):
         """Takes the queued questions; returns False if there was none for IDLE_S."""
         with suppress(queue.Empty):
             if not self._open:
-                self._open.append(_named(self._new.get(timeout=IDLE_S)))
+                self._open.append(_name(self._new.get(timeout=IDLE_S)))
             while len(self._open) < CHUNK:
-                self._open.append(_named(self._new.get_nowait()))
+                self._open.append(_name(self._new.get_nowait()))
         with self._lock:
             self._ended = not self._open and self._new.empty()
             return not self._ended
@@ -188,7 +188,7 @@ class _Gatherer(threading.Thread):
         return share
 
 
-def _named(question: _Question) -> _Question:
+def _name(question: _Question) -> _Question:
     try:
         question.name()
     except Exception:
@@ -199,6 +199,6 @@ def _named(question: _Question) -> _Question:
 
 def _deliver(question: _Question) -> None:
     try:
-        question.deliver(question.rows())
+        question.deliver(question.collect_rows())
     except Exception:
         log.exception("cached answers could not be delivered to a call")

@@ -6,119 +6,43 @@ import atexit
 import copy
 import logging
 import os
-import re
 import time
 import weakref
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.thread import ThreadPoolExecutor
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, cast, get_args
-
-import numpy as np
+from typing import cast
 
 from millstream.broker.config.load import ServiceSpec
-from millstream.broker.contract.codec import MAX_ROWS, JsonText, encode_inputs, encode_value
-from millstream.broker.contract.embedding import Truncate
-from millstream.broker.contract.errors import InputTooLong, InvalidRequest, MillstreamError, described
+from millstream.broker.contract.errors import InvalidRequest, MillstreamError, described
 from millstream.broker.contract.job import Json, Priority
-from millstream.broker.contract.operations import BY_OP, Operation
+from millstream.broker.contract.operations import BY_OP
 from millstream.broker.contract.partial import decode_records, text_of
-from millstream.broker.contract.scalars import plain
 from millstream.broker.queue.cache import Cached, CacheKey
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.broker.target import find_target
 from millstream.broker.transport.connection import Connection
 from millstream.client.cache_reader import CacheReader
+from millstream.client.call_options import CallOptions, find_operation
 from millstream.client.channel.channel import Channel
 from millstream.client.channel.coalescing import Coalescer
-from millstream.client.detached import Detached, DetachedRequest
+from millstream.client.detached import Detached
+from millstream.client.detached_request import DetachedRequest
 from millstream.client.growing_text import GrowingText
 from millstream.client.handle import Handle
 from millstream.client.job_terms import JobTerms, Progress
-from millstream.client.result import Embeddings
+from millstream.client.rows import encode_rows, measure_rows, split_rows
 from millstream.client.services import Services, operation_of
-from millstream.client.split import Part, estimate_tokens, split, split_evenly, split_once
 from millstream.client.streaming import TextCall, TextStream
 
 log = logging.getLogger(__name__)
 
+NO_HITS: Mapping[int, Cached] = MappingProxyType({})
+
 PARTIAL_S = 0.5
 """Seconds that a stream with a gap waits at most for the text so far; then it waits for its job's reply."""
-
-MAX_ROW_BYTES = 512 * 1024
-"""Bytes that one row may have at most, with those that the model reads beside it."""
-
-NO_HITS: Mapping[int, Cached] = MappingProxyType({})
-_TEXTS, _LISTS = (str, bytes), (list, Sequence, np.ndarray)
-_TENANT = re.compile(r"[A-Za-z0-9_.-]{0,64}")
-
-PriorityName = Literal["realtime", "normal", "batch"]
-_TRUNCATES: tuple[str, ...] = get_args(Truncate)
-_PRIORITIES: Mapping[str, Priority] = {str(each): each for each in Priority}
-
-
-class CallOptions(NamedTuple):
-    """Options of a call. `timeout` is in seconds, for the whole call; `options` go to the model.
-
-    `op` is the operation that the service must run; if it is empty, the service's own operation runs.
-    """
-
-    priority: PriorityName = "normal"
-    timeout: float | None = None
-    wait: bool = True
-    tenant: str = ""
-    options: Mapping[str, Json] = MappingProxyType({})
-    op: str = ""
-
-    def until(self, began: float) -> float | None:
-        """Returns when the timeout of a call that began at `began` is over; both in monotonic seconds."""
-        return None if self.timeout is None else began + self.timeout
-
-    def checked(self) -> CallOptions:
-        """Returns a valid copy, with Python values instead of NumPy's. Raises InvalidRequest if a value is wrong."""
-        opts = self if _is_plain(self) else self._plain()
-        opts._check()
-        return opts
-
-    def _plain(self) -> CallOptions:
-        given = [plain(value) for value in self]
-        options = {name: cast(Json, plain(value)) for name, value in self.options.items()}
-        return CallOptions(*cast(tuple[Any, ...], given))._replace(options=options)
-
-    def _check(self) -> None:
-        if not isinstance(self.priority, str) or self.priority not in _PRIORITIES:
-            raise InvalidRequest(f"no priority {self.priority!r}", hint=f"one of {', '.join(Priority)}")
-        if self.timeout is not None and not (_is_number(self.timeout) and self.timeout > 0):
-            raise InvalidRequest(f"timeout={self.timeout!r} is not a number of seconds above 0")
-        if not (isinstance(self.tenant, str) and _TENANT.fullmatch(self.tenant)):
-            raise InvalidRequest(f"tenant={self.tenant!r} is not valid", hint="at most 64 of A-Z a-z 0-9 _ . -")
-        if self.options:
-            self._check_options()
-
-    def _check_options(self) -> None:
-        truncate = self.options.get("truncate", "none")
-        if truncate not in _TRUNCATES:
-            raise InvalidRequest(f"truncate={truncate!r} is not valid", hint=f"one of {', '.join(_TRUNCATES)}")
-        try:
-            encode_inputs([], self.options)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise InvalidRequest(f"options must be JSON values: {error}") from error
-
-
-_PLAIN_TYPES = frozenset({str, int, float, bool, type(None)})
-
-
-def _is_plain(opts: CallOptions) -> bool:
-    """Returns whether no value needs to be converted. A fast check, since every call runs it."""
-    if opts.options and not _PLAIN_TYPES.issuperset(map(type, opts.options.values())):
-        return False
-    return type(opts.timeout) in _PLAIN_TYPES and type(opts.wait) in _PLAIN_TYPES and type(opts.tenant) in _PLAIN_TYPES
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Calls:
@@ -134,7 +58,7 @@ class Calls:
         self._cache_reader = CacheReader(self.connection, self.registry)
         self._partials: dict[str, Streams] = {}
         _living.add(self)
-        self.executor = _executor()
+        self.executor = _make_executor()
         # Not at exit: waiting daemon threads then end with the process, without errors.
         weakref.finalize(self, _close, self.channel, self.services).atexit = False
 
@@ -145,7 +69,7 @@ class Calls:
 
         Raises InvalidRequest, UnknownService, BrokerUnavailable.
         """
-        opts = opts.checked()
+        opts = opts.validate()
         # The timeout starts here, because reading the service can wait for the server.
         began = time.monotonic()
         until = opts.until(began)
@@ -155,7 +79,7 @@ class Calls:
 
     def start_stream(self, service: str, payload: object, opts: CallOptions) -> TextStream:
         """Does as Client.stream, with `opts`."""
-        opts = opts.checked()
+        opts = opts.validate()
         began = time.monotonic()
         spec = self.services.read(service, opts.until(began))
         call = self.begin_stream(spec, payload, opts, began)
@@ -194,7 +118,7 @@ class Calls:
 
         Waits for the server: at most LOOK_UP_S for each CHUNK of rows.
         """
-        cache_key, texts = self._cacheable_rows(spec, inputs)
+        cache_key, texts = self._find_cacheable_rows(spec, inputs)
         return self._cache_reader.read(spec.name, cache_key, texts, opts.options) if cache_key and texts else {}
 
     def read_cache_soon(
@@ -205,16 +129,16 @@ class Calls:
         deliver: Callable[[Mapping[int, Cached]], object],
     ) -> None:
         """Does as `read_cache`, but returns at once: `deliver` gets the answers, from another thread."""
-        cache_key, texts = self._cacheable_rows(spec, inputs)
+        cache_key, texts = self._find_cacheable_rows(spec, inputs)
         if cache_key and texts:
             self._cache_reader.read_soon(spec.name, cache_key, texts, opts.options, deliver)
         else:
             deliver({})
 
-    def _cacheable_rows(self, spec: ServiceSpec, inputs: Sequence[Json]) -> tuple[CacheKey | None, dict[int, str]]:
+    def _find_cacheable_rows(self, spec: ServiceSpec, inputs: Sequence[Json]) -> tuple[CacheKey | None, dict[int, str]]:
         """Returns the cache key and the texts, by row, of rows to look up; no key while the weights are unknown."""
         fingerprint = self.services.fingerprint(spec.name)
-        sizes, _ = row_sizes(inputs)
+        sizes, _ = measure_rows(inputs)
         cache_key = CacheKey.of(spec, fingerprint, operation_of(spec).op) if fingerprint else None
         return cache_key, {row: str(inputs[row]) for row in sizes}
 
@@ -235,20 +159,20 @@ class Calls:
         """
         operation = find_operation(spec, opts.op)
         beside = self.check_options(spec, opts.options)
-        inputs = outgoing(operation, inputs)
-        parts, refused = cut(spec, inputs, hits, beside)
+        inputs = encode_rows(operation, inputs)
+        parts, refused = split_rows(spec, inputs, hits, beside)
         limits = spec.runtime.limits(opts.priority)
         terms = JobTerms(
             service=spec.name,
             op=operation.op,
-            priority=_PRIORITIES[opts.priority],
+            priority=Priority(opts.priority),
             # A deep copy: the caller may change a list in the options.
             options=copy.deepcopy(opts.options) if opts.options else opts.options,
             timeout=opts.timeout,
             total_timeout=limits.total_timeout,
             queue_timeout=limits.queue_timeout,
             wait=opts.wait,
-            most_jobs=_most_jobs(spec),
+            most_jobs=_limit_jobs(spec),
             tenant=opts.tenant,
             replicated=spec.replicated,
             rate_per_tenant=bool(opts.tenant) and spec.rate_per_tenant,
@@ -270,9 +194,20 @@ class Calls:
         self, service: str, inputs: Sequence[Json], opts: CallOptions, idempotency_key: str | None
     ) -> Detached:
         """Does as Client.submit_detached, with `opts`."""
-        return Detached.submit(self, service, inputs, opts, idempotency_key)
+        opts = opts.validate()
+        until = opts.until(time.monotonic())
+        spec = self.services.read(service, until)
+        request = self.check_detached(spec, inputs, opts, until, idempotency_key)
+        try:
+            return request.begin(self, request.per_job).wait()
+        except InvalidRequest:
+            # The same payload may have been submitted with this key before the service's batch size was changed.
+            per_job = request.find_other_per_job(self)
+            if per_job is None:
+                raise
+            return request.begin(self, per_job).wait()
 
-    def detached_request(
+    def check_detached(
         self,
         spec: ServiceSpec,
         inputs: Sequence[Json],
@@ -281,7 +216,9 @@ class Calls:
         idempotency_key: str | None,
     ) -> DetachedRequest:
         """Returns a checked detached call that can be submitted. Raises InvalidRequest."""
-        return DetachedRequest.of(self, spec, inputs, opts, deadline, idempotency_key)
+        operation = find_operation(spec, opts.op)
+        beside = self.check_options(spec, opts.options)
+        return DetachedRequest.of(spec, operation, inputs, beside, opts, deadline, idempotency_key)
 
     def streams(self, service: str, within_s: float | None = None) -> Streams:
         """Returns the job streams of `service`, for commands that do not use the channel.
@@ -302,147 +239,12 @@ class Calls:
         self.channel.after_fork()
         self._coalescer.after_fork()
         self.services.after_fork()
-        self.executor = _executor()
+        self.executor = _make_executor()
         self._cache_reader.after_fork()
         self._partials = {}
 
 
-def frozen(inputs: Sequence[Json], opts: CallOptions) -> tuple[Sequence[Json], CallOptions]:
-    """Returns copies of a caller's inputs and options, which it may change while its call waits for the server.
-
-    Inputs that are not a list are returned as they are.
-    """
-    if not _is_list(inputs):
-        return inputs, opts
-    rows = [row if isinstance(row, str) else _copied(row) for row in inputs]
-    return rows, opts._replace(options=copy.deepcopy(dict(opts.options))) if opts.options else opts
-
-
-def _copied(row: Json) -> Json:
-    try:
-        return copy.deepcopy(row)
-    except Exception:  # noqa: BLE001 - a row that cannot be copied is not JSON, and becomes its row's error
-        return row
-
-
-def find_operation(spec: ServiceSpec, op: str) -> Operation:
-    """Returns the operation of a call's jobs. `op` is the one that the call asks for; empty for any.
-
-    Raises InvalidRequest if the service cannot run it.
-    """
-    operation = operation_of(spec)
-    if op and op != operation.op:
-        # A user's own code may answer vectors, so `embed` may call it.
-        may_answer = operation.results == "any" and BY_OP[op].results == "vectors"
-        if not may_answer:
-            raise InvalidRequest(f"service {spec.name!r} is of type {spec.model.type!r}", hint=f"it cannot {op}")
-    return operation
-
-
-def cut(
-    spec: ServiceSpec, inputs: Sequence[object], hits: Container[int] = (), beside: int = 0
-) -> tuple[list[Part], dict[int, MillstreamError]]:
-    """Splits a call into jobs, without the rows of `hits`. Returns the parts, and the errors of rows that are not sent.
-
-    A bad row does not affect other rows. If the service has a cache, equal texts are sent once. `beside` is as in
-    row_sizes.
-    """
-    sizes, refused = row_sizes(inputs, beside)
-    operation = spec.model.operation
-    rows, most_tokens = min(spec.runtime.batch_size, MAX_ROWS), spec.runtime.batch_tokens
-    if operation.streams:
-        rows = 1
-    if operation.even_cost:
-        return split_evenly(sizes, rows, spec.runtime.row_tokens), refused
-    if not spec.runtime.enable_cache:
-        return split(sizes, rows, most_tokens), refused
-    misses = {row: size for row, size in sizes.items() if row not in hits}
-    return split_once(misses, inputs, rows, most_tokens), refused
-
-
-def tokens_of(spec: ServiceSpec, sizes: Sequence[int]) -> int:
-    """Estimates how many tokens rows of these sizes, UTF-8 bytes, have for the model of `spec`."""
-    if spec.model.operation.even_cost:
-        return spec.runtime.row_tokens * len(sizes)
-    return sum(map(estimate_tokens, sizes))
-
-
-def outgoing(operation: Operation, inputs: Sequence[Json]) -> Sequence[Json]:
-    """Returns the rows to send. Payloads are encoded as JSON now, so the caller may change them later.
-
-    A payload that is not JSON becomes its row's error. Raises InvalidRequest if `inputs` are payloads, but not a list.
-    """
-    if operation.row == "text":
-        return inputs
-    if not _is_list(inputs):
-        raise InvalidRequest(
-            f"a list of payloads is needed, not {type(inputs).__name__}", hint="`call` takes a single one"
-        )
-    return cast(Sequence[Json], [_as_json(payload) for payload in inputs])
-
-
-def _is_list(inputs: object) -> bool:
-    """Returns whether `inputs` has rows. An array without a dimension has none."""
-    return isinstance(inputs, _LISTS) and not isinstance(inputs, _TEXTS) and getattr(inputs, "ndim", 1) > 0
-
-
-def _as_json(payload: object) -> JsonText | InvalidRequest:
-    try:
-        return encode_value(payload)
-    except (TypeError, ValueError) as error:
-        return InvalidRequest(f"not a JSON value: {error}"[:500], hint="convert it first")
-
-
-def row_sizes(inputs: Sequence[object], beside: int = 0) -> tuple[dict[int, int], dict[int, MillstreamError]]:
-    """Returns the size in UTF-8 bytes of each good row, and the error of each bad row.
-
-    `beside` is the number of bytes that the model reads with each row, such as a reranker's query. Raises
-    InvalidRequest if `inputs` is not a list.
-    """
-    if not _is_list(inputs):
-        raise InvalidRequest(f"a list of strings is needed, not {type(inputs).__name__}")
-    sizes: dict[int, int] = {}
-    refused: dict[int, MillstreamError] = {}
-    for row, text in enumerate(inputs):
-        size = _size(text, beside)
-        if isinstance(size, int):
-            sizes[row] = size
-        else:
-            refused[row] = size
-    return sizes, refused
-
-
-def vectors_of(result: Embeddings | list[Json], single: bool) -> Embeddings:
-    """Returns a call's result as `embed` does: [rows, dim], [0, 0] for no rows, [dim] for a single text.
-
-    Raises InvalidRequest if the model answers other values than dense vectors.
-    """
-    if not isinstance(result, Embeddings):
-        if result:
-            raise InvalidRequest(
-                "this service answers values, not dense vectors",
-                hint="client.submit(SERVICE, texts).result() is a list of them",
-            )
-        return Embeddings.of(np.zeros((0, 0), dtype=np.float32), 0, (), {})
-    return Embeddings.of(result[0], result.usage["tokens"], result.truncated, result.timings) if single else result
-
-
-def _size(text: object, beside: int) -> int | MillstreamError:
-    """Returns the size in UTF-8 bytes of a text or an encoded row, plus `beside`; an error if it cannot be sent."""
-    if not isinstance(text, str):
-        if isinstance(text, MillstreamError):
-            return text
-        return InvalidRequest(f"not a string but {type(text).__name__}", hint="convert it first")
-    try:
-        size = len(text.encode()) + beside
-    except UnicodeEncodeError as error:
-        return InvalidRequest(f"not valid Unicode: {error.reason} at character {error.start}")
-    if size > MAX_ROW_BYTES:
-        return InputTooLong(f"{size} bytes, at most {MAX_ROW_BYTES} travel in one row", hint="shorten it")
-    return size
-
-
-def _most_jobs(spec: ServiceSpec) -> int:
+def _limit_jobs(spec: ServiceSpec) -> int:
     """Returns how many jobs one call keeps in flight at most: never more than a quarter of the queue."""
     return max(1, min(spec.runtime.max_queue_size // 4, MAX_JOBS_PER_CALL))
 
@@ -462,12 +264,12 @@ def _close(channel: Channel, services: Services) -> None:
     channel.close()
 
 
-def _executor() -> ThreadPoolExecutor:
+def _make_executor() -> ThreadPoolExecutor:
     # Not asyncio's default executor: other libraries use its few threads, too.
     return ThreadPoolExecutor(EXECUTOR_THREADS, thread_name_prefix="millstream-async")
 
 
-def _forked() -> None:
+def _renew_after_fork() -> None:
     for calls in list(_living):
         calls.after_fork()
 
@@ -482,4 +284,4 @@ def _flush() -> None:
 atexit.register(_flush)
 
 
-os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(after_in_child=_renew_after_fork)

@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar
 
+from millstream.broker.config.spec import PriorityName
 from millstream.broker.contract.embedding import EmbedOptions, Encoding, InputType, Truncate
 from millstream.broker.contract.job import Json
-from millstream.broker.contract.operations import EMBED, RERANK
 from millstream.broker.contract.rerank import RerankOptions, Scores
-from millstream.broker.contract.scalars import plain
-from millstream.client.calls import CallOptions, Calls, PriorityName, vectors_of
+from millstream.client.call_options import CallOptions
+from millstream.client.call_request import CallRequest, prepare_call, prepare_embed, prepare_rerank
+from millstream.client.calls import Calls
 from millstream.client.detached import Detached
 from millstream.client.handle import Handle
 from millstream.client.job_terms import Progress
 from millstream.client.local import START_S, Local
-from millstream.client.mapping import Results, map_rows
-from millstream.client.rerank import Ranking, check_top_n, copied
+from millstream.client.map_window import MapWindow, Results
+from millstream.client.mapping import map_rows
+from millstream.client.rerank import Ranking
 from millstream.client.result import Embeddings
 from millstream.client.streaming import TextStream
+
+T = TypeVar("T")
 
 
 class Client:
@@ -97,12 +101,9 @@ class Client:
         Raises DeadlineExceeded, NoWorkers, QueueFull (with retry_after, seconds), InvalidRequest, InputTooLong,
         UnknownService, BrokerUnavailable; PartialFailure (errors by index) if only some texts failed.
         """
-        texts = cast(Sequence[str], plain(texts))
-        single = isinstance(texts, str)
-        options = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding).json()
-        rows = cast(Sequence[Json], [texts] if single else texts)
-        handle = self._calls.start(service, rows, CallOptions(priority, timeout, wait, tenant, options, EMBED.op))
-        return vectors_of(handle.finish(), single)
+        opts = CallOptions(priority, timeout, wait, tenant)
+        model = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding)
+        return self._run(prepare_embed(service, texts, opts, model))
 
     def rerank(
         self,
@@ -130,13 +131,9 @@ class Client:
 
         Raises as `embed` does; the results of PartialFailure are the scores of the other documents, by index.
         """
-        check_top_n(top_n)
-        options = RerankOptions(query, scores, instruction, truncate).json()
-        texts = copied(documents)
-        handle = self._calls.start(
-            service, cast(Sequence[Json], texts), CallOptions(priority, timeout, wait, tenant, options, RERANK.op)
-        )
-        return Ranking.of(handle.finish(), top_n, texts if return_documents else None)
+        opts = CallOptions(priority, timeout, wait, tenant)
+        model = RerankOptions(query, scores, instruction, truncate)
+        return self._run(prepare_rerank(service, documents, opts, model, top_n, return_documents))
 
     def submit(
         self,
@@ -174,8 +171,7 @@ class Client:
         Raises InvalidRequest if `payload` is not JSON, ModelFailed if the
         function failed on it, and otherwise as `embed` does.
         """
-        rows = cast(Sequence[Json], [payload])
-        return self._calls.start(service, rows, CallOptions(priority, timeout, wait, tenant)).finish()[0]
+        return self._run(prepare_call(service, payload, CallOptions(priority, timeout, wait, tenant)))
 
     def stream(
         self,
@@ -217,9 +213,10 @@ class Client:
         there. A row that fails raises its error; with `results="outcomes"` the error is yielded instead. If the
         iteration ends early, by an error or by the generator's `close`, the rest is cancelled.
         """
-        opts = CallOptions(priority, None, True, tenant, options)
-        progress = Progress()
-        return map_rows(lambda rows: self._calls.start(service, rows, opts, progress), inputs, window, ordered, results)
+        opts, progress = CallOptions(priority, None, True, tenant, options), Progress()
+        return map_rows(
+            lambda rows: self._calls.start(service, rows, opts, progress), inputs, MapWindow(window, ordered, results)
+        )
 
     def submit_detached(
         self,
@@ -265,3 +262,6 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _run(self, request: CallRequest[T]) -> T:
+        return request.convert(self._calls.start(request.service, request.inputs, request.opts).finish())

@@ -60,7 +60,7 @@ class Local:
         # Files, not pipes: a pipe that is not read would block the child.
         self._out, self._err = files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - _end closes
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "millstream.cli.main", "up", *_flags(data_dir, replace), "--", config],
+            [sys.executable, "-P", "-m", "millstream.cli.main", "up", *_make_flags(data_dir, replace), "--", config],
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=self._out,
@@ -103,9 +103,11 @@ class Local:
         try:
             while not self._is_ready():
                 if self._process.poll() is not None:
-                    raise self._failure(self._process.returncode)
+                    raise self._make_error(self._process.returncode)
                 if until is not None and time.monotonic() > until:
-                    raise NoWorkers(f"the workers of {self._config} are not ready in time", hint=self._last_messages())
+                    raise NoWorkers(
+                        f"the workers of {self._config} are not ready in time", hint=self._read_last_messages()
+                    )
                 time.sleep(_POLL_S)
             self.url = self._find_url()
         except BaseException:
@@ -114,7 +116,7 @@ class Local:
         return self
 
     def _is_ready(self) -> bool:
-        return any(line.startswith("ready: ") for line in _lines(self._out))
+        return any(line.startswith("ready: ") for line in _read_lines(self._out))
 
     def _find_url(self) -> str:
         if self._data_dir is None:
@@ -124,13 +126,13 @@ class Local:
             raise BrokerUnavailable(f"the server of {self._data_dir} is gone", hint=START_ONE)
         return url
 
-    def _failure(self, status: int) -> MillstreamError:
-        message = self._last_messages() or f"`millstream up` ended with status {status}"
+    def _make_error(self, status: int) -> MillstreamError:
+        message = self._read_last_messages() or f"`millstream up` ended with status {status}"
         return _ERRORS.get(status, MillstreamError)(message)
 
-    def _last_messages(self) -> str:
+    def _read_last_messages(self) -> str:
         """Returns the child's last messages on one line; the last lines of any output if it wrote no message."""
-        lines = _lines(self._err)
+        lines = _read_lines(self._err)
         messages = [line.removeprefix(_PREFIX) for line in lines if line.startswith(_PREFIX)]
         return "; ".join((messages or lines)[-3:])
 
@@ -138,21 +140,21 @@ class Local:
 _living: weakref.WeakSet[Local] = weakref.WeakSet()
 
 
-def _forked() -> None:
+def _close_inherited_pipes() -> None:
     for local in list(_living):
         local.close_pipe()
 
 
-os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(after_in_child=_close_inherited_pipes)
 
 
-def _flags(data_dir: Path | None, replace: bool) -> list[str]:
+def _make_flags(data_dir: Path | None, replace: bool) -> list[str]:
     flags = ["--until-eof"]
     flags += ["--replace"] if replace else []
     return flags if data_dir is None else [*flags, "--data-dir", os.fspath(data_dir)]
 
 
-def _lines(file: IO[bytes]) -> list[str]:
+def _read_lines(file: IO[bytes]) -> list[str]:
     # The child writes through the same open file, so reading must not move its position.
     size = os.fstat(file.fileno()).st_size
     text = os.pread(file.fileno(), _LOG_BYTES, max(0, size - _LOG_BYTES))

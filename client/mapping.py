@@ -1,129 +1,110 @@
-"""Mapping: iterables of any length, sent through a bounded window of calls."""
+"""Mapping: iterables of any length, sent through a bounded window of calls. A blocking driver, and one for asyncio."""
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from itertools import islice
-from typing import Any, Literal, get_args
+from typing import Any
 
-from millstream.broker.contract.errors import InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Json
-from millstream.broker.contract.scalars import plain
+from millstream.client import awaiting
 from millstream.client.handle import Handle
-from millstream.client.row_results import RowOutcome
-
-Results = Literal["values", "outcomes"]
-Start = Callable[[Sequence[Json]], Handle]
+from millstream.client.map_window import MapWindow
 
 LOOK_S = 0.5
 """Seconds between two checks whether a call's deadline is over."""
 
-CHUNKS = 4
-"""Calls in a window: the results of one are being read while the others are in flight."""
-
 
 def map_rows(
-    start: Start, inputs: Iterable[Json], window: int, ordered: bool, results: Results
+    start: Callable[[Sequence[Json]], Handle], inputs: Iterable[Json], window: MapWindow[Handle]
 ) -> Generator[Any, None, None]:
     """Does as Client.map. `start` sends a list of rows as a call."""
-    window = check_map(window, results)
-    count, chunk = chunking(window)
-    pairs = (_in_order if ordered else _as_completed)(start, chunks(inputs, chunk), count)
-    return _yielded(pairs, ordered, results)
-
-
-def check_map(window: int, results: Results) -> int:
-    """Returns `window` as a Python int. Raises InvalidRequest if `window` or `results` is wrong."""
-    rows = plain(window)
-    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-        raise InvalidRequest(f"window={window!r} is not a number of rows above 0")
-    if results not in get_args(Results):
-        raise InvalidRequest(f"results={results!r} is not valid", hint=f"one of {', '.join(get_args(Results))}")
-    return rows
-
-
-def chunking(window: int) -> tuple[int, int]:
-    """Returns the number of calls in a window, and the rows of each."""
-    count = min(CHUNKS, window)
-    return count, window // count
-
-
-def _yielded(
-    pairs: Generator[tuple[int, RowOutcome], None, None], ordered: bool, results: Results
-) -> Generator[Any, None, None]:
-    # Closed here, because the traceback of a raised error would keep the generator and its calls alive.
-    with closing(pairs):
-        for row, outcome in pairs:
-            if results == "values" and isinstance(outcome, MillstreamError):
-                raise outcome
-            yield outcome if ordered else (row, outcome)
-
-
-def chunks(inputs: Iterable[Json], size: int) -> Iterator[tuple[int, list[Json]]]:
-    """Yields (index of the first row, rows) of each chunk."""
-    source, first = iter(inputs), 0
-    while rows := list(islice(source, size)):
-        yield first, rows
-        first += len(rows)
-
-
-def _in_order(
-    start: Start, source: Iterator[tuple[int, list[Json]]], count: int
-) -> Generator[tuple[int, RowOutcome], None, None]:
-    under_way: deque[tuple[int, Handle]] = deque()
-    try:
-        for first, rows in source:
-            under_way.append((first, start(rows)))
-            if len(under_way) == count:
-                yield from _collect(*under_way[0])
-                under_way.popleft()
-        while under_way:
-            yield from _collect(*under_way[0])
-            under_way.popleft()
-    finally:
-        for _, handle in under_way:
-            handle.cancel_soon()
-
-
-def _as_completed(
-    start: Start, source: Iterator[tuple[int, list[Json]]], count: int
-) -> Generator[tuple[int, RowOutcome], None, None]:
-    under_way: dict[int, Handle] = {}
+    chunks = _read_chunks(inputs, window.rows_per_call)
     try:
         while True:
-            for first, rows in islice(source, count - len(under_way)):
-                under_way[first] = start(rows)
-            if not under_way:
+            while window.has_room and (rows := next(chunks, None)):
+                window.add(start(rows), len(rows))
+            if not window.awaited:
                 return
-            first = _first_ready(under_way)
-            yield from _collect(first, under_way[first])
-            del under_way[first]
+            yield from window.give_out(_wait_for_one(window.awaited))
     finally:
-        for handle in under_way.values():
+        for handle in window.drop():
             handle.cancel_soon()
 
 
-def _first_ready(under_way: dict[int, Handle]) -> int:
-    """Waits for a complete call and returns the index of its first row."""
+async def map_rows_async(
+    start: Callable[[Sequence[Json]], Awaitable[Handle]],
+    inputs: Iterable[Json] | AsyncIterable[Json],
+    window: MapWindow[Handle],
+) -> AsyncGenerator[Any, None]:
+    """Does as AsyncClient.map. `start` sends a list of rows as a call."""
+    chunks = _read_chunks_async(inputs, window.rows_per_call)
+    try:
+        while True:
+            while window.has_room and (rows := await anext(chunks, None)):
+                window.add(await start(rows), len(rows))
+            if not window.awaited:
+                return
+            for result in window.give_out(await awaiting.wait_for_one(window.awaited) or 0):
+                yield result
+    finally:
+        for handle in window.drop():
+            handle.cancel_soon()
+
+
+def _wait_for_one(handles: Sequence[Handle]) -> int:
+    """Waits for a complete call and returns its index in `handles`."""
+    if len(handles) == 1:
+        handles[0].wait()
+        return 0
     changed = threading.Event()
-    handles = list(under_way.values())
     try:
         for handle in handles:
             handle.listen(changed.set)
         while True:
             changed.clear()
             # Listeners are not called at a call's deadline: `wait(0)` checks it.
-            for first, handle in under_way.items():
+            for place, handle in enumerate(handles):
                 if handle.wait(0):
-                    return first
+                    return place
             changed.wait(LOOK_S)
     finally:
         for handle in handles:
             handle.unlisten(changed.set)
 
 
-def _collect(first: int, handle: Handle) -> Iterator[tuple[int, RowOutcome]]:
-    yield from enumerate(handle.outcomes(), start=first)
+def _read_chunks(inputs: Iterable[Json], size: int) -> Iterator[list[Json]]:
+    source = iter(inputs)
+    while rows := list(islice(source, size)):
+        yield rows
+
+
+async def _read_chunks_async(inputs: Iterable[Json] | AsyncIterable[Json], size: int) -> AsyncIterator[list[Json]]:
+    chunk: list[Json] = []
+    async for row in _read_rows(inputs):
+        chunk.append(row)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+async def _read_rows(inputs: Iterable[Json] | AsyncIterable[Json]) -> AsyncIterator[Json]:
+    if isinstance(inputs, AsyncIterable):
+        async for row in inputs:
+            yield row
+    else:
+        for row in inputs:
+            yield row

@@ -55,7 +55,7 @@ def check_top_n(top_n: int | None) -> None:
         raise InvalidRequest(f"top_n={count!r} is not a number of documents above 0", hint="None ranks all")
 
 
-def copied(documents: Sequence[str]) -> Sequence[str]:
+def copy_documents(documents: Sequence[str]) -> Sequence[str]:
     """Returns a copy of `documents`, which the caller may change while the call is in flight.
 
     Other types than list and tuple are returned as they are, for the call to refuse.

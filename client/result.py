@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from millstream.broker.contract.errors import Malformed, ModelFailed
+from millstream.broker.contract.errors import InvalidRequest, Malformed, ModelFailed
 from millstream.broker.contract.generation import Generation
 from millstream.broker.contract.job import Encoded, Json
 
@@ -72,3 +72,18 @@ def text_result(result: Embeddings | list[Json]) -> Generation:
         raise ModelFailed(
             f"its reply is not a text: {error}", hint="client and worker of different versions?"
         ) from error
+
+
+def to_vectors(result: Embeddings | list[Json], single: bool) -> Embeddings:
+    """Returns a call's result as `embed` does: [rows, dim], [0, 0] for no rows, [dim] for a single text.
+
+    Raises InvalidRequest if the model answers other values than dense vectors.
+    """
+    if not isinstance(result, Embeddings):
+        if result:
+            raise InvalidRequest(
+                "this service answers values, not dense vectors",
+                hint="client.submit(SERVICE, texts).result() is a list of them",
+            )
+        return Embeddings.of(np.zeros((0, 0), dtype=np.float32), 0, (), {})
+    return Embeddings.of(result[0], result.usage["tokens"], result.truncated, result.timings) if single else result

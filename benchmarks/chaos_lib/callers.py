@@ -16,6 +16,7 @@ from pathlib import Path
 from random import Random
 
 from chaos_lib.ledger import CANCELLED, OK, Book, rows_of
+from millstream.broker.config.spec import PriorityName
 from millstream.broker.contract.errors import (
     BrokerUnavailable,
     Cancelled,
@@ -24,7 +25,6 @@ from millstream.broker.contract.errors import (
     PartialFailure,
 )
 from millstream.client import AsyncClient, Client, Detached
-from millstream.client.calls import PriorityName
 
 THREADS, COROUTINES = 4, 6
 CALLERS = THREADS + COROUTINES

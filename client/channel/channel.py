@@ -97,7 +97,7 @@ class Channel:
             reader.close()
         self._connection.close()
 
-    def _awaited(self) -> int:
+    def _count_awaited(self) -> int:
         """Returns the number of jobs whose answers have not been read."""
         return sum([reader.awaited for reader in list(self._readers.values())])
 
@@ -105,7 +105,7 @@ class Channel:
         with self._lock:
             self._check_open()
             if self._sender is None:
-                sender = Sender(self._connection, self._registry, self.client_id, self.forget, self._awaited)
+                sender = Sender(self._connection, self._registry, self.client_id, self.forget, self._count_awaited)
                 start(sender)
                 self._sender = sender
             return self._sender

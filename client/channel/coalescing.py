@@ -245,10 +245,6 @@ class Coalescer:
         shared_job = self._by_follower.get(job_id)
         return self._channel.refusal_of(shared_job.job_id if shared_job else job_id)
 
-    def forget(self, service: str, job_ids: Sequence[str]) -> None:
-        """Does as Channel.forget."""
-        self._channel.forget(service, job_ids)
-
     # -- shared jobs without a leader --------------------------------------------------------------------------
 
     def _watch(self, shared_job: _SharedJob) -> None:

@@ -23,7 +23,7 @@ from millstream.broker.contract.job import Json
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.client import AsyncClient, Client
-from millstream.client.aio import AsyncHandle
+from millstream.client.async_handle import AsyncHandle
 
 CONNECTIONS = 3
 """Of one client to one service: for sending, for reading replies, for reading the registry."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +13,11 @@ import pytest
 
 from millstream.broker.config.load import given_service
 from millstream.broker.contract.codec import encode_value
+from millstream.broker.contract.embedding import EmbedOptions
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.scalars import plain
+from millstream.client import AsyncClient, Client
+from millstream.client.call_options import CallOptions
 from millstream.client.testing import AsyncFakeClient, FakeClient
 
 torch = pytest.importorskip("torch")
@@ -112,3 +116,35 @@ def test_what_is_no_such_number_is_an_invalid_request(use: Use) -> None:
 
     with pytest.raises(InvalidRequest):
         use(fake)
+
+
+METHODS = ("embed", "rerank", "submit", "call", "map", "submit_detached", "job", "local", "__init__")
+
+
+def parameters(client: type, method: str) -> dict[str, tuple[object, object, object]]:
+    """Its parameters: kind, default and annotation by name."""
+    found = inspect.signature(getattr(client, method)).parameters.values()
+    return {each.name: (each.kind, each.default, each.annotation) for each in found}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_async_client_has_the_parameters_and_defaults_of_the_blocking_one(method: str) -> None:
+    blocking, awaited = parameters(Client, method), parameters(AsyncClient, method)
+
+    if method == "map":
+        kind, default, annotation = blocking["inputs"]
+        blocking["inputs"] = kind, default, f"{annotation} | AsyncIterable[Json]"
+    assert list(blocking.items()) == list(awaited.items())
+
+
+@pytest.mark.parametrize("method", ["embed", "rerank", "submit", "call", "map", "submit_detached"])
+def test_options_of_a_method_have_the_defaults_of_call_and_embed_options(method: str) -> None:
+    defaults: dict[str, object] = {**EmbedOptions._field_defaults, **CallOptions._field_defaults}
+    if method in ("map", "submit_detached"):
+        defaults["priority"] = "batch"
+    del defaults["options"]
+
+    given = {name: default for name, (_, default, _) in parameters(Client, method).items() if name in defaults}
+
+    assert given == {name: defaults[name] for name in given}
+    assert {"priority", "tenant"} <= given.keys()

@@ -77,8 +77,6 @@ class Sent:
         self.cancelled += cancellation.job_ids
         cancellation.report(["running"] * len(cancellation.job_ids))
 
-    def forget(self, service: str, job_ids: Sequence[str]) -> None: ...
-
 
 class Bench:
     def __init__(self) -> None:

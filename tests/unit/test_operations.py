@@ -126,9 +126,9 @@ def test_half_a_character_in_a_query_ends_no_worker() -> None:
 
 
 def test_a_streaming_service_has_one_row_a_job_and_no_cache() -> None:
-    from millstream.client.calls import cut
+    from millstream.client.rows import split_rows
 
-    parts, _ = cut(service("echo-stream"), ["a", "b", "c"])
+    parts, _ = split_rows(service("echo-stream"), ["a", "b", "c"])
 
     assert sorted(part.rows for part in parts) == [(0,), (1,), (2,)]
     with pytest.raises(ValueError, match="echo-stream has no cache"):
@@ -160,7 +160,7 @@ EXCEPTIONS = {
     ("broker/queue/streams.py", "stream"): "the type of key that a reply goes to",
     ("cli/embed.py", "embedding"): "the key of a vector in the command's JSON",
     ("cli/main.py", "embed"): "the name of a command",
-    ("client/detached.py", "call"): "the group of a pattern that has the id of a detached call",
+    ("client/detached_id.py", "call"): "the group of a pattern that has the id of a detached call",
     ("worker/models/loading/weights.py", "embedding"): "the attribute of a module that has its table of vectors",
 }
 """Names that stand for something else, by file."""

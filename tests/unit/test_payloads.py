@@ -13,7 +13,7 @@ from millstream.broker.contract.codec import MAX_DEPTH, MAX_ROWS, JsonText, deco
 from millstream.broker.contract.errors import InputTooLong, InvalidRequest
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.operations import CALL, EMBED, ModelType
-from millstream.client.calls import MAX_ROW_BYTES, cut, outgoing
+from millstream.client.rows import MAX_ROW_BYTES, encode_rows, split_rows
 from millstream.client.split import MAX_PART_BYTES
 
 
@@ -23,7 +23,7 @@ def spec(kind: ModelType = "custom", **runtime: object) -> ServiceSpec:
 
 
 def rows(*payloads: object) -> list[Json]:
-    return list(outgoing(CALL, cast(list[Json], payloads)))
+    return list(encode_rows(CALL, cast(list[Json], payloads)))
 
 
 def nested(depth: int) -> object:
@@ -69,14 +69,14 @@ UNSENDABLE = {
 
 @pytest.mark.parametrize("bad", UNSENDABLE.values(), ids=UNSENDABLE)
 def test_what_json_cannot_carry_is_its_rows_error(bad: object) -> None:
-    parts, refused = cut(spec(), rows("a", bad, "b"))
+    parts, refused = split_rows(spec(), rows("a", bad, "b"))
 
     assert [part.rows for part in parts] == [(0, 2)]
     assert {row: type(error) for row, error in refused.items()} == {1: InvalidRequest}
 
 
 def test_a_payload_of_too_many_bytes_is_its_rows_error() -> None:
-    parts, refused = cut(spec(), rows({"a": "x" * MAX_ROW_BYTES}, {"a": "x" * (MAX_ROW_BYTES - 100)}))
+    parts, refused = split_rows(spec(), rows({"a": "x" * MAX_ROW_BYTES}, {"a": "x" * (MAX_ROW_BYTES - 100)}))
 
     assert [part.rows for part in parts] == [(1,)]
     assert isinstance(refused[0], InputTooLong)
@@ -85,7 +85,7 @@ def test_a_payload_of_too_many_bytes_is_its_rows_error() -> None:
 @pytest.mark.parametrize("inputs", ["text", b"bytes", {"a": 1}, 5, None])
 def test_payloads_are_a_list(inputs: object) -> None:
     with pytest.raises(InvalidRequest, match="a list of payloads is needed"):
-        outgoing(CALL, cast(list[Json], inputs))
+        encode_rows(CALL, cast(list[Json], inputs))
 
 
 def test_options_are_not_for_custom_services() -> None:
@@ -96,23 +96,23 @@ def test_options_are_not_for_custom_services() -> None:
 def test_texts_for_other_services_are_taken_as_they_are_and_what_is_none_is_refused() -> None:
     texts: list[Json] = ["a", {"b": 1}, "c"]
 
-    assert outgoing(EMBED, texts) is texts
-    parts, refused = cut(spec("embedding"), texts)
+    assert encode_rows(EMBED, texts) is texts
+    parts, refused = split_rows(spec("embedding"), texts)
     assert ([part.rows for part in parts], list(refused)) == ([(0, 2)], [1])
 
 
 def test_a_payload_counts_the_same_whatever_its_size_and_jobs_hold_a_batch() -> None:
     payloads = [{"n": n, "text": "x" * (97 * n % 4_000)} for n in range(200)]
 
-    parts, _ = cut(spec(batch_size=64), rows(*payloads))
+    parts, _ = split_rows(spec(batch_size=64), rows(*payloads))
 
     assert sorted(row for part in parts for row in part.rows) == list(range(200))
     assert [(len(part.rows), part.tokens) for part in parts] == [(64, 2_048)] * 3 + [(8, 256)]
-    assert cut(spec(), []) == ([], {})
-    assert len(cut(spec(batch_size=2 * MAX_ROWS), rows(*range(MAX_ROWS + 1)))[0]) == 2
+    assert split_rows(spec(), []) == ([], {})
+    assert len(split_rows(spec(batch_size=2 * MAX_ROWS), rows(*range(MAX_ROWS + 1)))[0]) == 2
 
 
 def test_jobs_of_large_payloads_stay_small() -> None:
-    parts, _ = cut(spec(batch_size=64), rows(*["x" * 100_000] * 20))
+    parts, _ = split_rows(spec(batch_size=64), rows(*["x" * 100_000] * 20))
 
     assert max(len(part.rows) for part in parts) == MAX_PART_BYTES // 100_002

@@ -11,7 +11,7 @@ import pytest
 from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.contract.errors import InputTooLong, InvalidRequest, MillstreamError, PartialFailure
 from millstream.client import Ranked, Ranking, Values
-from millstream.client.calls import MAX_ROW_BYTES, cut, row_sizes
+from millstream.client.rows import MAX_ROW_BYTES, measure_rows, split_rows
 from millstream.client.testing import AsyncFakeClient, FakeClient, fake_score
 
 DOCUMENTS = ["the sea", "an old mill", "old stones", "a mill"]
@@ -125,8 +125,8 @@ def test_an_option_that_is_nearly_right_is_named(fake: FakeClient) -> None:
 def test_a_query_counts_in_each_row_that_it_is_read_with() -> None:
     documents = ["x" * 40] * 64
 
-    alone, _ = cut(spec(batch_size=64), documents)
-    asked, _ = cut(spec(batch_size=64), documents, beside=400)
+    alone, _ = split_rows(spec(batch_size=64), documents)
+    asked, _ = split_rows(spec(batch_size=64), documents, beside=400)
 
     assert [len(part.rows) for part in alone] == [64]
     assert {len(part.rows) for part in asked} == {2_048 // (2 + 440 // 4), 64 % (2_048 // (2 + 440 // 4))}
@@ -134,7 +134,7 @@ def test_a_query_counts_in_each_row_that_it_is_read_with() -> None:
 
 
 def test_a_document_that_is_too_large_with_its_query_does_not_travel(fake: FakeClient) -> None:
-    sizes, refused = row_sizes(["a", "b" * 100], beside=MAX_ROW_BYTES - 50)
+    sizes, refused = measure_rows(["a", "b" * 100], beside=MAX_ROW_BYTES - 50)
 
     assert list(sizes) == [0]
     assert isinstance(refused[1], InputTooLong)
@@ -143,7 +143,7 @@ def test_a_document_that_is_too_large_with_its_query_does_not_travel(fake: FakeC
 
 
 def test_the_same_document_travels_once_for_a_query_where_answers_are_kept() -> None:
-    parts, _ = cut(spec(enable_cache=True), ["a", "b", "a"], beside=10)
+    parts, _ = split_rows(spec(enable_cache=True), ["a", "b", "a"], beside=10)
 
     assert [(part.rows, dict(part.twins)) for part in parts] == [((0, 1), {0: [2]})]
 

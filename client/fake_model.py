@@ -1,0 +1,120 @@
+"""Fake model: answers a text with a vector made from its hash, or as a test says. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from millstream.broker.contract.codec import decode_inputs, decode_reply, encode_reply, encode_value
+from millstream.broker.contract.embedding import EmbedOptions
+from millstream.broker.contract.errors import Malformed, MillstreamError, ModelFailed, described
+from millstream.broker.contract.generation import Generation
+from millstream.broker.contract.job import Draft, Json, Reply, Vectors
+from millstream.broker.contract.operations import BY_OP, STREAMING_OPS
+from millstream.broker.contract.partial import Delta, encode_delta
+from millstream.broker.contract.vectors import shaped
+from millstream.client.row_results import RowOutcome
+
+_WORDS = re.compile(r"\S+\s*|\s+")
+
+Answers = Callable[[str], RowOutcome]
+"""Function from a text to its outcome: a vector [dim], a JSON value such as a score, or an error (may be raised)."""
+
+Handler = Callable[[list[Any]], Sequence[Any]]
+"""Function of a custom service, as a worker runs it; here it gets one payload at a time."""
+
+
+def fake_vector(text: str, dim: int) -> Vectors:
+    """Returns a unit vector, float32 [dim], that depends only on the text: equal on every machine."""
+    digest = hashlib.shake_256(text.encode()).digest(4 * dim)
+    vector = np.frombuffer(digest, dtype="<u4").astype(np.float64) / 2**31 - 1.0
+    return cast(Vectors, (vector / np.linalg.norm(vector)).astype(np.float32))
+
+
+def fake_score(query: str, document: str) -> float:
+    """Returns the share of the query's words, between 0 and 1, that are in the document."""
+    words = set(query.lower().split())
+    return len(words & set(document.lower().split())) / max(1, len(words))
+
+
+def read_embed_options(options: Mapping[str, Json]) -> EmbedOptions:
+    """Returns the options that an embedding service has. Others are ignored, since the service has no declared type."""
+    return EmbedOptions.read({name: value for name, value in options.items() if name in EmbedOptions._fields})
+
+
+class FakeModel:
+    """Model that replies to jobs as a worker would. Arguments are those of FakeClient."""
+
+    def __init__(
+        self,
+        dim: int,
+        answers: Answers | None,
+        errors: Mapping[str, MillstreamError],
+        handlers: Mapping[str, Handler],
+    ) -> None:
+        self._dim = dim
+        self._answers = answers
+        self._errors = errors
+        self.handlers = handlers
+
+    def reply(self, service: str, draft: Draft) -> bytes:
+        """Returns the encoded reply to one job, as a worker would send it."""
+        inputs, options = decode_inputs(draft.body, draft.rows)
+        query = str(options["query"]) if BY_OP[draft.op].results == "scores" else None
+        if handler := self.handlers.get(service):
+            outcomes = [_handle(handler, payload) for payload in inputs]
+        else:
+            outcomes = [self._outcome(str(text), draft.op, query) for text in inputs]
+        if draft.op in STREAMING_OPS:
+            outcomes = [Generation(each, "stop").json() if isinstance(each, str) else each for each in outcomes]
+        errors = {row: each for row, each in enumerate(outcomes) if isinstance(each, MillstreamError)}
+        good = [each for each in outcomes if not isinstance(each, MillstreamError)]
+        tokens = sum(len(str(text).split()) + 2 for row, text in enumerate(inputs) if row not in errors)
+        if good and all(isinstance(each, np.ndarray) for each in good):
+            embed_options = read_embed_options(options)
+            whole = np.stack(cast(list[Vectors], good))
+            vectors = shaped(whole, embed_options.dimensions, embed_options.unit(True), embed_options.encoding)
+            return encode_reply(Reply(vectors=vectors, errors=errors, tokens=tokens))
+        return encode_reply(Reply(values=cast(list[Json], good), errors=errors, tokens=tokens))
+
+    def _outcome(self, text: str, op: str, query: str | None) -> RowOutcome:
+        try:
+            if text in self._errors:
+                return self._errors[text]
+            if self._answers:
+                return self._answers(text)
+        except MillstreamError as error:
+            return error
+        if op in STREAMING_OPS:
+            return text
+        return fake_vector(text, self._dim) if query is None else fake_score(query, text)
+
+
+def fake_deltas(reply: bytes) -> list[bytes]:
+    """Returns a delta for each word of a generated text."""
+    values = decode_reply(reply).values
+    try:
+        text = Generation.read(values[0] if values else None).text
+    except Malformed:
+        return []
+    return [encode_delta(Delta(word.start(), word[0])) for word in _WORDS.finditer(text)]
+
+
+def _handle(handler: Handler, payload: Json) -> RowOutcome:
+    """Returns the outcome of one payload: what `handler` returns, or its error."""
+    try:
+        (result,) = handler([payload])
+        if not isinstance(result, np.ndarray):
+            encode_value(result)
+    except MillstreamError as error:
+        return error
+    except KeyboardInterrupt:
+        # A worker would answer an error, but Ctrl-C must end the test's process.
+        raise
+    except BaseException as error:  # noqa: BLE001 - a worker answers every error of a handler, too
+        return ModelFailed(described(error))
+    return cast(RowOutcome, result)
