@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from millstream.broker.config.load import Config
+from millstream.broker.config.variables import URL_VARIABLE
 from millstream.broker.contract.errors import ConfigError
 from millstream.cli import options
 from millstream.cli.config import config_path, load_and_warn
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from millstream.broker.transport.connection import Connection
     from millstream.cli.interrupts import Interrupts
 
-URL_VARIABLE = "MILLSTREAM_REDIS_URL"
 EOF_DRAIN_S = 2.0
 """Longest drain, in seconds, after the program that started this command has ended."""
 

@@ -13,12 +13,12 @@ from typing import TypeVar
 from redis import exceptions as theirs
 from redis.sentinel import MasterNotFoundError
 
+from millstream.broker.config.variables import URL_VARIABLE
 from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError, QueueFull
 from millstream.broker.roles import advice
 
 T = TypeVar("T")
 
-URL_VARIABLE = "MILLSTREAM_REDIS_URL"
 START_ONE = f"start one with `millstream up`, or set {URL_VARIABLE}"
 
 _FIRST_PAUSE_S = 0.02
