@@ -192,6 +192,14 @@ def is_transient(error: BaseException) -> bool:
     return fault is not None and fault.transient
 
 
+def is_missing_group(error: object) -> bool:
+    """Returns whether `error` says that a stream or its consumer group does not exist, as after FLUSHALL.
+
+    `create_groups` makes both again. Some servers wrap the error of a command in a script's own error.
+    """
+    return isinstance(error, theirs.ResponseError) and "NOGROUP" in str(error)
+
+
 @contextmanager
 def translated(where: str) -> Iterator[None]:
     """Raises the library's errors as ours; `where` is the connection's `safe_url`.
