@@ -25,15 +25,12 @@ from millstream.cli.server import connect, find_server
 from millstream.cli.table import align, number
 from millstream.client import AsyncClient
 from millstream.client.calls import PriorityName
-from millstream.client.services import Services, op_of
+from millstream.client.services import Services, operation_of
 
 LONGEST_S = 600.0
 MOST_ROWS, MOST_CONCURRENT, LONGEST_TEXT = 4_096, 1_024, 100_000
 TEXTS = 512
 """Number of different texts."""
-
-QUERY = "which of these texts is about a mill on a stream?"
-"""Query of each call to a reranker."""
 
 _PAUSE_S = 0.1
 """Pause after an error that gives no `retry_after`, seconds."""
@@ -140,8 +137,7 @@ def bench(
     """
     target = find_server(url, prefix)
     spec = _find_spec(target, service)
-    extra = {"query": QUERY} if spec.model.type == "reranker" else {}
-    load = Load(service, rows, concurrency, seconds, priority, timeout, extra)
+    load = Load(service, rows, concurrency, seconds, priority, timeout, spec.model.operation.example)
     tally = asyncio.run(measure(target, load, list(words(length, random.Random()))))
     figures = tally.figures(rows)
     if as_json:
@@ -206,7 +202,7 @@ def _find_spec(target: Target, service: str) -> ServiceSpec:
     with connect(target.url) as connection:
         services = Services(connection, Registry(connection, target.prefix))
         spec = services.read(service)
-        op_of(spec)
+        operation_of(spec)
         live_workers = services.live_workers(service)
     if not live_workers:
         raise NoWorkers(

@@ -15,6 +15,7 @@ import numpy as np
 
 from millstream.broker.contract.errors import InvalidRequest, MillstreamError, NoWorkers, PartialFailure
 from millstream.broker.contract.job import Json, Vectors
+from millstream.broker.contract.operations import EMBED
 from millstream.broker.queue.registry import Registry
 from millstream.cli import options
 from millstream.cli.options import SecondsRange
@@ -149,9 +150,9 @@ def _parse(text: str, source: str) -> object:
 def _service(services: Services, name: str | None) -> str:
     """Returns the service to call. Raises UnknownService, or InvalidRequest if it is no embedding service."""
     if name is None:
-        return services.only("embedding")
+        return services.only(EMBED.type)
     spec = services.read(name)
-    if spec.model.type != "embedding":
+    if spec.model.operation.results != "vectors":
         raise InvalidRequest(f"service {name!r} is of type {spec.model.type!r}", hint="name an embedding service")
     return name
 

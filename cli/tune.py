@@ -97,9 +97,9 @@ def _service(config: Config, name: str) -> ServiceSpec:
             did_you_mean=close,
             hint=f"did you mean {close}?" if close else f"known are: {', '.join(config.services) or 'none'}",
         )
-    if spec.model.type == "llm":
+    if spec.model.operation.streams:
         raise InvalidRequest(f"service {name!r} generates: its batches change with each token", hint=_OTHER_TYPES)
-    if spec.model.type == "custom":
+    if spec.model.operation.needs_code:
         raise InvalidRequest(f"service {name!r} runs custom code: only its callers know payloads", hint=_OTHER_TYPES)
     preflight([spec])
     return spec

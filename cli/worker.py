@@ -12,6 +12,7 @@ import click
 
 from millstream.broker.config.load import ServiceSpec
 from millstream.broker.contract.errors import UnknownService
+from millstream.broker.contract.operations import RUNNABLE, types_with
 from millstream.broker.queue.inspector import Inspector, WorkerView
 from millstream.broker.queue.registry import Registry
 from millstream.broker.target import find_config
@@ -69,13 +70,13 @@ def run(
     """
     # Imported here: these take 50 ms, and `worker ls` does not need them.
     from millstream.cli.supervise import supervise
-    from millstream.worker.supervision.supervisor import RUNNABLE, Plan, Supervisor, preflight
+    from millstream.worker.supervision.supervisor import Plan, Supervisor, preflight
 
     target = find_server(url, prefix)
     with Interrupts() as interrupts:
         with connect(target.url) as connection:
             check(connection, allow_eviction=allow_eviction or target.allow_eviction)
-            specs = _choose(Registry(connection, target.prefix), services, RUNNABLE, connection.safe_url)
+            specs = _choose(Registry(connection, target.prefix), services, connection.safe_url)
         preflight(specs)
         folder = str(Path.cwd())
         plans = [Plan(spec, count or spec.runtime.worker_count, device, folder) for spec in specs]
@@ -140,8 +141,8 @@ def _row(service: str, each: WorkerView) -> tuple[str, ...]:
     )
 
 
-def _choose(registry: Registry, services: Sequence[str], types: Sequence[str], where: str) -> list[ServiceSpec]:
-    """Returns the named services, each once, or all of `types` that can run here, with their code.
+def _choose(registry: Registry, services: Sequence[str], where: str) -> list[ServiceSpec]:
+    """Returns the named services, each once, or all that can run here, with their code.
 
     Raises UnknownService if one is not registered, or if none is named and none can run here.
     """
@@ -149,10 +150,11 @@ def _choose(registry: Registry, services: Sequence[str], types: Sequence[str], w
     registered = _with_handlers([registry.read(name) for name in names])
     if services:
         return registered
-    runnable = [spec for spec in registered if spec.model.type in types and _has_code(spec)]
+    runnable = [spec for spec in registered if spec.model.operation.runs and _has_code(spec)]
     if not runnable:
-        runs = f"types that can run: {', '.join(types)}; custom if ./config.yaml names a handler"
-        hint = runs if registered else "run `millstream config push`"
+        code = types_with(lambda each: each.needs_code)
+        types = f"types that can run: {', '.join(RUNNABLE)}; {code} if ./config.yaml names a handler"
+        hint = types if registered else "run `millstream config push`"
         raise UnknownService(f"no service on {where} that a worker could run", hint=hint)
     return runnable
 
@@ -162,11 +164,11 @@ def _with_handlers(specs: Sequence[ServiceSpec]) -> list[ServiceSpec]:
 
     Raises ConfigError if that file is invalid.
     """
-    needed = any(spec.model.type == "custom" for spec in specs)
+    needed = any(spec.model.operation.needs_code for spec in specs)
     config = find_config(os.environ) if needed else None
     own = config.services if config else {}
     return [spec.with_handler(own[spec.name].model.handler) if spec.name in own else spec for spec in specs]
 
 
 def _has_code(spec: ServiceSpec) -> bool:
-    return spec.model.type != "custom" or spec.model.handler is not None
+    return not spec.model.operation.needs_code or spec.model.handler is not None

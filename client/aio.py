@@ -14,16 +14,18 @@ from millstream.broker.config.load import ServiceSpec
 from millstream.broker.contract.embedding import EmbedOptions, Encoding, InputType, Truncate
 from millstream.broker.contract.errors import DeadlineExceeded, InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Json
+from millstream.broker.contract.operations import BY_OP, EMBED, RERANK
+from millstream.broker.contract.rerank import RerankOptions, Scores
 from millstream.broker.contract.scalars import plain
 from millstream.client.asker import Question
-from millstream.client.calls import MODEL_TYPES, NO_HITS, CallOptions, Calls, PriorityName, frozen, vectors_of
+from millstream.client.calls import NO_HITS, CallOptions, Calls, PriorityName, frozen, vectors_of
 from millstream.client.channel.loop_calls import arrival, listener
 from millstream.client.detached import Detached, Entering
 from millstream.client.handle import CANCEL_S, Handle
 from millstream.client.job_terms import Progress, waits_until
 from millstream.client.local import START_S, Local
 from millstream.client.mapping import Results, check_map, chunking
-from millstream.client.rerank import Ranking, Scores, copied, question
+from millstream.client.rerank import Ranking, check_top_n, copied
 from millstream.client.result import Embeddings
 from millstream.client.row_results import RowOutcome
 
@@ -174,7 +176,7 @@ class AsyncClient:
         single = isinstance(texts, str)
         options = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding).json()
         rows = cast(Sequence[Json], [texts] if single else texts)
-        handle = await self._start(service, rows, CallOptions(priority, timeout, wait, tenant, options, "embed"))
+        handle = await self._start(service, rows, CallOptions(priority, timeout, wait, tenant, options, EMBED.op))
         return vectors_of(await AsyncHandle(handle).result(), single)
 
     async def rerank(
@@ -194,9 +196,10 @@ class AsyncClient:
         instruction: str | None = None,
     ) -> Ranking:
         """Does as Client.rerank."""
-        options = question(query, top_n, scores, instruction, truncate)
+        check_top_n(top_n)
+        options = RerankOptions(query, scores, instruction, truncate).json()
         texts = copied(documents)
-        opts = CallOptions(priority, timeout, wait, tenant, options, op="rerank")
+        opts = CallOptions(priority, timeout, wait, tenant, options, RERANK.op)
         handle = await self._start(service, cast(Sequence[Json], texts), opts)
         return Ranking.of(await AsyncHandle(handle).result(), top_n, texts if return_documents else None)
 
@@ -317,13 +320,13 @@ class AsyncClient:
         began = time.monotonic()
         until = opts.until(began)
         services = self._calls.services
-        name = service or services.known_only(MODEL_TYPES[opts.op])
+        name = service or services.known_only(BY_OP[opts.op].type)
         spec = services.known(name) if name else None
         if spec is None or spec.runtime.enable_cache:
             # The caller may change its inputs while this waits for the server.
             inputs, opts = frozen(inputs, opts)
         if name is None:
-            name = await _answer(services.ask_only(MODEL_TYPES[opts.op]), until)
+            name = await _answer(services.ask_only(BY_OP[opts.op].type), until)
         if spec is None:
             spec = await self._spec(name, until)
         cached = spec.runtime.enable_cache

@@ -17,9 +17,10 @@ import numpy as np
 
 from millstream.broker.config.load import ServiceSpec
 from millstream.broker.contract.codec import MAX_ROWS, JsonText, encode_inputs, encode_value
-from millstream.broker.contract.embedding import EmbedOptions, Truncate
+from millstream.broker.contract.embedding import Truncate
 from millstream.broker.contract.errors import InputTooLong, InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Json, Priority
+from millstream.broker.contract.operations import BY_OP, Operation
 from millstream.broker.contract.scalars import plain
 from millstream.broker.queue.cache import Cached, CacheKey
 from millstream.broker.queue.registry import Registry
@@ -32,9 +33,8 @@ from millstream.client.channel.coalescing import Coalescer
 from millstream.client.detached import Detached, DetachedRequest
 from millstream.client.handle import Handle
 from millstream.client.job_terms import JobTerms, Progress
-from millstream.client.rerank import check_question
 from millstream.client.result import Embeddings
-from millstream.client.services import Services, op_of
+from millstream.client.services import Services, operation_of
 from millstream.client.split import Part, estimate_tokens, split, split_evenly, split_once
 
 MAX_ROW_BYTES = 512 * 1024
@@ -46,8 +46,6 @@ _TENANT = re.compile(r"[A-Za-z0-9_.-]{0,64}")
 
 PriorityName = Literal["realtime", "normal", "batch"]
 _TRUNCATES: tuple[str, ...] = get_args(Truncate)
-MODEL_TYPES: Mapping[str, str] = {"embed": "embedding", "rerank": "reranker"}
-"""Operation -> the type of model whose only service runs it."""
 _PRIORITIES: Mapping[str, Priority] = {str(each): each for each in Priority}
 
 
@@ -140,7 +138,7 @@ class Calls:
         # The timeout starts here, because reading the service can wait for the server.
         began = time.monotonic()
         until = opts.until(began)
-        spec = self.services.read(service or self.services.only(MODEL_TYPES[opts.op], until), until)
+        spec = self.services.read(service or self.services.only(BY_OP[opts.op].type, until), until)
         hits = self.read_cache(spec, inputs, opts) if spec.runtime.enable_cache else {}
         return self.begin(spec, inputs, opts, hits, began, progress)
 
@@ -170,7 +168,7 @@ class Calls:
         """Returns the cache key and the texts, by row, of rows to look up; no key while the weights are unknown."""
         fingerprint = self.services.fingerprint(spec.name)
         sizes, _ = row_sizes(inputs)
-        cache_key = CacheKey.of(spec, fingerprint, op_of(spec)) if fingerprint else None
+        cache_key = CacheKey.of(spec, fingerprint, operation_of(spec).op) if fingerprint else None
         return cache_key, {row: str(inputs[row]) for row in sizes}
 
     def begin(
@@ -186,14 +184,14 @@ class Calls:
 
         The call's timeout counts from `began`, monotonic seconds; None is now.
         """
-        op, beside = checked(spec, opts)
-        self.check_options(spec, opts.options)
-        inputs = outgoing(spec, inputs, opts.options)
+        operation = find_operation(spec, opts.op)
+        beside = self.check_options(spec, opts.options)
+        inputs = outgoing(operation, inputs)
         parts, refused = cut(spec, inputs, hits, beside)
         limits = spec.runtime.limits(opts.priority)
         terms = JobTerms(
             service=spec.name,
-            op=op,
+            op=operation.op,
             priority=_PRIORITIES[opts.priority],
             # A deep copy: the caller may change a list in the options.
             options=copy.deepcopy(opts.options) if opts.options else opts.options,
@@ -212,10 +210,12 @@ class Calls:
         given: dict[int, MillstreamError | Cached] = {**refused, **hits} if refused or hits else {}
         return Handle(channel, terms, inputs, parts, given, self.services, began, progress, self)
 
-    def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> None:
-        """Raises InvalidRequest if the model of `spec` would refuse `options` for every row."""
-        if options and spec.model.type == "embedding":
-            EmbedOptions.read(options)
+    def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> int:
+        """Returns the UTF-8 bytes that the model of `spec` reads beside each row.
+
+        Raises InvalidRequest if the model would refuse `options` for every row.
+        """
+        return spec.model.operation.check(options)
 
     def submit_detached(
         self, service: str, inputs: Sequence[Json], opts: CallOptions, idempotency_key: str | None
@@ -275,16 +275,18 @@ def _copied(row: Json) -> Json:
         return row
 
 
-def checked(spec: ServiceSpec, opts: CallOptions) -> tuple[str, int]:
-    """Returns the operation of a call's jobs, and the UTF-8 bytes that the model reads beside each row.
+def find_operation(spec: ServiceSpec, op: str) -> Operation:
+    """Returns the operation of a call's jobs. `op` is the one that the call asks for; empty for any.
 
-    Raises InvalidRequest if the service cannot run the call.
+    Raises InvalidRequest if the service cannot run it.
     """
-    op = op_of(spec)
-    # `embed` may call custom and echo services, because a user's own code may answer vectors.
-    if opts.op and opts.op != op and not (opts.op == "embed" and op in ("call", "echo")):
-        raise InvalidRequest(f"service {spec.name!r} is of type {spec.model.type!r}", hint=f"it cannot {opts.op}")
-    return op, check_question(opts.options) if op == "rerank" else 0
+    operation = operation_of(spec)
+    if op and op != operation.op:
+        # A user's own code may answer vectors, so `embed` may call it.
+        may_answer = operation.results == "any" and BY_OP[op].results == "vectors"
+        if not may_answer:
+            raise InvalidRequest(f"service {spec.name!r} is of type {spec.model.type!r}", hint=f"it cannot {op}")
+    return operation
 
 
 def cut(
@@ -296,8 +298,11 @@ def cut(
     row_sizes.
     """
     sizes, refused = row_sizes(inputs, beside)
+    operation = spec.model.operation
     rows, most_tokens = min(spec.runtime.batch_size, MAX_ROWS), spec.runtime.batch_tokens
-    if spec.model.type == "custom":
+    if operation.streams:
+        rows = 1
+    if operation.even_cost:
         return split_evenly(sizes, rows, spec.runtime.row_tokens), refused
     if not spec.runtime.enable_cache:
         return split(sizes, rows, most_tokens), refused
@@ -307,21 +312,18 @@ def cut(
 
 def tokens_of(spec: ServiceSpec, sizes: Sequence[int]) -> int:
     """Estimates how many tokens rows of these sizes, UTF-8 bytes, have for the model of `spec`."""
-    if spec.model.type == "custom":
+    if spec.model.operation.even_cost:
         return spec.runtime.row_tokens * len(sizes)
     return sum(map(estimate_tokens, sizes))
 
 
-def outgoing(spec: ServiceSpec, inputs: Sequence[Json], options: Mapping[str, Json]) -> Sequence[Json]:
-    """Returns the rows to send. Those of a custom service are encoded as JSON now, so the caller may change them later.
+def outgoing(operation: Operation, inputs: Sequence[Json]) -> Sequence[Json]:
+    """Returns the rows to send. Payloads are encoded as JSON now, so the caller may change them later.
 
-    A payload that is not JSON becomes its row's error. For a custom service, raises InvalidRequest if `inputs` is not a
-    list, or if there are options.
+    A payload that is not JSON becomes its row's error. Raises InvalidRequest if `inputs` are payloads, but not a list.
     """
-    if spec.model.type != "custom":
+    if operation.row == "text":
         return inputs
-    if options:
-        raise InvalidRequest(f"service {spec.name!r} takes no options", hint="put them into the payload")
     if not _is_list(inputs):
         raise InvalidRequest(
             f"a list of payloads is needed, not {type(inputs).__name__}", hint="`call` takes a single one"

@@ -9,6 +9,8 @@ from typing import Any, Self, cast
 
 from millstream.broker.contract.embedding import EmbedOptions, Encoding, InputType, Truncate
 from millstream.broker.contract.job import Json
+from millstream.broker.contract.operations import EMBED, RERANK
+from millstream.broker.contract.rerank import RerankOptions, Scores
 from millstream.broker.contract.scalars import plain
 from millstream.client.calls import CallOptions, Calls, PriorityName, vectors_of
 from millstream.client.detached import Detached
@@ -16,7 +18,7 @@ from millstream.client.handle import Handle
 from millstream.client.job_terms import Progress
 from millstream.client.local import START_S, Local
 from millstream.client.mapping import Results, map_rows
-from millstream.client.rerank import Ranking, Scores, copied, question
+from millstream.client.rerank import Ranking, check_top_n, copied
 from millstream.client.result import Embeddings
 
 
@@ -98,7 +100,7 @@ class Client:
         single = isinstance(texts, str)
         options = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding).json()
         rows = cast(Sequence[Json], [texts] if single else texts)
-        handle = self._calls.start(service, rows, CallOptions(priority, timeout, wait, tenant, options, "embed"))
+        handle = self._calls.start(service, rows, CallOptions(priority, timeout, wait, tenant, options, EMBED.op))
         return vectors_of(handle.finish(), single)
 
     def rerank(
@@ -127,10 +129,11 @@ class Client:
 
         Raises as `embed` does; the results of PartialFailure are the scores of the other documents, by index.
         """
-        options = question(query, top_n, scores, instruction, truncate)
+        check_top_n(top_n)
+        options = RerankOptions(query, scores, instruction, truncate).json()
         texts = copied(documents)
         handle = self._calls.start(
-            service, cast(Sequence[Json], texts), CallOptions(priority, timeout, wait, tenant, options, op="rerank")
+            service, cast(Sequence[Json], texts), CallOptions(priority, timeout, wait, tenant, options, RERANK.op)
         )
         return Ranking.of(handle.finish(), top_n, texts if return_documents else None)
 

@@ -253,11 +253,11 @@ class DetachedRequest:
         idempotency_key: str | None,
     ) -> DetachedRequest:
         """Checks the inputs and options of a detached call. Raises InvalidRequest."""
-        from millstream.client.calls import checked, outgoing, row_sizes
+        from millstream.client.calls import find_operation, outgoing, row_sizes
 
-        calls.check_options(spec, opts.options)
-        op, beside = checked(spec, opts)
-        inputs = outgoing(spec, inputs, opts.options)
+        operation = find_operation(spec, opts.op)
+        beside = calls.check_options(spec, opts.options)
+        inputs = outgoing(operation, inputs)
         sizes, refused = row_sizes(inputs, beside)
         if refused:
             row, error = next(iter(refused.items()))
@@ -266,7 +266,7 @@ class DetachedRequest:
             raise InvalidRequest("no rows", hint="a detached call needs at least one")
         per_job = max(1, min(spec.runtime.batch_size, MAX_ROWS, MAX_PART_BYTES // max(1, *sizes.values())))
         _check_jobs(len(inputs), per_job)
-        return cls(spec, op, inputs, sizes, opts, deadline, idempotency_key, per_job)
+        return cls(spec, operation.op, inputs, sizes, opts, deadline, idempotency_key, per_job)
 
     def __post_init__(self) -> None:
         """Sets the call's id and digest."""

@@ -1,20 +1,16 @@
-"""Rerank calls: their options, and their result, documents ranked by score."""
+"""Result of a rerank call: documents ranked by score."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, cast, get_args
+from typing import cast
 
-from millstream.broker.contract.errors import InvalidRequest, did_you_mean
+from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.scalars import plain
 from millstream.client.result import Embeddings, Timings, Values
-
-Scores = Literal["sigmoid", "raw"]
-OPTIONS = ("query", "scores", "instruction", "truncate")
-"""Options that a reranker takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +48,11 @@ class Ranking(list[Ranked]):
         return ranking
 
 
-def question(
-    query: str, top_n: int | None, scores: Scores | None, instruction: str | None, truncate: str | None
-) -> dict[str, Json]:
-    """Returns the options of a call that are not None. Raises InvalidRequest if `top_n` is not an int above 0."""
-    query, top_n = cast(tuple[str, int | None], (plain(query), plain(top_n)))
-    if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int) or top_n < 1):
-        raise InvalidRequest(f"top_n={top_n!r} is not a number of documents above 0", hint="None ranks all")
-    options: dict[str, Json] = {"query": query, "scores": scores, "instruction": instruction, "truncate": truncate}
-    return {name: value for name, value in options.items() if value is not None}
+def check_top_n(top_n: int | None) -> None:
+    """Raises InvalidRequest if `top_n` is neither None nor an int above 0."""
+    count = plain(top_n)
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise InvalidRequest(f"top_n={count!r} is not a number of documents above 0", hint="None ranks all")
 
 
 def copied(documents: Sequence[str]) -> Sequence[str]:
@@ -69,20 +61,3 @@ def copied(documents: Sequence[str]) -> Sequence[str]:
     Other types than list and tuple are returned as they are, for the call to refuse.
     """
     return list(documents) if isinstance(documents, list | tuple) else documents
-
-
-def check_question(options: Mapping[str, Json]) -> int:
-    """Returns the UTF-8 bytes that are read with each document. Raises InvalidRequest if an option is wrong."""
-    for name in options:
-        if name not in OPTIONS:
-            nearest = did_you_mean(name, OPTIONS)
-            raise InvalidRequest(f"a reranker has no option {name!r}", hint=nearest or f"one of {', '.join(OPTIONS)}")
-    query, instruction = options.get("query"), options.get("instruction") or ""
-    if not isinstance(query, str):
-        given = "" if query is None else f", not {type(query).__name__}"
-        raise InvalidRequest(f"rerank needs `query`, a string{given}", hint='query="..."')
-    if not isinstance(instruction, str):
-        raise InvalidRequest(f"`instruction` must be a string, not {type(instruction).__name__}")
-    if options.get("scores") not in (None, *get_args(Scores)):
-        raise InvalidRequest(f"scores={options['scores']!r} is not valid", hint=f"one of {', '.join(get_args(Scores))}")
-    return len(query.encode()) + len(instruction.encode())

@@ -9,6 +9,7 @@ import numpy as np
 
 from millstream.broker.contract.errors import MillstreamError, MixedModels, ModelFailed, PartialFailure
 from millstream.broker.contract.job import Encoded, Json, Reply
+from millstream.broker.contract.operations import ResultKind
 from millstream.broker.queue.cache import Cached
 from millstream.client.result import Embeddings, Timings, Values
 from millstream.client.split import Part
@@ -20,18 +21,18 @@ RowOutcome = Encoded | Json | MillstreamError
 class RowResults:
     """Outcomes by row, filled part by part. `missing` is the number of rows that have none yet.
 
-    `given` are the outcomes that are known from the start. `op` is the operation of the call: a result that it cannot
-    have becomes its row's error. An empty `op` accepts any result.
+    `given` are the outcomes that are known from the start. `kind` are the results that the call's operation has: other
+    results become their row's error.
     """
 
-    def __init__(self, count: int, given: Mapping[int, MillstreamError | Cached], op: str = "") -> None:
+    def __init__(self, count: int, given: Mapping[int, MillstreamError | Cached], kind: ResultKind = "any") -> None:
         self._rows: list[RowOutcome] = [None] * count
         self.missing = count - len(given)
         self._tokens = 0
         self._truncated: list[int] = []
         self._timings: Timings = {}
         self._failed = False
-        self._op = op
+        self._kind, self._scores = kind, kind == "scores"
         self._fingerprint: str | None = None
         self._others: set[str] = set()
         for row, each in given.items():
@@ -57,19 +58,19 @@ class RowResults:
         if (
             vectors is not None
             and len(vectors) == len(part.rows)
-            and not (outcome.errors or outcome.error or self._op == "rerank")
+            and not (outcome.errors or outcome.error or self._scores)
             and _is_finite(vectors)
         ):
             results = vectors
         elif (
             outcome.values
             and len(outcome.values) == len(part.rows)
-            and not (outcome.errors or outcome.error or self._op == "rerank")
+            and not (outcome.errors or outcome.error or self._scores)
         ):
             results = outcome.values
         else:
             results = _checked(outcome, len(part.rows))
-            if self._op == "rerank":
+            if self._scores:
                 results = [_score(each) for each in results]
             self._failed = self._failed or any(isinstance(each, MillstreamError) for each in results)
         for row, result in zip(part.rows, results, strict=True):
@@ -125,7 +126,7 @@ class RowResults:
         # A custom service may answer some rows with vectors and others with JSON values.
         kinds = set(map(type, self._rows))
         if kinds != {np.ndarray}:
-            if self._op == "embed" and np.ndarray in kinds:
+            if self._kind == "vectors" and np.ndarray in kinds:
                 raise ModelFailed(
                     "its workers answered dense vectors and sparse ones", hint="do all run the same model?"
                 )
@@ -175,7 +176,7 @@ def _is_finite(vectors: Encoded) -> bool:
 
 
 def _score(result: RowOutcome) -> RowOutcome:
-    """Returns a row's outcome of `rerank`: a number or an error. Other results become an error."""
+    """Returns a row's score or error. Other results become an error."""
     if isinstance(result, float | int | MillstreamError) and not isinstance(result, bool):
         return result
     return ModelFailed(f"the worker's reply has a score of type {type(result).__name__}")

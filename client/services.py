@@ -17,6 +17,7 @@ from millstream.broker.contract.errors import (
     NoWorkers,
     UnknownService,
 )
+from millstream.broker.contract.operations import RUNNABLE, Operation
 from millstream.broker.queue.admission import resume_hint
 from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.pause import find_pause
@@ -26,8 +27,6 @@ from millstream.client.asker import REFRESH_WAIT_S, Asker, Question
 
 FRESH_S = 1.0
 """Seconds for which a description of a service is reused."""
-
-_OPS = {"embedding": "embed", "reranker": "rerank", "custom": "call", "echo": "echo"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +88,18 @@ class Known:
         )
 
 
-def op_of(spec: ServiceSpec) -> str:
-    """Returns the operation of this service's jobs. Raises InvalidRequest if this version has none for its type."""
-    op = _OPS.get(spec.model.type)
-    if op is None:
+def operation_of(spec: ServiceSpec) -> Operation:
+    """Returns the operation of this service's jobs.
+
+    Raises InvalidRequest if this version has no worker for the service's type.
+    """
+    operation = spec.model.operation
+    if not operation.runs:
         raise InvalidRequest(
             f"service {spec.name!r} is of type {spec.model.type!r}, which this version cannot call yet",
-            hint="embedding, reranker and custom services can be called",
+            hint=f"types that can be called: {', '.join(RUNNABLE)}",
         )
-    return op
+    return operation
 
 
 class Services:

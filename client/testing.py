@@ -22,11 +22,13 @@ from typing import Any, cast
 import numpy as np
 
 from millstream.broker.config.load import ServiceSpec
-from millstream.broker.config.spec import ModelSpec, ModelType, Runtime
+from millstream.broker.config.spec import ModelSpec, Runtime
 from millstream.broker.contract.codec import decode_inputs, encode_reply, encode_value
-from millstream.broker.contract.embedding import EmbedOptions, shaped
+from millstream.broker.contract.embedding import EmbedOptions
 from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError, ModelFailed, UnknownService, described
 from millstream.broker.contract.job import Draft, Json, Reply, Vectors
+from millstream.broker.contract.operations import BY_OP, CALL, EMBED, OPERATIONS, RERANK, ModelType
+from millstream.broker.contract.vectors import shaped
 from millstream.broker.queue.admission import refusal
 from millstream.broker.queue.cache import Cached
 from millstream.broker.queue.registry import Registry
@@ -50,13 +52,11 @@ Answers = Callable[[str], RowOutcome]
 Handler = Callable[[list[Any]], Sequence[Any]]
 """Function of a custom service, as a worker runs it; here it gets one payload at a time."""
 
-SERVICE, RERANKER = "embed", "rerank"
+SERVICE, RERANKER = EMBED.op, RERANK.op
 """Names of the services that calls without `service` go to: `embed` and `rerank`."""
 
-SERVICES: Mapping[str, ModelType] = MappingProxyType({RERANKER: "reranker"})
+SERVICES: Mapping[str, ModelType] = MappingProxyType({RERANKER: RERANK.type})
 """Types of the services that are not embedding services, by name."""
-
-_CUSTOM: ModelType = "custom"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ def _fake_calls(
     services: Mapping[str, ModelType],
     handlers: Mapping[str, Handler],
 ) -> _FakeCalls:
-    types = {**SERVICES, **services, **dict.fromkeys(handlers, _CUSTOM)}
+    types = {**SERVICES, **services, **dict.fromkeys(handlers, CALL.type)}
     return _FakeCalls(_FakeModel(dim, answers, errors, handlers), types)
 
 
@@ -150,6 +150,7 @@ class _FakeCalls(Calls):
         self.made: list[Call] = []
         self.faults: deque[MillstreamError] = deque()
         self._model = model
+        self._types = types
         # Error messages name it; it never connects.
         self.connection = Connection("redis://fake")
         self.registry = Registry(self.connection)
@@ -171,9 +172,11 @@ class _FakeCalls(Calls):
         self.made.append(Call(spec.name, list(inputs), opts))
         return handle
 
-    def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> None:
-        if spec.model.type == "embedding":
-            _embed_options(options)
+    def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> int:
+        if spec.name in self._types:
+            return super().check_options(spec, options)
+        _embed_options(options)
+        return 0
 
     def detached_request(
         self,
@@ -194,7 +197,7 @@ class _FakeCalls(Calls):
 
 
 def _embed_options(options: Mapping[str, Json]) -> EmbedOptions:
-    """Returns the options that an embedding service has. Others are ignored, since services have no declared type."""
+    """Returns the options that an embedding service has. Others are ignored, since the service has no declared type."""
     return EmbedOptions.read({name: value for name, value in options.items() if name in EmbedOptions._fields})
 
 
@@ -214,7 +217,7 @@ class _FakeModel:
     def reply(self, service: str, draft: Draft) -> bytes:
         """Returns the encoded reply to one job, as a worker would send it."""
         inputs, options = decode_inputs(draft.body, draft.rows)
-        query = str(options["query"]) if draft.op == "rerank" else None
+        query = str(options["query"]) if BY_OP[draft.op].results == "scores" else None
         if handler := self.handlers.get(service):
             outcomes = [_handled(handler, payload) for payload in inputs]
         else:
@@ -319,7 +322,7 @@ class _FakeServices:
         self._types = types
 
     def known(self, service: str, until: float | None = None) -> ServiceSpec:
-        model = ModelSpec(type=self._types.get(service, "embedding"), model_name="fake")
+        model = ModelSpec(type=self._types.get(service, EMBED.type), model_name="fake")
         try:
             return ServiceSpec(name=service, model=model, model_ref="fake", runtime=Runtime())
         except ValueError:
@@ -328,7 +331,7 @@ class _FakeServices:
     read = known
 
     def only(self, model_type: str, until: float | None = None) -> str:
-        return RERANKER if model_type == "reranker" else SERVICE
+        return OPERATIONS[model_type].op
 
     known_only = only
 

@@ -24,6 +24,7 @@ from millstream.broker.contract.errors import (
     described,
 )
 from millstream.broker.contract.job import Draft, Json, Reply
+from millstream.broker.contract.operations import BY_OP
 from millstream.broker.queue.cache import Cached
 from millstream.broker.queue.streams import CancelOutcome, Group
 from millstream.broker.queue.submission import Submission, draft_job
@@ -63,7 +64,7 @@ class Transfer:
     ) -> None:
         self.id = self._first_id = self._charged_with = new_id()
         self.lock = threading.RLock()
-        self.rows = RowResults(len(inputs), given, terms.op)
+        self.rows = RowResults(len(inputs), given, BY_OP[terms.op].results)
         self.began = self.ended = began
         self._channel = channel
         self._watch = watch

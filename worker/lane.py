@@ -18,15 +18,18 @@ from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.broker.transport.connection import Connection, is_transient, retrying
 from millstream.worker.context import Context
+from millstream.worker.engines.base import Engine
+from millstream.worker.engines.one_shot import OneShot
 from millstream.worker.engines.runner import Runner
 from millstream.worker.intake.cache_writer import CacheWriter
 from millstream.worker.intake.claimer import SLEEP_S, Claimer, Policy, Queue
+from millstream.worker.intake.emitter import Emitter
 from millstream.worker.intake.heartbeat import Heartbeat, Watch
 from millstream.worker.intake.inference_timeout import InferenceTimeout
 from millstream.worker.intake.intake import Intake, cancelled
 from millstream.worker.intake.settler import Settler
 from millstream.worker.measuring.probe import most_tokens
-from millstream.worker.models.base import ANY_LENGTH, Adapts, Foresees, Laps, Model, Placed, Reads
+from millstream.worker.models.base import ANY_LENGTH, Adapts, Foresees, Generates, Laps, Model, Placed, Reads
 from millstream.worker.scheduling.batch_delay import BatchDelay
 from millstream.worker.scheduling.fair_share import SAVED_BATCHES, FairShare
 from millstream.worker.supervision.child_args import ChildArgs
@@ -77,6 +80,11 @@ class Lane:
         self._registration = Registration(self._registry, spec)
         watch = Watch(self._status, self._apply_beat, self._registration.keep, lambda: self._progress.is_stuck)
         self._heartbeat = Heartbeat(context, self._lease, watch)
+        self._engine: Engine = OneShot(model, context.progress.runner.lap, context.window.cost)
+        self._emitter: Emitter | None = None
+        if isinstance(model, Generates):
+            self._engine = model.start_engine()
+            self._emitter = Emitter(context, Streams(connection.own(), keys), context.window.end)
         self._revision = 0
         self._unknown_entries: set[str] = set()
         self._began = time.monotonic()
@@ -94,6 +102,8 @@ class Lane:
             # If it failed and the program goes on, further beats would extend the lease of jobs that nobody runs.
             self._heartbeat.stop()
             self._inference_timeout.stop()
+            if self._emitter:
+                self._emitter.stop()
             self._settler.finish()
             self._context.shutdown.drain()
             if self._settler.is_alive():
@@ -105,14 +115,16 @@ class Lane:
         self._progress.enter(State.READY)
         # Beat before the first claim: a consumer without a heartbeat counts as lost.
         self._heartbeat.beat()
-        for thread in (self._heartbeat, self._settler, self._inference_timeout, self._claimer):
-            thread.start()
+        for thread in (self._heartbeat, self._settler, self._inference_timeout, self._emitter, self._claimer):
+            if thread:
+                thread.start()
         self._log_ready()
-        Runner(context, self._model, self._settler.put).run()
+        Runner(context, self._engine, self._settler.put, self._emitter).run()
         context.shutdown.check()
         self._progress.enter(State.DRAINING)
         self._inference_timeout.stop()
         self._inference_timeout.join()
+        self._stop_emitter()
         self._settler.finish()
         self._settler.join()
         context.shutdown.check()
@@ -121,6 +133,11 @@ class Lane:
         self._leave()
         count = context.counters
         log.info("drained after %d jobs: %d rows in %d forwards", count.jobs, count.rows, count.forwards)
+
+    def _stop_emitter(self) -> None:
+        if self._emitter:
+            self._emitter.stop()
+            self._emitter.join()
 
     def _log_ready(self) -> None:
         window, device = self._context.window, self._child_args.device or "auto"

@@ -136,7 +136,8 @@ class Worker:
         window = Window(budget, spec.runtime.queue_timeout)
         window.auto_tokens = measured
         warm_up(model, window)
-        answer = answer_of(model) if spec.model.type in ("embedding", "reranker") else None
+        agreement = spec.model.operation.agreement
+        answer = answer_of(model, agreement) if agreement else None
         claim = partial(self._registry.claim_fingerprint, spec.name, model.fingerprint, answer)
         retrying(claim, stop=self._shutdown.stopped)
         context = Context(
@@ -154,7 +155,7 @@ class Worker:
         # job.
         gc.collect()
         gc.freeze()
-        if spec.model.type != "custom":
+        if not spec.model.operation.needs_code:
             gc.set_threshold(YOUNG_OBJECTS)
         return model
 
@@ -166,7 +167,7 @@ class Worker:
 
 def _claims(spec: ServiceSpec, device: str | None) -> Claims | None:
     """Enters this process among those that compute on the host's cores; None if its device or model needs none."""
-    if spec.model.type == "echo" or device not in (None, "auto", "cpu"):
+    if not spec.model.operation.computes or device not in (None, "auto", "cpu"):
         return None
     claims = Claims()
     claims.enter()

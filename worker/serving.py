@@ -99,7 +99,7 @@ def _register(registry: Registry, service: str, limits: Mapping[str, object], re
         registered = registry.read(service)
     except UnknownService:
         registered = None
-    if registered and registered.model.type != "custom":
+    if registered and not registered.model.operation.needs_code:
         raise ConfigError(
             f"service {service!r} is registered with type {registered.model.type!r}", hint="choose another name"
         )

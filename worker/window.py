@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from millstream.broker.contract.job import PRIORITIES, Priority
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, ClaimBudget
@@ -63,7 +64,7 @@ class Window:
     def limit(
         self, rows: int, tokens: int, queue_timeout_s: float | None, inference_timeout_s: float | None = None
     ) -> None:
-        """Applys changed limits, from the next micro-batch on."""
+        """Applies changed limits, from the next micro-batch on."""
         self.cost.limit(rows, tokens, inference_timeout_s)
         self._hold_s = HOLD_S if queue_timeout_s is None else min(HOLD_S, queue_timeout_s / 2)
         self._least_batches = LEAST_BATCHES if queue_timeout_s is None else 1
@@ -248,16 +249,26 @@ class Window:
 
     # -- the runner's side -------------------------------------------------------------------------------------
 
-    def take(self) -> Rows:
-        """Waits for the next micro-batch and returns it; empty if the window is closed and no row waits."""
+    def take(self, room: Budget | None = None, *, wait: bool = True) -> Rows:
+        """Returns the next micro-batch, and waits for it if `wait` says so; empty if no row may run now.
+
+        `room` limits it further: to the rows and tokens that an engine can add to those that it runs.
+        """
         with self._lock:
-            self._rows_arrived.wait_for(lambda: self._may_be_taken or self._closed)
+            if wait:
+                self._rows_arrived.wait_for(lambda: self._may_be_taken or self._closed)
+            elif not self._may_be_taken:
+                return []
             budget = self.cost.one_forward()
+            if room is not None:
+                budget = replace(budget, rows=min(budget.rows, room.rows), tokens=min(budget.tokens, room.tokens))
+                if budget.rows <= 0 or budget.tokens <= 0:
+                    return []
             batch = self._pool.take(budget, self._chosen)
             self._chosen = []
             by_time = self._pool.cut == "tokens" and budget.tokens < self.budget.tokens
             self.cut = "time" if by_time else self._pool.cut
-            self._running = len(batch)
+            self._running += len(batch)
             self._ends_at = time.monotonic() + self.cost.predicted_s(budget.computed(batch))
             self._takes += 1
             self._batch_taken.notify_all()
@@ -284,8 +295,8 @@ class Window:
         # The entry may be held a second time: lost while it ran, given back by another worker, and claimed again.
         return [job if (job := job_of(row.owner)) and job.prepared[row.index] is row.payload else None for row in rows]
 
-    def complete(self, rows: Rows, outcomes: Sequence[Outcome]) -> list[ActiveJob]:
-        """Notes the outcomes of rows that ran. Returns the jobs that are now complete."""
+    def complete(self, rows: Rows, outcomes: Sequence[Outcome], running: int = 0) -> list[ActiveJob]:
+        """Notes outcomes of rows that ran, and that `running` rows still run. Returns the jobs that are complete."""
         with self._lock:
             done = []
             for row, job, outcome in zip(rows, self.jobs_of(rows), outcomes, strict=True):
@@ -295,7 +306,7 @@ class Window:
                 job.rows_left -= 1
                 if not job.rows_left:
                     done.append(self._jobs.pop(row.owner))
-            self._running = 0
+            self._running = running
             self._note_busy()
             self._note_empty()
             return done

@@ -164,7 +164,7 @@ def _remains(evidence: Evidence, keys: ServiceKeys) -> Iterator[Finding]:
     yield Finding("no consumer but the living", len(state.consumers), strangers)
     missing = [] if len(state.live) == evidence.workers else [f"{len(state.live)} live of {evidence.workers}"]
     yield Finding("all workers live", len(state.live), missing)
-    kept = {services_key(DEFAULT_PREFIX), keys.spec(), keys.dead(), keys.paused(), *keys.streams()}
+    kept = {services_key(DEFAULT_PREFIX), keys.spec(), keys.dead(), keys.paused(), keys.bell(), *keys.streams()}
     yield Finding("no key stays for ever", len(state.keys), [key for key in state.keys if key not in kept])
     yield Finding("nothing else went wrong", len(evidence.problems), evidence.problems)
     never = [name for name, landed in evidence.landed.items() if not landed]

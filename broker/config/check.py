@@ -5,17 +5,13 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Mapping
-from typing import get_args
 
 from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from millstream.broker.config.spec import (
-    NO_CACHE,
     PRESETS,
-    TYPE_DEFAULTS,
     ModelSpec,
-    ModelType,
     PriorityLimits,
     RateLimit,
     RedisSettings,
@@ -24,9 +20,11 @@ from millstream.broker.config.spec import (
     ServiceName,
     Settings,
     discard,
+    no_cache,
 )
 from millstream.broker.config.yaml import Document, KeyPath
 from millstream.broker.contract.errors import did_you_mean
+from millstream.broker.contract.operations import OPERATIONS, types_with
 
 
 class Entry(Settings):
@@ -61,7 +59,7 @@ def _problems(file: ConfigFile, document: Document) -> Found:
     yield from _unnamed_models(file)
     yield from _unknown_models(file, document)
     yield from _long_timeouts(file, document)
-    yield from _cached_code(file)
+    yield from _impossible_caches(file)
     for name, model in file.models.items():
         if model.device and model.devices:
             yield ("models", name, "devices"), "device is set too; keep one of them"
@@ -94,7 +92,8 @@ def _with_defaults(original: Mapping[str, object]) -> dict[str, object]:
         runtime = _mapping(entry).get("runtime") or {}
         if isinstance(entry, dict) and isinstance(runtime, dict):
             model = _mapping(models.get(str(entry.get("model"))))
-            by_type = TYPE_DEFAULTS.get(str(model.get("type")), {})
+            operation = OPERATIONS.get(str(model.get("type")))
+            by_type = operation.defaults if operation else {}
             preset = PRESETS.get(str(runtime.get("preset")), {})
             entry["runtime"] = {**by_type, **preset, **runtime}
     return tree
@@ -129,11 +128,11 @@ def _reason(error: ErrorDetails, path: KeyPath, document: Document) -> str:
     if error["type"] == "extra_forbidden":
         return f"unknown key; {_fix_for_key(path)}"
     if error["type"] == "missing":
-        known = _mapping(document.tree.get("models")) if path[-1] == "model" else get_args(ModelType)
+        known = _mapping(document.tree.get("models")) if path[-1] == "model" else list(OPERATIONS)
         return f"missing; name one of: {', '.join(known)}"
     context = error.get("ctx", {})
     reason = _REASONS.get(error["type"], error["msg"]).format(**context)
-    close = did_you_mean(str(error["input"]), re.findall(r"'(\w+)'", str(context.get("expected", ""))))
+    close = did_you_mean(str(error["input"]), re.findall(r"'([\w-]+)'", str(context.get("expected", ""))))
     # A value under redis may hold a password, so it is not quoted.
     actual = "" if path[0] == "redis" else f", not {_as_written(error['input'], document.written.get(path))}"
     return reason + actual + (f"; did you mean {close}?" if close else "")
@@ -177,11 +176,13 @@ Found = Iterable[tuple[KeyPath, str]]
 
 def _unnamed_models(file: ConfigFile) -> Found:
     for name, model in file.models.items():
-        if model.type == "custom" and not model.handler:
+        operation = model.operation
+        if operation.needs_code and not model.handler:
             yield ("models", name, "handler"), "missing; name the code to run, as in my_module:process"
-        if model.type != "custom" and model.handler:
-            yield ("models", name, "handler"), f"only type custom runs code, this is {model.type}; change one of them"
-        if not model.model_name and model.type not in ("echo", "custom"):
+        if model.handler and not operation.needs_code:
+            those = types_with(lambda each: each.needs_code)
+            yield ("models", name, "handler"), f"only type {those} runs code, this is {model.type}; change one of them"
+        if operation.needs_weights and not model.model_name:
             fix = "name a folder, a hub model, or package:<package>/<folder>"
             yield ("models", name, "model_name"), f"missing; {fix}"
 
@@ -192,7 +193,7 @@ def _backends(name: str, model: ModelSpec) -> Found:
         if model.model_file:
             yield (*path, "model_file"), "only backend onnx or openvino reads it, this is torch; change one of them"
         return
-    if model.type not in ("embedding", "reranker"):
+    if not model.operation.one_forward:
         yield (*path, "backend"), f"type {model.type} runs only with torch; leave backend out"
     for key in ("dtype", "attention"):
         if getattr(model, key) != ModelSpec.model_fields[key].default:
@@ -200,8 +201,9 @@ def _backends(name: str, model: ModelSpec) -> Found:
 
 
 def _kernels(name: str, model: ModelSpec) -> Found:
-    if model.kernels != "auto" and model.type not in ("embedding", "reranker"):
-        reason = f"only types embedding and reranker have kernels, this is {model.type}; leave kernels out"
+    if model.kernels != "auto" and not model.operation.one_forward:
+        those = types_with(lambda each: each.one_forward)
+        reason = f"only types {those} have kernels, this is {model.type}; leave kernels out"
         yield ("models", name, "kernels"), reason
 
 
@@ -214,11 +216,11 @@ def _unknown_models(file: ConfigFile, document: Document) -> Found:
             yield ("services", name, "model"), f"no model named {entry.model}; {fix}"
 
 
-def _cached_code(file: ConfigFile) -> Found:
+def _impossible_caches(file: ConfigFile) -> Found:
     for name, entry in file.services.items():
         model = file.models.get(entry.model)
-        if model and model.type == "custom" and entry.runtime.enable_cache:
-            yield ("services", name, "runtime", "enable_cache"), NO_CACHE
+        if model and model.operation.uncached and entry.runtime.enable_cache:
+            yield ("services", name, "runtime", "enable_cache"), no_cache(model.operation)
 
 
 _AT_MOST = (

@@ -17,6 +17,7 @@ from millstream.broker.config.check import ConfigFile, check
 from millstream.broker.config.spec import ModelSpec, RedisSettings, Runtime, ServiceSpec, Settings
 from millstream.broker.config.yaml import KeyPath, Place
 from millstream.broker.contract.errors import ConfigError
+from millstream.broker.contract.operations import CALL
 from millstream.broker.contract.scalars import plain
 
 __all__ = ["Config", "ModelSpec", "RedisSettings", "Runtime", "ServiceSpec", "load", "unenforced"]
@@ -54,7 +55,7 @@ def given_service(name: str, limits: Mapping[str, object]) -> ServiceSpec:
     place = Place(f"serve {name!r}")
     runtime = {key: plain(value) for key, value in limits.items()}
     tree: dict[str, object] = {
-        "models": {name: {"type": "custom", "handler": "given:code"}},
+        "models": {name: {"type": CALL.type, "handler": "given:code"}},
         "services": {name: {"model": name, "runtime": runtime}},
     }
     document = config_yaml.Document(place.source, tree, {(): place})
@@ -83,7 +84,6 @@ _NOT_ENFORCED: Mapping[str, frozenset[str]] = {
     "services": frozenset({"memory_limit"}),
     "redis": frozenset(),
 }
-_TYPES_WITHOUT_WORKER = frozenset({"llm"})
 
 
 def unenforced(config: Config) -> list[str]:
@@ -101,7 +101,7 @@ def _unenforced(config: Config) -> Iterator[tuple[str, Place, str]]:
     for name, model in config.models.items():
         yield from _set_keys(config, "models", ("models", name), model)
         place = config.places.get(("models", name, "type"))
-        if place and model.type in _TYPES_WITHOUT_WORKER:
+        if place and not model.operation.runs:
             yield f"models of type {model.type} have no worker yet", place, name
     for name, service in config.services.items():
         path = ("services", name, "runtime")

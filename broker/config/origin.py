@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from millstream.broker.config.data_dir import default_data_dir
 from millstream.broker.config.load import Config
-from millstream.broker.config.spec import PRESETS, TYPE_DEFAULTS, ServiceSpec, Settings
+from millstream.broker.config.spec import PRESETS, ServiceSpec, Settings
 from millstream.broker.config.variables import DATA_DIR_VARIABLE, URL_VARIABLE
 from millstream.broker.config.yaml import KeyPath
 
@@ -39,7 +39,7 @@ def resolved(config: Config, environ: Mapping[str, str] = os.environ) -> Iterato
 def _runtime(config: Config, name: str, service: ServiceSpec) -> Iterator[Value]:
     preset = service.runtime.preset
     by_preset = PRESETS.get(preset or "", {})
-    by_type = TYPE_DEFAULTS.get(service.model.type, {})
+    by_type = service.model.operation.defaults
     for each in _values(config, ("services", name, "runtime"), service.runtime):
         key = each.path[3]
         if each.origin == "default" and key in by_preset:

@@ -8,7 +8,8 @@ from typing import cast
 from pydantic.json_schema import JsonSchemaValue
 
 from millstream.broker.config.check import ConfigFile, Entry
-from millstream.broker.config.spec import PRESETS, SERVICE_NAME, TYPE_DEFAULTS
+from millstream.broker.config.spec import PRESETS, SERVICE_NAME
+from millstream.broker.contract.operations import OPERATIONS
 
 DIALECT = "http://json-schema.org/draft-07/schema#"
 """The JSON Schema dialect: the newest one that editors support fully."""
@@ -96,7 +97,8 @@ def _explain(section: JsonSchemaValue) -> None:
         value["description"] = " ".join([DESCRIPTIONS[key], *_units(value)])
 
 
-_VARYING = {key for values in (*PRESETS.values(), *TYPE_DEFAULTS.values()) for key in values}
+_BY_TYPE = [each.defaults for each in OPERATIONS.values()]
+_VARYING = {key for values in (*PRESETS.values(), *_BY_TYPE) for key in values}
 
 
 def _units(value: JsonSchemaValue) -> Iterator[str]:

@@ -26,8 +26,8 @@ from pydantic_core import CoreSchema
 from millstream.broker.config.units import DURATION_PATTERN, SIZE_PATTERN, seconds, size
 from millstream.broker.config.url import ACCEPTED, canonical, read_url
 from millstream.broker.contract.errors import ConfigError
+from millstream.broker.contract.operations import OPERATIONS, ModelType, Operation
 
-ModelType = Literal["embedding", "reranker", "llm", "custom", "echo"]
 Preset = Literal["latency", "balanced", "throughput"]
 PriorityName = Literal["realtime", "normal", "batch"]
 
@@ -37,42 +37,11 @@ PRESETS: Mapping[str, Mapping[str, object]] = {
     "throughput": {"batch_size": 64, "batch_timeout": 0.1},
 }
 
-TYPE_DEFAULTS: Mapping[str, Mapping[str, object]] = {
-    "embedding": {
-        "batch_size": 64,
-        "batch_timeout": 0.01,
-        "max_queue_size": 10_000,
-        "worker_count": 2,
-        "total_timeout": 60.0,
-    },
-    "reranker": {
-        "batch_size": 32,
-        "batch_timeout": 0.02,
-        "max_queue_size": 2_000,
-        "worker_count": 2,
-        "total_timeout": 60.0,
-    },
-    # A single prompt is often longer than 2,048 tokens. Prompts are few, and each takes long to compute.
-    "llm": {
-        "batch_size": 4,
-        "batch_timeout": 0.05,
-        "max_queue_size": 200,
-        "worker_count": 1,
-        "total_timeout": 300.0,
-        "max_batch_tokens": 8_192,
-        "rate_limit": {"requests": 10.0},
-    },
-}
-"""Defaults of `runtime` for each model type. A type that is not listed takes the defaults of Runtime."""
-
 LEAST_STALL_S = 30.0
 """Shortest stall timeout that is derived from the inference timeouts, seconds."""
 
 UNKNOWN_TOKENS = 2_048
 """Tokens of a batch if `max_batch_tokens` is auto and no worker has measured it."""
-
-NO_CACHE = "a service of type custom has no cache: nothing tells whether its code has changed; leave enable_cache out"
-"""Error for `enable_cache` on a service of type custom."""
 
 RESULT_TTL_S = 3_600.0
 """Default of `redis.result_ttl`, seconds."""
@@ -345,6 +314,11 @@ class ModelSpec(Settings):
     # Only a worker's own file names code: a handler is neither written to Redis nor read from it.
     handler: Annotated[str, AfterValidator(_handler)] | None = Field(default=None, exclude=True)
 
+    @property
+    def operation(self) -> Operation:
+        """The record of the model's type: everything that differs between types."""
+        return OPERATIONS[self.type]
+
 
 class RedisSettings(Settings):
     """The Redis server and how to use it. `data_dir` is the embedded server's folder; `result_ttl` is in seconds."""
@@ -374,9 +348,9 @@ class ServiceSpec(Settings):
     replicated: bool = False
 
     @model_validator(mode="after")
-    def _caches_no_code(self) -> ServiceSpec:
-        if self.model.type == "custom" and self.runtime.enable_cache:
-            raise ValueError(NO_CACHE)
+    def _caches_only_what_can_be(self) -> ServiceSpec:
+        if self.runtime.enable_cache and self.model.operation.uncached:
+            raise ValueError(no_cache(self.model.operation))
         return self
 
     @property
@@ -427,6 +401,11 @@ def _unknown_keys(record: object) -> list[Sequence[str | int]]:
 def _unreadable(reason: str) -> ConfigError:
     message = f"a service's record in Redis cannot be read: {reason}"
     return ConfigError(message, hint="write it again with `millstream config push --replace`")
+
+
+def no_cache(operation: Operation) -> str:
+    """Returns the error for `enable_cache` on a service whose answers cannot be cached."""
+    return f"a service of type {operation.type} has no cache: {operation.uncached}; leave enable_cache out"
 
 
 def discard(tree: object, path: Sequence[str | int]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, cast, get_args
-
-import numpy as np
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from millstream.broker.contract.errors import InvalidRequest
-from millstream.broker.contract.job import Encoded, Json, Vectors
+from millstream.broker.contract.options import Rule, check_options, one_of
+
+if TYPE_CHECKING:
+    from millstream.broker.contract.job import Json
 
 Truncate = Literal["none", "start", "end"]
 InputType = Literal["query", "document", "none"]
@@ -16,8 +17,6 @@ Encoding = Literal["float32", "float16", "binary"]
 
 MAX_PROMPT = 16_384
 """Most characters of a prompt: each job carries it, and the model reads it with each text."""
-
-_LEAST_NORM = 1e-12
 
 
 class EmbedOptions(NamedTuple):
@@ -38,12 +37,7 @@ class EmbedOptions(NamedTuple):
     @classmethod
     def read(cls, options: Mapping[str, Json]) -> EmbedOptions:
         """Returns the options of a call's JSON. Raises InvalidRequest if a name is unknown or a value is not valid."""
-        for name, value in options.items():
-            if name not in _VALID:
-                raise InvalidRequest(f"no option {name!r}", hint=f"an embedding service has {', '.join(_VALID)}")
-            valid, requirement = _VALID[name]
-            if value is not None and not valid(value):
-                raise InvalidRequest(f"{name}={str(value)[:80]!r}", hint=requirement)
+        check_options(options, _RULES, "an embedding service")
         given = {name: value for name, value in options.items() if value is not None}
         if "prompt" in given and "input_type" in given:
             raise InvalidRequest(
@@ -64,15 +58,9 @@ class EmbedOptions(NamedTuple):
 
 _NONE = EmbedOptions()
 
-
-def _one_of(choices: object) -> tuple[Callable[[Json], bool], str]:
-    names = get_args(choices)
-    return lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}"
-
-
-_VALID: Mapping[str, tuple[Callable[[Json], bool], str]] = {
-    "truncate": _one_of(Truncate),
-    "input_type": _one_of(InputType),
+_RULES: Mapping[str, Rule] = {
+    "truncate": one_of(Truncate),
+    "input_type": one_of(InputType),
     "prompt": (
         lambda value: isinstance(value, str) and len(value) <= MAX_PROMPT,
         f"a string of at most {MAX_PROMPT} characters",
@@ -82,21 +70,5 @@ _VALID: Mapping[str, tuple[Callable[[Json], bool], str]] = {
         "a whole number above 0",
     ),
     "normalize": (lambda value: isinstance(value, bool), "True or False"),
-    "encoding": _one_of(Encoding),
+    "encoding": one_of(Encoding),
 }
-
-
-def shaped(vectors: Vectors, dimensions: int | None, normalize: bool, encoding: Encoding) -> Encoded:
-    """Returns `vectors`, float32 [rows, dim], cut to `dimensions`, normalized if `normalize`, and encoded.
-
-    The result is float32 or float16 [rows, dimensions]. For "binary" it is uint8 [rows, ceil(dimensions / 8)]: one bit
-    for each number, 1 if it is above zero, the first number in the highest bit.
-    """
-    cut = vectors[:, :dimensions]
-    if encoding == "binary":
-        return np.packbits(cut > 0, axis=-1)
-    # Numbers beyond float16 become infinity, which the worker's check of its results finds.
-    with np.errstate(over="ignore", invalid="ignore"):
-        if normalize:
-            cut = cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), _LEAST_NORM)
-        return cut.astype(np.float16) if encoding == "float16" else cut

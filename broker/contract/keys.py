@@ -45,6 +45,10 @@ class ServiceKeys:
         """The three job streams, most urgent first."""
         return [self.stream(priority) for priority in PRIORITIES]
 
+    def bell(self) -> str:
+        """STREAM that wakes idle workers if jobs were given back; at most 4 entries; no ttl."""
+        return self._key("bell")
+
     def reply(self, client: str) -> str:
         """STREAM of replies to one client process, which deletes the replies that it has read; ttl set by settle."""
         return self._key(f"reply:{client}")

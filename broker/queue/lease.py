@@ -95,13 +95,20 @@ class Lease:
         """
         named = ("but", *keep) if only is None else ("only", *only)
         keys = [*self._keys.streams(), self._keys.workers(), self._keys.worker(consumer), self._keys.trail()]
+        keys.append(self._keys.bell())
         args: list[scripts.Argument] = [GROUP, consumer, RETURNED, self._lease_ms, int(gone), _line(how)]
         args += (len(started), *started, *named)
         return int(scripts.run(self._client, "release", keys, args))
 
     def reclaim(self) -> int:
         """Gives back the entries of workers on lost hosts. Returns how many. Any process may call it at any time."""
-        keys = [*self._keys.streams(), self._keys.workers(), self._keys.reclaim(), self._keys.trail()]
+        keys = [
+            *self._keys.streams(),
+            self._keys.workers(),
+            self._keys.reclaim(),
+            self._keys.trail(),
+            self._keys.bell(),
+        ]
         _, returned = scripts.run(self._client, "reclaim", keys, [GROUP, RETURNED, self._lease_ms])
         return int(returned)
 

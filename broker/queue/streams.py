@@ -227,6 +227,7 @@ class Streams:
         self._keys = keys
         # Every call needs these names: they are made once.
         self._streams = keys.streams()
+        self._bell = keys.bell()
         self._bucket, self._seen = keys.bucket(), keys.seen("")
         self._enqueue_keys = [keys.spec(), *self._streams, self._bucket, keys.paused(), keys.refused()]
         self._claim_keys = [*self._streams, keys.paused(), keys.workers(), keys.trail()]
@@ -236,7 +237,7 @@ class Streams:
 
     def create_groups(self) -> None:
         """Creates streams and groups that are missing. A group starts at the first entry, so it skips no job."""
-        for stream in self._streams:
+        for stream in (*self._streams, self._bell):
             try:
                 self._client.xgroup_create(stream, GROUP, id="0", mkstream=True)
             except redis.exceptions.ResponseError as error:
@@ -291,22 +292,33 @@ class Streams:
     def wait(self, consumer: str, wait_s: float, limit: ClaimBudget) -> Claimed:
         """Blocks until a new job comes, at most `wait_s` seconds, and claims it and further jobs within `limit`.
 
-        Each new job wakes one of the waiting workers. That job is the first claim, even if the service is paused.
+        Each new job wakes one of the waiting workers. That job is the first claim, even if the service is paused. Jobs
+        that were given back wake up to 4 workers.
         """
         block_ms = max(1, round(wait_s * 1000))
         command: list[scripts.Argument] = [_XREADGROUP, "GROUP", GROUP, consumer, "COUNT", 1, "BLOCK", block_ms]
-        command += ["STREAMS", *self._streams, ">", ">", ">"]
+        command += ["STREAMS", *self._streams, self._bell, ">", ">", ">", ">"]
         woken, rest = scripts.run_after(self._client, command, "claim", *self._claim_words(consumer, limit))
         # UNBLOCKED is the error of Redis 7.0 if a stream is deleted meanwhile. The next claim raises the reason.
         if isinstance(woken, Exception) and "UNBLOCKED" not in str(woken):
             raise woken
         delivered = [] if isinstance(woken, Exception) else cast(Delivered, woken or [])
-        claims = [
-            _claim(self._streams.index(stream.decode()) + 1, entry, flat, 0.0)
-            for stream, entries in delivered
-            for entry, flat in entries
-        ]
+        claims = []
+        for stream, entries in delivered:
+            key = stream.decode()
+            if key == self._bell:
+                self._silence([entry for entry, _ in entries])
+                continue
+            number = self._streams.index(key) + 1
+            claims += [_claim(number, entry, flat, 0.0) for entry, flat in entries]
         return _claimed(claims, rest)
+
+    def _silence(self, rings: Sequence[bytes]) -> None:
+        """Removes what the bell delivered: the claim after it has taken the jobs that were given back."""
+        pipe = self._client.pipeline(transaction=False)
+        pipe.xack(self._bell, GROUP, *rings)
+        pipe.xdel(self._bell, *rings)
+        pipe.execute()
 
     def _claim_words(self, consumer: str, limit: ClaimBudget) -> tuple[list[str], list[scripts.Argument]]:
         """Returns the keys and arguments of the claim script."""

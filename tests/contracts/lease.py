@@ -311,3 +311,43 @@ class ReclaimContract:
         queue.reclaim()
 
         assert 0 < queue.client.pttl(queue.keys.reclaim()) <= 3_600_000
+
+
+class BellContract:
+    """A subclass gives the fixture `queue`."""
+
+    def test_jobs_that_are_given_back_wake_a_worker_that_sleeps(self, queue: Queue) -> None:
+        (claim,) = queue.hold("dead", draft())
+        queue.lease.release("dead", gone=True)
+
+        woken = queue.wait("w1", wait_s=30.0, jobs=8)
+
+        assert ids(woken.claims) == ids([claim])
+        assert woken.woken == 0
+        assert queue.client.xlen(queue.keys.bell()) == 0
+
+    def test_a_host_that_is_lost_rings_too(self, queue: Queue) -> None:
+        queue.age("lost", queue.hold("lost", draft()))
+        queue.silence("lost")
+        queue.passed(1000)
+
+        assert queue.lease.reclaim() == 1
+
+        assert len(queue.wait("w1", wait_s=30.0, jobs=8).claims) == 1
+
+    def test_it_rings_at_most_four_times_and_nothing_is_left_of_who_read_it(self, queue: Queue) -> None:
+        queue.hold("dead", *[draft() for _ in range(9)])
+        queue.lease.release("dead", gone=True)
+        assert queue.client.xlen(queue.keys.bell()) == 4
+
+        for _ in range(4):
+            queue.wait("w1", jobs=0)
+        queue.lease.release("w1", gone=True)
+
+        assert queue.client.xlen(queue.keys.bell()) == 0
+        assert queue.client.xinfo_consumers(queue.keys.bell(), GROUP) == []
+
+    def test_nothing_that_was_given_back_rings_nobody(self, queue: Queue) -> None:
+        assert queue.lease.release("nobody", gone=True) == 0
+
+        assert queue.client.xlen(queue.keys.bell()) == 0

@@ -160,7 +160,7 @@ class Queue:
 
     def reclaim(self) -> tuple[str, int]:
         """One pass, with its state: early, holding or done."""
-        keys = [*self.keys.streams(), self.keys.workers(), self.keys.reclaim(), self.keys.trail()]
+        keys = [*self.keys.streams(), self.keys.workers(), self.keys.reclaim(), self.keys.trail(), self.keys.bell()]
         state, returned = scripts.run(self.client, "reclaim", keys, [GROUP, RETURNED, LEASE_MS])
         return state.decode(), returned
 

@@ -19,8 +19,8 @@ from millstream.broker.config.spec import ModelSpec
 from millstream.broker.contract.codec import decode_inputs
 from millstream.broker.contract.job import Priority
 from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.contract.operations import RERANK
 from millstream.broker.transport.connection import Connection
-from millstream.cli.bench import QUERY
 
 pytestmark = pytest.mark.early
 
@@ -105,7 +105,7 @@ def test_a_reranker_is_asked_a_query(shell: Shell, url: str) -> None:
 
     assert claim.job
     assert claim.job.op == "rerank"
-    assert decode_inputs(claim.job.body, claim.job.rows)[1] == {"query": QUERY}
+    assert decode_inputs(claim.job.body, claim.job.rows)[1] == RERANK.example
     connection.close()
 
 

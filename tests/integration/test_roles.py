@@ -350,7 +350,7 @@ def test_a_client_waits_for_a_worker_to_load_forgotten_scripts(
         job = Group(Priority.NORMAL, [draft()])
         connection.client.script_flush()
 
-        with pytest.raises(BrokerUnavailable, match="forgotten the scripts") as caught, translated(client.safe_url):
+        with pytest.raises(BrokerUnavailable, match="lost the scripts") as caught, translated(client.safe_url):
             calling.streams.enqueue([job])
         assert is_transient(caught.value)
         assert "worker" in caught.value.hint

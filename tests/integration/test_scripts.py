@@ -9,7 +9,7 @@ from contracts.dead import DeadLettersContract
 from contracts.detached import DetachedContract
 from contracts.emit import EmitContract
 from contracts.enqueue import EnqueueContract
-from contracts.lease import BeatContract, LivenessContract, ReclaimContract, ReleaseContract
+from contracts.lease import BeatContract, BellContract, LivenessContract, ReclaimContract, ReleaseContract
 from contracts.pause import PauseContract, PurgeContract
 from contracts.queue import Queue
 from contracts.rate import RateContract
@@ -48,6 +48,10 @@ class TestSettle(SettleContract):
 
 
 class TestEmit(EmitContract):
+    pass
+
+
+class TestBell(BellContract):
     pass
 
 

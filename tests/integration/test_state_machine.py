@@ -155,7 +155,13 @@ class QueueMachine(RuleBasedStateMachine):
         found = list(self.queue.client.scan_iter(f"ms:{{{self.keys.service}}}:*", count=1000))
         immortal = {key.decode() for key in found if self.queue.client.pttl(key) == -1}
         self.queue.client.unlink(*found)
-        assert immortal <= {*self.keys.streams(), self.keys.spec(), self.keys.dead(), self.keys.paused()}
+        assert immortal <= {
+            *self.keys.streams(),
+            self.keys.spec(),
+            self.keys.dead(),
+            self.keys.paused(),
+            self.keys.bell(),
+        }
 
     def count(self, what: str, times: int = 1) -> None:
         self.counts[what] += times

@@ -28,7 +28,9 @@ FLOAT32, HALF = "6448fa205c576c66+12f420f8 float32 32", "6448fa205c576c66+12f420
 
 def answer(folder: Path, kind: str, **settings: object) -> Answer:
     model = ModelSpec.model_validate({"type": kind, "model_name": str(folder), **settings})
-    return answer_of(load(ServiceSpec(name="mill", model=model, model_ref="m", runtime=Runtime()), "cpu", 1))
+    agreement = model.operation.agreement
+    assert agreement
+    return answer_of(load(ServiceSpec(name="mill", model=model, model_ref="m", runtime=Runtime()), "cpu", 1), agreement)
 
 
 @pytest.fixture(scope="module")

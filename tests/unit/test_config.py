@@ -290,8 +290,8 @@ def test_every_error_of_a_file_is_reported_at_once_with_line_reason_and_fix(load
     )
 
     assert lines == [
-        "config.yaml:2: models.m.type: must be 'embedding', 'reranker', 'llm', 'custom' or 'echo', not 'embeding'; "
-        "did you mean embedding?",
+        "config.yaml:2: models.m.type: must be 'embedding', 'reranker', 'llm', 'custom', 'echo' or 'echo-stream', "
+        "not 'embeding'; did you mean embedding?",
         "config.yaml:3: models.n.model_name: missing; name a folder, a hub model, or package:<package>/<folder>",
         "config.yaml:6: services.embed.model: no model named mm; did you mean m?",
         "config.yaml:8: services.embed.runtime.batchsize: unknown key; did you mean batch_size?",

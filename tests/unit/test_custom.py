@@ -15,7 +15,7 @@ import pytest
 from millstream.broker.config.load import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.contract.errors import InvalidRequest, ModelFailed, ModelUnavailable
 from millstream.worker import models
-from millstream.worker.engines.runner import run_rows
+from millstream.worker.engines.one_shot import run_rows
 from millstream.worker.models.base import Laps, Prepared
 from millstream.worker.models.custom import CustomModel, Hooks, name_of
 from millstream.worker.shutdown import Ended

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
-from millstream.broker.contract.embedding import MAX_PROMPT, EmbedOptions, shaped
+from millstream.broker.contract.embedding import MAX_PROMPT, EmbedOptions
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Json
+from millstream.broker.contract.vectors import shaped
 
 FLOATS = arrays.arrays(
     np.float32, st.tuples(st.integers(0, 4), st.integers(1, 20)), elements=st.floats(-1e3, 1e3, width=32)

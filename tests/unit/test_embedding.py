@@ -24,7 +24,7 @@ from millstream.broker.contract.errors import (
     ModelUnavailable,
 )
 from millstream.broker.contract.job import Encoded, Json, Vectors
-from millstream.worker.engines.runner import run_rows
+from millstream.worker.engines.one_shot import run_rows
 from millstream.worker.models.base import Prepared
 from millstream.worker.models.embedding.embedding import EmbeddingModel
 from millstream.worker.models.kernels.packing import NAME

@@ -8,10 +8,11 @@ from typing import cast
 import numpy as np
 import pytest
 
-from millstream.broker.config.spec import ModelSpec, ModelType, Runtime, ServiceSpec
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.contract.codec import MAX_DEPTH, MAX_ROWS, JsonText, decode_inputs, encode_inputs, encode_value
 from millstream.broker.contract.errors import InputTooLong, InvalidRequest
 from millstream.broker.contract.job import Json
+from millstream.broker.contract.operations import CALL, EMBED, ModelType
 from millstream.client.calls import MAX_ROW_BYTES, cut, outgoing
 from millstream.client.split import MAX_PART_BYTES
 
@@ -22,7 +23,7 @@ def spec(kind: ModelType = "custom", **runtime: object) -> ServiceSpec:
 
 
 def rows(*payloads: object) -> list[Json]:
-    return list(outgoing(spec(), cast(list[Json], payloads), {}))
+    return list(outgoing(CALL, cast(list[Json], payloads)))
 
 
 def nested(depth: int) -> object:
@@ -84,18 +85,18 @@ def test_a_payload_of_too_many_bytes_is_its_rows_error() -> None:
 @pytest.mark.parametrize("inputs", ["text", b"bytes", {"a": 1}, 5, None])
 def test_payloads_are_a_list(inputs: object) -> None:
     with pytest.raises(InvalidRequest, match="a list of payloads is needed"):
-        outgoing(spec(), cast(list[Json], inputs), {})
+        outgoing(CALL, cast(list[Json], inputs))
 
 
 def test_options_are_not_for_custom_services() -> None:
     with pytest.raises(InvalidRequest, match="takes no options"):
-        outgoing(spec(), ["a"], {"truncate": "end"})
+        CALL.check({"truncate": "end"})
 
 
 def test_texts_for_other_services_are_taken_as_they_are_and_what_is_none_is_refused() -> None:
     texts: list[Json] = ["a", {"b": 1}, "c"]
 
-    assert outgoing(spec("embedding"), texts, {"truncate": "end"}) is texts
+    assert outgoing(EMBED, texts) is texts
     parts, refused = cut(spec("embedding"), texts)
     assert ([part.rows for part in parts], list(refused)) == ([(0, 2)], [1])
 

@@ -7,8 +7,8 @@ import importlib.util
 import pytest
 
 from millstream.broker.config.load import ModelSpec, Runtime, ServiceSpec
-from millstream.broker.config.spec import ModelType
 from millstream.broker.contract.errors import ModelUnavailable
+from millstream.broker.contract.operations import ModelType
 from millstream.worker.supervision.supervisor import preflight
 
 

@@ -244,12 +244,12 @@ def test_an_instruction_changes_what_a_generative_reranker_is_asked(
 
 
 def test_the_guide_says_what_a_generative_reranker_is_asked() -> None:
-    from millstream.worker.models.reranking.options import RerankOptions
+    from millstream.broker.contract.rerank import RerankOptions
     from millstream.worker.models.reranking.prompts import qwen3_frame
 
     guide = (Path(__file__).parents[2] / "docs" / "rerank.md").read_text(encoding="utf-8")
 
-    assert "...".join(qwen3_frame(RerankOptions("which river?", "", "", "none"))) in guide
+    assert "...".join(qwen3_frame(RerankOptions("which river?"))) in guide
 
 
 @pytest.mark.parametrize("kind", ["cross-encoder", "qwen3"])

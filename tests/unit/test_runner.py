@@ -17,7 +17,8 @@ from millstream.broker.contract.errors import DeadlineExceeded, InvalidRequest, 
 from millstream.broker.contract.job import Json, Vectors
 from millstream.worker.clock import ServerClock
 from millstream.worker.context import Context
-from millstream.worker.engines.runner import Runner, run_rows
+from millstream.worker.engines.one_shot import OneShot, run_rows
+from millstream.worker.engines.runner import Runner
 from millstream.worker.intake.settler import Finished
 from millstream.worker.models.base import NO_OPTIONS, Prepared
 from millstream.worker.models.echo import EchoModel
@@ -290,7 +291,7 @@ class Bench:
     def run_with(self, model: EchoModel, *jobs: ActiveJob) -> None:
         self.window.hold(jobs)
         self.window.close()
-        Runner(self.context, model, self.finish).run()
+        Runner(self.context, OneShot(model, self.context.progress.runner.lap, self.window.cost), self.finish).run()
 
     def error_of(self, held: ActiveJob) -> MillstreamError | None:
         return self.finished[held.claim.address.job_id].reply.error

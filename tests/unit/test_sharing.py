@@ -24,13 +24,13 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from millstream.broker.config.spec import ModelSpec
-from millstream.worker.engines.runner import run_rows
+from millstream.broker.contract.rerank import RerankOptions
+from millstream.worker.engines.one_shot import run_rows
 from millstream.worker.models.base import Model, Prepared
 from millstream.worker.models.embedding import encoder
 from millstream.worker.models.embedding.embedding import EmbeddingModel
 from millstream.worker.models.kernels.packing import Packing
 from millstream.worker.models.loading.sharing import FLOAT32, HALF, REDUCED, Padding, Precision, Sharing, Side, measure
-from millstream.worker.models.reranking.options import RerankOptions
 from millstream.worker.models.reranking.prompts import qwen3_frame
 from millstream.worker.models.reranking.reranker import load_reranker
 
@@ -217,7 +217,7 @@ def judged(folder: Path, query: str, document: str) -> float:
     """By a model that was just loaded, of the prompt alone."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    head, tail = qwen3_frame(RerankOptions(query, "", "", "none"))
+    head, tail = qwen3_frame(RerankOptions(query))
     ids = tokenizer(head + document + tail, add_special_tokens=False)["input_ids"]
     with torch.inference_mode():
         logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from millstream.broker.contract.errors import ModelUnavailable
-from millstream.worker.models.loading.source import RERANKERS, locate, settings_digest, weights_digest
+from millstream.broker.contract.operations import RERANK
+from millstream.worker.models.loading.source import locate, settings_digest, weights_digest
 
 
 @pytest.fixture
@@ -54,14 +55,14 @@ def test_a_short_name_on_the_hub_is_of_the_organization_that_is_given(
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "config.json").write_text("{}")
 
-    assert locate("ms-marco-MiniLM-L6-v2", RERANKERS) == "cross-encoder/ms-marco-MiniLM-L6-v2"
-    assert locate("mill/reranker", RERANKERS) == "mill/reranker"
+    assert locate("ms-marco-MiniLM-L6-v2", RERANK.organization) == "cross-encoder/ms-marco-MiniLM-L6-v2"
+    assert locate("mill/reranker", RERANK.organization) == "mill/reranker"
     assert locate("all-MiniLM-L6-v2") == "all-MiniLM-L6-v2"
-    assert locate("here", RERANKERS) == tmp_path / "here"
+    assert locate("here", RERANK.organization) == tmp_path / "here"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelUnavailable, match="cross-encoder/ms-marco"):
-        locate("ms-marco-MiniLM-L6-v2", RERANKERS)
+        locate("ms-marco-MiniLM-L6-v2", RERANK.organization)
 
 
 # -- what else makes vectors ---------------------------------------------------------------------------------------

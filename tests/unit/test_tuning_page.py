@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
-from millstream.broker.config.spec import PRESETS, TYPE_DEFAULTS, ModelType, Runtime
+from millstream.broker.config.spec import PRESETS, Runtime
+from millstream.broker.contract.operations import OPERATIONS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tuning.md").read_text(encoding="utf-8")
 
@@ -25,16 +25,16 @@ def table(first: str) -> dict[str, dict[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("model_type", get_args(ModelType))
+@pytest.mark.parametrize("model_type", OPERATIONS)
 def test_the_page_has_what_each_type_of_model_sets(model_type: str) -> None:
-    runtime = Runtime.model_validate(TYPE_DEFAULTS.get(model_type, {}))
+    runtime = Runtime.model_validate(OPERATIONS[model_type].defaults)
 
     shown = dict(table("type")[model_type])
 
     calls = runtime.rate_limit.requests if runtime.rate_limit else None
     assert shown.pop("rate_limit") == (f"{calls:g} calls/s" if calls else "none")
     assert Runtime.model_validate(shown) == runtime.model_copy(update={"rate_limit": None})
-    assert set(TYPE_DEFAULTS.get(model_type, {})) <= {*shown, "rate_limit"}
+    assert set(OPERATIONS[model_type].defaults) <= {*shown, "rate_limit"}
 
 
 def test_the_page_has_what_each_preset_sets() -> None:

@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from millstream.broker.contract.job import PRIORITIES, Claim, Priority
@@ -314,8 +314,17 @@ class Claimer(threading.Thread):
         self._batch_delay.observe(arrived - alone, busy_s - self._busy_s)
         self._busy_s = busy_s
 
+    def _records(self, claims: Sequence[Claim]) -> Mapping[str, bytes]:
+        """Output of earlier runs of these jobs, by name. Read after the claim, when nobody else can add to it."""
+        begun = [claim.address for claim in claims if claim.given_back and claim.address.streams]
+        if not begun:
+            return {}
+        records = self._queue.streams.partials([address.job_id for address in begun])
+        return {address.name: blob for address, blob in zip(begun, records, strict=True) if blob}
+
     def _hold(self, claims: list[Claim]) -> None:
-        jobs, finished = self._intake.admit(claims, self._clock.now())
+        records = self._records(claims)
+        jobs, finished = self._intake.admit(claims, self._clock.now(), records)
         for each in finished:
             self._finish(each)
         for job in self._window.hold(jobs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from millstream.broker.contract.codec import decode_inputs
 from millstream.broker.contract.errors import (
@@ -19,8 +20,9 @@ from millstream.broker.contract.errors import (
     described,
 )
 from millstream.broker.contract.job import Claim, Job, Json, Reply
+from millstream.broker.contract.partial import decode_records
 from millstream.worker.intake.settler import Finished
-from millstream.worker.models.base import Model, Prepared
+from millstream.worker.models.base import Generates, Model, Prepared
 from millstream.worker.scheduling.active_job import ActiveJob
 from millstream.worker.supervision.progress import Progress, Stage, Track
 
@@ -35,6 +37,8 @@ class _Request:
     inputs: list[Json]
     options: Mapping[str, Json]
 
+
+NO_RECORDS: Mapping[str, bytes] = MappingProxyType({})
 
 Digests = Callable[[Sequence[Json], Mapping[str, Json]], Sequence[str]]
 """Computes the cache keys of rows from inputs and options; empty if there is no cache."""
@@ -59,9 +63,12 @@ class Intake:
         self._places: Iterator[int] = iter(())
         self.max_attempts = max_attempts
 
-    def admit(self, claims: Sequence[Claim], now: int) -> tuple[list[ActiveJob], list[Finished]]:
+    def admit(
+        self, claims: Sequence[Claim], now: int, records: Mapping[str, bytes] = NO_RECORDS
+    ) -> tuple[list[ActiveJob], list[Finished]]:
         """Returns the jobs to run and the answers to settle, at `now`, server ms.
 
+        `records`: encoded output of earlier runs, by the names of their jobs, which go on behind it.
         The death of the process is charged to these claims until `end_admission`. That holds also if this raises: the
         error ends the process, and one of the claims may be its cause.
         """
@@ -75,6 +82,9 @@ class Intake:
             else:
                 requests.append(read)
         jobs = self._prepare(requests)
+        for job in jobs:
+            if blob := records.get(job.name):
+                self._resume(job, blob)
         finished += [Finished(each.claim.address, each.reply()) for each in jobs if not each.rows_left]
         return [each for each in jobs if each.rows_left], finished
 
@@ -104,7 +114,21 @@ class Intake:
             inputs, options = decode_inputs(job.body, job.rows)
         except Malformed as error:
             return _malformed(claim, str(error))
+        if len(inputs) != 1 and isinstance(self._model, Generates):
+            wrong = InvalidRequest(f"a job of {job.op!r} has one row, not {len(inputs)}", hint="update the client")
+            return Finished(claim.address, Reply(error=wrong))
         return _Request(place, claim, job, inputs, options)
+
+    def _resume(self, job: ActiveJob, blob: bytes) -> None:
+        """Makes a job go on behind its output so far; its row fails if the model cannot."""
+        row = job.prepared[0]
+        if isinstance(row, MillstreamError) or not isinstance(self._model, Generates):
+            return
+        try:
+            self._model.resume(row, decode_records(blob))
+            job.records = blob
+        except Exception as error:  # noqa: BLE001 - whatever it raises is this job's error
+            job.outcomes[0], job.rows_left = ModelFailed(f"cannot go on with its output: {described(error)}"), 0
 
     def _prepare(self, requests: Sequence[_Request]) -> list[ActiveJob]:
         """Prepares all rows with equal options in one call, so that a claim usually takes one tokenizer call."""

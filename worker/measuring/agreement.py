@@ -13,23 +13,16 @@ import numpy as np
 
 from millstream.broker.contract.answer import Answer
 from millstream.broker.contract.errors import MillstreamError, ModelUnavailable, described
-from millstream.broker.contract.job import Json
+from millstream.broker.contract.operations import Agreement
 from millstream.worker.models.base import Model
 
-_TEXTS: Mapping[str, Sequence[Json]] = {
-    "embed": ("The mill turns in the stream, 24 hours a day: who grinds the corn?",),
-    "rerank": ("The miller grinds the corn.", "A stream turns the mill.", "Rain, snow and 12 winds."),
-}
 
-_OPTIONS: Mapping[str, Mapping[str, Json]] = {
-    "embed": {"truncate": "end"},
-    "rerank": {"query": "corn", "truncate": "end", "scores": "raw"},
-}
+def answer_of(model: Model, agreement: Agreement) -> Answer:
+    """Returns the answer of `model` to the texts of `agreement`, index -> number.
 
-
-def answer_of(model: Model) -> Answer:
-    """The answer of `model` to fixed texts, index -> number. Raises ModelUnavailable if it fails or is not finite."""
-    rows = model.prepare(list(_TEXTS[model.op]), _OPTIONS[model.op])
+    Raises ModelUnavailable if it fails or is not finite.
+    """
+    rows = model.prepare(list(agreement.texts), agreement.options)
     for row in rows:
         if isinstance(row, MillstreamError):
             raise ModelUnavailable(f"the model refuses a plain text: {row}")

@@ -14,9 +14,6 @@ from millstream.worker.scheduling.memory import is_exhaustion
 
 log = logging.getLogger(__name__)
 
-PROBED = ("embedding", "reranker")
-"""Model types whose forward costs in proportion to its padded tokens. Only these can be measured by doubling."""
-
 TYPICAL_TOKENS = 64
 """Tokens of a row in a measured batch, as long as `batch_size` allows enough rows."""
 
@@ -43,7 +40,7 @@ def auto_tokens(spec: ServiceSpec, model: Model) -> int | None:
 
     Raises ModelUnavailable if not even the smallest batch runs.
     """
-    if spec.runtime.max_batch_tokens != "auto" or spec.model.type not in PROBED:
+    if spec.runtime.max_batch_tokens != "auto" or not spec.model.operation.one_forward:
         return None
     return probe(model, spec.runtime.batch_size)
 

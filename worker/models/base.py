@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from millstream.broker.config.load import Runtime
 from millstream.broker.contract.errors import MillstreamError
 from millstream.broker.contract.job import Encoded, Json, Vectors
+
+if TYPE_CHECKING:
+    from millstream.broker.contract.partial import Record
+    from millstream.worker.engines.base import Engine
 
 Result = Encoded | Json | MillstreamError
 """The result of one row in a forward: a vector [dim], a JSON value, or an error."""
@@ -129,6 +133,19 @@ class Placed(Protocol):
 def packs(model: Model) -> bool:
     """Returns whether `model` has a true attribute `packs`: it runs rows of any lengths without padding."""
     return bool(getattr(model, "packs", False))
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """A model whose rows grow over many steps: it brings an engine. A job has one row."""
+
+    def start_engine(self) -> Engine:
+        """Returns the engine that runs this model's rows. Called once, in the main thread."""
+        ...
+
+    def resume(self, row: Prepared, records: Sequence[Record]) -> None:
+        """Makes `row` go on behind `records`, the output of earlier runs. Raises anything if it cannot."""
+        ...
 
 
 @runtime_checkable

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import logging
 import marshal
+import os
 import sys
 import sysconfig
 import traceback
@@ -19,7 +20,7 @@ from typing import cast
 
 import numpy as np
 
-from millstream.broker.config.load import Runtime
+from millstream.broker.config.load import Runtime, ServiceSpec
 from millstream.broker.contract.errors import (
     InvalidRequest,
     MillstreamError,
@@ -29,7 +30,9 @@ from millstream.broker.contract.errors import (
     message_of,
 )
 from millstream.broker.contract.job import Json, Vectors
+from millstream.broker.contract.operations import CALL
 from millstream.worker.models.base import NO_OPTIONS, Prepared
+from millstream.worker.models.loading.source import handler_of
 from millstream.worker.shutdown import Ended
 
 log = logging.getLogger(__name__)
@@ -67,7 +70,7 @@ class CustomModel:
     constructed or set up.
     """
 
-    op = "call"
+    op = CALL.op
     sample_options = NO_OPTIONS
 
     def __init__(
@@ -102,8 +105,10 @@ class CustomModel:
         return cast(ProcessFn, handler)
 
     def prepare(self, inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
-        if options:
-            return [InvalidRequest("a custom service takes no options", hint="put them into the payload")] * len(inputs)
+        try:
+            CALL.check(options)
+        except InvalidRequest as error:
+            return [error] * len(inputs)
         return [self._row(payload) for payload in inputs]
 
     def _row(self, payload: Json) -> Prepared | MillstreamError:
@@ -146,6 +151,17 @@ class CustomModel:
                 raise
             except BaseException:
                 log.exception("tear_down failed")
+
+
+def load(spec: ServiceSpec, device: str | None, threads: int, folder: str) -> CustomModel:
+    """Returns the model that runs the handler of `spec`. Raises ModelUnavailable.
+
+    The code is searched in the installed packages, then in `folder`.
+    """
+    # torch and similar libraries read it at import. Without it, each of several workers would use all cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    handler = handler_of(spec)
+    return CustomModel(load_handler(handler, folder), handler, spec.runtime, device)
 
 
 def load_handler(target: str, folder: str) -> object:

@@ -9,16 +9,47 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from millstream.broker.config.load import ServiceSpec
 from millstream.broker.contract.errors import InputTooLong, InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Json, Vectors
+from millstream.broker.contract.operations import ECHO
 from millstream.worker.models.base import NO_OPTIONS, Prepared
 
 SPARE_BYTES, CHUNK_BYTES = 256 * 2**20, 16 * 2**20
 """Bytes. SPARE_BYTES: how much a `memory:` forward allocates in all; CHUNK_BYTES: how much at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """Slowness and faults that a `model_name` asks for, see EchoModel. `others`: what it says beside them."""
+
+    step_s: float
+    row_s: float
+    faults: Sequence[tuple[str, Callable[[], object]]]
+    others: Mapping[str, str]
+
+    @classmethod
+    def of(cls, model_name: str) -> Habits:
+        settings = dict(each.split(":", 1) for each in model_name.split(",") if ":" in each)
+        step, _, row = settings.pop("sleep", "0").partition("+")
+        faults = [(word, _MISBEHAVIOUR[kind]) for kind, word in settings.items() if word and kind in _MISBEHAVIOUR]
+        return cls(float(step), float(row or 0), faults, settings)
+
+    def sleep(self, rows: int) -> None:
+        """Sleeps as long as a forward over `rows` rows takes."""
+        if seconds := self.step_s + self.row_s * rows:
+            time.sleep(seconds)
+
+    def misbehave(self, texts: Sequence[str]) -> None:
+        """Commits the fault of each word that one of `texts` contains."""
+        for word, fault in self.faults:
+            if any(word in text for text in texts):
+                fault()
 
 
 class EchoModel:
@@ -34,19 +65,14 @@ class EchoModel:
       no other thread can run
     """
 
-    op = "echo"
+    op = ECHO.op
     sample_options = NO_OPTIONS
 
     def __init__(self, model_name: str = "", max_length: int | None = None) -> None:
-        orders = dict(each.split(":", 1) for each in model_name.split(",") if ":" in each)
-        sleep, _, a_row = orders.pop("sleep", "0").partition("+")
-        self._sleep_s, self._sleep_a_row_s = float(sleep), float(a_row or 0)
-        self._dimension = int(orders.pop("vector", 0))
+        self._habits = Habits.of(model_name)
+        self._dimension = int(self._habits.others.get("vector", 0))
         self._vectors: Vectors = np.ones((0, self._dimension), np.float32)
-        self._misbehaves = [
-            (word, _MISBEHAVIOUR[kind]) for kind, word in orders.items() if word and kind in _MISBEHAVIOUR
-        ]
-        self._heavy = orders.get("tokenizer", "")
+        self._heavy = self._habits.others.get("tokenizer", "")
         self._max_length = max_length
         self.fingerprint = f"echo:{model_name}"
 
@@ -64,11 +90,8 @@ class EchoModel:
         return Prepared(tokens, value)
 
     def forward(self, rows: Sequence[Prepared]) -> Vectors | list[Json]:
-        if seconds := self._sleep_s + self._sleep_a_row_s * len(rows):
-            time.sleep(seconds)
-        for word, misbehave in self._misbehaves:
-            if any(word in str(row.features) for row in rows):
-                misbehave()
+        self._habits.sleep(len(rows))
+        self._habits.misbehave([str(row.features) for row in rows])
         if not self._dimension:
             return [str(row.features) for row in rows]
         if len(self._vectors) < len(rows):
@@ -78,6 +101,11 @@ class EchoModel:
 
     def samples(self, tokens: int) -> Sequence[Json]:
         return ["word " * (tokens - 1) + "word"]
+
+
+def load(spec: ServiceSpec, device: str | None, threads: int, folder: str) -> EchoModel:
+    """Returns the echo model of `spec`."""
+    return EchoModel(spec.model.model_name, spec.model.max_length)
 
 
 def _read_nowhere() -> None:

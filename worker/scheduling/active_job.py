@@ -32,7 +32,7 @@ class ActiveJob:
 
     `request`: the job as its client sent it. `rows_left`: rows without an outcome. `started_at`: server ms of the first
     forward, 0 before it. `running_since`: monotonic seconds of the running forward's start. `digests`: cache key of
-    each row's answer; empty if they are not cached.
+    each row's answer; empty if they are not cached. `records`: encoded output of its earlier runs, if it streams.
     """
 
     claim: Claim
@@ -45,6 +45,7 @@ class ActiveJob:
     running_since: float | None = None
     inference_ms: float = 0.0
     digests: Sequence[str] = ()
+    records: bytes = b""
 
     def __post_init__(self) -> None:
         self.name = self.claim.address.name
@@ -65,7 +66,7 @@ class ActiveJob:
         ms, _, sequence = self.name[2:].partition("-")
         urgency = (rank, int(ms), int(sequence))
         return [
-            Row(row.tokens, urgency, self.name, index, row)
+            Row(row.tokens, urgency, self.name, index, row, self.digests[index] if self.digests else "")
             for index, row in enumerate(self.prepared)
             if isinstance(row, Prepared)
         ]

@@ -54,6 +54,7 @@ class Row(Generic[T]):
     owner: str
     index: int
     payload: T
+    key: str = ""
 
 
 class Pool(Generic[T]):

@@ -16,12 +16,13 @@ from millstream.broker.config.load import ServiceSpec
 from millstream.broker.config.variables import URL_VARIABLE
 from millstream.broker.contract.errors import ModelUnavailable
 from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.contract.operations import RUNNABLE
 from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection, is_transient
 from millstream.worker.measuring.cores import cores
 from millstream.worker.measuring.threads import waiting
-from millstream.worker.models.loading.source import RERANKERS, handler_of, locate
+from millstream.worker.models.loading.source import handler_of, locate
 from millstream.worker.supervision.charging import End, give_back
 from millstream.worker.supervision.child import Child
 from millstream.worker.supervision.child_args import EXIT_PERMANENT, ChildArgs, new_consumer
@@ -40,9 +41,6 @@ CRASH_LOOP = 5
 """Early deaths in a row from which on restarts wait for the longest backoff."""
 
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
-_LIBRARIES = ("torch", "sentence_transformers")
-RUNNABLE = ("embedding", "reranker", "custom", "echo")
-"""Model types that this version can run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,20 +91,21 @@ class Slot:
 def preflight(specs: Sequence[ServiceSpec]) -> None:
     """Checks, without torch and in milliseconds, that workers can start. Raises ModelUnavailable if not."""
     for spec in specs:
-        if spec.model.type not in RUNNABLE:
+        operation = spec.model.operation
+        if not operation.runs:
             raise ModelUnavailable(
                 f"service {spec.name!r}: this version has no worker for models of type {spec.model.type!r}",
                 hint=f"types that run today: {', '.join(RUNNABLE)}",
             )
-        if spec.model.type in ("embedding", "reranker"):
-            _check_libraries(spec)
-            locate(spec.model.model_name, RERANKERS if spec.model.type == "reranker" else "")
-        if spec.model.type == "custom":
+        _check_libraries(spec)
+        if operation.needs_weights:
+            locate(spec.model.model_name, operation.organization)
+        if operation.needs_code:
             handler_of(spec)
 
 
 def _check_libraries(spec: ServiceSpec) -> None:
-    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    missing = [name for name in spec.model.operation.libraries if importlib.util.find_spec(name) is None]
     if missing:
         raise ModelUnavailable(
             f"service {spec.name!r} needs {' and '.join(missing)}, not installed here",

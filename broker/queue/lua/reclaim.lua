@@ -1,6 +1,7 @@
 -- Gives back the entries of workers on lost hosts: those with no heartbeat and no renewed entry for a whole lease.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET workers   KEYS[5] STRING reclaim: 'last pass:hold until', ms
 -- KEYS[6] HASH trail: how the runs of an entry ended, and the batch it ran in last
+-- KEYS[7] STREAM bell
 -- ARGV[1] group  ARGV[2] consumer of returned jobs  ARGV[3] lease ms
 -- Returns {state, entries given back}; the state is 'early', 'holding' or 'done'
 
@@ -9,7 +10,9 @@ local EVERY_MS, HOUR_MS, PER_PASS, SPARE_CONSUMERS = 900, 3600000, 1000, 16
 -- Half an attempt in the delivery count: nobody knows which of its entries a lost host was running.
 local HALF_ATTEMPT = 1
 local TRAIL_KEPT_MS, TRAIL_BYTES = 86400000, 4096
--- As in release: longest time that suspects wait for a second live worker, if there is one now.
+-- As in release: most idle workers that are woken; longest time that suspects wait for a second live worker, if there
+-- is one now.
+local RINGS = '4'
 local COMPANION_MS = 30000
 
 local time = redis.call('TIME')
@@ -89,6 +92,7 @@ end
 
 local function forget(consumer)
   for _, key in ipairs(streams) do redis.call('XGROUP', 'DELCONSUMER', key, GROUP, consumer) end
+  redis.pcall('XGROUP', 'DELCONSUMER', KEYS[7], GROUP, consumer)
   redis.call('ZREM', KEYS[4], consumer)
 end
 
@@ -122,8 +126,11 @@ for _, key in ipairs(streams) do
       local name = field_of(info, 'name')
       if name ~= RETURNED and field_of(info, 'pending') == 0 and not lives(name) then
         redis.call('XGROUP', 'DELCONSUMER', key, GROUP, name)
+        redis.pcall('XGROUP', 'DELCONSUMER', KEYS[7], GROUP, name)
       end
     end
   end
 end
+-- As release.
+for _ = 1, math.min(returned, RINGS) do redis.pcall('XADD', KEYS[7], 'MAXLEN', RINGS, '*', 'returned', returned) end
 return {'done', returned}

@@ -1,6 +1,7 @@
 -- Gives back the entries of a consumer, so that any live worker can claim them: its supervisor saw it die, or the
 -- worker itself found entries that it does not know.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET workers   KEYS[5] HASH the worker   KEYS[6] HASH trail
+-- KEYS[7] STREAM bell
 -- ARGV[1] group  ARGV[2] consumer  ARGV[3] consumer of returned jobs  ARGV[4] lease ms
 -- ARGV[5] 1: the consumer has ended: delete it
 -- ARGV[6] how the consumer ended, for the trail of the entries that it ran
@@ -12,6 +13,8 @@ local GROUP, CONSUMER, RETURNED, LEASE = ARGV[1], ARGV[2], ARGV[3], tonumber(ARG
 local GONE, HOW = ARGV[5] == '1', ARGV[6]
 local ATTEMPT = 2
 local TRAIL_KEPT_MS, TRAIL_BYTES = 86400000, 4096
+-- Most idle workers that are woken.
+local RINGS = '4'
 -- Longest time that suspects wait for a second live worker, if there was one when their worker died.
 local COMPANION_MS = 30000
 
@@ -62,5 +65,8 @@ end
 if GONE then
   redis.call('ZREM', KEYS[4], CONSUMER)
   redis.call('DEL', KEYS[5])
+  redis.pcall('XGROUP', 'DELCONSUMER', KEYS[7], GROUP, CONSUMER)
 end
+-- pcall: at maxmemory idle workers find the jobs within a second.
+for _ = 1, math.min(released, RINGS) do redis.pcall('XADD', KEYS[7], 'MAXLEN', RINGS, '*', 'returned', released) end
 return released

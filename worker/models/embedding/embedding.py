@@ -8,10 +8,11 @@ from typing import cast
 import numpy as np
 from sentence_transformers import SparseEncoder
 
-from millstream.broker.config.load import ModelSpec
-from millstream.broker.contract.embedding import shaped
+from millstream.broker.config.load import ModelSpec, ServiceSpec
 from millstream.broker.contract.errors import InvalidRequest, MillstreamError, ModelFailed
 from millstream.broker.contract.job import Json, Vectors
+from millstream.broker.contract.operations import EMBED
+from millstream.broker.contract.vectors import shaped
 from millstream.worker.models.base import NO_OPTIONS, NOT_FINITE, Prepared, Result, Upcoming
 from millstream.worker.models.embedding.encoder import Encoder, Plan, Text
 
@@ -23,7 +24,7 @@ class EmbeddingModel:
     whose settings say SparseEncoder answers {"indices": [...], "values": [...]}, sorted by index.
     """
 
-    op = "embed"
+    op = EMBED.op
     sample_options = NO_OPTIONS
 
     def __init__(self, spec: ModelSpec, device: str | None, threads: int, truncate: str = "none") -> None:
@@ -94,3 +95,8 @@ class EmbeddingModel:
 
     def samples(self, tokens: int) -> Sequence[Json]:
         return self._encoder.samples(tokens)
+
+
+def load(spec: ServiceSpec, device: str | None, threads: int, folder: str) -> EmbeddingModel:
+    """Returns the loaded embedding model of `spec`. Raises ModelUnavailable."""
+    return EmbeddingModel(spec.model, device, threads, spec.runtime.truncate)

@@ -16,15 +16,14 @@ from millstream.broker.config.spec import ServiceSpec
 from millstream.broker.contract.errors import ModelUnavailable
 
 PACKAGE = "package:"
-RERANKERS = "cross-encoder"
-"""Organization on the hub; its rerankers may be named without it, as in sentence-transformers."""
 
 
 def handler_of(spec: ServiceSpec) -> str:
     """Returns the handler that this host's config.yaml names. Raises ModelUnavailable if it names none."""
     if spec.model.handler is None:
         raise ModelUnavailable(
-            f"service {spec.name!r} is of type custom, and this worker's config.yaml names no handler for it",
+            f"service {spec.name!r} is of type {spec.model.type}, and this worker's config.yaml names no handler "
+            "for it",
             hint="code is never taken from the server: give the service a model with handler: module:function in the "
             "config.yaml of the folder where the worker starts",
         )

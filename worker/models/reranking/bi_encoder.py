@@ -13,11 +13,13 @@ from millstream.broker.config.load import ModelSpec
 from millstream.broker.contract.embedding import EmbedOptions, InputType, Truncate
 from millstream.broker.contract.errors import InputTooLong, InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Json
+from millstream.broker.contract.operations import RERANK
+from millstream.broker.contract.rerank import RerankOptions
 from millstream.worker.models.base import Prepared
 from millstream.worker.models.embedding.encoder import Encoder, Plan, Text
 from millstream.worker.models.loading.folder import Folder
 from millstream.worker.models.loading.sharing import Features
-from millstream.worker.models.reranking.options import RerankOptions, answer_each
+from millstream.worker.models.reranking.options import answer_each
 from millstream.worker.models.reranking.pairs import SAMPLE_OPTIONS, too_long_query
 
 
@@ -34,10 +36,10 @@ class BiEncoderModel:
     query is encoded once for all its rows of a micro-batch.
     """
 
-    op = "rerank"
+    op = RERANK.op
     sample_options = SAMPLE_OPTIONS
 
-    def __init__(self, folder: Folder, spec: ModelSpec, device: str | None, threads: int, truncate: str) -> None:
+    def __init__(self, folder: Folder, spec: ModelSpec, device: str | None, threads: int, truncate: Truncate) -> None:
         self._encoder = Encoder(spec, device, threads, truncate, folder.source)
         self._model = cast(SentenceTransformer, self._encoder.model)
         self._truncate = truncate
@@ -61,7 +63,7 @@ class BiEncoderModel:
                 hint="leave instruction and scores out",
             )
         query = self._query(question.query)
-        plan = self._document_plans[question.truncate]
+        plan = self._document_plans[question.truncate or self._truncate]
         return [self._row(query, made) for made in self._encoder.prepare(documents, plan)]
 
     def _query(self, text: str) -> Text:

@@ -9,8 +9,11 @@ import torch
 from sentence_transformers import CrossEncoder
 
 from millstream.broker.config.load import ModelSpec
+from millstream.broker.contract.embedding import Truncate
 from millstream.broker.contract.errors import InvalidRequest, MillstreamError, ModelUnavailable
 from millstream.broker.contract.job import Json
+from millstream.broker.contract.operations import RERANK
+from millstream.broker.contract.rerank import RerankOptions
 from millstream.worker.models.base import Prepared, Upcoming
 from millstream.worker.models.kernels.accelerate import accelerate
 from millstream.worker.models.kernels.prefetch import Prefetch, to_device
@@ -18,7 +21,7 @@ from millstream.worker.models.loading.folder import Folder
 from millstream.worker.models.loading.lengths import forget
 from millstream.worker.models.loading.library import dtype_of, load_model, token_limit
 from millstream.worker.models.loading.sharing import PROBES, QUERY, Padding, Precision, Sharing, Side, measure
-from millstream.worker.models.reranking.options import RerankOptions, answer_each
+from millstream.worker.models.reranking.options import answer_each
 from millstream.worker.models.reranking.pairs import (
     SAMPLE_OPTIONS,
     Activation,
@@ -38,10 +41,10 @@ class CrossEncoderModel:
     So a score is the logit through the model's own activation, a sigmoid if it names none. A "raw" score is the logit.
     """
 
-    op = "rerank"
+    op = RERANK.op
     sample_options = SAMPLE_OPTIONS
 
-    def __init__(self, folder: Folder, spec: ModelSpec, device: str | None, threads: int, truncate: str) -> None:
+    def __init__(self, folder: Folder, spec: ModelSpec, device: str | None, threads: int, truncate: Truncate) -> None:
         torch.set_num_threads(threads)
         encoder = load_model(CrossEncoder, folder.source, spec, device)
         accelerate(encoder, spec)

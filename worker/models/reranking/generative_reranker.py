@@ -11,8 +11,10 @@ from sentence_transformers.util import get_device_name
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from millstream.broker.config.load import ModelSpec
+from millstream.broker.contract.embedding import Truncate
 from millstream.broker.contract.errors import MillstreamError, ModelUnavailable
 from millstream.broker.contract.job import Json
+from millstream.broker.contract.operations import RERANK
 from millstream.worker.models.base import Prepared, Upcoming
 from millstream.worker.models.kernels.accelerate import accelerate
 from millstream.worker.models.kernels.prefetch import Prefetch, to_device
@@ -35,10 +37,10 @@ class GenerativeReranker:
     model gets the prompt of Qwen3-Reranker.
     """
 
-    op = "rerank"
+    op = RERANK.op
     sample_options = SAMPLE_OPTIONS
 
-    def __init__(self, folder: Folder, spec: ModelSpec, device: str | None, threads: int, truncate: str) -> None:
+    def __init__(self, folder: Folder, spec: ModelSpec, device: str | None, threads: int, truncate: Truncate) -> None:
         torch.set_num_threads(threads)
         self._tokenizer, self._model = _load(folder, spec, device)
         accelerate(self._model, spec)

@@ -9,11 +9,12 @@ from typing import Any, cast
 
 import torch
 
+from millstream.broker.contract.embedding import Truncate
 from millstream.broker.contract.errors import InputTooLong, MillstreamError
 from millstream.broker.contract.job import Json
+from millstream.broker.contract.rerank import RerankOptions, Scores
 from millstream.worker.models.base import Limit, Model, Prepared
 from millstream.worker.models.loading.limits import find_limit, stretch_row
-from millstream.worker.models.reranking.options import RerankOptions
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -22,10 +23,13 @@ SAMPLE_OPTIONS: Mapping[str, Json] = MappingProxyType({"query": "a", "truncate":
 
 @dataclass(slots=True, eq=False)
 class Pair:
-    """Features of one row: token ids by the name of the model's input, and the kind of its score, one of SCORES."""
+    """Features of one row: token ids by the name of the model's input, and the kind of its score.
+
+    The score is through the model's own activation if `scores` is None.
+    """
 
     ids: Mapping[str, Sequence[int]]
-    scores: str
+    scores: Scores | None
 
 
 def pairs_of(rows: Sequence[Prepared]) -> list[Pair]:
@@ -116,7 +120,7 @@ class Prompts:
             ids = self._cut(text, question.truncate)
         return Prepared(len(ids), Pair({"input_ids": ids}, question.scores), truncated)
 
-    def _cut(self, text: tuple[str, str, str], side: str) -> list[int]:
+    def _cut(self, text: tuple[str, str, str], side: Truncate | None) -> list[int]:
         """Returns the ids without the excess, which is removed from the document at `side`, "start" or "end"."""
         head, document, _ = text
         made = self._ids(["".join(text)], return_offsets_mapping=True)
@@ -163,11 +167,11 @@ def too_long_query(tokens: int, limit: int) -> InputTooLong:
 
 def sample(pairs: TextPairs | Prompts, tokens: int) -> str:
     """Returns a document that makes a row of about `tokens` tokens with the query of SAMPLE_OPTIONS."""
-    return "a " * max(1, tokens - pairs.fixed_tokens(RerankOptions.of(SAMPLE_OPTIONS, "end")))
+    return "a " * max(1, tokens - pairs.fixed_tokens(RerankOptions.read(SAMPLE_OPTIONS)))
 
 
 def score(logits: torch.Tensor, pairs: Sequence[Pair], own_activation: Activation) -> list[Json]:
-    """Returns the scores of `logits` [rows], each of the kind that its pair names; "" is through `own_activation`."""
-    ways: dict[str, Activation] = {"": own_activation, "raw": lambda each: each, "sigmoid": torch.sigmoid}
+    """Returns the scores of `logits` [rows], each of the kind that its pair names; None is through `own_activation`."""
+    ways: dict[Scores | None, Activation] = {None: own_activation, "raw": lambda each: each, "sigmoid": torch.sigmoid}
     by_kind = {how: ways[how](logits.float()).tolist() for how in {pair.scores for pair in pairs}}
     return [by_kind[pair.scores][at] for at, pair in enumerate(pairs)]

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from millstream.broker.contract.errors import ModelUnavailable
-from millstream.worker.models.reranking.options import RerankOptions
+from millstream.broker.contract.rerank import RerankOptions
 from millstream.worker.models.reranking.pairs import Frame
 
 _HEAD = (
@@ -46,9 +46,7 @@ def chat_frame(tokenizer: Any, prompt: str, settings: Mapping[str, object], name
         return head, tail
 
     try:
-        has_both = all(
-            text in render(RerankOptions("mill?", "", "", "none"), "stream!") for text in ("mill?", "stream!")
-        )
+        has_both = all(text in render(RerankOptions("mill?"), "stream!") for text in ("mill?", "stream!"))
     except (TemplateError, ValueError, TypeError):
         has_both = False
     if not has_both:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import transformers
 
-from millstream.broker.config.load import ModelSpec
+from millstream.broker.config.load import ModelSpec, ServiceSpec
+from millstream.broker.contract.embedding import Truncate
 from millstream.broker.contract.errors import ModelUnavailable
+from millstream.broker.contract.operations import RERANK
 from millstream.worker.models.base import Model
 from millstream.worker.models.loading.fetch import fetch_folder
 from millstream.worker.models.loading.folder import Folder
 from millstream.worker.models.loading.library import LOAD_ERRORS, load_error
-from millstream.worker.models.loading.source import RERANKERS
 from millstream.worker.models.reranking.bi_encoder import BiEncoderModel
 from millstream.worker.models.reranking.cross_encoder import CrossEncoderModel
 from millstream.worker.models.reranking.generative_reranker import GenerativeReranker
@@ -31,7 +32,12 @@ _OF_MODULES: dict[tuple[str, ...], Reranker] = {
 }
 
 
-def load_reranker(spec: ModelSpec, device: str | None, threads: int, truncate: str = "none") -> Model:
+def load(spec: ServiceSpec, device: str | None, threads: int, folder: str) -> Model:
+    """Returns the loaded reranker of `spec`. Raises ModelUnavailable."""
+    return load_reranker(spec.model, device, threads, spec.runtime.truncate)
+
+
+def load_reranker(spec: ModelSpec, device: str | None, threads: int, truncate: Truncate = "none") -> Model:
     """Returns the loaded reranker of `spec`. Raises ModelUnavailable.
 
     A folder with modules.json was saved by sentence-transformers, as one of three kinds: a cross-encoder with a
@@ -39,7 +45,7 @@ def load_reranker(spec: ModelSpec, device: str | None, threads: int, truncate: s
     any other folder the architecture in config.json decides: a sequence classifier is a cross-encoder, a causal
     language model a generative reranker.
     """
-    folder = Folder(fetch_folder(spec, RERANKERS), spec.revision)
+    folder = Folder(fetch_folder(spec, RERANK.organization), spec.revision)
     try:
         kind = _kind(folder)
     except LOAD_ERRORS as error:

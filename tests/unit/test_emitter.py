@@ -1,0 +1,188 @@
+"""Output of running jobs reaches the server once and in order, whatever fails meanwhile."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+import fakeredis
+import pytest
+import redis
+from contracts.emit import deltas, partial, streaming
+from contracts.queue import Queue, names
+
+from millstream.broker.contract.job import Claim
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.contract.partial import Delta, Record, decode_records, encode_record, text_of
+from millstream.broker.queue import streams as module
+from millstream.broker.queue.streams import Emission, Streams
+from millstream.worker.context import Context
+from millstream.worker.intake.emitter import AWAY_S, EVERY_S, FORGIVEN_AFTER, Emitter
+from millstream.worker.models.base import Prepared
+from millstream.worker.scheduling.active_job import ActiveJob
+from millstream.worker.scheduling.batcher import Budget
+from millstream.worker.window import Window
+
+
+class Flaky(Streams):
+    """Fails as it is told: before it asks the server, or after, so that the answer is lost."""
+
+    before: Sequence[Exception] = ()
+    after: Sequence[Exception] = ()
+    calls = 0
+
+    def emit(self, consumer: str, emissions: Sequence[Emission]) -> list[int]:
+        self.calls += 1
+        if self.before:
+            error, *self.before = self.before
+            raise error
+        lengths = super().emit(consumer, emissions)
+        if self.after:
+            error, *self.after = self.after
+            raise error
+        return lengths
+
+
+class Bench:
+    def __init__(self) -> None:
+        client = fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2)
+        self.queue = Queue(client, ServiceKeys(f"test-{uuid.uuid4().hex[:12]}"))
+        self.queue.open()
+        self.streams = Flaky(client, self.queue.keys)
+        self.lost: list[str] = []
+        self.context = Context("w1", Window(Budget(8, 1_000)))
+        self.emitter = Emitter(self.context, self.streams, self.lost.extend)
+
+    def hold(self, consumer: str = "w1") -> tuple[Claim, ActiveJob]:
+        (claim,) = self.queue.hold(consumer, streaming())
+        return claim, active(claim)
+
+
+def active(claim: Claim, records: bytes = b"") -> ActiveJob:
+    assert claim.job
+    job = ActiveJob(claim, claim.job, [Prepared(3, "")])
+    job.records = records
+    return job
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_output_of_all_jobs_goes_out_in_one_call(bench: Bench) -> None:
+    (one, first), (two, second) = bench.hold(), bench.hold()
+    for text in ("a", "b"):
+        bench.emitter.put(first, Record(text))
+        bench.emitter.put(second, Record(text.upper()))
+
+    assert bench.emitter.emit() == EVERY_S
+    assert bench.emitter.emit() == EVERY_S
+
+    assert bench.streams.calls == 1
+    assert [text_of(decode_records(partial(bench.queue, each))) for each in (one, two)] == ["ab", "AB"]
+    assert [delta.text for delta in deltas(bench.queue)] == ["ab", "AB"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_cut_connection_makes_output_late_and_never_twice(bench: Bench, when: str) -> None:
+    claim, job = bench.hold()
+    setattr(bench.streams, when, [redis.exceptions.ConnectionError("cut")])
+    bench.emitter.put(job, Record("a"))
+
+    assert bench.emitter.emit() == AWAY_S
+    bench.emitter.put(job, Record("ä"))
+    bench.emitter.emit()
+    bench.emitter.put(job, Record("b"))
+    bench.emitter.emit()
+
+    assert text_of(decode_records(partial(bench.queue, claim))) == "aäb"
+    # Its offset tells the client which part it has.
+    text = ""
+    for delta in deltas(bench.queue):
+        text = text[: delta.offset] + delta.text
+    assert text == "aäb"
+
+
+def test_a_job_that_was_taken_over_is_emitted_no_more_and_is_ended(bench: Bench) -> None:
+    claim, job = bench.hold()
+    bench.emitter.put(job, Record("a"))
+    bench.emitter.emit()
+    bench.queue.lease.release("w1", gone=True)
+    (again,) = bench.queue.claim("w2").claims
+
+    bench.emitter.put(job, Record("stale"))
+    bench.emitter.emit()
+
+    assert bench.lost == names([claim])
+    assert text_of(decode_records(partial(bench.queue, again))) == "a"
+
+
+def test_a_successor_goes_on_behind_what_was_emitted(bench: Bench) -> None:
+    claim, job = bench.hold("dead")
+    bench.queue.streams.emit("dead", [Emission(claim.address, 0, *emitted("äb"))])
+    bench.queue.lease.release("dead", gone=True)
+    (again,) = bench.queue.claim("w1").claims
+
+    bench.emitter.put(active(again, partial(bench.queue, again)), Record("c"))
+    bench.emitter.emit()
+
+    assert text_of(decode_records(partial(bench.queue, again))) == "äbc"
+    assert deltas(bench.queue)[-1] == (2, "c")
+    assert job.name == names([again])[0]
+
+
+def test_what_the_server_lost_is_sent_again(bench: Bench) -> None:
+    claim, job = bench.hold()
+    bench.emitter.put(job, Record("a"))
+    bench.emitter.emit()
+    bench.queue.client.delete(bench.queue.keys.partial(claim.address.job_id))
+
+    bench.emitter.put(job, Record("b"))
+    bench.emitter.emit()
+    bench.emitter.emit()
+
+    assert text_of(decode_records(partial(bench.queue, claim))) == "ab"
+
+
+def test_what_ended_is_forgotten(bench: Bench) -> None:
+    _, job = bench.hold()
+    bench.emitter.put(job, Record("a"))
+
+    bench.emitter.forget([job.name])
+    bench.emitter.emit()
+
+    assert bench.streams.calls == 0
+
+
+def test_more_jobs_than_one_call_takes_all_get_their_turn(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("millstream.worker.intake.emitter.MAX_JOBS_PER_CALL", 2)
+    held = [bench.hold() for _ in range(5)]
+    for _, job in held:
+        bench.emitter.put(job, Record("a"))
+
+    assert [bench.emitter.emit() for _ in range(4)] == [0.0, 0.0, EVERY_S, EVERY_S]
+
+    assert [text_of(decode_records(partial(bench.queue, claim))) for claim, _ in held] == ["a"] * 5
+    assert module.MAX_JOBS_PER_CALL == 128
+
+
+def test_deaths_are_forgiven_once_in_so_many_records(bench: Bench) -> None:
+    (claim,) = bench.queue.hold("dead", streaming())
+    bench.queue.lease.release("dead", started=names([claim]), gone=True, how="killed")
+    (again,) = bench.queue.claim("w1").claims
+    job = active(again)
+    for at in range(FORGIVEN_AFTER):
+        bench.emitter.put(job, Record("a"))
+        if at % 10 == 0:
+            bench.emitter.emit()
+    bench.emitter.emit()
+    bench.queue.lease.release("w1", started=names([again]), gone=True, how="killed")
+
+    (third,) = bench.queue.claim("w2").claims
+    assert (again.attempts, third.attempts) == (1.0, 0.5)
+
+
+def emitted(text: str) -> tuple[bytes, Delta, bool]:
+
+    return encode_record(Record(text)), Delta(0, text), False

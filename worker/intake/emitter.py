@@ -1,0 +1,184 @@
+"""Thread: shows what running jobs generate to their clients, and keeps it for a worker that takes a job over.
+
+Output of all jobs goes out together, at most once in EVERY_S, always from the last byte that the server confirmed: an
+emission that failed or whose answer was lost is late, and nothing is emitted twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from millstream.broker.contract.job import Address
+from millstream.broker.contract.partial import Delta, Record, decode_records, encode_record, text_of
+from millstream.broker.queue.streams import (
+    DIVERGED,
+    LOST,
+    MAX_BYTES_PER_CALL,
+    MAX_JOBS_PER_CALL,
+    Emission,
+    Streams,
+)
+from millstream.broker.transport.connection import is_transient
+from millstream.worker.context import Context
+from millstream.worker.scheduling.active_job import ActiveJob
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 0.02
+"""Seconds from one emission to the next. A reader notices no delay below about 0.05 s."""
+
+AWAY_S = 0.2
+"""Seconds between two attempts while the server is away."""
+
+FORGIVEN_AFTER = 64
+"""Records after which earlier deaths of a job's workers no longer count against it."""
+
+
+@dataclass(slots=True)
+class _Output:
+    """Output of one job. `records` is all of it, encoded; the server has confirmed the first `confirmed` bytes.
+
+    `offset`: code points of the confirmed text. `text`: the text behind it. `progress`: records since deaths were
+    forgiven last.
+    """
+
+    address: Address
+    records: bytearray
+    confirmed: int
+    offset: int
+    text: list[str] = field(default_factory=list)
+    progress: int = 0
+
+    @classmethod
+    def of(cls, job: ActiveJob) -> _Output:
+        text = text_of(decode_records(job.records))
+        return cls(job.claim.address, bytearray(job.records), len(job.records), len(text))
+
+    def add(self, record: Record) -> None:
+        self.records += encode_record(record)
+        self.text.append(record.text)
+        self.progress += 1
+
+    def emission(self) -> Emission:
+        delta = Delta(self.offset, "".join(self.text))
+        pending = bytes(memoryview(self.records)[self.confirmed :])
+        return Emission(self.address, self.confirmed, pending, delta, self.progress >= FORGIVEN_AFTER)
+
+    def confirm(self, emission: Emission, length: int) -> None:
+        """Notes that the server has `length` bytes."""
+        if length == emission.before + len(emission.records):
+            # More may have been added meanwhile.
+            self.offset += len(emission.delta.text)
+            self.text = ["".join(self.text)[len(emission.delta.text) :]]
+            self.progress -= FORGIVEN_AFTER if emission.forgives else 0
+        else:
+            # The server lost some: all behind `length` is sent again.
+            whole = text_of(decode_records(bytes(self.records)))
+            self.offset = len(text_of(decode_records(bytes(self.records[:length]))))
+            self.text = [whole[self.offset :]]
+        self.confirmed = length
+
+
+class Emitter(threading.Thread):
+    """Emits what was `put`, until `stop`. `end_jobs` is called with the names of jobs that this worker lost."""
+
+    def __init__(self, context: Context, streams: Streams, end_jobs: Callable[[Sequence[str]], object]) -> None:
+        super().__init__(name="emitter", daemon=True)
+        self._consumer = context.consumer
+        self._shutdown = context.shutdown
+        self._streams = streams
+        self._end_jobs = end_jobs
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._outputs: dict[str, _Output] = {}
+        self._pending: dict[str, None] = {}
+        self._stopped = False
+
+    def put(self, job: ActiveJob, record: Record) -> None:
+        """Adds output of a job. Called by the runner, and waits for nothing."""
+        with self._lock:
+            output = self._outputs.get(job.name)
+            if output is None:
+                output = self._outputs[job.name] = _Output.of(job)
+            output.add(record)
+            if not self._pending:
+                self._changed.notify()
+            self._pending[job.name] = None
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Emits no more of these jobs: they ended, and their replies have the whole output."""
+        with self._lock:
+            for name in names:
+                self._outputs.pop(name, None)
+                self._pending.pop(name, None)
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            self._changed.notify()
+
+    def run(self) -> None:
+        with self._shutdown.guard():
+            while self._wait():
+                pause_s = self.emit()
+                with self._lock:
+                    self._changed.wait_for(lambda: self._stopped, pause_s)
+
+    def _wait(self) -> bool:
+        with self._lock:
+            self._changed.wait_for(lambda: self._pending or self._stopped)
+            return not self._stopped
+
+    def emit(self) -> float:
+        """Emits what is pending, as much as goes into one call. Returns the seconds to wait before the next call."""
+        emissions = self._next()
+        if not emissions:
+            return EVERY_S
+        try:
+            lengths = self._streams.emit(self._consumer, list(emissions.values()))
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            log.debug("emit: %s", error)
+            return AWAY_S
+        lost = self._confirm(emissions, lengths)
+        if lost:
+            self._end_jobs(lost)
+        with self._lock:
+            return EVERY_S if emissions.keys() >= self._pending.keys() else 0.0
+
+    def _next(self) -> dict[str, Emission]:
+        emissions: dict[str, Emission] = {}
+        size = 0
+        with self._lock:
+            for name in self._pending:
+                if len(emissions) == MAX_JOBS_PER_CALL or size >= MAX_BYTES_PER_CALL:
+                    break
+                emissions[name] = self._outputs[name].emission()
+                size += len(emissions[name].records)
+        return emissions
+
+    def _confirm(self, emissions: dict[str, Emission], lengths: Sequence[int]) -> list[str]:
+        """Notes what the server has. Returns the names of jobs that this worker lost."""
+        lost = []
+        with self._lock:
+            for (name, emission), length in zip(emissions.items(), lengths, strict=True):
+                output = self._outputs.get(name)
+                if output is None:
+                    continue
+                if length in (LOST, DIVERGED):
+                    lost.append(name)
+                    self._outputs.pop(name)
+                    self._pending.pop(name, None)
+                    if length == DIVERGED:
+                        log.error("job %s: the server has other output of it than this worker", name)
+                    continue
+                output.confirm(emission, length)
+                self._pending.pop(name, None)
+                if output.confirmed < len(output.records):
+                    # Behind the others: each gets its turn.
+                    self._pending[name] = None
+        return lost
