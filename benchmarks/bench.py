@@ -1,6 +1,6 @@
 """Measures millstream beside references taken in the same run, and prints tables: bench.py queue embed --json FILE.
 
-Suites: queue, embed, dtypes, threads, scale, backlog, open-loop, idle; all of them where none is named. Medians of
+Suites: queue, embed, dtypes, threads, scale, backlog, open-loop, idle, link; all of them if none is named. Medians of
 several rounds, in which product and reference take turns; in brackets the smallest and the largest value.
 """
 
@@ -20,7 +20,7 @@ import pages
 from measure import Effort, Report, machine, verdicts
 from stage import staged
 
-SUITES = ("queue", "embed", "dtypes", "threads", "scale", "backlog", "open-loop", "idle")
+SUITES = ("queue", "embed", "dtypes", "threads", "scale", "backlog", "open-loop", "idle", "link")
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 QUICK_S = 0.2
 

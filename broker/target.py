@@ -9,12 +9,11 @@ from pathlib import Path
 import yaml
 
 from millstream.broker.config.load import DEFAULT_PATH, Config, load
+from millstream.broker.config.variables import PREFIX_VARIABLE, URL_VARIABLE
 from millstream.broker.contract.keys import DEFAULT_PREFIX
 from millstream.broker.transport import eviction
 from millstream.broker.transport.connection import find_url
-from millstream.broker.transport.error_map import URL_VARIABLE
 
-PREFIX_VARIABLE = "MILLSTREAM_REDIS__KEY_PREFIX"
 _SECTIONS = {"models", "services", "redis"}
 
 

@@ -12,7 +12,11 @@ import click
 from millstream.broker.contract.errors import ConfigError
 from millstream.broker.roles import ROLES, SELECTORS_SINCE, Role, rules
 from millstream.broker.server.engine import parse_version
+from millstream.broker.target import find_prefix
+from millstream.broker.transport.access import read_password
+from millstream.broker.transport.connection import check
 from millstream.cli import options
+from millstream.cli.server import connect, find_server
 
 _USER = re.compile(r"[!-~]{1,64}")
 _PART_OF_A_KEY = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
@@ -71,13 +75,9 @@ def _version(given: str | None, url: str | None, prefix: str | None) -> tuple[tu
         version = parse_version(given)
         if version < (6, 2):
             raise ConfigError(f"{given!r} is no version, or is too old", hint="say 6.2, 7.0 or newer")
-        from millstream.broker.target import find_prefix
-
         return version, find_prefix(prefix, os.environ)
-    target = options.find(url, prefix)
-    from millstream.broker.transport.connection import check
-
-    with options.connect(target.url) as connection:
+    target = find_server(url, prefix)
+    with connect(target.url) as connection:
         return check(connection).version, target.prefix
 
 
@@ -87,6 +87,4 @@ def _password(file: Path | None, nopass: bool) -> list[str]:
         return ["resetpass", "nopass"]
     if file is None:
         return []
-    from millstream.broker.transport.access import read_password
-
     return ["resetpass", f"#{hashlib.sha256(read_password(file).encode()).hexdigest()}"]

@@ -11,20 +11,20 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
-from typing import TYPE_CHECKING
 
 import click
 
+from millstream.broker.config.spec import PriorityName, ServiceSpec
 from millstream.broker.contract.errors import MillstreamError, NoWorkers
+from millstream.broker.contract.job import Json
+from millstream.broker.queue.registry import Registry
+from millstream.broker.target import Target
 from millstream.cli import options
 from millstream.cli.options import SecondsRange
+from millstream.cli.server import connect, find_server
 from millstream.cli.table import align, number
-
-if TYPE_CHECKING:
-    from millstream.broker.config.spec import PriorityName, ServiceSpec
-    from millstream.broker.contract.job import Json
-    from millstream.broker.target import Target
-    from millstream.client import AsyncClient
+from millstream.client import AsyncClient
+from millstream.client.services import Services, operation_of
 
 LONGEST_S = 600.0
 MOST_ROWS, MOST_CONCURRENT, LONGEST_TEXT = 4_096, 1_024, 100_000
@@ -134,7 +134,7 @@ def bench(
     that other calls do not use, and at least the share of batch. The queue holds at most --concurrency of them. A call
     that is refused is counted, and another one follows after a pause. Ctrl-C ends the run and cancels the open calls.
     """
-    target = options.find(url, prefix)
+    target = find_server(url, prefix)
     spec = _find_spec(target, service)
     load = Load(service, rows, concurrency, seconds, priority, timeout, spec.model.operation.example)
     tally = asyncio.run(measure(target, load, list(words(length, random.Random()))))
@@ -167,8 +167,6 @@ def words(length: int, chance: random.Random) -> Iterator[str]:
 
 async def measure(target: Target, load: Load, texts: Sequence[str]) -> Tally:
     """Starts calls for `load.seconds`, waits for the open ones, and returns the figures of all."""
-    from millstream.client import AsyncClient
-
     # Each text is unique, also across runs, because the service may have a cache.
     tally = Tally()
     source = (f"{number} {text}"[: len(text)] for number, text in enumerate(cycle(texts)))
@@ -200,10 +198,7 @@ def _find_spec(target: Target, service: str) -> ServiceSpec:
 
     Raises UnknownService if it is not registered, InvalidRequest if it cannot be called, NoWorkers if none is alive.
     """
-    from millstream.broker.queue.registry import Registry
-    from millstream.client.services import Services, operation_of
-
-    with options.connect(target.url) as connection:
+    with connect(target.url) as connection:
         services = Services(connection, Registry(connection, target.prefix))
         spec = services.read(service)
         operation_of(spec)

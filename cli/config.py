@@ -8,8 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import click
+import yaml
 
+from millstream.broker.config import schema as config_schema
 from millstream.broker.config.load import DEFAULT_PATH, Config, ServiceSpec, load, unenforced
+from millstream.broker.config.origin import resolved
+from millstream.broker.config.url import redacted
 from millstream.broker.config.yaml import KeyPath
 from millstream.cli.options import allow_eviction
 from millstream.cli.table import align
@@ -53,7 +57,7 @@ def check(path: Path) -> None:
 def push(path: Path, url: str | None, replace: bool, allow_eviction: bool) -> None:
     """Check PATH, by default ./config.yaml, and publish its services in Redis."""
     loaded = load_and_warn(path)
-    # Importing the Redis client takes as long as all other imports, and `check` does not need it.
+    # Imported here: the Redis client takes 250 ms, and the other commands of this group do not need it.
     from millstream.broker.queue.registry import Registry
     from millstream.broker.transport import eviction
     from millstream.broker.transport.connection import Connection, find_url
@@ -80,8 +84,6 @@ def show(path: Path, origin: bool) -> None:
 
     The output is a valid configuration. A password is replaced by ***.
     """
-    from millstream.broker.config.origin import resolved
-
     values = [(each.path, _format(each.path, each.value), each.origin) for each in resolved(load_and_warn(path))]
     width = min(_WIDEST, max((len(line) for line, _ in _lines(values)), default=0))
     for line, source in _lines(values):
@@ -95,8 +97,6 @@ def schema() -> None:
     Write the schema to a file, and put the line `# yaml-language-server: $schema=PATH` at the top of config.yaml. Then
     an editor completes, explains and checks it.
     """
-    from millstream.broker.config import schema as config_schema
-
     click.echo(json.dumps(config_schema.schema(), indent=2))
 
 
@@ -117,16 +117,12 @@ def _lines(values: Sequence[tuple[KeyPath, str, str]]) -> Iterator[tuple[str, st
 
 def _format(path: KeyPath, value: object) -> str:
     if path == ("redis", "url") and value:
-        from millstream.broker.transport.connection import redacted
-
         return _yaml(redacted(str(value)))
     return _yaml(value)
 
 
 def _yaml(value: object) -> str:
     """Returns `value` as YAML on one line."""
-    import yaml
-
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9).removesuffix("...\n").strip()
     return json.dumps(value, ensure_ascii=False) if "\n" in text else text
 

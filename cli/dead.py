@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 
 import click
 
+from millstream.broker.contract.errors import InvalidRequest, PartialFailure
+from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.deadletters import DeadLetters, Letter
+from millstream.broker.queue.registry import Registry
+from millstream.broker.transport.connection import Connection
 from millstream.cli import options
 from millstream.cli.main import report
+from millstream.cli.server import open_service
 from millstream.cli.table import align, escape, quantity
-
-if TYPE_CHECKING:
-    from millstream.broker.contract.keys import ServiceKeys
-    from millstream.broker.queue.deadletters import DeadLetters, Letter
-    from millstream.broker.transport.connection import Connection
 
 _HEADING = ("ID", "BURIED", "REASON", "PRIORITY", "OP", "ROWS", "ATTEMPTS", "CONSUMER")
 ROOM_S = 60.0
@@ -45,7 +45,7 @@ def list_letters(
     CONSUMER is the worker that held the job when it was buried. ATTEMPTS is how often the job was started without
     being finished.
     """
-    with options.open_service(service, url, prefix) as (connection, keys):
+    with open_service(service, url, prefix) as (connection, keys):
         letters = _letters(connection, keys)
         found, total = letters.page(count, before), len(letters)
     if as_json:
@@ -65,7 +65,7 @@ def list_letters(
 @options.prefix
 def show(service: str, letter_id: str, url: str | None, prefix: str | None) -> None:
     """Show one dead letter of SERVICE, with the fields of its job in the stream."""
-    with options.open_service(service, url, prefix) as (connection, keys):
+    with open_service(service, url, prefix) as (connection, keys):
         letter = _letters(connection, keys).find(letter_id)
     record = as_record(letter)
     known = {name: value for name, value in record.items() if name not in ("fields", "history") and value is not None}
@@ -89,11 +89,9 @@ def requeue(
 
     A letter is removed when its job is accepted. `client.job(ID)` finds the answer as long as results are kept.
     """
-    from millstream.broker.contract.errors import InvalidRequest, PartialFailure
-
     if bool(letter_ids) == everything:
         raise InvalidRequest("requeue needs either ids or --all", hint="`millstream dead ls` lists the ids")
-    with options.open_service(service, url, prefix) as (connection, keys):
+    with open_service(service, url, prefix) as (connection, keys):
         letters = _letters(connection, keys)
         failures = 0
         for letter in letters if everything else [letters.find(each) for each in dict.fromkeys(letter_ids)]:
@@ -115,7 +113,7 @@ def export(service: str, url: str | None, prefix: str | None) -> None:
 
     Bytes that are not UTF-8, which only malformed letters have, are printed as backslash escapes.
     """
-    with options.open_service(service, url, prefix) as (connection, keys):
+    with open_service(service, url, prefix) as (connection, keys):
         for letter in _letters(connection, keys):
             _print(json.dumps(as_record(letter), ensure_ascii=False))
 
@@ -128,7 +126,7 @@ def export(service: str, url: str | None, prefix: str | None) -> None:
 @options.yes
 def purge(service: str, letter_ids: tuple[str, ...], url: str | None, prefix: str | None, yes: bool) -> None:
     """Remove dead letters of SERVICE, by default all."""
-    with options.open_service(service, url, prefix) as (connection, keys):
+    with open_service(service, url, prefix) as (connection, keys):
         letters = _letters(connection, keys)
         options.confirm(f"Remove {quantity(len(letter_ids) or len(letters), 'dead letter')} of {service}?", yes)
         removed = letters.remove(letter_ids) if letter_ids else letters.purge()
@@ -161,15 +159,13 @@ def _time(ms: int) -> str:
 
 
 def _letters(connection: Connection, keys: ServiceKeys) -> DeadLetters:
-    from millstream.broker.queue.deadletters import DeadLetters
-    from millstream.broker.queue.registry import Registry
-
     spec = Registry(connection, keys.prefix).read(keys.service)
     return DeadLetters(connection.client, keys, replicated=spec.replicated, where=connection.safe_url)
 
 
 def _requeue(letters: DeadLetters, service: str, letter: Letter) -> str:
     """Runs the letter's job again. Returns the id by which a client finds the answer."""
+    # Imported here: the client takes 80 ms, and no other command of this group needs it.
     from millstream.client.detached_id import DetachedId
 
     job_id = letters.requeue(letter, ROOM_S)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal, cast
+from typing import BinaryIO, Literal, cast
 
 import click
+import numpy as np
 
 from millstream.broker.contract.errors import InvalidRequest, MillstreamError, NoWorkers, PartialFailure
+from millstream.broker.contract.job import Json, Vectors
 from millstream.broker.contract.operations import EMBED
+from millstream.broker.queue.registry import Registry
 from millstream.cli import options
 from millstream.cli.options import SecondsRange
-
-if TYPE_CHECKING:
-    from millstream.broker.contract.job import Json, Vectors
-    from millstream.client import Client
-    from millstream.client.services import Services
+from millstream.cli.server import connect, find_server
+from millstream.client import Client
+from millstream.client.services import Services
 
 Format = Literal["json", "npy", "text"]
 
@@ -75,12 +77,8 @@ def embed(
     """
     _check_output(output, layout)
     rows = _texts(texts, as_json)
-    target = options.find(url, prefix)
-    from millstream.broker.queue.registry import Registry
-    from millstream.client import Client
-    from millstream.client.services import Services
-
-    with options.connect(target.url) as connection:
+    target = find_server(url, prefix)
+    with connect(target.url) as connection:
         services = Services(connection, Registry(connection, target.prefix))
         name = _service(services, service)
         _await_worker(services, name, wait_s)
@@ -206,10 +204,6 @@ def encode(layout: Format, vectors: Sequence[Vectors | Mapping[str, Json] | None
 
 
 def _npy(vectors: Sequence[Vectors | None]) -> bytes:
-    import io
-
-    import numpy as np
-
     dimension = next((len(vector) for vector in vectors if vector is not None), 0)
     missing = np.full(dimension, np.nan, dtype=np.float32)
     rows = [missing if vector is None else vector for vector in vectors]

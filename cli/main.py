@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import click
 
+from millstream.broker.config.variables import DEBUG_VARIABLE
 from millstream.broker.contract.errors import MillstreamError, did_you_mean
 from millstream.cli.standard import open_closed_streams, unwritable
 
-DEBUG_VARIABLE = "MILLSTREAM_DEBUG"
 INTERNAL_ERROR = 70
 INTERRUPTED = 130
 

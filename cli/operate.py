@@ -6,7 +6,14 @@ import time
 
 import click
 
+from millstream.broker.contract.errors import DeadlineExceeded
+from millstream.broker.queue import pause as pauses
+from millstream.broker.queue.inspector import Inspector
+from millstream.broker.queue.lease import Lease
+from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.streams import Streams
 from millstream.cli import options
+from millstream.cli.server import open_service
 from millstream.cli.table import quantity
 
 _POLL_S = 0.2
@@ -25,9 +32,7 @@ def pause(service: str, url: str | None, prefix: str | None, for_s: float | None
 
     New jobs are accepted and wait; their time limits keep running.
     """
-    from millstream.broker.queue import pause as pauses
-
-    with options.open_service(service, url, prefix) as (connection, keys):
+    with open_service(service, url, prefix) as (connection, keys):
         pauses.pause(connection.client, keys, for_s=for_s, refusing=refusing)
     until = f"for {for_s:g} s" if for_s else f"until `millstream queue resume {service}`"
     click.echo(f"{service}: paused {until}{', refusing new jobs' if refusing else ''}")
@@ -39,9 +44,7 @@ def pause(service: str, url: str | None, prefix: str | None, for_s: float | None
 @options.prefix
 def resume(service: str, url: str | None, prefix: str | None) -> None:
     """Resume SERVICE: its workers claim jobs again."""
-    from millstream.broker.queue import pause as pauses
-
-    with options.open_service(service, url, prefix) as (connection, keys):
+    with open_service(service, url, prefix) as (connection, keys):
         was_paused = pauses.resume(connection.client, keys)
     click.echo(f"{service}: {'resumed' if was_paused else 'was not paused'}")
 
@@ -56,11 +59,7 @@ def purge(service: str, url: str | None, prefix: str | None, yes: bool) -> None:
 
     Jobs that workers hold continue. New jobs are still accepted: to refuse them, pause with --new first.
     """
-    from millstream.broker.queue.inspector import Inspector
-    from millstream.broker.queue.registry import Registry
-    from millstream.broker.queue.streams import Streams
-
-    with options.open_service(service, url, prefix) as (connection, keys):
+    with open_service(service, url, prefix) as (connection, keys):
         (view,) = Inspector(connection, keys.prefix).services([service])
         options.confirm(f"Remove {quantity(view.depth, 'waiting job')} of {service}?", yes)
         ttl_ms = round(Registry(connection, keys.prefix).read(service).result_ttl * 1000)
@@ -83,17 +82,11 @@ def purge(service: str, url: str | None, prefix: str | None, yes: bool) -> None:
 )
 def drain(service: str, url: str | None, prefix: str | None, timeout_s: float) -> None:
     """Pause SERVICE and wait until no worker holds one of its jobs. SERVICE stays paused."""
-    from millstream.broker.contract.errors import DeadlineExceeded
-    from millstream.broker.queue.inspector import Inspector
-    from millstream.broker.queue.lease import Lease
-    from millstream.broker.queue.pause import find_pause
-    from millstream.broker.queue.pause import pause as begin
-
     deadline = time.monotonic() + timeout_s
-    with options.open_service(service, url, prefix) as (connection, keys):
-        before = find_pause(connection.client, keys)
+    with open_service(service, url, prefix) as (connection, keys):
+        before = pauses.find_pause(connection.client, keys)
         # A new pause even if it is paused already: the old one may end by itself.
-        begin(connection.client, keys, refusing=before is not None and before.refusing)
+        pauses.pause(connection.client, keys, refusing=before is not None and before.refusing)
         while held := Inspector(connection, keys.prefix).services([service])[0].in_flight:
             if time.monotonic() >= deadline:
                 raise DeadlineExceeded(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import click
 
+from millstream.broker.contract.job import PRIORITIES, Priority
+from millstream.broker.queue.inspector import Entry, Inspector, ServiceView
+from millstream.broker.queue.pause import Pause
+from millstream.broker.queue.registry import Registry
 from millstream.cli import operate, options
+from millstream.cli.server import connect, find_server, redis_cli
 from millstream.cli.show import as_record, show
 from millstream.cli.table import age, align, escape, number
-
-if TYPE_CHECKING:
-    from millstream.broker.queue.inspector import Entry, ServiceView
-    from millstream.broker.queue.pause import Pause
 
 _HEADING = (
     "SERVICE",
@@ -53,10 +53,8 @@ def list_services(url: str | None, prefix: str | None, as_json: bool) -> None:
     refused jobs since the last day without any; --json has the reasons. PAUSED has the remaining time, if the pause
     has an end.
     """
-    target = options.find(url, prefix)
-    from millstream.broker.queue.inspector import Inspector
-
-    with options.connect(target.url) as connection:
+    target = find_server(url, prefix)
+    with connect(target.url) as connection:
         views = Inspector(connection, target.prefix).services()
         where = connection.safe_url
     if as_json:
@@ -75,12 +73,8 @@ def list_services(url: str | None, prefix: str | None, as_json: bool) -> None:
 @click.option("--count", type=click.IntRange(min=1), default=10, show_default=True, help="Entries of each priority.")
 def peek(service: str, url: str | None, prefix: str | None, priority: str | None, count: int) -> None:
     """Show the oldest waiting jobs of SERVICE as they are in the stream, and the redis-cli line that prints them."""
-    target = options.find(url, prefix)
-    from millstream.broker.contract.job import PRIORITIES, Priority
-    from millstream.broker.queue.inspector import Inspector
-    from millstream.broker.queue.registry import Registry
-
-    with options.connect(target.url) as connection:
+    target = find_server(url, prefix)
+    with connect(target.url) as connection:
         # Raises UnknownService with a list of the registered services.
         Registry(connection, target.prefix).read(service)
         inspector = Inspector(connection, target.prefix)
@@ -88,7 +82,7 @@ def peek(service: str, url: str | None, prefix: str | None, priority: str | None
             found = inspector.peek(service, each, count)
             start = "-" if found.after == "0-0" else f"({found.after}"
             words = ("XRANGE", found.stream, start, "+", "COUNT", str(count))
-            click.echo(f"# {options.redis_cli(target.url, *words)}")
+            click.echo(f"# {redis_cli(target.url, *words)}")
             _print(found.entries)
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import click
 
+from millstream.broker.config.load import ServiceSpec
+from millstream.broker.config.spec import Runtime
+from millstream.broker.queue.inspector import Inspector, ServiceView
+from millstream.broker.queue.registry import Registry
 from millstream.cli import options
+from millstream.cli.server import connect, find_server
 from millstream.cli.table import age, align, bar, number
-
-if TYPE_CHECKING:
-    from millstream.broker.config.load import ServiceSpec
-    from millstream.broker.config.spec import Runtime
-    from millstream.broker.queue.inspector import ServiceView
 
 
 @click.command()
@@ -31,11 +30,8 @@ def show(service: str, url: str | None, prefix: str | None, as_json: bool) -> No
     jobs of its priority were waiting). Raise the limit that cuts most batches; `millstream tune` measures how far that
     helps.
     """
-    target = options.find(url, prefix)
-    from millstream.broker.queue.inspector import Inspector
-    from millstream.broker.queue.registry import Registry
-
-    with options.connect(target.url) as connection:
+    target = find_server(url, prefix)
+    with connect(target.url) as connection:
         spec = Registry(connection, target.prefix).read(service)
         (view,) = Inspector(connection, target.prefix).services([service])
     click.echo(json.dumps(_record(spec, view), ensure_ascii=False, indent=2) if as_json else _text(spec, view))

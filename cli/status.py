@@ -53,6 +53,7 @@ class Redrawn:
     detailed = True
 
     def __init__(self, where: str) -> None:
+        # Imported here: rich takes 25 ms, and a status that goes to a pipe or a file does not need it.
         from rich.console import Console
         from rich.live import Live
 

@@ -7,20 +7,26 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from millstream.broker.config.load import Config, ServiceSpec
 from millstream.broker.contract.errors import InvalidRequest, UnknownService, did_you_mean
+from millstream.cli.config import load_and_warn
 from millstream.cli.options import SecondsRange
 from millstream.cli.table import align, bar, quantity
-
-if TYPE_CHECKING:
-    from millstream.broker.config.load import Config, ServiceSpec
-    from millstream.worker.measuring.threads import Threads
-    from millstream.worker.measuring.tuning import Cell
-    from millstream.worker.models.base import Model, Prepared
-    from millstream.worker.scheduling.batcher import Budget
+from millstream.worker import models
+from millstream.worker.measuring import tuning
+from millstream.worker.measuring.cores import cores
+from millstream.worker.measuring.probe import auto_tokens, most_tokens
+from millstream.worker.measuring.threads import Threads, waiting
+from millstream.worker.measuring.tuning import Cell, best, same
+from millstream.worker.measuring.warmup import warm_up
+from millstream.worker.models.base import Model, Prepared
+from millstream.worker.process import use_threads
+from millstream.worker.scheduling.batcher import Budget
+from millstream.worker.supervision.supervisor import preflight
+from millstream.worker.window import Window
 
 DEFAULT_S, LONGEST_S = 60.0, 3_600.0
 INTERRUPTED = 130
@@ -67,8 +73,6 @@ def tune(
     pack them, and prints the lines to put into config.yaml. Needs no server. Stop the workers on this machine first:
     other programs slow the measurement. Ctrl-C ends it and shows the figures measured so far.
     """
-    from millstream.cli.config import load_and_warn
-
     spec = _service(load_and_warn(config), service)
     lines = _lines(texts) if texts else None
     subject = _load(spec, device)
@@ -85,8 +89,6 @@ def _service(config: Config, name: str) -> ServiceSpec:
 
     Raises UnknownService, InvalidRequest if its type cannot be measured, ModelUnavailable if the model cannot run here.
     """
-    from millstream.worker.supervision.supervisor import preflight
-
     spec = config.services.get(name)
     if spec is None:
         close = did_you_mean(name, config.services)
@@ -108,13 +110,6 @@ _OTHER_TYPES = "name a service of another type"
 
 def _load(spec: ServiceSpec, device: str | None) -> Subject:
     """Loads the model and chooses the number of threads, as a worker does. Raises ModelUnavailable if that fails."""
-    from millstream.worker import models
-    from millstream.worker.measuring.cores import cores
-    from millstream.worker.measuring.probe import auto_tokens, most_tokens
-    from millstream.worker.measuring.threads import Threads, waiting
-    from millstream.worker.process import use_threads
-    from millstream.worker.scheduling.batcher import Budget
-
     place = device or next(iter(spec.model.devices), spec.model.device)
     # Before torch is imported, because its OpenMP reads these variables only once.
     os.environ.update(waiting(os.environ))
@@ -140,8 +135,6 @@ def _lines(path: Path) -> list[str]:
 
 def _rows(model: Model, texts: Sequence[str] | None) -> Sequence[Prepared]:
     """Returns the rows of `texts`, or of a mix if it is None. Raises InvalidRequest if the model refuses all texts."""
-    from millstream.worker.measuring import tuning
-
     if texts is None:
         return tuning.mix(model)
     rows, refused = tuning.rows_of(model, texts)
@@ -154,10 +147,6 @@ def _rows(model: Model, texts: Sequence[str] | None) -> Sequence[Prepared]:
 
 def _measure(subject: Subject, rows: Sequence[Prepared], seconds: float) -> tuple[list[Cell], bool]:
     """Measures the grid for `seconds`. Returns its cells, and whether Ctrl-C ended the measurement."""
-    from millstream.worker.measuring import tuning
-    from millstream.worker.measuring.warmup import warm_up
-    from millstream.worker.window import Window
-
     window = Window(subject.own)
     warm_up(subject.model, window)
     cells = tuning.grid(rows, window, subject.own)
@@ -174,8 +163,6 @@ _HEADING = ("BATCH_SIZE", "TOKENS", "ROWS/S", "LOW-HIGH", "PADDING", "ROWS/FORWA
 
 def report(subject: Subject, cells: Sequence[Cell]) -> str:
     """Returns a table of the measured cells, and the lines to put into config.yaml."""
-    from millstream.worker.measuring.tuning import best
-
     chosen = best(cells, subject.own)
     fastest = max((cell.rate for cell in cells), default=0.0)
     table = align([_HEADING, *(_row(cell, fastest, _mark(subject, cell, chosen)) for cell in cells)])
@@ -198,15 +185,11 @@ def _row(cell: Cell, fastest: float, mark: str) -> tuple[str, ...]:
 
 
 def _mark(subject: Subject, cell: Cell, chosen: Cell | None) -> str:
-    from millstream.worker.measuring.tuning import same
-
     marks = {"now": same(cell.budget, subject.own), "best": cell is chosen}
     return ", ".join(mark for mark, here in marks.items() if here)
 
 
 def _yaml(subject: Subject, cells: Sequence[Cell], chosen: Cell | None) -> Iterator[str]:
-    from millstream.worker.measuring.tuning import same
-
     if chosen is None:
         yield "# nothing was measured: give it more --seconds"
         return
@@ -230,8 +213,6 @@ def _yaml(subject: Subject, cells: Sequence[Cell], chosen: Cell | None) -> Itera
 
 
 def _json(subject: Subject, cells: Sequence[Cell]) -> str:
-    from millstream.worker.measuring.tuning import best
-
     records = [
         {
             "batch_size": cell.budget.rows,

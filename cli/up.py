@@ -7,21 +7,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from millstream.broker.config.data_dir import find_data_dir
 from millstream.broker.config.load import Config
+from millstream.broker.config.variables import URL_VARIABLE
 from millstream.broker.contract.errors import ConfigError
+from millstream.broker.queue.inspector import Inspector
+from millstream.broker.queue.registry import Registry
+from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.server.engine import version_text
+from millstream.broker.transport import eviction
+from millstream.broker.transport.access import secured
+from millstream.broker.transport.connection import Connection, check
 from millstream.cli import options
 from millstream.cli.config import config_path, load_and_warn
+from millstream.cli.interrupts import Interrupts, interrupt_at_eof
+from millstream.cli.server import connect, redis_cli
+from millstream.cli.status import status_line
+from millstream.cli.supervise import supervise
+from millstream.worker.supervision.supervisor import Plan, Supervisor, preflight
 
-if TYPE_CHECKING:
-    from millstream.broker.server.embedded import EmbeddedServer
-    from millstream.broker.transport.connection import Connection
-    from millstream.cli.interrupts import Interrupts
-
-URL_VARIABLE = "MILLSTREAM_REDIS_URL"
 EOF_DRAIN_S = 2.0
 """Longest drain, in seconds, after the program that started this command has ended."""
 
@@ -62,11 +69,6 @@ def up(
     config = load_and_warn(path)
     if not config.services:
         raise ConfigError(f"{path}: nothing to run", hint="add a service under services:")
-    from millstream.broker.transport import eviction
-    from millstream.broker.transport.access import secured
-    from millstream.cli.interrupts import Interrupts, interrupt_at_eof
-    from millstream.worker.supervision.supervisor import preflight
-
     preflight(list(config.services.values()))
     own = data_dir is not None or port is not None
     named = None if own else url or os.environ.get(URL_VARIABLE) or config.redis.url
@@ -97,14 +99,8 @@ class Stack:
 
 
 def _run(config: Config, interrupts: Interrupts, stack: Stack) -> None:
-    from millstream.broker.queue.inspector import Inspector
-    from millstream.broker.queue.registry import Registry
-    from millstream.cli.status import status_line
-    from millstream.cli.supervise import supervise
-    from millstream.worker.supervision.supervisor import Plan, Supervisor
-
     prefix, specs = config.redis.key_prefix, list(config.services.values())
-    with options.connect(stack.url) as connection:
+    with connect(stack.url) as connection:
         registry = Registry(connection, prefix)
         _introduce(connection, stack, registry.keys(specs[0].name).streams()[1])
         registry.push(specs, replace=stack.replace)
@@ -130,9 +126,6 @@ def _server(
             "redis.durability is replicated, and the server that `millstream up` starts has no replicas",
             hint="set redis.url to a server that has replicas, or set durability: always",
         )
-    from millstream.broker.config.data_dir import find_data_dir
-    from millstream.broker.server.embedded import EmbeddedServer
-
     folder = find_data_dir(data_dir, config, os.environ)
     with EmbeddedServer.start(folder, tcp_port=port, appendfsync=durability) as server:
         yield server.url, server
@@ -140,15 +133,12 @@ def _server(
 
 def _introduce(connection: Connection, stack: Stack, stream: str) -> None:
     """Checks the server and prints its address. Raises ConfigError if it cannot be used, BrokerUnavailable."""
-    from millstream.broker.server.engine import version_text
-    from millstream.broker.transport.connection import check
-
     info, server = check(connection, allow_eviction=stack.allow_eviction), stack.server
     where = ""
     if server:
         where = f"; data in {server.data_dir}" if server.owned else f"; already running, data in {server.data_dir}"
     click.echo(f"server: {connection.safe_url} ({info.engine} {version_text(info.version)}{where})")
-    click.echo(f"look:   {options.redis_cli(connection.url, 'XRANGE', stream, '-', '+', 'COUNT', '10')}")
+    click.echo(f"look:   {redis_cli(connection.url, 'XRANGE', stream, '-', '+', 'COUNT', '10')}")
     for reachable in [connection.safe_url, server.tcp_url if server else None]:
         if reachable:
             click.echo(f"use:    export {URL_VARIABLE}={reachable}")

@@ -7,17 +7,21 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from millstream.broker.config.load import ServiceSpec
+from millstream.broker.contract.errors import UnknownService
+from millstream.broker.contract.operations import RUNNABLE, types_with
+from millstream.broker.queue.inspector import Inspector, WorkerView
+from millstream.broker.queue.registry import Registry
+from millstream.broker.target import find_config
+from millstream.broker.transport.connection import check
 from millstream.cli import options
+from millstream.cli.interrupts import Interrupts
+from millstream.cli.server import connect, find_server
+from millstream.cli.status import Lines
 from millstream.cli.table import age, align, escape, number
-
-if TYPE_CHECKING:
-    from millstream.broker.config.load import ServiceSpec
-    from millstream.broker.queue.inspector import WorkerView
-    from millstream.broker.queue.registry import Registry
 
 _HEADING = (
     "SERVICE",
@@ -64,16 +68,13 @@ def run(
     The services are read from the server. Only the code of custom models is not: ./config.yaml names it. Ctrl-C drains:
     workers finish the jobs that they hold. A second Ctrl-C kills.
     """
-    target = options.find(url, prefix)
-    from millstream.broker.queue.registry import Registry
-    from millstream.broker.transport.connection import check
-    from millstream.cli.interrupts import Interrupts
-    from millstream.cli.status import Lines
+    # Imported here: these take 50 ms, and `worker ls` does not need them.
     from millstream.cli.supervise import supervise
     from millstream.worker.supervision.supervisor import Plan, Supervisor, preflight
 
+    target = find_server(url, prefix)
     with Interrupts() as interrupts:
-        with options.connect(target.url) as connection:
+        with connect(target.url) as connection:
             check(connection, allow_eviction=allow_eviction or target.allow_eviction)
             specs = _choose(Registry(connection, target.prefix), services, connection.safe_url)
         preflight(specs)
@@ -96,10 +97,8 @@ def list_workers(url: str | None, prefix: str | None, as_json: bool) -> None:
     the most tokens of a text that the model could read at start. THREADS is the CPU threads of a forward. PAST is how
     the previous worker in this place ended.
     """
-    target = options.find(url, prefix)
-    from millstream.broker.queue.inspector import Inspector
-
-    with options.connect(target.url) as connection:
+    target = find_server(url, prefix)
+    with connect(target.url) as connection:
         views = Inspector(connection, target.prefix).services()
         where = connection.safe_url
     found = [(view.name, each) for view in views for each in sorted(view.workers, key=_place)]
@@ -147,9 +146,6 @@ def _choose(registry: Registry, services: Sequence[str], where: str) -> list[Ser
 
     Raises UnknownService if one is not registered, or if none is named and none can run here.
     """
-    from millstream.broker.contract.errors import UnknownService
-    from millstream.broker.contract.operations import RUNNABLE, types_with
-
     names = list(dict.fromkeys(services)) if services else registry.names()
     registered = _with_handlers([registry.read(name) for name in names])
     if services:
@@ -168,8 +164,6 @@ def _with_handlers(specs: Sequence[ServiceSpec]) -> list[ServiceSpec]:
 
     Raises ConfigError if that file is invalid.
     """
-    from millstream.broker.target import find_config
-
     needed = any(spec.model.operation.needs_code for spec in specs)
     config = find_config(os.environ) if needed else None
     own = config.services if config else {}

@@ -18,6 +18,7 @@ from contextlib import suppress
 from functools import partial
 
 from millstream.broker.config.load import ServiceSpec
+from millstream.broker.config.variables import DEBUG_VARIABLE, URL_VARIABLE
 from millstream.broker.contract.errors import ConfigError, MillstreamError, ModelUnavailable, described
 from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.registry import Registry
@@ -35,7 +36,7 @@ from millstream.worker.models.base import Closes, Model
 from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.shutdown import Relay, Shutdown, ThreadFailed
 from millstream.worker.supervision.charging import End, give_back
-from millstream.worker.supervision.child_args import EXIT_PERMANENT, URL_VARIABLE, ChildArgs
+from millstream.worker.supervision.child_args import EXIT_PERMANENT, ChildArgs
 from millstream.worker.supervision.progress import Progress, Snapshot, State
 from millstream.worker.window import Window
 
@@ -195,7 +196,7 @@ def drain_on_signals(worker: Worker) -> None:
 def main() -> int:
     child_args = ChildArgs.from_json(sys.argv[1])
     supervisor = isolate(child_args.progress_fd)
-    level = logging.DEBUG if os.environ.get("MILLSTREAM_DEBUG") else logging.INFO
+    level = logging.DEBUG if os.environ.get(DEBUG_VARIABLE) else logging.INFO
     logging.basicConfig(level=level, format=f"worker {child_args.consumer}: %(message)s", stream=sys.stderr)
     for noisy in ("httpx", "sentence_transformers", "transformers", "torch"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -11,6 +11,7 @@ from contextlib import closing
 
 import click
 
+from millstream.broker.config.variables import URL_VARIABLE
 from millstream.broker.contract.errors import MillstreamError
 from millstream.broker.contract.keys import DEFAULT_PREFIX
 from millstream.broker.queue.registry import Registry
@@ -18,7 +19,6 @@ from millstream.broker.transport.connection import Connection
 from millstream.cli.interrupts import Interrupts
 from millstream.cli.status import Lines
 from millstream.cli.supervise import supervise
-from millstream.worker.supervision.child_args import URL_VARIABLE
 from millstream.worker.supervision.supervisor import Plan, Supervisor
 
 # -P: the folder of this file has modules whose names others use.

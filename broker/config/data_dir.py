@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from millstream.broker.config.load import Config
-
-DATA_DIR_VARIABLE = "MILLSTREAM_DATA_DIR"
+from millstream.broker.config.variables import DATA_DIR_VARIABLE
 
 
 def find_data_dir(flag: Path | None, config: Config | None, environ: Mapping[str, str]) -> Path:

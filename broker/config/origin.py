@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from millstream.broker.config.data_dir import default_data_dir
 from millstream.broker.config.load import Config
 from millstream.broker.config.spec import PRESETS, ServiceSpec, Settings
+from millstream.broker.config.variables import DATA_DIR_VARIABLE, URL_VARIABLE
 from millstream.broker.config.yaml import KeyPath
-
-URL_VARIABLE = "MILLSTREAM_REDIS_URL"
-DATA_DIR_VARIABLE = "MILLSTREAM_DATA_DIR"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from millstream.broker.queue.lease import is_live
 from millstream.broker.queue.pause import Pause, queue_pause, read_pause
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.views import ServiceView, WorkerView
-from millstream.broker.transport.connection import Connection, translated
+from millstream.broker.transport.connection import Connection, is_missing_group, translated
 
 __all__ = ["Entry", "Inspector", "Peek", "ServiceView", "WorkerView"]
 
@@ -164,10 +164,11 @@ def _answers(pipe: redis.client.Pipeline) -> list[object]:
     """Returns the pipeline's replies; None if a stream or group does not exist yet. Raises any other error of them."""
     answers: list[object] = pipe.execute(raise_on_error=False)
     for at, answer in enumerate(answers):
-        if isinstance(answer, redis.exceptions.ResponseError) and str(answer).startswith(("NOGROUP", "no such key")):
+        if isinstance(answer, Exception):
+            # XINFO names a missing stream in other words than the other commands.
+            if not is_missing_group(answer) and not str(answer).startswith("no such key"):
+                raise answer
             answers[at] = None
-        elif isinstance(answer, Exception):
-            raise answer
     return answers
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 import redis
 
 from millstream.broker.contract.keys import ServiceKeys
-from millstream.broker.transport.exchange import Words, exchange
+from millstream.broker.transport.link import Words, exchange
 
 READ_COUNT = 256
 """Most replies of one read."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 import redis
 
 from millstream.broker.transport.cluster import load
-from millstream.broker.transport.exchange import exchange
+from millstream.broker.transport.link import exchange
 
 Name = Literal["enqueue", "claim", "settle", "beat", "cancel", "release", "reclaim", "purge", "emit"]
 Argument = str | bytes | int

@@ -19,18 +19,13 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from redis import CredentialProvider
 
 from millstream.broker.config.url import PASSWORD_FILE, canonical
+from millstream.broker.config.variables import INSECURE_VARIABLE, PASSWORD_FILE_VARIABLE
 from millstream.broker.contract.errors import ConfigError
 
 if TYPE_CHECKING:
     from millstream.broker.config.load import Config
 
 log = logging.getLogger(__name__)
-
-PASSWORD_FILE_VARIABLE = "MILLSTREAM_REDIS_PASSWORD_FILE"
-"""Environment variable with the path of the password file."""
-
-INSECURE_VARIABLE = "MILLSTREAM_INSECURE"
-"""Environment variable; true allows a server on another host without TLS and password."""
 
 _MOST_BYTES = 4096
 """Bytes of a password file that are read at most."""

@@ -12,19 +12,30 @@ import redis
 
 from millstream.broker.config.data_dir import find_data_dir
 from millstream.broker.config.url import ACCEPTED, canonical, read_url, redacted
+from millstream.broker.config.variables import URL_VARIABLE
 from millstream.broker.contract.errors import BrokerUnavailable, ConfigError
 from millstream.broker.server.embedded import running
 from millstream.broker.server.engine import FLOORS, EngineName, Version, floor_text, parse_version, version_text
 from millstream.broker.transport.access import secured
 from millstream.broker.transport.cluster import masters
-from millstream.broker.transport.error_map import START_ONE, URL_VARIABLE, is_transient, retrying, translated
+from millstream.broker.transport.error_map import START_ONE, is_missing_group, is_transient, retrying, translated
 from millstream.broker.transport.eviction import check_policy
 from millstream.broker.transport.topology import opener
 
 if TYPE_CHECKING:
     from millstream.broker.config.load import Config
 
-__all__ = ["Connection", "ServerInfo", "check", "find_url", "is_transient", "redacted", "retrying", "translated"]
+__all__ = [
+    "Connection",
+    "ServerInfo",
+    "check",
+    "find_url",
+    "is_missing_group",
+    "is_transient",
+    "redacted",
+    "retrying",
+    "translated",
+]
 
 _TIMEOUT_S = 5.0
 """Longest wait for the answer to a plain command, seconds."""

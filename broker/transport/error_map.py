@@ -13,12 +13,12 @@ from typing import TypeVar
 from redis import exceptions as theirs
 from redis.sentinel import MasterNotFoundError
 
+from millstream.broker.config.variables import URL_VARIABLE
 from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError, QueueFull
 from millstream.broker.roles import advice
 
 T = TypeVar("T")
 
-URL_VARIABLE = "MILLSTREAM_REDIS_URL"
 START_ONE = f"start one with `millstream up`, or set {URL_VARIABLE}"
 
 _FIRST_PAUSE_S = 0.02
@@ -190,6 +190,14 @@ def is_transient(error: BaseException) -> bool:
         return error.__cause__ is None or is_transient(error.__cause__)
     fault = _fault(error)
     return fault is not None and fault.transient
+
+
+def is_missing_group(error: object) -> bool:
+    """Returns whether `error` says that a stream or its consumer group does not exist, as after FLUSHALL.
+
+    `create_groups` makes both again. Some servers wrap the error of a command in a script's own error.
+    """
+    return isinstance(error, theirs.ResponseError) and "NOGROUP" in str(error)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 import redis
 
+from millstream.broker.config.variables import ALLOW_EVICTION_VARIABLE
 from millstream.broker.contract.errors import ConfigError
 from millstream.broker.transport.access import is_true
 
@@ -17,18 +18,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ALLOW_VARIABLE = "MILLSTREAM_ALLOW_EVICTION"
-"""Environment variable; true allows a server that deletes keys."""
-
 SAFE = "noeviction"
 """The only `maxmemory-policy` under which no job is lost."""
 
-_ALLOWED_BY = f"--allow-eviction, {ALLOW_VARIABLE}=1 or `redis: {{allow_eviction: true}}` uses it as it is"
+_ALLOWED_BY = f"--allow-eviction, {ALLOW_EVICTION_VARIABLE}=1 or `redis: {{allow_eviction: true}}` uses it as it is"
 
 
 def allowed(config: Config | None, environ: Mapping[str, str]) -> bool:
     """Returns whether MILLSTREAM_ALLOW_EVICTION or `redis.allow_eviction` allows a server that deletes keys."""
-    return is_true(environ.get(ALLOW_VARIABLE, "")) or bool(config and config.redis.allow_eviction)
+    return is_true(environ.get(ALLOW_EVICTION_VARIABLE, "")) or bool(config and config.redis.allow_eviction)
 
 
 def check_policy(where: str, node: redis.Redis, memory: Mapping[str, object], *, allow: bool) -> None:

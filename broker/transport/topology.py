@@ -14,9 +14,8 @@ from redis.retry import Retry
 from millstream.broker.config.url import Endpoint
 from millstream.broker.transport.access import FilePassword, check_tls_files, split_password_file
 from millstream.broker.transport.cluster import ClusterClient, Slots
-from millstream.broker.transport.fast_packer import FastPacker
+from millstream.broker.transport.link import FastPacker, SingleConnectionPool
 from millstream.broker.transport.sentinel import master_client, watchers
-from millstream.broker.transport.single_connection import SingleConnectionPool
 
 _CONNECT_TIMEOUT_S = 2.0
 _ASK_TIMEOUT_S = 2.0

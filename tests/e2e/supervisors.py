@@ -15,9 +15,10 @@ import pytest
 from e2e.sites import Site
 from support import eventually
 
+from millstream.broker.config.variables import URL_VARIABLE
 from millstream.broker.contract.errors import ModelUnavailable
 from millstream.broker.contract.keys import DEFAULT_PREFIX
-from millstream.worker.supervision.child_args import URL_VARIABLE, ChildArgs
+from millstream.worker.supervision.child_args import ChildArgs
 from millstream.worker.supervision.progress import Progress
 from millstream.worker.supervision.supervisor import Plan, Supervisor
 

@@ -24,6 +24,7 @@ from millstream.broker.transport.connection import (
     ServerInfo,
     check,
     find_url,
+    is_missing_group,
     is_transient,
     redacted,
     retrying,
@@ -266,6 +267,20 @@ def test_an_answer_to_the_command_itself_passes_through(words: str) -> None:
 
     assert caught.value is error
     assert not is_transient(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_missing"),
+    [
+        (redis.ResponseError("NOGROUP No such key 'ms:q' or consumer group 'workers'"), True),
+        (redis.ResponseError("Error running script (call to f_1): @user_script:1: -NOGROUP No such key"), True),
+        (redis.ResponseError("BUSYGROUP Consumer Group name already exists"), False),
+        (ValueError("NOGROUP"), False),
+        (None, False),
+    ],
+)
+def test_a_missing_group_is_known_by_the_error_of_the_server(error: object, is_missing: bool) -> None:
+    assert is_missing_group(error) is is_missing
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import redis
 from redis.connection import UnixDomainSocketConnection
 
 from millstream.broker.transport.connection import Connection
-from millstream.broker.transport.exchange import exchange
+from millstream.broker.transport.link import exchange
 
 
 @pytest.fixture(params=["own", "shared"])

@@ -13,7 +13,7 @@ from support import eventually
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.replies import DELETE_BYTES, DELETE_COUNT, READ_COUNT, Answer, Replies
 from millstream.broker.transport.connection import Connection, is_transient
-from millstream.broker.transport.exchange import Words, exchange
+from millstream.broker.transport.link import Words, exchange
 
 LONG_S = 30.0
 

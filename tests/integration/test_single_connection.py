@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import redis
 
-from millstream.broker.transport import single_connection as ownpool
+from millstream.broker.transport import link
 from millstream.broker.transport.connection import Connection
 
 
@@ -35,7 +35,7 @@ def test_one_that_broke_in_a_pause_is_opened_anew_before_the_next_command(
     connection: Connection, own: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drop(connection, own)
-    monkeypatch.setattr(ownpool, "IDLE_CHECK_S", 0.0)
+    monkeypatch.setattr(link, "IDLE_CHECK_S", 0.0)
 
     assert own.ping()
 
@@ -43,7 +43,7 @@ def test_one_that_broke_in_a_pause_is_opened_anew_before_the_next_command(
 def test_one_that_broke_just_now_fails_once(
     connection: Connection, own: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ownpool, "IDLE_CHECK_S", 60.0)
+    monkeypatch.setattr(link, "IDLE_CHECK_S", 60.0)
     drop(connection, own)
 
     with pytest.raises(redis.ConnectionError):

@@ -217,6 +217,19 @@ def test_help_imports_neither_redis_nor_a_model_library() -> None:
     assert run("--version").stdout.startswith("millstream ")
 
 
+def test_no_command_imports_a_model_library_and_config_no_redis() -> None:
+    code = (
+        "import sys, click; from millstream.cli.main import COMMANDS, main; c = click.Context(main); "
+        "main.get_command(c, 'config'); print('config:', 'redis' in sys.modules); "
+        "[main.get_command(c, name) for name in COMMANDS]; "
+        "print('all:', [m for m in ('torch', 'transformers', 'sentence_transformers') if m in sys.modules])"
+    )
+
+    answer = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+
+    assert answer.stdout.splitlines() == ["config: False", "all: []"]
+
+
 WRITES_UNFLUSHED = """
 import sys, types, click
 from millstream.cli.main import Lazy, LazyGroup, main

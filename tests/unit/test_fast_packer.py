@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from redis.connection import HiredisRespSerializer
 
 from millstream.broker.transport.connection import Connection
-from millstream.broker.transport.fast_packer import FastPacker
+from millstream.broker.transport.link import FastPacker
 
 names = st.sampled_from(["EVALSHA", "CONFIG GET", b"XREADGROUP", b"XINFO GROUPS"])
 words = st.text(st.characters(exclude_categories=["Cs"])) | st.binary() | st.integers() | st.floats()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from millstream.broker.contract.job import PRIORITIES, Claim, Priority
 from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.streams import ClaimBudget, Claimed, Streams
-from millstream.broker.transport.connection import is_transient
+from millstream.broker.transport.connection import is_missing_group, is_transient
 from millstream.worker.context import Context
 from millstream.worker.intake.intake import Intake, cancelled
 from millstream.worker.intake.settler import Finished
@@ -112,7 +112,7 @@ class Claimer(threading.Thread):
             self._window.forget(self._gathered)
             self._gathered.clear()
             self._last_claim = claim_policy.FIRST
-            if "NOGROUP" in str(error):
+            if is_missing_group(error):
                 # After FLUSHALL or a lost stream: new groups start at the first entry, so that none is skipped.
                 self._queue.streams.create_groups()
             elif is_transient(error):

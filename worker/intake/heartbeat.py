@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from millstream.broker.queue.lease import Beat, Lease
-from millstream.broker.transport.connection import is_transient
+from millstream.broker.transport.connection import is_missing_group, is_transient
 from millstream.worker.context import Context
 
 log = logging.getLogger(__name__)
@@ -62,10 +62,10 @@ class Heartbeat(threading.Thread):
             if beat.reclaim_due and (returned := self._lease.reclaim()):
                 log.warning("%d jobs of lost workers were given back to the queue", returned)
         except Exception as error:
-            if not is_transient(error) and "NOGROUP" not in str(error):
+            if not is_transient(error) and not is_missing_group(error):
                 raise
             log.debug("beat: %s", error)
-            if "NOGROUP" in str(error):
+            if is_missing_group(error):
                 self._repair()
 
     def _repair(self) -> None:

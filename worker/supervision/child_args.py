@@ -8,9 +8,6 @@ import secrets
 import socket
 from dataclasses import asdict, dataclass
 
-URL_VARIABLE = "MILLSTREAM_REDIS_URL"
-"""Environment variable with the server's URL. It may hold a password, which an argument would show to all users."""
-
 EXIT_PERMANENT = 78
 """Exit status of a start that would fail again: wrong configuration, unknown model."""
 

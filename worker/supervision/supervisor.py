@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from millstream.broker.config.load import ServiceSpec
+from millstream.broker.config.variables import URL_VARIABLE
 from millstream.broker.contract.errors import ModelUnavailable
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.contract.operations import RUNNABLE
@@ -24,7 +25,7 @@ from millstream.worker.measuring.threads import waiting
 from millstream.worker.models.loading.source import handler_of, locate
 from millstream.worker.supervision.charging import End, give_back
 from millstream.worker.supervision.child import Child
-from millstream.worker.supervision.child_args import EXIT_PERMANENT, URL_VARIABLE, ChildArgs, new_consumer
+from millstream.worker.supervision.child_args import EXIT_PERMANENT, ChildArgs, new_consumer
 from millstream.worker.supervision.progress import Progress
 from millstream.worker.supervision.registrar import Registrar
 
