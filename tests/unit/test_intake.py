@@ -10,6 +10,7 @@ import pytest
 from contracts.held import NOW, claim_of
 
 from millstream.broker.config.load import Runtime
+from millstream.broker.contract.codec import encode_inputs
 from millstream.broker.contract.errors import (
     DeadlineExceeded,
     InputTooLong,
@@ -20,11 +21,13 @@ from millstream.broker.contract.errors import (
     WorkerLost,
 )
 from millstream.broker.contract.job import Address, Claim, Json
+from millstream.broker.contract.partial import Record, encode_record
 from millstream.worker.intake.intake import Intake
 from millstream.worker.intake.settler import Finished
 from millstream.worker.models.base import Prepared
 from millstream.worker.models.custom import CustomModel, Hooks
 from millstream.worker.models.echo import EchoModel
+from millstream.worker.models.echo_stream import EchoStreamModel
 from millstream.worker.supervision.progress import Progress, Snapshot, Stage
 
 
@@ -174,9 +177,9 @@ def test_what_is_read_and_prepared_is_on_the_page_until_it_was_handed_on(model: 
     seen: list[list[Snapshot]] = []
     read = intake._read
 
-    def watched(place: int, claim: Claim, now: int) -> object:
+    def watched(place: int, claim: Claim, now: int, *, has_begun: bool) -> object:
         seen.append(page.snapshots())
-        return read(place, claim, now)
+        return read(place, claim, now, has_begun=has_begun)
 
     intake._read = watched  # type: ignore[method-assign,assignment]
     held, finished = intake.admit(claims, NOW)
@@ -307,3 +310,42 @@ def test_no_depth_of_options_is_read_that_cannot_be_handled(intake: Intake) -> N
         held, finished = intake.admit([claim_of(body=body)], NOW)
 
         assert len(held) + len(finished) == 1
+
+
+def speech(text: str, **times: int) -> Claim:
+    """A job of a model that streams, which another worker held before."""
+    claim = claim_of([text], **times)  # type: ignore[arg-type]
+    assert claim.job
+    job = claim.job._replace(op=EchoStreamModel.op)
+    return claim._replace(job=job, given_back=True, address=claim.address._replace(streams=True))
+
+
+def test_queue_time_of_a_text_ended_with_its_first_output_on_whichever_worker() -> None:
+    intake, claim = Intake(EchoStreamModel(), max_attempts=3), speech("a b c", queue_by=NOW - 1)
+    records = encode_record(Record("a "))
+
+    (job,), finished = intake.admit([claim], NOW, {claim.address.name: records})
+    _, waited = intake.admit([claim], NOW)
+
+    assert (finished, job.records) == ([], records)
+    assert isinstance(waited[0].reply.error, DeadlineExceeded)
+
+
+def test_a_text_that_cannot_go_on_fails_alone() -> None:
+    intake, good, bad = Intake(EchoStreamModel(), max_attempts=3), speech("a b"), speech("c d")
+
+    (job,), finished = intake.admit([good, bad], NOW, {bad.address.name: b"cut"})
+
+    assert job.claim == good
+    assert [each.address for each in finished] == [bad.address]
+    assert isinstance(finished[0].reply.errors[0], ModelFailed)
+
+
+def test_a_job_of_a_model_that_streams_has_one_row() -> None:
+    intake, claim = Intake(EchoStreamModel(), max_attempts=3), speech("a")
+    assert claim.job
+    two = claim._replace(job=claim.job._replace(rows=2, body=encode_inputs(["a", "b"], {})))
+
+    finished = only(intake, two)
+
+    assert isinstance(finished.reply.error, InvalidRequest)

@@ -52,9 +52,12 @@ class Bench:
         self.finished: dict[str, Finished] = {}
         self.before: dict[int, Callable[[], object]] = {}
         self.running: list[int] = []
+        self.made = 0
 
     def job(self, text: str, limit: int | None = None, **times: int) -> ActiveJob:
-        claim = claim_of([text], **times)  # type: ignore[arg-type]
+        # Jobs run in the order in which they were made.
+        self.made += 1
+        claim = claim_of([text], at=NOW - 1000 + self.made, **times)  # type: ignore[arg-type]
         assert claim.job
         (row,) = self.model.prepare([text], {} if limit is None else {"max_tokens": limit})
         return ActiveJob(claim, claim.job, [row])

@@ -162,6 +162,6 @@ class Runner:
 
 
 def _missed(job: ActiveJob, now: int) -> str:
-    """The phase whose time is over at `now`, or "". Queue time ends with the job's first forward."""
+    """The phase whose time is over at `now`, or "". Queue time ends with the job's first forward, on any worker."""
     phase = job.request.missed(now)
-    return "" if phase == "queue" and job.started_at else phase
+    return "" if phase == "queue" and (job.started_at or job.records) else phase

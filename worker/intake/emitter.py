@@ -33,8 +33,11 @@ EVERY_S = 0.02
 AWAY_S = 0.2
 """Seconds between two attempts while the server is away."""
 
-FORGIVEN_AFTER = 64
-"""Records after which earlier deaths of a job's workers no longer count against it."""
+FORGIVEN_AFTER = 16
+"""Records after which earlier deaths of a job's workers no longer count against it.
+
+A job that kills its worker at one of its records is buried all the same: the run after that begins there, and dies
+without a new record."""
 
 
 @dataclass(slots=True)

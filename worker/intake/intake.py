@@ -76,7 +76,7 @@ class Intake:
         requests: list[_Request] = []
         finished: list[Finished] = []
         for place, claim in enumerate(claims, 1):
-            read = self._read(place, claim, now)
+            read = self._read(place, claim, now, has_begun=claim.address.name in records)
             if isinstance(read, Finished):
                 finished.append(read)
             else:
@@ -96,7 +96,7 @@ class Intake:
         """Notes that the model begins the next row. A model that prepares row by row calls it before each."""
         self._track.point(next(self._places, 0))
 
-    def _read(self, place: int, claim: Claim, now: int) -> _Request | Finished:
+    def _read(self, place: int, claim: Claim, now: int, *, has_begun: bool) -> _Request | Finished:
         job = claim.job
         if job is None:
             return _newer(claim) if claim.newer else _malformed(claim, claim.malformed)
@@ -105,7 +105,8 @@ class Intake:
                 f"its worker died {claim.attempts:g} times while it worked on this job", hint="see the dead letters"
             )
             return Finished(claim.address, Reply(error=lost), bury="max_attempts")
-        if phase := job.missed(now):
+        # Queue time ended with the first output, on whichever worker.
+        if (phase := job.missed(now)) and not (phase == "queue" and has_begun):
             return Finished(claim.address, Reply(error=expired(job, phase, now)))
         if job.op != self._model.op:
             wrong = InvalidRequest(f"this service runs {self._model.op!r}, the job asks for {job.op!r}")
