@@ -1,7 +1,8 @@
-"""Objects that the threads of one worker process share."""
+"""Objects that the threads of one lane share."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from millstream.worker.clock import ServerClock
@@ -14,9 +15,9 @@ from millstream.worker.window import Window
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """One worker process: its consumer name, window, clock, counters, shutdown, progress page and thread count.
+    """One lane of a worker process: its consumer name, window, clock, counters, shutdown, progress page, thread count.
 
-    A supervisor reads `progress`, if the process has one.
+    A supervisor reads `progress`, if the process has one. `beside`: pages of the other lanes of the process.
     """
 
     consumer: str
@@ -26,3 +27,9 @@ class Context:
     shutdown: Shutdown = field(default_factory=Shutdown)
     progress: Progress = field(default_factory=Progress.alone)
     threads: Threads = field(default_factory=Threads.unmanaged)
+    beside: Sequence[Progress] = ()
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a thread of any lane is stuck: then the process is about to end."""
+        return self.progress.is_stuck or any(page.is_stuck for page in self.beside)
