@@ -34,6 +34,7 @@ from millstream.worker.measuring.warmup import warm_up
 from millstream.worker.models.base import Closes, Model
 from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.shutdown import Relay, Shutdown, ThreadFailed
+from millstream.worker.stage_gate import StageGate, free_stage
 from millstream.worker.supervision.charging import NOT_CHARGED, Charged, End, give_back
 from millstream.worker.supervision.child_args import EXIT_PERMANENT, URL_VARIABLE, ChildArgs
 from millstream.worker.supervision.progress import Progress, State
@@ -63,6 +64,7 @@ class Worker:
         self._connection = Connection(url, name=f"millstream-worker-{'+'.join(self._pages)}")
         self._registry = Registry(self._connection, child_args.prefix)
         self._shutdown = Shutdown()
+        self._gate = StageGate() if len(self._pages) > 1 else None
         self._claims: Claims | None = None
         self._threads: dict[str, Threads] = {}
         self._failing = child_args.hosted[0].service
@@ -152,6 +154,7 @@ class Worker:
             shutdown=self._shutdown,
             progress=self._pages[spec.name],
             threads=threads,
+            stage=partial(self._gate.stage, spec.name) if self._gate else free_stage,
             beside=[page for service, page in self._pages.items() if service != spec.name],
         )
         return Lane(context, child_args, self._connection, spec, model, answer)

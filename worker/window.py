@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -51,6 +51,7 @@ class Window:
         self._chosen: Rows = []
         self._jobs: dict[str, ActiveJob] = {}
         self._unsettled: set[str] = set()
+        self._suspects: set[str] = set()
         self._cancelled: set[str] = set()
         self._running = 0
         self._ends_at = 0.0
@@ -91,10 +92,14 @@ class Window:
             self._note_arrival()
             return cancelled
 
-    def keep(self, names: Collection[str]) -> None:
-        """Notes entries as held whose jobs are not added yet, or that only need an answer, as malformed ones do."""
+    def keep(self, names: Collection[str], suspects: Collection[str] = ()) -> None:
+        """Notes entries as held whose jobs are not added yet, or that only need an answer, as malformed ones do.
+
+        `suspects`: those that were charged an attempt before.
+        """
         with self._lock:
             self._unsettled.update(names)
+            self._suspects.update(suspects)
 
     def room(
         self, live_workers: int = 1, max_attempts: int = 3, last_job: tuple[int, int] = (1, 1)
@@ -372,7 +377,13 @@ class Window:
         """Removes entries that are settled, or no longer this worker's."""
         with self._lock:
             self._unsettled.difference_update(names)
+            if self._suspects:
+                self._suspects.difference_update(names)
             self._note_empty()
+
+    def has_suspect(self, names: Iterable[str]) -> bool:
+        """Whether any of these entries is a suspect. The set only grows before an entry's first stage, so no lock."""
+        return bool(self._suspects) and not self._suspects.isdisjoint(names)
 
     def names(self) -> list[str]:
         """Names of all entries held and not yet settled, in the form that the scripts use."""

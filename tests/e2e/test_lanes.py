@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from e2e.ledger import Load
 from e2e.reference import TEXTS, Reference
 from e2e.sites import Site, custom, echo, minilm, site_of
 from e2e.supervisors import Supervision, supervising
@@ -110,6 +111,54 @@ def test_a_job_that_kills_the_process_in_a_forward_costs_the_other_lane_no_attem
         assert second_site.watch.dead_letters() == []
         assert len(first_site.watch.dead_letters()) == 1
         assert supervision.supervisor.restarts == MAX_ATTEMPTS
+        assert second.answered_more_than_once() == []
+
+
+STAGES = {
+    "exit in check": "prepare",
+    "exit in cost": "prepare",
+    "exhaust in cost": "prepare",
+    "hang in check": "prepare",
+    "exit in run": "run",
+    "exit in settle": "settle",
+}
+"""How a payload ends its worker, and in which stage."""
+
+
+def running(supervision: Supervision, service: str) -> list[str]:
+    """The entries in the running forward of the only process, read from its page."""
+    (slot,) = supervision.supervisor._slots
+    return slot.child.pages[service].running() if slot.child else []
+
+
+@pytest.mark.parametrize("poison", STAGES)
+def test_a_job_that_kills_the_process_in_any_stage_alone_is_buried(url: str, tmp_path: Path, poison: str) -> None:
+    # One attempt: a job of the other lane that is charged once would be buried.
+    one = custom("deadly:Deadly", batch_size=16, max_attempts=MAX_ATTEMPTS, stall_timeout=2)
+    two = echo("", max_attempts=1)
+    with (
+        two_lanes(url, tmp_path, one, two) as (first_site, second_site, supervision),
+        first_site.ledger() as first,
+        second_site.ledger() as second,
+    ):
+        slow = first.send([["slow in run"]])
+        eventually(lambda: running(supervision, one.name))
+        # While the first lane has the device: at the death that nobody could foresee, these jobs wait.
+        waiting = second.send([[f"neighbour-{number}"] for number in range(20)]) if STAGES[poison] == "prepare" else []
+        (guilty,) = first.send([[poison]])
+        eventually(lambda: supervision.supervisor.restarts >= 1, within_s=20.0)
+        # From now on it is a suspect, and the other lane may be at work.
+        load = Load(second, ["neighbour"], 2)
+        load.start()
+        first.wait_for([guilty, *slow])
+        load.stop()
+        second.wait_for(waiting)
+
+        assert isinstance(first.replies[guilty][0].error, WorkerLost)
+        assert [letter[b"id"].decode() for letter in first_site.watch.dead_letters()] == [guilty]
+        assert first.replies[slow[0]][0].error is None
+        assert [str(reply.error) for replies in second.replies.values() for reply in replies if reply.error] == []
+        assert second_site.watch.dead_letters() == []
         assert second.answered_more_than_once() == []
 
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,7 @@ from support import eventually
 from millstream.broker.contract.job import Json, Priority, Vectors
 from millstream.worker import host
 from millstream.worker.context import Context
+from millstream.worker.engines.base import Step
 from millstream.worker.engines.one_shot import OneShot
 from millstream.worker.engines.runner import Runner
 from millstream.worker.host import DeviceShare
@@ -25,6 +27,8 @@ from millstream.worker.models.echo_stream import EchoStreamModel
 from millstream.worker.scheduling.active_job import ActiveJob
 from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.shutdown import ThreadFailed
+from millstream.worker.stage_gate import Stage as StageWrapper
+from millstream.worker.stage_gate import StageGate, free_stage
 from millstream.worker.supervision.progress import Snapshot, Stage
 from millstream.worker.window import Window
 
@@ -44,10 +48,10 @@ class Watched(EchoModel):
 class Bench:
     """A lane without threads: a window, a runner, and the answers."""
 
-    def __init__(self, model: EchoModel | EchoStreamModel) -> None:
+    def __init__(self, model: EchoModel | EchoStreamModel, stage: StageWrapper = free_stage) -> None:
         self.model = model
         self.window = Window(Budget(rows=4, tokens=1_000))
-        self.context = Context("w1", self.window)
+        self.context = Context("w1", self.window, stage=stage)
         self.context.clock.set_to(NOW)
         track = self.context.progress.runner
         engine = model.start_engine() if isinstance(model, EchoStreamModel) else OneShot(model, track.lap)
@@ -150,7 +154,12 @@ def test_only_the_lane_that_has_the_device_is_on_its_page() -> None:
 
     assert seen == [[]]
     step, stages = two.runner._engine.step, list[Snapshot]()
-    two.runner._engine.step = lambda: [stages.extend(two.stages), step()][1]  # type: ignore[method-assign,misc]
+
+    def watched_step() -> Step:
+        stages.extend(two.stages)
+        return step()
+
+    two.runner._engine.step = watched_step  # type: ignore[method-assign]
     while two.runner.urgency is not None:
         assert share.step()
         assert two.stages == []
@@ -222,6 +231,23 @@ def test_rows_that_are_set_aside_are_no_work_until_the_suspects_are_settled() ->
 
     assert share.step()
     assert one.answers == ["innocent"]
+
+
+def test_a_suspect_runs_while_no_other_lane_is_in_a_stage() -> None:
+    gate, model, alone = StageGate(), Watched(), list[str | None]()
+    lane = Bench(model, partial(gate.stage, "one"))
+    share = DeviceShare([lane])
+    model.on_forward = lambda: alone.append(gate._alone)
+    for _ in range(2):
+        (job,) = lane.send("text")
+        share.step()
+        lane.window.keep([], suspects=[job.name])
+        lane.window.hold([job])
+        share.step()
+        lane.window.forget([job.name])
+
+    assert alone == [None, "one", None, "one"]
+    assert not lane.window.has_suspect([job.name])
 
 
 def test_a_lane_that_fails_ends_all_and_each_may_settle_what_it_finished() -> None:

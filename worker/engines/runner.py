@@ -44,6 +44,7 @@ class Runner:
         self._counters = context.counters
         self._engine = engine
         self._track = context.progress.runner
+        self._stage = context.stage
         self._threads = context.threads
         self._finish = finish
         self._emitter = emitter
@@ -64,11 +65,12 @@ class Runner:
         batch = self._window.take(self._engine.room(), wait=False)
         if not batch and not self._engine.busy:
             return False
-        if self._rows:
-            self._resume()
-        self._advance(batch)
-        if self._rows:
-            self._pause()
+        with self._stage(self._window.has_suspect(row.owner for row in (*batch, *self._rows))):
+            if self._rows:
+                self._resume()
+            self._advance(batch)
+            if self._rows:
+                self._pause()
         return True
 
     @property
