@@ -1,22 +1,25 @@
-"""Objects that the threads of one worker process share."""
+"""Objects that the threads of one lane share."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from millstream.worker.clock import ServerClock
 from millstream.worker.measuring.threads import Threads
 from millstream.worker.scheduling.counters import Counters
 from millstream.worker.shutdown import Shutdown
+from millstream.worker.stage_gate import Stage, free_stage
 from millstream.worker.supervision.progress import Progress
 from millstream.worker.window import Window
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """One worker process: its consumer name, window, clock, counters, shutdown, progress page and thread count.
+    """One lane of a worker process: its consumer name, window, clock, counters, shutdown, progress page, thread count.
 
-    A supervisor reads `progress`, if the process has one.
+    A supervisor reads `progress`, if the process has one. `beside`: pages of the other lanes of the process.
+    `stage` wraps each stage of this lane.
     """
 
     consumer: str
@@ -26,3 +29,10 @@ class Context:
     shutdown: Shutdown = field(default_factory=Shutdown)
     progress: Progress = field(default_factory=Progress.alone)
     threads: Threads = field(default_factory=Threads.unmanaged)
+    beside: Sequence[Progress] = ()
+    stage: Stage = free_stage
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a thread of any lane is stuck: then the process is about to end."""
+        return self.progress.is_stuck or any(page.is_stuck for page in self.beside)

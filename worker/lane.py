@@ -1,4 +1,4 @@
-"""One service in one worker process: creates its threads, connects them, runs them until the process drains."""
+"""One service in one worker process: creates its threads, connects them, starts them, and drains them in order."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from millstream.broker.config.load import Runtime, ServiceSpec
 from millstream.broker.contract.answer import Answer
@@ -78,13 +78,14 @@ class Lane:
         self._inference_timeouts: dict[Priority, float | None] = {}
         self._inference_timeout = InferenceTimeout(context, self._inference_timeouts, self._settler.put)
         self._registration = Registration(self._registry, spec)
-        watch = Watch(self._status, self._apply_beat, self._registration.keep, lambda: self._progress.is_stuck)
+        watch = Watch(self._status, self._apply_beat, self._registration.keep, lambda: context.is_stuck)
         self._heartbeat = Heartbeat(context, self._lease, watch)
         self._engine: Engine = OneShot(model, context.progress.runner.lap, context.window.cost)
         self._emitter: Emitter | None = None
         if isinstance(model, Generates):
             self._engine = model.start_engine()
             self._emitter = Emitter(context, Streams(connection.own(), keys), context.window.end)
+        self.runner = Runner(context, self._engine, self._settler.put, self._emitter)
         self._revision = 0
         self._unknown_entries: set[str] = set()
         self._began = time.monotonic()
@@ -94,22 +95,12 @@ class Lane:
         if isinstance(model, Laps):
             model.lap_by(self._intake.lap)
 
-    def work(self) -> None:
-        """Runs until the process drains. Raises ThreadFailed."""
-        try:
-            self._work()
-        finally:
-            # If it failed and the program goes on, further beats would extend the lease of jobs that nobody runs.
-            self._heartbeat.stop()
-            self._inference_timeout.stop()
-            if self._emitter:
-                self._emitter.stop()
-            self._settler.finish()
-            self._context.shutdown.drain()
-            if self._settler.is_alive():
-                self._settler.join(SETTLE_S)
+    def wake_by(self, wake: Callable[[], None]) -> None:
+        """Stores `wake`, to be called when rows may be taken and when no more will come."""
+        self._context.window.wake = wake
 
-    def _work(self) -> None:
+    def start(self) -> None:
+        """Starts the threads, which claim and settle. The main thread then runs the `runner`."""
         context = self._context
         retrying(self._streams.create_groups, stop=context.shutdown.stopped)
         self._progress.enter(State.READY)
@@ -119,7 +110,10 @@ class Lane:
             if thread:
                 thread.start()
         self._log_ready()
-        Runner(context, self._engine, self._settler.put, self._emitter).run()
+
+    def drain(self) -> None:
+        """Settles what the runner finished, and ends the threads in order. Raises ThreadFailed."""
+        context = self._context
         context.shutdown.check()
         self._progress.enter(State.DRAINING)
         self._inference_timeout.stop()
@@ -133,6 +127,21 @@ class Lane:
         self._leave()
         count = context.counters
         log.info("drained after %d jobs: %d rows in %d forwards", count.jobs, count.rows, count.forwards)
+
+    def stop(self) -> None:
+        """Ends the threads of a process that failed. After `drain` it does nothing."""
+        # If the program goes on, further beats would extend the lease of jobs that nobody runs.
+        self._heartbeat.stop()
+        self._inference_timeout.stop()
+        if self._emitter:
+            self._emitter.stop()
+        self._settler.finish()
+        self._context.shutdown.drain()
+
+    def await_settled(self) -> None:
+        """Waits until the finished answers of a process that failed are written, for at most SETTLE_S seconds."""
+        if self._settler.is_alive():
+            self._settler.join(SETTLE_S)
 
     def _stop_emitter(self) -> None:
         if self._emitter:

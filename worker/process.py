@@ -1,4 +1,4 @@
-"""One worker process: reads its service from the registry, loads the model, works, drains on request.
+"""One worker process: reads its services from the registry, loads their models, works, drains on request.
 
 The supervisor starts it as `python -P -m millstream.worker.process '{...}'`, with a pipe as standard input. If the pipe
 ends, the supervisor is gone, and the worker drains.
@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 
 from millstream.broker.config.load import ServiceSpec
@@ -23,7 +23,7 @@ from millstream.broker.contract.errors import ConfigError, MillstreamError, Mode
 from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection, retrying, translated
-from millstream.worker import models
+from millstream.worker import host, models
 from millstream.worker.context import Context
 from millstream.worker.isolation import Takeover, isolate
 from millstream.worker.lane import Lane
@@ -35,9 +35,10 @@ from millstream.worker.measuring.warmup import warm_up
 from millstream.worker.models.base import Closes, Model
 from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.shutdown import Relay, Shutdown, ThreadFailed
-from millstream.worker.supervision.charging import End, give_back
+from millstream.worker.stage_gate import StageGate, free_stage
+from millstream.worker.supervision.charging import NOT_CHARGED, Charged, End, give_back
 from millstream.worker.supervision.child_args import EXIT_PERMANENT, ChildArgs
-from millstream.worker.supervision.progress import Progress, Snapshot, State
+from millstream.worker.supervision.progress import Progress, State
 from millstream.worker.window import Window
 
 log = logging.getLogger(__name__)
@@ -60,11 +61,14 @@ class Worker:
     def __init__(self, child_args: ChildArgs, url: str, load: Load | None = None) -> None:
         self._child_args = child_args
         self._load = load or self._load_model
-        self._connection = Connection(url, name=f"millstream-worker-{child_args.service}")
+        self._pages = {each.service: Progress(each.progress_fd) for each in child_args.hosted}
+        self._connection = Connection(url, name=f"millstream-worker-{'+'.join(self._pages)}")
         self._registry = Registry(self._connection, child_args.prefix)
-        self._progress = Progress(child_args.progress_fd)
         self._shutdown = Shutdown()
-        self._threads = Threads.unmanaged()
+        self._gate = StageGate() if len(self._pages) > 1 else None
+        self._claims: Claims | None = None
+        self._threads: dict[str, Threads] = {}
+        self._failing = child_args.hosted[0].service
 
     def drain(self) -> None:
         """Stops claiming, settles the held jobs, ends. Must not be called in a signal handler: it takes locks."""
@@ -75,22 +79,23 @@ class Worker:
 
     @property
     def starting(self) -> bool:
-        """Whether the model is still being loaded: then no job is held."""
-        return self._progress.state is State.STARTING
+        """Whether the models are still being loaded: then no job is held."""
+        return all(page.state is State.STARTING for page in self._pages.values())
 
-    def stuck(self) -> list[Snapshot]:
+    def stuck(self) -> Charged:
         """Stages of the threads that made no progress for longer than stall_timeout, with their entries."""
-        return self._progress.stuck()
+        return {service: stages for service, page in self._pages.items() if (stages := page.stuck())}
 
-    def snapshots(self) -> list[Snapshot]:
+    def snapshots(self) -> Charged:
         """Stages of all threads, with their entries: one of these may be the cause if the process fails."""
-        return self._progress.snapshots()
+        return {service: stages for service, page in self._pages.items() if (stages := page.snapshots())}
 
-    def give_back(self, end: End) -> None:
+    def give_back(self, end: End, charged: Charged = NOT_CHARGED) -> None:
         """Gives the held jobs back to the queue, as a supervisor does for a dead child. Raises BrokerUnavailable."""
-        lease = Lease(self._connection.client, self._registry.keys(self._child_args.service))
         with translated(self._connection.safe_url):
-            give_back(lease, self._child_args.consumer, end)
+            for service in self._pages:
+                lease = Lease(self._connection.client, self._registry.keys(service))
+                give_back(lease, self._child_args.consumer, end._replace(charged=charged.get(service, ())))
 
     def close(self) -> None:
         self._connection.close()
@@ -114,23 +119,28 @@ class Worker:
         while not (stuck := self.stuck()):
             time.sleep(ORPHAN_LOOK_S)
         with suppress(MillstreamError):
-            self.give_back(End(STALLED, stuck, "its supervisor is gone"))
+            self.give_back(End(STALLED, why="its supervisor is gone"), stuck)
         os._exit(1)
 
     def work(self) -> None:
         """Works until drained. Raises ModelUnavailable, UnknownService, ConfigError, ThreadFailed, or another error."""
-        child_args, stopped = self._child_args, self._shutdown.stopped
-        spec = retrying(lambda: self._registry.read(child_args.service), stop=stopped)
-        model = self._load(spec)
-        try:
-            self._serve(spec, model)
-        finally:
-            if isinstance(model, Closes):
-                model.close()
+        with ExitStack() as ends:
+            # All models are loaded before any is measured: the memory that they leave is what forwards can use.
+            loaded = [self._loaded(service, ends) for service in self._pages]
+            host.run([self._lane(spec, model) for spec, model in loaded])
 
-    def _serve(self, spec: ServiceSpec, model: Model) -> None:
-        child_args = self._child_args
-        self._threads.choose(model, use_threads)
+    def _loaded(self, service: str, ends: ExitStack) -> tuple[ServiceSpec, Model]:
+        self._failing = service
+        spec = retrying(lambda: self._registry.read(service), stop=self._shutdown.stopped)
+        model = self._load(spec)
+        if isinstance(model, Closes):
+            ends.callback(model.close)
+        return spec, model
+
+    def _lane(self, spec: ServiceSpec, model: Model) -> Lane:
+        self._failing = spec.name
+        child_args, threads = self._child_args, self._threads.get(spec.name) or Threads.unmanaged()
+        threads.choose(model, use_threads)
         measured = auto_tokens(spec, model)
         budget = Budget(spec.runtime.batch_size, most_tokens(spec.runtime, measured), packs=models.packs(model))
         window = Window(budget, spec.runtime.queue_timeout)
@@ -141,16 +151,23 @@ class Worker:
         claim = partial(self._registry.claim_fingerprint, spec.name, model.fingerprint, answer)
         retrying(claim, stop=self._shutdown.stopped)
         context = Context(
-            child_args.consumer, window, shutdown=self._shutdown, progress=self._progress, threads=self._threads
+            child_args.consumer,
+            window,
+            shutdown=self._shutdown,
+            progress=self._pages[spec.name],
+            threads=threads,
+            stage=partial(self._gate.stage, spec.name) if self._gate else free_stage,
+            beside=[page for service, page in self._pages.items() if service != spec.name],
         )
-        Lane(context, child_args, self._connection, spec, model, answer).work()
+        return Lane(context, child_args, self._connection, spec, model, answer)
 
     def _load_model(self, spec: ServiceSpec) -> Model:
         child_args = self._child_args
-        self._threads = Threads(child_args.threads, os.environ, _claims(spec, child_args.device))
-        model = models.load(
-            spec.with_handler(child_args.handler), child_args.device, self._threads.count, child_args.folder
-        )
+        # One entry for the process: its lanes compute one at a time.
+        self._claims = self._claims or _claims(spec, child_args.device)
+        threads = self._threads[spec.name] = Threads(child_args.threads, os.environ, self._claims)
+        (handler,) = [each.handler for each in child_args.hosted if each.service == spec.name]
+        model = models.load(spec.with_handler(handler), child_args.device, threads.count, child_args.folder)
         # The loaded objects stay: without freeze, each collection would traverse all of them for the few objects of a
         # job.
         gc.collect()
@@ -161,7 +178,7 @@ class Worker:
 
     def _report_failure(self, error: object, status: int) -> int:
         """Notes the reason for the supervisor, which logs it; returns `status`."""
-        self._progress.set_reason(str(error))
+        self._pages[self._failing].set_reason(str(error))
         return status
 
 
@@ -195,7 +212,7 @@ def drain_on_signals(worker: Worker) -> None:
 
 def main() -> int:
     child_args = ChildArgs.from_json(sys.argv[1])
-    supervisor = isolate(child_args.progress_fd)
+    supervisor = isolate(*(each.progress_fd for each in child_args.hosted))
     level = logging.DEBUG if os.environ.get(DEBUG_VARIABLE) else logging.INFO
     logging.basicConfig(level=level, format=f"worker {child_args.consumer}: %(message)s", stream=sys.stderr)
     for noisy in ("httpx", "sentence_transformers", "transformers", "torch"):

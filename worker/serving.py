@@ -22,8 +22,8 @@ from millstream.worker.isolation import Takeover
 from millstream.worker.models.custom import CustomModel, Hooks, name_of
 from millstream.worker.process import STALLED, Worker
 from millstream.worker.shutdown import Ended, Relay
-from millstream.worker.supervision.charging import End
-from millstream.worker.supervision.child_args import ChildArgs, new_consumer
+from millstream.worker.supervision.charging import NOT_CHARGED, Charged, End
+from millstream.worker.supervision.child_args import ChildArgs, Hosted, new_consumer
 from millstream.worker.supervision.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,8 @@ def serve(
         return CustomModel(process_fn, name_of(process_fn), spec.runtime, device, hooks)
 
     progress = Progress.create()
-    child_args = ChildArgs(service, target.prefix, new_consumer(), device, 1, progress.fd, supervised=False)
+    hosted = [Hosted(service, progress.fd)]
+    child_args = ChildArgs(hosted, target.prefix, new_consumer(), device, threads=1, supervised=False)
     worker = Worker(child_args, target.url, load)
     signals = _Signals(worker)
     with ExitStack() as ends:
@@ -156,10 +157,10 @@ def _giving_back(worker: Worker) -> Iterator[None]:
         yield
     except BaseException as error:
         if not worker.starting:
-            ordered = isinstance(error, Ended)
-            _give_back(
-                worker, End("was ended by a signal") if ordered else End("failed", worker.snapshots(), described(error))
-            )
+            if isinstance(error, Ended):
+                _give_back(worker, End("was ended by a signal"))
+            else:
+                _give_back(worker, End("failed", why=described(error)), worker.snapshots())
         raise
 
 
@@ -172,7 +173,7 @@ def _watched(worker: Worker) -> Iterator[None]:
         while not ended.wait(LOOK_S):
             if stuck := worker.stuck():
                 log.error("no progress for longer than stall_timeout: this process ends")
-                _give_back(worker, End(STALLED, stuck))
+                _give_back(worker, End(STALLED), stuck)
                 logging.shutdown()
                 os._exit(1)
 
@@ -185,8 +186,8 @@ def _watched(worker: Worker) -> Iterator[None]:
         thread.join()
 
 
-def _give_back(worker: Worker, end: End) -> None:
+def _give_back(worker: Worker, end: End, charged: Charged = NOT_CHARGED) -> None:
     try:
-        worker.give_back(end)
+        worker.give_back(end, charged)
     except MillstreamError as error:
         log.warning("the jobs of this worker wait for the end of its lease: %s", error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from millstream.broker.contract.job import PRIORITIES, Priority
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, ClaimBudget
 from millstream.worker.forward_cost import ForwardCost
 from millstream.worker.models.base import Prepared
-from millstream.worker.scheduling.active_job import BY_SHARE, SUSPECT, ActiveJob, Outcome, Rows
+from millstream.worker.scheduling.active_job import BY_SHARE, SUSPECT, ActiveJob, Outcome, Rows, priority_of
 from millstream.worker.scheduling.batcher import Budget, Cut, Pool
 from millstream.worker.scheduling.fair_share import SAVED_BATCHES
 
@@ -35,7 +35,8 @@ class Window:
     """Rows, jobs and entries that one worker process holds; thread-safe. `cost`: cost and limits of its forwards.
 
     `cut`: why the last micro-batch ended; for the runner's thread only. `auto_tokens`: the tokens measured on this
-    device for `max_batch_tokens: auto`, None if they were not measured.
+    device for `max_batch_tokens: auto`, None if they were not measured. `wake`, if set, is called when rows may be
+    taken and when the window is closed: the main thread of several lanes waits for all of their windows.
     """
 
     def __init__(self, budget: Budget, queue_timeout_s: float | None = None) -> None:
@@ -45,10 +46,12 @@ class Window:
         self.limit(budget.rows, budget.tokens, queue_timeout_s)
         self.cut: Cut = "arrival"
         self.auto_tokens: int | None = None
+        self.wake: Callable[[], None] | None = None
         self._pool: Pool[Prepared] = Pool()
         self._chosen: Rows = []
         self._jobs: dict[str, ActiveJob] = {}
         self._unsettled: set[str] = set()
+        self._suspects: set[str] = set()
         self._cancelled: set[str] = set()
         self._running = 0
         self._ends_at = 0.0
@@ -86,13 +89,17 @@ class Window:
             self._jobs.update({job.name: job for job in live})
             self._pool.add([row for job in live for row in job.rows()])
             self._note_busy()
-            self._rows_arrived.notify_all()
+            self._note_arrival()
             return cancelled
 
-    def keep(self, names: Collection[str]) -> None:
-        """Notes entries as held whose jobs are not added yet, or that only need an answer, as malformed ones do."""
+    def keep(self, names: Collection[str], suspects: Collection[str] = ()) -> None:
+        """Notes entries as held whose jobs are not added yet, or that only need an answer, as malformed ones do.
+
+        `suspects`: those that were charged an attempt before.
+        """
         with self._lock:
             self._unsettled.update(names)
+            self._suspects.update(suspects)
 
     def room(
         self, live_workers: int = 1, max_attempts: int = 3, last_job: tuple[int, int] = (1, 1)
@@ -157,7 +164,7 @@ class Window:
         finally:
             with self._lock:
                 self._is_set_aside = False
-                self._rows_arrived.notify_all()
+                self._note_arrival()
 
     def wait_until_at_rest(self, timeout: float) -> bool:
         """Sleeps until every held job waits for a forward and no suspect is held; False after `timeout` seconds."""
@@ -244,7 +251,7 @@ class Window:
         """Accepts no more jobs: the runner ends when the pool is empty."""
         with self._lock:
             self._closed = True
-            self._rows_arrived.notify_all()
+            self._note_arrival()
             self._batch_taken.notify_all()
 
     # -- the runner's side -------------------------------------------------------------------------------------
@@ -273,6 +280,23 @@ class Window:
             self._takes += 1
             self._batch_taken.notify_all()
             return batch
+
+    def _note_arrival(self) -> None:
+        self._rows_arrived.notify_all()
+        if self.wake:
+            self.wake()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it accepts no more jobs."""
+        return self._closed
+
+    @property
+    def urgency(self) -> int | None:
+        """Position in PRIORITIES of the most urgent row that may be taken now; None if there is none."""
+        with self._lock:
+            ranks = [SUSPECT] if self._is_set_aside else self._pool.ranks()
+            return min((priority_of(row) for rank in ranks if (row := self._pool.first(rank))), default=None)
 
     @property
     def _may_be_taken(self) -> bool:
@@ -353,7 +377,13 @@ class Window:
         """Removes entries that are settled, or no longer this worker's."""
         with self._lock:
             self._unsettled.difference_update(names)
+            if self._suspects:
+                self._suspects.difference_update(names)
             self._note_empty()
+
+    def has_suspect(self, names: Iterable[str]) -> bool:
+        """Whether any of these entries is a suspect. The set only grows before an entry's first stage, so no lock."""
+        return bool(self._suspects) and not self._suspects.isdisjoint(names)
 
     def names(self) -> list[str]:
         """Names of all entries held and not yet settled, in the form that the scripts use."""

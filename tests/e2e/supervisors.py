@@ -18,7 +18,7 @@ from support import eventually
 from millstream.broker.config.variables import URL_VARIABLE
 from millstream.broker.contract.errors import ModelUnavailable
 from millstream.broker.contract.keys import DEFAULT_PREFIX
-from millstream.worker.supervision.child_args import ChildArgs
+from millstream.worker.supervision.child_args import ChildArgs, Hosted
 from millstream.worker.supervision.progress import Progress
 from millstream.worker.supervision.supervisor import Plan, Supervisor
 
@@ -75,7 +75,7 @@ def said(caplog: pytest.LogCaptureFixture, text: str, level: int = logging.WARNI
 def lone_worker(site: Site) -> tuple[int, str]:
     """Run a worker of the site's service that is expected to end by itself: its exit status and its last words."""
     progress = Progress.create()
-    child_args = ChildArgs(site.spec.name, DEFAULT_PREFIX, "lone", None, 1, progress.fd)
+    child_args = ChildArgs([Hosted(site.spec.name, progress.fd)], DEFAULT_PREFIX, "lone", None, 1)
     command = [sys.executable, "-P", "-m", "millstream.worker.process", child_args.to_json()]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, pass_fds=[progress.fd], env={**os.environ, URL_VARIABLE: site.url}

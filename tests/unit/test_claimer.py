@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import fakeredis
@@ -12,7 +12,8 @@ import pytest
 from contracts.queue import Queue, draft
 from support import eventually
 
-from millstream.broker.contract.job import PRIORITIES, Draft, Priority
+from millstream.broker.contract.errors import MillstreamError
+from millstream.broker.contract.job import PRIORITIES, Draft, Json, Priority
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.pause import pause
 from millstream.broker.queue.streams import ClaimBudget, Claimed, Streams
@@ -21,12 +22,15 @@ from millstream.worker.intake import claimer
 from millstream.worker.intake.claimer import Claimer, Policy
 from millstream.worker.intake.intake import Intake
 from millstream.worker.intake.settler import Finished
+from millstream.worker.models.base import Prepared
 from millstream.worker.models.echo import EchoModel
 from millstream.worker.scheduling import claim_policy
 from millstream.worker.scheduling.batch_delay import BatchDelay
 from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.scheduling.claim_policy import LONGEST_WAIT_S, SHORTEST_WAIT_S
 from millstream.worker.scheduling.fair_share import FairShare
+from millstream.worker.stage_gate import Stage as StageWrapper
+from millstream.worker.stage_gate import StageGate, free_stage
 from millstream.worker.window import HOLD_BATCHES, Window
 
 LONG_S = 20.0
@@ -72,19 +76,21 @@ class Bench:
         beside: Bench | None = None,
         *,
         supervised: bool = False,
+        stage: StageWrapper = free_stage,
     ) -> None:
         """A worker of a queue of its own, or of that of the one `beside` it."""
         self.server: fakeredis.FakeServer = beside.server if beside else fakeredis.FakeServer()
         client = fakeredis.FakeRedis(server=self.server, protocol=2)
         self.queue = Queue(client, ServiceKeys("echo"))
         self.queue.open()
-        self.context = Context("w2" if beside else "w1", Window(Budget(ROWS, tokens=1_000)))
+        self.context = Context("w2" if beside else "w1", Window(Budget(ROWS, tokens=1_000)), stage=stage)
         self.finished: list[Finished] = []
+        self.model = EchoModel("echo")
         self.streams: Scripted = Scripted(client, self.queue.keys, [partial(wake, self) for wake in wakes])
         self.claimer = Claimer(
             self.context,
             claimer.Queue(self.streams, self.queue.lease),
-            Intake(EchoModel("echo"), max_attempts=3),
+            Intake(self.model, max_attempts=3),
             Policy(
                 batch_delay or BatchDelay(0.0),
                 dict.fromkeys(PRIORITIES, LONG_S),
@@ -539,3 +545,25 @@ def test_company_is_waited_for_only_where_a_forward_takes_longer(forward_s: floa
 
     assert bench.streams.claims == claims
     assert len(bench.context.window.names()) == 1
+
+
+def test_a_suspect_is_prepared_while_no_other_lane_is_in_a_stage() -> None:
+    gate, alone = StageGate(), list[str | None]()
+    bench = Bench(SHARES, stage=partial(gate.stage, "one"))
+    prepare = bench.model.prepare
+
+    def watched_prepare(inputs: Sequence[Json], options: Mapping[str, Json]) -> list[Prepared | MillstreamError]:
+        alone.append(gate._alone)
+        return prepare(inputs, options)
+
+    bench.model.prepare = watched_prepare  # type: ignore[method-assign]
+    bench.put(Priority.NORMAL, 1)
+    (suspect,) = bench.queue.claim("dead").claims
+    bench.queue.lease.release("dead", started=[suspect.address.name], gone=True)
+
+    bench.claim()
+    bench.run_one()
+    bench.put(Priority.NORMAL, 1)
+    bench.claim()
+
+    assert alone == ["one", None]

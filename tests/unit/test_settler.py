@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NoReturn, cast
 
 import fakeredis
@@ -21,6 +22,8 @@ from millstream.worker.intake.settler import Finished, Settler
 from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.scheduling.counters import Counters
 from millstream.worker.shutdown import Shutdown
+from millstream.worker.stage_gate import Stage as StageWrapper
+from millstream.worker.stage_gate import StageGate, free_stage
 from millstream.worker.supervision.progress import Snapshot, Stage
 from millstream.worker.window import Window
 
@@ -61,7 +64,7 @@ class Keeping:
 class Bench:
     """A settler whose thread is the test's: `settle` returns when all was written."""
 
-    def __init__(self, keeper: Keeping | None = None) -> None:
+    def __init__(self, keeper: Keeping | None = None, stage: StageWrapper = free_stage) -> None:
         client = fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2)
         self.queue = Queue(client, ServiceKeys("echo"))
         self.queue.open()
@@ -69,7 +72,7 @@ class Bench:
         self.window = Window(Budget(rows=8, tokens=100))
         self.counters = Counters()
         self.shutdown = Shutdown()
-        self.context = Context("w1", self.window, counters=self.counters, shutdown=self.shutdown)
+        self.context = Context("w1", self.window, counters=self.counters, shutdown=self.shutdown, stage=stage)
         self.settler = Settler(self.context, cast(Streams, self.streams), keeper)
 
     def hold(self, count: int) -> list[Claim]:
@@ -222,3 +225,17 @@ def test_a_buried_answer_leaves_its_job_among_the_dead_letters(bench: Bench) -> 
 
     assert [letter[b"reason"] for letter in bench.queue.dead_letters()] == [b"max_attempts"]
     assert isinstance(bench.replies()[claim.address.job_id].error, ModelFailed)
+
+
+def test_answers_of_suspects_are_encoded_while_no_other_lane_is_in_a_stage() -> None:
+    keeper, gate, alone = Keeping(), StageGate(), list[str | None]()
+    bench = Bench(keeper, partial(gate.stage, "one"))
+    claims = bench.hold(2)
+    bench.window.keep([], suspects=names(claims[:1]))
+    keeper.on_encode = lambda: alone.append(gate._alone)
+
+    bench.settle(Finished(claims[0].address, Reply(values=["suspect"])))
+    bench = Bench(keeper, partial(gate.stage, "one"))
+    bench.settle(*[Finished(claim.address, Reply(values=["other"])) for claim in bench.hold(2)])
+
+    assert alone == ["one", None, None]

@@ -13,7 +13,7 @@ from millstream.worker.context import Context
 from millstream.worker.engines.base import Engine, Step
 from millstream.worker.intake.intake import expired
 from millstream.worker.intake.settler import Finished
-from millstream.worker.scheduling.active_job import ActiveJob, Rows
+from millstream.worker.scheduling.active_job import ActiveJob, Rows, priority_of
 from millstream.worker.shutdown import Ended
 from millstream.worker.supervision.progress import Stage
 
@@ -44,6 +44,7 @@ class Runner:
         self._counters = context.counters
         self._engine = engine
         self._track = context.progress.runner
+        self._stage = context.stage
         self._threads = context.threads
         self._finish = finish
         self._emitter = emitter
@@ -53,15 +54,63 @@ class Runner:
     def run(self) -> None:
         engine = self._engine
         while (batch := self._window.take(engine.room(), wait=not engine.busy)) or engine.busy:
+            self._advance(batch)
+
+    def turn(self) -> bool:
+        """Does one step of `run` without waiting, for a process with several lanes. Returns whether there was work.
+
+        Until the next turn no time counts for rows that still run, and no death is charged to them: another lane may
+        have the device.
+        """
+        batch = self._window.take(self._engine.room(), wait=False)
+        if not batch and not self._engine.busy:
+            return False
+        with self._stage(self._window.has_suspect(row.owner for row in (*batch, *self._rows))):
             if self._rows:
-                self._drop_ended()
-            if batch:
-                self._admit(batch)
-            if engine.busy:
-                self._step()
-            else:
-                self._track.stop()
-                self._window.complete([], [])
+                self._resume()
+            self._advance(batch)
+            if self._rows:
+                self._pause()
+        return True
+
+    @property
+    def urgency(self) -> int | None:
+        """Position in PRIORITIES of the most urgent row that waits or runs; None if a turn would find no work."""
+        waiting = self._window.urgency
+        running = min(map(priority_of, self._rows), default=None)
+        return min((each for each in (waiting, running) if each is not None), default=None)
+
+    @property
+    def drained(self) -> bool:
+        """Whether the window is closed and no row waits or runs."""
+        return self._window.closed and not self._window.waiting and not self._engine.busy
+
+    def use_threads(self) -> None:
+        """Uses this model's number of threads, after a forward of another lane's model."""
+        self._threads.apply()
+
+    def _pause(self) -> None:
+        now = time.monotonic()
+        for job in self._jobs.values():
+            job.pause(now)
+        self._track.stop()
+
+    def _resume(self) -> None:
+        now = time.monotonic()
+        for job in self._jobs.values():
+            job.running_since = now
+        self._track.start(self._jobs, Stage.RUN)
+
+    def _advance(self, batch: Rows) -> None:
+        if self._rows:
+            self._drop_ended()
+        if batch:
+            self._admit(batch)
+        if self._engine.busy:
+            self._step()
+        else:
+            self._track.stop()
+            self._window.complete([], [])
 
     def _admit(self, batch: Rows) -> None:
         # Before the check of deadlines: this may take a while, and a job that expires meanwhile must not start.
@@ -145,7 +194,7 @@ class Runner:
             ended = {name: job for name, job in self._jobs.items() if name not in remaining}
             self._jobs = {name: job for name, job in self._jobs.items() if name in remaining}
         for job in ended.values():
-            job.inference_ms, job.running_since = job.in_model_s(now) * 1000, None
+            job.pause(now)
         if self._emitter:
             self._emitter.forget(list(ended))
 

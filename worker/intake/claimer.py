@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from millstream.broker.contract.job import PRIORITIES, Claim, Priority
-from millstream.broker.queue.lease import Lease
+from millstream.broker.queue.lease import SUSPECT_ATTEMPTS, Lease
 from millstream.broker.queue.streams import ClaimBudget, Claimed, Streams
 from millstream.broker.transport.connection import is_missing_group, is_transient
 from millstream.worker.context import Context
@@ -78,6 +78,7 @@ class Claimer(threading.Thread):
         self._window = context.window
         self._clock = context.clock
         self._shutdown = context.shutdown
+        self._stage = context.stage
         self._queue = queue
         self._intake = intake
         self._batch_delay = policy.batch_delay
@@ -282,7 +283,8 @@ class Claimer(threading.Thread):
     def _gather(self, claims: Sequence[Claim]) -> None:
         """Notes entries as held until their rows are in the window. A beat would report them as unknown otherwise."""
         names = [claim.address.name for claim in claims]
-        self._window.keep(names)
+        suspects = [claim.address.name for claim in claims if claim.attempts >= SUSPECT_ATTEMPTS]
+        self._window.keep(names, suspects)
         self._gathered += names
 
     def _wait_for_more(self, gathered: list[Claim], limit: ClaimBudget) -> list[Claim]:
@@ -324,12 +326,13 @@ class Claimer(threading.Thread):
 
     def _hold(self, claims: list[Claim]) -> None:
         records = self._records(claims)
-        jobs, finished = self._intake.admit(claims, self._clock.now(), records)
-        for each in finished:
-            self._finish(each)
-        for job in self._window.hold(jobs):
-            self._finish(cancelled(job))
-        self._intake.end_admission()
+        with self._stage(self._window.has_suspect(self._gathered)):
+            jobs, finished = self._intake.admit(claims, self._clock.now(), records)
+            for each in finished:
+                self._finish(each)
+            for job in self._window.hold(jobs):
+                self._finish(cancelled(job))
+            self._intake.end_admission()
         self._gathered.clear()
 
 

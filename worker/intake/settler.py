@@ -59,6 +59,7 @@ class Settler(threading.Thread):
         self._counters = context.counters
         self._shutdown = context.shutdown
         self._track = context.progress.settler
+        self._stage = context.stage
         self._queue: queue.SimpleQueue[Finished | None] = queue.SimpleQueue()
         self._overflow: list[Finished] = []
         self._ended = False
@@ -99,7 +100,14 @@ class Settler(threading.Thread):
 
         The stage ends before the writes, which may wait for the server: a death during them is charged to no job.
         """
-        self._track.start([each.address.name for each in ready], Stage.SETTLE)
+        names = [each.address.name for each in ready]
+        with self._stage(self._window.has_suspect(names)):
+            self._track.start(names, Stage.SETTLE)
+            encoded = self._encode_all(ready)
+            self._track.stop()
+        return encoded
+
+    def _encode_all(self, ready: Sequence[Finished]) -> tuple[list[Settlement], list[tuple[str, bytes]]]:
         batch: list[Settlement] = []
         answers: list[tuple[str, bytes]] = []
         size = 0
@@ -110,7 +118,6 @@ class Settler(threading.Thread):
             batch.append(_encoded(finished, self._origin))
             size += len(batch[-1].reply)
             answers += self._cache_writer.encoded(finished) if self._cache_writer else ()
-        self._track.stop()
         return batch, answers
 
     def _write(self, batch: list[Settlement]) -> None:

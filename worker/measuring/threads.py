@@ -178,6 +178,11 @@ class Threads:
         if self._model:
             self.share = self._share()
 
+    def apply(self) -> None:
+        """Uses the chosen number again, if another model of this process ran its forwards meanwhile."""
+        if self._model:
+            self._use(self.count)
+
     def adapt(self, *, idle: bool) -> None:
         """Uses another number of threads if the share changed.
 

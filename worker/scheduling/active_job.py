@@ -26,6 +26,11 @@ SUSPECT = -2
 """Rank of the rows of suspects, before all others. They run alone, since a forward holds rows of one rank only."""
 
 
+def priority_of(row: Row[Prepared]) -> int:
+    """Position in PRIORITIES of the row's job, also if its rank is BY_SHARE or SUSPECT."""
+    return int(row.owner[0]) - 1
+
+
 @dataclass(slots=True, eq=False)
 class ActiveJob:
     """A job that this worker holds. `prepared` has one entry a row; `outcomes` has None for a row without outcome yet.
@@ -54,8 +59,15 @@ class ActiveJob:
 
     def in_model_s(self, now: float) -> float:
         """Seconds of all forwards over this job's rows, with the running one. `now`: monotonic seconds."""
-        since = self.running_since
-        return self.inference_ms / 1000 + (now - since if since is not None else 0.0)
+        # In this order: if `pause` ran in between in another thread, no second would count twice.
+        before_s, since = self.inference_ms / 1000, self.running_since
+        return before_s + (now - since if since is not None else 0.0)
+
+    def pause(self, now: float) -> None:
+        """Notes that no forward over its rows runs any more. `now`: monotonic seconds."""
+        in_model_s = self.in_model_s(now)
+        self.running_since = None
+        self.inference_ms = in_model_s * 1000
 
     def rows(self) -> Rows:
         """The prepared rows, with rank and urgency."""

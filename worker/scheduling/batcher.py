@@ -93,6 +93,14 @@ class Pool(Generic[T]):
         """Number of waiting rows of `rank`."""
         return len(self._ranks.get(rank, ()))
 
+    def ranks(self) -> list[int]:
+        """The ranks that have waiting rows."""
+        return [rank for rank, rows in self._ranks.items() if rows]
+
+    def first(self, rank: int) -> Row[T] | None:
+        """The shortest row of `rank`; None if none waits."""
+        return next(iter(self._ranks.get(rank, ())), None)
+
     def move(self, rank: int, to: int, rows: int) -> int:
         """Moves the most urgent rows of `rank`, at most `rows`, to the rank `to`. Returns their number."""
         waiting = self._ranks.get(rank, [])

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from millstream.broker.queue.lease import Lease
 from millstream.worker.supervision.progress import Snapshot
+
+Charged = Mapping[str, Sequence[Snapshot]]
+"""Stages whose entries are charged, by service."""
+
+NOT_CHARGED: Charged = MappingProxyType({})
 
 
 class End(NamedTuple):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from millstream.worker.supervision.charging import End
+from millstream.worker.supervision.charging import NOT_CHARGED, Charged, End
 from millstream.worker.supervision.progress import Progress, Snapshot, State
 
 STEADY_S = 30.0
@@ -21,7 +21,7 @@ KILLED_S = 5.0
 
 @dataclass(slots=True, eq=False)
 class Child:
-    """A process and the page it shares with its supervisor.
+    """A process and the pages it shares with its supervisor, one for each service that it hosts.
 
     `ordered`: why the supervisor killed it, if no job was the cause, else "". `stuck`: the stuck stages for which it
     was killed. `ready_since`: monotonic seconds, None before it was ready.
@@ -29,10 +29,10 @@ class Child:
 
     consumer: str
     process: subprocess.Popen[bytes]
-    progress: Progress
+    pages: Mapping[str, Progress]
     ready_since: float | None = None
     ordered: str = ""
-    stuck: Sequence[Snapshot] = ()
+    stuck: Charged = field(default_factory=dict)
 
     @property
     def lives(self) -> bool:
@@ -40,7 +40,7 @@ class Child:
 
     @property
     def ready(self) -> bool:
-        return self.lives and self.progress.state == State.READY
+        return self.lives and all(page.state == State.READY for page in self.pages.values())
 
     @property
     def steady(self) -> bool:
@@ -55,17 +55,42 @@ class Child:
         """
         if self.steady:
             return 0
-        return 1 if self.progress.worked else before + 1
+        return 1 if any(page.worked for page in self.pages.values()) else before + 1
 
     @property
     def end(self) -> End:
-        """Its end. Charged are the stuck stages, or all stages if none was stuck, or none if the end was ordered."""
+        """Its end, as `end_of` says it of each service, with the stages of all of them."""
+        charged = self._charged
+        return self._end_with([stage for service in self.pages for stage in charged.get(service, ())])
+
+    def end_of(self, service: str) -> End:
+        """Its end for the jobs of `service`.
+
+        Charged are the stuck stages, or all stages if none was stuck, or none if the end was ordered. A job is in a
+        stage of its own service only, so other services cost it nothing while it waits.
+        """
+        return self._end_with(self._charged.get(service, ()))
+
+    @property
+    def _charged(self) -> Charged:
+        if self.ordered:
+            return NOT_CHARGED
+        return self.stuck or {service: page.snapshots() for service, page in self.pages.items()}
+
+    def _end_with(self, charged: Sequence[Snapshot]) -> End:
         status = self.process.returncode
         if self.ordered:
             return End(_how(status), why=self.ordered)
-        charged = self.stuck or self.progress.snapshots()
-        drained = status == 0 and not charged and self.progress.state != State.READY
-        return End("drained" if drained else _how(status), charged, self.progress.reason)
+        in_a_stage = any(self._charged.values())
+        ready = any(page.state == State.READY for page in self.pages.values())
+        drained = status == 0 and not in_a_stage and not ready
+        return End("drained" if drained else _how(status), charged, self.reason[1])
+
+    @property
+    def reason(self) -> tuple[str, str]:
+        """The service that made the process end, and the noted reason; if none is noted, the first service, and ""."""
+        noted = [(service, page.reason) for service, page in self.pages.items() if page.reason]
+        return noted[0] if noted else (next(iter(self.pages)), "")
 
     def note_ready(self) -> None:
         if self.ready_since is None and self.ready:
@@ -73,11 +98,15 @@ class Child:
 
     def end_stuck(self) -> None:
         """Kills it if one of its threads is stuck: its jobs can run on other workers."""
-        if self.stuck or self.ordered or not self.lives or not (stuck := self.progress.stuck()):
+        if self.stuck or self.ordered or not self.lives:
+            return
+        stuck = {service: stages for service, page in self.pages.items() if (stages := page.stuck())}
+        if not stuck:
             return
         self.stuck = stuck
-        stuck_s = max(snapshot.seconds for snapshot in stuck)
-        self.progress.set_reason(f"no progress for {stuck_s:.1f} s, the stall_timeout is {self.progress.stall_s:g} s")
+        for service, stages in stuck.items():
+            page, stuck_s = self.pages[service], max(stage.seconds for stage in stages)
+            page.set_reason(f"no progress for {stuck_s:.1f} s, the stall_timeout is {page.stall_s:g} s")
         # No wait for its end: a process inside a driver may take long, and the supervisor has other children.
         self.process.kill()
 
@@ -93,10 +122,11 @@ class Child:
             self.process.wait(KILLED_S)
 
     def close(self) -> None:
-        """Closes its pipe and its page. A living child takes that for the end of its supervisor, and drains."""
+        """Closes its pipe and its pages. A living child takes that for the end of its supervisor, and drains."""
         if self.process.stdin:
             self.process.stdin.close()
-        self.progress.close()
+        for page in self.pages.values():
+            page.close()
 
 
 def _how(status: int | None) -> str:

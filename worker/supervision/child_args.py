@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import socket
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 EXIT_PERMANENT = 78
@@ -18,21 +19,31 @@ def new_consumer() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class ChildArgs:
-    """Arguments of one child. `past`: how its predecessor ended, "" for the first.
+class Hosted:
+    """One service of a child. `progress_fd`: descriptor of its progress page.
 
-    `handler`: import path of a custom model's code. `folder`: folder of its configuration file. `supervised`: a
-    supervisor reads the progress page after the child's death.
+    `handler`: import path of a custom model's code.
     """
 
     service: str
+    progress_fd: int
+    handler: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChildArgs:
+    """Arguments of one child, which hosts one or more services. `past`: how its predecessor ended, "" for the first.
+
+    `folder`: folder of its configuration file. `supervised`: a supervisor reads the progress pages after the child's
+    death.
+    """
+
+    hosted: Sequence[Hosted]
     prefix: str
     consumer: str
     device: str | None
     threads: int
-    progress_fd: int
     past: str = ""
-    handler: str | None = None
     folder: str = ""
     supervised: bool = True
 
@@ -41,4 +52,5 @@ class ChildArgs:
 
     @classmethod
     def from_json(cls, text: str) -> ChildArgs:
-        return cls(**json.loads(text))
+        fields = json.loads(text)
+        return cls(**fields | {"hosted": [Hosted(**each) for each in fields["hosted"]]})

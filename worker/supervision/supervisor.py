@@ -25,7 +25,7 @@ from millstream.worker.measuring.threads import waiting
 from millstream.worker.models.loading.source import handler_of, locate
 from millstream.worker.supervision.charging import End, give_back
 from millstream.worker.supervision.child import Child
-from millstream.worker.supervision.child_args import EXIT_PERMANENT, ChildArgs, new_consumer
+from millstream.worker.supervision.child_args import EXIT_PERMANENT, ChildArgs, Hosted, new_consumer
 from millstream.worker.supervision.progress import Progress
 from millstream.worker.supervision.registrar import Registrar
 
@@ -47,13 +47,25 @@ _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
 class Plan:
     """Processes of a service to run here: `count` of them, each on `device` (None: the model's, or the best one).
 
-    `folder`: searched for the code of a custom model, besides the installed packages.
+    `folder`: searched for the code of a custom model, besides the installed packages. `beside`: other services that the
+    same processes host.
     """
 
     spec: ServiceSpec
     count: int
     device: str | None = None
     folder: str = ""
+    beside: Sequence[ServiceSpec] = ()
+
+    @property
+    def specs(self) -> Sequence[ServiceSpec]:
+        """All services of these processes."""
+        return (self.spec, *self.beside)
+
+    @property
+    def services(self) -> str:
+        """Names of these services, for the log."""
+        return " and ".join(each.name for each in self.specs)
 
     def device_of(self, index: int) -> str | None:
         """Device of the process number `index` of this plan: its devices in turn."""
@@ -63,7 +75,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """A dead child whose jobs are not given back to the queue yet."""
+    """A dead child whose jobs of one service are not given back to the queue yet."""
 
     service: str
     consumer: str
@@ -127,7 +139,7 @@ class Supervisor:
         self._slots = [Slot(plan, plan.device_of(index)) for plan in plans for index in range(plan.count)]
         self._deaths: list[Death] = []
         self._logged: set[tuple[str, str]] = set()
-        self._registrar = Registrar(Registry(self._connection, prefix), [plan.spec for plan in plans])
+        self._registrar = Registrar(Registry(self._connection, prefix), [spec for plan in plans for spec in plan.specs])
         self._stopping = False
         self.restarts = 0
 
@@ -183,14 +195,15 @@ class Supervisor:
         """Service -> (ready processes, planned processes)."""
         counts: dict[str, tuple[int, int]] = {}
         for slot in self._slots:
-            ready, planned = counts.get(slot.plan.spec.name, (0, 0))
-            counts[slot.plan.spec.name] = (ready + slot.ready, planned + 1)
+            for spec in slot.plan.specs:
+                ready, planned = counts.get(spec.name, (0, 0))
+                counts[spec.name] = (ready + slot.ready, planned + 1)
         return counts
 
     def refusals(self) -> dict[str, str]:
         """Service -> how its last worker ended, for the services that no worker is started for any more."""
-        going = {slot.plan.spec.name for slot in self._slots if not slot.refused}
-        return {slot.plan.spec.name: slot.past for slot in self._slots if slot.plan.spec.name not in going}
+        going = {spec.name for slot in self._slots if not slot.refused for spec in slot.plan.specs}
+        return {spec.name: slot.past for slot in self._slots for spec in slot.plan.specs if spec.name not in going}
 
     @property
     def pids(self) -> list[int]:
@@ -217,7 +230,8 @@ class Supervisor:
                 self._remove(slot, slot.child)
         self._give_back()
         if self._deaths:
-            log.warning("the server is away: the jobs of %d workers wait for the end of a lease", len(self._deaths))
+            consumers = {death.consumer for death in self._deaths}
+            log.warning("the server is away: the jobs of %d workers wait for the end of a lease", len(consumers))
         self._registrar.stop()
         self._connection.close()
 
@@ -227,21 +241,19 @@ class Supervisor:
         except OSError as error:
             slot.failures += 1
             slot.past = f"could not be started ({error})"
-            self._back_off(slot, f"service {slot.plan.spec.name}: a worker")
+            self._back_off(slot, f"service {slot.plan.services}: a worker")
 
     def _start(self, slot: Slot) -> Child:
         plan = slot.plan
-        progress = Progress.create()
+        pages = {spec.name: Progress.create() for spec in plan.specs}
         consumer = new_consumer()
         child_args = ChildArgs(
-            service=plan.spec.name,
+            hosted=[Hosted(spec.name, pages[spec.name].fd, spec.model.handler) for spec in plan.specs],
             prefix=self._prefix,
             consumer=consumer,
             device=slot.device,
             threads=max(1, cores() // len(self._slots)),
-            progress_fd=progress.fd,
             past=slot.past,
-            handler=plan.spec.model.handler,
             folder=plan.folder,
         )
         try:
@@ -249,30 +261,31 @@ class Supervisor:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "millstream.worker.process", child_args.to_json()],
                 stdin=subprocess.PIPE,
-                pass_fds=[progress.fd],
+                pass_fds=[page.fd for page in pages.values()],
                 env={**os.environ, **waiting(os.environ), URL_VARIABLE: self._url},
                 start_new_session=True,
             )
         except OSError:
-            progress.close()
+            for page in pages.values():
+                page.close()
             raise
-        return Child(consumer, process, progress)
+        return Child(consumer, process, pages)
 
     def _handle_exit(self, slot: Slot, child: Child) -> None:
         slot.past, failures = str(child.end), child.failures(slot.failures)
-        reason = child.progress.reason or slot.past
+        service, reason = child.reason
         self._remove(slot, child)
         if child.process.returncode == EXIT_PERMANENT:
-            self._refuse(slot, reason)
+            self._refuse(slot, service, reason or slot.past)
             return
         self.restarts += 1
         slot.failures = failures
         self._back_off(slot, f"worker {child.consumer}")
 
-    def _refuse(self, slot: Slot, reason: str) -> None:
+    def _refuse(self, slot: Slot, service: str, reason: str) -> None:
         """Starts no more children here, since they would fail again. Equal reasons of one service are logged once."""
         slot.refused = True
-        message = (slot.plan.spec.name, reason)
+        message = (service, reason)
         if message not in self._logged:
             self._logged.add(message)
             log.error("service %s: %s", *message)
@@ -284,14 +297,14 @@ class Supervisor:
         if slot.failures == CRASH_LOOP:
             log.error(
                 "service %s: %d workers in a row died early, the last one %s; retrying every %g s",
-                slot.plan.spec.name,
+                slot.plan.services,
                 CRASH_LOOP,
                 slot.past,
                 _LONGEST_BACKOFF_S,
             )
 
     def _remove(self, slot: Slot, child: Child) -> None:
-        self._deaths.append(Death(slot.plan.spec.name, child.consumer, child.end))
+        self._deaths += [Death(service, child.consumer, child.end_of(service)) for service in child.pages]
         child.close()
         slot.child, slot.ready = None, False
 
