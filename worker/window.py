@@ -54,6 +54,7 @@ class Window:
         self._suspects: set[str] = set()
         self._cancelled: set[str] = set()
         self._running = 0
+        self._unproven = 0
         self._ends_at = 0.0
         self._takes = 0
         self._closed = False
@@ -135,13 +136,16 @@ class Window:
     def suspect_room(self, stream: int, live_workers: int) -> ClaimBudget | None:
         """Budget of a claim of suspects of `stream`, 1 to 3, that run before the waiting rows.
 
-        None if no row waits, if a waiting row is more urgent, or if more than two full windows wait: such a claim may
-        bring other jobs instead of suspects, and they add up.
+        None if no row waits and none is proven, if a waiting row is more urgent, or if more than two full windows wait:
+        such a claim may bring other jobs instead of suspects, and they add up.
         """
         with self._lock:
             waiting, rows, tokens = len(self._pool), HOLD_BATCHES * self.budget.rows, self._most_tokens()
             more_urgent = (BY_SHARE, *range(stream - 1))
-            if not waiting or any(self._pool.waiting(rank) for rank in more_urgent):
+            # Rows that run and are proven need not end first.
+            if not (waiting or self._running > self._unproven):
+                return None
+            if any(self._pool.waiting(rank) for rank in more_urgent):
                 return None
             if waiting > 2 * rows or self._pool.tokens > 2 * tokens:
                 return None
@@ -167,7 +171,7 @@ class Window:
                 self._note_arrival()
 
     def wait_until_at_rest(self, timeout: float) -> bool:
-        """Sleeps until every held job waits for a forward and no suspect is held; False after `timeout` seconds."""
+        """Sleeps until every held job waits or is proven, and no suspect is held; False after `timeout` seconds."""
         with self._lock:
             return self._emptied.wait_for(lambda: self._is_at_rest, timeout)
 
@@ -175,7 +179,7 @@ class Window:
     def _is_at_rest(self) -> bool:
         # An unsettled entry without a job is being prepared, or its answer is being written. A job without an unsettled
         # entry was taken over by another worker, and is in no stage.
-        return not (self._running or self._pool.waiting(SUSPECT)) and self._unsettled <= self._jobs.keys()
+        return not (self._unproven or self._pool.waiting(SUSPECT)) and self._unsettled <= self._jobs.keys()
 
     def _most_tokens(self) -> int:
         return max(self._least_batches * self.cost.budget.tokens, self.cost.tokens_in(self._hold_s))
@@ -276,6 +280,7 @@ class Window:
             by_time = self._pool.cut == "tokens" and budget.tokens < self.budget.tokens
             self.cut = "time" if by_time else self._pool.cut
             self._running += len(batch)
+            self._unproven += len(batch)
             self._ends_at = time.monotonic() + self.cost.predicted_s(budget.computed(batch))
             self._takes += 1
             self._batch_taken.notify_all()
@@ -319,8 +324,11 @@ class Window:
         # The entry may be held a second time: lost while it ran, given back by another worker, and claimed again.
         return [job if (job := job_of(row.owner)) and job.prepared[row.index] is row.payload else None for row in rows]
 
-    def complete(self, rows: Rows, outcomes: Sequence[Outcome], running: int = 0) -> list[ActiveJob]:
-        """Notes outcomes of rows that ran, and that `running` rows still run. Returns the jobs that are complete."""
+    def complete(self, rows: Rows, outcomes: Sequence[Outcome], running: int = 0, unproven: int = 0) -> list[ActiveJob]:
+        """Notes outcomes of rows that ran, and that `running` rows still run. Returns the jobs that are complete.
+
+        `unproven`: those of the running rows that have no record of this run yet. A suspect must not run beside them.
+        """
         with self._lock:
             done = []
             for row, job, outcome in zip(rows, self.jobs_of(rows), outcomes, strict=True):
@@ -330,7 +338,7 @@ class Window:
                 job.rows_left -= 1
                 if not job.rows_left:
                     done.append(self._jobs.pop(row.owner))
-            self._running = running
+            self._running, self._unproven = running, unproven
             self._note_busy()
             self._note_empty()
             return done

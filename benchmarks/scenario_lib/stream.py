@@ -14,8 +14,10 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
+import redis
 from measure import Cell, Report, Table, percentile
 from stage import Stage, Team
 
@@ -64,6 +66,9 @@ async def _run(stage: Stage, seconds: float) -> Found:
         ]
         await asyncio.gather(*[_stream(client, number, ends, found) for number in range(STREAMS)])
         for task in disturbing:
+            # One that failed disturbed nothing.
+            if task.done():
+                task.result()
             task.cancel()
     return found
 
@@ -89,10 +94,12 @@ async def _stream(client: AsyncClient, number: int, ends: float, found: Found) -
 
 
 async def _kill(stage: Stage, team: Team, found: Found) -> None:
-    chance = random.Random(1)
+    chance, live = random.Random(1), list[int]()
     while True:
         await asyncio.sleep(LOOK_S)
-        live = [view.pid for view in await asyncio.to_thread(stage.live, SERVICE) if view.state == "ready"]
+        # Its own connection may be one that was cut.
+        with suppress(redis.exceptions.ConnectionError, MillstreamError):
+            live = [view.pid for view in await asyncio.to_thread(stage.live, SERVICE) if view.state == "ready"]
         if len(alive := [pid for pid in team.workers if pid in live]) == 2:
             os.kill(chance.choice(alive), signal.SIGKILL)
             found.kills += 1
@@ -101,15 +108,17 @@ async def _kill(stage: Stage, team: Team, found: Found) -> None:
 async def _cut(stage: Stage, found: Found) -> None:
     while True:
         await asyncio.sleep(CUT_EVERY_S)
-        found.cuts += int(stage.connection.client.client_kill_filter(_type="normal", skipme=True))
+        with suppress(redis.exceptions.ConnectionError):
+            found.cuts += int(stage.connection.client.client_kill_filter(_type="normal", skipme=True))
 
 
 async def _watch(stage: Stage, found: Found) -> None:
     """Note at which words workers began, by what lies on the server."""
     while True:
         await asyncio.sleep(MARKS_EVERY_S)
-        for job_id, records in await asyncio.to_thread(lambda: list(_partials(stage))):
-            found.marks[job_id] = [at for at, state in enumerate(records) if state == BEGAN]
+        with suppress(redis.exceptions.ConnectionError, MillstreamError):
+            for job_id, records in await asyncio.to_thread(lambda: list(_partials(stage))):
+                found.marks[job_id] = [at for at, state in enumerate(records) if state == BEGAN]
 
 
 def _partials(stage: Stage) -> Iterator[tuple[str, Sequence[bytes]]]:

@@ -132,6 +132,10 @@ class Operation:
         return bool(self.loader)
 
 
+STREAMING_DEFAULTS: Mapping[str, object] = {"max_attempts": 5}
+"""Defaults of types that stream. Texts of other jobs go on behind their last record after a death, so one more death
+costs them little; a text that is buried although others' deaths hit it costs its caller all of it."""
+
 EMBED = Operation(
     "embedding",
     "embed",
@@ -192,6 +196,7 @@ GENERATE = Operation(
         "total_timeout": 300.0,
         "max_batch_tokens": 8_192,
         "rate_limit": {"requests": 10.0},
+        **STREAMING_DEFAULTS,
     },
 )
 
@@ -218,6 +223,7 @@ STREAM = Operation(
     uncached="its answers are streamed",
     streams=True,
     computes=False,
+    defaults=STREAMING_DEFAULTS,
 )
 
 OPERATIONS: Mapping[str, Operation] = MappingProxyType(

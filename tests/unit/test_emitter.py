@@ -17,7 +17,7 @@ from millstream.broker.contract.partial import Delta, Record, decode_records, en
 from millstream.broker.queue import streams as module
 from millstream.broker.queue.streams import Emission, Streams
 from millstream.worker.context import Context
-from millstream.worker.intake.emitter import AWAY_S, EVERY_S, FORGIVEN_AFTER, Emitter
+from millstream.worker.intake.emitter import AWAY_S, EVERY_S, Emitter
 from millstream.worker.models.base import Prepared
 from millstream.worker.scheduling.active_job import ActiveJob
 from millstream.worker.scheduling.batcher import Budget
@@ -167,20 +167,30 @@ def test_more_jobs_than_one_call_takes_all_get_their_turn(bench: Bench, monkeypa
     assert module.MAX_JOBS_PER_CALL == 128
 
 
-def test_deaths_are_forgiven_once_in_so_many_records(bench: Bench) -> None:
+def test_deaths_are_forgiven_to_a_run_that_made_a_record(bench: Bench) -> None:
     (claim,) = bench.queue.hold("dead", streaming())
     bench.queue.lease.release("dead", started=names([claim]), gone=True, how="killed")
     (again,) = bench.queue.claim("w1").claims
     job = active(again)
-    for at in range(FORGIVEN_AFTER):
+    for _ in range(3):
         bench.emitter.put(job, Record("a"))
-        if at % 10 == 0:
-            bench.emitter.emit()
-    bench.emitter.emit()
+        bench.emitter.emit()
     bench.queue.lease.release("w1", started=names([again]), gone=True, how="killed")
 
     (third,) = bench.queue.claim("w2").claims
     assert (again.attempts, third.attempts) == (1.0, 0.5)
+
+
+def test_a_job_that_makes_no_record_any_more_is_charged_for_each_death(bench: Bench) -> None:
+    (claim,) = bench.queue.hold("w1", streaming())
+    bench.emitter.put(active(claim), Record("a"))
+    bench.emitter.emit()
+    attempts = []
+    for worker in ("w1", "w2", "w3", "w4"):
+        bench.queue.lease.release(worker, started=names([claim]), gone=True, how="killed")
+        attempts += [each.attempts for each in bench.queue.claim(f"w{int(worker[1]) + 1}").claims]
+
+    assert attempts == [0.5, 1.5, 2.5, 3.5]
 
 
 def emitted(text: str) -> tuple[bytes, Delta, bool]:

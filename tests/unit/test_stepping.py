@@ -221,3 +221,26 @@ def test_an_engine_has_room_for_its_free_slots() -> None:
     assert isinstance(engine, EchoStreamEngine)
 
     assert engine.room() == Budget(3, 10**9)
+
+
+def test_a_suspect_may_join_rows_that_have_output_and_none_that_have_not() -> None:
+    bench = Bench()
+    rests: list[bool] = []
+    for at in range(3):
+        bench.before[at] = lambda: rests.append(bench.window.wait_until_at_rest(0.0))
+
+    bench.run(bench.job("a b c"))
+
+    # Not before its first record.
+    assert rests == [False, True, True]
+
+
+def test_suspects_are_claimed_beside_rows_that_have_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    rooms: list[bool] = []
+    for at in range(2):
+        bench.before[at] = lambda: rooms.append(bench.window.suspect_room(2, 2) is not None)
+
+    bench.run(bench.job("a b c"))
+
+    assert rooms == [False, True]

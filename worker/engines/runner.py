@@ -49,6 +49,7 @@ class Runner:
         self._finish = finish
         self._emitter = emitter
         self._rows: Rows = []
+        self._proven: set[int] = set()
         self._jobs: Jobs = {}
 
     def run(self) -> None:
@@ -161,9 +162,11 @@ class Runner:
         for row, record in step.records:
             if self._emitter and (job := self._jobs.get(row.owner)):
                 self._emitter.put(job, record)
+                self._proven.add(id(row))
         if step.rows:
             self._remove(step.rows)
-        for job in self._window.complete(step.rows, step.outcomes, running=len(self._rows)):
+        running, proven = len(self._rows), len(self._proven)
+        for job in self._window.complete(step.rows, step.outcomes, running, running - proven):
             self._finish(Finished(job.claim.address, job.reply(), digests=job.digests))
         # After the replies are made: a reply of large results may be what ends the process.
         if not self._rows:
@@ -187,9 +190,11 @@ class Runner:
         now = time.monotonic()
         if len(rows) == len(self._rows):
             ended, self._jobs, self._rows = self._jobs, {}, []
+            self._proven.clear()
         else:
             gone = set(map(id, rows))
             self._rows = [row for row in self._rows if id(row) not in gone]
+            self._proven -= gone
             remaining = {row.owner for row in self._rows}
             ended = {name: job for name, job in self._jobs.items() if name not in remaining}
             self._jobs = {name: job for name, job in self._jobs.items() if name in remaining}

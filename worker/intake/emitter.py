@@ -33,19 +33,14 @@ EVERY_S = 0.02
 AWAY_S = 0.2
 """Seconds between two attempts while the server is away."""
 
-FORGIVEN_AFTER = 16
-"""Records after which earlier deaths of a job's workers no longer count against it.
-
-A job that kills its worker at one of its records is buried all the same: the run after that begins there, and dies
-without a new record."""
-
 
 @dataclass(slots=True)
 class _Output:
     """Output of one job. `records` is all of it, encoded; the server has confirmed the first `confirmed` bytes.
 
-    `offset`: code points of the confirmed text. `text`: the text behind it. `progress`: records since deaths were
-    forgiven last.
+    `offset`: code points of the confirmed text. `text`: the text behind it. `forgiven`: deaths of earlier workers do
+    not count against the job any more. The first record of each run earns that: a job that kills its worker at one of
+    its records is buried all the same, because its next runs begin there and die without a new record.
     """
 
     address: Address
@@ -53,7 +48,7 @@ class _Output:
     confirmed: int
     offset: int
     text: list[str] = field(default_factory=list)
-    progress: int = 0
+    forgiven: bool = False
 
     @classmethod
     def of(cls, job: ActiveJob) -> _Output:
@@ -63,12 +58,11 @@ class _Output:
     def add(self, record: Record) -> None:
         self.records += encode_record(record)
         self.text.append(record.text)
-        self.progress += 1
 
     def emission(self) -> Emission:
         delta = Delta(self.offset, "".join(self.text))
         pending = bytes(memoryview(self.records)[self.confirmed :])
-        return Emission(self.address, self.confirmed, pending, delta, self.progress >= FORGIVEN_AFTER)
+        return Emission(self.address, self.confirmed, pending, delta, not self.forgiven)
 
     def confirm(self, emission: Emission, length: int) -> None:
         """Notes that the server has `length` bytes."""
@@ -76,7 +70,7 @@ class _Output:
             # More may have been added meanwhile.
             self.offset += len(emission.delta.text)
             self.text = ["".join(self.text)[len(emission.delta.text) :]]
-            self.progress -= FORGIVEN_AFTER if emission.forgives else 0
+            self.forgiven = True
         else:
             # The server lost some: all behind `length` is sent again.
             whole = text_of(decode_records(bytes(self.records)))
