@@ -95,7 +95,9 @@ class Worker:
         with translated(self._connection.safe_url):
             for service in self._pages:
                 lease = Lease(self._connection.client, self._registry.keys(service))
-                give_back(lease, self._child_args.consumer, end._replace(charged=charged.get(service, ())))
+                # No bell: this process's own claimer may be asleep, and would claim what is given back.
+                charged_end = end._replace(charged=charged.get(service, ()))
+                give_back(lease, self._child_args.consumer, charged_end, ring=False)
 
     def close(self) -> None:
         self._connection.close()

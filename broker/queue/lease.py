@@ -87,16 +87,25 @@ class Lease:
         only: Collection[str] | None = None,
         gone: bool = False,
         how: str = "ended",
+        ring: bool = True,
     ) -> int:
         """Gives back the entries of `consumer`: all but `keep`, or `only` these. Returns how many.
 
         Entries in `started` are charged one attempt. `how` says in one line how the consumer ended, for the history of
-        dead letters. `gone`: the consumer has ended, so it is deleted.
+        dead letters. `gone`: the consumer has ended, so it is deleted. `ring` wakes
+        idle workers: not if the consumer is this process, whose own claimer may be asleep and would claim again.
         """
         named = ("but", *keep) if only is None else ("only", *only)
         keys = [*self._keys.streams(), self._keys.workers(), self._keys.worker(consumer), self._keys.trail()]
         keys.append(self._keys.bell())
-        args: list[scripts.Argument] = [GROUP, consumer, RETURNED, self._lease_ms, int(gone), _line(how)]
+        args: list[scripts.Argument] = [
+            GROUP,
+            consumer,
+            RETURNED,
+            self._lease_ms,
+            int(gone) + 2 * (not ring),
+            _line(how),
+        ]
         args += (len(started), *started, *named)
         return int(scripts.run(self._client, "release", keys, args))
 

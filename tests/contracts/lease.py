@@ -347,6 +347,14 @@ class BellContract:
         assert queue.client.xlen(queue.keys.bell()) == 0
         assert queue.client.xinfo_consumers(queue.keys.bell(), GROUP) == []
 
+    def test_a_process_that_gives_back_its_own_jobs_rings_nobody(self, queue: Queue) -> None:
+        queue.hold("ending", draft())
+
+        assert queue.lease.release("ending", gone=True, ring=False) == 1
+
+        assert queue.client.xlen(queue.keys.bell()) == 0
+        assert len(queue.claim("w1").claims) == 1
+
     def test_nothing_that_was_given_back_rings_nobody(self, queue: Queue) -> None:
         assert queue.lease.release("nobody", gone=True) == 0
 

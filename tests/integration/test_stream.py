@@ -25,8 +25,8 @@ from millstream.broker.contract.errors import (
     WorkerLost,
 )
 from millstream.broker.contract.job import Json, Reply
+from millstream.broker.queue import streams
 from millstream.broker.queue.replies import Answer, Replies
-from millstream.broker.queue.streams import MOST_UNREAD_DELTAS
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.client import AsyncClient, Client, TextStream
@@ -188,6 +188,8 @@ def test_a_gap_that_the_server_cannot_fill_is_filled_by_the_reply(client: Client
 def test_a_client_that_read_slowly_catches_up_and_goes_on(
     client: Client, service: str, writer: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Of unread entries: enough for a few reads, and quickly written.
+    most = 600
     reads, read = threading.Event(), Replies.read
 
     def slowly(replies: Replies, wait_s: float) -> list[Answer]:
@@ -195,17 +197,18 @@ def test_a_client_that_read_slowly_catches_up_and_goes_on(
         return read(replies, wait_s)
 
     monkeypatch.setattr(Replies, "read", slowly)
+    monkeypatch.setattr(streams, "MOST_UNREAD_DELTAS", most)
     worker = writer()
     stream = client.stream(service, "a")
     worker.take()
-    for _ in range(MOST_UNREAD_DELTAS + 50):
+    for _ in range(most + 50):
         worker.write("x")
     reads.set()
-    got = "".join(next(stream) for _ in range(MOST_UNREAD_DELTAS))
-    eventually(lambda: worker.queue.client.xlen(worker.queue.keys.reply(worker.claim.address.client)) < 100)
+    got = "".join(next(stream) for _ in range(most))
+    eventually(lambda: worker.queue.client.xlen(worker.queue.keys.reply(worker.claim.address.client)) < most)
     worker.write("yz")
 
-    assert (len(got), next(stream)) == (MOST_UNREAD_DELTAS, "x" * 50 + "yz")
+    assert (len(got), next(stream)) == (most, "x" * 50 + "yz")
     worker.settle()
     assert list(stream) == []
 

@@ -26,7 +26,7 @@ def test_text_is_emitted_once_and_in_order_whatever_happens(monkeypatch: pytest.
             super().__init__(queue)
 
     effort = settings(
-        max_examples=40,
+        max_examples=20,
         stateful_step_count=30,
         deadline=None,
         phases=[Phase.explicit, Phase.reuse, Phase.generate],

@@ -32,13 +32,16 @@ class End(NamedTuple):
         return f"{self.what}{during} ({self.why})" if self.why else f"{self.what}{during}"
 
 
-def give_back(lease: Lease, consumer: str, end: End) -> int:
-    """Gives back the entries of `consumer`, charging those in `end.charged`. Returns their number. Raises as Lease."""
+def give_back(lease: Lease, consumer: str, end: End, *, ring: bool = True) -> int:
+    """Gives back the entries of `consumer`, charging those in `end.charged`. Returns their number. Raises as Lease.
+
+    `ring` is as in Lease.release.
+    """
     # One call for each stage, before the rest: the trail of an entry names its own stage.
     returned = sum(
         lease.release(
-            consumer, started=snapshot.entries, only=snapshot.entries, how=str(end._replace(charged=[snapshot]))
+            consumer, started=each.entries, only=each.entries, how=str(end._replace(charged=[each])), ring=ring
         )
-        for snapshot in end.charged
+        for each in end.charged
     )
-    return returned + lease.release(consumer, gone=True, how=str(end))
+    return returned + lease.release(consumer, gone=True, how=str(end), ring=ring)

@@ -3,14 +3,14 @@
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET workers   KEYS[5] HASH the worker   KEYS[6] HASH trail
 -- KEYS[7] STREAM bell
 -- ARGV[1] group  ARGV[2] consumer  ARGV[3] consumer of returned jobs  ARGV[4] lease ms
--- ARGV[5] 1: the consumer has ended: delete it
+-- ARGV[5] 1: the consumer has ended: delete it; 2: ring no bell, by which the consumer itself may sleep; 3: both
 -- ARGV[6] how the consumer ended, for the trail of the entries that it ran
 -- ARGV[7] n, then n entries ('stream:entry id') whose run did not finish: each is charged one attempt
 -- then 'but' and the entries to keep, or 'only' and the entries to give back
 -- Returns the number of entries given back
 
 local GROUP, CONSUMER, RETURNED, LEASE = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
-local GONE, HOW = ARGV[5] == '1', ARGV[6]
+local GONE, RINGS_BELL, HOW = ARGV[5] == '1' or ARGV[5] == '3', ARGV[5] < '2', ARGV[6]
 local ATTEMPT = 2
 local TRAIL_KEPT_MS, TRAIL_BYTES = 86400000, 4096
 -- Most idle workers that are woken.
@@ -68,5 +68,7 @@ if GONE then
   redis.pcall('XGROUP', 'DELCONSUMER', KEYS[7], GROUP, CONSUMER)
 end
 -- pcall: at maxmemory idle workers find the jobs within a second.
-for _ = 1, math.min(released, RINGS) do redis.pcall('XADD', KEYS[7], 'MAXLEN', RINGS, '*', 'returned', released) end
+for _ = 1, RINGS_BELL and math.min(released, RINGS) or 0 do
+  redis.pcall('XADD', KEYS[7], 'MAXLEN', RINGS, '*', 'returned', released)
+end
 return released
