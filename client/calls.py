@@ -201,7 +201,7 @@ class Calls:
         try:
             return request.begin(self, request.per_job).wait()
         except InvalidRequest:
-            # The same payload may have been submitted with this key before the service's batch size was changed.
+            # This payload may have been submitted with this key before the service's batch size was changed.
             per_job = request.find_other_per_job(self)
             if per_job is None:
                 raise

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from millstream.broker.contract.errors import Malformed
 
 MAX_PARTIAL_BYTES = 8 * 1024 * 1024
-"""Bytes that the records of one job may have in all."""
+"""Bytes of one job's records after which no more are added: its reply has the rest of the text."""
 
 _LENGTHS = struct.Struct("<II")
 """Bytes of a record's state, and of its text."""

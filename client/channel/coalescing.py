@@ -121,7 +121,7 @@ class Coalescer:
         try:
             self._channel.submit(own)
         except BaseException:
-            # Also after an interrupt: no follower may wait for a job that was never sent.
+            # An interrupt must not leave followers waiting for a job that was never sent.
             for each in own:
                 if isinstance(each.sink, _SharedJob):
                     self.end_shared(each.sink, resend=True)
@@ -235,7 +235,7 @@ class Coalescer:
         try:
             self._channel.cancel(Cancellation(cancellation.service, list(server_ids.values()), report))
         finally:
-            # Also if the client is being closed: only this call tells the followers.
+            # A client that is being closed reaches this, too: only this call tells the followers.
             for job_id in server_ids:
                 if shared_job := self._by_leader.get(job_id):
                     self.end_shared(shared_job, resend=True)

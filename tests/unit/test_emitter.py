@@ -145,6 +145,17 @@ def test_what_the_server_lost_is_sent_again(bench: Bench) -> None:
     assert text_of(decode_records(partial(bench.queue, claim))) == "ab"
 
 
+def test_records_are_bounded_and_the_reply_has_the_rest(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("millstream.worker.intake.emitter.MAX_PARTIAL_BYTES", 30)
+    claim, job = bench.hold()
+    for text in "abcdef":
+        bench.emitter.put(job, Record(text))
+    bench.emitter.emit()
+
+    # Nine bytes a record.
+    assert text_of(decode_records(partial(bench.queue, claim))) == "abcd"
+
+
 def test_what_ended_is_forgotten(bench: Bench) -> None:
     _, job = bench.hold()
     bench.emitter.put(job, Record("a"))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from millstream.broker.contract.job import Address
-from millstream.broker.contract.partial import Delta, Record, decode_records, encode_record, text_of
+from millstream.broker.contract.partial import MAX_PARTIAL_BYTES, Delta, Record, decode_records, encode_record, text_of
 from millstream.broker.queue.streams import (
     DIVERGED,
     LOST,
@@ -100,6 +100,9 @@ class Emitter(threading.Thread):
             output = self._outputs.get(job.name)
             if output is None:
                 output = self._outputs[job.name] = _Output.of(job)
+            if len(output.records) >= MAX_PARTIAL_BYTES:
+                # The reply has the rest; a successor begins here.
+                return
             output.add(record)
             if not self._pending:
                 self._changed.notify()
