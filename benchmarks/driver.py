@@ -20,8 +20,7 @@ from corpus import SEED, mix, payloads
 from measure import percentile
 from reference import RawClient
 
-from millstream.broker.contract.errors import MillstreamError
-from millstream.client import AsyncClient, Client
+from millstream.client import AsyncClient, Client, MillstreamError
 
 How = Literal["threads", "async", "map", "open", "mix", "send", "texts"]
 MOST_ROWS_A_JOB = 32
