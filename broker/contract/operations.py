@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from millstream.broker.contract.embedding import EmbedOptions
 from millstream.broker.contract.errors import InvalidRequest
+from millstream.broker.contract.generation import GenerateOptions
 from millstream.broker.contract.rerank import RerankOptions
 
 if TYPE_CHECKING:
@@ -57,6 +58,12 @@ def _check_embed(options: Mapping[str, Json]) -> int:
 
 def _check_rerank(options: Mapping[str, Json]) -> int:
     return RerankOptions.read(options).size
+
+
+def _check_generate(options: Mapping[str, Json]) -> int:
+    if options:
+        GenerateOptions.read(options)
+    return 0
 
 
 def _refuse_options(options: Mapping[str, Json]) -> int:
@@ -184,6 +191,7 @@ GENERATE = Operation(
     "generate",
     row="payload",
     results="text",
+    check=_check_generate,
     uncached="its answers are streamed",
     streams=True,
     needs_weights=True,

@@ -177,7 +177,7 @@ def test_a_run_goes_on_behind_what_was_said_and_says_where_it_began() -> None:
     job = bench.job("a b c d")
     (row,) = job.prepared
     assert isinstance(row, Prepared)
-    bench.model.resume(row, [Record("a ", BEGAN), Record("b ")])
+    bench.model.begin(row, "0" * 32, [Record("a ", BEGAN), Record("b ")])
 
     bench.run(job)
 

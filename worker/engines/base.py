@@ -21,6 +21,7 @@ class Step(NamedTuple):
     `rows` are complete and leave the engine, with one outcome each. `records` are new output of rows, in order; a row
     that is complete needs none, because its outcome has the whole output. `ran` and `tokens`: rows and tokens that
     count as work done. `computed`: tokens of the forward, padding included; 0 if its time predicts no other forward's.
+    `displaced` rows left the engine because their memory was needed: they are to be admitted again, and then go on.
     """
 
     rows: Rows
@@ -29,6 +30,7 @@ class Step(NamedTuple):
     ran: int = 0
     tokens: int = 0
     computed: int = 0
+    displaced: Rows = []  # noqa: RUF012 - never changed
 
 
 class Engine(Protocol):
@@ -52,5 +54,12 @@ class Engine(Protocol):
         ...
 
     def abort(self, rows: Rows) -> None:
-        """Drops rows that nobody waits for. Does nothing for rows that it does not hold."""
+        """Drops rows. Does nothing for rows that it does not hold.
+
+        A row whose output grows may be admitted again later; it then goes on behind that output.
+        """
+        ...
+
+    def conclude(self, rows: Rows, reason: str) -> Sequence[Outcome]:
+        """Ends rows that it holds before they are complete. Returns their outcomes: the output so far, and `reason`."""
         ...

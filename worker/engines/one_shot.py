@@ -54,6 +54,10 @@ class OneShot:
         dropped = set(map(id, rows))
         self._rows = [row for row in self._rows if id(row) not in dropped]
 
+    def conclude(self, rows: Rows, reason: str) -> Sequence[Outcome]:
+        """Raises NotImplementedError: no row has output before it is complete."""
+        raise NotImplementedError
+
     def step(self) -> Step:
         rows, self._rows = self._rows, []
         unique, places = _unique(rows) if any(row.key for row in rows) else (rows, None)

@@ -58,6 +58,7 @@ class Intake:
         track: Track | None = None,
     ) -> None:
         self._model = model
+        self._generates = model if isinstance(model, Generates) else None
         self._digests = digests
         self._track = track or Progress.alone().claimer
         self._places: Iterator[int] = iter(())
@@ -82,9 +83,9 @@ class Intake:
             else:
                 requests.append(read)
         jobs = self._prepare(requests)
-        for job in jobs:
-            if blob := records.get(job.name):
-                self._resume(job, blob)
+        if self._generates:
+            for job in jobs:
+                self._begin(self._generates, job, records.get(job.name, b""))
         finished += [Finished(each.claim.address, each.reply()) for each in jobs if not each.rows_left]
         return [each for each in jobs if each.rows_left], finished
 
@@ -115,18 +116,19 @@ class Intake:
             inputs, options = decode_inputs(job.body, job.rows)
         except Malformed as error:
             return _malformed(claim, str(error))
-        if len(inputs) != 1 and isinstance(self._model, Generates):
+        if len(inputs) != 1 and self._generates:
             wrong = InvalidRequest(f"a job of {job.op!r} has one row, not {len(inputs)}", hint="update the client")
             return Finished(claim.address, Reply(error=wrong))
         return _Request(place, claim, job, inputs, options)
 
-    def _resume(self, job: ActiveJob, blob: bytes) -> None:
-        """Makes a job go on behind its output so far; its row fails if the model cannot."""
+    @staticmethod
+    def _begin(model: Generates, job: ActiveJob, blob: bytes) -> None:
+        """Makes a job go on behind its output so far, if it has some; its row fails if the model cannot."""
         row = job.prepared[0]
-        if isinstance(row, MillstreamError) or not isinstance(self._model, Generates):
+        if isinstance(row, MillstreamError):
             return
         try:
-            self._model.resume(row, decode_records(blob))
+            model.begin(row, job.request.id, decode_records(blob))
             job.records = blob
         except Exception as error:  # noqa: BLE001 - whatever it raises is this job's error
             job.outcomes[0], job.rows_left = ModelFailed(f"cannot go on with its output: {described(error)}"), 0

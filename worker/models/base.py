@@ -143,8 +143,11 @@ class Generates(Protocol):
         """Returns the engine that runs this model's rows. Called once, in the main thread."""
         ...
 
-    def resume(self, row: Prepared, records: Sequence[Record]) -> None:
-        """Makes `row` go on behind `records`, the output of earlier runs. Raises anything if it cannot."""
+    def begin(self, row: Prepared, job_id: str, records: Sequence[Record]) -> None:
+        """Makes `row`, of the job `job_id`, go on behind `records`, the output of earlier runs; empty if there is none.
+
+        Called once for each prepared row, before the engine gets it. Raises anything if it cannot.
+        """
         ...
 
 

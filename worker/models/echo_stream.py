@@ -69,7 +69,7 @@ class EchoStreamModel:
         words = _WORD.findall(value)
         return Prepared(max(1, len(words)), Speech(words, limit))
 
-    def resume(self, row: Prepared, records: Sequence[Record]) -> None:
+    def begin(self, row: Prepared, job_id: str, records: Sequence[Record]) -> None:
         """Goes on behind `records`, which earlier runs of this row made."""
         speech = cast(Speech, row.features)
         speech.said = len(records)
@@ -117,6 +117,10 @@ class EchoStreamEngine:
         dropped = set(map(id, rows))
         self._rows = [row for row in self._rows if id(row) not in dropped]
 
+    def conclude(self, rows: Rows, reason: str) -> Sequence[Outcome]:
+        self.abort(rows)
+        return [_outcome(_speech(row), reason) for row in rows]
+
     def step(self) -> Step:
         self._habits.sleep(len(self._rows))
         records: list[tuple[Row[Prepared], Record]] = []
@@ -151,6 +155,6 @@ def _speech(row: Row[Prepared]) -> Speech:
     return cast(Speech, row.payload.features)
 
 
-def _outcome(speech: Speech) -> Json:
-    reason = "stop" if speech.said == len(speech.words) else "length"
+def _outcome(speech: Speech, reason: str = "") -> Json:
+    reason = reason or ("stop" if speech.said == len(speech.words) else "length")
     return {"text": "".join(speech.words[: speech.said]), "finish_reason": reason, "began": list(speech.began)}
