@@ -16,7 +16,8 @@ from millstream.broker.contract.codec import MAX_ROWS, JsonText, encode_inputs
 from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest
 from millstream.broker.contract.job import Draft, Json, Priority
 from millstream.broker.contract.operations import Operation
-from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, DetachedCall, Group
+from millstream.broker.queue.stream_types import DetachedCall, Group
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL
 from millstream.broker.queue.submission import Submission, draft_job
 from millstream.broker.transport.connection import translated
 from millstream.client.acceptance import Acceptance

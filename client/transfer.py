@@ -27,7 +27,7 @@ from millstream.broker.contract.job import Draft, Json, Reply
 from millstream.broker.contract.operations import BY_OP, STREAMING_OPS
 from millstream.broker.contract.partial import decode_delta
 from millstream.broker.queue.cache import Cached
-from millstream.broker.queue.streams import CancelOutcome, Group
+from millstream.broker.queue.stream_types import CancelOutcome, Group
 from millstream.broker.queue.submission import Submission, draft_job
 from millstream.client.channel.ids import new_id
 from millstream.client.channel.requests import Cancellation

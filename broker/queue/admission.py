@@ -12,7 +12,7 @@ from millstream.broker.contract.errors import (
     UnknownService,
 )
 from millstream.broker.contract.job import PRIORITIES
-from millstream.broker.queue.streams import Admission
+from millstream.broker.queue.stream_types import Admission
 
 
 def limit_fields(runtime: Runtime) -> dict[str, str | int | float]:

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 from millstream.broker.contract.codec import encode_inputs
 from millstream.broker.contract.errors import MillstreamError
 from millstream.broker.contract.job import Draft, Json
-from millstream.broker.queue.streams import Group
+from millstream.broker.queue.stream_types import Group
 
 
 class Sink(Protocol):

@@ -15,7 +15,8 @@ from typing import cast
 
 from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError
 from millstream.broker.queue.registry import Registry
-from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, CancelOutcome, Streams
+from millstream.broker.queue.stream_types import CancelOutcome
+from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Streams
 from millstream.broker.queue.submission import Submission
 from millstream.broker.queue.submitter import Submitter
 from millstream.broker.transport.connection import Connection, translated

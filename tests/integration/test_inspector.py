@@ -14,7 +14,7 @@ from millstream.broker.contract.errors import BrokerUnavailable
 from millstream.broker.contract.job import Draft, Priority
 from millstream.broker.contract.keys import ServiceKeys, services_key
 from millstream.broker.queue.inspector import Inspector, ServiceView
-from millstream.broker.queue.streams import Group
+from millstream.broker.queue.stream_types import Group
 from millstream.broker.transport.connection import Connection
 
 STATUS: dict[str, str | int] = {

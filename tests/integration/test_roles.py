@@ -23,7 +23,7 @@ from millstream.broker.contract.job import Priority
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue import scripts
 from millstream.broker.queue.registry import Registry
-from millstream.broker.queue.streams import Group
+from millstream.broker.queue.stream_types import Group
 from millstream.broker.roles import ROLES, SELECTORS_SINCE, Role
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection, is_transient, translated

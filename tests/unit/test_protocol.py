@@ -17,7 +17,7 @@ from millstream.broker.contract.codec import FIELDS, OPTIONAL, encode_reply
 from millstream.broker.contract.errors import ModelFailed
 from millstream.broker.contract.job import Reply
 from millstream.broker.contract.keys import ServiceKeys, services_key
-from millstream.broker.queue import streams
+from millstream.broker.queue import substitutes
 from millstream.broker.queue.scripts import Name
 from millstream.broker.roles import _SCRIPTS
 
@@ -82,8 +82,8 @@ def test_every_script_is_there_with_who_may_call_it() -> None:
         f"at most {codec.MAX_ROWS:,} ",
         f"at most {codec.MAX_BODY >> 20} MiB, {codec.MAX_DEPTH} deep",
         f"at most {codec.MAX_UNKNOWN} fields they do not know, of {codec.MAX_UNKNOWN_BYTES:,} bytes",
-        f"at most {streams.MAX_REPLY_BYTES >> 20} MiB: a larger one",
-        f"leaves {streams.UNREAD_BYTES >> 20} MiB unread",
+        f"at most {substitutes.MAX_REPLY_BYTES >> 20} MiB: a larger one",
+        f"leaves {substitutes.UNREAD_BYTES >> 20} MiB unread",
     ],
 )
 def test_the_bounds_are_those_of_the_code(said: str) -> None:
