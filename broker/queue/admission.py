@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from millstream.broker.config.spec import RateLimit, Runtime
+from millstream.broker.config.rate_limit import RateLimit
+from millstream.broker.config.spec import Runtime
 from millstream.broker.contract.errors import (
     InvalidRequest,
     MillstreamError,
