@@ -20,7 +20,7 @@ from millstream.broker.contract.errors import ModelFailed, WorkerLost
 from millstream.broker.contract.job import Priority
 from millstream.broker.queue.pause import pause, resume
 from millstream.worker.supervision import supervisor as module
-from millstream.worker.supervision.supervisor import Plan
+from millstream.worker.supervision.plan import Plan
 
 TESTS = Path(__file__).parents[1]
 WORKERS, WINDOW, MAX_ATTEMPTS = 4, 16, 3

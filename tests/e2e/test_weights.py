@@ -17,7 +17,7 @@ from millstream.broker.config.load import ModelSpec, ServiceSpec
 from millstream.broker.contract.answer import answer_field, decode_answer, encode_answer
 from millstream.broker.queue.registry import Registry
 from millstream.worker.supervision.child_args import EXIT_PERMANENT
-from millstream.worker.supervision.supervisor import Plan
+from millstream.worker.supervision.plan import Plan
 
 pytestmark = pytest.mark.early
 

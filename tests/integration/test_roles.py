@@ -29,7 +29,8 @@ from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection, is_transient, translated
 from millstream.cli.main import main
 from millstream.client import Client
-from millstream.worker.supervision.supervisor import Plan, Supervisor
+from millstream.worker.supervision.plan import Plan
+from millstream.worker.supervision.supervisor import Supervisor
 
 Enter = Callable[..., str]
 CONFIG = """\
