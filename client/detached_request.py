@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from millstream.broker.config.load import ServiceSpec
-from millstream.broker.contract.codec import MAX_ROWS, JsonText, encode_inputs
+from millstream.broker.contract.codec import JsonText, encode_inputs
+from millstream.broker.contract.entry_codec import MAX_ROWS
 from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest
 from millstream.broker.contract.job import Draft, Json, Priority
 from millstream.broker.contract.operations import Operation

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from millstream.broker.contract.codec import decode_entry, salvage
+from millstream.broker.contract.entry_codec import decode_entry, salvage
 from millstream.broker.contract.errors import Malformed, NewerVersion
 from millstream.broker.contract.job import Address, Claim
 from millstream.broker.contract.operations import STREAMING_OPS

@@ -10,7 +10,8 @@ from typing import cast
 
 import redis
 
-from millstream.broker.contract.codec import decode_entry, decode_inputs
+from millstream.broker.contract.codec import decode_inputs
+from millstream.broker.contract.entry_codec import decode_entry
 from millstream.broker.contract.errors import InvalidRequest, Malformed
 from millstream.broker.contract.job import Draft, Priority
 from millstream.broker.contract.keys import ServiceKeys

@@ -9,7 +9,8 @@ from typing import cast
 import pytest
 from contracts.queue import Queue, draft
 
-from millstream.broker.contract.codec import FIELDS, OPTIONAL, encode_inputs
+from millstream.broker.contract.codec import encode_inputs
+from millstream.broker.contract.entry_codec import FIELDS, OPTIONAL
 from millstream.broker.contract.errors import BrokerUnavailable
 from millstream.broker.contract.job import Draft, Priority
 from millstream.broker.contract.keys import ServiceKeys, services_key
