@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from millstream.broker.contract.codec import encode_inputs
 from millstream.broker.contract.errors import InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Draft, Json, Priority
 from millstream.broker.contract.operations import STREAMING_OPS
 from millstream.broker.contract.scalars import plain
 from millstream.broker.queue.stream_types import Group
-from millstream.broker.queue.submission import Sink, Submission, draft_job
+from millstream.broker.queue.submission import Sink, Submission
 from millstream.client.channel.requests import Cancellation
 from millstream.client.services import Known
 
@@ -50,7 +51,8 @@ class JobTerms(NamedTuple):
         if end is None and self.total_timeout is not None and self.op not in STREAMING_OPS:
             end = now + self.total_timeout
         queue_by = None if self.queue_timeout is None else now + self.queue_timeout
-        return draft_job(job_id, self.op, rows, tokens, self.options, client, end, queue_by, self.tenant)
+        body = encode_inputs(rows, self.options)
+        return Draft(job_id, self.op, len(rows), tokens, body, client, end, queue_by, self.tenant)
 
     def submissions(self, drafts: Sequence[Draft], sink: Sink, charged_with: str) -> list[Submission]:
         """Returns one submission for each job, which waits for room by itself.
