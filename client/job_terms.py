@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import random
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
@@ -16,6 +19,19 @@ from millstream.broker.queue.stream_types import Group
 from millstream.broker.queue.submission import Sink, Submission
 from millstream.client.channel.requests import Cancellation
 from millstream.client.services import Known
+
+_random = random.Random(secrets.randbits(256))
+
+# Without a new seed a forked child would make the same ids as its parent.
+os.register_at_fork(after_in_child=lambda: _random.seed(secrets.randbits(256)))
+
+
+def new_job_id() -> str:
+    """Returns 32 hexadecimal digits from 128 random bits, so that ids do not collide.
+
+    Not a secret: the system's own generator would cost a system call for each job.
+    """
+    return f"{_random.getrandbits(128):032x}"
 
 
 class JobTerms(NamedTuple):

@@ -28,12 +28,11 @@ from millstream.broker.contract.operations import BY_OP
 from millstream.broker.contract.partial import decode_delta
 from millstream.broker.queue.cache import Cached
 from millstream.broker.queue.stream_types import CancelOutcome
-from millstream.client.channel.ids import new_id
 from millstream.client.channel.requests import Cancellation
 from millstream.client.channel.wake_chain import wake_chain
 from millstream.client.flow import Flow
 from millstream.client.growing_text import GrowingText
-from millstream.client.job_terms import CallChannel, JobTerms, Progress, Watch
+from millstream.client.job_terms import CallChannel, JobTerms, Progress, Watch, new_job_id
 from millstream.client.row_results import RowResults
 from millstream.client.services import Known
 from millstream.client.split import Part
@@ -68,7 +67,7 @@ class Transfer:
         progress: Progress,
         growing: GrowingText | None = None,
     ) -> None:
-        self.id = self._first_id = self._charged_with = new_id()
+        self.id = self._first_id = self._charged_with = new_job_id()
         self.lock = threading.RLock()
         self.rows = RowResults(len(inputs), given, BY_OP[terms.op].results)
         self.began = self.ended = began
@@ -123,7 +122,7 @@ class Transfer:
 
     def _draft(self, part: Part) -> Draft | None:
         """Returns the job that carries `part`. If it cannot be encoded, its rows get the error and None is returned."""
-        job_id, now = self._first_id or new_id(), time.monotonic()
+        job_id, now = self._first_id or new_job_id(), time.monotonic()
         rows = list(map(self._inputs.__getitem__, part.rows))
         try:
             draft = self._terms.draft(job_id, rows, part.tokens, self._channel.client_id, self._end, now)
