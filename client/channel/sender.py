@@ -59,7 +59,7 @@ class Sender(threading.Thread):
         self._ready: deque[Submission | Cancellation] = deque()
         self._client = connection.own()
         self._services: dict[str, Streams] = {}
-        self._submitter = Submitter(lambda service: self._streams(service), connection.safe_url, self._refuse)
+        self._submitter = Submitter(self._streams, connection.safe_url, self._refuse)
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._waits = False
