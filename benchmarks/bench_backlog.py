@@ -18,7 +18,9 @@ from stage import Stage, echo, until
 from millstream.broker.config.spec import ServiceSpec
 from millstream.broker.contract.codec import encode_inputs, encode_reply
 from millstream.broker.contract.job import Draft, Priority, Reply
-from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, ClaimBudget, Group, Settlement, Streams
+from millstream.broker.queue.claims import ClaimBudget
+from millstream.broker.queue.stream_types import Group, Settlement
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
 
 SIZES, QUICK_SIZES = (1_000, 100_000, 1_000_000), (1_000, 5_000)
 JOBS, QUICK_JOBS = 5_000, 512

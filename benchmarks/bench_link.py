@@ -22,7 +22,8 @@ from stage import Stage, echo
 from millstream.broker.contract.codec import encode_inputs
 from millstream.broker.contract.job import Draft, Priority
 from millstream.broker.queue import scripts
-from millstream.broker.queue.streams import Group, Streams
+from millstream.broker.queue.stream_types import Group
+from millstream.broker.queue.streams import Streams
 from millstream.broker.transport.link import FastPacker, SingleConnectionPool, Words, exchange, exchange_over
 
 SERVICE = echo("bench")

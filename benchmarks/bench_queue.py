@@ -23,7 +23,8 @@ from stage import Driver, Stage, Team, echo, until
 from millstream.broker.contract.codec import encode_inputs
 from millstream.broker.contract.job import Draft, Priority
 from millstream.broker.queue.pause import pause, resume
-from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Group, Streams
+from millstream.broker.queue.stream_types import Group
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
 
 SERVICE = echo("bench", "vector:384")
 LENGTH = 200

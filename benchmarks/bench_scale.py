@@ -19,7 +19,8 @@ from millstream.broker.config.spec import ServiceSpec
 from millstream.broker.contract.codec import encode_inputs
 from millstream.broker.contract.job import Draft, Priority
 from millstream.broker.queue.pause import pause, resume
-from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Group, Streams
+from millstream.broker.queue.stream_types import Group
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
 
 COUNTS, QUICK_COUNTS = (1, 2, 4, 8, 16, 32, 64), (1, 2)
 ROWS_A_JOB = 32

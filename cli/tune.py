@@ -25,7 +25,7 @@ from millstream.worker.measuring.warmup import warm_up
 from millstream.worker.models.base import Model, Prepared
 from millstream.worker.process import use_threads
 from millstream.worker.scheduling.batcher import Budget
-from millstream.worker.supervision.supervisor import preflight
+from millstream.worker.supervision.plan import preflight
 from millstream.worker.window import Window
 
 DEFAULT_S, LONGEST_S = 60.0, 3_600.0

@@ -27,7 +27,8 @@ from millstream.cli.interrupts import Interrupts, interrupt_at_eof
 from millstream.cli.server import connect, redis_cli
 from millstream.cli.status import status_line
 from millstream.cli.supervise import supervise
-from millstream.worker.supervision.supervisor import Plan, Supervisor, preflight
+from millstream.worker.supervision.plan import Plan, preflight
+from millstream.worker.supervision.supervisor import Supervisor
 
 EOF_DRAIN_S = 2.0
 """Longest drain, in seconds, after the program that started this command has ended."""

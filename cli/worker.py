@@ -70,7 +70,8 @@ def run(
     """
     # Imported here: these take 50 ms, and `worker ls` does not need them.
     from millstream.cli.supervise import supervise
-    from millstream.worker.supervision.supervisor import Plan, Supervisor, preflight
+    from millstream.worker.supervision.plan import Plan, preflight
+    from millstream.worker.supervision.supervisor import Supervisor
 
     target = find_server(url, prefix)
     with Interrupts() as interrupts:

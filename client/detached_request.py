@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from millstream.broker.config.load import ServiceSpec
-from millstream.broker.contract.codec import MAX_ROWS, JsonText, encode_inputs
+from millstream.broker.contract.codec import JsonText, encode_inputs
+from millstream.broker.contract.entry_codec import MAX_ROWS
 from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest
 from millstream.broker.contract.job import Draft, Json, Priority
 from millstream.broker.contract.operations import Operation
-from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, DetachedCall, Group
-from millstream.broker.queue.submission import Submission, draft_job
+from millstream.broker.queue.stream_types import DetachedCall, Group
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL
+from millstream.broker.queue.submission import Submission
 from millstream.broker.transport.connection import translated
 from millstream.client.acceptance import Acceptance
 from millstream.client.call_options import CallOptions
@@ -155,12 +157,12 @@ class DetachedRequest:
     def draft_jobs(self, parts: Mapping[str, Part]) -> list[Draft]:
         """Returns the job of each part, by job id."""
         return [
-            draft_job(
+            Draft(
                 job_id,
                 self.op,
-                [self.inputs[row] for row in part.rows],
+                len(part.rows),
                 estimate_row_tokens(self.spec, [self.sizes[row] for row in part.rows]),
-                self.opts.options,
+                encode_inputs([self.inputs[row] for row in part.rows], self.opts.options),
                 deadline=self.deadline,
                 tenant=self.opts.tenant,
             )

@@ -12,7 +12,8 @@ from millstream.broker.config.spec import ModelSpec, Runtime
 from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError, UnknownService
 from millstream.broker.contract.operations import EMBED, OPERATIONS, RERANK, STREAMING_OPS, ModelType
 from millstream.broker.queue.admission import refusal
-from millstream.broker.queue.streams import Admission, CancelOutcome, Group, Streams, Submitted
+from millstream.broker.queue.stream_types import Admission, CancelOutcome, Group, Submitted
+from millstream.broker.queue.streams import Streams
 from millstream.broker.queue.submission import Submission
 from millstream.client.channel.requests import Cancellation
 from millstream.client.fake_model import FakeModel, fake_deltas

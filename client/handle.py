@@ -11,7 +11,7 @@ from contextlib import suppress
 from millstream.broker.contract.errors import BrokerUnavailable, DeadlineExceeded, MillstreamError
 from millstream.broker.contract.job import Json
 from millstream.broker.queue.cache import Cached
-from millstream.broker.queue.streams import CancelOutcome
+from millstream.broker.queue.stream_types import CancelOutcome
 from millstream.client.channel.wake_chain import wake_chain
 from millstream.client.growing_text import GrowingText
 from millstream.client.job_terms import CallChannel, JobTerms, Progress, Watch, seconds_of, waits_until

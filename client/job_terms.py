@@ -1,18 +1,37 @@
-"""Job terms: how the jobs of a call are run, and the interfaces to the channel and the services that a call uses."""
+"""Job terms: how the jobs of a call are made and run, and the interfaces to the channel and the services it uses."""
 
 from __future__ import annotations
 
 import math
+import os
+import random
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from millstream.broker.contract.codec import encode_inputs
 from millstream.broker.contract.errors import InvalidRequest, MillstreamError
-from millstream.broker.contract.job import Json, Priority
+from millstream.broker.contract.job import Draft, Json, Priority
+from millstream.broker.contract.operations import STREAMING_OPS
 from millstream.broker.contract.scalars import plain
-from millstream.broker.queue.submission import Submission
+from millstream.broker.queue.stream_types import Group
+from millstream.broker.queue.submission import Sink, Submission
 from millstream.client.channel.requests import Cancellation
 from millstream.client.services import Known
+
+_random = random.Random(secrets.randbits(256))
+
+# Without a new seed a forked child would make the same ids as its parent.
+os.register_at_fork(after_in_child=lambda: _random.seed(secrets.randbits(256)))
+
+
+def new_job_id() -> str:
+    """Returns 32 hexadecimal digits from 128 random bits, so that ids do not collide.
+
+    Not a secret: the system's own generator would cost a system call for each job.
+    """
+    return f"{_random.getrandbits(128):032x}"
 
 
 class JobTerms(NamedTuple):
@@ -36,6 +55,35 @@ class JobTerms(NamedTuple):
     replicated: bool = False
     rate_per_tenant: bool = False
     idle_timeout: float | None = None
+
+    def draft(
+        self, job_id: str, rows: Sequence[Json], tokens: int, client: str, end: float | None, now: float
+    ) -> Draft:
+        """Returns a job of the call that ends at `end`; None means that the job has its own limit from `now`.
+
+        Both are monotonic seconds. Raises TypeError, ValueError or RecursionError if JSON cannot represent a row.
+        """
+        # A job whose text grows may run for any time: the call ends if it does not grow for total_timeout.
+        if end is None and self.total_timeout is not None and self.op not in STREAMING_OPS:
+            end = now + self.total_timeout
+        queue_by = None if self.queue_timeout is None else now + self.queue_timeout
+        body = encode_inputs(rows, self.options)
+        return Draft(job_id, self.op, len(rows), tokens, body, client, end, queue_by, self.tenant)
+
+    def submissions(self, drafts: Sequence[Draft], sink: Sink, charged_with: str) -> list[Submission]:
+        """Returns one submission for each job, which waits for room by itself.
+
+        If the call does not wait for room, returns one submission for all jobs, which are accepted or refused together.
+        The rate limit counts the call once, with the job `charged_with`.
+        """
+        tenant = self.tenant if self.rate_per_tenant else ""
+        submissions = []
+        for together in [[draft] for draft in drafts] if self.wait else [drafts]:
+            first = together[0]
+            calls = int(first.id == charged_with)
+            group = Group(self.priority, together, calls, self.replicated, refusals=calls)
+            submissions.append(Submission(self.service, group, sink, first.deadline if self.wait else 0.0, tenant))
+        return submissions
 
 
 def seconds_of(timeout: float | None) -> float | None:

@@ -9,7 +9,8 @@ from typing import cast
 import numpy as np
 
 from millstream.broker.config.spec import ServiceSpec
-from millstream.broker.contract.codec import MAX_ROWS, JsonText, encode_value
+from millstream.broker.contract.codec import JsonText, encode_value
+from millstream.broker.contract.entry_codec import MAX_ROWS
 from millstream.broker.contract.errors import InputTooLong, InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.operations import Operation

@@ -24,17 +24,15 @@ from millstream.broker.contract.errors import (
     described,
 )
 from millstream.broker.contract.job import Draft, Json, Reply
-from millstream.broker.contract.operations import BY_OP, STREAMING_OPS
+from millstream.broker.contract.operations import BY_OP
 from millstream.broker.contract.partial import decode_delta
 from millstream.broker.queue.cache import Cached
-from millstream.broker.queue.streams import CancelOutcome, Group
-from millstream.broker.queue.submission import Submission, draft_job
-from millstream.client.channel.ids import new_id
+from millstream.broker.queue.stream_types import CancelOutcome
 from millstream.client.channel.requests import Cancellation
 from millstream.client.channel.wake_chain import wake_chain
 from millstream.client.flow import Flow
 from millstream.client.growing_text import GrowingText
-from millstream.client.job_terms import CallChannel, JobTerms, Progress, Watch
+from millstream.client.job_terms import CallChannel, JobTerms, Progress, Watch, new_job_id
 from millstream.client.row_results import RowResults
 from millstream.client.services import Known
 from millstream.client.split import Part
@@ -69,7 +67,7 @@ class Transfer:
         progress: Progress,
         growing: GrowingText | None = None,
     ) -> None:
-        self.id = self._first_id = self._charged_with = new_id()
+        self.id = self._first_id = self._charged_with = new_job_id()
         self.lock = threading.RLock()
         self.rows = RowResults(len(inputs), given, BY_OP[terms.op].results)
         self.began = self.ended = began
@@ -112,7 +110,7 @@ class Transfer:
             if not drafts:
                 return
             try:
-                self._channel.submit(self._submissions(drafts))
+                self._channel.submit(self._terms.submissions(drafts, self, self._charged_with))
             except MillstreamError as error:
                 self.refused([draft.id for draft in drafts], error)
 
@@ -122,34 +120,12 @@ class Transfer:
             self._flow = Flow(terms.most_jobs, terms.total_timeout if terms.timeout is None else None, self.began)
         return self._flow.window(self._watch.live(self._terms.service, self.pump))
 
-    def _submissions(self, drafts: Sequence[Draft]) -> list[Submission]:
-        """Returns one submission for each job, which waits for room by itself.
-
-        If the call does not wait for room, returns one submission for all jobs, which are accepted or refused together.
-        """
-        terms = self._terms
-        tenant = terms.tenant if terms.rate_per_tenant else ""
-        submissions = []
-        for together in [[draft] for draft in drafts] if terms.wait else [drafts]:
-            first = together[0]
-            # The rate limit counts a call once, with its first job, or with the job that replaces it.
-            calls = int(first.id == self._charged_with)
-            group = Group(terms.priority, together, calls, terms.replicated, refusals=calls)
-            submissions.append(Submission(terms.service, group, self, first.deadline if terms.wait else 0.0, tenant))
-        return submissions
-
     def _draft(self, part: Part) -> Draft | None:
         """Returns the job that carries `part`. If it cannot be encoded, its rows get the error and None is returned."""
-        terms, now = self._terms, time.monotonic()
-        end = self._end
-        # A job whose text grows may run for any time: the call ends if it does not grow for total_timeout.
-        if end is None and terms.total_timeout is not None and terms.op not in STREAMING_OPS:
-            end = now + terms.total_timeout
-        queue_by = None if terms.queue_timeout is None else now + terms.queue_timeout
-        job_id, client = self._first_id or new_id(), self._channel.client_id
+        job_id, now = self._first_id or new_job_id(), time.monotonic()
         rows = list(map(self._inputs.__getitem__, part.rows))
         try:
-            draft = draft_job(job_id, terms.op, rows, part.tokens, terms.options, client, end, queue_by, terms.tenant)
+            draft = self._terms.draft(job_id, rows, part.tokens, self._channel.client_id, self._end, now)
         except (TypeError, ValueError, RecursionError) as error:
             self._place([part], InvalidRequest(f"cannot be sent: {described(error)}"))
             return None

@@ -14,7 +14,7 @@ from millstream.broker.contract.codec import decode_inputs, encode_reply
 from millstream.broker.contract.job import Claim, Reply
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.registry import Registry
-from millstream.broker.queue.streams import Settlement
+from millstream.broker.queue.stream_types import Settlement
 from millstream.broker.transport.connection import Connection
 
 

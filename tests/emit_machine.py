@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from millstream.broker.contract.job import Claim
 from millstream.broker.contract.partial import Delta, decode_delta, decode_records, text_of
-from millstream.broker.queue.streams import LOST, Emission, Settlement
+from millstream.broker.queue.stream_types import LOST, Emission, Settlement
 
 T = TypeVar("T")
 

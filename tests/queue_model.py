@@ -9,7 +9,7 @@ from typing import Literal
 
 from millstream.broker.contract.job import PRIORITIES, Claim, Priority
 from millstream.broker.contract.keys import RETURNED
-from millstream.broker.queue.streams import ClaimBudget, Claimed
+from millstream.broker.queue.claims import ClaimBudget, Claimed
 
 MAX_JOBS = 16
 MAX_BATCH_JOBS = 8

@@ -12,7 +12,8 @@ from support import eventually
 from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection
-from millstream.worker.supervision.supervisor import Plan, Supervisor
+from millstream.worker.supervision.plan import Plan
+from millstream.worker.supervision.supervisor import Supervisor
 
 LONG_S = 60.0
 

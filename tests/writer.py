@@ -14,7 +14,7 @@ from millstream.broker.contract.job import Claim, Json, Reply
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.contract.partial import Delta, decode_records, encode_delta, text_of
 from millstream.broker.queue.registry import Registry
-from millstream.broker.queue.streams import Settled, Settlement
+from millstream.broker.queue.stream_types import Settled, Settlement
 from millstream.broker.transport.connection import Connection
 
 

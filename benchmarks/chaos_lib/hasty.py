@@ -19,7 +19,8 @@ from millstream.broker.transport.connection import Connection
 from millstream.cli.interrupts import Interrupts
 from millstream.cli.status import Lines
 from millstream.cli.supervise import supervise
-from millstream.worker.supervision.supervisor import Plan, Supervisor
+from millstream.worker.supervision.plan import Plan
+from millstream.worker.supervision.supervisor import Supervisor
 
 # -P: the folder of this file has modules whose names others use.
 PROGRAM = (sys.executable, "-P", __file__)

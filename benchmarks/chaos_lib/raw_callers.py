@@ -22,7 +22,8 @@ from millstream.broker.contract.errors import Cancelled
 from millstream.broker.contract.job import PRIORITIES, Draft
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.registry import Registry
-from millstream.broker.queue.streams import Group, Streams
+from millstream.broker.queue.stream_types import Group
+from millstream.broker.queue.streams import Streams
 from millstream.broker.transport.connection import Connection, retrying
 
 THREADS = 4

@@ -9,19 +9,9 @@ from collections.abc import Iterable, Mapping
 from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from millstream.broker.config.spec import (
-    PRESETS,
-    ModelSpec,
-    PriorityLimits,
-    RateLimit,
-    RedisSettings,
-    Runtime,
-    Section,
-    ServiceName,
-    Settings,
-    discard,
-    no_cache,
-)
+from millstream.broker.config.fields import Section, ServiceName, Settings
+from millstream.broker.config.rate_limit import RateLimit
+from millstream.broker.config.spec import PRESETS, ModelSpec, PriorityLimits, RedisSettings, Runtime, discard, no_cache
 from millstream.broker.config.yaml import Document, KeyPath
 from millstream.broker.contract.errors import did_you_mean
 from millstream.broker.contract.operations import OPERATIONS, types_with

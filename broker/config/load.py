@@ -14,7 +14,8 @@ from pydantic import Field
 
 from millstream.broker.config import yaml as config_yaml
 from millstream.broker.config.check import ConfigFile, check
-from millstream.broker.config.spec import ModelSpec, RedisSettings, Runtime, ServiceSpec, Settings
+from millstream.broker.config.fields import Settings
+from millstream.broker.config.spec import ModelSpec, RedisSettings, Runtime, ServiceSpec
 from millstream.broker.config.yaml import KeyPath, Place
 from millstream.broker.contract.errors import ConfigError
 from millstream.broker.contract.operations import CALL

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from millstream.broker.config.data_dir import default_data_dir
+from millstream.broker.config.fields import Settings
 from millstream.broker.config.load import Config
-from millstream.broker.config.spec import PRESETS, ServiceSpec, Settings
+from millstream.broker.config.spec import PRESETS, ServiceSpec
 from millstream.broker.config.variables import DATA_DIR_VARIABLE, URL_VARIABLE
 from millstream.broker.config.yaml import KeyPath
 

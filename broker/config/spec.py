@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Literal, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetJsonSchemaHandler,
-    ValidationError,
-    model_validator,
+from pydantic import Field, ValidationError, model_validator
+
+from millstream.broker.config.fields import (
+    BatchTokens,
+    Count,
+    Device,
+    Duration,
+    Handler,
+    HomePath,
+    Kernels,
+    KeyPrefix,
+    Limit,
+    OptionalDuration,
+    PathBelow,
+    Rate,
+    RedisUrl,
+    Section,
+    ServiceName,
+    Settings,
+    Size,
+    Span,
 )
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
-
-from millstream.broker.config.units import DURATION_PATTERN, SIZE_PATTERN, seconds, size
-from millstream.broker.config.url import ACCEPTED, canonical, read_url
+from millstream.broker.config.rate_limit import OptionalRateLimit
 from millstream.broker.contract.errors import ConfigError
 from millstream.broker.contract.operations import OPERATIONS, ModelType, Operation
 
@@ -52,149 +57,6 @@ CACHE_TTL_S = 3_600.0
 WEIGHTS: Mapping[PriorityName, float] = {"realtime": 7.0, "normal": 2.0, "batch": 1.0}
 """Default `share` of each priority."""
 
-SERVICE_NAME = "[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
-_PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-_DOTTED = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
-_HANDLER = re.compile(f"{_DOTTED}:{_DOTTED}")
-
-
-def _optional_seconds(value: object) -> float | None:
-    return None if value in (None, "none", "null") else seconds(value)
-
-
-def _count(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("must be a whole number")
-    return value
-
-
-def _tokens(value: object) -> object:
-    if value == "auto":
-        return value
-    try:
-        number = int(str(value))
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise ValueError('must be a whole number of at least 1, or "auto"')
-    return number
-
-
-def _rates(value: object) -> object:
-    if value in (None, "none", "null"):
-        return None
-    return {"requests": value} if isinstance(value, int | float | str) and not isinstance(value, bool) else value
-
-
-def _empty_section(value: object) -> object:
-    return {} if value is None else value
-
-
-def _automatic(value: str) -> str | None:
-    return None if value == "auto" else value
-
-
-def _service_name(name: str) -> str:
-    if not re.fullmatch(SERVICE_NAME, name):
-        raise ValueError("a service name has 1 to 64 of A-Z a-z 0-9 _ . - and starts with a letter or digit")
-    return name
-
-
-def _key_prefix(prefix: str) -> str:
-    if not _PREFIX.fullmatch(prefix):
-        raise ValueError("must be 1 to 64 of A-Z a-z 0-9 _ . : -")
-    return prefix
-
-
-def _redis_url(url: str | None) -> str | None:
-    """Returns the URL in its canonical spelling. The error does not quote the URL, which may hold a password."""
-    if url is None or not url.strip():
-        return None
-    try:
-        read_url(url)
-    except ValueError as problem:
-        raise ValueError(f"no Redis URL: {problem}; {ACCEPTED}") from None
-    return canonical(url)
-
-
-def _kernels(value: object) -> object:
-    # YAML 1.1 reads `off` as false.
-    return "off" if value is False else value
-
-
-def _below(path: str) -> str:
-    if path.startswith("/") or not {"..", ""}.isdisjoint(path.split("/")):
-        raise ValueError("must be a path below the model's folder, as in onnx/model.onnx")
-    return path
-
-
-def _handler(name: str) -> str:
-    if not _HANDLER.fullmatch(name):
-        raise ValueError("must be module:function, as in my_package.my_module:process")
-    return name
-
-
-# Compared by identity, because typing hashes the arguments of Annotated and `accepted` has no hash.
-@dataclass(frozen=True, slots=True, eq=False)
-class AlsoAccepts:
-    """Adds to the JSON Schema of config.yaml the values that a validator accepts besides its own type."""
-
-    accepted: Sequence[JsonSchemaValue]
-
-    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        own = handler(core)
-        return {"anyOf": [*(own["anyOf"] if set(own) == {"anyOf"} else [own]), *self.accepted]}
-
-
-_RATE: JsonSchemaValue = {"type": "number", "exclusiveMinimum": 0}
-_NO_LIMIT: JsonSchemaValue = {"enum": ["none", "null"]}
-_DURATION: JsonSchemaValue = {"type": "string", "pattern": DURATION_PATTERN}
-_SIZE: JsonSchemaValue = {"type": "string", "pattern": SIZE_PATTERN}
-
-Count = Annotated[Annotated[int, Field(ge=1)], BeforeValidator(_count)]
-Rate = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)], BeforeValidator(_count)]
-Duration = Annotated[Annotated[float, Field(ge=0)], BeforeValidator(seconds), AlsoAccepts([_DURATION])]
-Span = Annotated[Annotated[float, Field(gt=0)], BeforeValidator(seconds), AlsoAccepts([_DURATION])]
-"""A duration above zero."""
-Limit = Annotated[
-    Annotated[float, Field(gt=0)] | None, BeforeValidator(_optional_seconds), AlsoAccepts([_DURATION, _NO_LIMIT])
-]
-"""A Span, or None for no limit."""
-Size = Annotated[Annotated[int, Field(gt=0)], BeforeValidator(size), AlsoAccepts([_SIZE])]
-ServiceName = Annotated[str, AfterValidator(_service_name)]
-
-T = TypeVar("T")
-Section = Annotated[T, BeforeValidator(_empty_section), AlsoAccepts([{"type": "null"}])]
-"""A mapping. YAML gives null if all of its keys are commented out; that counts as empty."""
-
-
-class Settings(BaseModel):
-    """Base class of all settings: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class RateLimit(Settings):
-    """Limits per second: `requests` (calls), `rows`, `tokens`. None is no limit.
-
-    `burst` is the most at once, by default the limit of one second. With `per: tenant` each tenant is counted apart.
-    """
-
-    requests: Rate | None = None
-    rows: Rate | None = None
-    tokens: Rate | None = None
-    burst: Rate | None = None
-    per: Literal["tenant"] | None = None
-
-    @property
-    def burst_s(self) -> float:
-        """Seconds of the limit that may be used at once.
-
-        `burst` counts in the first unit that is limited: requests, rows or tokens. All units get the same seconds.
-        """
-        first = self.requests or self.rows or self.tokens
-        return self.burst / first if self.burst and first else 1.0
-
 
 class PriorityLimits(Settings):
     """Limits of one priority of a service; None takes the service's value.
@@ -208,9 +70,7 @@ class PriorityLimits(Settings):
     inference_timeout: Limit = None
     total_timeout: Limit = None
     max_queue_size: Count | None = None
-    batch_timeout: Annotated[
-        Annotated[float, Field(ge=0)] | None, BeforeValidator(_optional_seconds), AlsoAccepts([_DURATION, _NO_LIMIT])
-    ] = None
+    batch_timeout: OptionalDuration = None
 
 
 class Runtime(Settings):
@@ -223,16 +83,16 @@ class Runtime(Settings):
     queue_timeout: Limit = None
     inference_timeout: Limit = None
     total_timeout: Limit = 60.0
-    rate_limit: Annotated[RateLimit | None, BeforeValidator(_rates), AlsoAccepts([_RATE, _NO_LIMIT])] = None
+    rate_limit: OptionalRateLimit = None
     enable_cache: bool = False
     preset: Preset | None = None
-    max_batch_tokens: Annotated[int | Literal["auto"], BeforeValidator(_tokens)] = 2_048
+    max_batch_tokens: BatchTokens = 2_048
     stall_timeout: Limit = None
     max_attempts: Count = 3
     memory_limit: Size | None = None
     cache_ttl: Limit = None
     truncate: Literal["none", "start", "end"] = "none"
-    priorities: Section[dict[PriorityName, Section[PriorityLimits]]] = {}
+    priorities: Section[dict[PriorityName, Section[PriorityLimits]]] = Field(default={})
 
     def limits(self, priority: PriorityName) -> PriorityLimits:
         """Returns the limits of one priority: its own if given, otherwise the service's.
@@ -297,22 +157,22 @@ class ModelSpec(Settings):
 
     type: ModelType
     model_name: str = ""
-    device: Annotated[str | None, AfterValidator(_automatic)] = None
+    device: Device = None
     # Assigned to the worker processes in turn, instead of `device`.
     devices: tuple[str, ...] = ()
     revision: str | None = None
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "float32"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     # auto: faster kernels replace the library's own if they prove equal; off: never.
-    kernels: Annotated[Literal["auto", "off"], BeforeValidator(_kernels), AlsoAccepts([{"const": False}])] = "auto"
+    kernels: Kernels = "auto"
     # The library that runs the weights. If it is not torch, `model_file` is the exported file in the model's folder.
     backend: Literal["torch", "onnx", "openvino"] = "torch"
-    model_file: Annotated[str, AfterValidator(_below)] | None = None
+    model_file: PathBelow | None = None
     max_length: Count | None = None
     warmup: bool | None = None
     priority: int | None = None
     # Only a worker's own file names code: a handler is neither written to Redis nor read from it.
-    handler: Annotated[str, AfterValidator(_handler)] | None = Field(default=None, exclude=True)
+    handler: Handler | None = Field(default=None, exclude=True)
 
     # Looked up once: each call of a client reads it several times.
     @cached_property
@@ -324,14 +184,14 @@ class ModelSpec(Settings):
 class RedisSettings(Settings):
     """The Redis server and how to use it. `data_dir` is the embedded server's folder; `result_ttl` is in seconds."""
 
-    url: Annotated[str | None, AfterValidator(_redis_url)] = None
-    password_file: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
+    url: RedisUrl = None
+    password_file: HomePath | None = None
     insecure: bool = False
     allow_eviction: bool = False
-    key_prefix: Annotated[str, AfterValidator(_key_prefix)] = "ms"
+    key_prefix: KeyPrefix = "ms"
     result_ttl: Span = RESULT_TTL_S
     durability: Literal["everysec", "always", "replicated"] = "everysec"
-    data_dir: Annotated[Path, AfterValidator(Path.expanduser)] | None = None
+    data_dir: HomePath | None = None
 
 
 class ServiceSpec(Settings):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from millstream.broker.config.spec import RateLimit, Runtime
+from millstream.broker.config.rate_limit import RateLimit
+from millstream.broker.config.spec import Runtime
 from millstream.broker.contract.errors import (
     InvalidRequest,
     MillstreamError,
@@ -12,7 +13,7 @@ from millstream.broker.contract.errors import (
     UnknownService,
 )
 from millstream.broker.contract.job import PRIORITIES
-from millstream.broker.queue.streams import Admission
+from millstream.broker.queue.stream_types import Admission
 
 
 def limit_fields(runtime: Runtime) -> dict[str, str | int | float]:

@@ -10,11 +10,13 @@ from typing import cast
 
 import redis
 
-from millstream.broker.contract.codec import decode_entry, decode_inputs
+from millstream.broker.contract.codec import decode_inputs
+from millstream.broker.contract.entry_codec import decode_entry
 from millstream.broker.contract.errors import InvalidRequest, Malformed
 from millstream.broker.contract.job import Draft, Priority
 from millstream.broker.contract.keys import ServiceKeys
-from millstream.broker.queue.streams import DetachedCall, Group, Streams
+from millstream.broker.queue.stream_types import DetachedCall, Group
+from millstream.broker.queue.streams import Streams
 from millstream.broker.queue.submitter import deliver
 
 _PAGE = 100

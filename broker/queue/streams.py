@@ -1,29 +1,28 @@
-"""The operations on the job streams: enqueue, claim, settle, cancel, purge. One class; each method runs one script."""
+"""Operations on the job streams: enqueue, claim, settle, emit, cancel, purge. Each method runs one script."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, cast
+from typing import cast
 
 import redis
 
-from millstream.broker.contract.codec import decode_entry, encode_reply, salvage
-from millstream.broker.contract.errors import (
-    BrokerUnavailable,
-    Cancelled,
-    Malformed,
-    NewerVersion,
-    ReaderTooSlow,
-    ReplyTooLarge,
-)
-from millstream.broker.contract.job import PRIORITIES, Address, Claim, Draft, Priority, Reply
+from millstream.broker.contract.errors import BrokerUnavailable
+from millstream.broker.contract.job import PRIORITIES, Address, Draft, Priority
 from millstream.broker.contract.keys import GROUP, RETURNED, STREAM_INDEX, ServiceKeys
-from millstream.broker.contract.operations import STREAMING_OPS
-from millstream.broker.contract.partial import Delta, encode_delta
+from millstream.broker.contract.partial import encode_delta
 from millstream.broker.queue import scripts
+from millstream.broker.queue.claims import ClaimBudget as ClaimBudget
+from millstream.broker.queue.claims import Claimed as Claimed
+from millstream.broker.queue.claims import decode_claim, decode_claimed, flat_fields
 from millstream.broker.queue.lease import LEASE_MS
+from millstream.broker.queue.stream_types import DIVERGED as DIVERGED
+from millstream.broker.queue.stream_types import LOST as LOST
+from millstream.broker.queue.stream_types import Admission, CancelOutcome, Group, Refusal, Settled, Submitted
+from millstream.broker.queue.stream_types import Emission as Emission
+from millstream.broker.queue.stream_types import Settlement as Settlement
+from millstream.broker.queue.substitutes import CANCELLED, MAX_REPLY_BYTES, PURGED, TOO_LARGE, UNREAD, UNREAD_BYTES
 
 MAX_JOBS_PER_CALL = 128
 MAX_BYTES_PER_CALL = 1024 * 1024
@@ -38,21 +37,11 @@ REPLY_TTL_MS = 300_000
 REPLICA_MS = 500
 """Time for a replica to confirm jobs, ms. It is short because a process's only sender thread waits for it."""
 
-UNREAD_BYTES = 128 * 1024 * 1024
-"""Most unread bytes of a client's reply stream. Beyond it the client is slow or dead, and gets small errors instead."""
-
-MAX_REPLY_BYTES = 60 * 1024 * 1024
-"""Most bytes of a reply. A larger one is replaced by an error, because a server with `proto-max-bulk-len 64mb` would
-cut the worker's connection."""
-
 MARKS_KEPT_MS = 2 * LEASE_MS
 """Lifetime of a cancelled job's mark, ms. By then its worker has read it with a heartbeat, or has lost the job."""
 
 MOST_UNREAD_DELTAS = 4_000
 """Entries. A reply stream that holds as many gets no deltas: its slow client gets the text with the reply."""
-
-LOST, DIVERGED = -1, -2
-"""Outcomes of `emit`: another worker holds the job, or it is settled; the server holds other records of it."""
 
 LONGEST_MS = 100 * 366 * 86_400_000
 """Longest time that is sent to the server, ms: a longer or infinite one would overflow its expiry of keys."""
@@ -64,152 +53,12 @@ _XREADGROUP = b"XREADGROUP"
 """The command as bytes: redis-py has no callback for it, so it does not make a dict of each entry, which would merge
 fields of the same name."""
 
-
-class DetachedCall(NamedTuple):
-    """The detached call that a group of jobs is part of. `jobs` is the number of jobs of the whole call.
-
-    `payload` identifies the call's rows and shape in at most about 100 characters: later groups with the same `id` are
-    refused if their payload differs. Results live for `result_ttl_ms` after the last one; None means the worker's ttl.
-    """
-
-    id: str
-    jobs: int
-    payload: str
-    result_ttl_ms: int | None = None
-
-
-class Group(NamedTuple):
-    """Jobs of one call and tenant, which are accepted or refused together.
-
-    `calls` is the cost for the rate limit on requests: 1, or 0 for the later groups of a call. `replicated`: the jobs
-    count as accepted once a replica has them. `refusals` is added to the count of refused calls if the group is
-    refused: `calls`, and 0 when it is sent again. Jobs of a detached `call` that were accepted before are skipped.
-    """
-
-    priority: Priority
-    drafts: Sequence[Draft]
-    calls: int = 1
-    replicated: bool = False
-    refusals: int = 1
-    call: DetachedCall | None = None
-
-
-Refusal = Literal["unknown_service", "paused", "queue_full", "rate_limited", "over_burst", "reused_key"]
-
-
-class Admission(NamedTuple):
-    """The server's decision on a group. `refused` is the reason, "" if it was accepted; `retry_after` is in seconds."""
-
-    refused: Refusal | Literal[""] = ""
-    retry_after: float = 0.0
-
-
-_ACCEPTED = Admission()
-
-
-class ClaimBudget(NamedTuple):
-    """The limits of one claim, in `jobs`, `rows` and `tokens`.
-
-    `empty_handed`: the worker holds no jobs, so one job may exceed rows and tokens. `saved`: rows that normal and batch
-    jobs may take before more urgent ones. New jobs come from the `streams` most urgent streams, returned jobs from the
-    `returned` most urgent ones. `held`: jobs that this worker holds, which are part of its share of all waiting jobs;
-    beyond its share it claims only until it has `next_rows`, the rows missing in its next batch. `max_attempts` limits
-    the size of groups of suspects. `job`: rows and tokens of the job it claimed last, to estimate how many fit.
-    `large`: a job that does not fit and has more rows or tokens than these is reported like a suspect, so that the
-    worker becomes free for it.
-    """
-
-    jobs: int
-    rows: int
-    tokens: int
-    live_workers: int = 1
-    empty_handed: bool = False
-    streams: int = 3
-    returned: int = 3
-    saved: tuple[int, int] = (0, 0)
-    held: int = 0
-    next_rows: int = 0
-    max_attempts: int = 3
-    job: tuple[int, int] = (1, 1)
-    large: tuple[int, int] = (10**9, 10**9)
-
-
-@dataclass(frozen=True, slots=True)
-class Claimed:
-    """The result of one claim. `now`: server clock, ms. `waiting`: new and returned jobs that remain, by stream.
-
-    `suspects`: the most urgent stream, 1 to 3, that has suspects or a large job for a worker that holds nothing; 0 if
-    none has. `paused`: the service is paused, so the script claimed nothing. The first `woken` claims were delivered to
-    a blocking read, even if the service is paused. `blocked`: the stream, 1 to 3, whose next job has more rows or
-    tokens than the budget has room for; 0 if none has.
-    """
-
-    now: int
-    waiting: tuple[int, ...] = (0, 0, 0)
-    suspects: int = 0
-    paused: bool = False
-    blocked: int = 0
-    claims: list[Claim] = field(default_factory=list)
-    woken: int = 0
-
-
-class Settlement(NamedTuple):
-    """The outcome of one job: its encoded reply, and in `bury` the reason if it is to become a dead letter."""
-
-    address: Address
-    reply: bytes
-    bury: str = ""
-
-
-class Emission(NamedTuple):
-    """Output of a job since the server last confirmed `before` bytes of its records.
-
-    `records` are whole encoded records. `delta` is their text. `forgives`: it generated enough that deaths of earlier
-    workers are no longer counted against it.
-    """
-
-    address: Address
-    before: int
-    records: bytes
-    delta: Delta
-    forgives: bool = False
-
-
-class Submitted(NamedTuple):
-    """The state of a detached call: its `payload`, and the number of jobs that are `answered`."""
-
-    payload: str
-    answered: int
-
-
 CALL_FIELDS = 4
 """Number of fields of a detached call's hash that are not jobs."""
 
-Settled = Literal["answered", "unread", "late", "unwritable"]
-"""Outcome of settling a job. `unread`: the client has too many unread replies, and got an error instead of this one.
-`late`: the job was settled before. `unwritable`: the reply could not be written, and the job became a dead letter."""
+_ACCEPTED = Admission()
 _SETTLED: dict[int, Settled] = {1: "answered", 2: "unread", 0: "late", -1: "unwritable"}
-
-CancelOutcome = Literal["waiting", "running", "gone"]
 _CANCEL_OUTCOMES: dict[int, CancelOutcome] = {2: "waiting", 1: "running", 0: "gone"}
-_CANCELLED = encode_reply(Reply(error=Cancelled("cancelled by its caller before it ran")))
-_UNREAD = encode_reply(
-    Reply(
-        error=ReaderTooSlow(
-            f"the reply was dropped: this client has {UNREAD_BYTES >> 20} MiB of unread replies",
-            hint="do not block its process or its event loop, or make fewer and smaller calls at a time",
-        )
-    )
-)
-_TOO_LARGE = encode_reply(
-    Reply(
-        error=ReplyTooLarge(
-            f"the reply has more than {MAX_REPLY_BYTES >> 20} MiB",
-            hint="lower batch_size, or ask for fewer rows, fewer dimensions or encoding=float16",
-        )
-    )
-)
-_PURGED = encode_reply(Reply(error=Cancelled("purged from the queue before it ran", hint="an operator did it")))
 
 
 class Streams:
@@ -287,7 +136,7 @@ class Streams:
 
     def claim(self, consumer: str, limit: ClaimBudget) -> Claimed:
         """Claims waiting jobs within `limit`, without blocking. A malformed entry becomes a claim without a job."""
-        return _claimed([], scripts.run(self._client, "claim", *self._claim_words(consumer, limit)))
+        return decode_claimed([], scripts.run(self._client, "claim", *self._claim_words(consumer, limit)))
 
     def wait(self, consumer: str, wait_s: float, limit: ClaimBudget) -> Claimed:
         """Blocks until a new job comes, at most `wait_s` seconds, and claims it and further jobs within `limit`.
@@ -310,8 +159,8 @@ class Streams:
                 self._silence([entry for entry, _ in entries])
                 continue
             number = self._streams.index(key) + 1
-            claims += [_claim(number, entry, flat, 0.0) for entry, flat in entries]
-        return _claimed(claims, rest)
+            claims += [decode_claim(number, entry, flat, 0.0) for entry, flat in entries]
+        return decode_claimed(claims, rest)
 
     def _silence(self, rings: Sequence[bytes]) -> None:
         """Removes what the bell delivered: the claim after it has taken the jobs that were given back."""
@@ -340,9 +189,9 @@ class Streams:
             if address.streams:
                 jobs.append(self._keys.partial(address.job_id))
             if len(reply) > MAX_REPLY_BYTES:
-                reply = _TOO_LARGE
+                reply = TOO_LARGE
             words += (address.name, destination, address.job_id, reply, bury)
-        args: list[scripts.Argument] = [GROUP, DEAD_LETTERS_KEPT, self._unread_bytes, _UNREAD, len(destinations)]
+        args: list[scripts.Argument] = [GROUP, DEAD_LETTERS_KEPT, self._unread_bytes, UNREAD, len(destinations)]
         for kind, key, ttl, streams in destinations:
             keys.append(key)
             args += (kind, ttl, int(streams))
@@ -379,7 +228,7 @@ class Streams:
         """
         keys = [*self._streams, self._keys.cancelled(), self._keys.trail()]
         args: list[scripts.Argument] = [GROUP, RETURNED, MARKS_KEPT_MS]
-        result = b"" if client else _CANCELLED
+        result = b"" if client else CANCELLED
         for job_id in job_ids:
             kind, key, ttl = self._destination(Address("", job_id, client, call))
             # The script takes a key for each job, even if it writes nothing there.
@@ -399,11 +248,11 @@ class Streams:
             keys = [*self._streams, self._keys.trail()]
             args: list[scripts.Argument] = [GROUP, RETURNED, self._unread_bytes]
             for entry, fields in page:
-                address, job, *_ = _claim(STREAM_INDEX[priority], entry, _flat(fields), 0.0)
+                address, job, *_ = decode_claim(STREAM_INDEX[priority], entry, flat_fields(fields), 0.0)
                 kind, key, ttl = self._destination(address)
                 keys += (key, self._keys.seen(address.job_id), self._keys.partial(address.job_id))
                 deadline = job.deadline if job else 0
-                args += (STREAM_INDEX[priority], address.entry, address.job_id, kind, ttl, deadline, _PURGED)
+                args += (STREAM_INDEX[priority], address.entry, address.job_id, kind, ttl, deadline, PURGED)
             purged += sum(scripts.run(self._client, "purge", keys, args))
             after = f"({page[-1][0].decode()}"
         return purged
@@ -447,35 +296,3 @@ def _admission(outcome: list[int | bytes]) -> Admission:
     if outcome[0] != 0:
         return _ACCEPTED
     return Admission(cast(Refusal, cast(bytes, outcome[1]).decode()), cast(int, outcome[2]) / 1000)
-
-
-def _claim(
-    stream: int,
-    entry: bytes,
-    flat: Sequence[bytes],
-    attempts: float,
-    *,
-    by_share: bool = False,
-    given_back: bool = False,
-) -> Claim:
-    name = f"{stream}:{entry.decode()}"
-    try:
-        job = decode_entry(flat)
-    except Malformed as error:
-        newer = isinstance(error, NewerVersion)
-        return Claim(Address(name, *salvage(flat)), None, attempts, str(error), by_share, newer, given_back)
-    address = Address(name, job.id, job.client, job.call, job.op in STREAMING_OPS)
-    return Claim(address, job, attempts, by_share=by_share, given_back=given_back)
-
-
-def _claimed(woken: list[Claim], answer: Any) -> Claimed:
-    now, waiting, suspects, paused, blocked, *rows = answer
-    claims = [
-        _claim(stream, entry, fields, (deliveries - 1) / 2, by_share=bool(by_share), given_back=bool(returned))
-        for stream, entry, deliveries, fields, by_share, returned in rows
-    ]
-    return Claimed(now, tuple(waiting), suspects, bool(paused), blocked, woken + claims, len(woken))
-
-
-def _flat(fields: dict[bytes, bytes]) -> list[bytes]:
-    return [part for pair in fields.items() for part in pair]

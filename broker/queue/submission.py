@@ -1,14 +1,12 @@
-"""Submissions: jobs to be accepted together, the sink for their outcome, and the function that drafts a job."""
+"""Submissions: jobs to be accepted together, and the sink for their outcome."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from millstream.broker.contract.codec import encode_inputs
 from millstream.broker.contract.errors import MillstreamError
-from millstream.broker.contract.job import Draft, Json
-from millstream.broker.queue.streams import Group
+from millstream.broker.queue.stream_types import Group
 
 
 class Sink(Protocol):
@@ -20,25 +18,6 @@ class Sink(Protocol):
         """Takes an encoded delta of a running job's text. The same delta can come twice, and deltas can be missing."""
 
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None: ...
-
-
-def draft_job(
-    job_id: str,
-    op: str,
-    inputs: Sequence[Json],
-    tokens: int,
-    options: Mapping[str, Json],
-    client: str = "",
-    deadline: float | None = None,
-    queue_by: float | None = None,
-    tenant: str = "",
-) -> Draft:
-    """Returns a job with one row for each of `inputs`. Raises TypeError or ValueError if JSON cannot represent one.
-
-    `deadline` and `queue_by` are monotonic seconds.
-    """
-    body = encode_inputs(inputs, options)
-    return Draft(job_id, op, len(inputs), tokens, body, client, deadline, queue_by, tenant)
 
 
 class Submission(NamedTuple):

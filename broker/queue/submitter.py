@@ -11,7 +11,8 @@ from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError
 from millstream.broker.contract.job import Priority
 from millstream.broker.queue.admission import refusal
 from millstream.broker.queue.backlog import Backlog, Why
-from millstream.broker.queue.streams import Admission, Group, Streams
+from millstream.broker.queue.stream_types import Admission, Group
+from millstream.broker.queue.streams import Streams
 from millstream.broker.queue.submission import Submission
 from millstream.broker.transport.error_map import is_transient, translated
 

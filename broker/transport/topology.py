@@ -13,7 +13,8 @@ from redis.retry import Retry
 
 from millstream.broker.config.url import Endpoint
 from millstream.broker.transport.access import FilePassword, check_tls_files, split_password_file
-from millstream.broker.transport.cluster import ClusterClient, Slots
+from millstream.broker.transport.cluster import ClusterClient
+from millstream.broker.transport.cluster_slots import Slots
 from millstream.broker.transport.link import FastPacker, SingleConnectionPool
 from millstream.broker.transport.sentinel import master_client, watchers
 

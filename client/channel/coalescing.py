@@ -14,7 +14,7 @@ from threading import Lock, Thread
 
 from millstream.broker.contract.codec import decode_reply
 from millstream.broker.contract.errors import InvalidRequest, Malformed, MillstreamError, ModelFailed
-from millstream.broker.queue.streams import CancelOutcome
+from millstream.broker.queue.stream_types import CancelOutcome
 from millstream.broker.queue.submission import Sink, Submission
 from millstream.client.channel.channel import Channel
 from millstream.client.channel.requests import Cancellation

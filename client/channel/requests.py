@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError
-from millstream.broker.queue.streams import CancelOutcome
+from millstream.broker.queue.stream_types import CancelOutcome
 
 NO_THREAD = "raise the limit on threads of this user or container (ulimit -u, pids.max)"
 """Hint of the error that is raised if a thread of the client cannot start."""

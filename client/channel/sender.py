@@ -15,7 +15,8 @@ from typing import cast
 
 from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError
 from millstream.broker.queue.registry import Registry
-from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, CancelOutcome, Streams
+from millstream.broker.queue.stream_types import CancelOutcome
+from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Streams
 from millstream.broker.queue.submission import Submission
 from millstream.broker.queue.submitter import Submitter
 from millstream.broker.transport.connection import Connection, translated
@@ -58,7 +59,7 @@ class Sender(threading.Thread):
         self._ready: deque[Submission | Cancellation] = deque()
         self._client = connection.own()
         self._services: dict[str, Streams] = {}
-        self._submitter = Submitter(lambda service: self._streams(service), connection.safe_url, self._refuse)
+        self._submitter = Submitter(self._streams, connection.safe_url, self._refuse)
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._waits = False

@@ -6,10 +6,10 @@ import pytest
 import redis
 from contracts.queue import CALLER, Queue, draft, ids, names
 
-from millstream.broker.contract.codec import encode_entry
+from millstream.broker.contract.entry_codec import encode_entry
 from millstream.broker.contract.job import PRIORITIES, Draft, Job, Priority
 from millstream.broker.contract.keys import GROUP, RETURNED
-from millstream.broker.queue.streams import ClaimBudget, Claimed
+from millstream.broker.queue.claims import ClaimBudget, Claimed
 
 
 def entry(**changed: bytes) -> dict[bytes, bytes]:

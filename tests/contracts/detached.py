@@ -12,7 +12,7 @@ from contracts.queue import Queue, draft
 from millstream.broker.contract.codec import decode_reply
 from millstream.broker.contract.errors import Cancelled
 from millstream.broker.contract.job import Claim, Draft, Priority
-from millstream.broker.queue.streams import Admission, DetachedCall, Group, Submitted
+from millstream.broker.queue.stream_types import Admission, DetachedCall, Group, Submitted
 
 ACCEPTED, REUSED = Admission(), Admission("reused_key")
 FULL = Admission("queue_full", 0.1)

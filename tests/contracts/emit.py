@@ -7,7 +7,8 @@ from contracts.queue import CALLER, Queue, draft, names
 from millstream.broker.contract.job import Claim, Draft
 from millstream.broker.contract.operations import OPERATIONS
 from millstream.broker.contract.partial import Delta, Record, decode_delta, decode_records, encode_record, text_of
-from millstream.broker.queue.streams import DIVERGED, LOST, MOST_UNREAD_DELTAS, REPLY_TTL_MS, Emission, Settlement
+from millstream.broker.queue.stream_types import DIVERGED, LOST, Emission, Settlement
+from millstream.broker.queue.streams import MOST_UNREAD_DELTAS, REPLY_TTL_MS
 
 STREAMING = OPERATIONS["echo-stream"].op
 

@@ -6,9 +6,9 @@ import time
 
 from contracts.queue import Queue, draft
 
-from millstream.broker.contract.codec import FIELDS, decode_entry
+from millstream.broker.contract.entry_codec import FIELDS, decode_entry
 from millstream.broker.contract.job import PRIORITIES, Priority
-from millstream.broker.queue.streams import Admission, DetachedCall, Group
+from millstream.broker.queue.stream_types import Admission, DetachedCall, Group
 
 ACCEPTED = Admission()
 FULL = Admission("queue_full", 0.1)

@@ -13,7 +13,7 @@ from millstream.broker.contract.errors import Cancelled
 from millstream.broker.contract.job import PRIORITIES, Priority
 from millstream.broker.contract.keys import GROUP, RETURNED
 from millstream.broker.queue.pause import Pause, find_pause, pause, resume
-from millstream.broker.queue.streams import Admission, Group
+from millstream.broker.queue.stream_types import Admission, Group
 
 PAUSED = Admission("paused", 0.5)
 

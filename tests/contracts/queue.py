@@ -14,9 +14,11 @@ from millstream.broker.contract.codec import encode_inputs
 from millstream.broker.contract.job import Claim, Draft, Priority
 from millstream.broker.contract.keys import GROUP, RETURNED, ServiceKeys
 from millstream.broker.queue import scripts
+from millstream.broker.queue.claims import ClaimBudget, Claimed
 from millstream.broker.queue.inspector import Inspector, ServiceView
 from millstream.broker.queue.lease import LEASE_S, Lease
-from millstream.broker.queue.streams import Admission, ClaimBudget, Claimed, Group, Settled, Settlement, Streams
+from millstream.broker.queue.stream_types import Admission, Group, Settled, Settlement
+from millstream.broker.queue.streams import Streams
 from millstream.broker.transport.connection import Connection
 
 CALLER = "caller"

@@ -6,7 +6,7 @@ import pytest
 from contracts.queue import Queue, draft
 
 from millstream.broker.contract.job import Draft, Priority
-from millstream.broker.queue.streams import Admission, Group
+from millstream.broker.queue.stream_types import Admission, Group
 
 ACCEPTED = Admission()
 OVER = Admission("over_burst")

@@ -8,7 +8,8 @@ from contracts.queue import CALLER, Queue, draft, ids
 
 from millstream.broker.contract.job import Address, Priority
 from millstream.broker.contract.keys import GROUP
-from millstream.broker.queue.streams import REPLY_TTL_MS, Settlement
+from millstream.broker.queue.stream_types import Settlement
+from millstream.broker.queue.streams import REPLY_TTL_MS
 
 SEEN_AFTER_SETTLE_MS = 20_000
 

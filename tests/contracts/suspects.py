@@ -9,7 +9,7 @@ from contracts.queue import CALLER, Queue, draft, ids, names
 
 from millstream.broker.contract.job import Claim, Draft, Priority
 from millstream.broker.contract.keys import GROUP
-from millstream.broker.queue.streams import ClaimBudget, Claimed
+from millstream.broker.queue.claims import ClaimBudget, Claimed
 
 
 def suspects(queue: Queue, count: int) -> list[Claim]:

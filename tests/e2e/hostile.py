@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 
-from millstream.broker.contract.codec import FIELDS
+from millstream.broker.contract.entry_codec import FIELDS
 
 CLIENT = b"mallory"
 HUGE = 16 * 2**20 + 1

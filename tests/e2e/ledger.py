@@ -13,7 +13,8 @@ from typing import cast
 from millstream.broker.contract.codec import decode_reply, encode_inputs
 from millstream.broker.contract.job import Draft, Priority, Reply
 from millstream.broker.contract.keys import ServiceKeys
-from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Group, Streams
+from millstream.broker.queue.stream_types import Group
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.broker.transport.connection import Connection, retrying
 
 READ_S = 1.0

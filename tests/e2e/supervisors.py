@@ -19,8 +19,9 @@ from millstream.broker.config.variables import URL_VARIABLE
 from millstream.broker.contract.errors import ModelUnavailable
 from millstream.broker.contract.keys import DEFAULT_PREFIX
 from millstream.worker.supervision.child_args import ChildArgs, Hosted
+from millstream.worker.supervision.plan import Plan
 from millstream.worker.supervision.progress import Progress
-from millstream.worker.supervision.supervisor import Plan, Supervisor
+from millstream.worker.supervision.supervisor import Supervisor
 
 START_S = 90.0
 

@@ -15,7 +15,7 @@ from e2e.sites import Site, echo, site_of
 from e2e.supervisors import supervising
 from support import eventually
 
-from millstream.worker.supervision.supervisor import Plan
+from millstream.worker.supervision.plan import Plan
 
 JOBS = 2000
 """More than two workers run within seconds: each test ends them amid their work."""

@@ -17,7 +17,7 @@ from e2e.reference import TEXTS, Reference
 from e2e.sites import Site, echo, minilm
 from support import eventually
 
-from millstream.broker.contract.codec import salvage
+from millstream.broker.contract.entry_codec import salvage
 from millstream.broker.contract.job import PRIORITIES, Priority
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.client import Client

@@ -17,7 +17,7 @@ from support import eventually
 
 from millstream.broker.config.load import ServiceSpec
 from millstream.broker.contract.errors import WorkerLost
-from millstream.worker.supervision.supervisor import Plan
+from millstream.worker.supervision.plan import Plan
 
 TESTS = Path(__file__).parents[1]
 MAX_ATTEMPTS = 3

@@ -17,7 +17,8 @@ from e2e.conftest import Say
 from e2e.sites import echo
 from support import eventually
 
-from millstream.broker.config.spec import RateLimit, Runtime, ServiceSpec
+from millstream.broker.config.rate_limit import RateLimit
+from millstream.broker.config.spec import Runtime, ServiceSpec
 from millstream.broker.contract.job import Job
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection

@@ -20,15 +20,20 @@ from millstream.broker.contract.errors import ModelFailed, WorkerLost
 from millstream.broker.contract.job import Priority
 from millstream.broker.queue.pause import pause, resume
 from millstream.worker.supervision import supervisor as module
-from millstream.worker.supervision.supervisor import Plan
+from millstream.worker.supervision.plan import Plan
 
 TESTS = Path(__file__).parents[1]
 WORKERS, WINDOW, MAX_ATTEMPTS = 4, 16, 3
 ENDS = {"exit": "crash:exit", "segfault": "segfault:segv", "memory": "memory:oom"}
 """How a forward can end its process, by an echo model's habit and the word it does it at."""
 
-SOME = range(WINDOW) if os.environ.get("MILLSTREAM_LONG") else (0, WINDOW // 2, WINDOW - 1)
-"""Positions for the slower ends; MILLSTREAM_LONG=1 tries each."""
+LONG = bool(os.environ.get("MILLSTREAM_LONG"))
+
+POSITIONS = range(WINDOW) if LONG else (0, 1, WINDOW // 2 - 1, WINDOW // 2, WINDOW - 1)
+"""Positions in a window of a job that exits: its ends and its halves' ends. MILLSTREAM_LONG=1 tries each."""
+
+SOME = range(WINDOW) if LONG else (0, WINDOW // 2, WINDOW - 1)
+"""Positions for the slower ends."""
 
 HOW = {"exit": "exited with status 1", "segfault": "was killed by SIGSEGV", "memory": "was killed by SIGKILL"}
 """What its supervisor sees of it."""
@@ -64,7 +69,7 @@ def send_at_once(site: Site, ledger: Ledger, jobs: list[list[str]]) -> list[str]
 @pytest.mark.parametrize(
     ("end", "at"),
     [
-        *[("exit", at) for at in range(WINDOW)],
+        *[("exit", at) for at in POSITIONS],
         *[(end, at) for end in ("segfault", "memory") for at in SOME],
     ],
 )

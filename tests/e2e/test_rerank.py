@@ -22,7 +22,8 @@ from millstream.broker.queue.registry import Registry
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.client import AsyncClient, Client, Ranking
-from millstream.worker.supervision.supervisor import Plan, Supervisor
+from millstream.worker.supervision.plan import Plan
+from millstream.worker.supervision.supervisor import Supervisor
 
 pytestmark = [pytest.mark.early, pytest.mark.timeout(300)]
 

@@ -21,7 +21,7 @@ from millstream.broker.config.load import ModelSpec, ServiceSpec
 from millstream.broker.contract.errors import WorkerLost
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.worker.supervision import supervisor as module
-from millstream.worker.supervision.supervisor import Plan
+from millstream.worker.supervision.plan import Plan
 
 pytestmark = pytest.mark.early
 

@@ -29,7 +29,8 @@ from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.client import Client, Embeddings
 from millstream.worker.models.loading.source import locate
-from millstream.worker.supervision.supervisor import Plan, Supervisor
+from millstream.worker.supervision.plan import Plan
+from millstream.worker.supervision.supervisor import Supervisor
 
 pytestmark = [pytest.mark.early, pytest.mark.timeout(400)]
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 from e2e.sites import Site, echo, site_of
-from e2e.supervisors import lone_worker, said, supervising
+from e2e.supervisors import START_S, lone_worker, said, supervising
 from support import eventually
 
 from millstream.broker.config.load import ModelSpec, ServiceSpec
 from millstream.broker.contract.answer import answer_field, decode_answer, encode_answer
 from millstream.broker.queue.registry import Registry
 from millstream.worker.supervision.child_args import EXIT_PERMANENT
-from millstream.worker.supervision.supervisor import Plan
+from millstream.worker.supervision.plan import Plan
 
 pytestmark = pytest.mark.early
 
@@ -158,7 +158,7 @@ def test_a_worker_of_the_same_fingerprint_with_another_answer_is_refused(opened:
 
 @pytest.mark.parametrize("damage", ["a pointer", "a lost tensor"])
 def test_a_damaged_folder_ends_its_worker_with_the_name_of_the_file_or_tensor(
-    opened: Open, tiny_model: Path, tmp_path: Path, damage: str
+    opened: Open, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -171,10 +171,11 @@ def test_a_damaged_folder_ends_its_worker_with_the_name_of_the_file_or_tensor(
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     site = opened(of_folder(folder))
 
-    status, reason = lone_worker(site)
     with supervising(site.url, Plan(site.spec, 1)) as supervision:
-        eventually(lambda: not supervision.is_alive(), within_s=30.0)
+        eventually(lambda: not supervision.is_alive(), within_s=START_S)
 
-    assert status == EXIT_PERMANENT
     assert supervision.refused
-    assert ("model.safetensors" if damage == "a pointer" else "embeddings.LayerNorm.weight") in reason
+    assert supervision.supervisor.restarts == 0
+    assert list(supervision.supervisor.refusals()) == [site.spec.name]
+    name = "model.safetensors" if damage == "a pointer" else "embeddings.LayerNorm.weight"
+    assert len(said(caplog, name, logging.ERROR)()) == 1

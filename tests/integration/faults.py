@@ -23,7 +23,8 @@ from millstream.broker.queue.registry import Registry
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.client import Client
-from millstream.worker.supervision.supervisor import Plan, Supervisor
+from millstream.worker.supervision.plan import Plan
+from millstream.worker.supervision.supervisor import Supervisor
 
 SERVICE = "mill"
 THREADS = 8

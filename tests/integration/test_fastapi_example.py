@@ -39,7 +39,8 @@ from millstream.broker.queue.registry import Registry
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.client import Embeddings
-from millstream.worker.supervision.supervisor import Plan, Supervisor
+from millstream.worker.supervision.plan import Plan
+from millstream.worker.supervision.supervisor import Supervisor
 
 LONG_S = 60.0
 SECRET = "redis://queue-host:6379"

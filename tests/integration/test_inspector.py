@@ -9,12 +9,13 @@ from typing import cast
 import pytest
 from contracts.queue import Queue, draft
 
-from millstream.broker.contract.codec import FIELDS, OPTIONAL, encode_inputs
+from millstream.broker.contract.codec import encode_inputs
+from millstream.broker.contract.entry_codec import FIELDS, OPTIONAL
 from millstream.broker.contract.errors import BrokerUnavailable
 from millstream.broker.contract.job import Draft, Priority
 from millstream.broker.contract.keys import ServiceKeys, services_key
 from millstream.broker.queue.inspector import Inspector, ServiceView
-from millstream.broker.queue.streams import Group
+from millstream.broker.queue.stream_types import Group
 from millstream.broker.transport.connection import Connection
 
 STATUS: dict[str, str | int] = {

@@ -17,9 +17,10 @@ from millstream.broker.config.spec import ServiceSpec
 from millstream.broker.contract.errors import Cancelled, DeadlineExceeded, NoWorkers, ServicePaused
 from millstream.broker.contract.job import PRIORITIES
 from millstream.broker.contract.keys import GROUP, RETURNED, ServiceKeys
+from millstream.broker.queue.claims import ClaimBudget, Claimed
 from millstream.broker.queue.inspector import Inspector, ServiceView, WorkerView
 from millstream.broker.queue.pause import pause, resume
-from millstream.broker.queue.streams import ClaimBudget, Claimed, Streams
+from millstream.broker.queue.streams import Streams
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.client import Client

@@ -17,7 +17,7 @@ from millstream.broker.contract.errors import BrokerUnavailable, ConfigError, Un
 from millstream.broker.contract.job import Priority
 from millstream.broker.contract.keys import services_key
 from millstream.broker.queue.registry import Registry
-from millstream.broker.queue.streams import Admission, Group
+from millstream.broker.queue.stream_types import Admission, Group
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 

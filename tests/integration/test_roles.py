@@ -23,13 +23,14 @@ from millstream.broker.contract.job import Priority
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue import scripts
 from millstream.broker.queue.registry import Registry
-from millstream.broker.queue.streams import Group
+from millstream.broker.queue.stream_types import Group
 from millstream.broker.roles import ROLES, SELECTORS_SINCE, Role
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection, is_transient, translated
 from millstream.cli.main import main
 from millstream.client import Client
-from millstream.worker.supervision.supervisor import Plan, Supervisor
+from millstream.worker.supervision.plan import Plan
+from millstream.worker.supervision.supervisor import Supervisor
 
 Enter = Callable[..., str]
 CONFIG = """\

@@ -19,7 +19,8 @@ from millstream.broker.config.spec import ServiceSpec
 from millstream.broker.contract.errors import BrokerUnavailable
 from millstream.broker.contract.job import Priority
 from millstream.broker.contract.keys import ServiceKeys
-from millstream.broker.queue.streams import Admission, Group, Streams
+from millstream.broker.queue.stream_types import Admission, Group
+from millstream.broker.queue.streams import Streams
 from millstream.broker.transport.connection import Connection, check, is_transient, translated
 from millstream.client import Client
 

@@ -19,7 +19,7 @@ from millstream.broker.contract.job import Draft, Priority
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.inspector import Inspector
 from millstream.broker.queue.registry import Registry
-from millstream.broker.queue.streams import Group
+from millstream.broker.queue.stream_types import Group
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.cli.main import main

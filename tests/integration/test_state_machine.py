@@ -34,10 +34,11 @@ from millstream.broker.contract.codec import decode_reply, encode_inputs
 from millstream.broker.contract.errors import Cancelled
 from millstream.broker.contract.job import PRIORITIES, Address, Claim, Draft, Priority
 from millstream.broker.contract.keys import GROUP, ServiceKeys
+from millstream.broker.queue.claims import ClaimBudget
 from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.pause import Pause, find_pause, pause, resume
 from millstream.broker.queue.replies import DELETE_COUNT, Replies
-from millstream.broker.queue.streams import ClaimBudget, Group, Settlement
+from millstream.broker.queue.stream_types import Group, Settlement
 from millstream.broker.transport.connection import Connection
 
 LEASE_S = 3600.0

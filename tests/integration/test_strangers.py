@@ -12,7 +12,8 @@ from workers import LONG_S, spec, working
 from millstream.broker.contract.job import Priority
 from millstream.broker.contract.keys import GROUP, ServiceKeys
 from millstream.broker.queue.inspector import Inspector
-from millstream.broker.queue.streams import Group, Streams
+from millstream.broker.queue.stream_types import Group
+from millstream.broker.queue.streams import Streams
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 

@@ -17,7 +17,9 @@ from millstream.broker.contract.errors import MillstreamError, QueueFull, Reader
 from millstream.broker.contract.job import PRIORITIES, Claim, Priority
 from millstream.broker.contract.keys import GROUP, ServiceKeys
 from millstream.broker.queue import streams
-from millstream.broker.queue.streams import ClaimBudget, Group, Settlement, Streams
+from millstream.broker.queue.claims import ClaimBudget
+from millstream.broker.queue.stream_types import Group, Settlement
+from millstream.broker.queue.streams import Streams
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection, translated
 

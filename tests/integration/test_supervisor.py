@@ -22,7 +22,8 @@ from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.worker.supervision import child
 from millstream.worker.supervision import supervisor as module
-from millstream.worker.supervision.supervisor import Plan, Supervisor
+from millstream.worker.supervision.plan import Plan
+from millstream.worker.supervision.supervisor import Supervisor
 
 NO_SERVER = "redis://127.0.0.1:1"
 

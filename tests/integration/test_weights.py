@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -21,8 +22,8 @@ PRINT_FINGERPRINTS = """
 import sys
 from millstream.broker.config.load import ModelSpec, Runtime, ServiceSpec
 from millstream.worker.models import load
-for name, revision in zip(sys.argv[2::2], sys.argv[3::2]):
-    model = ModelSpec(type=sys.argv[1], model_name=name, revision=revision or None)
+for kind, name, revision in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3]):
+    model = ModelSpec(type=kind, model_name=name, revision=revision or None)
     spec = ServiceSpec(name="mill", model=model, model_ref="m", runtime=Runtime())
     print(load(spec, "cpu", 1).fingerprint)
 """
@@ -30,48 +31,57 @@ for name, revision in zip(sys.argv[2::2], sys.argv[3::2]):
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def fingerprints(hub: Path, *models: str, kind: str = "embedding") -> list[str]:
-    """Of names and revisions in turn, as a process of its own finds them without a network.
+class Hub(NamedTuple):
+    """A cache of the hub with mill/tiny, an embedding model, and cross-encoder/tiny, a reranker.
 
-    The hub's library reads its environment when it is imported.
+    `fingerprints`: of the folder of mill/tiny, of its name, of its name and commit, of "tiny" as a reranker.
     """
-    command = [sys.executable, "-c", PRINT_FINGERPRINTS, kind, *models]
-    offline = {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, check=True)
-    return run.stdout.splitlines()
+
+    tiny: Path
+    reranker: Path
+    fingerprints: list[str]
 
 
-@pytest.fixture
-def hub(tmp_path: Path, tiny_model: Path) -> Path:
-    """A cache of the hub that holds the tiny model as mill/tiny, main being its only commit."""
-    repository = tmp_path / "hub" / "models--mill--tiny"
-    shutil.copytree(tiny_model, repository / "snapshots" / COMMIT)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(COMMIT)
-    return tmp_path / "hub"
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Hub:
+    """Main is the only commit of each model.
 
-
-def test_a_model_of_the_hub_has_the_fingerprint_of_its_folder(hub: Path, tiny_model: Path) -> None:
-    weights = hashlib.sha256((tiny_model / "model.safetensors").read_bytes()).hexdigest()[:16]
-    digest = f"{weights}+{settings_digest(tiny_model)[:8]}"
-
-    found = fingerprints(hub, str(tiny_model), "", "mill/tiny", "", "mill/tiny", COMMIT)
-
-    assert found == [f"{digest} float32 16", f"{digest} float32 16", f"{digest}@{COMMIT} float32 16"]
-
-
-def test_a_reranker_of_the_hub_is_known_by_its_files_there_and_by_its_short_name(tmp_path: Path) -> None:
+    One process without a network prints all fingerprints: the hub's library reads its environment when it is imported,
+    and the libraries of the models take seconds.
+    """
     import rerankers
 
-    repository = tmp_path / "hub" / "models--cross-encoder--tiny"
-    folder = rerankers.save_cross_encoder(repository / "snapshots" / COMMIT)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(COMMIT)
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
+    home = tmp_path_factory.mktemp("hub")
+    tiny = Path(shutil.copytree(tiny_model, repository(home, "mill--tiny") / "snapshots" / COMMIT))
+    reranker = rerankers.save_cross_encoder(repository(home, "cross-encoder--tiny") / "snapshots" / COMMIT)
+    models = ["embedding", str(tiny_model), "", "embedding", "mill/tiny", "", "embedding", "mill/tiny", COMMIT]
+    command = [sys.executable, "-c", PRINT_FINGERPRINTS, *models, "reranker", "tiny", ""]
+    offline = {"HF_HUB_CACHE": str(home), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, check=True)
+    return Hub(tiny, reranker, run.stdout.splitlines())
 
-    (found,) = fingerprints(tmp_path / "hub", "tiny", "", kind="reranker")
 
-    assert found == f"{digest}+{settings_digest(folder)[:8]} float32 cross-encoder Sigmoid"
+def repository(home: Path, name: str) -> Path:
+    """The folder of a model of the hub, main being COMMIT."""
+    folder = home / f"models--{name}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    return folder
+
+
+def test_a_model_of_the_hub_has_the_fingerprint_of_its_folder(hub: Hub) -> None:
+    weights = hashlib.sha256((hub.tiny / "model.safetensors").read_bytes()).hexdigest()[:16]
+    digest = f"{weights}+{settings_digest(hub.tiny)[:8]}"
+
+    assert hub.fingerprints[:3] == [f"{digest} float32 16", f"{digest} float32 16", f"{digest}@{COMMIT} float32 16"]
+
+
+def test_a_reranker_of_the_hub_is_known_by_its_files_there_and_by_its_short_name(hub: Hub) -> None:
+    digest = hashlib.sha256((hub.reranker / "model.safetensors").read_bytes()).hexdigest()[:16]
+
+    assert hub.fingerprints[3:] == [
+        f"{digest}+{settings_digest(hub.reranker)[:8]} float32 cross-encoder Sigmoid",
+    ]
 
 
 def test_the_fingerprint_counts_the_dtype(tiny_model: Path) -> None:

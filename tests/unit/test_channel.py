@@ -13,7 +13,7 @@ from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError
 from millstream.broker.contract.job import Draft, Priority
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.replies import Answer, Replies
-from millstream.broker.queue.streams import Group
+from millstream.broker.queue.stream_types import Group
 from millstream.broker.queue.submission import Submission
 from millstream.broker.transport.connection import Connection
 from millstream.client.channel.channel import Channel

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millstream.broker.contract.job import PRIORITIES
-from millstream.broker.queue.streams import ClaimBudget, Claimed
+from millstream.broker.queue.claims import ClaimBudget, Claimed
 from millstream.worker.scheduling.claim_policy import (
     FIRST,
     Claim,

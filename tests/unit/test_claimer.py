@@ -15,8 +15,9 @@ from support import eventually
 from millstream.broker.contract.errors import MillstreamError
 from millstream.broker.contract.job import PRIORITIES, Draft, Json, Priority
 from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.claims import ClaimBudget, Claimed
 from millstream.broker.queue.pause import pause
-from millstream.broker.queue.streams import ClaimBudget, Claimed, Streams
+from millstream.broker.queue.streams import Streams
 from millstream.worker.context import Context
 from millstream.worker.intake import claimer
 from millstream.worker.intake.claimer import Claimer, Policy

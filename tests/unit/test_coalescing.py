@@ -25,7 +25,7 @@ from millstream.broker.contract.errors import (
     WorkerLost,
 )
 from millstream.broker.contract.job import Draft, Priority, Reply
-from millstream.broker.queue.streams import CancelOutcome, Group
+from millstream.broker.queue.stream_types import CancelOutcome, Group
 from millstream.broker.queue.submission import Submission
 from millstream.client.channel.channel import Channel
 from millstream.client.channel.coalescing import Coalescer

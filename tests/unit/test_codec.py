@@ -12,21 +12,23 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from millstream.broker.contract.codec import (
+    MAX_DEPTH,
+    decode_inputs,
+    decode_reply,
+    encode_inputs,
+    encode_reply,
+    origin_of,
+)
+from millstream.broker.contract.entry_codec import (
     FIELDS,
     MAX_BODY,
-    MAX_DEPTH,
     MAX_MS,
     MAX_ROWS,
     MAX_TOKENS,
     MAX_UNKNOWN,
     MAX_UNKNOWN_BYTES,
     decode_entry,
-    decode_inputs,
-    decode_reply,
     encode_entry,
-    encode_inputs,
-    encode_reply,
-    origin_of,
     salvage,
 )
 from millstream.broker.contract.errors import (

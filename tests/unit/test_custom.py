@@ -19,7 +19,7 @@ from millstream.worker.engines.one_shot import run_rows
 from millstream.worker.models.base import Laps, Prepared
 from millstream.worker.models.custom import CustomModel, Hooks, name_of
 from millstream.worker.shutdown import Ended
-from millstream.worker.supervision.supervisor import preflight
+from millstream.worker.supervision.plan import preflight
 
 Write = Callable[[str], str]
 

@@ -15,7 +15,8 @@ from millstream.broker.contract.job import Claim
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.contract.partial import Delta, Record, decode_records, encode_record, text_of
 from millstream.broker.queue import streams as module
-from millstream.broker.queue.streams import Emission, Streams
+from millstream.broker.queue.stream_types import Emission
+from millstream.broker.queue.streams import Streams
 from millstream.worker.context import Context
 from millstream.worker.intake.emitter import AWAY_S, EVERY_S, Emitter
 from millstream.worker.models.base import Prepared

@@ -587,14 +587,14 @@ def test_an_error_made_for_a_missing_row_is_made_anew() -> None:
 def test_a_forked_child_goes_on_with_names_of_its_own() -> None:
     script = (
         "import os\n"
-        "from millstream.client.channel.ids import new_id\n"
-        "new_id()\n"
+        "from millstream.client.job_terms import new_job_id\n"
+        "new_job_id()\n"
         "read, write = os.pipe()\n"
         "if not os.fork():\n"
-        "    os.write(write, new_id().encode())\n"
+        "    os.write(write, new_job_id().encode())\n"
         "    os._exit(0)\n"
         "os.wait()\n"
-        "print(os.read(read, 64).decode() != new_id())\n"
+        "print(os.read(read, 64).decode() != new_job_id())\n"
     )
 
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -156,7 +156,7 @@ def test_the_schema_of_the_file_knows_every_type() -> None:
 NAMES = {*OPERATIONS, *BY_OP}
 RECORDS = {name for name, value in vars(operations).items() if isinstance(value, Operation)}
 EXCEPTIONS = {
-    ("broker/contract/codec.py", "call"): "the field of an entry that has the id of a detached call",
+    ("broker/contract/entry_codec.py", "call"): "the field of an entry that has the id of a detached call",
     ("broker/queue/streams.py", "stream"): "the type of key that a reply goes to",
     ("cli/embed.py", "embedding"): "the key of a vector in the command's JSON",
     ("cli/main.py", "embed"): "the name of a command",

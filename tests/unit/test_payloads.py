@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
-from millstream.broker.contract.codec import MAX_DEPTH, MAX_ROWS, JsonText, decode_inputs, encode_inputs, encode_value
+from millstream.broker.contract.codec import MAX_DEPTH, JsonText, decode_inputs, encode_inputs, encode_value
+from millstream.broker.contract.entry_codec import MAX_ROWS
 from millstream.broker.contract.errors import InputTooLong, InvalidRequest
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.operations import CALL, EMBED, ModelType

@@ -9,7 +9,7 @@ import pytest
 from millstream.broker.config.load import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.contract.errors import ModelUnavailable
 from millstream.broker.contract.operations import ModelType
-from millstream.worker.supervision.supervisor import preflight
+from millstream.worker.supervision.plan import preflight
 
 
 def service(type_: ModelType, model_name: str = "") -> ServiceSpec:

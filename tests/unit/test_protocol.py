@@ -12,12 +12,13 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from millstream.broker.contract import codec, errors
-from millstream.broker.contract.codec import FIELDS, OPTIONAL, encode_reply
+from millstream.broker.contract import codec, entry_codec, errors
+from millstream.broker.contract.codec import encode_reply
+from millstream.broker.contract.entry_codec import FIELDS, OPTIONAL
 from millstream.broker.contract.errors import ModelFailed
 from millstream.broker.contract.job import Reply
 from millstream.broker.contract.keys import ServiceKeys, services_key
-from millstream.broker.queue import streams
+from millstream.broker.queue import substitutes
 from millstream.broker.queue.scripts import Name
 from millstream.broker.roles import _SCRIPTS
 
@@ -79,11 +80,11 @@ def test_every_script_is_there_with_who_may_call_it() -> None:
 @pytest.mark.parametrize(
     "said",
     [
-        f"at most {codec.MAX_ROWS:,} ",
-        f"at most {codec.MAX_BODY >> 20} MiB, {codec.MAX_DEPTH} deep",
-        f"at most {codec.MAX_UNKNOWN} fields they do not know, of {codec.MAX_UNKNOWN_BYTES:,} bytes",
-        f"at most {streams.MAX_REPLY_BYTES >> 20} MiB: a larger one",
-        f"leaves {streams.UNREAD_BYTES >> 20} MiB unread",
+        f"at most {entry_codec.MAX_ROWS:,} ",
+        f"at most {entry_codec.MAX_BODY >> 20} MiB, {codec.MAX_DEPTH} deep",
+        f"at most {entry_codec.MAX_UNKNOWN} fields they do not know, of {entry_codec.MAX_UNKNOWN_BYTES:,} bytes",
+        f"at most {substitutes.MAX_REPLY_BYTES >> 20} MiB: a larger one",
+        f"leaves {substitutes.UNREAD_BYTES >> 20} MiB unread",
     ],
 )
 def test_the_bounds_are_those_of_the_code(said: str) -> None:

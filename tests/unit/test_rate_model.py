@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from millstream.broker.contract.job import Priority
 from millstream.broker.contract.keys import ServiceKeys
-from millstream.broker.queue.streams import Group
+from millstream.broker.queue.stream_types import Group
 
 SLACK = 0.5
 """Rows that the test's own duration may refill, at RATE a second."""

@@ -12,7 +12,8 @@ from support import eventually
 from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError, QueueFull, UnknownService
 from millstream.broker.contract.job import Draft, Priority
 from millstream.broker.queue.registry import Registry
-from millstream.broker.queue.streams import Admission, CancelOutcome, Group, Streams
+from millstream.broker.queue.stream_types import Admission, CancelOutcome, Group
+from millstream.broker.queue.streams import Streams
 from millstream.broker.queue.submission import Submission
 from millstream.broker.transport.connection import Connection
 from millstream.client.channel import sender as sender_module

@@ -15,7 +15,8 @@ from millstream.broker.contract.codec import decode_reply, encode_reply
 from millstream.broker.contract.errors import ModelFailed
 from millstream.broker.contract.job import Claim, Json, Reply
 from millstream.broker.contract.keys import ServiceKeys
-from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Settled, Settlement, Streams
+from millstream.broker.queue.stream_types import Settled, Settlement
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.worker.context import Context
 from millstream.worker.intake import settler as module
 from millstream.worker.intake.settler import Finished, Settler

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest, MillstreamError, QueueFull, RateLimited
 from millstream.broker.contract.job import Draft, Priority
 from millstream.broker.queue.backlog import Backlog
-from millstream.broker.queue.streams import Admission, Group, Streams
+from millstream.broker.queue.stream_types import Admission, Group
+from millstream.broker.queue.streams import Streams
 from millstream.broker.queue.submission import Submission
 from millstream.broker.queue.submitter import Submitter, deliver
 

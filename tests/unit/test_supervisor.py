@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from millstream.broker.config.load import ModelSpec, Runtime, ServiceSpec
-from millstream.worker.supervision.supervisor import Plan, _backoff
+from millstream.worker.supervision.plan import Plan
+from millstream.worker.supervision.supervisor import _backoff
 
 
 def plan(device: str | None = None, **model: object) -> Plan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import signal
@@ -12,20 +11,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from millstream.broker.config.load import ServiceSpec
 from millstream.broker.config.variables import URL_VARIABLE
 from millstream.broker.contract.errors import ModelUnavailable
 from millstream.broker.contract.keys import ServiceKeys
-from millstream.broker.contract.operations import RUNNABLE
 from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection, is_transient
 from millstream.worker.measuring.cores import cores
 from millstream.worker.measuring.threads import waiting
-from millstream.worker.models.loading.source import handler_of, locate
 from millstream.worker.supervision.charging import End, give_back
 from millstream.worker.supervision.child import Child
 from millstream.worker.supervision.child_args import EXIT_PERMANENT, ChildArgs, Hosted, new_consumer
+from millstream.worker.supervision.plan import Plan
 from millstream.worker.supervision.progress import Progress
 from millstream.worker.supervision.registrar import Registrar
 
@@ -41,36 +38,6 @@ CRASH_LOOP = 5
 """Early deaths in a row from which on restarts wait for the longest backoff."""
 
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Processes of a service to run here: `count` of them, each on `device` (None: the model's, or the best one).
-
-    `folder`: searched for the code of a custom model, besides the installed packages. `beside`: other services that the
-    same processes host.
-    """
-
-    spec: ServiceSpec
-    count: int
-    device: str | None = None
-    folder: str = ""
-    beside: Sequence[ServiceSpec] = ()
-
-    @property
-    def specs(self) -> Sequence[ServiceSpec]:
-        """All services of these processes."""
-        return (self.spec, *self.beside)
-
-    @property
-    def services(self) -> str:
-        """Names of these services, for the log."""
-        return " and ".join(each.name for each in self.specs)
-
-    def device_of(self, index: int) -> str | None:
-        """Device of the process number `index` of this plan: its devices in turn."""
-        devices = (self.device,) if self.device else self.spec.model.devices or (self.spec.model.device,)
-        return devices[index % len(devices)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,31 +65,6 @@ class Slot:
     failures: int = 0
     start_at: float = 0.0
     refused: bool = False
-
-
-def preflight(specs: Sequence[ServiceSpec]) -> None:
-    """Checks, without torch and in milliseconds, that workers can start. Raises ModelUnavailable if not."""
-    for spec in specs:
-        operation = spec.model.operation
-        if not operation.runs:
-            raise ModelUnavailable(
-                f"service {spec.name!r}: this version has no worker for models of type {spec.model.type!r}",
-                hint=f"types that run today: {', '.join(RUNNABLE)}",
-            )
-        _check_libraries(spec)
-        if operation.needs_weights:
-            locate(spec.model.model_name, operation.organization)
-        if operation.needs_code:
-            handler_of(spec)
-
-
-def _check_libraries(spec: ServiceSpec) -> None:
-    missing = [name for name in spec.model.operation.libraries if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ModelUnavailable(
-            f"service {spec.name!r} needs {' and '.join(missing)}, not installed here",
-            hint='pip install "millstream[worker]"',
-        )
 
 
 class Supervisor:
