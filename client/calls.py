@@ -26,6 +26,7 @@ from millstream.broker.target import find_target
 from millstream.broker.transport.connection import Connection
 from millstream.client.cache_reader import CacheReader
 from millstream.client.call_options import CallOptions, find_operation
+from millstream.client.call_request import StreamRequest
 from millstream.client.channel.channel import Channel
 from millstream.client.channel.coalescing import Coalescer
 from millstream.client.detached import Detached
@@ -72,18 +73,20 @@ class Calls:
         opts = opts.validate()
         # The timeout starts here, because reading the service can wait for the server.
         began = time.monotonic()
-        until = opts.until(began)
-        spec = self.services.read(service or self.services.only(BY_OP[opts.op].type, until), until)
+        spec = self._read_spec(service, opts, began)
         hits = self.read_cache(spec, inputs, opts) if spec.runtime.enable_cache else {}
         return self.begin(spec, inputs, opts, hits, began, progress)
 
-    def start_stream(self, service: str, payload: object, opts: CallOptions) -> TextStream:
-        """Does as Client.stream, with `opts`."""
-        opts = opts.validate()
+    def start_stream(self, request: StreamRequest) -> TextStream:
+        """Does as Client.stream."""
+        opts = request.opts.validate()
         began = time.monotonic()
-        spec = self.services.read(service, opts.until(began))
-        call = self.begin_stream(spec, payload, opts, began)
-        return TextStream(call, partial(self.read_partial, call.handle.id, service))
+        call = self.begin_stream(self._read_spec(request.service, opts, began), request.row, opts, began)
+        return TextStream(call, partial(self.read_partial, call.handle))
+
+    def _read_spec(self, service: str | None, opts: CallOptions, began: float) -> ServiceSpec:
+        until = opts.until(began)
+        return self.services.read(service or self.services.only(BY_OP[opts.op].type, until), until)
 
     def begin_stream(self, spec: ServiceSpec, payload: object, opts: CallOptions, began: float) -> TextCall:
         """Sends one job whose text can be read while it grows, and does not block. `opts` are checked.
@@ -98,19 +101,19 @@ class Calls:
         growing = GrowingText()
         return TextCall(self.begin(spec, [cast(Json, payload)], opts, began=began, growing=growing), growing)
 
-    def read_partial(self, job_id: str, service: str) -> str:
+    def read_partial(self, handle: Handle) -> str:
         """Returns the text so far of a running job, as the server has it. Waits for at most PARTIAL_S.
 
         Returns "" if there is none or the server does not answer: the job's reply has the whole text.
         """
         try:
-            streams = self._partials.get(service)
+            streams = self._partials.get(handle.service)
             if streams is None:
-                streams = self._partials[service] = self.streams(service, PARTIAL_S)
-            (records,) = streams.partials([job_id])
+                streams = self._partials[handle.service] = self.streams(handle.service, PARTIAL_S)
+            (records,) = streams.partials([handle.id])
             return text_of(decode_records(records))
         except Exception as error:  # noqa: BLE001 - whatever it is, the stream goes on with the reply
-            log.warning("job %s: its text so far cannot be read: %s", job_id, described(error))
+            log.warning("job %s: its text so far cannot be read: %s", handle.id, described(error))
             return ""
 
     def read_cache(self, spec: ServiceSpec, inputs: Sequence[Json], opts: CallOptions) -> Mapping[int, Cached]:

@@ -15,7 +15,7 @@ from millstream.broker.config.load import ServiceSpec
 from millstream.broker.contract.codec import MAX_ROWS, JsonText, encode_inputs
 from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest
 from millstream.broker.contract.job import Draft, Json, Priority
-from millstream.broker.contract.operations import Operation
+from millstream.broker.contract.operations import BY_OP, Operation
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, DetachedCall, Group
 from millstream.broker.queue.submission import Submission, draft_job
 from millstream.broker.transport.connection import translated
@@ -121,7 +121,7 @@ class DetachedRequest:
                 page = job_ids[at : at + MAX_JOBS_PER_CALL]
                 calls.channel.cancel_detached(Cancellation(self.spec.name, page, lambda outcomes: None, call=self.call))
 
-        return PendingDetached(Detached(calls, detached_id), acceptance, withdraw)
+        return PendingDetached(Detached(calls, detached_id, BY_OP[self.op].results), acceptance, withdraw)
 
     def _name(self, per_job: int) -> DetachedId:
         return DetachedId(self.spec.name, len(self.inputs), per_job, self.call)

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 ModelType = Literal["embedding", "reranker", "llm", "custom", "echo", "echo-stream"]
 
-Row = Literal["text", "payload"]
-"""Input of one row: a string, or any JSON value."""
+Row = Literal["text", "payload", "prompt"]
+"""Input of one row: a string, any JSON value, or a prompt as prompt.py has it."""
 
-ResultKind = Literal["vectors", "scores", "text", "any"]
-"""Results of a call's rows: vectors, dense or sparse but not both; numbers; text; or any values, vectors included."""
+ResultKind = Literal["vectors", "scores", "generations", "any"]
+"""Results of a call's rows: vectors, dense or sparse but not both; numbers; texts as generation.py has them; or any
+values, vectors included."""
 
 Check = Callable[[Mapping[str, "Json"]], int]
 """Checks the options of one call. Returns the UTF-8 bytes that the model reads beside each row. Raises InvalidRequest.
@@ -189,8 +190,9 @@ RERANK = Operation(
 GENERATE = Operation(
     "llm",
     "generate",
-    row="payload",
-    results="text",
+    "millstream.worker.generation.model:load",
+    row="prompt",
+    results="generations",
     check=_check_generate,
     uncached="its answers are streamed",
     streams=True,
@@ -219,7 +221,7 @@ CALL = Operation(
     needs_code=True,
 )
 
-# Any options: `embed` may call an echo service, too.
+# Any options: `embed` may call an echo service, too, and `generate` an echo-stream service.
 ECHO = Operation("echo", "echo", "millstream.worker.models.echo:load", computes=False)
 
 STREAM = Operation(
@@ -227,7 +229,6 @@ STREAM = Operation(
     "stream",
     "millstream.worker.models.echo_stream:load",
     row="payload",
-    results="text",
     uncached="its answers are streamed",
     streams=True,
     computes=False,
