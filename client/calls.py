@@ -180,6 +180,7 @@ class Calls:
             replicated=spec.replicated,
             rate_per_tenant=bool(opts.tenant) and spec.rate_per_tenant,
             idle_timeout=spec.runtime.total_timeout,
+            at_once=spec.runtime.batch_size if operation.streams else 1,
         )
         # If a service caches its answers, equal jobs in flight share theirs, too.
         channel = self._coalescer if spec.runtime.enable_cache else self.channel

@@ -119,7 +119,8 @@ class Transfer:
     def _window(self) -> int:
         if self._flow is None:
             terms = self._terms
-            self._flow = Flow(terms.most_jobs, terms.total_timeout if terms.timeout is None else None, self.began)
+            answer_within_s = terms.total_timeout if terms.timeout is None else None
+            self._flow = Flow(terms.most_jobs, answer_within_s, self.began, terms.at_once)
         return self._flow.window(self._watch.live(self._terms.service, self.pump))
 
     def _submissions(self, drafts: Sequence[Draft]) -> list[Submission]:
