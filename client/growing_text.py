@@ -9,7 +9,6 @@ from collections.abc import MutableSequence
 from millstream.broker.contract.errors import StreamDiverged
 from millstream.broker.contract.partial import Delta
 
-
 MOST_PIECES = 128
 """Pieces that wait to be taken one by one. Later ones are joined, since the str of a word takes ten times its length.
 """
