@@ -30,7 +30,15 @@ from millstream.client.calls import NO_HITS, Calls
 from millstream.client.channel.channel import Channel
 from millstream.client.client import Client
 from millstream.client.detached_request import DetachedRequest
-from millstream.client.fake_model import Answers, FakeModel, Handler, fake_score, fake_vector, read_embed_options
+from millstream.client.fake_model import (
+    FAKE_VERSION,
+    Answers,
+    FakeModel,
+    Handler,
+    fake_score,
+    fake_vector,
+    read_embed_options,
+)
 from millstream.client.fake_queue import GENERATOR, RERANKER, SERVICE, SERVICES, FakeChannel, FakeServices, FakeStreams
 from millstream.client.growing_text import GrowingText
 from millstream.client.handle import Handle
@@ -38,6 +46,7 @@ from millstream.client.job_terms import Progress
 from millstream.client.services import Services
 
 __all__ = [
+    "FAKE_VERSION",
     "GENERATOR",
     "RERANKER",
     "SERVICE",

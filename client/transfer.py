@@ -179,7 +179,8 @@ class Transfer:
         """Takes a delta of a job's text, which is progress. Called by the channel. Raises Malformed."""
         with self.lock:
             if job := self._in_flight.get(job_id):
-                self._in_flight[job_id] = job._replace(emitted=True)
+                if not job.emitted:
+                    self._in_flight[job_id] = job._replace(emitted=True)
                 self._progress.at = time.monotonic()
                 if self._growing is not None and self._growing.add(decode_delta(delta)):
                     self._tell()
