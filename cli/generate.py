@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from millstream.cli.generating import generating, prepare, report_usage, show
+from millstream.client import Generated
 
 
 @click.command()
@@ -28,7 +29,7 @@ def generate(prompt: str | None, as_json: bool, **given: Any) -> None:
         if as_json:
             result = client.generate(text, **call.keywords)
             sys.stdout.write(json.dumps(result.json(), separators=(",", ":")) + "\n")
-            generated = result
+            generated: Generated | None = result
         else:
             stream = client.generate_stream(text, **call.keywords)
             show(stream)

@@ -15,6 +15,7 @@ from millstream.broker.contract.embedding import EmbedOptions, Encoding, InputTy
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.operations import BY_OP
+from millstream.broker.contract.partial import Delta
 from millstream.broker.contract.prompt import Message
 from millstream.broker.contract.rerank import RerankOptions, Scores
 from millstream.client.async_handle import AsyncHandle
@@ -299,8 +300,8 @@ class AsyncClient:
             spec = await self._spec(request.service or await self._only(opts.op, until), until)
             return self._calls.begin_stream(spec, row, opts, began)
 
-        async def read_partial(handle: Handle) -> str:
-            return await self._in_thread(self._calls.read_partial, handle)
+        async def read_partial(call: TextCall) -> Delta:
+            return await self._in_thread(self._calls.read_partial, call)
 
         return AsyncTextStream(begin, read_partial)
 

@@ -10,7 +10,6 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.thread import ThreadPoolExecutor
-from functools import partial
 from types import MappingProxyType
 from typing import cast
 
@@ -18,7 +17,7 @@ from millstream.broker.config.load import ServiceSpec
 from millstream.broker.contract.errors import InvalidRequest, MillstreamError, described
 from millstream.broker.contract.job import Json, Priority
 from millstream.broker.contract.operations import BY_OP
-from millstream.broker.contract.partial import decode_records, text_of
+from millstream.broker.contract.partial import Delta
 from millstream.broker.queue.cache import Cached, CacheKey
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
@@ -82,7 +81,7 @@ class Calls:
         opts = request.opts.validate()
         began = time.monotonic()
         call = self.begin_stream(self._read_spec(request.service, opts, began), request.row, opts, began)
-        return TextStream(call, partial(self.read_partial, call.handle))
+        return TextStream(call, self.read_partial)
 
     def _read_spec(self, service: str | None, opts: CallOptions, began: float) -> ServiceSpec:
         until = opts.until(began)
@@ -101,20 +100,21 @@ class Calls:
         growing = GrowingText()
         return TextCall(self.begin(spec, [cast(Json, payload)], opts, began=began, growing=growing), growing)
 
-    def read_partial(self, handle: Handle) -> str:
-        """Returns the text so far of a running job, as the server has it. Waits for at most PARTIAL_S.
+    def read_partial(self, call: TextCall) -> Delta:
+        """Returns the text so far of a running job, as the server has it, behind what was read before.
 
-        Returns "" if there is none or the server does not answer: the job's reply has the whole text.
+        Waits for at most PARTIAL_S. Returns no text if there is none or the server does not answer: the job's reply has
+        the whole text.
         """
+        service = call.handle.service
         try:
-            streams = self._partials.get(handle.service)
+            streams = self._partials.get(service)
             if streams is None:
-                streams = self._partials[handle.service] = self.streams(handle.service, PARTIAL_S)
-            (records,) = streams.partials([handle.id])
-            return text_of(decode_records(records))
+                streams = self._partials[service] = self.streams(service, PARTIAL_S)
+            return call.so_far.read(streams)
         except Exception as error:  # noqa: BLE001 - whatever it is, the stream goes on with the reply
-            log.warning("job %s: its text so far cannot be read: %s", handle.id, described(error))
-            return ""
+            log.warning("job %s: its text so far cannot be read: %s", call.handle.id, described(error))
+            return Delta(0, "")
 
     def read_cache(self, spec: ServiceSpec, inputs: Sequence[Json], opts: CallOptions) -> Mapping[int, Cached]:
         """Returns the cached answers of `inputs`, by row; no answers if the server is too slow.

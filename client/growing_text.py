@@ -68,18 +68,17 @@ class GrowingText:
             _append(self._handed_out, piece)
             return piece
 
-    def fill(self, text: str) -> None:
+    def fill(self, text: str, offset: int = 0) -> None:
         """Closes a gap with `text`, the job's text so far as the server has it; it may be empty or too short.
 
-        Raises StreamDiverged if `text` is not a continuation of the text that was handed out.
+        `offset` is the number of code points before `text`. Raises StreamDiverged if `text` is not a continuation of
+        the text that was handed out.
         """
         with self._lock:
-            known = self._joined()
+            known = self._joined()[offset:]
             if not (text.startswith(known) or known.startswith(text)):
                 raise _diverged()
-            if len(text) > self._known:
-                self._pieces = deque([text[len(known) :]])
-                self._known = len(text)
+            self._append(Delta(offset, text))
             self._append_ahead()
             self._drops_ahead = bool(self._ahead)
             self._ahead.clear()

@@ -8,10 +8,12 @@ from types import MappingProxyType, TracebackType
 from typing import Self, cast
 
 from millstream.broker.contract.errors import Cancelled, MillstreamError, StreamDiverged
+from millstream.broker.contract.partial import Delta
 from millstream.client.channel.loop_calls import Changed, listener
 from millstream.client.generate import NO_USAGE, Generated
 from millstream.client.growing_text import GrowingText
 from millstream.client.handle import ABANDON_S, Handle
+from millstream.client.partial_text import PartialText
 from millstream.client.result import Timings, Values, generations
 
 _NO_TIMINGS: Timings = MappingProxyType({})
@@ -28,6 +30,7 @@ class TextCall:
     def __init__(self, handle: Handle, growing: GrowingText) -> None:
         self.handle = handle
         self.growing = growing
+        self.so_far = PartialText(handle.id)
         self._error: MillstreamError | None = None
 
     @property
@@ -57,10 +60,10 @@ class TextCall:
             self._finish()
         return self.growing.take() or None
 
-    def fill(self, partial: str) -> None:
-        """Takes the text so far as the server has it, "" if it has none. Raises StreamDiverged."""
+    def fill(self, so_far: Delta) -> None:
+        """Takes text as the server has it, no text if it has none. Raises StreamDiverged."""
         try:
-            self.growing.fill(partial)
+            self.growing.fill(so_far.text, so_far.offset)
         except StreamDiverged as error:
             self._error = error
             self.handle.cancel_soon()
@@ -93,7 +96,7 @@ class TextStream(Iterator[str]):
     job goes on.
     """
 
-    def __init__(self, call: TextCall, read_partial: Callable[[], str]) -> None:
+    def __init__(self, call: TextCall, read_partial: Callable[[TextCall], Delta]) -> None:
         self._call = call
         self._read_partial = read_partial
 
@@ -142,7 +145,7 @@ class TextStream(Iterator[str]):
                 if piece is None:
                     raise StopIteration
                 if call.has_gap:
-                    call.fill(self._read_partial())
+                    call.fill(self._read_partial(call))
                 else:
                     call.handle.wait_for_text()
             return piece
@@ -175,7 +178,7 @@ class AsyncTextStream:
     """
 
     def __init__(
-        self, begin: Callable[[], Awaitable[TextCall]], read_partial: Callable[[Handle], Awaitable[str]]
+        self, begin: Callable[[], Awaitable[TextCall]], read_partial: Callable[[TextCall], Awaitable[Delta]]
     ) -> None:
         self._begin = begin
         self._read_partial = read_partial
@@ -227,7 +230,7 @@ class AsyncTextStream:
                 if piece is None:
                     raise StopAsyncIteration
                 if call.has_gap:
-                    call.fill(await self._read_partial(call.handle))
+                    call.fill(await self._read_partial(call))
                 else:
                     await _text_or_end(call.handle)
             return piece

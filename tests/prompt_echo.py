@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from typing import cast
 
@@ -24,6 +23,7 @@ from millstream.worker.models.echo_stream import EchoStreamEngine, EchoStreamMod
 from millstream.worker.process import Worker
 from millstream.worker.scheduling.active_job import Outcome, Rows
 from millstream.worker.scheduling.batcher import Row
+from millstream.worker.shutdown import Relay
 from millstream.worker.supervision.child_args import ChildArgs, Hosted, new_consumer
 from millstream.worker.supervision.progress import Progress
 
@@ -80,9 +80,8 @@ def main(url: str, service: str) -> None:
 
     args = ChildArgs([Hosted(service, progress.fd)], "ms", new_consumer(), None, 1, supervised=False)
     worker = Worker(args, url, load)
-    draining = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: draining.set())
-    threading.Thread(target=lambda: (draining.wait(), worker.drain()), daemon=True).start()
+    relay = Relay(worker.drain)
+    signal.signal(signal.SIGTERM, lambda *_: relay.ring())
     sys.exit(worker.run())
 
 

@@ -12,16 +12,15 @@ from millstream.broker.contract.errors import MillstreamError
 from millstream.broker.contract.generation import Generation
 from millstream.broker.contract.job import Claim, Json, Reply
 from millstream.broker.contract.keys import ServiceKeys
-from millstream.broker.contract.operations import ModelType
 from millstream.broker.contract.partial import Delta, decode_records, encode_delta, text_of
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.streams import Settled, Settlement
 from millstream.broker.transport.connection import Connection
 
 
-def register(connection: Connection, name: str, kind: ModelType = "echo-stream", **runtime: object) -> None:
-    """A service that streams."""
-    model = ModelSpec(type=kind, model_name="m")
+def register(connection: Connection, name: str, **runtime: object) -> None:
+    """A service that streams; its type is echo-stream, or `kind`."""
+    model = ModelSpec.model_validate({"type": runtime.pop("kind", "echo-stream"), "model_name": "m"})
     settings = Runtime.model_validate(runtime)
     Registry(connection).push([ServiceSpec(name=name, model=model, model_ref="m", runtime=settings)])
 

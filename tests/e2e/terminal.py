@@ -49,7 +49,7 @@ class Terminal:
     def shown(self) -> str:
         return self._shown.decode(errors="replace").replace("\r\n", "\n")
 
-    def type(self, keys: bytes) -> None:
+    def press(self, keys: bytes) -> None:
         os.write(self._ours, keys)
 
     def shows(self, text: str, times: int = 1, *, within_s: float = 60.0) -> None:

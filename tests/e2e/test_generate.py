@@ -210,22 +210,22 @@ def test_an_error_ends_a_piped_conversation_with_its_status(shell: Shell, llm: S
 def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(shell: Shell, llm: Site) -> None:
     with Terminal(shell, ["chat", "--service", llm.spec.name]) as terminal:
         terminal.shows("> ")
-        terminal.type(b"hello mill\n")
+        terminal.press(b"hello mill\n")
         terminal.shows("1 hello mill\n> ")
-        terminal.type(SLOW[:3_000].encode() + b"\n")
+        terminal.press(SLOW[:3_000].encode() + b"\n")
         terminal.shows("3 word0 word1 ")
-        terminal.type(CTRL_C)
+        terminal.press(CTRL_C)
         terminal.shows("> ", 3)
         eventually(lambda: not llm.connection.client.keys(llm.keys.partial("*")))
-        terminal.type(b"again\n")
+        terminal.press(b"again\n")
         terminal.shows("5 again\n> ")
-        terminal.type(CTRL_C)
+        terminal.press(CTRL_C)
         terminal.shows("> ", 5)
-        terminal.type(b"bad \xff\n")
+        terminal.press(b"bad \xff\n")
         terminal.shows("millstream: ")
-        terminal.type(b"/reset\nnew\n")
+        terminal.press(b"/reset\nnew\n")
         terminal.shows("1 new\n> ")
-        terminal.type(CTRL_D)
+        terminal.press(CTRL_D)
 
         assert terminal.wait() == 0
         assert "Traceback" not in terminal.shown

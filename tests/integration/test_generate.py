@@ -28,7 +28,7 @@ from millstream.broker.transport.connection import Connection
 from millstream.client import AsyncClient, Client, Generated, TextDelta
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "cached_tokens": 1}
-MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a mill?"}]
+MESSAGES: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a mill?"}]
 TOOL = {"type": "function", "function": {"name": "grind", "parameters": {"type": "object"}}}
 
 Open = Callable[..., Writer]
@@ -39,7 +39,7 @@ def writer(connection: Connection, service: str) -> Iterator[Open]:
     """Registers the test's service as one of type llm; its only worker is the test."""
 
     def open_writer(consumer: str = "w1", **runtime: object) -> Writer:
-        register(connection, service, "llm", **runtime)
+        register(connection, service, kind="llm", **runtime)
         opened = Writer(connection, service, consumer)
         opened.live()
         return opened
@@ -157,7 +157,7 @@ def test_a_list_gives_a_list_in_order_and_each_prompt_is_a_job_of_its_own(
 
     assert [each.text for each in got] == [f"{prompt}!" for prompt in prompts]
     assert {each.version for each in got} == {"w0", "w1"}
-    assert client.generate([], service=service) == []
+    assert list(client.generate(list[str](), service=service)) == []
 
 
 def test_a_prompt_that_fails_does_not_affect_the_others(client: Client, service: str, writer: Open) -> None:
@@ -213,7 +213,8 @@ def test_other_forms_of_a_call_give_the_same_results(client: Client, service: st
 
     assert client.call(service, {"messages": MESSAGES}).text == "text 0"
     (submitted,) = client.submit(service, ["a"], max_tokens=3).result(LONG_S)
-    assert submitted.text == "text 1"  # type: ignore[union-attr,call-overload]
+    assert isinstance(submitted, Generated)
+    assert submitted.text == "text 1"
     assert [each.text for each in client.map(service, ["a", "b", "c"], temperature=0.5)] == [
         "text 2",
         "text 3",
@@ -225,11 +226,12 @@ def test_other_forms_of_a_call_give_the_same_results(client: Client, service: st
 def test_a_prompt_of_another_shape_is_refused_before_it_is_sent(client: Client, service: str, writer: Open) -> None:
     worker = writer()
 
-    for payload in (5, {"messages": []}, {"messages": [{"role": "miller", "content": "a"}]}, {"token_ids": [-1]}):
+    payloads: list[Any] = [5, {"messages": []}, {"messages": [{"role": "miller", "content": "a"}]}, {"token_ids": [-1]}]
+    for payload in payloads:
         with pytest.raises(InvalidRequest):
-            client.submit(service, [payload]).result(LONG_S)  # type: ignore[list-item]
+            client.submit(service, [payload]).result(LONG_S)
         with pytest.raises(InvalidRequest):
-            client.submit_detached(service, [payload])  # type: ignore[list-item]
+            client.submit_detached(service, [payload])
     with pytest.raises(InvalidRequest, match="no option 'colour'"):
         client.submit(service, ["a"], colour="blue")
     assert worker.queue.depth() == 0

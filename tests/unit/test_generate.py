@@ -178,7 +178,7 @@ def test_a_list_of_prompts_and_the_other_forms_give_results_in_order(fake: FakeC
     (found,) = fake.job(detached.id).result()
     assert isinstance(found, Generated)
     assert (found.text, fake.job(detached.id).partial()) == ("a mill", "a mill")
-    assert fake.generate([]) == []
+    assert list(fake.generate(list[str]())) == []
 
 
 def test_a_stream_gives_pieces_and_then_reason_and_usage(fake: FakeClient) -> None:
@@ -226,7 +226,7 @@ def test_the_fake_for_asyncio_and_the_module_do_all_that_too(monkeypatch: pytest
             async with fake.chat_stream(MESSAGES) as stream:
                 assert [delta.finish_reason async for delta in stream][-1] == "stop"
             with pytest.raises(InvalidRequest):
-                fake.generate_stream(["a"])  # type: ignore[arg-type]
+                fake.generate_stream(["a"])  # type: ignore[list-item]
 
     asyncio.run(use())
     fake = FakeClient()

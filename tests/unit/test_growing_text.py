@@ -162,6 +162,20 @@ def test_a_value_of_another_shape_is_no_generation(value: None) -> None:
         Generation.read(value)
 
 
+def test_a_gap_is_filled_by_a_part_of_the_text_that_fits_what_was_handed_out() -> None:
+    growing = GrowingText()
+    growing.add(Delta(0, "abc"))
+    first = growing.take()
+    growing.add(Delta(6, "gh"))
+    growing.fill("cdef", 2)
+    rest = pieces(growing)
+
+    assert (first, rest, growing.has_gap) == ("abc", ["def", "gh"], False)
+    growing.add(Delta(9, "j"))
+    with pytest.raises(StreamDiverged):
+        growing.fill("xhi", 6)
+
+
 def test_pieces_of_a_long_text_are_joined_whether_they_wait_or_were_taken() -> None:
     growing, words = GrowingText(), [f"{number} " for number in range(20_000)]
     text, offset = "".join(words), 0
