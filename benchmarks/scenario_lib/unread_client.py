@@ -59,15 +59,16 @@ async def main(url: str, service: str, streams: int, unread: int, count: int) ->
 
 async def read(stream: AsyncGenerateStream, text: str) -> tuple[str, int]:
     """Reads a stream to its end; how it ended, and its number of pieces."""
-    read: list[str] = []
+    at = pieces = 0
     try:
         async for delta in stream:
-            read.append(delta.text)
+            if not text.startswith(delta.text, at):
+                return "wrong text", pieces
+            at += len(delta.text)
+            pieces += 1
     except MillstreamError as error:
-        return type(error).__name__, len(read)
-    if "".join(read) != text:
-        return "wrong text", len(read)
-    return f"finish reason {delta.finish_reason}", len(read)
+        return type(error).__name__, pieces
+    return f"finish reason {delta.finish_reason}" if at == len(text) else "incomplete", pieces
 
 
 if __name__ == "__main__":

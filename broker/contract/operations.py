@@ -128,7 +128,7 @@ class Operation:
     organization: str = ""
     """Organization on the hub whose models may be named without it, as in sentence-transformers; empty for none."""
 
-    example: Mapping[str, str] = field(default_factory=dict)
+    example: Mapping[str, Json] = field(default_factory=dict)
     """Options of a call that needs some, for measurements."""
 
     defaults: Mapping[str, object] = field(default_factory=dict)
@@ -197,6 +197,8 @@ GENERATE = Operation(
     uncached="its answers are streamed",
     streams=True,
     needs_weights=True,
+    # Otherwise a text ends with the model's context.
+    example={"max_tokens": 64},
     # A single prompt is often longer than 2,048 tokens. Prompts are few, and each takes long to compute.
     defaults={
         "batch_size": 4,
