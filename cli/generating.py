@@ -56,7 +56,7 @@ _OPTIONS = (
 
 
 def generating(command: Command) -> Command:
-    """Adds the options that `opened` reads."""
+    """Adds the options that `prepare` reads."""
     return reduce(lambda inner, option: option(inner), reversed(_OPTIONS), command)
 
 

@@ -21,7 +21,7 @@ from millstream.broker.contract.vectors import shaped
 from millstream.client.row_results import RowOutcome
 
 FAKE_VERSION = "fake"
-"""Version that results of a fake language model name."""
+"""Version of the results of a fake language model."""
 
 _WORDS = re.compile(r"\S+\s*|\s+")
 

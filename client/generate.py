@@ -55,10 +55,11 @@ class GenerateKeywords(TypedDict, total=False):
 class Generated:
     """A generated text. `finish_reason`: "stop" if the model or a stop string ended it, "length", or "deadline".
 
-    `usage`: "prompt_tokens", "completion_tokens", and "cached_tokens" of the prompt, which were computed before; empty
-    if the worker counts none. The same call with `seed` gives the same text again. `version` names the weights.
-    `logprobs` are those of each token if the call asked for them. `tool_calls`: calls of tools, each {"name": ...,
-    "arguments": {...}}. `timings` in ms: `queue`, `inference`, `total`.
+    `usage` has "prompt_tokens", "completion_tokens", and "cached_tokens": tokens of the prompt that were computed
+    before. It is empty if the worker counts none. The same call with `seed` gives the same text again, if `version`,
+    which names the weights, is the same. `logprobs` has one item for each token if the call asked for them.
+    `tool_calls` are calls of tools, each {"name": ..., "arguments": {...}}. `timings` are in ms: `queue`, `inference`
+    and `total`.
     """
 
     text: str
@@ -84,7 +85,7 @@ class Generated:
         )
 
     def timed(self, timings: Mapping[str, float]) -> Generated:
-        """Returns a copy with `timings` where it has no own ones."""
+        """Returns a copy that has `timings`, too; its own ones stay."""
         return replace(self, timings={**timings, **self.timings})
 
     def json(self) -> dict[str, Json]:
