@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import click
 from measure import Report, machine, verdicts
-from scenario_lib import crash, frozen, interrupt, join, separate, slow, stream, waiters
+from scenario_lib import crash, frozen, interrupt, join, separate, slow, stream, unread, waiters
 from stage import Stage, staged
 
 
@@ -37,6 +37,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "join-echo": Scenario(join.run_echo, 60.0),
     "separate": Scenario(separate.run, 120.0),
     "stream": Scenario(stream.run, 60.0),
+    "unread": Scenario(unread.run, 60.0),
     "interrupt": Scenario(interrupt.run, 15.0),
 }
 

@@ -63,7 +63,7 @@ _CALL = (
     Grant("zadd zremrangebyscore pexpire", write="cancelled"),
     Grant("set pexpire", write="seen:* result:*"),
     Grant("xadd xread xdel pexpire", write="reply:*"),
-    Grant("get mget", read="partial:*"),
+    Grant("get mget getrange", read="partial:*"),
     Grant("del", write="partial:*"),
 )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
@@ -13,22 +12,16 @@ from typing import BinaryIO, Literal, cast
 import click
 import numpy as np
 
-from millstream.broker.contract.errors import InvalidRequest, MillstreamError, NoWorkers, PartialFailure
+from millstream.broker.contract.errors import InvalidRequest, MillstreamError, PartialFailure
 from millstream.broker.contract.job import Json, Vectors
 from millstream.broker.contract.operations import EMBED
-from millstream.broker.queue.registry import Registry
 from millstream.cli import options
+from millstream.cli.calling import DEFAULT_WAIT_S, find_service
 from millstream.cli.options import SecondsRange
-from millstream.cli.server import connect, find_server
+from millstream.cli.server import find_server
 from millstream.client import Client
-from millstream.client.services import Services
 
 Format = Literal["json", "npy", "text"]
-
-DEFAULT_WAIT_S = 1.0
-"""Seconds to wait for a worker by default."""
-
-_POLL_S = 0.1
 
 
 @click.command()
@@ -78,10 +71,9 @@ def embed(
     _check_output(output, layout)
     rows = _texts(texts, as_json)
     target = find_server(url, prefix)
-    with connect(target.url) as connection:
-        services = Services(connection, Registry(connection, target.prefix))
-        name = _service(services, service)
-        _await_worker(services, name, wait_s)
+    name = find_service(
+        target.url, target.prefix, service, EMBED, lambda operation: operation.results == "vectors", wait_s=wait_s
+    )
     with Client(target.url, prefix=target.prefix) as client:
         vectors, errors = _call(client, rows, {"service": name, **call})
     _check_dense(layout, vectors)
@@ -145,28 +137,6 @@ def _parse(text: str, source: str) -> object:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{source} is not JSON: {error}") from None
-
-
-def _service(services: Services, name: str | None) -> str:
-    """Returns the service to call. Raises UnknownService, or InvalidRequest if it is no embedding service."""
-    if name is None:
-        return services.only(EMBED.type)
-    spec = services.read(name)
-    if spec.model.operation.results != "vectors":
-        raise InvalidRequest(f"service {name!r} is of type {spec.model.type!r}", hint="name an embedding service")
-    return name
-
-
-def _await_worker(services: Services, service: str, wait_s: float) -> None:
-    """Waits until a worker is alive, because one may just be starting. Raises NoWorkers after `wait_s` seconds."""
-    until = time.monotonic() + wait_s
-    while not services.live_workers(service):
-        if time.monotonic() >= until:
-            raise NoWorkers(
-                f"no worker of service {service!r} is alive",
-                hint="start one with `millstream up` or `millstream worker run`, or give --wait SECONDS",
-            )
-        time.sleep(_POLL_S)
 
 
 def _call(

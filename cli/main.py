@@ -31,11 +31,13 @@ class Lazy(NamedTuple):
 COMMANDS = {
     "acl": Lazy("millstream.cli.acl:acl", "Print the ACL of a Redis user with the rights that a role needs."),
     "bench": Lazy("millstream.cli.bench:bench", "Measure a running service with real calls."),
+    "chat": Lazy("millstream.cli.chat:chat", "Talk to a language model through the queue."),
     "config": Lazy(
         "millstream.cli.config:config", "Check or show a configuration, or publish it for workers and clients."
     ),
     "dead": Lazy("millstream.cli.dead:dead", "List a service's dead letters, run them again or remove them."),
     "embed": Lazy("millstream.cli.embed:embed", "Embed texts through the queue."),
+    "generate": Lazy("millstream.cli.generate:generate", "Generate text through the queue."),
     "queue": Lazy("millstream.cli.queue:queue", "Show, pause, drain or empty the queues."),
     "tune": Lazy("millstream.cli.tune:tune", "Measure with which batch limits a service is fastest on this machine."),
     "up": Lazy("millstream.cli.up:up", "Start a server if none is configured, and workers for each service."),

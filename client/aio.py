@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar, Unpack, cast, overload
 
 from millstream.broker.config.spec import PriorityName, ServiceSpec
 from millstream.broker.contract.embedding import EmbedOptions, Encoding, InputType, Truncate
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.operations import BY_OP
+from millstream.broker.contract.partial import Delta
+from millstream.broker.contract.prompt import Message
 from millstream.broker.contract.rerank import RerankOptions, Scores
 from millstream.client.async_handle import AsyncHandle
 from millstream.client.awaiting import await_acceptance, await_answer
 from millstream.client.call_options import CallOptions
-from millstream.client.call_request import CallRequest, prepare_call, prepare_embed, prepare_rerank
+from millstream.client.call_request import (
+    CallRequest,
+    StreamRequest,
+    prepare_call,
+    prepare_chat,
+    prepare_embed,
+    prepare_generate,
+    prepare_rerank,
+    to_stream,
+)
 from millstream.client.calls import NO_HITS, Calls
 from millstream.client.channel.loop_calls import arrival
 from millstream.client.detached import Detached
+from millstream.client.generate import Generated, GenerateKeywords, PromptInput
+from millstream.client.generate_stream import AsyncGenerateStream
 from millstream.client.handle import Handle
 from millstream.client.job_terms import Progress
 from millstream.client.local import START_S, Local
@@ -168,18 +181,48 @@ class AsyncClient:
         The call begins with the first piece that is awaited, or with `async with`, and then raises its errors.
         """
         opts = CallOptions(priority, timeout, wait, tenant, options)
+        return self._open(StreamRequest(service, cast(Json, payload), opts))
 
-        async def begin() -> TextCall:
-            checked = opts.validate()
-            began = time.monotonic()
-            (row,), checked = copy_arguments([cast(Json, payload)], checked)
-            spec = await self._spec(service, checked.until(began))
-            return self._calls.begin_stream(spec, row, checked, began)
+    @overload
+    async def generate(self, prompt: PromptInput, **options: Unpack[GenerateKeywords]) -> Generated: ...
 
-        async def read_partial(handle: Handle) -> str:
-            return await self._in_thread(self._calls.read_partial, handle.id, service)
+    @overload
+    async def generate(
+        self, prompt: list[str] | list[list[int]], **options: Unpack[GenerateKeywords]
+    ) -> list[Generated]: ...
 
-        return AsyncTextStream(begin, read_partial)
+    async def generate(
+        self, prompt: PromptInput | list[str] | list[list[int]], **options: Unpack[GenerateKeywords]
+    ) -> Generated | list[Generated]:
+        """Does as Client.generate."""
+        return cast("Generated | list[Generated]", await self._run(prepare_generate(prompt, options)))
+
+    def generate_stream(self, prompt: PromptInput, **options: Unpack[GenerateKeywords]) -> AsyncGenerateStream:
+        """Does as Client.generate_stream: `async for delta in client.generate_stream(...)`.
+
+        The call begins with the first piece that is awaited, or with `async with`, and then raises its errors.
+        """
+        return AsyncGenerateStream(self._open(to_stream(prepare_generate(prompt, options))))
+
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Unpack[GenerateKeywords],
+    ) -> Generated:
+        """Does as Client.chat."""
+        return await self._run(prepare_chat(messages, tools, options))
+
+    def chat_stream(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Unpack[GenerateKeywords],
+    ) -> AsyncGenerateStream:
+        """Does as Client.chat_stream; begins as `generate_stream` does."""
+        return AsyncGenerateStream(self._open(to_stream(prepare_chat(messages, tools, options))))
 
     async def submit_detached(
         self,
@@ -242,13 +285,32 @@ class AsyncClient:
         if spec is None or spec.runtime.enable_cache:
             # The caller may change its inputs while this waits for the server.
             inputs, opts = copy_arguments(inputs, opts)
-        if name is None:
-            name = await await_answer(services.ask_only(BY_OP[opts.op].type), until)
         if spec is None:
-            spec = await self._spec(name, until)
+            spec = await self._spec(name or await self._only(opts.op, until), until)
         cached = spec.runtime.enable_cache
         hits = await arrival(partial(self._calls.read_cache_soon, spec, inputs, opts)) if cached else NO_HITS
         return self._calls.begin(spec, inputs, opts, hits, began, progress)
+
+    def _open(self, request: StreamRequest) -> AsyncTextStream:
+        async def begin() -> TextCall:
+            opts = request.opts.validate()
+            began = time.monotonic()
+            until = opts.until(began)
+            (row,), opts = copy_arguments([request.row], opts)
+            spec = await self._spec(request.service or await self._only(opts.op, until), until)
+            return self._calls.begin_stream(spec, row, opts, began)
+
+        async def read_partial(call: TextCall) -> Delta:
+            return await self._in_thread(self._calls.read_partial, call)
+
+        return AsyncTextStream(begin, read_partial)
+
+    async def _only(self, op: str, until: float | None) -> str:
+        """Does as Services.only, for the type of models that runs `op`."""
+        services, model_type = self._calls.services, BY_OP[op].type
+        if known := services.known_only(model_type):
+            return known
+        return await await_answer(services.ask_only(model_type), until)
 
     async def _spec(self, service: str, until: float | None) -> ServiceSpec:
         """Does as Services.read."""

@@ -10,7 +10,6 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.thread import ThreadPoolExecutor
-from functools import partial
 from types import MappingProxyType
 from typing import cast
 
@@ -18,7 +17,7 @@ from millstream.broker.config.load import ServiceSpec
 from millstream.broker.contract.errors import InvalidRequest, MillstreamError, described
 from millstream.broker.contract.job import Json, Priority
 from millstream.broker.contract.operations import BY_OP
-from millstream.broker.contract.partial import decode_records, text_of
+from millstream.broker.contract.partial import Delta
 from millstream.broker.queue.cache import Cached, CacheKey
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
@@ -26,6 +25,7 @@ from millstream.broker.target import find_target
 from millstream.broker.transport.connection import Connection
 from millstream.client.cache_reader import CacheReader
 from millstream.client.call_options import CallOptions, find_operation
+from millstream.client.call_request import StreamRequest
 from millstream.client.channel.channel import Channel
 from millstream.client.channel.coalescing import Coalescer
 from millstream.client.detached import Detached
@@ -72,18 +72,20 @@ class Calls:
         opts = opts.validate()
         # The timeout starts here, because reading the service can wait for the server.
         began = time.monotonic()
-        until = opts.until(began)
-        spec = self.services.read(service or self.services.only(BY_OP[opts.op].type, until), until)
+        spec = self._read_spec(service, opts, began)
         hits = self.read_cache(spec, inputs, opts) if spec.runtime.enable_cache else {}
         return self.begin(spec, inputs, opts, hits, began, progress)
 
-    def start_stream(self, service: str, payload: object, opts: CallOptions) -> TextStream:
-        """Does as Client.stream, with `opts`."""
-        opts = opts.validate()
+    def start_stream(self, request: StreamRequest) -> TextStream:
+        """Does as Client.stream."""
+        opts = request.opts.validate()
         began = time.monotonic()
-        spec = self.services.read(service, opts.until(began))
-        call = self.begin_stream(spec, payload, opts, began)
-        return TextStream(call, partial(self.read_partial, call.handle.id, service))
+        call = self.begin_stream(self._read_spec(request.service, opts, began), request.row, opts, began)
+        return TextStream(call, self.read_partial)
+
+    def _read_spec(self, service: str | None, opts: CallOptions, began: float) -> ServiceSpec:
+        until = opts.until(began)
+        return self.services.read(service or self.services.only(BY_OP[opts.op].type, until), until)
 
     def begin_stream(self, spec: ServiceSpec, payload: object, opts: CallOptions, began: float) -> TextCall:
         """Sends one job whose text can be read while it grows, and does not block. `opts` are checked.
@@ -98,20 +100,21 @@ class Calls:
         growing = GrowingText()
         return TextCall(self.begin(spec, [cast(Json, payload)], opts, began=began, growing=growing), growing)
 
-    def read_partial(self, job_id: str, service: str) -> str:
-        """Returns the text so far of a running job, as the server has it. Waits for at most PARTIAL_S.
+    def read_partial(self, call: TextCall) -> Delta:
+        """Returns the text so far of a running job, as the server has it, behind what was read before.
 
-        Returns "" if there is none or the server does not answer: the job's reply has the whole text.
+        Waits for at most PARTIAL_S. Returns no text if there is none or the server does not answer: the job's reply has
+        the whole text.
         """
+        service = call.handle.service
         try:
             streams = self._partials.get(service)
             if streams is None:
                 streams = self._partials[service] = self.streams(service, PARTIAL_S)
-            (records,) = streams.partials([job_id])
-            return text_of(decode_records(records))
+            return call.so_far.read(streams)
         except Exception as error:  # noqa: BLE001 - whatever it is, the stream goes on with the reply
-            log.warning("job %s: its text so far cannot be read: %s", job_id, described(error))
-            return ""
+            log.warning("job %s: its text so far cannot be read: %s", call.handle.id, described(error))
+            return Delta(0, "")
 
     def read_cache(self, spec: ServiceSpec, inputs: Sequence[Json], opts: CallOptions) -> Mapping[int, Cached]:
         """Returns the cached answers of `inputs`, by row; no answers if the server is too slow.
@@ -177,6 +180,7 @@ class Calls:
             replicated=spec.replicated,
             rate_per_tenant=bool(opts.tenant) and spec.rate_per_tenant,
             idle_timeout=spec.runtime.total_timeout,
+            at_once=spec.runtime.batch_size if operation.streams else 1,
         )
         # If a service caches its answers, equal jobs in flight share theirs, too.
         channel = self._coalescer if spec.runtime.enable_cache else self.channel

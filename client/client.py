@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack, cast, overload
 
 from millstream.broker.config.spec import PriorityName
 from millstream.broker.contract.embedding import EmbedOptions, Encoding, InputType, Truncate
 from millstream.broker.contract.job import Json
+from millstream.broker.contract.prompt import Message
 from millstream.broker.contract.rerank import RerankOptions, Scores
 from millstream.client.call_options import CallOptions
-from millstream.client.call_request import CallRequest, prepare_call, prepare_embed, prepare_rerank
+from millstream.client.call_request import (
+    CallRequest,
+    StreamRequest,
+    prepare_call,
+    prepare_chat,
+    prepare_embed,
+    prepare_generate,
+    prepare_rerank,
+    to_stream,
+)
 from millstream.client.calls import Calls
 from millstream.client.detached import Detached
+from millstream.client.generate import Generated, GenerateKeywords, PromptInput
+from millstream.client.generate_stream import GenerateStream
 from millstream.client.handle import Handle
 from millstream.client.job_terms import Progress
 from millstream.client.local import START_S, Local
@@ -167,9 +179,9 @@ class Client:
     ) -> Any:
         """Returns what the service's function returned for `payload`: a JSON value or a vector, float32 [dim].
 
-        A custom service takes any JSON value, as does a service that streams, which returns {"text", "finish_reason"}.
-        Raises InvalidRequest if `payload` is not JSON, ModelFailed if the
-        function failed on it, and otherwise as `embed` does.
+        A custom service takes any JSON value. An llm service takes a prompt and returns Generated. Raises
+        InvalidRequest if `payload` is not JSON, ModelFailed if the function failed on it, and otherwise as `embed`
+        does.
         """
         return self._run(prepare_call(service, payload, CallOptions(priority, timeout, wait, tenant)))
 
@@ -193,7 +205,68 @@ class Client:
         other errors of `embed`, and StreamDiverged.
         """
         opts = CallOptions(priority, timeout, wait, tenant, options)
-        return self._calls.start_stream(service, payload, opts)
+        return self._calls.start_stream(StreamRequest(service, cast(Json, payload), opts))
+
+    @overload
+    def generate(self, prompt: PromptInput, **options: Unpack[GenerateKeywords]) -> Generated: ...
+
+    @overload
+    def generate(self, prompt: list[str] | list[list[int]], **options: Unpack[GenerateKeywords]) -> list[Generated]: ...
+
+    def generate(
+        self, prompt: PromptInput | list[str] | list[list[int]], **options: Unpack[GenerateKeywords]
+    ) -> Generated | list[Generated]:
+        """Returns the text that a language model generates behind `prompt`, a string or a list of token ids.
+
+        A list of prompts gives a list of results in the same order; each prompt is a job of its own. The model reads
+        the prompt as it is, without a chat template: see `chat`.
+
+        `options` are `service`, `priority`, `timeout`, `wait` and `tenant`, as in `embed`, and GenerateOptions:
+        max_tokens, temperature, top_p, top_k, min_p, seed, stop, stop_token_ids, presence_penalty, frequency_penalty,
+        repetition_penalty, logit_bias, logprobs, response_format, ignore_eos. Those that are left out have the model's
+        defaults. `service` may be omitted if exactly one llm service is registered. Without `timeout` the call ends if
+        no text came for the service's total_timeout.
+
+        Raises as `embed` does. InputTooLong: the prompt is longer than the model's context. PartialFailure: only some
+        prompts of a list failed; `results` has the others.
+        """
+        return cast("Generated | list[Generated]", self._run(prepare_generate(prompt, options)))
+
+    def generate_stream(self, prompt: PromptInput, **options: Unpack[GenerateKeywords]) -> GenerateStream:
+        """Returns an iterator over the pieces of the text that `generate` would return, while it grows.
+
+        Each piece has a `text`. The last one has an empty text, `finish_reason` and `usage`; `generated` of the stream
+        is then the whole result. Closing the stream, or leaving its `with` block, cancels the job.
+
+        Raises InvalidRequest, UnknownService, BrokerUnavailable. The iterator raises the other errors of `generate`,
+        and StreamDiverged.
+        """
+        return GenerateStream(self._calls.start_stream(to_stream(prepare_generate(prompt, options))))
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Unpack[GenerateKeywords],
+    ) -> Generated:
+        """Returns the answer to a conversation, through the model's chat template. `options` as in `generate`.
+
+        A message is {"role": "user", "content": "..."}. Roles are system, developer, user, assistant and tool; the
+        template may refuse some. `tools` are the functions that the model may call, as JSON Schemas: {"type":
+        "function", "function": {...}}. Calls of them are `tool_calls` of the result.
+        """
+        return self._run(prepare_chat(messages, tools, options))
+
+    def chat_stream(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Unpack[GenerateKeywords],
+    ) -> GenerateStream:
+        """Does as `generate_stream`, for the arguments of `chat`."""
+        return GenerateStream(self._calls.start_stream(to_stream(prepare_chat(messages, tools, options))))
 
     def map(
         self,

@@ -15,16 +15,19 @@ from millstream.broker.contract.errors import (
     MillstreamError,
     ModelFailed,
     ResultExpired,
+    UnknownService,
 )
 from millstream.broker.contract.job import Json, Reply
+from millstream.broker.contract.operations import ResultKind
 from millstream.broker.contract.partial import decode_records, text_of
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.broker.transport.connection import Connection, is_transient, translated
 from millstream.client.channel.channel import Channel
 from millstream.client.detached_id import DetachedId
 from millstream.client.job_terms import waits_until
-from millstream.client.result import Embeddings, text_result
+from millstream.client.result import Embeddings, generations
 from millstream.client.row_results import RowOutcome, RowResults
+from millstream.client.services import Services
 
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.005, 0.5
 """Seconds between the first two looks for results, and between the last ones of a long wait."""
@@ -44,6 +47,7 @@ class DetachedCalls(Protocol):
 
     connection: Connection
     channel: Channel
+    services: Services
 
     def streams(self, service: str, within_s: float | None = None) -> Streams: ...
 
@@ -51,7 +55,8 @@ class DetachedCalls(Protocol):
 class Detached:
     """Detached call. Another process needs only its `id`."""
 
-    def __init__(self, calls: DetachedCalls, detached_id: DetachedId) -> None:
+    def __init__(self, calls: DetachedCalls, detached_id: DetachedId, kind: ResultKind | None = None) -> None:
+        """Takes the `kind` of the results; None if only the server knows it."""
         self.id = str(detached_id)
         self._calls = calls
         self._service = detached_id.service
@@ -59,6 +64,7 @@ class Detached:
         self._shape = f"{detached_id.shape} "
         self._parts = detached_id.split()
         self._replies: dict[str, Reply | MillstreamError] = {}
+        self._kind = kind
         self._began = time.monotonic()
 
     @classmethod
@@ -135,7 +141,7 @@ class Detached:
                 return _text_so_far(records)
             # Settling a job deletes its records.
             self._look(streams)
-        return "" if self._find_missing() else text_result(self._collect().value(0.0)).text
+        return "" if self._find_missing() else generations(self._collect().value(0.0))[0].text
 
     def _look(self, streams: Streams) -> None:
         """Reads the answers that are there. Raises ResultExpired, BrokerUnavailable."""
@@ -163,10 +169,28 @@ class Detached:
 
     def _collect(self) -> RowResults:
         # New for each result: several threads, and a forked child, may ask at the same time.
-        rows = RowResults(sum(len(part.rows) for part in self._parts.values()), {})
+        # Only texts are read: other results are given as the server has them.
+        kind: ResultKind = "generations" if self._find_kind() == "generations" else "any"
+        rows = RowResults(sum(len(part.rows) for part in self._parts.values()), {}, kind)
         for job_id, part in self._parts.items():
             rows.place(part, self._replies[job_id])
         return rows
+
+    def _find_kind(self) -> ResultKind:
+        """Returns the kind of the results. Asks the server if the call may be one for texts, made by another process.
+
+        Raises BrokerUnavailable.
+        """
+        if self._kind is None:
+            replies = [reply for reply in self._replies.values() if isinstance(reply, Reply)]
+            if not any(isinstance(value, dict) for reply in replies for value in reply.values or ()):
+                return "any"
+            try:
+                self._kind = self._calls.services.read(self._service).model.operation.results
+            except UnknownService:
+                # The results outlive the service.
+                return "any"
+        return self._kind
 
     def _streams(self) -> Streams:
         return self._calls.streams(self._service)

@@ -16,7 +16,7 @@ from millstream.broker.contract.codec import JsonText, encode_inputs
 from millstream.broker.contract.entry_codec import MAX_ROWS
 from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest
 from millstream.broker.contract.job import Draft, Json, Priority
-from millstream.broker.contract.operations import Operation
+from millstream.broker.contract.operations import BY_OP, Operation
 from millstream.broker.queue.stream_types import DetachedCall, Group
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL
 from millstream.broker.queue.submission import Submission
@@ -123,7 +123,7 @@ class DetachedRequest:
                 page = job_ids[at : at + MAX_JOBS_PER_CALL]
                 calls.channel.cancel_detached(Cancellation(self.spec.name, page, lambda outcomes: None, call=self.call))
 
-        return PendingDetached(Detached(calls, detached_id), acceptance, withdraw)
+        return PendingDetached(Detached(calls, detached_id, BY_OP[self.op].results), acceptance, withdraw)
 
     def _name(self, per_job: int) -> DetachedId:
         return DetachedId(self.spec.name, len(self.inputs), per_job, self.call)

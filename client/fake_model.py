@@ -11,13 +11,17 @@ import numpy as np
 
 from millstream.broker.contract.codec import decode_inputs, decode_reply, encode_reply, encode_value
 from millstream.broker.contract.embedding import EmbedOptions
-from millstream.broker.contract.errors import Malformed, MillstreamError, ModelFailed, described
-from millstream.broker.contract.generation import Generation
+from millstream.broker.contract.errors import InvalidRequest, Malformed, MillstreamError, ModelFailed, described
+from millstream.broker.contract.generation import GenerateOptions, Generation, Usage
 from millstream.broker.contract.job import Draft, Json, Reply, Vectors
 from millstream.broker.contract.operations import BY_OP, STREAMING_OPS
 from millstream.broker.contract.partial import Delta, encode_delta
+from millstream.broker.contract.prompt import Prompt
 from millstream.broker.contract.vectors import shaped
 from millstream.client.row_results import RowOutcome
+
+FAKE_VERSION = "fake"
+"""Version of the results of a fake language model."""
 
 _WORDS = re.compile(r"\S+\s*|\s+")
 
@@ -68,9 +72,12 @@ class FakeModel:
         if handler := self.handlers.get(service):
             outcomes = [_handle(handler, payload) for payload in inputs]
         else:
-            outcomes = [self._outcome(str(text), draft.op, query) for text in inputs]
+            outcomes = [self._outcome(_text_of(row), draft.op, query) for row in inputs]
         if draft.op in STREAMING_OPS:
-            outcomes = [Generation(each, "stop").json() if isinstance(each, str) else each for each in outcomes]
+            outcomes = [
+                _generation(_text_of(row), each, draft.op, options) if isinstance(each, str) else each
+                for row, each in zip(inputs, outcomes, strict=True)
+            ]
         errors = {row: each for row, each in enumerate(outcomes) if isinstance(each, MillstreamError)}
         good = [each for each in outcomes if not isinstance(each, MillstreamError)]
         tokens = sum(len(str(text).split()) + 2 for row, text in enumerate(inputs) if row not in errors)
@@ -79,7 +86,8 @@ class FakeModel:
             whole = np.stack(cast(list[Vectors], good))
             vectors = shaped(whole, embed_options.dimensions, embed_options.unit(True), embed_options.encoding)
             return encode_reply(Reply(vectors=vectors, errors=errors, tokens=tokens))
-        return encode_reply(Reply(values=cast(list[Json], good), errors=errors, tokens=tokens))
+        fingerprint = FAKE_VERSION if BY_OP[draft.op].results == "generations" else ""
+        return encode_reply(Reply(values=cast(list[Json], good), errors=errors, tokens=tokens, fingerprint=fingerprint))
 
     def _outcome(self, text: str, op: str, query: str | None) -> RowOutcome:
         try:
@@ -92,6 +100,34 @@ class FakeModel:
         if op in STREAMING_OPS:
             return text
         return fake_vector(text, self._dim) if query is None else fake_score(query, text)
+
+
+def _text_of(row: Json) -> str:
+    """Returns the text of a row: of a conversation the last message's, of token ids the ids."""
+    if not isinstance(row, dict):
+        return str(row)
+    try:
+        prompt = Prompt.read(row)
+    except InvalidRequest:
+        return str(row)
+    if prompt.messages:
+        content = prompt.messages[-1].get("content")
+        parts = content if isinstance(content, list) else [{"text": content}]
+        return "".join(str(part.get("text") or "") for part in parts if isinstance(part, dict))
+    return " ".join(map(str, prompt.token_ids or ()))
+
+
+def _generation(prompt: str, text: str, op: str, options: Mapping[str, Json]) -> Json:
+    """Returns the result of a row: `text` cut to max_tokens words. Each word counts as a token."""
+    if BY_OP[op].results != "generations":
+        return Generation(text, "stop").json()
+    words = _WORDS.findall(text)
+    most = GenerateOptions.read(options).max_tokens or len(words)
+    seed = options.get("seed")
+    usage = Usage(len(_WORDS.findall(prompt)), min(most, len(words)))
+    return Generation(
+        "".join(words[:most]), "length" if len(words) > most else "stop", usage, seed if isinstance(seed, int) else 0
+    ).json()
 
 
 def fake_deltas(reply: bytes) -> list[bytes]:

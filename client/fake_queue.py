@@ -10,7 +10,7 @@ from types import MappingProxyType
 from millstream.broker.config.load import ServiceSpec
 from millstream.broker.config.spec import ModelSpec, Runtime
 from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError, UnknownService
-from millstream.broker.contract.operations import EMBED, OPERATIONS, RERANK, STREAMING_OPS, ModelType
+from millstream.broker.contract.operations import EMBED, GENERATE, OPERATIONS, RERANK, STREAMING_OPS, ModelType
 from millstream.broker.queue.admission import refusal
 from millstream.broker.queue.stream_types import Admission, CancelOutcome, Group, Submitted
 from millstream.broker.queue.streams import Streams
@@ -19,10 +19,10 @@ from millstream.client.channel.requests import Cancellation
 from millstream.client.fake_model import FakeModel, fake_deltas
 from millstream.client.services import Known
 
-SERVICE, RERANKER = EMBED.op, RERANK.op
-"""Names of the services that calls without `service` go to: `embed` and `rerank`."""
+SERVICE, RERANKER, GENERATOR = EMBED.op, RERANK.op, GENERATE.op
+"""Names of the services that calls without `service` go to: `embed`, `rerank` and `generate`."""
 
-SERVICES: Mapping[str, ModelType] = MappingProxyType({RERANKER: RERANK.type})
+SERVICES: Mapping[str, ModelType] = MappingProxyType({RERANKER: RERANK.type, GENERATOR: GENERATE.type})
 """Types of the services that are not embedding services, by name."""
 
 

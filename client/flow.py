@@ -16,11 +16,13 @@ class Flow:
     """Measures how many jobs are answered per second and derives the window.
 
     `most` is the largest window. `answer_within_s` is the time limit of each job in seconds, None if there is none.
+    `at_once` is the number of jobs that a worker runs at the same time: more than one if a job is a single row.
     """
 
-    def __init__(self, most: int, answer_within_s: float | None, now: float) -> None:
+    def __init__(self, most: int, answer_within_s: float | None, now: float, at_once: int = 1) -> None:
         self._most = most
         self._answer_within_s = answer_within_s
+        self._others = at_once - 1
         self._answered = 0.0
         self._seconds = 0.0
         self._last = now
@@ -39,8 +41,8 @@ class Flow:
         At most the number that is answered in half of a job's time limit (Little's law): if answers are slow, the jobs
         of a call must not wait behind each other until their deadlines are over.
         """
-        jobs = JOBS_PER_WORKER * live_workers
+        jobs = (JOBS_PER_WORKER + self._others) * live_workers
         if self._answer_within_s is not None and self._seconds:
             in_time = int(self._answered / self._seconds * self._answer_within_s / 2)
-            jobs = min(jobs, max(LEAST_PER_WORKER * live_workers, in_time))
+            jobs = min(jobs, max((LEAST_PER_WORKER + self._others) * live_workers, in_time))
         return max(1, min(jobs, self._most))

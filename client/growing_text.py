@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import MutableSequence
 
 from millstream.broker.contract.errors import StreamDiverged
 from millstream.broker.contract.partial import Delta
+
+MOST_PIECES = 128
+"""Pieces that wait to be taken one by one. Later ones are joined, since the str of a word takes ten times its length.
+"""
+
+CHUNK = 1_024
+"""Characters up to which pieces are joined."""
 
 
 class GrowingText:
@@ -57,21 +65,20 @@ class GrowingText:
             if not self._pieces:
                 return ""
             piece = self._pieces.popleft()
-            self._handed_out.append(piece)
+            _append(self._handed_out, piece)
             return piece
 
-    def fill(self, text: str) -> None:
+    def fill(self, text: str, offset: int = 0) -> None:
         """Closes a gap with `text`, the job's text so far as the server has it; it may be empty or too short.
 
-        Raises StreamDiverged if `text` is not a continuation of the text that was handed out.
+        `offset` is the number of code points before `text`. Raises StreamDiverged if `text` is not a continuation of
+        the text that was handed out.
         """
         with self._lock:
-            known = self._joined()
+            known = self._joined()[offset:]
             if not (text.startswith(known) or known.startswith(text)):
                 raise _diverged()
-            if len(text) > self._known:
-                self._pieces = deque([text[len(known) :]])
-                self._known = len(text)
+            self._append(Delta(offset, text))
             self._append_ahead()
             self._drops_ahead = bool(self._ahead)
             self._ahead.clear()
@@ -97,7 +104,10 @@ class GrowingText:
         if delta.offset > self._known:
             return False
         if piece := delta.text[self._known - delta.offset :]:
-            self._pieces.append(piece)
+            if len(self._pieces) < MOST_PIECES:
+                self._pieces.append(piece)
+            else:
+                _append(self._pieces, piece)
             self._known += len(piece)
             self._drops_ahead = False
         return True
@@ -107,9 +117,17 @@ class GrowingText:
             self._ahead = [delta for delta in sorted(self._ahead) if not self._append(delta)]
 
     def _joined(self) -> str:
-        # Joined when somebody asks, not at each piece: a long text has thousands of pieces.
+        # Joined when it is compared, not at each piece: a long text has thousands of pieces.
         self._handed_out = ["".join(self._handed_out)]
         return self._handed_out[0]
+
+
+def _append(pieces: MutableSequence[str], piece: str) -> None:
+    """Appends `piece`, or joins it to the last of `pieces` if that is shorter than a chunk."""
+    if pieces and len(pieces[-1]) < CHUNK:
+        pieces[-1] += piece
+    else:
+        pieces.append(piece)
 
 
 def _diverged() -> StreamDiverged:

@@ -78,6 +78,7 @@ class Handle:
         self._owner = owner
         shared = progress or Progress(began)
         self._growing = growing
+        self._service = terms.service
         self._transfer = Transfer(channel, watch, terms, inputs, parts, given, began, shared, growing)
         self._lock, self._rows = self._transfer.lock, self._transfer.rows
         try:
@@ -91,6 +92,11 @@ class Handle:
     def id(self) -> str:
         """Id of the call, which is the id of its first job."""
         return self._transfer.id
+
+    @property
+    def service(self) -> str:
+        """Name of the service that runs the call."""
+        return self._service
 
     @property
     def ready(self) -> bool:

@@ -39,7 +39,8 @@ class JobTerms(NamedTuple):
 
     `timeout` limits the whole call. Without it the call ends when no job was answered for `total_timeout`: a call of
     any length goes on while it makes progress; a piece of a growing text is progress, too. Without both it ends when no
-    job was answered for `idle_timeout` and no worker is alive. `most_jobs` is the largest number of jobs in flight.
+    job was answered for `idle_timeout` and no worker is alive. `most_jobs` is the largest number of jobs in flight;
+    `at_once` is the number of jobs that one worker runs at the same time.
     """
 
     service: str
@@ -55,6 +56,7 @@ class JobTerms(NamedTuple):
     replicated: bool = False
     rate_per_tenant: bool = False
     idle_timeout: float | None = None
+    at_once: int = 1
 
     def draft(
         self, job_id: str, rows: Sequence[Json], tokens: int, client: str, end: float | None, now: float

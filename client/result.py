@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from millstream.broker.contract.errors import InvalidRequest, Malformed, ModelFailed
 from millstream.broker.contract.generation import Generation
 from millstream.broker.contract.job import Encoded, Json
+from millstream.client.generate import Generated
 
 Timings = Mapping[str, float]
 
@@ -45,7 +46,10 @@ class Embeddings(np.ndarray[Any, np.dtype[Any]]):
 
 
 class Values(list[Json]):
-    """List of one JSON value per row, for instance a reranker's scores. Has the other attributes of Embeddings."""
+    """List of one result per row: a JSON value, such as a reranker's score, or Generated if the row is a prompt.
+
+    Has the other attributes of Embeddings.
+    """
 
     usage: Mapping[str, int] = MappingProxyType({})
     truncated: tuple[int, ...] = ()
@@ -62,12 +66,22 @@ class Values(list[Json]):
         return result
 
 
-def text_result(result: Embeddings | list[Json]) -> Generation:
-    """Returns the text of a streaming call of one row. Raises ModelFailed if its result has another shape."""
+def generations(result: Embeddings | list[Json]) -> list[Generated]:
+    """Returns the texts of a call's rows. Raises ModelFailed if a row's result has another shape."""
+    if not isinstance(result, Values):
+        raise ModelFailed("its reply is not a text: vectors", hint="client and worker of different versions?")
+    found = [each if isinstance(each, Generated) else _read(each, result) for each in cast(list[object], result)]
+    return [each.timed(result.timings) for each in found]
+
+
+def _read(value: object, result: Values) -> Generated:
+    return Generated.of(read_generation(value), result.fingerprint, result.timings)
+
+
+def read_generation(value: object) -> Generation:
+    """Returns the text of a row's result. Raises ModelFailed if the result has another shape."""
     try:
-        if not (isinstance(result, Values) and len(result) == 1):
-            raise Malformed("not one JSON value")
-        return Generation.read(result[0])
+        return Generation.read(cast(Json, value))
     except Malformed as error:
         raise ModelFailed(
             f"its reply is not a text: {error}", hint="client and worker of different versions?"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -11,11 +12,12 @@ from millstream.broker.contract.errors import MillstreamError, MixedModels, Mode
 from millstream.broker.contract.job import Encoded, Json, Reply
 from millstream.broker.contract.operations import ResultKind
 from millstream.broker.queue.cache import Cached
-from millstream.client.result import Embeddings, Timings, Values
+from millstream.client.generate import Generated
+from millstream.client.result import Embeddings, Timings, Values, read_generation
 from millstream.client.split import Part
 
-RowOutcome = Encoded | Json | MillstreamError
-"""Outcome of a row: a vector [dim], a JSON value, or the row's error."""
+RowOutcome = Encoded | Json | Generated | MillstreamError
+"""Outcome of a row: a vector [dim], a JSON value, a text with its usage, or the row's error."""
 
 
 class RowResults:
@@ -32,7 +34,9 @@ class RowResults:
         self._truncated: list[int] = []
         self._timings: Timings = {}
         self._failed = False
-        self._kind, self._scores = kind, kind == "scores"
+        self._kind = kind
+        # Results of these kinds are read one by one.
+        self._reads = kind in ("scores", "generations")
         self._fingerprint: str | None = None
         self._others: set[str] = set()
         for row, each in given.items():
@@ -58,20 +62,21 @@ class RowResults:
         if (
             vectors is not None
             and len(vectors) == len(part.rows)
-            and not (outcome.errors or outcome.error or self._scores)
+            and not (outcome.errors or outcome.error or self._reads)
             and _is_finite(vectors)
         ):
             results = vectors
         elif (
             outcome.values
             and len(outcome.values) == len(part.rows)
-            and not (outcome.errors or outcome.error or self._scores)
+            and not (outcome.errors or outcome.error or self._reads)
         ):
             results = outcome.values
         else:
             results = _checked(outcome, len(part.rows))
-            if self._scores:
-                results = [_score(each) for each in results]
+            if self._reads:
+                read = _score if self._kind == "scores" else partial(_generated, reply=outcome)
+                results = [read(each) for each in results]
             self._failed = self._failed or any(isinstance(each, MillstreamError) for each in results)
         for row, result in zip(part.rows, results, strict=True):
             self._rows[row] = result
@@ -117,7 +122,8 @@ class RowResults:
         Raises PartialFailure if some rows failed, the first row's error if all failed with the same type, MixedModels
         if rows were made by different weights, and ModelFailed if their vectors do not fit together.
         """
-        if self._others:
+        # Each text names the weights that made it; other results must not be mixed.
+        if self._others and self._kind != "generations":
             self._check_fingerprints()
         if self._failed:
             raise _failure(self._rows)
@@ -180,6 +186,16 @@ def _score(result: RowOutcome) -> RowOutcome:
     if isinstance(result, float | int | MillstreamError) and not isinstance(result, bool):
         return result
     return ModelFailed(f"the worker's reply has a score of type {type(result).__name__}")
+
+
+def _generated(result: RowOutcome, reply: Reply) -> RowOutcome:
+    """Returns a row's text or error. Other results become an error."""
+    if isinstance(result, MillstreamError):
+        return result
+    try:
+        return Generated.of(read_generation(result), reply.version or reply.fingerprint, reply.timings)
+    except ModelFailed as error:
+        return error
 
 
 def _not_finite() -> MillstreamError:

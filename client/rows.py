@@ -14,6 +14,7 @@ from millstream.broker.contract.entry_codec import MAX_ROWS
 from millstream.broker.contract.errors import InputTooLong, InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.operations import Operation
+from millstream.broker.contract.prompt import Prompt
 from millstream.client.call_options import CallOptions
 from millstream.client.split import Part, estimate_tokens, split, split_evenly, split_once
 
@@ -70,22 +71,31 @@ def estimate_row_tokens(spec: ServiceSpec, sizes: Sequence[int]) -> int:
 
 
 def encode_rows(operation: Operation, inputs: Sequence[Json]) -> Sequence[Json]:
-    """Returns the rows to send. Payloads are encoded as JSON now, so the caller may change them later.
+    """Returns the rows to send. Payloads and prompts are encoded as JSON now, so the caller may change them later.
 
-    A payload that is not JSON becomes its row's error. Raises InvalidRequest if `inputs` are payloads, but not a list.
+    A payload that is not JSON, or a prompt that is not valid, becomes its row's error. Raises InvalidRequest if
+    `inputs` are payloads or prompts, but not a list.
     """
     if operation.row == "text":
         return inputs
     if not _is_list(inputs):
         raise InvalidRequest(
-            f"a list of payloads is needed, not {type(inputs).__name__}", hint="`call` takes a single one"
+            f"a list of {operation.row}s is needed, not {type(inputs).__name__}", hint="`call` takes a single one"
         )
-    return cast(Sequence[Json], [_encode_payload(payload) for payload in inputs])
+    encode = _encode_prompt if operation.row == "prompt" else _encode_payload
+    return cast(Sequence[Json], [encode(each) for each in inputs])
 
 
 def _is_list(inputs: object) -> bool:
     """Returns whether `inputs` has rows. An array without a dimension has none."""
     return isinstance(inputs, _LISTS) and not isinstance(inputs, _TEXTS) and getattr(inputs, "ndim", 1) > 0
+
+
+def _encode_prompt(prompt: Json) -> JsonText | InvalidRequest:
+    try:
+        return _encode_payload(Prompt.read(prompt).json())
+    except InvalidRequest as error:
+        return error
 
 
 def _encode_payload(payload: object) -> JsonText | InvalidRequest:

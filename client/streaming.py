@@ -8,27 +8,35 @@ from types import MappingProxyType, TracebackType
 from typing import Self, cast
 
 from millstream.broker.contract.errors import Cancelled, MillstreamError, StreamDiverged
+from millstream.broker.contract.partial import Delta
 from millstream.client.channel.loop_calls import Changed, listener
+from millstream.client.generate import NO_USAGE, Generated
 from millstream.client.growing_text import GrowingText
 from millstream.client.handle import ABANDON_S, Handle
-from millstream.client.result import Timings, Values, text_result
+from millstream.client.partial_text import PartialText
+from millstream.client.result import Timings, Values, generations
 
-_NO_USAGE: Mapping[str, int] = MappingProxyType({})
 _NO_TIMINGS: Timings = MappingProxyType({})
 
 
 class TextCall:
     """Streaming call as the blocking and the async iterator share it: decides what comes next. Never waits."""
 
-    finish_reason: str | None = None
-    usage: Mapping[str, int] = _NO_USAGE
+    generated: Generated | None = None
+    usage: Mapping[str, int] = NO_USAGE
     timings: Timings = _NO_TIMINGS
     fingerprint: str = ""
 
     def __init__(self, handle: Handle, growing: GrowingText) -> None:
         self.handle = handle
         self.growing = growing
+        self.so_far = PartialText(handle.id)
         self._error: MillstreamError | None = None
+
+    @property
+    def finish_reason(self) -> str | None:
+        """The reason for the text's end; None until `advance` has read the reply."""
+        return self.generated.finish_reason if self.generated else None
 
     @property
     def has_gap(self) -> bool:
@@ -48,14 +56,14 @@ class TextCall:
             return piece
         if not over:
             return ""
-        if self.finish_reason is None:
+        if self.generated is None:
             self._finish()
         return self.growing.take() or None
 
-    def fill(self, partial: str) -> None:
-        """Takes the text so far as the server has it, "" if it has none. Raises StreamDiverged."""
+    def fill(self, so_far: Delta) -> None:
+        """Takes text as the server has it, no text if it has none. Raises StreamDiverged."""
         try:
-            self.growing.fill(partial)
+            self.growing.fill(so_far.text, so_far.offset)
         except StreamDiverged as error:
             self._error = error
             self.handle.cancel_soon()
@@ -64,15 +72,16 @@ class TextCall:
     def _finish(self) -> None:
         try:
             result = self.handle.result(0)
-            generation = text_result(result)
-            self.growing.finish(generation.text)
+            # One: the job has one row, and each row has a result.
+            (generated,) = generations(result)
+            self.growing.finish(generated.text)
         except MillstreamError as error:
             self._error = error
             raise
         values = cast(Values, result)
         self.usage, self.timings, self.fingerprint = values.usage, values.timings, values.fingerprint
         # Set last: another thread that sees it may read the rest.
-        self.finish_reason = generation.finish_reason
+        self.generated = generated
 
 
 class TextStream(Iterator[str]):
@@ -87,7 +96,7 @@ class TextStream(Iterator[str]):
     job goes on.
     """
 
-    def __init__(self, call: TextCall, read_partial: Callable[[], str]) -> None:
+    def __init__(self, call: TextCall, read_partial: Callable[[TextCall], Delta]) -> None:
         self._call = call
         self._read_partial = read_partial
 
@@ -105,6 +114,11 @@ class TextStream(Iterator[str]):
     def finish_reason(self) -> str | None:
         """The reason for the text's end, such as "stop" or "length"; None until the iteration has ended so."""
         return self._call.finish_reason
+
+    @property
+    def generated(self) -> Generated | None:
+        """The whole result; None until the iteration has ended."""
+        return self._call.generated
 
     @property
     def usage(self) -> Mapping[str, int]:
@@ -131,7 +145,7 @@ class TextStream(Iterator[str]):
                 if piece is None:
                     raise StopIteration
                 if call.has_gap:
-                    call.fill(self._read_partial())
+                    call.fill(self._read_partial(call))
                 else:
                     call.handle.wait_for_text()
             return piece
@@ -164,7 +178,7 @@ class AsyncTextStream:
     """
 
     def __init__(
-        self, begin: Callable[[], Awaitable[TextCall]], read_partial: Callable[[Handle], Awaitable[str]]
+        self, begin: Callable[[], Awaitable[TextCall]], read_partial: Callable[[TextCall], Awaitable[Delta]]
     ) -> None:
         self._begin = begin
         self._read_partial = read_partial
@@ -187,9 +201,14 @@ class AsyncTextStream:
         return self._call.finish_reason if self._call else None
 
     @property
+    def generated(self) -> Generated | None:
+        """Does as TextStream.generated."""
+        return self._call.generated if self._call else None
+
+    @property
     def usage(self) -> Mapping[str, int]:
         """Does as TextStream.usage."""
-        return self._call.usage if self._call else _NO_USAGE
+        return self._call.usage if self._call else NO_USAGE
 
     @property
     def timings(self) -> Timings:
@@ -211,7 +230,7 @@ class AsyncTextStream:
                 if piece is None:
                     raise StopAsyncIteration
                 if call.has_gap:
-                    call.fill(await self._read_partial(call.handle))
+                    call.fill(await self._read_partial(call))
                 else:
                     await _text_or_end(call.handle)
             return piece

@@ -30,14 +30,24 @@ from millstream.client.calls import NO_HITS, Calls
 from millstream.client.channel.channel import Channel
 from millstream.client.client import Client
 from millstream.client.detached_request import DetachedRequest
-from millstream.client.fake_model import Answers, FakeModel, Handler, fake_score, fake_vector, read_embed_options
-from millstream.client.fake_queue import RERANKER, SERVICE, SERVICES, FakeChannel, FakeServices, FakeStreams
+from millstream.client.fake_model import (
+    FAKE_VERSION,
+    Answers,
+    FakeModel,
+    Handler,
+    fake_score,
+    fake_vector,
+    read_embed_options,
+)
+from millstream.client.fake_queue import GENERATOR, RERANKER, SERVICE, SERVICES, FakeChannel, FakeServices, FakeStreams
 from millstream.client.growing_text import GrowingText
 from millstream.client.handle import Handle
 from millstream.client.job_terms import Progress
 from millstream.client.services import Services
 
 __all__ = [
+    "FAKE_VERSION",
+    "GENERATOR",
     "RERANKER",
     "SERVICE",
     "SERVICES",
@@ -66,10 +76,12 @@ class FakeClient(Client):
     """Client that answers every service at once, and lists its calls in `calls`.
 
     A text gets a unit vector made from its hash; a document of a reranker gets the share of the query's words that it
-    has. `answers` replaces both. Texts in `errors` get their error. `services` has the types of services that are not
+    has. `answers` replaces them. Texts in `errors` get their error. `services` has the types of services that are not
     embedding services; "rerank" is a reranker. Names in `handlers` are custom services, answered by their function.
 
-    A service of type "echo-stream" gives its handler's text, or the payload itself, word by word if it is streamed.
+    A service of type "llm" generates the prompt's own text, of a conversation the last message's; each word counts as
+    a token. `answers` and `handlers` give other texts. "generate" is such a service. A service of type "echo-stream"
+    gives its handler's text, or the payload itself. Both give texts word by word if they are streamed.
     """
 
     def __init__(

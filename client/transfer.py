@@ -117,7 +117,8 @@ class Transfer:
     def _window(self) -> int:
         if self._flow is None:
             terms = self._terms
-            self._flow = Flow(terms.most_jobs, terms.total_timeout if terms.timeout is None else None, self.began)
+            answer_within_s = terms.total_timeout if terms.timeout is None else None
+            self._flow = Flow(terms.most_jobs, answer_within_s, self.began, terms.at_once)
         return self._flow.window(self._watch.live(self._terms.service, self.pump))
 
     def _draft(self, part: Part) -> Draft | None:
@@ -154,7 +155,8 @@ class Transfer:
         """Takes a delta of a job's text, which is progress. Called by the channel. Raises Malformed."""
         with self.lock:
             if job := self._in_flight.get(job_id):
-                self._in_flight[job_id] = job._replace(emitted=True)
+                if not job.emitted:
+                    self._in_flight[job_id] = job._replace(emitted=True)
                 self._progress.at = time.monotonic()
                 if self._growing is not None and self._growing.add(decode_delta(delta)):
                     self._tell()

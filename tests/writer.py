@@ -19,8 +19,8 @@ from millstream.broker.transport.connection import Connection
 
 
 def register(connection: Connection, name: str, **runtime: object) -> None:
-    """A service that streams."""
-    model = ModelSpec(type="echo-stream", model_name="m")
+    """A service that streams; its type is echo-stream, or `kind`."""
+    model = ModelSpec.model_validate({"type": runtime.pop("kind", "echo-stream"), "model_name": "m"})
     settings = Runtime.model_validate(runtime)
     Registry(connection).push([ServiceSpec(name=name, model=model, model_ref="m", runtime=settings)])
 

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 ModelType = Literal["embedding", "reranker", "llm", "custom", "echo", "echo-stream"]
 
-Row = Literal["text", "payload"]
-"""Input of one row: a string, or any JSON value."""
+Row = Literal["text", "payload", "prompt"]
+"""Input of one row: a string, any JSON value, or a prompt as prompt.py has it."""
 
-ResultKind = Literal["vectors", "scores", "text", "any"]
-"""Results of a call's rows: vectors, dense or sparse but not both; numbers; text; or any values, vectors included."""
+ResultKind = Literal["vectors", "scores", "generations", "any"]
+"""Results of a call's rows: vectors, dense or sparse but not both; numbers; texts as generation.py has them; or any
+values, vectors included."""
 
 Check = Callable[[Mapping[str, "Json"]], int]
 """Checks the options of one call. Returns the UTF-8 bytes that the model reads beside each row. Raises InvalidRequest.
@@ -127,7 +128,7 @@ class Operation:
     organization: str = ""
     """Organization on the hub whose models may be named without it, as in sentence-transformers; empty for none."""
 
-    example: Mapping[str, str] = field(default_factory=dict)
+    example: Mapping[str, Json] = field(default_factory=dict)
     """Options of a call that needs some, for measurements."""
 
     defaults: Mapping[str, object] = field(default_factory=dict)
@@ -189,12 +190,15 @@ RERANK = Operation(
 GENERATE = Operation(
     "llm",
     "generate",
-    row="payload",
-    results="text",
+    "millstream.worker.generation.model:load",
+    row="prompt",
+    results="generations",
     check=_check_generate,
     uncached="its answers are streamed",
     streams=True,
     needs_weights=True,
+    # Otherwise a text ends with the model's context.
+    example={"max_tokens": 64},
     # A single prompt is often longer than 2,048 tokens. Prompts are few, and each takes long to compute.
     defaults={
         "batch_size": 4,
@@ -219,7 +223,7 @@ CALL = Operation(
     needs_code=True,
 )
 
-# Any options: `embed` may call an echo service, too.
+# Any options: `embed` may call an echo service, too, and `generate` an echo-stream service.
 ECHO = Operation("echo", "echo", "millstream.worker.models.echo:load", computes=False)
 
 STREAM = Operation(
@@ -227,7 +231,6 @@ STREAM = Operation(
     "stream",
     "millstream.worker.models.echo_stream:load",
     row="payload",
-    results="text",
     uncached="its answers are streamed",
     streams=True,
     computes=False,

@@ -219,6 +219,10 @@ class Streams:
         found = cast(list[bytes | None], self._client.mget([self._keys.partial(job_id) for job_id in job_ids]))
         return [records or b"" for records in found]
 
+    def partial_behind(self, job_id: str, size: int) -> bytes:
+        """Returns the encoded records of a job behind its first `size` bytes; empty bytes if there are none."""
+        return cast(bytes, self._client.getrange(self._keys.partial(job_id), size, -1))
+
     def cancel(self, job_ids: Sequence[str], client: str, call: str = "") -> list[CancelOutcome]:
         """Cancels jobs of `client`, or of the detached `call`. Returns each job's state before the call.
 

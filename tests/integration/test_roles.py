@@ -187,6 +187,15 @@ def test_a_client_cancels_what_was_given_back(enter: Enter, connection: Connecti
     assert queue.claim("w2").claims == []
 
 
+def test_a_client_reads_the_text_of_a_running_job(enter: Enter, connection: Connection, service: str) -> None:
+    queue = queue_of(connection, service)
+    connection.client.set(queue.keys.partial("job"), b"records", px=60_000)
+
+    with opened(enter("client", service)) as limited:
+        streams = queue_of(limited, service).streams
+        assert (streams.partials(["job"]), streams.partial_behind("job", 3)) == ([b"records"], b"ords")
+
+
 def test_a_viewer_sees_everything(enter: Enter, connection: Connection, echo_spec: ServiceSpec) -> None:
     name = echo_spec.name
     queue = queue_of(connection, name)

@@ -172,6 +172,22 @@ def test_a_gap_is_filled_from_the_text_so_far(client: Client, service: str, writ
     assert [*got, *stream] == ["ab", "cdef", "gh"]
 
 
+def test_gaps_of_one_text_are_filled_one_by_one(client: Client, service: str, writer: Open) -> None:
+    worker = writer()
+    stream = client.stream(service, "a")
+    worker.take()
+    got = []
+    for number in range(3):
+        worker.write(f"mïll{number} ")
+        got.append(next(stream))
+        worker.write(f"🌊{number} ", shown=False)
+        worker.write("ef ")
+        got.append(next(stream))
+    worker.settle()
+
+    assert [*got, *stream] == ["mïll0 ", "🌊0 ef ", "mïll1 ", "🌊1 ef ", "mïll2 ", "🌊2 ef "]
+
+
 def test_a_gap_that_the_server_cannot_fill_is_filled_by_the_reply(client: Client, service: str, writer: Open) -> None:
     worker = writer()
     stream = client.stream(service, "a")
@@ -204,11 +220,12 @@ def test_a_client_that_read_slowly_catches_up_and_goes_on(
     for _ in range(most + 50):
         worker.write("x")
     reads.set()
-    got = "".join(next(stream) for _ in range(most))
+    while len(stream.text) < most:
+        next(stream)
     eventually(lambda: worker.queue.client.xlen(worker.queue.keys.reply(worker.claim.address.client)) < most)
     worker.write("yz")
 
-    assert (len(got), next(stream)) == (most, "x" * 50 + "yz")
+    assert (stream.text, next(stream)) == ("x" * most, "x" * 50 + "yz")
     worker.settle()
     assert list(stream) == []
 

@@ -49,3 +49,11 @@ def test_what_was_long_ago_counts_little() -> None:
         flow.answered(10.0 + n * 0.1)
 
     assert flow.window(1) == JOBS_PER_WORKER
+
+
+def test_a_worker_that_runs_many_jobs_at_once_has_as_many_in_flight_however_slow() -> None:
+    flow = Flow(1_000, 6.0, 0.0, at_once=64)
+
+    assert flow.window(2) == 2 * (63 + JOBS_PER_WORKER)
+    answers(flow, 5, 30.0)
+    assert flow.window(2) == 2 * (63 + LEAST_PER_WORKER)

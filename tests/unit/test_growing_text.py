@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from millstream.broker.contract.errors import Malformed, StreamDiverged
 from millstream.broker.contract.generation import Generation
 from millstream.broker.contract.partial import Delta
-from millstream.client.growing_text import GrowingText
+from millstream.client.growing_text import CHUNK, MOST_PIECES, GrowingText
 
 TEXT = "the mïll 🌊 turns 水车"
 
@@ -160,3 +160,33 @@ def test_a_generation_comes_back_and_may_have_fields_of_newer_workers() -> None:
 def test_a_value_of_another_shape_is_no_generation(value: None) -> None:
     with pytest.raises(Malformed):
         Generation.read(value)
+
+
+def test_a_gap_is_filled_by_a_part_of_the_text_that_fits_what_was_handed_out() -> None:
+    growing = GrowingText()
+    growing.add(Delta(0, "abc"))
+    first = growing.take()
+    growing.add(Delta(6, "gh"))
+    growing.fill("cdef", 2)
+    rest = pieces(growing)
+
+    assert (first, rest, growing.has_gap) == ("abc", ["def", "gh"], False)
+    growing.add(Delta(9, "j"))
+    with pytest.raises(StreamDiverged):
+        growing.fill("xhi", 6)
+
+
+def test_pieces_of_a_long_text_are_joined_whether_they_wait_or_were_taken() -> None:
+    growing, words = GrowingText(), [f"{number} " for number in range(20_000)]
+    text, offset = "".join(words), 0
+    for word in words:
+        growing.add(Delta(offset, word))
+        offset += len(word)
+
+    got = pieces(growing)
+
+    assert got[: MOST_PIECES - 1] == words[: MOST_PIECES - 1]
+    assert len(got) < MOST_PIECES + len(text) / CHUNK + 2
+    assert growing.text == "".join(got) == text
+    growing.finish(text + "end")
+    assert growing.take() == "end"

@@ -33,6 +33,7 @@ from millstream.broker.contract.errors import (
     WorkerLost,
 )
 from millstream.broker.contract.job import Draft, Json, Priority, Reply
+from millstream.broker.contract.partial import Delta
 from millstream.broker.queue.submission import Submission
 from millstream.client import handle as handle_module
 from millstream.client.channel.channel import Channel
@@ -900,7 +901,7 @@ def test_in_a_forked_child_a_stream_is_its_parents(monkeypatch: pytest.MonkeyPat
     channel = FakeChannel()
     call = streaming(channel, terms(op="generate"))
     call.handle._transfer.emitted(channel.waiting[0].id, b"0 ab")
-    stream = TextStream(call, lambda: "")
+    stream = TextStream(call, lambda call: Delta(0, ""))
     monkeypatch.setattr(call.handle, "_pid", -1)
 
     with pytest.raises(BrokerUnavailable, match="fork"):
