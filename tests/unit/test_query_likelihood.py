@@ -27,7 +27,30 @@ from millstream.worker.models.reranking.prompts import likelihood_frame
 from millstream.worker.models.reranking.query_likelihood import QueryLikelihood
 from millstream.worker.models.reranking.reranker import load_reranker
 
+SMOLLM2 = Path.home() / ".cache" / "millstream" / "models" / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+
 CLOSE = 1e-5
+QUESTIONS = {
+    "What is the capital of France?": "Paris is the capital and largest city of France, on the river Seine.",
+    "How do bees make honey?": (
+        "Worker bees collect nectar from flowers and store it in the comb, where it thickens into honey."
+    ),
+    "Who wrote Hamlet?": "Hamlet is a tragedy by William Shakespeare, written around 1600.",
+    "Why is the sky blue?": (
+        "Air molecules scatter short wavelengths of sunlight more strongly than long ones, "
+        "so the daytime sky looks blue."
+    ),
+    "How far away is the moon?": (
+        "The average distance between the Earth and its natural satellite, the Moon, is about 384,000 kilometres."
+    ),
+    "What does a mill grind?": ("A watermill uses the power of a stream to turn stones that grind corn into flour."),
+    "How is steel made?": (
+        "Iron ore is smelted with coke in a blast furnace, and carbon is removed from the pig iron to make steel."
+    ),
+    "When did the Second World War end?": (
+        "Germany surrendered in May 1945 and Japan in September 1945, which ended the war."
+    ),
+}
 QUERIES = ("which mill?", "the stream turns a mill", "水车", "mill")
 DOCUMENTS = ("", "corn", "the miller grinds", "a stream " * 20, "stream mill corn a the", "turns a wheel", "the mill")
 
@@ -92,7 +115,7 @@ def test_rows_of_any_length_and_query_score_in_one_batch_as_a_plain_loop_scores_
 def test_the_output_layer_runs_alone_if_the_models_own_forward_does_nothing_more(
     folder: Path, model: QueryLikelihood
 ) -> None:
-    caps = "gemma2" in (folder / "config.json").read_text(encoding="utf-8")
+    caps = '"gemma2"' in (folder / "config.json").read_text(encoding="utf-8")
 
     assert model._likelihoods.sides == (("left",) if caps else ("right", "left"))
 
@@ -232,6 +255,15 @@ def test_an_exported_language_model_is_refused(qwen3: Path) -> None:
 
 def test_without_a_kind_the_files_decide_as_before(qwen3: Path) -> None:
     assert load(qwen3, kind="auto").fingerprint.endswith(" generative Sigmoid")
+
+
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="SmolLM2-135M-Instruct is not on this host")
+def test_a_small_language_model_finds_the_passage_that_answers_each_question() -> None:
+    model, passages = load(SMOLLM2, dtype="bfloat16"), list(QUESTIONS.values())
+
+    found = [int(np.argmax(scores(model, question, passages))) for question in QUESTIONS]
+
+    assert found == list(range(len(QUESTIONS)))
 
 
 def test_the_guide_shows_the_prompt() -> None:

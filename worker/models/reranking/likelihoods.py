@@ -33,7 +33,7 @@ class Places(NamedTuple):
     """Column of the token before, at which the model predicts the token."""
     target: torch.Tensor
     """Id of the token."""
-    count: torch.Tensor
+    counts: torch.Tensor
 
     @classmethod
     def of(cls, ids: torch.Tensor, ends: Sequence[int], counts: Sequence[int]) -> Places:
@@ -71,22 +71,26 @@ class Likelihoods:
             head, columns = self._model.get_output_embeddings(), self._states(inputs)
         else:
             keep = width - int(places.column.min())
-            head, columns = torch.nn.Identity(), self._model(**self._taken({**inputs, "logits_to_keep": keep})).logits
+            head, columns = (
+                torch.nn.Identity(),
+                self._model(**self._arguments({**inputs, "logits_to_keep": keep})).logits,
+            )
         chosen = columns[places.row, places.column - (width - columns.shape[1])]
         size = max(1, MOST_LOGITS // self._vocabulary)
-        parts = zip(chosen.split(size), places.target.split(size), strict=True)
+        parts = zip(torch.split(chosen, size), torch.split(places.target, size), strict=True)
         return -torch.cat([cross_entropy(head(part).float(), target, reduction="none") for part, target in parts])
 
     def _states(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Returns the hidden states behind the last layer, [rows, longest, hidden]."""
-        states: torch.Tensor = self._model.base_model(**self._taken(inputs))[0]
+        states: torch.Tensor = self._model.base_model(**self._arguments(inputs))[0]
         return states
 
-    def _taken(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def _arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns those of `inputs` that the model's forward takes; it keeps no cache of keys and values."""
         return {name: value for name, value in {**inputs, "use_cache": False}.items() if name in self._takes}
 
     def _own_logits(self, ids: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self._model(**self._taken({"input_ids": ids})).logits
+        logits: torch.Tensor = self._model(**self._arguments({"input_ids": ids})).logits
         return logits
 
     def _check_causal(self, ids: torch.Tensor, logits: torch.Tensor, name: str) -> None:

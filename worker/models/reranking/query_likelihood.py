@@ -96,7 +96,7 @@ class QueryLikelihood:
         inputs = {name: tensor for name, tensor in features.items() if name not in Places._fields}
         places = Places(**{name: features[name] for name in Places._fields})
         found = self._likelihoods(inputs, places)
-        return found.new_zeros(len(places.count)).index_add_(0, places.row, found) / places.count
+        return found.new_zeros(len(places.counts)).index_add_(0, places.row, found) / places.counts
 
     def _measure_sharing(self, max_tokens: float) -> Sharing:
         def run_padded(rows: Sequence[Prepared], side: Side) -> torch.Tensor:
