@@ -55,6 +55,7 @@ def _problems(file: ConfigFile, document: Document) -> Found:
             yield ("models", name, "devices"), "device is set too; keep one of them"
         yield from _backends(name, model)
         yield from _kernels(name, model)
+        yield from _kinds(name, model)
 
 
 def _validate(document: Document) -> ConfigFile:
@@ -183,6 +184,8 @@ def _backends(name: str, model: ModelSpec) -> Found:
         if model.model_file:
             yield (*path, "model_file"), "only backend onnx or openvino reads it, this is torch; change one of them"
         return
+    if model.kind != "auto":
+        yield (*path, "backend"), f"kind {model.kind} runs only with torch; leave backend out"
     if not model.operation.one_forward:
         yield (*path, "backend"), f"type {model.type} runs only with torch; leave backend out"
     for key in ("dtype", "attention"):
@@ -195,6 +198,12 @@ def _kernels(name: str, model: ModelSpec) -> Found:
         those = types_with(lambda each: each.one_forward)
         reason = f"only types {those} have kernels, this is {model.type}; leave kernels out"
         yield ("models", name, "kernels"), reason
+
+
+def _kinds(name: str, model: ModelSpec) -> Found:
+    if model.kind != "auto" and model.kind not in model.operation.kinds:
+        those = types_with(lambda each: model.kind in each.kinds)
+        yield ("models", name, "kind"), f"only type {those} has it, this is {model.type}; leave kind out"
 
 
 def _unknown_models(file: ConfigFile, document: Document) -> Found:

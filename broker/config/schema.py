@@ -21,6 +21,8 @@ DESCRIPTIONS: Mapping[str, str] = {
     "redis": "The Redis server that holds the queues.",
     "type": "Kind of the model.",
     "model_name": "The weights: a folder, a model of the hub, or package:PACKAGE/FOLDER inside an installed package.",
+    "kind": "How the model is used, if not as its files say. query_likelihood: a causal language model ranks documents "
+    "by the likelihood of the query after each.",
     "device": "cpu, cuda, cuda:1 or mps; by default the best device of the host.",
     "devices": "Devices, assigned to the worker processes in turn, instead of `device`.",
     "revision": "Branch, tag or commit on the hub.",

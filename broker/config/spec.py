@@ -157,6 +157,8 @@ class ModelSpec(Settings):
 
     type: ModelType
     model_name: str = ""
+    # auto: the model's own files decide how it is used.
+    kind: Literal["auto", "query_likelihood"] = "auto"
     device: Device = None
     # Assigned to the worker processes in turn, instead of `device`.
     devices: tuple[str, ...] = ()
@@ -227,7 +229,7 @@ class ServiceSpec(Settings):
         """Returns the record for the registry, without `model.handler`. Equal specs give equal text."""
         # Newer keys are omitted while they have their defaults, so that older versions write the same record.
         off: dict[str, bool | set[str]] = {} if self.replicated else {"replicated": True}
-        newer = ("attention", "backend", "kernels", "model_file")
+        newer = ("attention", "backend", "kernels", "kind", "model_file")
         off["model"] = {name for name in newer if getattr(self.model, name) == ModelSpec.model_fields[name].default}
         return self.model_dump_json(exclude=off)
 

@@ -116,6 +116,9 @@ class Operation:
     Then `max_batch_tokens: auto` is measured, and `backend` and `kernels` can be chosen.
     """
 
+    kinds: tuple[str, ...] = ()
+    """Values of `kind` in config.yaml, beside "auto": ways to use a model that its files do not ask for."""
+
     agreement: Agreement | None = None
     """Texts that each worker answers when it starts, to prove that it computes as the others; None for no proof."""
 
@@ -171,6 +174,7 @@ RERANK = Operation(
     check=_check_rerank,
     needs_weights=True,
     one_forward=True,
+    kinds=("query_likelihood",),
     agreement=Agreement(
         ("The miller grinds the corn.", "A stream turns the mill.", "Rain, snow and 12 winds."),
         {"query": "corn", "truncate": "end", "scores": "raw"},

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from support import eventually
 
-from millstream.broker.config.load import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.load import ModelSpec, Runtime, ServiceSpec, load
 from millstream.broker.contract.errors import InputTooLong, InvalidRequest, PartialFailure
 from millstream.broker.queue.inspector import Inspector, WorkerView
 from millstream.broker.queue.registry import Registry
@@ -72,6 +73,55 @@ def stack(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Sta
             supervisor.stop()
             thread.join()
             connection.close()
+
+
+def test_a_language_model_of_a_file_ranks_by_the_likelihood_of_the_query(tmp_path: Path) -> None:
+    import rerankers
+
+    folder = rerankers.save_judge(tmp_path / "judge", "qwen3")
+    (tmp_path / "config.yaml").write_text(
+        f"models: {{judge: {{type: reranker, model_name: {folder}, kind: query_likelihood, device: cpu}}}}\n"
+        "services: {ranks: {model: judge, runtime: {worker_count: 1, total_timeout: 120}}}\n",
+        encoding="utf-8",
+    )
+    spec = load(tmp_path / "config.yaml").services["ranks"]
+    texts = documents(100)
+
+    with EmbeddedServer.start(tmp_path / "data") as server, closing(Connection(server.url)) as connection:
+        Registry(connection).push([spec])
+        supervisor = Supervisor(server.url, "ms", [Plan(spec, 1)])
+        thread = Thread(target=supervisor.run)
+        thread.start()
+        try:
+            with Client(server.url) as client:
+                ranking = client.rerank(QUERY, texts)
+                with pytest.raises(InvalidRequest, match="log-probabilities"):
+                    client.rerank(QUERY, texts, scores="sigmoid")
+        finally:
+            supervisor.stop()
+            thread.join()
+
+    expected = likelihoods(folder, QUERY, texts)
+    best_first = sorted(range(len(texts)), key=lambda at: -expected[at])
+    assert_ranked(ranking, [(at, expected[at]) for at in best_first])
+
+
+def likelihoods(folder: Path, query: str, texts: Sequence[str]) -> list[float]:
+    """The mean log-probability of the query's tokens after each text, one text at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    found = []
+    for text in texts:
+        prompt = f"Passage: {text}\nQuestion answered by this passage:"
+        given, ids = (tokenizer(each, return_tensors="pt").input_ids for each in (prompt, f"{prompt} {query}"))
+        with torch.inference_mode():
+            logits = model(ids).logits.log_softmax(-1)
+        of_each = logits[0, :-1].gather(1, ids[0, 1:, None])
+        found.append(float(of_each[given.shape[1] - 1 :].mean()))
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -155,6 +155,19 @@ def test_a_value_comes_from_environment_then_file_then_preset_then_type_then_def
             "leave kernels out",
         ),
         (
+            "models: {c: {type: embedding, model_name: m, kind: query_likelihood}}",
+            "config.yaml:1: models.c.kind: only type reranker has it, this is embedding; leave kind out",
+        ),
+        (
+            "models: {c: {type: reranker, model_name: m, kind: query-likelihood}}",
+            "config.yaml:1: models.c.kind: must be 'auto' or 'query_likelihood', not 'query-likelihood'; "
+            "did you mean query_likelihood?",
+        ),
+        (
+            "models: {c: {type: reranker, model_name: m, kind: query_likelihood, backend: onnx}}",
+            "config.yaml:1: models.c.backend: kind query_likelihood runs only with torch; leave backend out",
+        ),
+        (
             "models: {c: {type: echo, backend: openvino}}",
             "config.yaml:1: models.c.backend: type echo runs only with torch; leave backend out",
         ),

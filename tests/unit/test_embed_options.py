@@ -120,6 +120,7 @@ def test_a_number_that_float16_cannot_hold_is_infinite_and_no_warning() -> None:
         ({"attention": "auto", "backend": "torch", "kernels": "auto"}, set()),
         ({"attention": "eager"}, {"attention"}),
         ({"kernels": "off"}, {"kernels"}),
+        ({"kind": "query_likelihood"}, {"kind"}),
         ({"backend": "onnx"}, {"backend"}),
         ({"backend": "onnx", "model_file": "onnx/model_O3.onnx"}, {"backend", "model_file"}),
     ],
@@ -129,5 +130,7 @@ def test_how_a_model_runs_is_published_where_somebody_said_it(said: dict[str, st
     spec = ServiceSpec(name="embed", model=model, model_ref="m", runtime=Runtime())
 
     # Records of versions that do not know it stay equal: nobody needs --replace for what did not change.
-    assert {"attention", "backend", "kernels", "model_file"} & set(json.loads(spec.to_json())["model"]) == published
+    assert {"attention", "backend", "kernels", "kind", "model_file"} & set(
+        json.loads(spec.to_json())["model"]
+    ) == published
     assert ServiceSpec.from_json(spec.to_json()) == spec

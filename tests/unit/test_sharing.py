@@ -31,7 +31,7 @@ from millstream.worker.models.embedding import encoder
 from millstream.worker.models.embedding.embedding import EmbeddingModel
 from millstream.worker.models.kernels.packing import Packing
 from millstream.worker.models.loading.sharing import FLOAT32, HALF, REDUCED, Padding, Precision, Sharing, Side, measure
-from millstream.worker.models.reranking.prompts import qwen3_frame
+from millstream.worker.models.reranking.prompts import likelihood_frame, qwen3_frame
 from millstream.worker.models.reranking.reranker import load_reranker
 
 CLOSE = 1e-5
@@ -66,8 +66,8 @@ def saved(folder: Path, cell: Cell) -> Path:
     return folder / "model"
 
 
-def spec_of(kind: str, folder: Path) -> ModelSpec:
-    return ModelSpec.model_validate({"type": kind, "model_name": str(folder)})
+def spec_of(model_type: str, folder: Path, **settings: object) -> ModelSpec:
+    return ModelSpec.model_validate({"type": model_type, "model_name": str(folder), **settings})
 
 
 def results(model: Model, rows: Sequence[Prepared]) -> Any:
@@ -223,6 +223,39 @@ def judged(folder: Path, query: str, document: str) -> float:
         logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
     yes, no = (logits[tokenizer.convert_tokens_to_ids(word)] for word in ("yes", "no"))
     return float(torch.sigmoid(yes - no))
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    list(product(architectures.CAUSAL, SIDES))
+    if LONG
+    else [("gpt2", "right"), ("bart", "left"), ("rwkv", "right"), ("rope, dynamic", "left"), ("gemma2", "left")],
+)
+def test_a_query_is_as_likely_in_any_batch_as_alone(
+    name: str, side: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    folder = architectures.save_net(tmp_path / "net", name, "predict", side)
+    given = texts(8)
+    expected = [likelihood(folder, query, document) for query in QUERIES for document in given]
+
+    model = load_reranker(spec_of("reranker", folder, kind="query_likelihood"), "cpu", threads=1)
+    rows = [row for query in QUERIES for row in prepared(model, given, query)]
+
+    largest = difference(model, rows, expected)
+    record_property("difference", largest)
+    assert largest < CLOSE
+
+
+def likelihood(folder: Path, query: str, document: str) -> float:
+    """The mean over the query's tokens, by a model that was just loaded, of all logits of the prompt alone."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    head, tail = likelihood_frame(RerankOptions(query))
+    ids = tokenizer(head + document + tail, add_special_tokens=False)["input_ids"]
+    count = len(tokenizer(query, add_special_tokens=False)["input_ids"])
+    with torch.inference_mode():
+        found = model(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+    return float(np.mean([float(found[at - 1, ids[at]]) for at in range(len(ids) - count, len(ids))]))
 
 
 Net = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

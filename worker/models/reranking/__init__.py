@@ -1,1 +1,1 @@
-"""Scores documents for a query, with one of three kinds of model. Start with `reranker.py`."""
+"""Scores documents for a query, with one of four kinds of model. Start with `reranker.py`."""

@@ -25,11 +25,13 @@ SAMPLE_OPTIONS: Mapping[str, Json] = MappingProxyType({"query": "a", "truncate":
 class Pair:
     """Features of one row: token ids by the name of the model's input, and the kind of its score.
 
-    The score is through the model's own activation if `scores` is None.
+    The score is through the model's own activation if `scores` is None. The last `query_tokens` tokens are those of the
+    query, if the score is their likelihood.
     """
 
     ids: Mapping[str, Sequence[int]]
     scores: Scores | None
+    query_tokens: int = 1
 
 
 def pairs_of(rows: Sequence[Prepared]) -> list[Pair]:
@@ -112,6 +114,12 @@ class Prompts:
         """Returns the number of tokens of a row without its document."""
         return sum(map(len, self._ids(list(self._frame(question)))["input_ids"]))
 
+    def whole(self, question: RerankOptions, document: str) -> list[int]:
+        """Returns the ids of a row, however long."""
+        head, tail = self._frame(question)
+        ids: list[int] = self._ids([head + document + tail])["input_ids"][0]
+        return ids
+
     def _row(self, text: tuple[str, str, str], ids: list[int], question: RerankOptions) -> Prepared | MillstreamError:
         truncated = len(ids) > self.limit
         if truncated and question.truncate == "none":
@@ -165,9 +173,9 @@ def too_long_query(tokens: int, limit: int) -> InputTooLong:
     )
 
 
-def sample(pairs: TextPairs | Prompts, tokens: int) -> str:
-    """Returns a document that makes a row of about `tokens` tokens with the query of SAMPLE_OPTIONS."""
-    return "a " * max(1, tokens - pairs.fixed_tokens(RerankOptions.read(SAMPLE_OPTIONS)))
+def sample(pairs: TextPairs | Prompts, tokens: int, options: Mapping[str, Json] = SAMPLE_OPTIONS) -> str:
+    """Returns a document that makes a row of about `tokens` tokens with the query of `options`."""
+    return "a " * max(1, tokens - pairs.fixed_tokens(RerankOptions.read(options)))
 
 
 def score(logits: torch.Tensor, pairs: Sequence[Pair], own_activation: Activation) -> list[Json]:

@@ -1,4 +1,4 @@
-"""Prompts of generative rerankers: by the model's own chat template, or in the format of Qwen3-Reranker."""
+"""Prompts of rerankers that are language models: the model's own chat template, or a fixed format."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ def qwen3_frame(question: RerankOptions) -> tuple[str, str]:
     """Returns the prompt that Qwen3-Reranker was trained with: "<Instruct>: ...", "<Query>: ...", "<Document>: ..."."""
     instruction = question.instruction or _INSTRUCTION
     return f"{_HEAD}<Instruct>: {instruction}\n<Query>: {question.query}\n<Document>: ", _TAIL
+
+
+def likelihood_frame(question: RerankOptions) -> tuple[str, str]:
+    """Returns the prompt of a reranker by query likelihood. It ends with the query."""
+    head = f"{question.instruction}\nPassage: " if question.instruction else "Passage: "
+    # Without spaces around it, a query has the same tokens however it was typed.
+    return head, f"\nQuestion answered by this passage: {question.query.strip()}".rstrip()
 
 
 def chat_frame(tokenizer: Any, prompt: str, settings: Mapping[str, object], name: str) -> Frame:
