@@ -32,7 +32,7 @@ SERVICE = "chat"
 
 QUESTION = "What is the capital of France?"
 STORY = "Tell me a short story about a water mill, a miller and a storm."
-SAMPLED: Mapping[str, float | int] = {"max_tokens": 160, "temperature": 0.7, "seed": 2026}
+SAMPLED: Mapping[str, float | int] = {"max_tokens": 100, "temperature": 0.7, "seed": 2026}
 """Options of the story. A seed makes a sampled text repeatable."""
 
 GREEDY: Mapping[str, float | int] = {"max_tokens": 40, "temperature": 0}
