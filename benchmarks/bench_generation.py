@@ -14,7 +14,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -189,7 +189,8 @@ async def queued(url: str, service: str, requests: Sequence[Request]) -> Times:
     """All requests at once, each as a stream."""
     times = Times(first=[math.nan] * len(requests), last=[math.nan] * len(requests), text=[""] * len(requests))
     async with AsyncClient(url) as client:
-        await client.services()
+        # A first call connects the client.
+        await _drained(client.stream(service, {"token_ids": list(requests[0].prompt)}, **options(Request((), 1))))
         began = time.perf_counter()
 
         async def one(at: int, request: Request) -> None:
@@ -203,6 +204,11 @@ async def queued(url: str, service: str, requests: Sequence[Request]) -> Times:
         await asyncio.gather(*(one(at, each) for at, each in enumerate(requests)))
         times.seconds = time.perf_counter() - began
     return times
+
+
+async def _drained(stream: AsyncIterator[str]) -> None:
+    async for _ in stream:
+        pass
 
 
 def table(rounds: Rounds, name: str, ways: Sequence[str], choice: Choice) -> Table:

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatching
 
 from millstream.broker.config.spec import ServiceSpec
 from millstream.broker.contract.errors import MillstreamError
+from millstream.broker.contract.job import Json
 from millstream.worker import models
 from millstream.worker.engines.base import Engine
 from millstream.worker.models.base import Generates, Prepared
@@ -63,10 +64,10 @@ class Library:
 
     def __init__(self, spec: ServiceSpec) -> None:
         folder = locate(spec.model.model_name)
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, spec.model.dtype)).eval()
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, spec.model.dtype))
         # None of the requests ends before its number of tokens.
-        self._config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
+        self._config = GenerationConfig.from_dict({"do_sample": False, "eos_token_id": None, "pad_token_id": 0})
         self._model.generation_config = self._config
 
     def static(self, requests: Sequence[Request]) -> Times:
@@ -171,7 +172,7 @@ class Slots:
 
     def _row(self, at: int, request: Request) -> Row[Prepared]:
         model = self._model
-        prompt = {"token_ids": list(request.prompt)}
+        prompt: Json = {"token_ids": list(request.prompt)}
         (row,) = model.prepare([prompt], options(request))
         if isinstance(row, MillstreamError):
             raise row

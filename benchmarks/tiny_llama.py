@@ -37,7 +37,7 @@ def save_tiny_llama(folder: Path) -> Path:
         tie_word_embeddings=False,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    GenerationConfig(eos_token_id=0, pad_token_id=0).save_pretrained(folder)
+    GenerationConfig.from_dict({"eos_token_id": 0, "pad_token_id": 0}).save_pretrained(folder)
     _tokenizer().save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": CONTEXT}))

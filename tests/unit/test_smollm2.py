@@ -87,8 +87,8 @@ def test_the_model_is_found_by_its_name_on_the_hub_without_the_hub(
 
 
 def test_the_model_answers_a_question_greedily(smollm2: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(smollm2)
+    model: Any = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
@@ -99,7 +99,7 @@ def test_the_model_answers_a_question_greedily(smollm2: Path) -> None:
 
 
 def test_the_tokenizer_splits_digits_and_loses_nothing(smollm2: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer: Any = AutoTokenizer.from_pretrained(smollm2)
     text = "In 2026 the mill's wheel turned 12,345 times:\n\n  水车 😀 e\u0301"
 
     ids = tokenizer(text)["input_ids"]
