@@ -40,7 +40,9 @@ def byte_level() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, chat_template=CHATML)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, eos_token=EOS, chat_template=CHATML
+    )
 
 
 @cache
@@ -54,14 +56,15 @@ def metaspace() -> PreTrainedTokenizerFast:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)  # type: ignore[no-untyped-call]
 
 
 def text_settings(
     tokenizer: PreTrainedTokenizerFast | None = None, context: int = 200, **generation: object
 ) -> TextSettings:
     """The settings of a model with this tokenizer, by default `byte_level`, and a generation config."""
-    return TextSettings.of(tokenizer or byte_level(), VOCABULARY, context, GenerationConfig(**generation))
+    config = GenerationConfig(**generation)  # type: ignore[no-untyped-call]
+    return TextSettings.of(tokenizer or byte_level(), VOCABULARY, context, config)
 
 
 def ids_of(text: str, tokenizer: PreTrainedTokenizerFast | None = None) -> list[int]:

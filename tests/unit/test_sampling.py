@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Series
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -114,8 +114,8 @@ def allowed_by_transformers(scores: torch.Tensor, sampling: Sampling) -> set[int
     if sampling.top_k:
         processors.append(TopKLogitsWarper(sampling.top_k))
     processors += [TopPLogitsWarper(sampling.top_p), MinPLogitsWarper(sampling.min_p)]
-    left = LogitsProcessorList(processors)(torch.tensor([PROMPT]), scores[None])[0]
-    return set(left.isfinite().nonzero()[:, 0].tolist())
+    rest = LogitsProcessorList(processors)(cast(torch.LongTensor, torch.tensor([PROMPT])), scores[None])[0]
+    return set(rest.isfinite().nonzero()[:, 0].tolist())
 
 
 @settings(max_examples=100, deadline=None)
