@@ -87,7 +87,7 @@ class GenerateOptions(NamedTuple):
         `stop` may be one string.
         """
         check_options(options, _RULES, "an llm service")
-        given = {name: value for name, value in options.items() if value is not None}
+        given: dict[str, Json] = {name: value for name, value in options.items() if value is not None}
         for name, value in given.items():
             if name == "stop" and isinstance(value, str):
                 given[name] = cast("Json", (value,))
