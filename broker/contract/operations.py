@@ -189,16 +189,20 @@ RERANK = Operation(
 GENERATE = Operation(
     "llm",
     "generate",
+    "millstream.worker.generation.model:load",
     row="payload",
     results="text",
     check=_check_generate,
     uncached="its answers are streamed",
     streams=True,
     needs_weights=True,
-    # A single prompt is often longer than 2,048 tokens. Prompts are few, and each takes long to compute.
+    # sentence-transformers: its helper modules find the folder, the weights and the device.
+    libraries=("torch", "sentence_transformers"),
+    # Texts join the running ones at every step, so no batch waits for more of them. A single prompt is often longer
+    # than 2,048 tokens. Prompts are few, and each takes long to compute.
     defaults={
         "batch_size": 4,
-        "batch_timeout": 0.05,
+        "batch_timeout": 0.0,
         "max_queue_size": 200,
         "worker_count": 1,
         "total_timeout": 300.0,

@@ -117,9 +117,9 @@ class BlockPool:
         self._free += freed
         return freed
 
-    def lower(self, most: int) -> None:
-        """Lowers the limit, to at least one block, and evicts what is over it."""
-        self.most = max(1, min(self.most, most))
+    def limit(self, most: int) -> None:
+        """Changes the limit, to at least one block, and evicts what is over it."""
+        self.most = max(1, most)
         while self._unused and len(self._uses) + len(self._unused) > self.most:
             self._free.append(self._evict())
 

@@ -1,4 +1,4 @@
-"""The engine of language models: every step computes one forward over all texts that it holds, and adds a token to each.
+"""The engine of language models: a step computes one forward over all texts that it holds, and adds a token to each.
 
 Texts join and leave at every step. A text holds blocks of the KV cache. If they run out, the least urgent text leaves
 with what it has (`Step.displaced`); when it is admitted again, its tokens are computed again and it goes on. So a full
@@ -51,7 +51,8 @@ class SlotsEngine:
         self._choose = choose
         self._slots = slots
         self._size = PartSize() if part_tokens is None else PartSize(most=part_tokens)
-        self._holding = Holding(max(1, cache_tokens // BLOCK), forward.cache)
+        self._limits = (slots, cache_tokens)
+        self._holding = Holding(cache_tokens // BLOCK, forward.cache)
         self.prefilled = 0
         self.forwards = 0
 
@@ -65,11 +66,15 @@ class SlotsEngine:
         return self._holding.pool.in_use
 
     def room(self) -> Budget | None:
-        """Returns the slots and the tokens of the cache that are free. No row may join while one waits for the cache."""
+        """Returns the free slots, and the free tokens of the cache. No row may join while one waits for the cache."""
         holding = self._holding
         tokens = holding.spare * BLOCK
         rows = 0 if holding.waiting or tokens <= 0 else self._slots - len(holding.running)
         return Budget(max(0, rows), max(0, tokens), packs=True)
+
+    def limit(self, slots: int, cache_tokens: int) -> None:
+        """Uses these limits from the next step on. May be called from any thread."""
+        self._limits = (slots, cache_tokens)
 
     def admit(self, rows: Rows) -> None:
         self._holding.waiting += [Held(row) for row in rows]
@@ -86,6 +91,8 @@ class SlotsEngine:
         """Computes one forward, and adds the tokens that it gives. A fault of a text is its outcome."""
         end = _End()
         holding = self._holding
+        self._slots, cache_tokens = self._limits
+        holding.limit(cache_tokens // BLOCK)
         try:
             end.finish(holding.start(self._slots), LENGTH)
             displaced, full = holding.reserve()
@@ -120,7 +127,7 @@ class SlotsEngine:
             self._run(pieces, end)
         except Ended:
             raise
-        except BaseException as error:  # noqa: BLE001 - as in _run
+        except BaseException as error:
             if not is_exhaustion(error):
                 raise
         else:
@@ -141,7 +148,7 @@ class SlotsEngine:
             logits = self._forward.run([_span(piece) for piece in pieces])
         except Ended:
             raise
-        except BaseException as error:  # noqa: BLE001 - one text's fault must not end the others
+        except BaseException as error:
             if is_exhaustion(error):
                 raise
             failure = error if isinstance(error, MillstreamError) else ModelFailed(described(error))

@@ -34,7 +34,7 @@ class Forward:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._device: torch.device = model.device
+        self.device: torch.device = model.device
         self._dtype: torch.dtype = model.dtype
         self.cache = BlockCache(model.config.get_text_config().num_hidden_layers)
 
@@ -51,9 +51,9 @@ class Forward:
             slots += [span.blocks[at // BLOCK] * BLOCK + at % BLOCK for at in range(span.first, span.end)]
             if span.gives:
                 last.append(len(ids) - 1)
-        places = torch.tensor([ids, positions, slots], device=self._device)
+        places = torch.tensor([ids, positions, slots], device=self.device)
         self.cache.slots = places[2]
-        keep: Any = 0 if len(last) == len(ids) else torch.tensor(last, dtype=torch.long, device=self._device)
+        keep: Any = 0 if len(last) == len(ids) else torch.tensor(last, dtype=torch.long, device=self.device)
         logits: torch.Tensor = self._model(
             input_ids=places[:1],
             position_ids=places[1:2],
@@ -87,16 +87,16 @@ class Forward:
         if min(lengths) < most:
             over = torch.arange(most) >= torch.tensor(lengths).unsqueeze(1)
             mask = torch.zeros(over.shape, dtype=self._dtype).masked_fill_(over, -torch.inf)
-            mask = mask.view(len(spans), 1, 1, most).to(self._device)
-        return Growing(at, at + len(spans), torch.tensor(tables, device=self._device), most, mask)
+            mask = mask.view(len(spans), 1, 1, most).to(self.device)
+        return Growing(at, at + len(spans), torch.tensor(tables, device=self.device), most, mask)
 
     def _part(self, span: Span, at: int) -> Part:
         tokens, length = len(span.ids), span.end
         mask = None
         if span.first:
             over = torch.ones(tokens, length, dtype=torch.bool).triu_(span.first + 1)
-            mask = torch.zeros(tokens, length, dtype=self._dtype).masked_fill_(over, -torch.inf).to(self._device)
-        blocks = torch.tensor(span.blocks[: -(-length // BLOCK)], device=self._device)
+            mask = torch.zeros(tokens, length, dtype=self._dtype).masked_fill_(over, -torch.inf).to(self.device)
+        blocks = torch.tensor(span.blocks[: -(-length // BLOCK)], device=self.device)
         return Part(at, at + tokens, blocks, length, mask)
 
 

@@ -40,7 +40,8 @@ class Holding:
     """Texts that run, and texts that wait for blocks, most urgent first. `pool` numbers the blocks of `cache`."""
 
     def __init__(self, blocks: int, cache: BlockCache) -> None:
-        self.pool = BlockPool(blocks)
+        self.pool = BlockPool(max(1, blocks))
+        self._limit = blocks
         self.running: list[Held] = []
         self.waiting: list[Held] = []
         self._cache = cache
@@ -53,6 +54,12 @@ class Holding:
     def spare(self) -> int:
         """Blocks that new texts may fill: each text that runs keeps one to grow."""
         return self.pool.available - len(self.running)
+
+    def limit(self, blocks: int) -> None:
+        """Limits the cache to `blocks` blocks, if that is not its limit already."""
+        if blocks != self._limit:
+            self._limit = blocks
+            self.pool.limit(blocks)
 
     def start(self, slots: int) -> list[Held]:
         """Starts waiting texts while there are slots and blocks. Returns those that no cache of this size can hold.
@@ -171,7 +178,7 @@ class Holding:
         """
         count = len(self.running) // 2
         displaced = [self._displace() for _ in range(count)]
-        self.pool.lower(max(self.pool.in_use, self.pool.most * 3 // 4))
+        self.pool.limit(max(self.pool.in_use, self.pool.most * 3 // 4))
         moved = self.pool.compact()
         for held in self.running:
             held.blocks = [moved[block] for block in held.blocks]
@@ -183,4 +190,3 @@ class Holding:
 
 def _urgency(held: Held) -> tuple[int, ...]:
     return held.row.urgency
-

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from sentence_transformers.util import get_device_name
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from millstream.broker.config.load import ModelSpec
 from millstream.broker.contract.embedding import Truncate
@@ -18,11 +16,11 @@ from millstream.broker.contract.operations import RERANK
 from millstream.worker.models.base import Prepared, Upcoming
 from millstream.worker.models.kernels.accelerate import accelerate
 from millstream.worker.models.kernels.prefetch import Prefetch, to_device
+from millstream.worker.models.loading.causal import load_causal
 from millstream.worker.models.loading.folder import Folder
 from millstream.worker.models.loading.lengths import forget
-from millstream.worker.models.loading.library import LOAD_ERRORS, dtype_of, load_error, model_kwargs, token_limit
+from millstream.worker.models.loading.library import dtype_of, token_limit
 from millstream.worker.models.loading.sharing import PROBES, QUERY, Padding, Precision, Sharing, Side, measure
-from millstream.worker.models.loading.weights import whole_weights
 from millstream.worker.models.reranking.options import answer_each
 from millstream.worker.models.reranking.pairs import SAMPLE_OPTIONS, Frame, Prompts, pairs_of, sample, score, set_limit
 from millstream.worker.models.reranking.prompts import chat_frame, qwen3_frame
@@ -42,7 +40,7 @@ class GenerativeReranker:
 
     def __init__(self, folder: Folder, spec: ModelSpec, device: str | None, threads: int, truncate: Truncate) -> None:
         torch.set_num_threads(threads)
-        self._tokenizer, self._model = _load(folder, spec, device)
+        self._tokenizer, self._model = load_causal(folder, spec, device)
         accelerate(self._model, spec)
         self._padding = Padding.of(self._tokenizer)
         self._prefetch = Prefetch(self._model.device, lambda rows: self._pad(rows, "left"))
@@ -132,16 +130,3 @@ def _activation(folder: Folder, name: str) -> torch.nn.Module:
     if word not in known:
         raise ModelUnavailable(f"{name!r} names an activation {own!r}", hint=f"one of {', '.join(known)} can run")
     return known[word]()
-
-
-def _load(folder: Folder, spec: ModelSpec, device: str | None) -> tuple[Any, Any]:
-    """Returns the tokenizer and the model. Raises ModelUnavailable."""
-    source = str(folder.source)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        with whole_weights(spec.model_name):
-            model: Any = AutoModelForCausalLM.from_pretrained(source, **model_kwargs(spec), trust_remote_code=False)
-        model.eval().to(get_device_name() if device in (None, "auto") else device)
-        return tokenizer, model
-    except LOAD_ERRORS as error:
-        raise load_error(error, spec, device) from error
