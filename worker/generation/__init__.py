@@ -1,4 +1,6 @@
 """Text generation: requests join and leave the running batch at every step. Imports torch and transformers.
 
-`sequence.py` is one text as it grows; `sampling.py` chooses tokens. Nothing here knows the queue.
+`sequence.py` is one text as it grows, from its options to its result; `record.py` its tokens as bytes, from which
+another run goes on. `sampling.py` chooses tokens, `grammar.py` says which are allowed, `detokenizer.py` and `stops.py`
+turn them into text, `templates.py` makes the tokens of a prompt. Nothing here knows the queue.
 """

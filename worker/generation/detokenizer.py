@@ -16,7 +16,7 @@ _MANY = 16
 """Tokens without a certain text after which a part of them is given out. A character has at most four bytes."""
 
 _TOO_MANY = 64
-"""Tokens without a certain text after which all of them are given out."""
+"""Tokens without a certain text after which a part of them is given out even inside of a character."""
 
 
 class Detokenizer:
@@ -54,19 +54,20 @@ class Detokenizer:
         return self._text_of(self._held) if self._held else ""
 
     def _give_out(self) -> str:
-        """Gives out the text before the last character. So the time of a step does not grow with invalid bytes."""
+        """Gives out the text before the last character. So the time of a step does not grow with invalid bytes.
+
+        A cut inside of a character gives more replacement characters than one at its edge, so the cut with the
+        shortest text is taken. Tokens that hold parts of two characters may leave no such edge: then it waits.
+        """
         held = self._held
-        whole = self._text_of(held)
-        for cut in range(len(held) - 1, len(held) - 5, -1):
-            piece = self._text_of(held[:cut])
-            if piece + self._decode(held[cut:]) == whole:
-                break
-        else:
-            if len(held) < _TOO_MANY:
-                return ""
-            cut, piece = len(held), whole
-        self._begin_behind(held[:cut])
-        self._held = held[cut:]
+        cuts = [
+            (self._text_of(held[:at]), self._decode(held[at:]), at) for at in range(len(held) - 1, len(held) - 5, -1)
+        ]
+        piece, rest, at = min(cuts, key=lambda cut: len(cut[0]) + len(cut[1]))
+        if len(piece) + len(rest) > len(self._text_of(held)) and len(held) < _TOO_MANY:
+            return ""
+        self._begin_behind(held[:at])
+        self._held = held[at:]
         return piece
 
     def _text_of(self, tokens: list[int]) -> str:

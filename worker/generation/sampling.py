@@ -20,6 +20,7 @@ from millstream.worker.models.base import NOT_FINITE
 
 if TYPE_CHECKING:
     from millstream.worker.generation.sequence import Sequence
+    from millstream.worker.generation.settings import Sampling
 
 _ONE = 2.0**44
 """Weight of the most probable token. A vocabulary of 2^18 tokens has at most 2^62 in all, which fits 64 bits."""
@@ -77,14 +78,26 @@ def _adjust(row: torch.Tensor, sequence: Sequence) -> MillstreamError | None:
 
 
 def _draw(scores: torch.Tensor, sequences: Series[Sequence]) -> torch.Tensor:
-    """Returns ids drawn at random. `scores`: logits below the highest one of their row, which has 0.
+    """Returns ids drawn at random, int64 [rows]. The random number chooses in the order of token ids.
 
-    The order is transformers': temperature, top_k, top_p, min_p. The random number chooses in the order of token ids.
+    `scores`: adjusted logits less the highest one of their row, float64 [rows, vocabulary].
     """
-    device, samplings = scores.device, [each.sampling for each in sequences]
-    scores = (
-        scores / torch.tensor([each.temperature for each in samplings], dtype=torch.float64, device=device)[:, None]
-    )
+    reach = weigh(scores, [each.sampling for each in sequences]).cumsum(dim=-1)
+    last = reach[:, -1:] - 1
+    numbers = uniforms(np.array([each.seed for each in sequences]), np.array([each.generated for each in sequences]))
+    at = (torch.from_numpy(numbers).to(scores.device)[:, None] * reach[:, -1:]).long()
+    return torch.searchsorted(reach, torch.minimum(at, last), right=True)[:, 0].clamp_(0, scores.shape[-1] - 1)
+
+
+def weigh(scores: torch.Tensor, samplings: Series[Sampling]) -> torch.Tensor:
+    """Returns the weight with which each token is drawn, int64 [rows, vocabulary]; 0 for tokens that are excluded.
+
+    `scores`: adjusted logits less the highest one of their row, float64 [rows, vocabulary]. The order is that of
+    transformers: temperature, top_k, top_p, min_p.
+    """
+    device = scores.device
+    temperatures = torch.tensor([each.temperature for each in samplings], dtype=torch.float64, device=device)
+    scores = scores / temperatures[:, None]
     _limit_top_k(scores, [each.top_k for each in samplings])
     shares = scores.exp_()
     weights = (shares * _ONE).round_().long()
@@ -92,12 +105,7 @@ def _draw(scores: torch.Tensor, sequences: Series[Sequence]) -> torch.Tensor:
         if sampling.top_p < 1.0:
             _limit_top_p(row, sampling.top_p)
     least = torch.tensor([each.min_p for each in samplings], dtype=torch.float64, device=device)
-    weights.masked_fill_(shares < least[:, None], 0)
-    reach = weights.cumsum(dim=-1)
-    total = reach[:, -1:]
-    numbers = uniforms(np.array([each.seed for each in sequences]), np.array([each.generated for each in sequences]))
-    at = (torch.from_numpy(numbers).to(device)[:, None] * total).long()
-    return torch.searchsorted(reach, torch.minimum(at, total - 1), right=True)[:, 0].clamp_(0, scores.shape[-1] - 1)
+    return weights.masked_fill_(shares < least[:, None], 0)
 
 
 def _limit_top_k(scores: torch.Tensor, limits: Series[int]) -> None:
@@ -115,13 +123,13 @@ def _limit_top_k(scores: torch.Tensor, limits: Series[int]) -> None:
 def _limit_top_p(weights: torch.Tensor, top_p: float) -> None:
     """Sets the weights of the least probable tokens to 0 that together have at most 1 - `top_p` of one row's weight.
 
-    Of tokens of equal weight the one with the lowest id goes first; the last one of all stays.
+    Of tokens of equal weight the one with the highest id goes first; the last one of all stays.
     """
     total = weights.sum()
     most = (1.0 - top_p) * total
     # All tokens of the average weight of `most`, and below, go: only the others need sorting.
     floor = torch.minimum((most / len(weights)).long(), weights.max() - 1)
-    ids = (weights > floor).nonzero()[:, 0]
+    ids = (weights > floor).nonzero()[:, 0].flip(0)
     ascending, order = weights[ids].sort(stable=True)
     gone = ascending.cumsum(0) + (total - ascending.sum()) <= most
     gone[-1] = False

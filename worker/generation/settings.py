@@ -31,7 +31,7 @@ class Sampling(NamedTuple):
 
 
 class Defaults(NamedTuple):
-    """What the model's generation_config.json says; None for what it does not say.
+    """Values of the model's generation_config.json; None for those that it does not name.
 
     The defaults that transformers itself has beside that file, such as top_k 50, do not count.
     """
