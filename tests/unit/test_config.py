@@ -428,7 +428,7 @@ def test_what_is_set_but_not_enforced_yet_is_one_line_a_key_with_its_places(load
     lines = unenforced(load_text(USERS_FILE))
 
     assert lines == [
-        "models of type llm have no worker yet (config.yaml:4 llm_v1)",
+        "batch_timeout has no effect on type llm: texts join at every step (config.yaml:14 llm_service)",
     ]
 
 

@@ -59,10 +59,10 @@ class BlockPool:
         """Returns blocks for one request; None, and takes none, if there are fewer than `count`."""
         if count > self.available:
             return None
-        taken = [self._take() for _ in range(count)]
-        for block in taken:
+        blocks = [self._take() for _ in range(count)]
+        for block in blocks:
             self._uses[block] = 1
-        return taken
+        return blocks
 
     def _take(self) -> int:
         if self._free:

@@ -52,10 +52,10 @@ class BlockLayer(CacheLayerMixin):
         self._flat_values.index_copy_(0, slots, value_states[0].transpose(0, 1))
         return self.keys, self.values
 
-    def resize(self, blocks: int, kept: torch.Tensor | None) -> None:
-        """Copies the storage to one of `blocks` blocks: all of it, or the blocks `kept` in their order."""
+    def resize(self, blocks: int, chosen: torch.Tensor | None) -> None:
+        """Copies the storage to one of `blocks` blocks: all of it, or the blocks `chosen` in their order."""
         if self.is_initialized:
-            self.keys, self.values = (_resized(each, blocks, kept) for each in (self.keys, self.values))
+            self.keys, self.values = (_resized(each, blocks, chosen) for each in (self.keys, self.values))
             self._flatten()
 
     def zero(self, blocks: torch.Tensor) -> None:
@@ -76,9 +76,9 @@ class BlockLayer(CacheLayerMixin):
         return -1
 
 
-def _resized(storage: torch.Tensor, blocks: int, kept: torch.Tensor | None) -> torch.Tensor:
+def _resized(storage: torch.Tensor, blocks: int, chosen: torch.Tensor | None) -> torch.Tensor:
     resized = torch.zeros(blocks, *storage.shape[1:], dtype=storage.dtype, device=storage.device)
-    source = storage if kept is None else storage[kept.to(storage.device)]
+    source = storage if chosen is None else storage[chosen.to(storage.device)]
     resized[: source.shape[0]] = source
     return resized
 
@@ -111,10 +111,10 @@ class BlockCache(Cache):
     @torch.inference_mode()
     def compact(self, moved: dict[int, int]) -> None:
         """Keeps the null block and the blocks `moved`, old -> new number, and frees the memory of the others."""
-        kept = torch.tensor([0, *moved])
+        chosen = torch.tensor([0, *moved])
         for layer in self.block_layers:
-            layer.resize(len(kept), kept)
-        self.blocks = len(kept)
+            layer.resize(len(chosen), chosen)
+        self.blocks = len(chosen)
 
     @torch.inference_mode()
     def zero(self, blocks: Sequence[int]) -> None:

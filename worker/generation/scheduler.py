@@ -61,11 +61,11 @@ def plan(texts: Sequence[Text], part_tokens: int) -> list[Piece]:
     """
     growing, parts = [], []
     for text in texts:
-        left = text.length - text.computed
-        if left == 1:
+        missing = text.length - text.computed
+        if missing == 1:
             growing.append(Piece(text, text.computed, text.length))
         elif part_tokens > 0:
-            tokens = min(left, part_tokens)
+            tokens = min(missing, part_tokens)
             part_tokens -= tokens
             parts.append(Piece(text, text.computed, text.computed + tokens))
     growing += [each for each in parts if each.grows]
