@@ -207,7 +207,9 @@ class Lane:
 
     def _limit(self, runtime: Runtime) -> None:
         limits = {each: runtime.limits(each.value) for each in PRIORITIES}
-        self._policy.batch_timeouts.update({each: limits[each].batch_timeout or 0.0 for each in PRIORITIES})
+        # Texts that grow are joined by others at every step, so no batch waits for more rows.
+        waits = not isinstance(self._model, Generates)
+        self._policy.batch_timeouts.update({each: waits * (limits[each].batch_timeout or 0.0) for each in PRIORITIES})
         self._inference_timeouts.update({each: limits[each].inference_timeout for each in PRIORITIES})
         shortest = min((each for each in self._inference_timeouts.values() if each), default=None)
         window = self._context.window

@@ -107,6 +107,9 @@ def _unenforced(config: Config) -> Iterator[tuple[str, Place, str]]:
     for name, service in config.services.items():
         path = ("services", name, "runtime")
         yield from _set_keys(config, "services", path, service.runtime)
+        place = config.places.get((*path, "batch_timeout"))
+        if place and service.model.operation.streams:
+            yield f"batch_timeout has no effect on type {service.model.type}: texts join at every step", place, name
     yield from _set_keys(config, "redis", ("redis",), config.redis)
 
 

@@ -203,10 +203,13 @@ GENERATE = Operation(
     needs_weights=True,
     # Otherwise a text ends with the model's context.
     example={"max_tokens": 64},
-    # A single prompt is often longer than 2,048 tokens. Prompts are few, and each takes long to compute.
+    # sentence-transformers: its helper modules find the folder, the weights and the device.
+    libraries=("torch", "sentence_transformers"),
+    # Texts join the running ones at every step, so no batch waits for more of them. A single prompt is often longer
+    # than 2,048 tokens. Prompts are few, and each takes long to compute.
     defaults={
         "batch_size": 4,
-        "batch_timeout": 0.05,
+        "batch_timeout": 0.0,
         "max_queue_size": 200,
         "worker_count": 1,
         "total_timeout": 300.0,

@@ -151,7 +151,7 @@ def test_a_value_comes_from_environment_then_file_then_preset_then_type_then_def
         ),
         (
             "models: {c: {type: echo, kernels: off}}",
-            "config.yaml:1: models.c.kernels: only types embedding and reranker have kernels, this is echo; "
+            "config.yaml:1: models.c.kernels: only types embedding and reranker and llm have kernels, this is echo; "
             "leave kernels out",
         ),
         (
@@ -441,7 +441,7 @@ def test_what_is_set_but_not_enforced_yet_is_one_line_a_key_with_its_places(load
     lines = unenforced(load_text(USERS_FILE))
 
     assert lines == [
-        "models of type llm have no worker yet (config.yaml:4 llm_v1)",
+        "batch_timeout has no effect on type llm: texts join at every step (config.yaml:14 llm_service)",
     ]
 
 

@@ -21,10 +21,9 @@ from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.config.yaml import Document, Place
 from millstream.broker.contract import operations
 from millstream.broker.contract.embedding import EmbedOptions
-from millstream.broker.contract.errors import InvalidRequest, ModelUnavailable
+from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.operations import BY_OP, CALL, EMBED, OPERATIONS, RERANK, RUNNABLE, ModelType, Operation
 from millstream.broker.contract.rerank import RerankOptions
-from millstream.client.testing import FakeClient
 from millstream.worker import models
 from millstream.worker.models import echo
 

@@ -17,11 +17,6 @@ def service(type_: ModelType, model_name: str = "") -> ServiceSpec:
     return ServiceSpec(name="mill", model=model, model_ref="m", runtime=Runtime())
 
 
-def test_a_type_without_a_worker_is_refused() -> None:
-    with pytest.raises(ModelUnavailable, match="'llm'"):
-        preflight([service("echo"), service("llm")])
-
-
 def test_a_missing_model_library_is_named_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +51,12 @@ class Folder(NamedTuple):
         digest = f"{self._weights(spec)[:16]}+{settings_digest(self.source)[:8]}"
         revision = f"@{self.revision}" if self.revision else ""
         runs = str(dtype).removeprefix("torch.") if spec.backend == "torch" else spec.backend
-        return " ".join([digest + revision, runs, *what])
+        return " ".join(filter(None, [digest + revision, runs, *what]))
+
+    def digest(self, file: str) -> str:
+        """Returns 8 hex digits for the contents of `file`; "" if there is no such file."""
+        path = self.source / file
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:8] if path.is_file() else ""
 
     def _weights(self, spec: ModelSpec) -> str:
         if spec.backend == "torch":

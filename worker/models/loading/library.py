@@ -10,8 +10,6 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
-from sentence_transformers.util import get_device_name
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from millstream.broker.config.load import ModelSpec
 from millstream.broker.contract.errors import ModelUnavailable
@@ -104,20 +102,6 @@ def load_model(kind: type[M], source: Path, spec: ModelSpec, device: str | None)
         check_runs(model, spec)
     model.eval()
     return model
-
-
-def load_language_model(source: Path, spec: ModelSpec, device: str | None) -> tuple[Any, Any]:
-    """Returns the tokenizer and the causal language model in a folder. Raises ModelUnavailable."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
-        with whole_weights(spec.model_name):
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                str(source), **model_kwargs(spec), trust_remote_code=False
-            )
-        model.eval().to(get_device_name() if device in (None, "auto") else device)
-        return tokenizer, model
-    except LOAD_ERRORS as error:
-        raise load_error(error, spec, device) from error
 
 
 def model_kwargs(spec: ModelSpec) -> dict[str, Any]:

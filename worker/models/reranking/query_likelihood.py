@@ -17,9 +17,10 @@ from millstream.broker.contract.rerank import RerankOptions
 from millstream.worker.models.base import Prepared, Upcoming
 from millstream.worker.models.kernels.accelerate import accelerate
 from millstream.worker.models.kernels.prefetch import Prefetch, to_device
+from millstream.worker.models.loading.causal import load_causal
 from millstream.worker.models.loading.folder import Folder
 from millstream.worker.models.loading.lengths import forget
-from millstream.worker.models.loading.library import dtype_of, load_language_model, token_limit
+from millstream.worker.models.loading.library import dtype_of, token_limit
 from millstream.worker.models.loading.sharing import PROBES, QUERY, Padding, Precision, Sharing, Side, measure
 from millstream.worker.models.reranking.likelihoods import Likelihoods, Places
 from millstream.worker.models.reranking.options import answer_each
@@ -39,7 +40,7 @@ class QueryLikelihood:
 
     def __init__(self, folder: Folder, spec: ModelSpec, device: str | None, threads: int, truncate: Truncate) -> None:
         torch.set_num_threads(threads)
-        self._tokenizer, self._model = load_language_model(folder.source, spec, device)
+        self._tokenizer, self._model = load_causal(folder, spec, device)
         accelerate(self._model, spec)
         self._padding = Padding.of(self._tokenizer)
         self._bos = _bos(self._tokenizer)

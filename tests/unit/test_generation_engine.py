@@ -1,0 +1,301 @@
+"""The engine of language models gives the texts of transformers' `generate`, whatever runs beside them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from generating import Job, Run, load, rows_of, tokens_of
+
+from millstream.broker.contract.errors import ModelFailed
+
+Folders = Mapping[str, Path]
+KINDS = ("llama", "grouped", "qwen3", "gpt2")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    import language_models
+
+    home = tmp_path_factory.mktemp("language-models")
+    return {kind: language_models.save_language_model(home / kind, kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def model(folders: Folders) -> Any:
+    return load(folders["grouped"])
+
+
+def rows_free(run: Run) -> int:
+    room = run.engine.room()
+    assert room
+    return room.rows
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_equal_those_of_generate_in_any_order_beside_any_others(folders: Folders, kind: str) -> None:
+    import language_models
+
+    reference = language_models.load_reference(folders[kind])
+    rng = random.Random(kind)
+    jobs = [Job.random(rng, most=rng.randrange(1, 32)) for _ in range(64)]
+    expected = [language_models.reference_text(reference, each.prompt, each.most) for each in jobs]
+    model = load(folders[kind])
+    for part_tokens, cache_tokens in ((7, 8_192), (16, 2_048), (128, 4_096)):
+        run = Run(model, slots=12, cache_tokens=cache_tokens, part_tokens=part_tokens)
+        rows = rows_of(model, jobs, {"temperature": 0.0})
+        noise = rows_of(model, [Job.random(rng, most=20) for _ in range(16)], {"temperature": 1.0, "seed": 5})
+
+        outcomes = run.until_done([*rows, *noise], rng, cancelled=noise[::3])
+
+        assert [tokens_of(outcomes[row.owner]) for row in rows] == expected
+        assert run.mean_running >= 8
+        assert run.engine.blocks_in_use == 0
+
+
+def test_a_sampled_text_is_the_same_alone_in_company_and_after_displacement(model: Any) -> None:
+    rng = random.Random(1)
+    jobs = [Job.random(rng, tokens=rng.choice((3, 10)), most=150) for _ in range(8)]
+    options = {"temperature": 1.3, "ignore_eos": True}
+
+    def rows() -> list[Any]:
+        return rows_of(model, jobs, options)
+
+    alone: dict[str, Any] = {}
+    for row in rows():
+        alone |= Run(model, slots=1).until_done([row], rng)
+    together = Run(model, slots=8)
+    crowded = Run(model, slots=8, cache_tokens=512)
+
+    assert together.until_done(rows(), rng) == alone
+    assert crowded.until_done(rows(), rng) == alone
+    assert crowded.displaced > 3
+    assert together.displaced == 0
+
+
+def test_a_successor_goes_on_behind_the_records(model: Any) -> None:
+    rng = random.Random(2)
+    job = Job.random(rng, most=40)
+    options = {"temperature": 1.0, "ignore_eos": True, "seed": 9}
+    (whole,) = Run(model).until_done(rows_of(model, [job], options), rng).values()
+    (first,) = rows_of(model, [job], options)
+    run = Run(model)
+    run.engine.admit([first])
+    records = [record for _ in range(20) for _, record in run.engine.step().records]
+    run.engine.abort([first])
+
+    (second,) = rows_of(model, [job], options, records=records)
+
+    assert 0 < len(records) < 40
+    (outcome,) = Run(model).until_done([second], rng).values()
+    assert outcome == whole
+    assert run.engine.blocks_in_use == 0
+    assert not run.engine.busy
+
+
+def test_a_text_that_had_ended_in_its_records_ends_without_a_forward(model: Any) -> None:
+    rng = random.Random(3)
+    job = Job.random(rng, most=5)
+    run = Run(model)
+    (row,) = rows_of(model, [job], {"ignore_eos": True})
+    run.engine.admit([row])
+    records: list[Any] = []
+    done: list[Any] = []
+    while not done:
+        step = run.engine.step()
+        records += [record for _, record in step.records]
+        done = list(step.outcomes)
+    (again,) = rows_of(model, [job], {"ignore_eos": True}, records=records)
+    fresh = Run(model)
+    fresh.engine.admit([again])
+
+    step = fresh.engine.step()
+
+    assert [cast(dict[str, Any], each)["text"] for each in step.outcomes] == [each["text"] for each in done]
+    assert fresh.engine.forwards == 0
+
+
+def test_a_text_that_fills_the_whole_cache_alone_ends_with_length(model: Any) -> None:
+    rng = random.Random(4)
+    (row,) = rows_of(model, [Job.random(rng, tokens=100, most=400)], {"ignore_eos": True})
+
+    (outcome,) = Run(model, cache_tokens=128).until_done([row], rng).values()
+
+    assert outcome["finish_reason"] == "length"
+    assert len(tokens_of(outcome)) == 29
+
+
+def test_a_fault_of_one_text_ends_no_other(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(5)
+    jobs = [Job.random(rng, tokens=20, most=10) for _ in range(4)]
+    rows = rows_of(model, jobs, {"ignore_eos": True})
+    good = Run(model).until_done(rows_of(model, jobs, {"ignore_eos": True}), rng)
+    sequence = cast(Any, rows[1].payload.features)
+    add = sequence.add
+
+    def fails(token: Any) -> Any:
+        if sequence.generated == 4:
+            raise RuntimeError("broken")
+        return add(token)
+
+    monkeypatch.setattr(sequence, "add", fails)
+    run = Run(model)
+    outcomes = run.until_done(rows, rng)
+
+    failed = outcomes.pop(rows[1].owner)
+    good.pop(rows[1].owner)
+    assert isinstance(failed, ModelFailed)
+    assert "broken" in str(failed)
+    assert outcomes == good
+    assert run.engine.blocks_in_use == 0
+
+
+def test_a_text_with_nan_in_its_keys_spoils_no_block(folders: Folders) -> None:
+    import torch
+
+    model = load(folders["llama"])
+    rng = random.Random(6)
+    jobs = [Job.random(rng, tokens=70, most=10) for _ in range(3)]
+    good = Run(model).until_done(rows_of(model, jobs, {"ignore_eos": True}), rng)
+    weights = model._model.get_input_embeddings().weight
+    bad = Job([7] * 70, 5)
+    assert all(7 not in job.prompt for job in jobs)
+    run = Run(model, slots=2, cache_tokens=512)
+    before = weights[7].clone()
+    with torch.no_grad():
+        weights[7] = float("nan")
+    rows = rows_of(model, [bad, *jobs], {"ignore_eos": True, "logit_bias": {"7": -100.0}})
+    for row, job in zip(rows[1:], rows_of(model, jobs, {"ignore_eos": True}), strict=True):
+        row.payload.features = job.payload.features
+
+    outcomes = run.until_done(rows, rng)
+    with torch.no_grad():
+        weights[7] = before
+
+    assert isinstance(outcomes[rows[0].owner], ModelFailed)
+    assert [outcomes[row.owner]["text"] for row in rows[1:]] == [good[str(at)]["text"] for at in range(3)]
+
+
+def test_out_of_memory_displaces_the_youngest_and_lowers_the_cache(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(7)
+    jobs = [Job.random(rng, tokens=60, most=60) for _ in range(8)]
+    options = {"temperature": 1.0, "ignore_eos": True}
+    good = Run(model, slots=8).until_done(rows_of(model, jobs, options), rng)
+    run = Run(model, slots=8, cache_tokens=2_048)
+    forward = run.engine._forward
+    plain, calls = forward.run, [0]
+
+    def fails_sometimes(spans: Any) -> Any:
+        calls[0] += 1
+        if calls[0] in (3, 20):
+            raise MemoryError("no memory")
+        return plain(spans)
+
+    monkeypatch.setattr(forward, "run", fails_sometimes)
+
+    assert run.until_done(rows_of(model, jobs, options), rng) == good
+    assert run.displaced >= 4
+    assert run.engine._holding.pool.most < 2_048 // 64
+
+
+def test_a_text_that_runs_out_of_memory_alone_fails(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(8)
+    (row,) = rows_of(model, [Job.random(rng)], {})
+    run = Run(model)
+
+    def fails(spans: Any) -> Any:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(run.engine._forward, "run", fails)
+    (outcome,) = run.until_done([row], rng).values()
+
+    assert isinstance(outcome, ModelFailed)
+    assert run.engine.blocks_in_use == 0
+
+
+def test_texts_with_the_same_beginning_compute_it_once(model: Any) -> None:
+    rng = random.Random(9)
+    systems = [Job.random(rng, tokens=400).prompt for _ in range(3)]
+    jobs = [Job(systems[at % 3] + Job.random(rng, tokens=20).prompt, 20) for at in range(36)]
+    apart: dict[str, Any] = {}
+    for row in rows_of(model, jobs, {"ignore_eos": True}):
+        apart |= Run(model, slots=1).until_done([row], rng)
+    # Three beginnings of six blocks each, four texts, and some blocks of ended texts, which must be evicted.
+    run = Run(model, slots=4, cache_tokens=30 * 64)
+
+    outcomes = run.until_done(rows_of(model, jobs, {"ignore_eos": True}), rng)
+
+    texts = {owner: outcome["text"] for owner, outcome in outcomes.items()}
+    assert texts == {owner: outcome["text"] for owner, outcome in apart.items()}
+    assert run.engine.prefilled <= 0.3 * sum(len(job.prompt) for job in jobs)
+    assert run.cached >= 0.7 * 36 * 420
+
+
+def test_conclude_gives_what_there_is_and_frees_the_blocks(model: Any) -> None:
+    rng = random.Random(10)
+    rows = rows_of(model, [Job.random(rng, tokens=70, most=50) for _ in range(2)], {"ignore_eos": True})
+    run = Run(model)
+    run.engine.admit(rows)
+    shown = [record.text for _ in range(12) for row, record in run.engine.step().records if row is rows[0]]
+
+    (outcome,) = run.engine.conclude([rows[0]], "deadline")
+
+    value = cast(dict[str, Any], outcome)
+    assert value["finish_reason"] == "deadline"
+    assert value["text"].startswith("".join(shown))
+    assert value["usage"][:2] == [70, len(shown)]
+    assert len(shown) > 5
+    run.engine.abort([rows[1]])
+    assert run.engine.blocks_in_use == 0
+    assert not run.engine.busy
+
+
+def test_all_slots_and_blocks_are_returned_over_many_lives(model: Any) -> None:
+    rng = random.Random(11)
+    run = Run(model, slots=16, cache_tokens=3_000)
+    waiting = rows_of(
+        model, [Job.random(rng, tokens=rng.choice((1, 3, 10, 70)), most=rng.randrange(1, 7)) for _ in range(2_000)], {}
+    )
+    ended = 0
+    while waiting or run.engine.busy:
+        room = run.engine.room()
+        while waiting and room and room.rows > 0 and rng.random() < 0.8:
+            run.engine.admit([waiting.pop()])
+            room = run.engine.room()
+        step = run.engine.step()
+        waiting += step.displaced
+        ended += len(step.rows)
+        held = [each.row for each in run.engine._holding.all]
+        if held and rng.random() < 0.2:
+            row = rng.choice(held)
+            ended += 1
+            if rng.random() < 0.5:
+                run.engine.abort([row])
+            else:
+                assert run.engine.conclude([row], "deadline")
+
+    assert ended == 2_000
+    assert run.engine.blocks_in_use == 0
+    assert run.engine._holding.pool.available == 3_000 // 64
+    assert rows_free(run) == 16
+
+
+def test_a_lower_limit_displaces_texts_and_a_higher_one_admits_more(model: Any) -> None:
+    rng = random.Random(12)
+    rows = rows_of(model, [Job.random(rng, tokens=60, most=40) for _ in range(4)], {"ignore_eos": True})
+    run = Run(model, slots=4, cache_tokens=1_024)
+    run.engine.admit(rows)
+    run.engine.step()
+    run.engine.limit(4, 128)
+
+    step = run.engine.step()
+    displaced = [*step.displaced, *(row for _ in range(10) for row in run.engine.step().displaced)]
+
+    assert displaced == list(reversed(rows[4 - len(displaced) :]))
+    assert run.engine.blocks_in_use <= 2
+    run.engine.limit(9, 4_096)
+    run.engine.step()
+    assert rows_free(run) == 9 - (4 - len(displaced))

@@ -1,0 +1,66 @@
+"""A forward computes the next token of each growing text, and parts of prompts that do not delay them for long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from millstream.worker.generation.scheduler import LEAST_PART, MAX_PREFILL_MS, MAX_STEP_MS, MOST_PART, PartSize, plan
+
+
+@dataclass
+class Text:
+    length: int
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+
+def test_growing_texts_come_first_by_their_blocks_and_prompts_share_the_rest() -> None:
+    long, short = Text(200, 199, [1, 2, 3, 4]), Text(5, 4, [5])
+    first, second, third = Text(100, 0, [6, 7]), Text(100, 30, [8, 9]), Text(50, 0, [10])
+
+    pieces = plan([first, long, second, short, third], 150)
+
+    assert [(piece.text, piece.first, piece.end) for piece in pieces] == [
+        (short, 4, 5),
+        (long, 199, 200),
+        (first, 0, 100),
+        (second, 30, 80),
+    ]
+    assert [piece.gives_token for piece in pieces] == [True, True, True, False]
+
+
+def test_a_part_of_one_token_runs_with_the_growing_texts() -> None:
+    prompt, other = Text(10, 0, [1]), Text(9, 0, [2])
+
+    pieces = plan([prompt, other], 11)
+
+    assert [(piece.text, piece.grows, piece.gives_token) for piece in pieces] == [
+        (other, True, False),
+        (prompt, False, True),
+    ]
+
+
+def test_parts_take_no_longer_than_growing_texts_may_wait() -> None:
+    size = PartSize()
+    for _ in range(50):
+        size.observe(8, 0, 0.020)
+        size.observe(8, 200, 0.020 + 200 * 0.0005)
+
+    assert abs(size.tokens(8) - (MAX_STEP_MS / 1000 - 0.020) / 0.0005) < 5
+    assert size.tokens(0) == int(MAX_PREFILL_MS / 1000 / 0.0005) or size.tokens(0) == MOST_PART
+
+
+def test_a_slow_device_still_computes_prompts() -> None:
+    size = PartSize()
+    size.observe(8, 0, 3.0)
+    size.observe(8, 32, 6.0)
+
+    assert size.tokens(8) == LEAST_PART
+
+
+def test_a_limit_of_parts_holds_from_the_first_forward() -> None:
+    size = PartSize(most=7)
+
+    assert size.tokens(0) == size.tokens(3) == 7
+    size.observe(0, 7, 0.001)
+    assert size.tokens(0) == size.tokens(3) == 7

@@ -1,0 +1,115 @@
+"""One forward over pieces of several texts: builds its tensors, runs the model, returns the logits of next tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+
+from millstream.worker.generation.attention import Groups, Growing, Part
+from millstream.worker.generation.blocks import BLOCK, NULL
+from millstream.worker.generation.kv_cache import BlockCache
+
+MERGE_BLOCKS = 64
+"""Blocks of padding that cost less than one more call of attention."""
+
+
+class Span(NamedTuple):
+    """New tokens of one text: `ids`, from the position `first` on. `blocks` hold the text. `gives` logits if asked."""
+
+    ids: Sequence[int]
+    first: int
+    blocks: Sequence[int]
+    gives: bool
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.ids)
+
+
+class Forward:
+    """A causal language model whose attention is `attention.attend`, and the cache of its layers. One thread."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.device: torch.device = model.device
+        self._dtype: torch.dtype = model.dtype
+        self.cache = BlockCache(model.config.get_text_config().num_hidden_layers)
+
+    @torch.inference_mode()
+    def run(self, spans: Sequence[Span]) -> torch.Tensor:
+        """Computes `spans`: first those of one token, by their number of blocks, then the others.
+
+        Returns the logits [spans that give, vocabulary], in order. May raise any exception.
+        """
+        ids, positions, slots, last = [], [], [], []
+        for span in spans:
+            ids += span.ids
+            positions += range(span.first, span.end)
+            slots += [span.blocks[at // BLOCK] * BLOCK + at % BLOCK for at in range(span.first, span.end)]
+            if span.gives:
+                last.append(len(ids) - 1)
+        places = torch.tensor([ids, positions, slots], device=self.device)
+        self.cache.slots = places[2]
+        keep: Any = 0 if len(last) == len(ids) else torch.tensor(last, dtype=torch.long, device=self.device)
+        logits: torch.Tensor = self._model(
+            input_ids=places[:1],
+            position_ids=places[1:2],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+            groups=self._groups(spans),
+        ).logits
+        return logits[0]
+
+    def _groups(self, spans: Sequence[Span]) -> Groups:
+        groups: list[Growing | Part] = []
+        at = 0
+        for grows, some in groupby(spans, lambda span: len(span.ids) == 1):
+            if grows:
+                for few in _alike(list(some)):
+                    groups.append(self._growing(few, at))
+                    at += len(few)
+                continue
+            for span in some:
+                groups.append(self._part(span, at))
+                at += len(span.ids)
+        return groups
+
+    def _growing(self, spans: Sequence[Span], at: int) -> Growing:
+        lengths = [span.end for span in spans]
+        most = max(lengths)
+        width = -(-most // BLOCK)
+        tables = [block for span in spans for block in _padded(span.blocks, width)]
+        mask = None
+        if min(lengths) < most:
+            over = torch.arange(most) >= torch.tensor(lengths).unsqueeze(1)
+            mask = torch.zeros(over.shape, dtype=self._dtype).masked_fill_(over, -torch.inf)
+            mask = mask.view(len(spans), 1, 1, most).to(self.device)
+        return Growing(at, at + len(spans), torch.tensor(tables, device=self.device), most, mask)
+
+    def _part(self, span: Span, at: int) -> Part:
+        tokens, length = len(span.ids), span.end
+        mask = None
+        if span.first:
+            over = torch.ones(tokens, length, dtype=torch.bool).triu_(span.first + 1)
+            mask = torch.zeros(tokens, length, dtype=self._dtype).masked_fill_(over, -torch.inf).to(self.device)
+        blocks = torch.tensor(span.blocks[: -(-length // BLOCK)], device=self.device)
+        return Part(at, at + tokens, blocks, length, mask)
+
+
+def _padded(blocks: Sequence[int], width: int) -> Sequence[int]:
+    return [*blocks[:width], *[NULL] * (width - len(blocks))]
+
+
+def _alike(spans: Sequence[Span]) -> Iterator[Sequence[Span]]:
+    """Yields groups of `spans`, which are in order of their blocks: a new one if it saves more than it costs."""
+    first = 0
+    for at in range(1, len(spans)):
+        longer = len(spans[at].blocks) - len(spans[at - 1].blocks)
+        if longer * (at - first) > MERGE_BLOCKS:
+            yield spans[first:at]
+            first = at
+    yield spans[first:]

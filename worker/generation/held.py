@@ -1,0 +1,192 @@
+"""The texts that an engine holds, and the blocks of the cache that each of them has."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from millstream.worker.generation.blocks import BLOCK, BlockPool, blocks_for, keys_of
+from millstream.worker.generation.kv_cache import BlockCache
+from millstream.worker.models.base import Prepared
+from millstream.worker.scheduling.active_job import Rows
+from millstream.worker.scheduling.batcher import Row
+
+if TYPE_CHECKING:
+    from millstream.worker.generation.sequence import Sequence
+
+
+class Held:
+    """One text in work. `computed`: its tokens whose keys and values are in the cache, `proven` of them without NaN.
+
+    `keys`: names of its full blocks, of which the first `sealed` are known to other texts.
+    """
+
+    def __init__(self, row: Row[Prepared]) -> None:
+        self.row = row
+        self.sequence = cast("Sequence", row.payload.features)
+        self.blocks: list[int] = []
+        self.computed = 0
+        self.keys: list[bytes] = []
+        self.sealed = 0
+        self.proven = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.sequence.tokens)
+
+
+class Holding:
+    """Texts that run, and texts that wait for blocks, most urgent first. `pool` numbers the blocks of `cache`."""
+
+    def __init__(self, blocks: int, cache: BlockCache) -> None:
+        self.pool = BlockPool(max(1, blocks))
+        self._limit = blocks
+        self.running: list[Held] = []
+        self.waiting: list[Held] = []
+        self._cache = cache
+
+    @property
+    def all(self) -> list[Held]:
+        return self.running + self.waiting
+
+    @property
+    def spare(self) -> int:
+        """Blocks that new texts may fill: each text that runs keeps one to grow."""
+        return self.pool.available - len(self.running)
+
+    def limit(self, blocks: int) -> None:
+        """Limits the cache to `blocks` blocks, if that is not its limit already."""
+        if blocks != self._limit:
+            self._limit = blocks
+            self.pool.limit(blocks)
+
+    def start(self, slots: int) -> list[Held]:
+        """Starts waiting texts while there are slots and blocks. Returns those that no cache of this size can hold.
+
+        Texts whose earlier runs had ended them are returned, too.
+        """
+        over: list[Held] = []
+        while self.waiting:
+            held = self.waiting[0]
+            needed = blocks_for(held.length)
+            if held.sequence.reason or needed > self.pool.most:
+                over.append(self.waiting.pop(0))
+                continue
+            if len(self.running) >= slots or (self.running and needed >= self.spare):
+                break
+            blocks = self.pool.take(needed)
+            if blocks is None:
+                break
+            held.blocks = blocks
+            # The last token is always computed: its logits are needed.
+            held.keys = keys_of(held.sequence.tokens[: held.length - 1])
+            self.running.append(self.waiting.pop(0))
+        return over
+
+    def ready(self) -> list[Held]:
+        """Returns the texts to compute now.
+
+        A text waits while another computes a prefix that both share: then it can use its blocks.
+        """
+        ready: list[Held] = []
+        pending: set[bytes] = set()
+        for held in self.running:
+            if held.computed == held.sealed * BLOCK and held.sealed < len(held.keys):
+                self._reuse(held)
+                if held.sealed < len(held.keys) and held.keys[held.sealed] in pending:
+                    continue
+            pending.update(held.keys[held.sealed :])
+            ready.append(held)
+        return ready
+
+    def _reuse(self, held: Held) -> None:
+        """Replaces the next blocks of a text by blocks that hold the same tokens, computed."""
+        first = held.sealed
+        found = self.pool.match(held.keys[first:])
+        if found:
+            end = first + len(found)
+            self.pool.release(held.blocks[first:end])
+            held.blocks[first:end] = found
+            held.sealed, held.computed, held.proven = end, end * BLOCK, end * BLOCK
+            sequence = held.sequence
+            sequence.cached = max(sequence.cached, min(held.computed, sequence.prompt_length))
+
+    def reserve(self) -> tuple[list[Held], list[Held]]:
+        """Gives each running text the block of its next token, the most urgent first.
+
+        If none is free, the least urgent text leaves. Returns the texts that left, and a text that fills the whole
+        cache alone.
+        """
+        displaced: list[Held] = []
+        for held in sorted(self.running, key=_urgency):
+            while held in self.running and len(held.blocks) < blocks_for(held.length):
+                block = self.pool.take(1)
+                if block:
+                    held.blocks += block
+                elif len(self.running) == 1:
+                    return displaced, [held]
+                else:
+                    displaced.append(self._displace())
+        return displaced, []
+
+    def _displace(self) -> Held:
+        held = max(self.running, key=_urgency)
+        self.remove(held)
+        return held
+
+    def prove(self, held: Held) -> None:
+        """Notes that the logits of a text were finite, and makes its full blocks known to others."""
+        held.proven = held.computed
+        full = held.computed // BLOCK
+        if full <= held.sealed:
+            return
+        known = len(held.keys)
+        if full > known:
+            before = held.keys[-1] if held.keys else b""
+            held.keys += keys_of(held.sequence.tokens[known * BLOCK : full * BLOCK], before)
+        for at in range(held.sealed, full):
+            self.pool.seal(held.blocks[at], held.keys[at])
+        held.sealed = full
+
+    def grow(self) -> None:
+        """Makes the cache hold all blocks that were given. Raises if memory runs out."""
+        self._cache.grow(self.pool.size, self.pool.most)
+
+    def remove(self, held: Held) -> None:
+        """Removes a text, if it is there, and frees its blocks."""
+        self.running = [each for each in self.running if each is not held]
+        self.waiting = [each for each in self.waiting if each is not held]
+        if held.blocks:
+            freed = self.pool.release(held.blocks)
+            if held.proven != held.computed:
+                # NaN in a masked place would still spoil the next text that gets the block.
+                self._cache.zero(freed)
+            held.blocks, held.keys = [], []
+            held.computed = held.proven = held.sealed = 0
+
+    def drop(self, rows: Rows) -> None:
+        """Removes the texts of `rows`."""
+        gone = set(map(id, rows))
+        for held in [each for each in self.all if id(each.row) in gone]:
+            self.remove(held)
+
+    def shrink(self) -> list[Held]:
+        """Lets the less urgent half of the texts leave, and frees the memory that no other text needs.
+
+        Returns the texts that left; none if there is one text only.
+        """
+        count = len(self.running) // 2
+        displaced = [self._displace() for _ in range(count)]
+        self.pool.limit(max(self.pool.in_use, self.pool.most * 3 // 4))
+        moved = self.pool.compact()
+        for held in self.running:
+            held.blocks = [moved[block] for block in held.blocks]
+        self._cache.compact({old: new for old, new in moved.items() if old < self._cache.blocks})
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return displaced
+
+
+def _urgency(held: Held) -> tuple[int, ...]:
+    return held.row.urgency

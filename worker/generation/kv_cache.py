@@ -1,0 +1,124 @@
+"""The KV cache: for each layer the attention keys and values of all requests, in blocks that grow with need.
+
+A forward writes its new tokens to `slots`, places in the flat list of all blocks' tokens. A layer then returns its
+whole storage, and `attention.py` reads the blocks of each request. So transformers sees a cache of its own kind, and no
+tensor is padded, moved or joined when requests come and go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from millstream.worker.generation.blocks import BLOCK
+
+FIRST_BLOCKS = 16
+"""Blocks of a new cache. It doubles when it is full."""
+
+
+class BlockLayer(CacheLayerMixin):
+    """Keys and values of one layer, each [blocks, BLOCK, heads, size of a head]."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, cache: BlockCache) -> None:
+        super().__init__()
+        self._cache = cache
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        # Zeros, not memory as it is: attention multiplies masked places by 0, and NaN times 0 is NaN.
+        self.keys, self.values = (
+            torch.zeros(self._cache.blocks, BLOCK, each.shape[1], each.shape[3], dtype=each.dtype, device=each.device)
+            for each in (key_states, value_states)
+        )
+        self._flatten()
+        self.is_initialized = True
+
+    def _flatten(self) -> None:
+        self._flat_keys, self._flat_values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes the keys and values of new tokens, each [1, heads, tokens, size]. Returns the storage of the layer."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        slots = self._cache.slots
+        self._flat_keys.index_copy_(0, slots, key_states[0].transpose(0, 1))
+        self._flat_values.index_copy_(0, slots, value_states[0].transpose(0, 1))
+        return self.keys, self.values
+
+    def resize(self, blocks: int, chosen: torch.Tensor | None) -> None:
+        """Copies the storage to one of `blocks` blocks: all of it, or the blocks `chosen` in their order."""
+        if self.is_initialized:
+            self.keys, self.values = (_resized(each, blocks, chosen) for each in (self.keys, self.values))
+            self._flatten()
+
+    def zero(self, blocks: torch.Tensor) -> None:
+        if self.is_initialized:
+            self.keys[blocks] = 0
+            self.values[blocks] = 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+
+def _resized(storage: torch.Tensor, blocks: int, chosen: torch.Tensor | None) -> torch.Tensor:
+    resized = torch.zeros(blocks, *storage.shape[1:], dtype=storage.dtype, device=storage.device)
+    source = storage if chosen is None else storage[chosen.to(storage.device)]
+    resized[: source.shape[0]] = source
+    return resized
+
+
+class BlockCache(Cache):
+    """Storage of all layers, with `blocks` blocks each, the null block included. `slots`: where a forward writes."""
+
+    def __init__(self, layers: int) -> None:
+        self.blocks = FIRST_BLOCKS
+        self.slots = torch.empty(0, dtype=torch.long)
+        self.block_layers = [BlockLayer(self) for _ in range(layers)]
+        super().__init__(layers=list(self.block_layers))
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.block_layers[layer_idx].update(key_states, value_states)
+
+    @torch.inference_mode()
+    def grow(self, size: int, most: int) -> None:
+        """Makes room for the blocks 1 to `size`; `most` of them will be needed at most. Raises if memory runs out."""
+        if size < self.blocks:
+            return
+        blocks = max(size + 1, min(2 * self.blocks, most + 1))
+        # One layer after the other: only one of them needs its memory twice.
+        for layer in self.block_layers:
+            layer.resize(blocks, None)
+        self.blocks = blocks
+
+    @torch.inference_mode()
+    def compact(self, moved: dict[int, int]) -> None:
+        """Keeps the null block and the blocks `moved`, old -> new number, and frees the memory of the others."""
+        chosen = torch.tensor([0, *moved])
+        for layer in self.block_layers:
+            layer.resize(len(chosen), chosen)
+        self.blocks = len(chosen)
+
+    @torch.inference_mode()
+    def zero(self, blocks: Sequence[int]) -> None:
+        """Overwrites blocks that may hold NaN or infinity, which would spoil their next request."""
+        stored = torch.tensor([block for block in blocks if block < self.blocks], dtype=torch.long)
+        for layer in self.block_layers:
+            layer.zero(stored)
