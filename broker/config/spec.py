@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_args
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -26,7 +27,7 @@ from pydantic_core import CoreSchema
 from millstream.broker.config.units import DURATION_PATTERN, SIZE_PATTERN, seconds, size
 from millstream.broker.config.url import ACCEPTED, canonical, read_url
 from millstream.broker.contract.errors import ConfigError
-from millstream.broker.contract.operations import OPERATIONS, ModelType, Operation
+from millstream.broker.contract.operations import UPSTREAM_BACKENDS, Backend, ModelType, Operation, operation_of
 
 Preset = Literal["latency", "balanced", "throughput"]
 PriorityName = Literal["realtime", "normal", "batch"]
@@ -51,6 +52,9 @@ CACHE_TTL_S = 3_600.0
 
 WEIGHTS: Mapping[PriorityName, float] = {"realtime": 7.0, "normal": 2.0, "batch": 1.0}
 """Default `share` of each priority."""
+
+OWN_KEYS = ("handler", "api_key_file", "api_key_env")
+"""Keys of a model that only a worker's own file may set: they are neither written to Redis nor read from it."""
 
 SERVICE_NAME = "[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 _PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
@@ -117,9 +121,25 @@ def _redis_url(url: str | None) -> str | None:
     return canonical(url)
 
 
+def _upstream_url(url: str) -> str:
+    """Returns the URL without a final slash. The error does not quote the URL, which may hold a key."""
+    parts = urlsplit(url.strip())
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be the URL of an HTTP server, as in http://localhost:8000/v1")
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise ValueError("must have no user, password, query or fragment: it is written to Redis; use api_key_file")
+    return url.strip().rstrip("/")
+
+
 def _kernels(value: object) -> object:
     # YAML 1.1 reads `off` as false.
     return "off" if value is False else value
+
+
+def _variable(name: str) -> str:
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError("must be the name of an environment variable, as in VLLM_API_KEY")
+    return name
 
 
 def _below(path: str) -> str:
@@ -305,20 +325,31 @@ class ModelSpec(Settings):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     # auto: faster kernels replace the library's own if they prove equal; off: never.
     kernels: Annotated[Literal["auto", "off"], BeforeValidator(_kernels), AlsoAccepts([{"const": False}])] = "auto"
-    # The library that runs the weights. If it is not torch, `model_file` is the exported file in the model's folder.
-    backend: Literal["torch", "onnx", "openvino"] = "torch"
+    # The library that runs the weights, or the kind of server at `url`. For onnx and openvino `model_file` is the
+    # exported file in the model's folder.
+    backend: Backend = "torch"
     model_file: Annotated[str, AfterValidator(_below)] | None = None
     max_length: Count | None = None
     warmup: bool | None = None
     priority: int | None = None
     # Only a worker's own file names code: a handler is neither written to Redis nor read from it.
     handler: Annotated[str, AfterValidator(_handler)] | None = Field(default=None, exclude=True)
+    # A server that already runs, see UPSTREAM_BACKENDS.
+    url: Annotated[str, AfterValidator(_upstream_url)] | None = None
+    # Only a worker's own file says where the key of that server is: neither is written to Redis or read from it.
+    api_key_file: Annotated[Path, AfterValidator(Path.expanduser)] | None = Field(default=None, exclude=True)
+    api_key_env: Annotated[str, AfterValidator(_variable)] | None = Field(default=None, exclude=True)
 
     # Looked up once: each call of a client reads it several times.
     @cached_property
     def operation(self) -> Operation:
         """The record of the model's type: everything that differs between types."""
-        return OPERATIONS[self.type]
+        return operation_of(self.type, self.backend)
+
+    @property
+    def is_upstream(self) -> bool:
+        """Whether a server that already runs computes the results."""
+        return self.backend in UPSTREAM_BACKENDS
 
 
 class RedisSettings(Settings):
@@ -363,11 +394,21 @@ class ServiceSpec(Settings):
         """Returns a copy with the code that this host's own file names for the service."""
         return self.model_copy(update={"model": self.model.model_copy(update={"handler": handler})})
 
+    def with_key(self, own: ModelSpec | None) -> ServiceSpec:
+        """Returns a copy with the place of the server's key that `own`, this host's own file, names.
+
+        The copy has none if `own` names another server: who may write services must not learn the key.
+        """
+        keys = {"api_key_file": None, "api_key_env": None}
+        if own and own.url == self.model.url:
+            keys |= {name: getattr(own, name) for name in keys}
+        return self.model_copy(update={"model": self.model.model_copy(update=keys)})
+
     def to_json(self) -> str:
-        """Returns the record for the registry, without `model.handler`. Equal specs give equal text."""
+        """Returns the record for the registry, without OWN_KEYS. Equal specs give equal text."""
         # Newer keys are omitted while they have their defaults, so that older versions write the same record.
         off: dict[str, bool | set[str]] = {} if self.replicated else {"replicated": True}
-        newer = ("attention", "backend", "kernels", "model_file")
+        newer = ("attention", "backend", "kernels", "model_file", "url")
         off["model"] = {name for name in newer if getattr(self.model, name) == ModelSpec.model_fields[name].default}
         return self.model_dump_json(exclude=off)
 
@@ -381,7 +422,8 @@ class ServiceSpec(Settings):
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise _unreadable("not JSON") from error
-        discard(record, ("model", "handler"))
+        for key in OWN_KEYS:
+            discard(record, ("model", key))
         try:
             for path in _unknown_keys(record):
                 discard(record, path)

@@ -121,7 +121,7 @@ def _check_libraries(spec: ServiceSpec) -> None:
     if missing:
         raise ModelUnavailable(
             f"service {spec.name!r} needs {' and '.join(missing)}, not installed here",
-            hint='pip install "millstream[worker]"',
+            hint=f'pip install "millstream[{"upstream" if spec.model.is_upstream else "worker"}]"',
         )
 
 
@@ -248,7 +248,7 @@ class Supervisor:
         pages = {spec.name: Progress.create() for spec in plan.specs}
         consumer = new_consumer()
         child_args = ChildArgs(
-            hosted=[Hosted(spec.name, pages[spec.name].fd, spec.model.handler) for spec in plan.specs],
+            hosted=[Hosted.of(spec, pages[spec.name].fd) for spec in plan.specs],
             prefix=self._prefix,
             consumer=consumer,
             device=slot.device,
