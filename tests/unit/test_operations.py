@@ -162,6 +162,7 @@ EXCEPTIONS = {
     ("cli/main.py", "embed"): "the name of a command",
     ("client/detached_id.py", "call"): "the group of a pattern that has the id of a detached call",
     ("worker/engines/upstream_rows.py", "embedding"): "the key of a vector in a server's answer",
+    ("worker/engines/upstream_text.py", "stream"): "the field of a request that asks for events",
     ("worker/models/loading/weights.py", "embedding"): "the attribute of a module that has its table of vectors",
 }
 """Names that stand for something else, by file."""

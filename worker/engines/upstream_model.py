@@ -103,7 +103,7 @@ class _Batches:
 
 
 class _Model:
-    """What the models of all types share. `server`: what it says of itself."""
+    """Common part of the models of all types. `server`: facts that it states of itself."""
 
     op: str
     sample_options = NO_OPTIONS
@@ -165,7 +165,7 @@ class UpstreamLlm(_Model):
     def _row(self, value: Json, options: GenerateOptions) -> Prepared | MillstreamError:
         try:
             prompt = Prompt.read(value)
-            self._route.check(prompt, options)
+            self._route.check(prompt, options, self._server)
         except InvalidRequest as error:
             return error
         ids = prompt.token_ids
@@ -299,7 +299,7 @@ class _Loader(Generic[M]):
         return self._kind(self._spec, self._endpoint, server, f"{named}:{digest}" if digest else named)
 
     def _identity(self) -> Mapping[str, object]:
-        """What the server says of the model; empty if it has no such route. Waits until the server is there."""
+        """Facts that the server states of the model; empty if it states none. Waits until the server is there."""
         pauses, began = Backoff(0.2, 5.0), time.monotonic()
         while True:
             reason, answer = self._ask()

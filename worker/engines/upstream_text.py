@@ -45,7 +45,7 @@ def seed_of(job_id: str) -> int:
 
 
 class Event(NamedTuple):
-    """What one event of a stream says. `tokens`: those of the whole answer so far, 0 if it does not say."""
+    """Content of one event of a stream. `tokens`: tokens of the whole answer so far, 0 if the event states none."""
 
     text: str = ""
     finish: str = ""
@@ -73,7 +73,6 @@ class Text:
     logprobs: list[Logprob] = field(default_factory=list)
     continues: bool = False
     answer: str = ""
-    answer_tokens: int = 0
     answer_logprobs: list[Logprob] = field(default_factory=list)
     before_tokens: int = 0
     reported: int = 0
@@ -108,11 +107,11 @@ class Text:
     def start(self, *, may_continue: bool) -> None:
         """Begins a request. `may_continue`: the server can go on behind a text of such a prompt."""
         self.continues = bool(self.shown) and may_continue and self._is_free
-        self.answer, self.answer_tokens, self.answer_logprobs, self.calls = "", 0, [], {}
+        self.answer, self.answer_logprobs, self.calls = "", [], {}
         self.before_tokens, self.reported = self.tokens, 0
         self.finish, self.usage, self.has_diverged = "", None, False
 
-    def left(self) -> int | None:
+    def most_tokens(self) -> int | None:
         """Most tokens of the running request."""
         most = self.options.max_tokens
         return most if most is None or not self.continues else max(1, most - self.tokens)
@@ -131,7 +130,6 @@ class Text:
         self.answer += text
         count = max(0, event.tokens - self.reported) if event.tokens else len(event.logprobs) or 1
         self.reported = event.tokens
-        self.answer_tokens += count
         self.answer_logprobs += event.logprobs
         if self.continues:
             return self._record(text, count, event.logprobs)
@@ -200,6 +198,9 @@ _PLAIN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Options whose None means the server's default."""
 
 
+_REGEX = ("vllm", "sglang")
+"""Families of servers that take a regular expression."""
+
 _STREAM: Mapping[str, Json] = {"include_usage": True}
 _STREAM_COUNTED: Mapping[str, Json] = {"include_usage": True, "continuous_usage_stats": True}
 
@@ -207,14 +208,21 @@ _STREAM_COUNTED: Mapping[str, Json] = {"include_usage": True, "continuous_usage_
 class OpenAI:
     """Completions and chat completions, streamed as server-sent events."""
 
-    def check(self, prompt: Prompt, options: GenerateOptions) -> None:
+    def check(self, prompt: Prompt, options: GenerateOptions, server: Server) -> None:
         """Raises InvalidRequest if such a server cannot run it."""
         kind = (options.response_format or {}).get("type")
         if kind == "grammar":
             raise InvalidRequest("a grammar in llguidance's variant of Lark", hint="a server needs a json_schema")
+        if kind == "regex" and server.family not in _REGEX:
+            raise InvalidRequest(
+                "a response_format of type regex: OpenAI's routes have none", hint="only vLLM and SGLang add one"
+            )
 
     def may_continue(self, prompt: Prompt, server: Server) -> bool:
-        return prompt.text is not None or (prompt.messages is not None and server.continues_chats)
+        """Whether the server can go on behind a text of this prompt."""
+        if prompt.messages is None:
+            return prompt.text is not None
+        return server.continues_chats and prompt.messages[-1]["role"] != "assistant"
 
     def call(self, text: Text, server: Server) -> Call:
         is_chat = text.prompt.messages is not None
@@ -246,10 +254,10 @@ class OpenAI:
             "stream_options": dict(_STREAM_COUNTED if server.counts_on else _STREAM),
             "seed": text.seed,
         }
-        left = text.left()
-        if left is not None or not is_chat:
-            # None is said to completions, whose default is 16 tokens.
-            body["max_tokens"] = left
+        most = text.most_tokens()
+        if most is not None or not is_chat:
+            # Completions get null, too: without it their limit is 16 tokens.
+            body["max_tokens"] = most
         body |= {name: value for name in _PLAIN if (value := getattr(options, name)) is not None}
         for name in ("presence_penalty", "frequency_penalty"):
             if getattr(options, name):
@@ -264,7 +272,7 @@ class OpenAI:
             body["ignore_eos"] = True
         if options.logprobs is not None:
             body |= {"logprobs": True, "top_logprobs": options.logprobs} if is_chat else {"logprobs": options.logprobs}
-        return body | _format(options)
+        return body | _format(options, server)
 
     def read(self, text: Text, value: Mapping[str, Json]) -> Event:
         """Returns what an event says, and adds its parts of tool calls to `text`. Raises Fault."""
@@ -291,7 +299,7 @@ class OpenAI:
         )
 
 
-def _format(options: GenerateOptions) -> dict[str, Json]:
+def _format(options: GenerateOptions, server: Server) -> dict[str, Json]:
     given = options.response_format
     match given and given["type"]:
         case "json_schema":
@@ -304,7 +312,8 @@ def _format(options: GenerateOptions) -> dict[str, Json]:
         case "json_object":
             return {"response_format": {"type": "json_object"}}
         case "regex":
-            return {"structured_outputs": {"regex": (given or {})["pattern"]}}
+            pattern = (given or {})["pattern"]
+            return {"regex": pattern} if server.family == "sglang" else {"structured_outputs": {"regex": pattern}}
     return {}
 
 
@@ -370,7 +379,7 @@ class Ollama:
     /api/generate with `raw` does not.
     """
 
-    def check(self, prompt: Prompt, options: GenerateOptions) -> None:
+    def check(self, prompt: Prompt, options: GenerateOptions, server: Server) -> None:
         """Raises InvalidRequest if Ollama cannot run it."""
         if prompt.token_ids is not None:
             raise InvalidRequest("Ollama takes no token ids", hint="send text or messages")
@@ -391,6 +400,7 @@ class Ollama:
             raise InvalidRequest(f"Ollama has no {unknown[0]}", hint="leave it out")
 
     def may_continue(self, prompt: Prompt, server: Server) -> bool:
+        """Whether Ollama can go on behind a text of this prompt."""
         return prompt.text is not None
 
     def call(self, text: Text, server: Server) -> Call:
@@ -424,8 +434,8 @@ class Ollama:
 
 
 def _ollama_options(text: Text) -> dict[str, Json]:
-    options, left = text.options, text.left()
-    settings: dict[str, Json] = {"seed": text.seed % 2**31, "num_predict": -1 if left is None else left}
+    options, most = text.options, text.most_tokens()
+    settings: dict[str, Json] = {"seed": text.seed % 2**31, "num_predict": -1 if most is None else most}
     for name in ("temperature", "top_p", "top_k", "min_p"):
         if (value := getattr(options, name)) is not None:
             settings[name] = value

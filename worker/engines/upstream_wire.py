@@ -113,7 +113,7 @@ def clean(text: str) -> str:
 
 
 class Server(NamedTuple):
-    """What a server says of itself. `family`: "vllm", "sglang", "llamacpp", or another owner; "" if unknown."""
+    """Facts that a server states of itself. `family`: "vllm", "sglang", "llamacpp", or another owner; "" if unknown."""
 
     family: str = ""
 

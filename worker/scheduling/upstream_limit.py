@@ -83,7 +83,7 @@ class Limit(NamedTuple):
 
 
 class Signals(NamedTuple):
-    """What the server said to one worker since it last reported.
+    """Signals of the server to one worker since its last report.
 
     `refused`: requests that the server refused, of `begun`. `refused_at`: clock, ms, at which the latest of them began.
     `retry_ms`: its Retry-After. `queues`: whether requests wait inside the server.
