@@ -137,8 +137,9 @@ def _reason(error: ErrorDetails, path: KeyPath, document: Document) -> str:
     context = error.get("ctx", {})
     reason = _REASONS.get(error["type"], error["msg"]).format(**context)
     close = did_you_mean(str(error["input"]), re.findall(r"'([\w-]+)'", str(context.get("expected", ""))))
-    # A value under redis may hold a password, so it is not quoted.
-    actual = "" if path[0] == "redis" else f", not {_as_written(error['input'], document.written.get(path))}"
+    # A value under redis and the URL of a server may hold a password, so they are not quoted.
+    is_quoted = path[0] != "redis" and path[-1] != "url"
+    actual = f", not {_as_written(error['input'], document.written.get(path))}" if is_quoted else ""
     return reason + actual + (f"; did you mean {close}?" if close else "")
 
 

@@ -6,72 +6,25 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from support import eventually
 from upstream_stub import Stub, serving
-from workers import LONG_S, remove
+from upstream_workers import pids, states, working
+from workers import LONG_S
 
 from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.contract.errors import InvalidRequest
-from millstream.broker.contract.keys import upstream_key
 from millstream.broker.contract.operations import ModelType
-from millstream.broker.contract.slots import Demand
-from millstream.broker.queue.inspector import Inspector
-from millstream.broker.queue.registry import Registry
-from millstream.broker.queue.slots import SharedSlots
 from millstream.broker.server.embedded import EmbeddedServer
-from millstream.broker.transport.connection import Connection
 from millstream.client import Client
-from millstream.worker.supervision.supervisor import Plan, Supervisor
-
-Work = Callable[..., Supervisor]
 
 
 def made(name: str, stub: Stub, kind: ModelType = "llm", **runtime: object) -> ServiceSpec:
     model = ModelSpec.model_validate({"type": kind, "backend": "openai", "url": stub.url, "model_name": "m"})
     settings = Runtime.model_validate({"batch_size": 4, "total_timeout": 60.0, **runtime})
     return ServiceSpec(name=name, model=model, model_ref="m", runtime=settings)
-
-
-@contextmanager
-def working(url: str, spec: ServiceSpec, workers: int = 1) -> Iterator[Supervisor]:
-    connection = Connection(url, name="tests")
-    Registry(connection).push([spec])
-    supervisor = Supervisor(url, "ms", [Plan(spec, workers)], drain_s=5.0)
-    thread = threading.Thread(target=supervisor.run)
-    thread.start()
-    try:
-        eventually(lambda: supervisor.ready == workers, within_s=LONG_S)
-        yield supervisor
-    finally:
-        supervisor.stop()
-        thread.join(LONG_S)
-        assert spec.model.url
-        connection.client.unlink(upstream_key(spec.model.url))
-        connection.close()
-        remove(url, spec.name)
-
-
-def states(url: str, service: str) -> list[str]:
-    connection = Connection(url, name="tests")
-    try:
-        (view,) = [each for each in Inspector(connection, "ms").services() if each.name == service]
-        return [worker.state for worker in view.workers]
-    finally:
-        connection.close()
-
-
-def pids(url: str, service: str) -> list[int]:
-    connection = Connection(url, name="tests")
-    try:
-        (view,) = [each for each in Inspector(connection, "ms").services() if each.name == service]
-        return [worker.pid for worker in view.workers]
-    finally:
-        connection.close()
 
 
 def whole(head: str, words: int) -> str:
@@ -190,43 +143,3 @@ def mean_running(stub: Stub, begun: float, end: float) -> float:
             last = at
         running = now_running
     return (total + running * (end - last)) / (end - begun)
-
-
-# -- the key that workers share ------------------------------------------------------------------------------------
-
-URL = "http://nowhere:1/v1"
-
-
-@pytest.fixture
-def shared(connection: Connection) -> Iterator[Callable[[str], SharedSlots]]:
-    yield lambda consumer: SharedSlots(connection.client, URL, consumer)
-    connection.client.unlink(upstream_key(URL))
-
-
-def test_workers_see_each_others_requests(connection: Connection, shared: Callable[[str], SharedSlots]) -> None:
-    shared("a").exchange(Demand(2, 1), 0, "")
-    seen = shared("b").exchange(Demand(3, 0), 0, "")
-
-    assert seen.workers == {"a": Demand(2, 1), "b": Demand(3, 0)}
-    assert (seen.version, seen.state) == (0, "")
-    assert 0 < connection.client.pttl(upstream_key(URL)) <= 3_600_000
-    shared("a").leave()
-    assert shared("b").exchange(Demand(3, 0), 0, "").workers == {"b": Demand(3, 0)}
-
-
-def test_of_two_changes_to_the_same_state_one_is_written(shared: Callable[[str], SharedSlots]) -> None:
-    first = shared("a").exchange(Demand(1, 0), 0, "one")
-    second = shared("b").exchange(Demand(1, 0), 0, "two")
-    third = shared("b").exchange(Demand(1, 0), second.version, "three")
-
-    assert [(each.version, each.state) for each in (first, second, third)] == [(1, "one"), (1, "one"), (2, "three")]
-
-
-def test_a_dead_workers_requests_count_for_one_lease(
-    shared: Callable[[str], SharedSlots], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("millstream.broker.queue.slots.LEASE_MS", 100)
-    shared("dead").exchange(Demand(9, 9), 0, "")
-    time.sleep(0.15)
-
-    assert list(shared("b").exchange(Demand(1, 0), 0, "").workers) == ["b"]
