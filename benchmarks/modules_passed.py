@@ -134,7 +134,9 @@ def main() -> None:
     _report(runs, passed)
 
 
-def _call(url: str, worker: Worker, recorder: Recorder, runs: list[dict[str, Counter[str]]], passed: list[set[str]]) -> None:
+def _call(
+    url: str, worker: Worker, recorder: Recorder, runs: list[dict[str, Counter[str]]], passed: list[set[str]]
+) -> None:
     try:
         while worker.starting:
             time.sleep(0.1)

@@ -28,6 +28,9 @@ class Grant:
     write: str = ""
 
 
+_UPSTREAM = "evalsha hget hset hdel hgetall pexpire"
+"""Commands of workers on the keys of servers that already run, which belong to no service."""
+
 # Commands to connect to a single server or a cluster, and to read its clock.
 _CONNECT = (
     "ping select client|setname client|getname info time wait "
@@ -115,6 +118,7 @@ _SCRIPTS: dict[str, Role] = {
     "beat": "worker",
     "release": "worker",
     "reclaim": "worker",
+    "slots": "worker",
     "purge": "admin",
 }
 
@@ -165,6 +169,8 @@ def _on_keys(role: Role, services: Sequence[str], prefix: str) -> Iterator[tuple
     """Yields the commands and the key patterns of each grant of `role`."""
     access = "%R~" if role != "admin" else "~"
     yield _plus(_SERVICES[role]), [f"{access}{services_key(prefix)}"]
+    if role in ("worker", "admin"):
+        yield _plus(_UPSTREAM), [f"~{prefix}:upstream:*"]
     for grant in _GRANTS[role]:
         keys = [f"%R~{key}" for key in _patterns(grant.read, services, prefix)]
         yield _plus(grant.commands), keys + [f"~{key}" for key in _patterns(grant.write, services, prefix)]

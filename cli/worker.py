@@ -148,7 +148,7 @@ def _choose(registry: Registry, services: Sequence[str], where: str) -> list[Ser
     Raises UnknownService if one is not registered, or if none is named and none can run here.
     """
     names = list(dict.fromkeys(services)) if services else registry.names()
-    registered = _with_handlers([registry.read(name) for name in names])
+    registered = _with_own_settings([registry.read(name) for name in names])
     if services:
         return registered
     runnable = [spec for spec in registered if spec.model.operation.runs and _has_code(spec)]
@@ -160,15 +160,18 @@ def _choose(registry: Registry, services: Sequence[str], where: str) -> list[Ser
     return runnable
 
 
-def _with_handlers(specs: Sequence[ServiceSpec]) -> list[ServiceSpec]:
-    """Returns `specs`, with the handler from this host's own config.yaml for each custom service that it names.
+def _with_own_settings(specs: Sequence[ServiceSpec]) -> list[ServiceSpec]:
+    """Returns `specs` with what only this host's own config.yaml says: handlers, and the places of servers' keys.
 
     Raises ConfigError if that file is invalid.
     """
-    needed = any(spec.model.operation.needs_code for spec in specs)
+    needed = any(spec.model.operation.needs_code or spec.model.is_upstream for spec in specs)
     config = find_config(os.environ) if needed else None
     own = config.services if config else {}
-    return [spec.with_handler(own[spec.name].model.handler) if spec.name in own else spec for spec in specs]
+    return [
+        spec.with_handler(own[spec.name].model.handler).with_key(own[spec.name].model) if spec.name in own else spec
+        for spec in specs
+    ]
 
 
 def _has_code(spec: ServiceSpec) -> bool:

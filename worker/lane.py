@@ -15,10 +15,11 @@ from millstream.broker.contract.job import PRIORITIES, Priority
 from millstream.broker.queue.cache import Cache, CacheKey
 from millstream.broker.queue.lease import Beat, Lease
 from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.slots import SharedSlots
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.broker.transport.connection import Connection, is_transient, retrying
 from millstream.worker.context import Context
-from millstream.worker.engines.base import Engine
+from millstream.worker.engines.base import Engine, Remote
 from millstream.worker.engines.one_shot import OneShot
 from millstream.worker.engines.runner import Runner
 from millstream.worker.intake.cache_writer import CacheWriter
@@ -29,7 +30,18 @@ from millstream.worker.intake.inference_timeout import InferenceTimeout
 from millstream.worker.intake.intake import Intake, cancelled
 from millstream.worker.intake.settler import Settler
 from millstream.worker.measuring.probe import most_tokens
-from millstream.worker.models.base import ANY_LENGTH, Adapts, Foresees, Generates, Laps, Model, Placed, Reads
+from millstream.worker.models.base import (
+    ANY_LENGTH,
+    Adapts,
+    BringsEngine,
+    Foresees,
+    Generates,
+    Laps,
+    Model,
+    Placed,
+    Reads,
+    SharesSlots,
+)
 from millstream.worker.scheduling.batch_delay import BatchDelay
 from millstream.worker.scheduling.fair_share import SAVED_BATCHES, FairShare
 from millstream.worker.supervision.child_args import ChildArgs
@@ -82,8 +94,14 @@ class Lane:
         self._heartbeat = Heartbeat(context, self._lease, watch)
         self._engine: Engine = OneShot(model, context.progress.runner.lap, context.window.cost)
         self._emitter: Emitter | None = None
-        if isinstance(model, Generates):
+        if isinstance(model, SharesSlots):
+            shares = SharedSlots(connection.own(), model.url, f"{context.consumer}/{spec.name}", child_args.prefix)
+            model.share_by(shares, lambda: context.window.waiting_rows)
+        if isinstance(model, BringsEngine):
             self._engine = model.start_engine()
+        if isinstance(self._engine, Remote):
+            context.window.wake = self._engine.wake
+        if isinstance(model, Generates):
             self._emitter = Emitter(context, Streams(connection.own(), keys), context.window.end)
         self.runner = Runner(context, self._engine, self._settler.put, self._emitter)
         self._revision = 0
@@ -97,7 +115,14 @@ class Lane:
 
     def wake_by(self, wake: Callable[[], None]) -> None:
         """Stores `wake`, to be called when rows may be taken and when no more will come."""
-        self._context.window.wake = wake
+        own = self._engine.wake if isinstance(self._engine, Remote) else None
+
+        def wake_both() -> None:
+            wake()
+            if own:
+                own()
+
+        self._context.window.wake = wake_both if own else wake
 
     def start(self) -> None:
         """Starts the threads, which claim and settle. The main thread then runs the `runner`."""
@@ -234,6 +259,8 @@ class Lane:
     def _state(self) -> str:
         if self._context.shutdown.draining:
             return "draining"
+        if isinstance(self._engine, Remote) and self._engine.away:
+            return "away"
         return "paused" if self._claimer.paused else "ready"
 
     def _status(self) -> Mapping[str, str | int]:

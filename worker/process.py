@@ -168,8 +168,8 @@ class Worker:
         # One entry for the process: its lanes compute one at a time.
         self._claims = self._claims or _claims(spec, child_args.device)
         threads = self._threads[spec.name] = Threads(child_args.threads, os.environ, self._claims)
-        (handler,) = [each.handler for each in child_args.hosted if each.service == spec.name]
-        model = models.load(spec.with_handler(handler), child_args.device, threads.count, child_args.folder)
+        (hosted,) = [each for each in child_args.hosted if each.service == spec.name]
+        model = models.load(hosted.settings(spec), child_args.device, threads.count, child_args.folder)
         # The loaded objects stay: without freeze, each collection would traverse all of them for the few objects of a
         # job.
         gc.collect()

@@ -27,6 +27,9 @@ LEAST_BATCHES = 4
 """Micro-batches to hold even if they take longer than HOLD_S; with a queue timeout, one. Fewer rows to choose from pad
 more."""
 
+NO_ROOM_S = 0.05
+"""Seconds between two looks at an idle engine that has no room."""
+
 HOLD_BATCHES = 8
 """Micro-batches of rows to hold at most."""
 
@@ -229,6 +232,11 @@ class Window:
         # No lock: it reads one number.
         return bool(len(self._pool))
 
+    @property
+    def waiting_rows(self) -> int:
+        """Number of prepared rows that wait for the runner."""
+        return len(self._pool)
+
     def waiting_of(self, priority: Priority) -> int:
         """Number of prepared rows of `priority` that wait for the runner, without those that spend its share."""
         with self._lock:
@@ -274,6 +282,9 @@ class Window:
             if room is not None:
                 budget = replace(budget, rows=min(budget.rows, room.rows), tokens=min(budget.tokens, room.tokens))
                 if budget.rows <= 0 or budget.tokens <= 0:
+                    if wait and not self._closed:
+                        # An engine that has no room though it is idle: it may have some later.
+                        self._rows_arrived.wait(NO_ROOM_S)
                     return []
             batch = self._pool.take(budget, self._chosen)
             self._chosen = []
@@ -351,6 +362,14 @@ class Window:
             self._note_busy()
             self._batch_taken.notify_all()
             return ended
+
+    def put_back(self, rows: Rows) -> None:
+        """Adds rows again that left their engine before they were complete, if their jobs are still held."""
+        with self._lock:
+            held = [row for row, job in zip(rows, self.jobs_of(rows), strict=True) if job]
+            self._pool.add(held)
+            self._note_busy()
+            self._rows_arrived.notify_all()
 
     def cancel(self, names: Collection[str]) -> list[ActiveJob]:
         """Ends jobs that were cancelled, as `end`. Jobs that are claimed and not added yet are ended by `hold`."""

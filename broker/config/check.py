@@ -14,7 +14,7 @@ from millstream.broker.config.rate_limit import RateLimit
 from millstream.broker.config.spec import PRESETS, ModelSpec, PriorityLimits, RedisSettings, Runtime, discard, no_cache
 from millstream.broker.config.yaml import Document, KeyPath
 from millstream.broker.contract.errors import did_you_mean
-from millstream.broker.contract.operations import OPERATIONS, types_with
+from millstream.broker.contract.operations import OPERATIONS, UPSTREAM_BACKENDS, types_with
 
 
 class Entry(Settings):
@@ -53,8 +53,12 @@ def _problems(file: ConfigFile, document: Document) -> Found:
     for name, model in file.models.items():
         if model.device and model.devices:
             yield ("models", name, "devices"), "device is set too; keep one of them"
-        yield from _backends(name, model)
-        yield from _kernels(name, model)
+        if model.is_upstream:
+            yield from _upstreams(name, model)
+        else:
+            yield from _backends(name, model)
+            yield from _kernels(name, model)
+            yield from _urls(name, model)
         yield from _kinds(name, model)
 
 
@@ -124,8 +128,9 @@ def _reason(error: ErrorDetails, path: KeyPath, document: Document) -> str:
     context = error.get("ctx", {})
     reason = _REASONS.get(error["type"], error["msg"]).format(**context)
     close = did_you_mean(str(error["input"]), re.findall(r"'([\w-]+)'", str(context.get("expected", ""))))
-    # A value under redis may hold a password, so it is not quoted.
-    actual = "" if path[0] == "redis" else f", not {_as_written(error['input'], document.written.get(path))}"
+    # A value under redis and the URL of a server may hold a password, so they are not quoted.
+    is_quoted = path[0] != "redis" and path[-1] != "url"
+    actual = f", not {_as_written(error['input'], document.written.get(path))}" if is_quoted else ""
     return reason + actual + (f"; did you mean {close}?" if close else "")
 
 
@@ -191,6 +196,36 @@ def _backends(name: str, model: ModelSpec) -> Found:
     for key in ("dtype", "attention"):
         if getattr(model, key) != ModelSpec.model_fields[key].default:
             yield (*path, key), f"an exported file has its own {key}; leave it out, or name another model_file"
+
+
+_SERVERS_OWN = ("device", "devices", "revision", "dtype", "attention", "kernels", "model_file", "max_length", "warmup")
+"""Keys of a model that have no effect if a server that already runs computes the results."""
+
+
+def _upstreams(name: str, model: ModelSpec) -> Found:
+    path: KeyPath = ("models", name)
+    known = OPERATIONS[model.type].upstreams
+    if model.backend not in known:
+        those = types_with(lambda each: model.backend in each.upstreams)
+        other = f"name {' or '.join(known)}" if known else "leave backend out"
+        yield (*path, "backend"), f"runs only types {those}, this is {model.type}; {other}"
+        return
+    if not model.url:
+        yield (*path, "url"), f"missing; name the server of backend {model.backend}, as in http://localhost:8000/v1"
+    if not model.model_name and OPERATIONS[model.type].needs_weights:
+        yield (*path, "model_name"), "missing; name the model as the server at url does"
+    if model.api_key_file and model.api_key_env:
+        yield (*path, "api_key_env"), "api_key_file is set too; keep one of them"
+    for key in _SERVERS_OWN:
+        if getattr(model, key) != ModelSpec.model_fields[key].default:
+            yield (*path, key), f"has no effect: the server of backend {model.backend} decides it; leave it out"
+
+
+def _urls(name: str, model: ModelSpec) -> Found:
+    for key in ("url", "api_key_file", "api_key_env"):
+        if getattr(model, key):
+            those = ", ".join(sorted(UPSTREAM_BACKENDS))
+            yield ("models", name, key), f"backend {model.backend} uses no server; name a backend of {those}"
 
 
 def _kernels(name: str, model: ModelSpec) -> Found:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
@@ -77,6 +78,22 @@ def _redis_url(url: str | None) -> str | None:
     return canonical(url)
 
 
+def _upstream_url(url: str) -> str:
+    """Returns the URL without a final slash. The error does not quote the URL, which may hold a key."""
+    parts = urlsplit(url.strip())
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be the URL of an HTTP server, as in http://localhost:8000/v1")
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise ValueError("must have no user, password, query or fragment: it is written to Redis; use api_key_file")
+    return url.strip().rstrip("/")
+
+
+def _variable(name: str) -> str:
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError("must be the name of an environment variable, as in VLLM_API_KEY")
+    return name
+
+
 def _kernels(value: object) -> object:
     # YAML 1.1 reads `off` as false.
     return "off" if value is False else value
@@ -131,6 +148,8 @@ Device = Annotated[str | None, AfterValidator(_automatic)]
 Kernels = Annotated[Literal["auto", "off"], BeforeValidator(_kernels), AlsoAccepts([{"const": False}])]
 PathBelow = Annotated[str, AfterValidator(_below)]
 """A relative path below the model's folder."""
+UpstreamUrl = Annotated[str, AfterValidator(_upstream_url)]
+Variable = Annotated[str, AfterValidator(_variable)]
 Handler = Annotated[str, AfterValidator(_handler)]
 HomePath = Annotated[Path, AfterValidator(Path.expanduser)]
 """A path in which `~` is the home folder."""

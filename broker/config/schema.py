@@ -29,7 +29,8 @@ DESCRIPTIONS: Mapping[str, str] = {
     "dtype": "Number type of the weights; any type but float32 changes the vectors.",
     "attention": "Implementation of attention; auto: the model library's default.",
     "kernels": "Whether packed texts and oneDNN's linear layers may replace the library's own forward; off: never.",
-    "backend": "Library that runs the weights; onnx and openvino run an exported file from the model's folder.",
+    "backend": "Library that runs the weights, or kind of the server at `url`; onnx and openvino run an exported file "
+    "from the model's folder.",
     "model_file": "The exported file, below the model's folder; by default model.onnx or openvino_model.xml.",
     "max_length": "Longest text, in tokens; by default the model's own limit.",
     "warmup": "Whether to run the model once before the first job.",
@@ -62,7 +63,10 @@ DESCRIPTIONS: Mapping[str, str] = {
     "tokens": "Tokens a second.",
     "burst": "Most at once; by default the limit of one second.",
     "per": "tenant: each tenant has a limit of its own.",
-    "url": "By default MILLSTREAM_REDIS_URL, or else a server that `millstream up` starts.",
+    "url": "Of a model: the server that runs it, for backend openai, tei or ollama. Of redis: by default "
+    "MILLSTREAM_REDIS_URL, or else a server that `millstream up` starts.",
+    "api_key_file": "A file whose first line is the key of the server at `url`. Only this host's workers read it.",
+    "api_key_env": "The environment variable that has the key of the server at `url`.",
     "password_file": "A file whose first line is the password, so that the password is in no other place.",
     "insecure": "Use a server on another host without TLS and password.",
     "allow_eviction": "Use a server that deletes keys when its memory is full: jobs may be lost.",

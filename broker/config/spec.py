@@ -28,10 +28,12 @@ from millstream.broker.config.fields import (
     Settings,
     Size,
     Span,
+    UpstreamUrl,
+    Variable,
 )
 from millstream.broker.config.rate_limit import OptionalRateLimit
 from millstream.broker.contract.errors import ConfigError
-from millstream.broker.contract.operations import OPERATIONS, ModelType, Operation
+from millstream.broker.contract.operations import UPSTREAM_BACKENDS, Backend, ModelType, Operation, operation_of
 
 Preset = Literal["latency", "balanced", "throughput"]
 PriorityName = Literal["realtime", "normal", "batch"]
@@ -56,6 +58,9 @@ CACHE_TTL_S = 3_600.0
 
 WEIGHTS: Mapping[PriorityName, float] = {"realtime": 7.0, "normal": 2.0, "batch": 1.0}
 """Default `share` of each priority."""
+
+OWN_KEYS = ("handler", "api_key_file", "api_key_env")
+"""Keys of a model that only a worker's own file may set: they are neither written to Redis nor read from it."""
 
 
 class PriorityLimits(Settings):
@@ -167,20 +172,31 @@ class ModelSpec(Settings):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     # auto: faster kernels replace the library's own if they prove equal; off: never.
     kernels: Kernels = "auto"
-    # The library that runs the weights. If it is not torch, `model_file` is the exported file in the model's folder.
-    backend: Literal["torch", "onnx", "openvino"] = "torch"
+    # The library that runs the weights, or the kind of server at `url`. For onnx and openvino `model_file` is the
+    # exported file in the model's folder.
+    backend: Backend = "torch"
     model_file: PathBelow | None = None
     max_length: Count | None = None
     warmup: bool | None = None
     priority: int | None = None
     # Only a worker's own file names code: a handler is neither written to Redis nor read from it.
     handler: Handler | None = Field(default=None, exclude=True)
+    # A server that already runs, see UPSTREAM_BACKENDS.
+    url: UpstreamUrl | None = None
+    # Only a worker's own file says where the key of that server is: neither is written to Redis or read from it.
+    api_key_file: HomePath | None = Field(default=None, exclude=True)
+    api_key_env: Variable | None = Field(default=None, exclude=True)
 
     # Looked up once: each call of a client reads it several times.
     @cached_property
     def operation(self) -> Operation:
         """The record of the model's type: everything that differs between types."""
-        return OPERATIONS[self.type]
+        return operation_of(self.type, self.backend)
+
+    @property
+    def is_upstream(self) -> bool:
+        """Whether a server that already runs computes the results."""
+        return self.backend in UPSTREAM_BACKENDS
 
 
 class RedisSettings(Settings):
@@ -225,11 +241,21 @@ class ServiceSpec(Settings):
         """Returns a copy with the code that this host's own file names for the service."""
         return self.model_copy(update={"model": self.model.model_copy(update={"handler": handler})})
 
+    def with_key(self, own: ModelSpec | None) -> ServiceSpec:
+        """Returns a copy with the place of the server's key that `own`, this host's own file, names.
+
+        The copy has none if `own` names another server: who may write services must not learn the key.
+        """
+        keys = {"api_key_file": None, "api_key_env": None}
+        if own and own.url == self.model.url:
+            keys |= {name: getattr(own, name) for name in keys}
+        return self.model_copy(update={"model": self.model.model_copy(update=keys)})
+
     def to_json(self) -> str:
-        """Returns the record for the registry, without `model.handler`. Equal specs give equal text."""
+        """Returns the record for the registry, without OWN_KEYS. Equal specs give equal text."""
         # Newer keys are omitted while they have their defaults, so that older versions write the same record.
         off: dict[str, bool | set[str]] = {} if self.replicated else {"replicated": True}
-        newer = ("attention", "backend", "kernels", "kind", "model_file")
+        newer = ("attention", "backend", "kernels", "kind", "model_file", "url")
         off["model"] = {name for name in newer if getattr(self.model, name) == ModelSpec.model_fields[name].default}
         return self.model_dump_json(exclude=off)
 
@@ -243,7 +269,8 @@ class ServiceSpec(Settings):
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise _unreadable("not JSON") from error
-        discard(record, ("model", "handler"))
+        for key in OWN_KEYS:
+            discard(record, ("model", key))
         try:
             for path in _unknown_keys(record):
                 discard(record, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from millstream.broker.contract.job import PRIORITIES, Priority
@@ -21,6 +22,11 @@ DEFAULT_PREFIX = "ms"
 def services_key(prefix: str = DEFAULT_PREFIX) -> str:
     """SET of service names; no ttl."""
     return f"{prefix}:services"
+
+
+def upstream_key(url: str, prefix: str = DEFAULT_PREFIX) -> str:
+    """HASH: limit of the server at `url`, and the requests that each worker has running there; ttl an hour."""
+    return f"{prefix}:upstream:{hashlib.sha256(url.encode()).hexdigest()[:16]}"
 
 
 @dataclass(frozen=True, slots=True)

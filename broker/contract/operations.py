@@ -8,7 +8,8 @@ reads it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from millstream.broker.contract.job import Json
 
 ModelType = Literal["embedding", "reranker", "llm", "custom", "echo", "echo-stream"]
+
+Backend = Literal["torch", "onnx", "openvino", "openai", "tei", "ollama"]
+"""Program that runs the weights: a library in the worker, or a server that already runs."""
 
 Row = Literal["text", "payload", "prompt"]
 """Input of one row: a string, any JSON value, or a prompt as prompt.py has it."""
@@ -86,6 +90,9 @@ class Operation:
     loader: str = ""
     """Function that loads a model, as "module:name"; empty if this version has no worker for the type."""
 
+    upstreams: Mapping[str, str] = field(default_factory=dict)
+    """Loaders as "module:name", by the backend, if a server that already runs can compute the results."""
+
     row: Row = "text"
     """Input of one row."""
 
@@ -142,6 +149,19 @@ class Operation:
         """Whether this version has a worker for the type."""
         return bool(self.loader)
 
+    def upstream(self, backend: str) -> Operation:
+        """Returns the record of the same type if the server of `backend` computes the results, without weights here."""
+        return replace(
+            self,
+            loader=self.upstreams[backend],
+            needs_weights=False,
+            one_forward=False,
+            agreement=None,
+            computes=False,
+            libraries=("httpx",),
+            organization="",
+        )
+
 
 STREAMING_DEFAULTS: Mapping[str, object] = {"max_attempts": 5}
 """Defaults of types that stream. Texts of other jobs go on behind their last record after a death, so one more death
@@ -151,6 +171,7 @@ EMBED = Operation(
     "embedding",
     "embed",
     "millstream.worker.models.embedding.embedding:load",
+    dict.fromkeys(("openai", "tei", "ollama"), "millstream.worker.engines.upstream_model:load_embedding"),
     results="vectors",
     check=_check_embed,
     needs_weights=True,
@@ -170,6 +191,7 @@ RERANK = Operation(
     "reranker",
     "rerank",
     "millstream.worker.models.reranking.reranker:load",
+    dict.fromkeys(("openai", "tei"), "millstream.worker.engines.upstream_model:load_reranker"),
     results="scores",
     check=_check_rerank,
     needs_weights=True,
@@ -195,6 +217,7 @@ GENERATE = Operation(
     "llm",
     "generate",
     "millstream.worker.generation.model:load",
+    upstreams=dict.fromkeys(("openai", "ollama"), "millstream.worker.engines.upstream_model:load_llm"),
     row="prompt",
     results="generations",
     check=_check_generate,
@@ -248,6 +271,17 @@ OPERATIONS: Mapping[str, Operation] = MappingProxyType(
     {each.type: each for each in (EMBED, RERANK, GENERATE, CALL, ECHO, STREAM)}
 )
 """By type."""
+
+UPSTREAM_BACKENDS = frozenset(backend for each in OPERATIONS.values() for backend in each.upstreams)
+"""Values of `backend` that name a server which already runs."""
+
+
+@cache
+def operation_of(kind: str, backend: str) -> Operation:
+    """Returns the record of models of type `kind` that `backend` runs."""
+    operation = OPERATIONS[kind]
+    return operation.upstream(backend) if backend in operation.upstreams else operation
+
 
 BY_OP: Mapping[str, Operation] = MappingProxyType({each.op: each for each in OPERATIONS.values()})
 """By name on the wire."""

@@ -14,6 +14,7 @@ from contracts.pause import PauseContract, PurgeContract
 from contracts.queue import Queue
 from contracts.rate import RateContract
 from contracts.settle import SettleContract
+from contracts.slots import SlotsContract
 from contracts.suspects import SuspectsContract
 
 from millstream.broker.contract.keys import ServiceKeys
@@ -40,6 +41,10 @@ class TestClaim(ClaimContract):
 
 
 class TestSuspects(SuspectsContract):
+    pass
+
+
+class TestSlots(SlotsContract):
     pass
 
 

@@ -168,6 +168,41 @@ def test_a_value_comes_from_environment_then_file_then_preset_then_type_then_def
             "config.yaml:1: models.c.backend: kind query_likelihood runs only with torch; leave backend out",
         ),
         (
+            "models: {c: {type: llm, model_name: m, backend: openai}}",
+            "config.yaml:1: models.c.url: missing; name the server of backend openai, as in http://localhost:8000/v1",
+        ),
+        (
+            "models: {c: {type: llm, backend: openai, url: 'http://h/v1'}}",
+            "config.yaml:1: models.c.model_name: missing; name the model as the server at url does",
+        ),
+        (
+            "models: {c: {type: llm, model_name: m, url: 'http://h/v1'}}",
+            "config.yaml:1: models.c.url: backend torch uses no server; name a backend of ollama, openai, tei",
+        ),
+        (
+            "models: {c: {type: llm, model_name: m, backend: tei, url: 'http://h'}}",
+            "config.yaml:1: models.c.backend: runs only types embedding and reranker, this is llm; name openai or "
+            "ollama",
+        ),
+        (
+            "models: {c: {type: custom, handler: 'a:b', backend: openai, url: 'http://h'}}",
+            "config.yaml:1: models.c.backend: runs only types embedding and reranker and llm, this is custom; leave "
+            "backend out",
+        ),
+        (
+            "models: {c: {type: embedding, model_name: m, backend: tei, url: 'http://h', dtype: bfloat16}}",
+            "config.yaml:1: models.c.dtype: has no effect: the server of backend tei decides it; leave it out",
+        ),
+        (
+            "models: {c: {type: embedding, model_name: m, backend: tei, url: 'http://h', kernels: 'off'}}",
+            "config.yaml:1: models.c.kernels: has no effect: the server of backend tei decides it; leave it out",
+        ),
+        (
+            "models: {c: {type: llm, model_name: m, backend: openai, url: 'http://h', api_key_file: a, "
+            "api_key_env: B}}",
+            "config.yaml:1: models.c.api_key_env: api_key_file is set too; keep one of them",
+        ),
+        (
             "models: {c: {type: echo, backend: openvino}}",
             "config.yaml:1: models.c.backend: type echo runs only with torch; leave backend out",
         ),
@@ -618,3 +653,30 @@ def test_seconds_are_a_number_that_time_can_have(load_text: Load, key: str, valu
     (error,) = errors_of(load_text, YAML_11 % f"{key}: {value}")
 
     assert f"services.s.runtime.{key}: must " in error
+
+
+def test_the_url_of_a_server_with_a_secret_is_refused_and_not_quoted(load_text: Load) -> None:
+    text = "models: {m: {type: llm, model_name: m, backend: openai, url: 'http://user:secret@h/v1'}}"
+
+    (line,) = errors_of(load_text, text)
+
+    assert "use api_key_file" in line
+    assert "secret" not in line
+
+
+def test_the_place_of_a_key_is_neither_written_to_the_server_nor_read_from_it(load_text: Load) -> None:
+    text = """
+    models: {m: {type: llm, model_name: m, backend: openai, url: 'http://h:1/v1/', api_key_file: ~/key}}
+    services: {chat: {model: m}}
+    """
+    spec = load_text(text).services["chat"]
+
+    record = json.loads(spec.to_json())
+    record["model"] |= {"api_key_file": "/etc/passwd", "api_key_env": "HOME"}
+    read = ServiceSpec.from_json(json.dumps(record))
+
+    assert spec.model.url == "http://h:1/v1"
+    assert spec.model.api_key_file == Path.home() / "key"
+    assert "key" not in spec.to_json()
+    assert (read.model.url, read.model.api_key_file, read.model.api_key_env) == ("http://h:1/v1", None, None)
+    assert read.with_key(spec.model).model == spec.model

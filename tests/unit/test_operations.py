@@ -21,9 +21,10 @@ from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.config.yaml import Document, Place
 from millstream.broker.contract import operations
 from millstream.broker.contract.embedding import EmbedOptions
-from millstream.broker.contract.errors import InvalidRequest
+from millstream.broker.contract.errors import InvalidRequest, ModelUnavailable
 from millstream.broker.contract.operations import BY_OP, CALL, EMBED, OPERATIONS, RERANK, RUNNABLE, ModelType, Operation
 from millstream.broker.contract.rerank import RerankOptions
+from millstream.client.testing import FakeClient
 from millstream.worker import models
 from millstream.worker.models import echo
 
@@ -168,6 +169,8 @@ EXCEPTIONS = {
     ("cli/main.py", "embed"): "the name of a command",
     ("cli/main.py", "generate"): "the name of a command",
     ("client/detached_id.py", "call"): "the group of a pattern that has the id of a detached call",
+    ("worker/engines/upstream_rows.py", "embedding"): "the key of a vector in a server's answer",
+    ("worker/engines/upstream_text.py", "stream"): "the field of a request that asks for events",
     ("worker/models/loading/weights.py", "embedding"): "the attribute of a module that has its table of vectors",
 }
 """Names that stand for something else, by file."""

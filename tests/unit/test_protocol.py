@@ -60,7 +60,7 @@ def test_every_key_is_there() -> None:
         "digest": "<digest>",
         "consumer": "<consumer>",
     }
-    made = {services_key(), *keys.streams(), keys.bucket("<tenant>")}
+    made = {services_key(), "ms:upstream:<url>", *keys.streams(), keys.bucket("<tenant>")}
     for name, method in inspect.getmembers(keys, inspect.ismethod):
         if name.startswith("_") or name in ("stream", "streams"):
             continue

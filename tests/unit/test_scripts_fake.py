@@ -17,6 +17,7 @@ from contracts.pause import PauseContract, PurgeContract
 from contracts.queue import Queue
 from contracts.rate import RateContract
 from contracts.settle import SettleContract
+from contracts.slots import SlotsContract
 from contracts.suspects import SuspectsContract
 
 from millstream.broker.contract.keys import ServiceKeys
@@ -91,4 +92,8 @@ class TestPurge(PurgeContract):
 
 
 class TestDeadLetters(DeadLettersContract):
+    pass
+
+
+class TestSlots(SlotsContract):
     pass

@@ -7,7 +7,7 @@ grow over many steps has an engine of its own, see Generates in `worker/models/b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from millstream.broker.contract.partial import Record
 from millstream.worker.models.base import Prepared
@@ -62,4 +62,18 @@ class Engine(Protocol):
 
     def conclude(self, rows: Rows, reason: str) -> Sequence[Outcome]:
         """Ends rows that it holds before they are complete. Returns their outcomes: the output so far, and `reason`."""
+        ...
+
+
+@runtime_checkable
+class Remote(Protocol):
+    """An engine whose rows run on a server."""
+
+    @property
+    def away(self) -> str:
+        """Reason why the server cannot be reached; "" if it can."""
+        ...
+
+    def wake(self) -> None:
+        """Ends the wait of a step, since rows can be admitted. Called from any thread."""
         ...

@@ -54,7 +54,10 @@ class Runner:
 
     def run(self) -> None:
         engine = self._engine
-        while (batch := self._window.take(engine.room(), wait=not engine.busy)) or engine.busy:
+        while True:
+            batch = self._window.take(engine.room(), wait=not engine.busy)
+            if not batch and self.drained:
+                return
             self._advance(batch)
 
     def turn(self) -> bool:
@@ -165,13 +168,16 @@ class Runner:
                 self._proven.add(id(row))
         if step.rows:
             self._remove(step.rows)
+        if step.displaced:
+            self._remove(step.displaced, waits=True)
+            self._window.put_back(step.displaced)
         running, proven = len(self._rows), len(self._proven)
         for job in self._window.complete(step.rows, step.outcomes, running, running - proven):
             self._finish(Finished(job.claim.address, job.reply(), digests=job.digests))
         # After the replies are made: a reply of large results may be what ends the process.
         if not self._rows:
             self._track.stop()
-        elif step.rows:
+        elif step.rows or step.displaced:
             self._track.start(self._jobs, Stage.RUN)
 
     def _run_step(self) -> Step:
@@ -185,8 +191,8 @@ class Runner:
             failure = error if isinstance(error, MillstreamError) else ModelFailed(described(error))
             return Step(rows, [failure] * len(rows))
 
-    def _remove(self, rows: Rows) -> None:
-        """Removes rows that left the engine, and jobs without rows in it."""
+    def _remove(self, rows: Rows, *, waits: bool = False) -> None:
+        """Removes rows that left the engine, and jobs without rows in it. `waits`: they go on later, here."""
         now = time.monotonic()
         if len(rows) == len(self._rows):
             ended, self._jobs, self._rows = self._jobs, {}, []
@@ -200,7 +206,7 @@ class Runner:
             self._jobs = {name: job for name, job in self._jobs.items() if name in remaining}
         for job in ended.values():
             job.pause(now)
-        if self._emitter:
+        if self._emitter and not waits:
             self._emitter.forget(list(ended))
 
     def _account(self, step: Step, seconds: float) -> None:

@@ -40,5 +40,5 @@ def loader_of(spec: ServiceSpec) -> Loader:
     except ModuleNotFoundError as error:
         raise ModelUnavailable(
             f"service {spec.name!r} needs {error.name}, which is not installed",
-            hint='pip install "millstream[worker]"',
+            hint=f'pip install "millstream[{"upstream" if spec.model.is_upstream else "worker"}]"',
         ) from None

@@ -14,6 +14,7 @@ from millstream.broker.contract.job import Encoded, Json, Vectors
 if TYPE_CHECKING:
     from millstream.broker.contract.partial import Record
     from millstream.worker.engines.base import Engine
+    from millstream.worker.engines.upstream_limit import Shares
 
 Result = Encoded | Json | MillstreamError
 """The result of one row in a forward: a vector [dim], a JSON value, or an error."""
@@ -133,6 +134,26 @@ class Placed(Protocol):
 def packs(model: Model) -> bool:
     """Returns whether `model` has a true attribute `packs`: it runs rows of any lengths without padding."""
     return bool(getattr(model, "packs", False))
+
+
+@runtime_checkable
+class BringsEngine(Protocol):
+    """A model that brings an engine of its own."""
+
+    def start_engine(self) -> Engine:
+        """Returns the engine that runs this model's rows. Called once, in the main thread."""
+        ...
+
+
+@runtime_checkable
+class SharesSlots(Protocol):
+    """A model whose server other workers use, too. It says where."""
+
+    url: str
+
+    def share_by(self, shares: Shares, waiting: Callable[[], int]) -> None:
+        """Stores the slots that workers share, and a function that counts rows that wait. Called before the engine."""
+        ...
 
 
 @runtime_checkable

@@ -8,6 +8,11 @@ import secrets
 import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from millstream.broker.config.spec import ServiceSpec
 
 EXIT_PERMANENT = 78
 """Exit status of a start that would fail again: wrong configuration, unknown model."""
@@ -22,12 +27,33 @@ def new_consumer() -> str:
 class Hosted:
     """One service of a child. `progress_fd`: descriptor of its progress page.
 
-    `handler`: import path of a custom model's code.
+    `handler`: import path of a custom model's code. `key_file`, `key_env`: file or variable that has the key of the
+    server at `key_url`, and of no other.
     """
 
     service: str
     progress_fd: int
     handler: str | None = None
+    key_file: str | None = None
+    key_env: str | None = None
+    key_url: str | None = None
+
+    @classmethod
+    def of(cls, spec: ServiceSpec, progress_fd: int) -> Hosted:
+        model = spec.model
+        key_file = str(model.api_key_file) if model.api_key_file else None
+        return cls(spec.name, progress_fd, model.handler, key_file, model.api_key_env, model.url)
+
+    def settings(self, registered: ServiceSpec) -> ServiceSpec:
+        """Returns the registered service with what only this host's own file says."""
+        own = registered.model.model_copy(
+            update={
+                "url": self.key_url,
+                "api_key_file": Path(self.key_file) if self.key_file else None,
+                "api_key_env": self.key_env,
+            }
+        )
+        return registered.with_handler(self.handler).with_key(own)
 
 
 @dataclass(frozen=True, slots=True)

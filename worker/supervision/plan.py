@@ -63,5 +63,5 @@ def _check_libraries(spec: ServiceSpec) -> None:
     if missing:
         raise ModelUnavailable(
             f"service {spec.name!r} needs {' and '.join(missing)}, not installed here",
-            hint='pip install "millstream[worker]"',
+            hint=f'pip install "millstream[{"upstream" if spec.model.is_upstream else "worker"}]"',
         )

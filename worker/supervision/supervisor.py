@@ -190,7 +190,7 @@ class Supervisor:
         pages = {spec.name: Progress.create() for spec in plan.specs}
         consumer = new_consumer()
         child_args = ChildArgs(
-            hosted=[Hosted(spec.name, pages[spec.name].fd, spec.model.handler) for spec in plan.specs],
+            hosted=[Hosted.of(spec, pages[spec.name].fd) for spec in plan.specs],
             prefix=self._prefix,
             consumer=consumer,
             device=slot.device,
