@@ -136,8 +136,8 @@ class Client:
         """Ranks `documents` by how well they answer `query`. Returns at most `top_n` of them, the best first.
 
         Each has an index, a score and, if `return_documents` is True, its document. By default `scores` are the
-        model's own; "raw" gives them before a sigmoid, "sigmoid" between 0 and 1. `instruction` tells a generative
-        reranker how to judge. `truncate` cuts documents that are too long together with the query, never the query.
+        model's own; "raw" gives them before a sigmoid, "sigmoid" between 0 and 1. `instruction` tells a language
+        model how to judge. `truncate` cuts documents that are too long together with the query, never the query.
         `service` may be omitted if exactly one reranker service is registered. The other arguments are those of
         `embed`.
 

@@ -19,7 +19,7 @@ Scores = Literal["sigmoid", "raw"]
 class RerankOptions(NamedTuple):
     """The options of one call. None means the default of the service or the model.
 
-    `scores` None gives scores through the model's own activation; `instruction` tells a generative reranker its task.
+    `scores` None gives scores through the model's own activation; `instruction` tells a language model its task.
     """
 
     query: str

@@ -21,6 +21,7 @@ from millstream.broker.contract.operations import RERANK
 from millstream.broker.contract.rerank import RerankOptions
 from millstream.worker.measuring.agreement import answer_of
 from millstream.worker.models.base import Prepared
+from millstream.worker.models.loading.sharing import Sharing
 from millstream.worker.models.reranking import likelihoods
 from millstream.worker.models.reranking.pairs import Pair
 from millstream.worker.models.reranking.prompts import likelihood_frame
@@ -118,6 +119,8 @@ def test_the_output_layer_runs_alone_if_the_models_own_forward_does_nothing_more
     caps = '"gemma2"' in (folder / "config.json").read_text(encoding="utf-8")
 
     assert model._likelihoods.sides == (("left",) if caps else ("right", "left"))
+    # Rows of all lengths share a forward: padding is not what a score is read from.
+    assert model._sharing == Sharing("padded", "left" if caps else "right")
 
 
 def test_a_raw_score_is_the_usual_one_and_a_sigmoid_is_refused(model: QueryLikelihood) -> None:
