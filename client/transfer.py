@@ -41,6 +41,11 @@ EXPLAIN_S = 0.25
 """Seconds after its deadline that a call waits at most to learn from the server why it is late."""
 
 
+LAST_TEXT_S = 0.5
+"""Seconds after its deadline that a call whose text grows waits for its reply: a worker may end a text at the deadline
+and answer with what there is."""
+
+
 class _SentJob(NamedTuple):
     """Job in flight, which was sent at `at`, monotonic seconds. `emitted`: a part of its text has arrived."""
 
@@ -242,7 +247,7 @@ class Transfer:
         if self._explain_by is not None:
             return self._explain_by
         if self._end is not None:
-            return self._end
+            return self._end + LAST_TEXT_S if self._terms.op in STREAMING_OPS else self._end
         if self._terms.total_timeout is not None:
             return self._progress.at + self._terms.total_timeout
         if self._terms.idle_timeout is not None:

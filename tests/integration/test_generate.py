@@ -237,6 +237,23 @@ def test_a_prompt_of_another_shape_is_refused_before_it_is_sent(client: Client, 
     assert worker.queue.depth() == 0
 
 
+def test_a_text_that_its_worker_ends_at_the_deadline_is_a_result(client: Client, service: str, writer: Open) -> None:
+    worker = writer()
+
+    def answer() -> None:
+        worker.take()
+        worker.write("the mill")
+        threading.Event().wait(1.1)
+        worker.answer(Reply(values=[result("the mill", "deadline")]))
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    got = client.generate("a", service=service, timeout=1.0)
+    thread.join(LONG_S)
+
+    assert (got.text, got.finish_reason) == ("the mill", "deadline")
+
+
 # -- streams -------------------------------------------------------------------------------------------------------
 
 
