@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,6 +42,16 @@ def test_texts_vectors_and_errors_pass_through(server: EmbeddedServer, client: C
         stub.refuse = lambda body: 400
         with pytest.raises(InvalidRequest, match="the input is too long"):
             list(client.stream(service, "a:"))
+
+
+def test_a_worker_serves_where_no_torch_can_be_imported(
+    server: EmbeddedServer, client: Client, service: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for library in ("torch", "transformers", "sentence_transformers"):
+        (tmp_path / f"{library}.py").write_text('raise ImportError("not installed")')
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    with serving(Stub()) as stub, working(server.url, made(service, stub, "embedding")):
+        assert np.asarray(client.embed(["abc"], service=service)).tolist() == [[3.0, 1.0, 0.0]]
 
 
 def test_rows_of_one_call_are_embedded_in_few_requests(server: EmbeddedServer, client: Client, service: str) -> None:

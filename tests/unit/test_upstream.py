@@ -230,6 +230,15 @@ def test_a_text_that_differs_when_it_begins_again_is_answered_whole_and_never_sp
         assert mill.text(name).text == "".join(f"x{n} " for n in range(5))
 
 
+def test_a_text_that_fills_the_context_when_it_goes_on_is_complete() -> None:
+    with serving(Stub()) as stub, milling(spec(stub)) as mill:
+        stub.refuse = lambda body: 400
+        (name,) = mill.put("a:", records=[Record("a0 ", b'{"n": 1}')])
+        mill.finish()
+
+        assert mill.text(name)[:2] == ("a0 ", "length")
+
+
 def test_log_probabilities_survive_a_broken_request() -> None:
     with serving(Stub(faults=["half"])) as stub, milling(spec(stub)) as mill:
         (name,) = mill.put("a:", logprobs=1)

@@ -51,6 +51,9 @@ server do not count."""
 REFUSED_S, LONGEST_REFUSED_S = 0.05, 10.0
 """Seconds between two requests to a server that refuses all of them: at first, and at most."""
 
+LONGEST_RETRY_S = 60.0
+"""Seconds for which a server's Retry-After is obeyed at most."""
+
 PROBE_S, LONGEST_PROBE_S = 0.1, 5.0
 """Seconds between two looks whether a server is back: at first, and at most."""
 
@@ -306,13 +309,16 @@ class Upstream:
             return
         item = cast("Text | Item", each.rows[0].payload.features)
         item.tries += 1
-        if fault.kind is Kind.INVALID:
+        if fault.too_long and isinstance(item, Text) and item.shown:
+            # The prompt was accepted before: with its text it fills the model's context.
+            outcome.end(each.rows, [cast(Json, item.result(LENGTH).json())])
+        elif fault.kind is Kind.INVALID:
             kind = InputTooLong if fault.too_long else InvalidRequest
             outcome.end(each.rows, [kind(f"the server refuses the request: {fault.message}")])
         elif item.tries >= TRIES:
             outcome.end(each.rows, [ModelFailed(f"the server failed {TRIES} times: {fault.message}")])
         else:
-            self._refused.fail(time.monotonic(), fault.retry_s)
+            self._refused.fail(time.monotonic(), min(LONGEST_RETRY_S, fault.retry_s))
             outcome.displaced += each.rows
 
     def _strike(self, each: Exchange, fault: Fault, outcome: _Results) -> None:
@@ -333,7 +339,7 @@ class Upstream:
         # No request before the limit is known that follows from this.
         self._refused_report = self._limit.reports
         if not self._flying:
-            self._refused.fail(time.monotonic(), fault.retry_s)
+            self._refused.fail(time.monotonic(), min(LONGEST_RETRY_S, fault.retry_s))
 
     def _log_key(self, fault: Fault) -> None:
         if time.monotonic() - self._key_logged_at >= KEY_LOG_S:
