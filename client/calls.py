@@ -36,6 +36,7 @@ from millstream.client.job_terms import JobTerms, Progress
 from millstream.client.rows import encode_rows, measure_rows, split_rows
 from millstream.client.services import Services, operation_of
 from millstream.client.streaming import TextCall, TextStream
+from millstream.client.transfer import Transfer
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +186,8 @@ class Calls:
         # If a service caches its answers, equal jobs in flight share theirs, too.
         channel = self._coalescer if spec.runtime.enable_cache else self.channel
         given: dict[int, MillstreamError | Cached] = {**refused, **hits} if refused or hits else {}
-        return Handle(channel, terms, inputs, parts, given, self.services, began, progress, self, growing)
+        transfer = Transfer(channel, self.services, terms, inputs, parts, given, began, progress, growing)
+        return Handle(transfer, owner=self)
 
     def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> int:
         """Returns the UTF-8 bytes that the model of `spec` reads beside each row.

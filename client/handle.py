@@ -5,19 +5,16 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from millstream.broker.contract.errors import BrokerUnavailable, DeadlineExceeded, MillstreamError
 from millstream.broker.contract.job import Json
-from millstream.broker.queue.cache import Cached
 from millstream.broker.queue.stream_types import CancelOutcome
 from millstream.client.channel.wake_chain import wake_chain
-from millstream.client.growing_text import GrowingText
-from millstream.client.job_terms import CallChannel, JobTerms, Progress, Watch, seconds_of, waits_until
+from millstream.client.job_terms import seconds_of, waits_until
 from millstream.client.result import Embeddings
 from millstream.client.row_results import RowOutcome
-from millstream.client.split import Part
 from millstream.client.transfer import Transfer
 
 CANCEL_S = 5.0
@@ -58,31 +55,17 @@ class Cancelling:
 class Handle:
     """Submitted call. Its methods may be called from any thread and any number of times."""
 
-    def __init__(
-        self,
-        channel: CallChannel,
-        terms: JobTerms,
-        inputs: Sequence[Json],
-        parts: Sequence[Part],
-        given: Mapping[int, MillstreamError | Cached],
-        watch: Watch,
-        began: float | None = None,
-        progress: Progress | None = None,
-        owner: object = None,
-        growing: GrowingText | None = None,
-    ) -> None:
-        """Sends the call's jobs. `growing` gets the text of a call of one job, if its operation streams."""
-        began = time.monotonic() if began is None else began
+    def __init__(self, transfer: Transfer, owner: object = None) -> None:
+        """Sends the jobs of `transfer`."""
         self._pid = os.getpid()
         # This reference keeps the client alive: an unreferenced client closes itself, and would end this call.
         self._owner = owner
-        shared = progress or Progress(began)
-        self._growing = growing
-        self._service = terms.service
-        self._transfer = Transfer(channel, watch, terms, inputs, parts, given, began, shared, growing)
-        self._lock, self._rows = self._transfer.lock, self._transfer.rows
+        self._growing = transfer.growing
+        self._service = transfer.service
+        self._transfer = transfer
+        self._lock, self._rows = transfer.lock, transfer.rows
         try:
-            self._transfer.pump()
+            transfer.pump()
         except BaseException:
             # After an interrupt the caller never gets this handle.
             self.cancel_soon()

@@ -24,7 +24,7 @@ from millstream.broker.contract.errors import (
     described,
 )
 from millstream.broker.contract.job import Draft, Json, Reply
-from millstream.broker.contract.operations import BY_OP
+from millstream.broker.contract.operations import BY_OP, STREAMING_OPS
 from millstream.broker.contract.partial import decode_delta
 from millstream.broker.queue.cache import Cached
 from millstream.broker.queue.stream_types import CancelOutcome
@@ -68,10 +68,13 @@ class Transfer:
         inputs: Sequence[Json],
         parts: Sequence[Part],
         given: Mapping[int, MillstreamError | Cached],
-        began: float,
-        progress: Progress,
+        began: float | None = None,
+        progress: Progress | None = None,
         growing: GrowingText | None = None,
     ) -> None:
+        """Prepares the jobs. `began`: monotonic seconds, None is now. `progress`: that of the call's map."""
+        began = time.monotonic() if began is None else began
+        progress = progress or Progress(began)
         self.id = self._first_id = self._charged_with = new_job_id()
         self.lock = threading.RLock()
         self.rows = RowResults(len(inputs), given, BY_OP[terms.op].results)
@@ -79,6 +82,7 @@ class Transfer:
         self._channel = channel
         self._watch = watch
         self._terms = terms
+        self.service = terms.service
         # A copy, because the caller may change its list later.
         self._inputs = list(inputs)
         self._unsent = deque(parts)
@@ -86,7 +90,7 @@ class Transfer:
         self._sendable = self.rows.missing
         self._end = None if terms.timeout is None else began + terms.timeout
         self._progress = progress
-        self._growing = growing
+        self.growing = growing
         # The start of a call counts as progress: a map starts its later calls long after its first.
         progress.at = max(progress.at, began)
         # None until the call needs a window: most calls have only one job.
@@ -163,7 +167,7 @@ class Transfer:
                 if not job.emitted:
                     self._in_flight[job_id] = job._replace(emitted=True)
                 self._progress.at = time.monotonic()
-                if self._growing is not None and self._growing.add(decode_delta(delta)):
+                if self.growing is not None and self.growing.add(decode_delta(delta)):
                     self._tell()
 
     def refused(self, job_ids: Sequence[str], error: MillstreamError) -> None:

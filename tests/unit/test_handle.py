@@ -48,7 +48,7 @@ from millstream.client.services import Known
 from millstream.client.split import split
 from millstream.client.streaming import TextCall, TextStream
 from millstream.client.testing import FakeClient
-from millstream.client.transfer import EXPLAIN_S
+from millstream.client.transfer import EXPLAIN_S, Transfer
 
 
 class FakeChannel:
@@ -132,7 +132,9 @@ def call(
     refused = refused or {}
     sizes = {row: len(str(text)) for row, text in enumerate(inputs) if row not in refused}
     parts = split(sizes, rows_a_job, 10_000)
-    return Handle(cast(Channel, channel), given_terms or terms(), inputs, parts, refused, watch or FakeWatch())
+    return Handle(
+        Transfer(cast(Channel, channel), watch or FakeWatch(), given_terms or terms(), inputs, parts, refused)
+    )
 
 
 def echo_all(channel: FakeChannel, handle: Handle, chance: random.Random) -> None:
@@ -714,7 +716,8 @@ def test_calls_of_one_map_share_their_progress() -> None:
     channel, progress = FakeChannel(), Progress()
     limits = terms(total_timeout=0.2)
     first, second = (
-        Handle(channel, limits, ["a"], split({0: 1}, 1, 100), {}, FakeWatch(1), progress=progress) for _ in range(2)
+        Handle(Transfer(channel, FakeWatch(1), limits, ["a"], split({0: 1}, 1, 100), {}, progress=progress))
+        for _ in range(2)
     )
 
     progress.at += 60.0
@@ -821,7 +824,7 @@ def test_a_job_is_either_lost_or_sent_again_though_its_map_moves_on_meanwhile() 
 
     channel, progress = FakeChannel(), Moving()
     parts = split({0: 1}, 1, 100)
-    handle = Handle(channel, terms(total_timeout=60), ["a"], parts, {}, FakeWatch(1), progress=progress)
+    handle = Handle(Transfer(channel, FakeWatch(1), terms(total_timeout=60), ["a"], parts, {}, progress=progress))
     progress.looks = 0
 
     for _ in range(3):
@@ -836,7 +839,9 @@ def test_a_job_is_either_lost_or_sent_again_though_its_map_moves_on_meanwhile() 
 def streaming(channel: FakeChannel, given_terms: JobTerms, progress: Progress | None = None) -> TextCall:
     growing, parts = GrowingText(), split({0: 1}, 1, 100)
     watch = FakeWatch(1)
-    return TextCall(Handle(channel, given_terms, ["a"], parts, {}, watch, progress=progress, growing=growing), growing)
+    return TextCall(
+        Handle(Transfer(channel, watch, given_terms, ["a"], parts, {}, progress=progress, growing=growing)), growing
+    )
 
 
 @pytest.mark.parametrize("timeout", [None, 60.0])
