@@ -41,9 +41,9 @@ EXPLAIN_S = 0.25
 """Seconds after its deadline that a call waits at most to learn from the server why it is late."""
 
 
-LAST_TEXT_S = 0.5
-"""Seconds after its deadline that a call whose text grows waits for its reply: a worker may end a text at the deadline
-and answer with what there is."""
+CONCLUDE_S = 0.5
+"""Seconds after its deadline that a call waits for a text that has begun: a worker ends the text at the deadline, and
+its reply has the text so far. It covers a step of the model and the way of the reply."""
 
 
 class _SentJob(NamedTuple):
@@ -251,12 +251,17 @@ class Transfer:
         if self._explain_by is not None:
             return self._explain_by
         if self._end is not None:
-            return self._end + LAST_TEXT_S if self._terms.op in STREAMING_OPS else self._end
+            return self._end + CONCLUDE_S if self._has_begun_text else self._end
         if self._terms.total_timeout is not None:
             return self._progress.at + self._terms.total_timeout
         if self._terms.idle_timeout is not None:
             return max(self._progress.at, self._looked_at) + self._terms.idle_timeout
         return None
+
+    @property
+    def _has_begun_text(self) -> bool:
+        # Only a call of an operation that streams gets deltas.
+        return self._terms.op in STREAMING_OPS and any(each.emitted for each in self._in_flight.values())
 
     def expire(self, now: float) -> None:
         """Asks the server, without waiting, why the call is late; ends the call if the answer takes over EXPLAIN_S."""

@@ -25,8 +25,9 @@ from millstream.worker.engines.runner import Runner
 from millstream.worker.intake.cache_writer import CacheWriter
 from millstream.worker.intake.claimer import SLEEP_S, Claimer, Policy, Queue
 from millstream.worker.intake.emitter import Emitter
+from millstream.worker.intake.hand_over import HandOver, Others
 from millstream.worker.intake.heartbeat import Heartbeat, Watch
-from millstream.worker.intake.inference_timeout import InferenceTimeout
+from millstream.worker.intake.inference_timeout import HUNG_STEP_S, InferenceTimeout
 from millstream.worker.intake.intake import Intake, cancelled
 from millstream.worker.intake.settler import Settler
 from millstream.worker.measuring.probe import most_tokens
@@ -88,12 +89,12 @@ class Lane:
         queue = Queue(Streams(connection.blocking(SLEEP_S), keys), self._lease)
         self._claimer = Claimer(context, queue, self._intake, self._policy, self._settler.put)
         self._inference_timeouts: dict[Priority, float | None] = {}
-        self._inference_timeout = InferenceTimeout(context, self._inference_timeouts, self._settler.put)
         self._registration = Registration(self._registry, spec)
         watch = Watch(self._status, self._apply_beat, self._registration.keep, lambda: context.is_stuck)
         self._heartbeat = Heartbeat(context, self._lease, watch)
         self._engine: Engine = OneShot(model, context.progress.runner.lap, context.window.cost)
         self._emitter: Emitter | None = None
+        self._hand_over: HandOver | None = None
         if isinstance(model, SharesSlots):
             shares = SharedSlots(connection.own(), model.url, f"{context.consumer}/{spec.name}", child_args.prefix)
             model.share_by(shares, lambda: context.window.waiting_rows)
@@ -103,7 +104,11 @@ class Lane:
             context.window.wake = self._engine.wake
         if isinstance(model, Generates):
             self._emitter = Emitter(context, Streams(connection.own(), keys), context.window.end)
-        self.runner = Runner(context, self._engine, self._settler.put, self._emitter)
+            self._hand_over = HandOver(context, self._lease, self._emitter, self._others(), child_args.drain_s)
+        limits, finish = self._inference_timeouts, self._settler.put
+        self.runner = Runner(context, self._engine, finish, self._emitter, limits, self._hand_over)
+        grace_s = HUNG_STEP_S if context.window.has_slots else 0.0
+        self._inference_timeout = InferenceTimeout(context, limits, finish, grace_s)
         self._revision = 0
         self._unknown_entries: set[str] = set()
         self._began = time.monotonic()
@@ -131,7 +136,8 @@ class Lane:
         self._progress.enter(State.READY)
         # Beat before the first claim: a consumer without a heartbeat counts as lost.
         self._heartbeat.beat()
-        for thread in (self._heartbeat, self._settler, self._inference_timeout, self._emitter, self._claimer):
+        beside = (self._inference_timeout, self._emitter, self._hand_over)
+        for thread in (self._heartbeat, self._settler, *beside, self._claimer):
             if thread:
                 thread.start()
         self._log_ready()
@@ -158,6 +164,8 @@ class Lane:
         # If the program goes on, further beats would extend the lease of jobs that nobody runs.
         self._heartbeat.stop()
         self._inference_timeout.stop()
+        if self._hand_over:
+            self._hand_over.finish()
         if self._emitter:
             self._emitter.stop()
         self._settler.finish()
@@ -168,7 +176,18 @@ class Lane:
         if self._settler.is_alive():
             self._settler.join(SETTLE_S)
 
+    def _others(self) -> Others:
+        consumer = self._child_args.consumer
+        return Others(
+            live=lambda: self._claimer.live_workers > 1,
+            ready=lambda: self._lease.has_ready_worker(consumer),
+            announce=self._heartbeat.beat_soon,
+        )
+
     def _stop_emitter(self) -> None:
+        if self._hand_over:
+            self._hand_over.finish()
+            self._hand_over.join()
         if self._emitter:
             self._emitter.stop()
             self._emitter.join()
@@ -232,14 +251,17 @@ class Lane:
 
     def _limit(self, runtime: Runtime) -> None:
         limits = {each: runtime.limits(each.value) for each in PRIORITIES}
-        # Texts that grow are joined by others at every step, so no batch waits for more rows.
-        waits = not isinstance(self._model, Generates)
-        self._policy.batch_timeouts.update({each: waits * (limits[each].batch_timeout or 0.0) for each in PRIORITIES})
+        # Rows that get slots one by one need not wait for others.
+        waits = {
+            each: 0.0 if self._context.window.has_slots else limits[each].batch_timeout or 0.0 for each in PRIORITIES
+        }
+        self._policy.batch_timeouts.update(waits)
         self._inference_timeouts.update({each: limits[each].inference_timeout for each in PRIORITIES})
         shortest = min((each for each in self._inference_timeouts.values() if each), default=None)
         window = self._context.window
         tokens = most_tokens(runtime, window.auto_tokens)
-        window.limit(min(runtime.batch_size, MOST_ROWS), tokens, runtime.queue_timeout, shortest)
+        rows = min(runtime.batch_size, MOST_ROWS)
+        window.limit(rows, tokens, runtime.queue_timeout, shortest, runtime.reserved_slots)
         shares = {each: runtime.shares[each.value] for each in PRIORITIES}
         self._policy.fair_share.change(shares, SAVED_BATCHES * runtime.batch_size)
         self._intake.max_attempts = runtime.max_attempts

@@ -10,28 +10,20 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 from millstream.broker.contract.job import PRIORITIES, Priority
-from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, ClaimBudget
+from millstream.broker.queue.streams import ClaimBudget
 from millstream.worker.forward_cost import ForwardCost
 from millstream.worker.models.base import Prepared
 from millstream.worker.scheduling.active_job import BY_SHARE, SUSPECT, ActiveJob, Outcome, Rows, priority_of
 from millstream.worker.scheduling.batcher import Budget, Cut, Pool
-from millstream.worker.scheduling.fair_share import SAVED_BATCHES
+from millstream.worker.scheduling.batches import Batches
+from millstream.worker.scheduling.slots import Slots
 
-HOLD_S = 1.0
-"""Seconds of predicted work to hold, at most half the queue timeout: jobs held here cannot run on other workers."""
-
-LEAST_BATCHES = 4
-"""Micro-batches to hold even if they take longer than HOLD_S; with a queue timeout, one. Fewer rows to choose from pad
-more."""
+NO_ROWS: Rows = []
 
 NO_ROOM_S = 0.05
 """Seconds between two looks at an idle engine that has no room."""
-
-HOLD_BATCHES = 8
-"""Micro-batches of rows to hold at most."""
 
 
 class Window:
@@ -39,18 +31,23 @@ class Window:
 
     `cut`: why the last micro-batch ended; for the runner's thread only. `auto_tokens`: the tokens measured on this
     device for `max_batch_tokens: auto`, None if they were not measured. `wake`, if set, is called when rows may be
-    taken and when the window is closed: the main thread of several lanes waits for all of their windows.
+    taken and when the window is closed: the main thread of several lanes waits for all of their windows. `has_slots`:
+    rows wait for slots of an engine, not for batches.
     """
 
     def __init__(self, budget: Budget, queue_timeout_s: float | None = None) -> None:
         # One lock, with a condition for each event: a settled job then wakes no thread that waits for another event.
         self._lock = threading.RLock()
         self.cost = ForwardCost(budget)
-        self.limit(budget.rows, budget.tokens, queue_timeout_s)
         self.cut: Cut = "arrival"
         self.auto_tokens: int | None = None
         self.wake: Callable[[], None] | None = None
         self._pool: Pool[Prepared] = Pool()
+        self._batches = Batches(self._pool, self.cost)
+        self._slots: Slots | None = None
+        self.has_slots = False
+        self._claims: Batches | Slots = self._batches
+        self.limit(budget.rows, budget.tokens, queue_timeout_s)
         self._chosen: Rows = []
         self._jobs: dict[str, ActiveJob] = {}
         self._unsettled: set[str] = set()
@@ -69,12 +66,23 @@ class Window:
         self._busy_s = 0.0
 
     def limit(
-        self, rows: int, tokens: int, queue_timeout_s: float | None, inference_timeout_s: float | None = None
+        self,
+        rows: int,
+        tokens: int,
+        queue_timeout_s: float | None,
+        inference_timeout_s: float | None = None,
+        reserved_slots: int = 0,
     ) -> None:
         """Applies changed limits, from the next micro-batch on."""
         self.cost.limit(rows, tokens, inference_timeout_s)
-        self._hold_s = HOLD_S if queue_timeout_s is None else min(HOLD_S, queue_timeout_s / 2)
-        self._least_batches = LEAST_BATCHES if queue_timeout_s is None else 1
+        self._batches.limit(queue_timeout_s)
+        if self._slots:
+            self._slots.reserved = reserved_slots
+
+    def use_slots(self, room: Budget) -> None:
+        """Makes rows wait for slots instead of batches. `room`: that of the engine, which holds no row yet."""
+        self._slots = self._claims = Slots(self._pool, self.cost, room)
+        self.has_slots = True
 
     @property
     def budget(self) -> Budget:
@@ -110,57 +118,24 @@ class Window:
     ) -> ClaimBudget | None:
         """Budget of a claim now; None if the window is full. `last_job`: rows and tokens of the last claimed job."""
         with self._lock:
-            budget, waiting, most = self.cost.budget, len(self._pool), self._most_tokens()
-            rows, tokens = HOLD_BATCHES * budget.rows - waiting, most - self._pool.tokens
-            if rows <= 0 or tokens <= 0:
-                return None
-            return ClaimBudget(
-                jobs=min(MAX_JOBS_PER_CALL, rows),
-                rows=rows,
-                tokens=tokens,
-                live_workers=live_workers,
-                empty_handed=not (self._unsettled or self._running),
-                held=len(self._unsettled),
-                next_rows=max(0, budget.rows - waiting) if self._pool.tokens < budget.tokens else 0,
-                max_attempts=max_attempts,
-                job=last_job,
-                large=(SAVED_BATCHES * budget.rows, most),
-            )
+            held = len(self._unsettled)
+            return self._claims.room(held, not (held or self._running), live_workers, max_attempts, last_job)
 
     def urgent_room(self) -> ClaimBudget | None:
-        """Budget of a claim of realtime jobs into a full window; None if a micro-batch of them waits already."""
+        """Budget of a claim of more urgent jobs into a full window; None if enough of them wait already."""
         with self._lock:
-            budget = self.budget
-            rows = budget.rows - self.waiting_of(Priority.REALTIME)
-            if rows <= 0:
-                return None
-            return ClaimBudget(min(MAX_JOBS_PER_CALL, rows), rows, tokens=budget.tokens, streams=1, returned=1)
+            return self._claims.urgent_room()
 
     def suspect_room(self, stream: int, live_workers: int) -> ClaimBudget | None:
         """Budget of a claim of suspects of `stream`, 1 to 3, that run before the waiting rows.
 
-        None if no row waits and none is proven, if a waiting row is more urgent, or if more than two full windows wait:
-        such a claim may bring other jobs instead of suspects, and they add up.
+        None if they would not: if no row waits and none is proven, or more urgent rows wait.
         """
         with self._lock:
-            waiting, rows, tokens = len(self._pool), HOLD_BATCHES * self.budget.rows, self._most_tokens()
-            more_urgent = (BY_SHARE, *range(stream - 1))
             # Rows that run and are proven need not end first.
-            if not (waiting or self._running > self._unproven):
+            if not (len(self._pool) or self._running > self._unproven):
                 return None
-            if any(self._pool.waiting(rank) for rank in more_urgent):
-                return None
-            if waiting > 2 * rows or self._pool.tokens > 2 * tokens:
-                return None
-            return ClaimBudget(
-                jobs=min(MAX_JOBS_PER_CALL, rows),
-                rows=rows,
-                tokens=tokens,
-                live_workers=live_workers,
-                empty_handed=True,
-                held=len(self._unsettled),
-                next_rows=self.budget.rows,
-            )
+            return self._claims.suspect_room(stream, live_workers, len(self._unsettled))
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -184,31 +159,38 @@ class Window:
         # entry was taken over by another worker, and is in no stage.
         return not (self._unproven or self._pool.waiting(SUSPECT)) and self._unsettled <= self._jobs.keys()
 
-    def _most_tokens(self) -> int:
-        return max(self._least_batches * self.cost.budget.tokens, self.cost.tokens_in(self._hold_s))
-
     @property
     def takes(self) -> int:
-        """Number of micro-batches taken so far."""
+        """Number of micro-batches taken so far; with slots, also of times that rows left them. Each makes room."""
         return self._takes
 
     def wait_for_take(self, timeout: float) -> bool:
-        """Sleeps until the runner takes a micro-batch or the pool is empty; False after `timeout` seconds."""
+        """Sleeps until `takes` changes or more jobs could be claimed at once; False after `timeout` seconds."""
         with self._lock:
             takes = self._takes
-            return bool(
-                self._batch_taken.wait_for(lambda: self._takes != takes or not len(self._pool) or self._closed, timeout)
+            slots = self._slots
+            return self._batch_taken.wait_for(
+                lambda: (
+                    self._takes != takes or self._closed or (not len(self._pool) and (slots is None or slots.free > 0))
+                ),
+                timeout,
             )
 
     @property
     def forward_left_s(self) -> float:
         """Predicted seconds until the running forward ends; 0.0 if none runs."""
-        return max(0.0, self._ends_at - time.monotonic()) if self._running else 0.0
+        # A step of rows in slots is short.
+        return max(0.0, self._ends_at - time.monotonic()) if self._running and not self._slots else 0.0
 
     def wait_until_empty(self, timeout: float) -> bool:
         """Sleeps until the window is `empty`; False after `timeout` seconds."""
         with self._lock:
             return self._emptied.wait_for(lambda: self.empty, timeout)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether rows have slots, and no suspect waits or runs without output: others may run beside it again."""
+        return self._slots is not None and self._is_at_rest
 
     @property
     def running(self) -> bool:
@@ -246,10 +228,11 @@ class Window:
         """Lets up to `rows` rows of `priority` run before more urgent ones, oldest first. Returns their number.
 
         Moves none if `rows` is neither a whole micro-batch nor all that wait: a few rows would need an extra forward.
+        With slots, one row is enough.
         """
         with self._lock:
             rank = PRIORITIES.index(priority)
-            if rows < min(self.budget.rows, self._pool.waiting(rank)):
+            if rows < min(self._claims.least_share(), self._pool.waiting(rank)):
                 return 0
             return self._pool.move(rank, BY_SHARE, rows)
 
@@ -278,24 +261,34 @@ class Window:
                 self._rows_arrived.wait_for(lambda: self._may_be_taken or self._closed)
             elif not self._may_be_taken:
                 return []
-            budget = self.cost.one_forward()
             if room is not None:
-                budget = replace(budget, rows=min(budget.rows, room.rows), tokens=min(budget.tokens, room.tokens))
-                if budget.rows <= 0 or budget.tokens <= 0:
-                    if wait and not self._closed:
-                        # An engine that has no room though it is idle: it may have some later.
-                        self._rows_arrived.wait(NO_ROOM_S)
-                    return []
+                return self._slot_rows(room, wait)
+            budget = self.cost.one_forward()
             batch = self._pool.take(budget, self._chosen)
             self._chosen = []
             by_time = self._pool.cut == "tokens" and budget.tokens < self.budget.tokens
             self.cut = "time" if by_time else self._pool.cut
+            self._ends_at = time.monotonic() + self.cost.predicted_s(budget.computed(batch))
             self._running += len(batch)
             self._unproven += len(batch)
-            self._ends_at = time.monotonic() + self.cost.predicted_s(budget.computed(batch))
             self._takes += 1
             self._batch_taken.notify_all()
             return batch
+
+    def _slot_rows(self, room: Budget, wait: bool) -> Rows:
+        assert self._slots, "use_slots was not called"
+        self._slots.note_room(room)
+        self.cut = "arrival"
+        rows = self._slots.take(suspects_only=self._is_set_aside)
+        self._running += len(rows)
+        self._unproven += len(rows)
+        if rows:
+            self._takes += 1
+            self._batch_taken.notify_all()
+        elif wait and not self._closed:
+            # An engine that has no room though it is idle: it may have some later.
+            self._rows_arrived.wait(NO_ROOM_S)
+        return rows
 
     def _note_arrival(self) -> None:
         self._rows_arrived.notify_all()
@@ -335,10 +328,12 @@ class Window:
         # The entry may be held a second time: lost while it ran, given back by another worker, and claimed again.
         return [job if (job := job_of(row.owner)) and job.prepared[row.index] is row.payload else None for row in rows]
 
-    def complete(self, rows: Rows, outcomes: Sequence[Outcome], running: int = 0, unproven: int = 0) -> list[ActiveJob]:
-        """Notes outcomes of rows that ran, and that `running` rows still run. Returns the jobs that are complete.
+    def complete(
+        self, rows: Rows, outcomes: Sequence[Outcome], running: Rows = NO_ROWS, unproven: int = 0
+    ) -> list[ActiveJob]:
+        """Notes outcomes of rows that ended, and that the rows `running` still run. Returns the jobs that are complete.
 
-        `unproven`: those of the running rows that have no record of this run yet. A suspect must not run beside them.
+        `unproven`: number of running rows that have no record of this run yet. A suspect must not run beside them.
         """
         with self._lock:
             done = []
@@ -349,10 +344,45 @@ class Window:
                 job.rows_left -= 1
                 if not job.rows_left:
                     done.append(self._jobs.pop(row.owner))
-            self._running, self._unproven = running, unproven
+            if self._slots:
+                self._note_slots(self._slots, running)
+            self._running, self._unproven = (len(running), unproven) if running else (0, 0)
             self._note_busy()
             self._note_empty()
             return done
+
+    def _note_slots(self, slots: Slots, running: Rows) -> None:
+        slots.note_running(map(priority_of, running))
+        if len(running) < self._running:
+            self._takes += 1
+            self._batch_taken.notify_all()
+
+    def claimants(self, room: Budget) -> list[int]:
+        """The waiting rows for which the engine's `room` has no slot, as Slots.claimants names them."""
+        with self._lock:
+            assert self._slots, "use_slots was not called"
+            self._slots.note_room(room)
+            return self._slots.claimants(suspects_only=self._is_set_aside)
+
+    def holds(self, job: ActiveJob) -> bool:
+        """Whether this job has not ended."""
+        return self._jobs.get(job.name) is job
+
+    def waiting_jobs(self) -> list[str]:
+        """Names of the jobs whose rows wait."""
+        with self._lock:
+            return list({row.owner for rank in self._pool.ranks() for row in self._pool.rows(rank)})
+
+    def put_back(self, rows: Rows) -> None:
+        """Makes rows that were taken wait again, those of ended jobs excepted."""
+        with self._lock:
+            self._pool.add([row for row, job in zip(rows, self.jobs_of(rows), strict=True) if job])
+            self._note_arrival()
+
+    def withdraw(self, names: Collection[str]) -> Rows:
+        """Removes the waiting rows of these jobs and returns them. The jobs stay."""
+        with self._lock:
+            return self._pool.drop(names)
 
     def end(self, names: Collection[str]) -> list[ActiveJob]:
         """Ends jobs that expired or that another worker took over, and drops their waiting rows. Returns the jobs."""
@@ -362,14 +392,6 @@ class Window:
             self._note_busy()
             self._batch_taken.notify_all()
             return ended
-
-    def put_back(self, rows: Rows) -> None:
-        """Adds rows again that left their engine before they were complete, if their jobs are still held."""
-        with self._lock:
-            held = [row for row, job in zip(rows, self.jobs_of(rows), strict=True) if job]
-            self._pool.add(held)
-            self._note_busy()
-            self._rows_arrived.notify_all()
 
     def cancel(self, names: Collection[str]) -> list[ActiveJob]:
         """Ends jobs that were cancelled, as `end`. Jobs that are claimed and not added yet are ended by `hold`."""
@@ -387,7 +409,7 @@ class Window:
             ]
 
     def _note_busy(self) -> None:
-        is_busy = bool(self._running or len(self._pool))
+        is_busy = bool(self._running or self._pool.count)
         if is_busy and self._busy_since is None:
             self._busy_since = time.monotonic()
         elif not is_busy and self._busy_since is not None:
@@ -395,7 +417,7 @@ class Window:
             self._busy_since = None
 
     def _note_empty(self) -> None:
-        if self.empty or (self._is_set_aside and self._is_at_rest):
+        if self.empty or ((self._is_set_aside or self._slots) and self._is_at_rest):
             self._emptied.notify_all()
 
     # -- the settler's and the heartbeat's side ----------------------------------------------------------------

@@ -50,6 +50,7 @@ def _problems(file: ConfigFile, document: Document) -> Found:
     yield from _unknown_models(file, document)
     yield from _long_timeouts(file, document)
     yield from _impossible_caches(file)
+    yield from _impossible_slots(file)
     for name, model in file.models.items():
         if model.device and model.devices:
             yield ("models", name, "devices"), "device is set too; keep one of them"
@@ -255,6 +256,20 @@ def _impossible_caches(file: ConfigFile) -> Found:
         model = file.models.get(entry.model)
         if model and model.operation.uncached and entry.runtime.enable_cache:
             yield ("services", name, "runtime", "enable_cache"), no_cache(model.operation)
+
+
+def _impossible_slots(file: ConfigFile) -> Found:
+    for name, entry in file.services.items():
+        path, runtime, model = (
+            ("services", name, "runtime", "reserved_slots"),
+            entry.runtime,
+            file.models.get(entry.model),
+        )
+        if runtime.reserved_slots and model and not model.operation.streams:
+            those = types_with(lambda each: each.streams)
+            yield path, f"only type {those} has slots, this is {model.type}; leave it out"
+        elif runtime.reserved_slots and runtime.reserved_slots >= runtime.batch_size:
+            yield path, f"all {runtime.batch_size} slots of batch_size would be reserved; lower it or raise batch_size"
 
 
 _AT_MOST = (

@@ -128,6 +128,8 @@ _DURATION: JsonSchemaValue = {"type": "string", "pattern": DURATION_PATTERN}
 _SIZE: JsonSchemaValue = {"type": "string", "pattern": SIZE_PATTERN}
 
 Count = Annotated[Annotated[int, Field(ge=1)], BeforeValidator(_count)]
+CountOrZero = Annotated[Annotated[int, Field(ge=0)], BeforeValidator(_count)]
+"""A Count, or 0."""
 Rate = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)], BeforeValidator(_count)]
 Duration = Annotated[Annotated[float, Field(ge=0)], BeforeValidator(seconds), AlsoAccepts([_DURATION])]
 Span = Annotated[Annotated[float, Field(gt=0)], BeforeValidator(seconds), AlsoAccepts([_DURATION])]

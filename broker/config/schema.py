@@ -56,6 +56,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "max_attempts": "Attempts at a job that may end in a crash before it goes to the dead letters.",
     "memory_limit": "Most memory of one worker process.",
     "truncate": "How to shorten texts that are too long: start or end cuts that part off; none: they are an error.",
+    "reserved_slots": "Of the batch_size texts that a generating model writes at once, so many are realtime jobs only.",
     "priorities": "Limits that differ for realtime, normal or batch.",
     "share": "The priority's share of the workers while all priorities have jobs waiting.",
     "requests": "Calls a second.",

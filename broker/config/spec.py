@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from millstream.broker.config.fields import (
     BatchTokens,
     Count,
+    CountOrZero,
     Device,
     Duration,
     Handler,
@@ -79,7 +80,10 @@ class PriorityLimits(Settings):
 
 
 class Runtime(Settings):
-    """A service's limits. Times are in seconds, `max_queue_size` in jobs, `memory_limit` in bytes; None is no limit."""
+    """A service's limits. Times are in seconds, `max_queue_size` in jobs, `memory_limit` in bytes; None is no limit.
+
+    Of the `batch_size` slots of a text generator, `reserved_slots` run realtime jobs only.
+    """
 
     batch_size: Count = 32
     batch_timeout: Duration = 0.01
@@ -97,6 +101,7 @@ class Runtime(Settings):
     memory_limit: Size | None = None
     cache_ttl: Limit = None
     truncate: Literal["none", "start", "end"] = "none"
+    reserved_slots: CountOrZero = 0
     priorities: Section[dict[PriorityName, Section[PriorityLimits]]] = Field(default={})
 
     def limits(self, priority: PriorityName) -> PriorityLimits:
@@ -257,6 +262,8 @@ class ServiceSpec(Settings):
         off: dict[str, bool | set[str]] = {} if self.replicated else {"replicated": True}
         newer = ("attention", "backend", "kernels", "kind", "model_file", "url")
         off["model"] = {name for name in newer if getattr(self.model, name) == ModelSpec.model_fields[name].default}
+        if not self.runtime.reserved_slots:
+            off["runtime"] = {"reserved_slots"}
         return self.model_dump_json(exclude=off)
 
     @classmethod

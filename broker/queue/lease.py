@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import redis
 
@@ -125,6 +126,14 @@ class Lease:
         """Returns the server's time, ms since the epoch."""
         seconds, micros = owner(self._client, self._keys.workers()).time()
         return int(seconds) * 1000 + int(micros) // 1000
+
+    def has_ready_worker(self, besides: str) -> bool:
+        """Whether a live worker other than `besides` has published that it is ready."""
+        now = self.now()
+        first, last = now - self._lease_ms, now + self._lease_ms
+        live = cast(list[bytes], self._client.zrange(self._keys.workers(), first, last, byscore=True))
+        names = [name.decode() for name in live]
+        return any(self._client.hget(self._keys.worker(name), "state") == b"ready" for name in names if name != besides)
 
     def live_workers(self) -> int:
         """Counts the live workers, by the rule of `is_live`."""

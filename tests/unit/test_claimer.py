@@ -28,11 +28,12 @@ from millstream.worker.models.echo import EchoModel
 from millstream.worker.scheduling import claim_policy
 from millstream.worker.scheduling.batch_delay import BatchDelay
 from millstream.worker.scheduling.batcher import Budget
+from millstream.worker.scheduling.batches import HOLD_BATCHES
 from millstream.worker.scheduling.claim_policy import LONGEST_WAIT_S, SHORTEST_WAIT_S
 from millstream.worker.scheduling.fair_share import FairShare
 from millstream.worker.stage_gate import Stage as StageWrapper
 from millstream.worker.stage_gate import StageGate, free_stage
-from millstream.worker.window import HOLD_BATCHES, Window
+from millstream.worker.window import Window
 
 LONG_S = 20.0
 

@@ -143,4 +143,4 @@ def test_only_a_default_that_no_preset_and_no_type_changes_is_named() -> None:
     runtime = next(section for section in sections(schema()) if "batch_timeout" in section and "preset" in section)
 
     defaults = {key: value["default"] for key, value in runtime.items() if "default" in value}
-    assert defaults == {"enable_cache": False, "truncate": "none"}
+    assert defaults == {"enable_cache": False, "truncate": "none", "reserved_slots": 0}

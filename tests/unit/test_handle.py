@@ -48,7 +48,7 @@ from millstream.client.services import Known
 from millstream.client.split import split
 from millstream.client.streaming import TextCall, TextStream
 from millstream.client.testing import FakeClient
-from millstream.client.transfer import EXPLAIN_S, Transfer
+from millstream.client.transfer import CONCLUDE_S, EXPLAIN_S, Transfer
 
 
 class FakeChannel:
@@ -430,6 +430,22 @@ def test_at_the_end_of_its_time_a_call_asks_why_and_waits_no_more() -> None:
         handle.result()
 
     assert channel.cancelled == [channel.waiting[0].id]
+
+
+def test_a_text_that_has_begun_has_a_moment_beyond_its_timeout_for_its_reply() -> None:
+    channel = FakeChannel()
+    handle = call(channel, ["a"], terms(timeout=0.05, op="stream"))
+    (job_id,) = [draft.id for draft in channel.waiting]
+    end = handle.expires_at
+    handle._transfer.emitted(job_id, b"0 the text ")
+
+    later = handle.expires_at
+
+    assert end
+    assert later == pytest.approx(end + CONCLUDE_S)
+    time.sleep(0.06)
+    handle.expire()
+    assert not handle.ready
 
 
 def test_one_wait_may_be_shorter_than_the_call() -> None:

@@ -23,7 +23,8 @@ from millstream.worker.measuring.tuning import (
 )
 from millstream.worker.models.base import NO_OPTIONS, Prepared
 from millstream.worker.scheduling.batcher import Budget
-from millstream.worker.window import HOLD_BATCHES, Window
+from millstream.worker.scheduling.batches import HOLD_BATCHES
+from millstream.worker.window import Window
 
 OWN = Budget(64, 2_048)
 

@@ -17,8 +17,9 @@ from millstream.broker.queue.streams import MAX_JOBS_PER_CALL
 from millstream.worker.models.base import Prepared
 from millstream.worker.scheduling.active_job import ActiveJob, Outcome, Rows
 from millstream.worker.scheduling.batcher import Budget
+from millstream.worker.scheduling.batches import HOLD_BATCHES, LEAST_BATCHES
 from millstream.worker.scheduling.fair_share import SAVED_BATCHES
-from millstream.worker.window import HOLD_BATCHES, LEAST_BATCHES, Window
+from millstream.worker.window import Window
 
 LONG_S = 10.0
 

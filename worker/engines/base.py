@@ -61,7 +61,10 @@ class Engine(Protocol):
         ...
 
     def conclude(self, rows: Rows, reason: str) -> Sequence[Outcome]:
-        """Ends rows that it holds before they are complete. Returns their outcomes: the output so far, and `reason`."""
+        """Ends rows before they are complete, whether it holds them or aborted them earlier.
+
+        Returns their outcomes: the output so far, and `reason`.
+        """
         ...
 
 

@@ -153,6 +153,8 @@ class Claimer(threading.Thread):
             batch_rows=window.budget.rows,
             less_urgent=bool(is_full) and any(map(window.waiting_of, CLASSES)),
             suspect_room=self._suspect_room() if last_claim.suspects else None,
+            has_slots=window.has_slots,
+            is_apart=last_claim.alone and window.is_apart,
         )
 
     def _suspect_room(self) -> ClaimBudget | None:
@@ -180,7 +182,7 @@ class Claimer(threading.Thread):
                 if not self._window.wait_for_take(seconds):
                     self._last_claim = self._last_claim._replace(waited=True)
             case claim_policy.WaitUntilEmpty():
-                self._window.wait_until_empty(SLEEP_S)
+                self._wait_until_empty()
             case claim_policy.RunSuspects(limit):
                 self._run_suspects(limit)
             case claim_policy.Pause():
@@ -209,6 +211,13 @@ class Claimer(threading.Thread):
         self._sought_at = -math.inf if found else time.monotonic()
         if not found:
             self._last_claim = self._last_claim._replace(suspects=self._last_claim.suspects or suspects)
+
+    def _wait_until_empty(self) -> None:
+        if self._window.has_slots and self._last_claim.alone:
+            # Suspects with output are none any more; their texts may run for long.
+            self._window.wait_until_at_rest(SLEEP_S)
+        else:
+            self._window.wait_until_empty(SLEEP_S)
 
     def _wait_until_at_rest(self) -> bool:
         """Waits until no held job is in a stage; False if the process drains or answers cannot be settled."""

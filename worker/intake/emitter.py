@@ -90,6 +90,7 @@ class Emitter(threading.Thread):
         self._end_jobs = end_jobs
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        self._confirmed = threading.Condition(self._lock)
         self._outputs: dict[str, _Output] = {}
         self._pending: dict[str, None] = {}
         self._stopped = False
@@ -114,6 +115,11 @@ class Emitter(threading.Thread):
             for name in names:
                 self._outputs.pop(name, None)
                 self._pending.pop(name, None)
+
+    def flush(self, names: Sequence[str], timeout: float) -> bool:
+        """Waits until the server has all output of these jobs; False after `timeout` seconds."""
+        with self._lock:
+            return self._confirmed.wait_for(lambda: self._pending.keys().isdisjoint(names), timeout)
 
     def stop(self) -> None:
         with self._lock:
@@ -181,4 +187,5 @@ class Emitter(threading.Thread):
                 if output.confirmed < len(output.records):
                     # Behind the others: each gets its turn.
                     self._pending[name] = None
+            self._confirmed.notify_all()
         return lost

@@ -40,13 +40,23 @@ class Heartbeat(threading.Thread):
         self._held_names = context.window.names
         self._shutdown = context.shutdown
         self._stopped = threading.Event()
+        self._due = threading.Event()
 
     def stop(self) -> None:
         self._stopped.set()
+        self._due.set()
+
+    def beat_soon(self) -> None:
+        """Makes the thread beat now, to publish a changed state."""
+        self._due.set()
 
     def run(self) -> None:
         with self._shutdown.guard():
-            while not self._stopped.wait(EVERY_S):
+            while True:
+                self._due.wait(EVERY_S)
+                self._due.clear()
+                if self._stopped.is_set():
+                    return
                 self.beat()
 
     def beat(self) -> None:

@@ -15,6 +15,9 @@ from millstream.worker.scheduling.active_job import ActiveJob
 IDLE_LOOK_S = 0.5
 """Seconds between two checks while no limit is set: a pushed limit applies at most this late."""
 
+HUNG_STEP_S = 1.0
+"""Seconds beyond its limit after which a text ends without its output: the running step hangs."""
+
 _MOST_LOOK_S, _LEAST_LOOK_S = 0.1, 0.005
 
 
@@ -22,16 +25,23 @@ class InferenceTimeout(threading.Thread):
     """Checks the jobs in the model until `stop`. `limits`: inference timeout by priority, seconds, None for no limit.
 
     The forward goes on, since only the end of the process could stop it. Its results for ended jobs are dropped.
+    `grace_s`: seconds beyond the limit. An engine with slots ends its rows itself between two steps, with the output
+    that they have; so they end here only if a step hangs.
     """
 
     def __init__(
-        self, context: Context, limits: Mapping[Priority, float | None], finish: Callable[[Finished], None]
+        self,
+        context: Context,
+        limits: Mapping[Priority, float | None],
+        finish: Callable[[Finished], None],
+        grace_s: float = 0.0,
     ) -> None:
         super().__init__(name="timekeeper", daemon=True)
         self._window = context.window
         self._shutdown = context.shutdown
         self._limits = limits
         self._finish = finish
+        self._grace_s = grace_s
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -47,7 +57,7 @@ class InferenceTimeout(threading.Thread):
         if not any(self._limits.values()):
             return
         now = time.monotonic()
-        for job in self._window.end(self._window.overdue(self._limits, now)):
+        for job in self._window.end(self._window.overdue(self._limits, now - self._grace_s)):
             self._finish(Finished(job.claim.address, Reply(error=_overdue(job, now))))
 
 

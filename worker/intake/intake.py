@@ -106,8 +106,8 @@ class Intake:
                 f"its worker died {claim.attempts:g} times while it worked on this job", hint="see the dead letters"
             )
             return Finished(claim.address, Reply(error=lost), bury="max_attempts")
-        # Queue time ended with the first output, on whichever worker.
-        if (phase := job.missed(now)) and not (phase == "queue" and has_begun):
+        # Queue time ended with the first output, on any worker. If the deadline is over, the caller gets that output.
+        if (phase := job.missed(now)) and not has_begun:
             return Finished(claim.address, Reply(error=expired(job, phase, now)))
         if job.op != self._model.op:
             wrong = InvalidRequest(f"this service runs {self._model.op!r}, the job asks for {job.op!r}")

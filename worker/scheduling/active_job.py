@@ -38,6 +38,7 @@ class ActiveJob:
     `request`: the job as its client sent it. `rows_left`: rows without an outcome. `started_at`: server ms of the first
     forward, 0 before it. `running_since`: monotonic seconds of the running forward's start. `digests`: cache key of
     each row's answer; empty if they are not cached. `records`: encoded output of its earlier runs, if it streams.
+    `displaced`: number of times that its row left its slot here. `waits_since`: monotonic seconds of the last time.
     """
 
     claim: Claim
@@ -51,6 +52,8 @@ class ActiveJob:
     inference_ms: float = 0.0
     digests: Sequence[str] = ()
     records: bytes = b""
+    displaced: int = 0
+    waits_since: float = 0.0
 
     def __post_init__(self) -> None:
         self.name = self.claim.address.name

@@ -58,25 +58,28 @@ class Row(Generic[T]):
 
 
 class Pool(Generic[T]):
-    """Rows that wait for their forward, each rank ordered by length. `cut`: why the last batch has no more rows."""
+    """Rows that wait for their forward, each rank ordered by length. `count`: their number, `tokens`: their sum.
+
+    `cut`: why the last batch has no more rows.
+    """
 
     def __init__(self) -> None:
         self._ranks: dict[int, list[Row[T]]] = {}
-        self._rows = 0
+        self.count = 0
         self.tokens = 0
         self.cut: Cut = "arrival"
 
     def __len__(self) -> int:
-        return self._rows
+        return self.count
 
     def add(self, rows: Iterable[Row[T]]) -> None:
         for row in rows:
             insort(self._ranks.setdefault(row.urgency[0], []), row, key=_length)
-            self._rows += 1
+            self.count += 1
             self.tokens += row.tokens
 
     def _subtract(self, rows: Sequence[Row[T]]) -> None:
-        self._rows -= len(rows)
+        self.count -= len(rows)
         self.tokens -= sum([row.tokens for row in rows])
 
     def drop(self, owners: Collection[str]) -> list[Row[T]]:
@@ -96,6 +99,22 @@ class Pool(Generic[T]):
     def ranks(self) -> list[int]:
         """The ranks that have waiting rows."""
         return [rank for rank, rows in self._ranks.items() if rows]
+
+    def rows(self, rank: int) -> Sequence[Row[T]]:
+        """The waiting rows of `rank`, by length."""
+        return self._ranks.get(rank, ())
+
+    def oldest(self, rank: int, budget: Budget) -> list[Row[T]]:
+        """The oldest rows of `rank` that fit the budget together, in order; at least one. They stay in the pool."""
+        rows = self._ranks.get(rank)
+        return _oldest(rows, budget)[0] if rows else []
+
+    def remove(self, rows: Sequence[Row[T]]) -> None:
+        """Removes these rows."""
+        removed = set(map(id, rows))
+        for rank in {row.urgency[0] for row in rows}:
+            self._ranks[rank][:] = [row for row in self._ranks[rank] if id(row) not in removed]
+        self._subtract(rows)
 
     def first(self, rank: int) -> Row[T] | None:
         """The shortest row of `rank`; None if none waits."""

@@ -75,7 +75,8 @@ class State(NamedTuple):
     ends. `saved`: rows that normal and batch jobs may run before more urgent ones, 0 if such rows wait here.
     `batch_rows`: rows of a micro-batch. `less_urgent`: rows of normal or batch jobs wait for the runner.
     `suspect_room`: budget of a claim of suspects that run before the waiting rows, None if they have to wait until the
-    worker is free.
+    worker is free. `has_slots`: rows have slots of an engine, for many steps. `is_apart`: the suspects of the last
+    claim have output, so other rows may run beside them.
     """
 
     last_claim: LastClaim
@@ -89,6 +90,8 @@ class State(NamedTuple):
     batch_rows: int = 1
     less_urgent: bool = False
     suspect_room: ClaimBudget | None = None
+    has_slots: bool = False
+    is_apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +148,7 @@ def next_step(state: State) -> Step:
     if last_claim.paused and not last_claim.waited:
         return Pause()
     last = _last_stream(state)
-    if last_claim.alone and not state.empty_handed:
+    if last_claim.alone and not (state.empty_handed or state.is_apart):
         return WaitUntilEmpty()
     if last_claim.suspects and state.suspect_room and not state.empty_handed:
         return RunSuspects(state.suspect_room._replace(streams=last, returned=last_claim.suspects))
@@ -157,8 +160,9 @@ def next_step(state: State) -> Step:
     if not last_claim.paused:
         if state.waiting and not last_claim.waited and _is_exhausted(state):
             return _wait_for_take(state)
-        if not state.waiting and not (with_room and _may_find_more(state)):
-            return _rest(state, state.room)
+        is_done = not state.waiting and not (with_room and _may_find_more(state))
+        if is_done and (rest := _rest(state, state.room)):
+            return rest
     return Claim(_first_of(state.room, min(last, with_room), last))
 
 
@@ -202,10 +206,13 @@ def _may_find_more(state: State) -> bool:
     return state.takes != last_claim.takes or (last_claim.found and not last_claim.blocked)
 
 
-def _rest(state: State, room: ClaimBudget) -> Step:
-    """The step if nothing can be claimed and no row waits here."""
+def _rest(state: State, room: ClaimBudget) -> Step | None:
+    """The step if nothing can be claimed and no row waits here; None to claim all the same."""
     if state.last_claim.suspects or state.last_claim.blocked:
-        return WaitUntilEmpty()
+        if not state.has_slots:
+            return WaitUntilEmpty()
+        # Rows keep their slots for long: the worker need not become empty first.
+        return None if state.last_claim.waited else _wait_for_take(state)
     # The blocking read itself may bring a job, so the claim after it must not bring jobs that have to run alone.
     return SleepInRedis(room._replace(empty_handed=False) if room.empty_handed else room)
 

@@ -60,8 +60,8 @@ class Hosted:
 class ChildArgs:
     """Arguments of one child, which hosts one or more services. `past`: how its predecessor ended, "" for the first.
 
-    `folder`: folder of its configuration file. `supervised`: a supervisor reads the progress pages after the child's
-    death.
+    `drain_s`: seconds that its drain may take before it is killed. `folder`: folder of its configuration file.
+    `supervised`: a supervisor reads the progress pages after the child's death.
     """
 
     hosted: Sequence[Hosted]
@@ -72,6 +72,7 @@ class ChildArgs:
     past: str = ""
     folder: str = ""
     supervised: bool = True
+    drain_s: float = 30.0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

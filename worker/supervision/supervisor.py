@@ -197,6 +197,7 @@ class Supervisor:
             threads=max(1, cores() // len(self._slots)),
             past=slot.past,
             folder=plan.folder,
+            drain_s=self._drain_s,
         )
         try:
             # In a new session, so that Ctrl-C in the terminal reaches only the supervisor, which drains its children.
