@@ -237,6 +237,30 @@ def test_texts_with_the_same_beginning_compute_it_once(model: Any) -> None:
     assert run.cached >= 0.7 * 36 * 420
 
 
+def test_a_prefix_is_not_evicted_by_the_text_that_shares_it(model: Any) -> None:
+    rng = random.Random(13)
+    system = Job.random(rng, tokens=256).prompt
+    first, second = (Job(system + Job.random(rng, tokens=20).prompt, 3) for _ in range(2))
+    # Five blocks: the second text has none but those of the first.
+    run = Run(model, slots=1, cache_tokens=5 * 64)
+
+    run.until_done(rows_of(model, [first], {"ignore_eos": True}), rng)
+    run.until_done(rows_of(model, [second], {"ignore_eos": True}), rng)
+
+    assert run.engine.prefilled == 256 + 20 + 20
+
+
+def test_a_prompt_that_a_smaller_cache_cannot_hold_fails(model: Any) -> None:
+    rng = random.Random(14)
+    (row,) = rows_of(model, [Job.random(rng, tokens=100)], {})
+    run = Run(model, cache_tokens=64)
+
+    (outcome,) = run.until_done([row], rng).values()
+
+    assert isinstance(outcome, ModelFailed)
+    assert "100 tokens, and the cache now holds 64" in str(outcome)
+
+
 def test_conclude_gives_what_there_is_and_frees_the_blocks(model: Any) -> None:
     rng = random.Random(10)
     rows = rows_of(model, [Job.random(rng, tokens=70, most=50) for _ in range(2)], {"ignore_eos": True})

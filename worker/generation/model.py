@@ -82,7 +82,7 @@ class GenerationModel:
             self._model(input_ids=ids, use_cache=False, logits_to_keep=1)
 
     def adapt(self, runtime: Runtime) -> None:
-        self._slots, self._cache_tokens = runtime.batch_size, max(BLOCK, runtime.batch_tokens)
+        self._slots, self._cache_tokens = runtime.batch_size, max(BLOCK, runtime.batch_tokens // BLOCK * BLOCK)
         if self._engine:
             self._engine.limit(self._slots, self._cache_tokens)
 
