@@ -50,14 +50,15 @@ def save_language_model(folder: Path, kind: str, dtype: torch.dtype = torch.floa
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = _make(kind, len(tokenizer)).to(dtype)
-    model.generation_config = GenerationConfig(eos_token_id=END, pad_token_id=END)
+    model.generation_config = GenerationConfig(eos_token_id=END, pad_token_id=END)  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
     return folder
 
 
 def load_reference(folder: Path) -> Any:
     """The model as transformers loads it."""
-    return AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto")
+    return model.eval()
 
 
 def reference_text(model: Any, prompt: list[int], most: int, **options: Any) -> list[int]:

@@ -87,10 +87,10 @@ def test_a_model_that_asks_for_more_than_plain_attention_is_refused(
 ) -> None:
     from transformers.models.llama import modeling_llama
 
-    plain = modeling_llama.LlamaAttention.forward
+    plain: Any = modeling_llama.LlamaAttention.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return plain(self, *args, **kwargs, softcap=30.0) if "groups" in kwargs else plain(self, *args, **kwargs)
+        return plain(self, *args, **kwargs, **({"softcap": 30.0} if "groups" in kwargs else {}))
 
     monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forward)
     with pytest.raises(ModelUnavailable, match="softcap"):

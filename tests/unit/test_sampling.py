@@ -35,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hot": {"temperature": 1.7},
     "cold": {"temperature": 1e-300},
     "top_k": {"temperature": 1.0, "top_k": 7},
+    "little top_k": {"temperature": 2.0, "top_k": 2},
     "top_k above the vocabulary": {"temperature": 1.0, "top_k": 10**6},
     "top_p": {"temperature": 0.8, "top_p": 0.7},
     "tiny top_p": {"temperature": 1.0, "top_p": 1e-20},
@@ -205,14 +206,14 @@ def test_a_rows_token_depends_on_its_index() -> None:
     assert len(set(ids(choose(logits.expand(50, -1), texts)))) > 10
 
 
-def test_logits_that_are_not_finite_fail_their_row_alone() -> None:
+@pytest.mark.parametrize("name", OPTIONS)
+def test_logits_that_are_not_finite_fail_their_row_alone(name: str) -> None:
     logits = random_logits(5)
     logits[1, 3] = float("nan")
     logits[2, 3] = float("inf")
     logits[3] = -float("inf")
-    texts = [sequence(), sequence(temperature=1.0, logprobs=2), sequence(), sequence(top_k=3, temperature=1.0)]
 
-    tokens = choose(logits, [*texts, sequence(temperature=1.0)])
+    tokens = choose(logits, [sequence(), *(sequence(**OPTIONS[name]) for _ in range(3)), sequence(**OPTIONS[name])])
 
     assert [isinstance(token, ModelFailed) for token in tokens] == [False, True, True, True, False]
 

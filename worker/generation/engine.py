@@ -21,7 +21,7 @@ from millstream.worker.engines.base import Step
 from millstream.worker.generation.blocks import BLOCK
 from millstream.worker.generation.forward import Forward, Span
 from millstream.worker.generation.held import Held, Holding
-from millstream.worker.generation.scheduler import PartSize, Piece, plan
+from millstream.worker.generation.scheduler import LEAST_PART, PartSize, Piece, plan
 from millstream.worker.models.base import Prepared
 from millstream.worker.scheduling.active_job import Outcome, Rows
 from millstream.worker.scheduling.batcher import Budget, Row
@@ -94,7 +94,8 @@ class SlotsEngine:
         self._slots, cache_tokens = self._limits
         holding.limit(cache_tokens // BLOCK)
         try:
-            end.finish(holding.start(self._slots), LENGTH)
+            for held in holding.start(self._slots):
+                self._end_unstarted(held, end)
             displaced, full = holding.reserve()
             end.finish(full, LENGTH)
             for held in end.over:
@@ -113,6 +114,14 @@ class SlotsEngine:
             tokens=computed,
             displaced=[held.row for held in displaced],
         )
+
+    def _end_unstarted(self, held: Held, end: _End) -> None:
+        """Ends a text that earlier runs had ended, or that is longer than the cache."""
+        if held.sequence.reason or held.sequence.generated:
+            end.finish([held], LENGTH)
+        else:
+            tokens = self._holding.pool.most * BLOCK
+            end.fail(held, ModelFailed(f"a prompt of {held.length} tokens, and the cache now holds {tokens}"))
 
     def _pieces(self) -> list[Piece]:
         running = self._holding.running
@@ -202,7 +211,8 @@ class SlotsEngine:
         for held in end.over:
             self._holding.remove(held)
         displaced = self._holding.shrink()
-        self._size.most = max(1, self._size.most // 2)
+        # Short parts cost much time, so a text that is not alone leaves instead.
+        self._size.most = max(min(LEAST_PART, self._size.most) if displaced else 1, self._size.most // 2)
         if not displaced and self._size.most == 1 and self._holding.running:
             end.fail(self._holding.running[0], ModelFailed("the model ran out of memory on this text alone"))
         log.warning("out of memory: the cache holds at most %d tokens from now on", self._holding.pool.most * BLOCK)

@@ -44,7 +44,10 @@ class Forward:
 
         Returns the logits [spans that give, vocabulary], in order. May raise any exception.
         """
-        ids, positions, slots, last = [], [], [], []
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        last: list[int] = []
         for span in spans:
             ids += span.ids
             positions += range(span.first, span.end)

@@ -73,16 +73,26 @@ class Holding:
             if held.sequence.reason or needed > self.pool.most:
                 over.append(self.waiting.pop(0))
                 continue
-            if len(self.running) >= slots or (self.running and needed >= self.spare):
+            if len(self.running) >= slots or not self._start(held, needed):
                 break
-            blocks = self.pool.take(needed)
-            if blocks is None:
-                break
-            held.blocks = blocks
-            # The last token is always computed: its logits are needed.
-            held.keys = keys_of(held.sequence.tokens[: held.length - 1])
             self.running.append(self.waiting.pop(0))
         return over
+
+    def _start(self, held: Held, needed: int) -> bool:
+        """Gives a text `needed` blocks, those of a known prefix first. Returns False if too few are free."""
+        # The last token is always computed: its logits are needed.
+        held.keys = held.keys or keys_of(held.sequence.tokens[: held.length - 1])
+        self._reuse(held)
+        missing = needed - len(held.blocks)
+        blocks = self.pool.take(missing) if not self.running or missing < self.spare else None
+        if blocks is None:
+            self.pool.release(held.blocks)
+            held.blocks = []
+            held.sealed = held.computed = held.proven = 0
+            return False
+        held.blocks += blocks
+        _note_cached(held)
+        return True
 
     def ready(self) -> list[Held]:
         """Returns the texts to compute now.
@@ -94,6 +104,7 @@ class Holding:
         for held in self.running:
             if held.computed == held.sealed * BLOCK and held.sealed < len(held.keys):
                 self._reuse(held)
+                _note_cached(held)
                 if held.sealed < len(held.keys) and held.keys[held.sealed] in pending:
                     continue
             pending.update(held.keys[held.sealed :])
@@ -109,8 +120,6 @@ class Holding:
             self.pool.release(held.blocks[first:end])
             held.blocks[first:end] = found
             held.sealed, held.computed, held.proven = end, end * BLOCK, end * BLOCK
-            sequence = held.sequence
-            sequence.cached = max(sequence.cached, min(held.computed, sequence.prompt_length))
 
     def reserve(self) -> tuple[list[Held], list[Held]]:
         """Gives each running text the block of its next token, the most urgent first.
@@ -186,6 +195,12 @@ class Holding:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return displaced
+
+
+def _note_cached(held: Held) -> None:
+    """Notes how much of the prompt was computed before, for the usage. Called before any of it is computed here."""
+    sequence = held.sequence
+    sequence.cached = max(sequence.cached, min(held.computed, sequence.prompt_length))
 
 
 def _urgency(held: Held) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ tensor is padded, moved or joined when requests come and go.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,27 +19,29 @@ FIRST_BLOCKS = 16
 """Blocks of a new cache. It doubles when it is full."""
 
 
-class BlockLayer(CacheLayerMixin):
+class BlockLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one layer, each [blocks, BLOCK, heads, size of a head]."""
 
     is_sliding = False
     is_compileable = False
 
     def __init__(self, cache: BlockCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
+        self._pair: tuple[torch.Tensor, ...] = ()
+        self._flat: tuple[torch.Tensor, ...] = ()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         # Zeros, not memory as it is: attention multiplies masked places by 0, and NaN times 0 is NaN.
-        self.keys, self.values = (
+        self._use(
             torch.zeros(self._cache.blocks, BLOCK, each.shape[1], each.shape[3], dtype=each.dtype, device=each.device)
             for each in (key_states, value_states)
         )
-        self._flatten()
         self.is_initialized = True
 
-    def _flatten(self) -> None:
-        self._flat_keys, self._flat_values = self.keys.flatten(0, 1), self.values.flatten(0, 1)
+    def _use(self, storages: Iterable[torch.Tensor]) -> None:
+        self.keys, self.values = self._pair = tuple(storages)
+        self._flat = tuple(each.flatten(0, 1) for each in self._pair)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -48,20 +50,19 @@ class BlockLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         slots = self._cache.slots
-        self._flat_keys.index_copy_(0, slots, key_states[0].transpose(0, 1))
-        self._flat_values.index_copy_(0, slots, value_states[0].transpose(0, 1))
-        return self.keys, self.values
+        keys, values = self._flat
+        keys.index_copy_(0, slots, key_states[0].transpose(0, 1))
+        values.index_copy_(0, slots, value_states[0].transpose(0, 1))
+        return self._pair[0], self._pair[1]
 
     def resize(self, blocks: int, chosen: torch.Tensor | None) -> None:
         """Copies the storage to one of `blocks` blocks: all of it, or the blocks `chosen` in their order."""
-        if self.is_initialized:
-            self.keys, self.values = (_resized(each, blocks, chosen) for each in (self.keys, self.values))
-            self._flatten()
+        if self._pair:
+            self._use(_resized(each, blocks, chosen) for each in self._pair)
 
     def zero(self, blocks: torch.Tensor) -> None:
-        if self.is_initialized:
-            self.keys[blocks] = 0
-            self.values[blocks] = 0
+        for each in self._pair:
+            each[blocks] = 0
 
     def get_seq_length(self) -> int:
         return 0

@@ -25,7 +25,6 @@ from millstream.worker.generation.sequence import Sequence as Text
 from millstream.worker.generation.settings import TextSettings
 from millstream.worker.generation.templates import encode_prompt, tool_calls_of
 from millstream.worker.models.base import Prepared
-from millstream.worker.models.kernels.linear import prepack
 from millstream.worker.models.loading.causal import load_causal
 from millstream.worker.models.loading.fetch import fetch_folder
 from millstream.worker.models.loading.folder import Folder
@@ -64,8 +63,6 @@ class GenerationModel:
         longest = min(token_limit(tokenizer, self._model.config), forget(self._model))
         self.limit = find_limit(int(spec.max_length or longest), self._read, spec.max_length)
         proof = Proof(spec.model_name, self._model, self.limit.tokens)
-        if spec.kernels != "off":
-            prepack(self._model)
         use_blocks(spec.model_name, self._model)
         proof.check(Forward(self._model), self._model.dtype)
         vocabulary = int(self._model.config.get_text_config().vocab_size)
@@ -85,7 +82,7 @@ class GenerationModel:
             self._model(input_ids=ids, use_cache=False, logits_to_keep=1)
 
     def adapt(self, runtime: Runtime) -> None:
-        self._slots, self._cache_tokens = runtime.batch_size, max(BLOCK, runtime.batch_tokens)
+        self._slots, self._cache_tokens = runtime.batch_size, max(BLOCK, runtime.batch_tokens // BLOCK * BLOCK)
         if self._engine:
             self._engine.limit(self._slots, self._cache_tokens)
 
@@ -119,7 +116,7 @@ class GenerationModel:
             self._settings,
             continues=prompt.messages is None,
             grammar=self._grammars.compile(options.response_format),
-            read_calls=(lambda tokens: tool_calls_of(tokens, ids, tools, self._settings)) if tools else None,
+            read_calls=(lambda tokens, before: tool_calls_of(tokens, before, tools, self._settings)) if tools else None,
         )
 
     def begin(self, row: Prepared, job_id: str, records: Sequence[Record]) -> None:
