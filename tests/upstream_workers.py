@@ -59,6 +59,7 @@ def state(url: str, upstream: str) -> Limit:
     """The limit of a server that its workers share."""
     connection = Connection(url, name="tests")
     try:
-        return Limit.read((connection.client.hget(upstream_key(upstream), "state") or b"").decode())
+        value = connection.client.hget(upstream_key(upstream), "state")
+        return Limit.read(value.decode() if isinstance(value, bytes) else "")
     finally:
         connection.close()
