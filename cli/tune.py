@@ -101,6 +101,8 @@ def _service(config: Config, name: str) -> ServiceSpec:
         raise InvalidRequest(f"service {name!r} generates: its batches change with each token", hint=_OTHER_TYPES)
     if spec.model.operation.needs_code:
         raise InvalidRequest(f"service {name!r} runs custom code: only its callers know payloads", hint=_OTHER_TYPES)
+    if spec.model.is_upstream:
+        raise InvalidRequest(f"service {name!r} runs on a server of its own: tune that server", hint=_OTHER_TYPES)
     preflight([spec])
     return spec
 

@@ -14,6 +14,7 @@ from millstream.broker.contract.keys import upstream_key
 from millstream.broker.queue.inspector import Inspector
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection
+from millstream.worker.scheduling.upstream_limit import Limit
 from millstream.worker.supervision.supervisor import Plan, Supervisor
 
 
@@ -50,5 +51,15 @@ def pids(url: str, service: str) -> list[int]:
     try:
         (view,) = [each for each in Inspector(connection, "ms").services() if each.name == service]
         return [worker.pid for worker in view.workers]
+    finally:
+        connection.close()
+
+
+def state(url: str, upstream: str) -> Limit:
+    """The limit of a server that its workers share."""
+    connection = Connection(url, name="tests")
+    try:
+        value = connection.client.hget(upstream_key(upstream), "state")
+        return Limit.read(value.decode() if isinstance(value, bytes) else "")
     finally:
         connection.close()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 
 from millstream.broker.contract.job import PRIORITIES, Priority
-from millstream.broker.queue.streams import ClaimBudget
+from millstream.broker.queue.claims import ClaimBudget
 from millstream.worker.forward_cost import ForwardCost
 from millstream.worker.models.base import Prepared
 from millstream.worker.scheduling.active_job import BY_SHARE, SUSPECT, ActiveJob, Outcome, Rows, priority_of

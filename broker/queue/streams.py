@@ -13,15 +13,18 @@ from millstream.broker.contract.job import PRIORITIES, Address, Draft, Priority
 from millstream.broker.contract.keys import GROUP, RETURNED, STREAM_INDEX, ServiceKeys
 from millstream.broker.contract.partial import encode_delta
 from millstream.broker.queue import scripts
-from millstream.broker.queue.claims import ClaimBudget as ClaimBudget
-from millstream.broker.queue.claims import Claimed as Claimed
-from millstream.broker.queue.claims import decode_claim, decode_claimed, flat_fields
+from millstream.broker.queue.claims import ClaimBudget, Claimed, decode_claim, decode_claimed, flat_fields
 from millstream.broker.queue.lease import LEASE_MS
-from millstream.broker.queue.stream_types import DIVERGED as DIVERGED
-from millstream.broker.queue.stream_types import LOST as LOST
-from millstream.broker.queue.stream_types import Admission, CancelOutcome, Group, Refusal, Settled, Submitted
-from millstream.broker.queue.stream_types import Emission as Emission
-from millstream.broker.queue.stream_types import Settlement as Settlement
+from millstream.broker.queue.stream_types import (
+    Admission,
+    CancelOutcome,
+    Emission,
+    Group,
+    Refusal,
+    Settled,
+    Settlement,
+    Submitted,
+)
 from millstream.broker.queue.substitutes import CANCELLED, MAX_REPLY_BYTES, PURGED, TOO_LARGE, UNREAD, UNREAD_BYTES
 
 MAX_JOBS_PER_CALL = 128

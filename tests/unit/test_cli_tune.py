@@ -26,10 +26,12 @@ models:
   e: {type: echo, model_name: "%s"}
   g: {type: llm, model_name: some/model}
   missing: {type: embedding, model_name: ./nowhere}
+  server: {type: embedding, model_name: m, backend: tei, url: "http://localhost:1"}
 services:
   echo: {model: e, runtime: {batch_size: 4, max_batch_tokens: 256}}
   generate: {model: g}
   embed: {model: missing}
+  away: {model: server}
 """
 
 
@@ -169,6 +171,7 @@ def test_ctrl_c_before_anything_is_measured_ends_it_without_a_word(file: Path, m
     [
         (["ecco"], 4, "did you mean echo?"),
         (["generate"], 2, "generates"),
+        (["away"], 2, "a server of its own"),
         (["embed"], 9, "no model folder 'nowhere'"),
         (["echo", "--config", "other.yaml"], 3, "other.yaml"),
         (["echo", "--texts", "empty.txt"], 2, "has no text"),

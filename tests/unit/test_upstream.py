@@ -27,6 +27,7 @@ from millstream.broker.contract.generation import Generation
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.operations import ModelType
 from millstream.broker.contract.partial import Record, text_of
+from millstream.broker.contract.slots import Demand, Slots
 from millstream.worker import models
 from millstream.worker.engines import upstream, upstream_http, upstream_model
 from millstream.worker.engines.upstream import STRIKES, TRIES, Upstream
@@ -34,7 +35,8 @@ from millstream.worker.engines.upstream_http import queued
 from millstream.worker.engines.upstream_wire import Kind, fault_of
 from millstream.worker.models.base import Generates, Prepared
 from millstream.worker.scheduling.active_job import Outcome
-from millstream.worker.scheduling.batcher import Row
+from millstream.worker.scheduling.batcher import Budget, Row
+from millstream.worker.scheduling.upstream_limit import START
 
 WITHIN_S = 20.0
 
@@ -48,8 +50,8 @@ def spec(stub: Stub, kind: ModelType = "llm", backend: str = "openai", **runtime
 class Mill:
     """A model, its engine, and rows that wait: what a runner does with them, in one thread."""
 
-    def __init__(self, made: ServiceSpec) -> None:
-        self.model = models.load(made, None, 1)
+    def __init__(self, model: models.Model) -> None:
+        self.model = model
         self.engine = cast(Upstream, cast(Any, self.model).start_engine())
         self.waiting: list[Row[Prepared]] = []
         self.running: list[Row[Prepared]] = []
@@ -113,8 +115,8 @@ class Mill:
 
 
 @contextmanager
-def milling(made: ServiceSpec) -> Iterator[Mill]:
-    mill = Mill(made)
+def milling(made: ServiceSpec | None = None, *, model: models.Model | None = None) -> Iterator[Mill]:
+    mill = Mill(model or models.load(cast(ServiceSpec, made), None, 1))
     try:
         yield mill
     finally:
@@ -328,7 +330,7 @@ def test_while_the_server_is_away_rows_wait_and_nothing_is_sent() -> None:
     with serving(Stub()) as stub:
         made = spec(stub)
         port = int(stub.url.split(":")[2].split("/")[0])
-        mill = Mill(made)
+        mill = Mill(models.load(made, None, 1))
     names = mill.put("a:", "b:", "c:")
     mill.until(lambda: mill.engine.away and mill.displaced >= 3)
     ends = time.monotonic() + 0.5
@@ -348,7 +350,7 @@ def test_a_server_that_restarts_in_the_middle_loses_nothing() -> None:
     with serving(stub):
         made = spec(stub)
         port = int(stub.url.split(":")[2].split("/")[0])
-        mill = Mill(made)
+        mill = Mill(models.load(made, None, 1))
         names = mill.put(*[f"{letter}:" for letter in "abcd"])
         mill.until(lambda: any(len(each) >= 3 for each in mill.records.values()))
     ends = time.monotonic() + 0.3
@@ -480,6 +482,27 @@ def test_a_row_that_breaks_the_server_fails_no_other_of_its_request() -> None:
 
 
 # -- the server as a whole -----------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_may_not_share_its_slots_goes_on_alone() -> None:
+    class Refused:
+        consumer = "a"
+
+        def exchange(self, demand: Demand, version: int, state: str) -> Slots:
+            raise PermissionError
+
+        def leave(self) -> None:
+            raise PermissionError
+
+    with serving(Stub()) as stub:
+        model = models.load(spec(stub), None, 1)
+        cast(Any, model).share_by(Refused(), lambda: 0)
+        with milling(model=model) as mill:
+            names = mill.put("a:", "b:")
+            mill.finish()
+            mill.until(lambda: mill.engine.room() == Budget(START, 10**9, packs=True))
+
+            assert [mill.text(name).finish_reason for name in names] == ["stop", "stop"]
 
 
 def test_a_queue_inside_the_server_is_read_from_its_metrics() -> None:

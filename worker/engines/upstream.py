@@ -57,6 +57,10 @@ LONGEST_RETRY_S = 60.0
 PROBE_S, LONGEST_PROBE_S = 0.1, 5.0
 """Seconds between two looks whether a server is back: at first, and at most."""
 
+QUEUE_PART = 8
+"""A server's queue is too long if it has more than one request, and more than the limit divided by this. Servers queue
+each request for a moment."""
+
 KEY_LOG_S = 60.0
 """Seconds between two log lines that say that the key is refused."""
 
@@ -279,7 +283,9 @@ class Upstream:
     def _note_began(self, seconds: float) -> None:
         self._refused.succeed()
         self._probes.succeed()
-        if self._http.queued or self._delays.observe(seconds, time.monotonic()):
+        waiting, self._http.queued = self._http.queued, 0
+        is_slow = self._delays.observe(seconds, time.monotonic())
+        if is_slow or waiting > max(1, self._limit.requests // QUEUE_PART):
             self._limit.note_queue()
 
     # -- faults ------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ CONNECT_S = 5.0
 HEALTH_S = 5.0
 """Seconds in which a server must answer whether it is there."""
 
-MOST_BYTES = 256 * 1024 * 1024
+MOST_BYTES = 64 * 1024 * 1024
 """Bytes of an answer above which it is not read on."""
 
 MOST_LINE = 8 * 1024 * 1024
@@ -117,7 +117,7 @@ class Http:
         self._loop = asyncio.new_event_loop()
         self._client: httpx.AsyncClient | None = None
         self.queued = 0
-        """Requests that waited inside the server at the last look; 0 if it has no metrics."""
+        """Requests that waited inside the server at the last look; 0 if it has no metrics, or after it was used."""
         self._thread = threading.Thread(target=self._run, name="upstream", daemon=True)
         self._thread.start()
         self._submit(self._watch_metrics())

@@ -20,6 +20,9 @@ EVERY_S = 0.1
 LEAST_S = 0.01
 """Seconds between two reports at least."""
 
+ALONE_AFTER = 20
+"""Reports in a row, from the first one on, that fail before a worker shares its slots with no other."""
+
 IDLE_S = 1.0
 """Seconds between two reports of a worker that has nothing to send. Shorter than a lease."""
 
@@ -74,6 +77,7 @@ class LimitKeeper(threading.Thread):
         self._stopped = False
         self._signals = Signals()
         self._known = Slots(0, 0, "", {})
+        self._failures = 0
         self._last_demand = Demand(0, 0)
         self._offset_s = 0.0
         self.slots = 1
@@ -136,7 +140,8 @@ class LimitKeeper(threading.Thread):
             log.debug("slots: %s", described(error))
 
     def _go_on_alone(self, error: Exception) -> None:
-        if not self._known.now:
+        self._failures += 1
+        if not self._known.now and self._failures == ALONE_AFTER:
             # It has no part yet, and may never get one: this user of the server may lack the rights.
             log.warning(
                 "slots cannot be shared with other workers, this one begins with %d: %s", START, described(error)

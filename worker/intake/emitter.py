@@ -13,14 +13,8 @@ from dataclasses import dataclass, field
 
 from millstream.broker.contract.job import Address
 from millstream.broker.contract.partial import MAX_PARTIAL_BYTES, Delta, Record, decode_records, encode_record, text_of
-from millstream.broker.queue.streams import (
-    DIVERGED,
-    LOST,
-    MAX_BYTES_PER_CALL,
-    MAX_JOBS_PER_CALL,
-    Emission,
-    Streams,
-)
+from millstream.broker.queue.stream_types import DIVERGED, LOST, Emission
+from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Streams
 from millstream.broker.transport.connection import is_transient
 from millstream.worker.context import Context
 from millstream.worker.scheduling.active_job import ActiveJob

@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol
 from millstream.broker.contract.codec import encode_reply, origin_of
 from millstream.broker.contract.errors import ModelFailed
 from millstream.broker.contract.job import Address, Reply
-from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Settlement, Streams
+from millstream.broker.queue.stream_types import Settlement
+from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Streams
 from millstream.broker.transport.connection import retrying
 from millstream.worker.context import Context
 from millstream.worker.supervision.progress import Stage
