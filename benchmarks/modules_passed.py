@@ -48,8 +48,10 @@ DEPTH = 6
 
 
 def _holds_text(value: object, depth: int) -> bool:
-    if isinstance(value, str | bytes | bytearray):
-        return (TEXT if isinstance(value, str) else TEXT.encode()) in value
+    if isinstance(value, str):
+        return TEXT in value
+    if isinstance(value, bytes | bytearray):
+        return TEXT.encode() in value
     if isinstance(value, Prepared):
         return True
     if depth == 0 or value is None or isinstance(value, int | float):

@@ -15,7 +15,8 @@ from millstream.broker.queue.inspector import Inspector
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection
 from millstream.worker.scheduling.upstream_limit import Limit
-from millstream.worker.supervision.supervisor import Plan, Supervisor
+from millstream.worker.supervision.plan import Plan
+from millstream.worker.supervision.supervisor import Supervisor
 
 
 @contextmanager

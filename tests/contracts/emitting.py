@@ -11,7 +11,8 @@ from contracts.queue import Queue
 
 from millstream.broker.contract.job import Claim
 from millstream.broker.contract.keys import ServiceKeys
-from millstream.broker.queue.streams import Emission, Streams
+from millstream.broker.queue.stream_types import Emission
+from millstream.broker.queue.streams import Streams
 from millstream.worker.context import Context
 from millstream.worker.intake.emitter import Emitter
 from millstream.worker.models.base import Prepared

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from millstream.broker.contract.job import PRIORITIES, Claim, Priority
-from millstream.broker.queue.lease import SUSPECT_ATTEMPTS, Lease
 from millstream.broker.queue.claims import ClaimBudget, Claimed
+from millstream.broker.queue.lease import SUSPECT_ATTEMPTS, Lease
 from millstream.broker.queue.streams import Streams
 from millstream.broker.transport.connection import is_missing_group, is_transient
 from millstream.worker.context import Context

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from millstream.broker.contract.job import PRIORITIES
-from millstream.broker.queue.lease import SUSPECT_ATTEMPTS
 from millstream.broker.queue.claims import ClaimBudget, Claimed
+from millstream.broker.queue.lease import SUSPECT_ATTEMPTS
 
 SHORTEST_WAIT_S, LONGEST_WAIT_S = 0.02, 0.25
 """Seconds between two claims of a busy worker, at least and at most. It is shorter if the forward ends sooner."""
