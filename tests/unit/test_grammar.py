@@ -8,15 +8,16 @@ import re
 import jsonschema
 import pytest
 import torch
-from texts import EOS, VOCABULARY, byte_level, metaspace, text_settings
+from texts import EOS, VOCABULARY, byte_level, ids_of, metaspace, text_settings
 from transformers import PreTrainedTokenizerFast
 
-from millstream.broker.contract.errors import InvalidRequest, MillstreamError
+from millstream.broker.contract.errors import InvalidRequest, MillstreamError, ModelFailed
 from millstream.broker.contract.generation import GenerateOptions, Generation
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.prompt import Prompt
 from millstream.worker.generation import grammar
 from millstream.worker.generation.grammar import Grammars
+from millstream.worker.generation.record import Token
 from millstream.worker.generation.sampling import choose
 from millstream.worker.generation.sequence import Sequence
 
@@ -128,6 +129,24 @@ def test_ignore_eos_is_refused_with_a_grammar() -> None:
 
     with pytest.raises(InvalidRequest, match="exclude each other"):
         Sequence.of(Prompt.read("a"), options, settings, Grammars(settings))
+    free = options._replace(response_format={"type": "text"})
+    assert Sequence.of(Prompt.read("a"), free, settings, Grammars(settings)).grammar is None
+
+
+def test_a_text_with_a_grammar_goes_on_behind_its_records() -> None:
+    settings = text_settings()
+    options = GenerateOptions.read({"response_format": PAIR})
+    first, second = (Sequence.of(Prompt.read("a"), options, settings, Grammars(settings)) for _ in range(2))
+    records = [first.add(Token(token)).record for token in ids_of("123-a")]
+
+    second.begin("job", records)
+
+    (token,) = choose(torch.arange(VOCABULARY)[None].float(), [second])
+    assert isinstance(token, Token)
+    assert token.id == ids_of("b")[0]
+    assert second.add(token).reason == "stop"
+    with pytest.raises(ModelFailed, match="the grammar does not go on"):
+        first.add(Token(ids_of("x")[0]))
 
 
 def test_rows_without_a_grammar_are_not_masked() -> None:

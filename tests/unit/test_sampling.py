@@ -24,9 +24,10 @@ from millstream.broker.contract.errors import ModelFailed
 from millstream.broker.contract.generation import GenerateOptions
 from millstream.worker.generation.philox import philox4x32, uniforms
 from millstream.worker.generation.record import Token
-from millstream.worker.generation.sampling import LEAST_LOGPROB, choose, weigh
+from millstream.worker.generation.sampling import LEAST_LOGPROB, choose
 from millstream.worker.generation.sequence import Sequence
 from millstream.worker.generation.settings import Sampling
+from millstream.worker.generation.weights import weigh
 
 PROMPT = [10, 11, 12, 11]
 

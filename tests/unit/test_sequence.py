@@ -179,6 +179,14 @@ def test_a_prompt_without_room_for_a_token_is_too_long() -> None:
         begun(facts=text_settings(context=2))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "problem"), [([], "no tokens"), ([5, 400], "the prompt: the model has no token 400")]
+)
+def test_a_prompt_that_the_model_cannot_read_is_refused(prompt: list[int], problem: str) -> None:
+    with pytest.raises(InvalidRequest, match=problem):
+        Sequence(prompt, GenerateOptions(), text_settings())
+
+
 @pytest.mark.parametrize("options", [{"stop_token_ids": [400]}, {"logit_bias": {"400": 1.0}}])
 def test_token_ids_beyond_the_vocabulary_are_refused_by_name(options: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match=f"{next(iter(options))}: the model has no token 400"):

@@ -51,6 +51,11 @@ def test_text_and_token_ids_are_taken_as_they_are() -> None:
     assert encode_prompt(Prompt.read({"token_ids": [7, 8]}), text_settings()) == [7, 8]
 
 
+def test_a_text_that_is_not_unicode_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="not valid Unicode"):
+        encode_prompt(Prompt("\ud800"), text_settings())
+
+
 def test_messages_are_rendered_by_the_chat_template() -> None:
     row: Json = {"messages": [{"role": "user", "content": "hello"}], "tools": [WEATHER]}
 
@@ -95,11 +100,12 @@ def test_tool_calls_are_read_by_the_tokenizers_response_template() -> None:
     settings = with_(response_template=RESPONSE_TEMPLATE)
     prompt = ids_of("<|im_start|>assistant\n")
     first = '<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call>'
-    second = '<call>{"name": "stop"}</call><|im_end|>'
+    second = '<call>{"name": "stop"}</call><call>{"name": "go", "arguments": "{\\"a\\": 1}"}</call><|im_end|>'
 
     assert tool_calls_of(ids_of(f"So: {first}{second}"), prompt, [], settings) == [
         {"name": "weather", "arguments": {"city": "Oslo"}},
         {"name": "stop", "arguments": {}},
+        {"name": "go", "arguments": {"a": 1}},
     ]
     assert tool_calls_of(ids_of("no calls<|im_end|>"), prompt, [], settings) == []
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _ROUNDS = 10
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_KEY_STEPS = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
+_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
+_KEY_STEPS = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
@@ -22,13 +22,15 @@ def philox4x32(counters: ArrayLike, keys: ArrayLike) -> NDArray[np.uint32]:
 
     `counters` is uint32 [rows, 4], `keys` uint32 [rows, 2].
     """
-    x0, x1, x2, x3 = np.asarray(counters, dtype=np.uint64).T
-    k0, k1 = np.asarray(keys, dtype=np.uint64).T
+    words = np.asarray(counters, dtype=np.uint64).T
+    key = np.asarray(keys, dtype=np.uint64).T
+    # Both halves of a round at once: words 0 and 2, and words 1 and 3.
+    even, odd = words[0::2], words[1::2]
     for _ in range(_ROUNDS):
-        p0, p1 = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]
-        x0, x1, x2, x3 = (p1 >> _HALF) ^ x1 ^ k0, p1 & _LOW, (p0 >> _HALF) ^ x3 ^ k1, p0 & _LOW
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _LOW, (k1 + _KEY_STEPS[1]) & _LOW
-    return np.stack((x0, x1, x2, x3), axis=1).astype(np.uint32)
+        products = even * _MULTIPLIERS
+        even, odd = (products >> _HALF)[::-1] ^ odd ^ key, (products & _LOW)[::-1]
+        key = (key + _KEY_STEPS) & _LOW
+    return np.stack((even[0], odd[0], even[1], odd[1]), axis=1).astype(np.uint32)
 
 
 def uniforms(seeds: ArrayLike, indices: ArrayLike) -> NDArray[np.float64]:

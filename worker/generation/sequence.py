@@ -59,6 +59,8 @@ class Sequence:
         Raises InvalidRequest if an option does not fit the model, InputTooLong if its context has no room for a token.
         """
         _check(prompt, options, settings)
+        if grammar and options.ignore_eos:
+            raise InvalidRequest("ignore_eos and response_format exclude each other: a grammar ends its text")
         self.tokens = list(prompt)
         self.prompt_length = len(prompt)
         self.options = options
@@ -191,17 +193,17 @@ def _rounded(logprob: float) -> float:
 
 def _check(prompt: Series[int], options: GenerateOptions, settings: TextSettings) -> None:
     vocabulary = settings.vocabulary
+    if not prompt:
+        raise InvalidRequest("the prompt has no tokens", hint="a model needs text to continue")
     if len(prompt) >= settings.context:
         raise InputTooLong(
             f"a prompt of {len(prompt)} tokens; prompt and text together have at most {settings.context}",
             hint="shorten the prompt",
         )
     for name, tokens in (
-        ("token_ids", prompt),
+        ("the prompt", prompt),
         ("stop_token_ids", options.stop_token_ids),
         ("logit_bias", map(int, options.logit_bias)),
     ):
         if (largest := max(tokens, default=0)) >= vocabulary:
             raise InvalidRequest(f"{name}: the model has no token {largest}", hint=f"it has {vocabulary}")
-    if options.ignore_eos and options.response_format:
-        raise InvalidRequest("ignore_eos and response_format exclude each other: a grammar ends its text")

@@ -102,6 +102,9 @@ class TextSettings:
                 f"the tokenizer, a {type(tokenizer).__name__}, has no tokenizer.json",
                 hint="save it with AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER) of transformers 5",
             )
+        # Set by some tokenizer.json. Changing them at a call would fail while another thread uses the tokenizer.
+        backend.no_truncation()
+        backend.no_padding()
         eos = {*_ids(generation.eos_token_id), *_ids(tokenizer.eos_token_id)}
         special = frozenset(number for number, token in backend.get_added_tokens_decoder().items() if token.special)
         return cls(tokenizer, backend, vocabulary, context, frozenset(eos), special, Defaults.of(generation))

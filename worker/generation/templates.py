@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 def encode_prompt(prompt: Prompt, settings: TextSettings) -> list[int]:
     """Returns the token ids of a prompt, special tokens included.
 
-    Raises InvalidRequest if the model has no chat template, or if its template refuses the messages.
+    Raises InvalidRequest if the text is not valid Unicode, if the model has no chat template, or if its template
+    refuses the messages.
     """
     if prompt.token_ids is not None:
         return list(prompt.token_ids)
     if prompt.messages is None:
-        return list(settings.tokenizer(prompt.text)["input_ids"])
+        try:
+            return list(settings.tokenizer(prompt.text)["input_ids"])
+        except TypeError as error:  # the tokenizer's error for a lone surrogate
+            raise InvalidRequest("the prompt is not valid Unicode") from error
     return _encode_messages(prompt.messages, prompt.tools, settings)
 
 
@@ -60,13 +64,13 @@ def _plain(message: Message) -> dict[str, Any]:
     return plain
 
 
-def _with_arguments(call: Json) -> Json:
+def _with_arguments(call: Any) -> Any:
     """Returns a tool call whose arguments are an object: OpenAI's API has them as a string of JSON."""
     function = call.get("function") if isinstance(call, dict) else None
     if not (isinstance(call, dict) and isinstance(function, dict) and isinstance(function.get("arguments"), str)):
         return call
     try:
-        arguments = json.loads(cast(str, function["arguments"]))
+        arguments = json.loads(function["arguments"])
     except ValueError:
         return call
     return {**call, "function": {**function, "arguments": arguments}}
@@ -83,7 +87,10 @@ def tool_calls_of(
         return []
     try:
         parsed = settings.tokenizer.parse_response(list(tokens), prefix=list(prompt), tools=[dict(t) for t in tools])
-        calls = [each.get("function", each) for each in parsed.get("tool_calls") or ()]
-        return [{"name": str(each["name"]), "arguments": each.get("arguments") or {}} for each in calls]
+        calls = [_with_arguments({"function": each.get("function", each)}) for each in parsed.get("tool_calls") or ()]
+        return [
+            {"name": str(each["function"]["name"]), "arguments": each["function"].get("arguments") or {}}
+            for each in calls
+        ]
     except Exception:  # noqa: BLE001 - the text is the model's own, and may break off anywhere
         return []

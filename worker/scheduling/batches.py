@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from millstream.broker.queue.claims import MAX_JOBS_PER_CALL, ClaimBudget
+from millstream.broker.queue.claims import ClaimBudget
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL
 from millstream.worker.forward_cost import ForwardCost
 from millstream.worker.models.base import Prepared
 from millstream.worker.scheduling.active_job import BY_SHARE

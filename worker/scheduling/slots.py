@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from millstream.broker.contract.job import PRIORITIES
-from millstream.broker.queue.claims import MAX_JOBS_PER_CALL, ClaimBudget
+from millstream.broker.queue.claims import ClaimBudget
+from millstream.broker.queue.streams import MAX_JOBS_PER_CALL
 from millstream.worker.forward_cost import ForwardCost
 from millstream.worker.models.base import Prepared
 from millstream.worker.scheduling.active_job import BY_SHARE, SUSPECT, Rows, priority_of
