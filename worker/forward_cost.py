@@ -29,7 +29,7 @@ class ForwardCost:
         self.smallest_s = math.inf
 
     def limit(self, rows: int, tokens: int, inference_timeout_s: float | None = None) -> None:
-        """Applys changed limits, from the next micro-batch on."""
+        """Applies changed limits, from the next micro-batch on."""
         with self._lock:
             self.budget = replace(self.budget, rows=rows, tokens=min(tokens, self._cap))
             self._inference_s = inference_timeout_s
@@ -43,7 +43,7 @@ class ForwardCost:
             return lowers
 
     def calibrate(self, seconds_per_token: float, overhead: float, smallest_s: float) -> None:
-        """Applys the measurements of warm-up; `overhead` in tokens."""
+        """Applies the measurements of warm-up; `overhead` in tokens."""
         with self._lock:
             self.budget = replace(self.budget, overhead=overhead)
             self.seconds_per_token = seconds_per_token

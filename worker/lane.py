@@ -214,7 +214,7 @@ class Lane:
         return isinstance(self._model, Placed) and self._model.device_type == "cpu"
 
     def _apply_beat(self, beat: Beat) -> None:
-        """Applys the server's answer to a heartbeat."""
+        """Applies the server's answer to a heartbeat."""
         window = self._context.window
         self._context.clock.set_to(beat.now)
         self._context.threads.update_share()
@@ -239,7 +239,7 @@ class Lane:
             log.warning("%d jobs were delivered to a connection that was cut; they are given back", returned)
 
     def _renew(self) -> None:
-        """Applys settings pushed since the last beat. Raises ConfigError if the service runs other weights now."""
+        """Applies settings pushed since the last beat. Raises ConfigError if the service runs other weights now."""
         self._registration.keep()
         try:
             self._limit(self._registry.read(self._spec.name).runtime)

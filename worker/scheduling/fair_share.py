@@ -25,7 +25,7 @@ class FairShare:
         self.change(shares, most_rows)
 
     def change(self, shares: Mapping[Priority, float], most_rows: int) -> None:
-        """Applys changed limits."""
+        """Applies changed limits."""
         self._shares = shares
         self._most_rows = most_rows
 
