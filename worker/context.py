@@ -9,7 +9,7 @@ from millstream.worker.clock import ServerClock
 from millstream.worker.measuring.threads import Threads
 from millstream.worker.scheduling.counters import Counters
 from millstream.worker.shutdown import Shutdown
-from millstream.worker.stage_gate import Stage, free_stage
+from millstream.worker.stage_gate import Stage
 from millstream.worker.supervision.progress import Progress
 from millstream.worker.window import Window
 
@@ -19,7 +19,7 @@ class Context:
     """One lane of a worker process: its consumer name, window, clock, counters, shutdown, progress page, thread count.
 
     A supervisor reads `progress`, if the process has one. `beside`: pages of the other lanes of the process.
-    `stage` wraps each stage of this lane.
+    `stage` wraps each stage of this lane, if the process has several lanes.
     """
 
     consumer: str
@@ -30,7 +30,7 @@ class Context:
     progress: Progress = field(default_factory=Progress.alone)
     threads: Threads = field(default_factory=Threads.unmanaged)
     beside: Sequence[Progress] = ()
-    stage: Stage = free_stage
+    stage: Stage | None = None
 
     @property
     def is_stuck(self) -> bool:

@@ -83,7 +83,7 @@ class Lane:
         cache_key = CacheKey.of(spec, model.fingerprint, model.op)
         self._cache_writer = CacheWriter(Cache(connection.client, keys), cache_key)
         self._progress = context.progress
-        self._intake = Intake(model, spec.runtime.max_attempts, self._cache_writer.digests, self._progress.claimer)
+        self._intake = Intake(model, spec.runtime.max_attempts, track=self._progress.claimer)
         self._policy = Policy(BatchDelay(0.0), {}, FairShare({}, 0), supervised=child_args.supervised)
         self._settler = Settler(context, self._streams, self._cache_writer, model.fingerprint)
         queue = Queue(Streams(connection.blocking(SLEEP_S), keys), self._lease)
@@ -266,6 +266,7 @@ class Lane:
         self._policy.fair_share.change(shares, SAVED_BATCHES * runtime.batch_size)
         self._intake.max_attempts = runtime.max_attempts
         self._cache_writer.ttl_s = runtime.cache_s
+        self._intake.digests = None if runtime.cache_s is None else self._cache_writer.digests
         if isinstance(self._model, Adapts):
             self._model.adapt(runtime)
         self._progress.stall_s = runtime.stall_s

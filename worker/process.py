@@ -35,7 +35,7 @@ from millstream.worker.measuring.warmup import warm_up
 from millstream.worker.models.base import Closes, Model
 from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.shutdown import Relay, Shutdown, ThreadFailed
-from millstream.worker.stage_gate import StageGate, free_stage
+from millstream.worker.stage_gate import StageGate
 from millstream.worker.supervision.charging import NOT_CHARGED, Charged, End, give_back
 from millstream.worker.supervision.child_args import EXIT_PERMANENT, ChildArgs
 from millstream.worker.supervision.progress import Progress, State
@@ -158,7 +158,7 @@ class Worker:
             shutdown=self._shutdown,
             progress=self._pages[spec.name],
             threads=threads,
-            stage=partial(self._gate.stage, spec.name) if self._gate else free_stage,
+            stage=partial(self._gate.stage, spec.name) if self._gate else None,
             beside=[page for service, page in self._pages.items() if service != spec.name],
         )
         return Lane(context, child_args, self._connection, spec, model, answer)

@@ -10,17 +10,10 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 Stage = Callable[[bool], AbstractContextManager[None]]
 """Wraps a stage of one lane; the argument says whether a suspect takes part."""
-
-_FREE: AbstractContextManager[None] = nullcontext()
-
-
-def free_stage(alone: bool) -> AbstractContextManager[None]:
-    """Wraps a stage in a process with one lane: nothing waits."""
-    return _FREE
 
 
 class StageGate:

@@ -133,7 +133,7 @@ class Window:
         """
         with self._lock:
             # Rows that run and are proven need not end first.
-            if not (len(self._pool) or self._running > self._unproven):
+            if not (self._pool.count or self._running > self._unproven):
                 return None
             return self._claims.suspect_room(stream, live_workers, len(self._unsettled))
 
@@ -171,7 +171,7 @@ class Window:
             slots = self._slots
             return self._batch_taken.wait_for(
                 lambda: (
-                    self._takes != takes or self._closed or (not len(self._pool) and (slots is None or slots.free > 0))
+                    self._takes != takes or self._closed or (not self._pool.count and (slots is None or slots.free > 0))
                 ),
                 timeout,
             )
@@ -201,7 +201,7 @@ class Window:
     def idle(self) -> bool:
         """Whether no forward runs and no row waits."""
         with self._lock:
-            return not self._running and not len(self._pool)
+            return not self._running and not self._pool.count
 
     @property
     def empty(self) -> bool:
@@ -212,12 +212,12 @@ class Window:
     def waiting(self) -> bool:
         """Whether prepared rows wait for the runner."""
         # No lock: it reads one number.
-        return bool(len(self._pool))
+        return self._pool.count > 0
 
     @property
     def waiting_rows(self) -> int:
         """Number of prepared rows that wait for the runner."""
-        return len(self._pool)
+        return self._pool.count
 
     def waiting_of(self, priority: Priority) -> int:
         """Number of prepared rows of `priority` that wait for the runner, without those that spend its share."""
@@ -310,7 +310,7 @@ class Window:
     @property
     def _may_be_taken(self) -> bool:
         """Whether rows wait that may run now."""
-        return bool(self._pool.waiting(SUSPECT) if self._is_set_aside else len(self._pool))
+        return bool(self._pool.waiting(SUSPECT) if self._is_set_aside else self._pool.count)
 
     def upcoming(self) -> Sequence[Prepared]:
         """Payloads of the next micro-batch, which `take` returns unless a more urgent row arrives.

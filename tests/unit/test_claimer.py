@@ -32,7 +32,7 @@ from millstream.worker.scheduling.batches import HOLD_BATCHES
 from millstream.worker.scheduling.claim_policy import LONGEST_WAIT_S, SHORTEST_WAIT_S
 from millstream.worker.scheduling.fair_share import FairShare
 from millstream.worker.stage_gate import Stage as StageWrapper
-from millstream.worker.stage_gate import StageGate, free_stage
+from millstream.worker.stage_gate import StageGate
 from millstream.worker.window import Window
 
 LONG_S = 20.0
@@ -78,7 +78,7 @@ class Bench:
         beside: Bench | None = None,
         *,
         supervised: bool = False,
-        stage: StageWrapper = free_stage,
+        stage: StageWrapper | None = None,
     ) -> None:
         """A worker of a queue of its own, or of that of the one `beside` it."""
         self.server: fakeredis.FakeServer = beside.server if beside else fakeredis.FakeServer()

@@ -28,7 +28,7 @@ from millstream.worker.scheduling.active_job import ActiveJob
 from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.shutdown import ThreadFailed
 from millstream.worker.stage_gate import Stage as StageWrapper
-from millstream.worker.stage_gate import StageGate, free_stage
+from millstream.worker.stage_gate import StageGate
 from millstream.worker.supervision.progress import Snapshot, Stage
 from millstream.worker.window import Window
 
@@ -48,7 +48,7 @@ class Watched(EchoModel):
 class Bench:
     """A lane without threads: a window, a runner, and the answers."""
 
-    def __init__(self, model: EchoModel | EchoStreamModel, stage: StageWrapper = free_stage) -> None:
+    def __init__(self, model: EchoModel | EchoStreamModel, stage: StageWrapper | None = None) -> None:
         self.model = model
         self.window = Window(Budget(rows=4, tokens=1_000))
         self.context = Context("w1", self.window, stage=stage)

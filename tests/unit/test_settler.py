@@ -24,7 +24,7 @@ from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.scheduling.counters import Counters
 from millstream.worker.shutdown import Shutdown
 from millstream.worker.stage_gate import Stage as StageWrapper
-from millstream.worker.stage_gate import StageGate, free_stage
+from millstream.worker.stage_gate import StageGate
 from millstream.worker.supervision.progress import Snapshot, Stage
 from millstream.worker.window import Window
 
@@ -65,7 +65,7 @@ class Keeping:
 class Bench:
     """A settler whose thread is the test's: `settle` returns when all was written."""
 
-    def __init__(self, keeper: Keeping | None = None, stage: StageWrapper = free_stage) -> None:
+    def __init__(self, keeper: Keeping | None = None, stage: StageWrapper | None = None) -> None:
         client = fakeredis.FakeRedis(server=fakeredis.FakeServer(), protocol=2)
         self.queue = Queue(client, ServiceKeys("echo"))
         self.queue.open()
@@ -124,7 +124,7 @@ def test_answers_are_kept_before_they_are_written() -> None:
     bench = Bench(keeper)
     bench.streams.on_settle = lambda: keeper.order.append("settled")
 
-    bench.settle(*[Finished(claim.address, Reply(values=[at])) for at, claim in enumerate(bench.hold(2))])
+    bench.settle(*[Finished(claim.address, Reply(values=[at]), digests=["d"]) for at, claim in enumerate(bench.hold(2))])
 
     assert keeper.order == ["kept [0]", "kept [1]", "settled"]
 
@@ -138,7 +138,7 @@ def test_each_answer_is_on_the_page_while_it_is_encoded_for_the_cache() -> None:
         (snapshot.stage, snapshot.entries) for snapshot in bench.context.progress.snapshots()
     )
 
-    bench.settle(*[Finished(claim.address, Reply(values=["a"])) for claim in claims])
+    bench.settle(*[Finished(claim.address, Reply(values=["a"]), digests=["d"]) for claim in claims])
 
     assert seen == [(Stage.SETTLE, [name]) for name in names(claims)]
 
@@ -174,7 +174,7 @@ def test_each_answer_is_on_the_page_while_it_is_encoded_and_not_while_it_waits_f
 
     monkeypatch.setattr(module, "encode_reply", encode)
     bench.streams.on_settle = lambda: seen.append(bench.context.progress.snapshots())
-    bench.settle(*[Finished(claim.address, Reply(values=["a"])) for claim in claims])
+    bench.settle(*[Finished(claim.address, Reply(values=["a"]), digests=["d"]) for claim in claims])
 
     *encoding, writing = seen
     assert [(snapshot.stage, snapshot.entries) for (snapshot,) in encoding] == [
@@ -203,7 +203,7 @@ def test_a_call_whose_answer_was_lost_is_sent_again_and_answers_once(bench: Benc
     claims = bench.hold(2)
     bench.streams.faults = [redis.ConnectionError("cut")]
 
-    bench.settle(*[Finished(claim.address, Reply(values=["a"])) for claim in claims])
+    bench.settle(*[Finished(claim.address, Reply(values=["a"]), digests=["d"]) for claim in claims])
 
     assert bench.streams.calls == [2, 2]
     assert len(bench.queue.replies()) == 2
@@ -235,8 +235,8 @@ def test_answers_of_suspects_are_encoded_while_no_other_lane_is_in_a_stage() -> 
     bench.window.keep([], suspects=names(claims[:1]))
     keeper.on_encode = lambda: alone.append(gate._alone)
 
-    bench.settle(Finished(claims[0].address, Reply(values=["suspect"])))
+    bench.settle(Finished(claims[0].address, Reply(values=["suspect"]), digests=["d"]))
     bench = Bench(keeper, partial(gate.stage, "one"))
-    bench.settle(*[Finished(claim.address, Reply(values=["other"])) for claim in bench.hold(2)])
+    bench.settle(*[Finished(claim.address, Reply(values=["other"]), digests=["d"]) for claim in bench.hold(2)])
 
     assert alone == ["one", None, None]

@@ -9,7 +9,10 @@ from contextlib import ExitStack
 
 from support import eventually
 
-from millstream.worker.stage_gate import StageGate, free_stage
+from millstream.worker.context import Context
+from millstream.worker.scheduling.batcher import Budget
+from millstream.worker.stage_gate import StageGate
+from millstream.worker.window import Window
 
 LONG_S = 10.0
 
@@ -104,5 +107,4 @@ def test_no_two_lanes_meet_while_a_suspect_is_in_a_stage_and_none_waits_for_ever
 
 
 def test_a_process_with_one_lane_has_no_gate() -> None:
-    with free_stage(True), free_stage(True), free_stage(False):
-        pass
+    assert Context("w1", Window(Budget(1, 10))).stage is None

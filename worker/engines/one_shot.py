@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -39,27 +39,25 @@ class OneShot:
         self._lap = lap
         self._cost = cost
         self._rows: Rows = []
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._rows)
+        # An attribute: it is read twice for each batch.
+        self.busy = False
 
     def room(self) -> Budget | None:
         return None
 
     def admit(self, rows: Rows) -> None:
-        self._rows = rows
+        self._rows, self.busy = rows, bool(rows)
 
     def abort(self, rows: Rows) -> None:
         dropped = set(map(id, rows))
-        self._rows = [row for row in self._rows if id(row) not in dropped]
+        self.admit([row for row in self._rows if id(row) not in dropped])
 
     def conclude(self, rows: Rows, reason: str) -> Sequence[Outcome]:
         """Raises NotImplementedError: no row has output before it is complete."""
         raise NotImplementedError
 
     def step(self) -> Step:
-        rows, self._rows = self._rows, []
+        rows, self._rows, self.busy = self._rows, [], False
         unique, places = _unique(rows) if any(row.key for row in rows) else (rows, None)
         outcomes = run_rows(self._model, [row.payload for row in unique], self._lap, self._too_large)
         if places:
@@ -98,33 +96,53 @@ def run_rows(
     `lap` is called between two forwards, so that each has the whole stall timeout. If a forward ran out of memory,
     `too_large` is called with the number of tokens, padding included, that fits.
     """
+    outcomes = _try(model, rows)
+    if not isinstance(outcomes, _Fault):
+        return outcomes
     fit = Fit(packs(model))
-    outcomes = _run(model, rows, lap, fit)
+    outcomes = _run_in_parts(model, rows, lap, fit, outcomes)
     if fit.most is not None:
         too_large(fit.most)
     return outcomes
 
 
+class _Fault(NamedTuple):
+    """A forward that failed. `failure` is None if it was not tried, since a smaller one ran out of memory."""
+
+    exhausted: bool
+    failure: MillstreamError | None
+
+
+def _try(model: Model, rows: Sequence[Prepared]) -> list[Outcome] | _Fault:
+    try:
+        return _checked(model.forward(rows), len(rows))
+    except Ended:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a user's sys.exit or a panic must end no other row
+        return _Fault(is_exhaustion(error), _failure(error))
+
+
 def _run(model: Model, rows: Sequence[Prepared], lap: Callable[[], None], fit: Fit) -> list[Outcome]:
-    exhausted, failure = True, None
-    if not fit.rules_out(rows):
-        try:
-            outcomes = _checked(model.forward(rows), len(rows))
-            fit.add_fitting(rows)
-            return outcomes
-        except Ended:
-            raise
-        except BaseException as error:  # noqa: BLE001 - a user's sys.exit or a panic must end no other row
-            exhausted, failure = is_exhaustion(error), _failure(error)
-    # Outside of the except block: a handled error keeps the memory of its forward allocated.
-    if failure and len(rows) == 1:
-        fit.alone += exhausted
-        return [failure]
+    outcomes = _Fault(True, None) if fit.rules_out(rows) else _try(model, rows)
+    if isinstance(outcomes, _Fault):
+        return _run_in_parts(model, rows, lap, fit, outcomes)
+    fit.add_fitting(rows)
+    return outcomes
+
+
+def _run_in_parts(
+    model: Model, rows: Sequence[Prepared], lap: Callable[[], None], fit: Fit, fault: _Fault
+) -> list[Outcome]:
+    """Returns one outcome a row, after their forward failed with `fault`. No error is handled meanwhile: a handled
+    error keeps the memory of its forward allocated."""
+    if fault.failure and len(rows) == 1:
+        fit.alone += fault.exhausted
+        return [fault.failure]
     alone, half, outcomes = fit.alone, len(rows) // 2, []
     for part in (rows[:half], rows[half:]):
         lap()
         outcomes += _run(model, part, lap, fit)
-    if exhausted and fit.alone == alone:
+    if fault.exhausted and fit.alone == alone:
         fit.add_too_large(rows)
     return outcomes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Protocol
 
@@ -87,7 +88,8 @@ class Runner:
         batch = self._window.take(self._engine.room(), wait=False)
         if not batch and not self._engine.busy:
             return False
-        with self._stage(self._window.has_suspect(row.owner for row in (*batch, *self._running.rows))):
+        alone = self._window.has_suspect(row.owner for row in (*batch, *self._running.rows))
+        with self._stage(alone) if self._stage else nullcontext():
             if self._running.rows:
                 self._running.resume()
             self._advance(batch)

@@ -15,7 +15,7 @@ from millstream.broker.queue.lease import SUSPECT_ATTEMPTS, Lease
 from millstream.broker.queue.streams import Streams
 from millstream.broker.transport.connection import is_missing_group, is_transient
 from millstream.worker.context import Context
-from millstream.worker.intake.intake import Intake, cancelled
+from millstream.worker.intake.intake import NO_RECORDS, Intake, cancelled
 from millstream.worker.intake.settler import Finished
 from millstream.worker.scheduling import claim_policy
 from millstream.worker.scheduling.batch_delay import BatchDelay
@@ -335,14 +335,21 @@ class Claimer(threading.Thread):
         return {address.name: blob for address, blob in zip(begun, records, strict=True) if blob}
 
     def _hold(self, claims: list[Claim]) -> None:
-        records = self._records(claims)
+        records = self._records(claims) if self._intake.resumes else NO_RECORDS
+        # None is the usual case, kept fast: the process has one lane.
+        if self._stage is None:
+            self._admit(claims, records)
+            return
         with self._stage(self._window.has_suspect(self._gathered)):
-            jobs, finished = self._intake.admit(claims, self._clock.now(), records)
-            for each in finished:
-                self._finish(each)
-            for job in self._window.hold(jobs):
-                self._finish(cancelled(job))
-            self._intake.end_admission()
+            self._admit(claims, records)
+
+    def _admit(self, claims: list[Claim], records: Mapping[str, bytes]) -> None:
+        jobs, finished = self._intake.admit(claims, self._clock.now(), records)
+        for each in finished:
+            self._finish(each)
+        for job in self._window.hold(jobs):
+            self._finish(cancelled(job))
+        self._intake.end_admission()
         self._gathered.clear()
 
 

@@ -47,6 +47,7 @@ Digests = Callable[[Sequence[Json], Mapping[str, Json]], Sequence[str]]
 class Intake:
     """Turns the entries of a claim into jobs with prepared rows. Each entry that cannot run is finished with an error.
 
+    `resumes`: jobs may go on behind output of earlier runs. `digests` may change; None if answers are not cached.
     `track` shows the supervisor which entries are being read and prepared.
     """
 
@@ -54,12 +55,13 @@ class Intake:
         self,
         model: Model,
         max_attempts: int,
-        digests: Digests = lambda inputs, options: (),
+        digests: Digests | None = None,
         track: Track | None = None,
     ) -> None:
         self._model = model
         self._generates = model if isinstance(model, Generates) else None
-        self._digests = digests
+        self.resumes = self._generates is not None
+        self.digests = digests
         self._track = track or Progress.alone().claimer
         self._places: Iterator[int] = iter(())
         self.max_attempts = max_attempts
@@ -146,7 +148,8 @@ class Intake:
             rows = iter(self._rows(inputs, group[0].options, places))
             jobs += [ActiveJob(each.claim, each.job, [next(rows) for _ in each.inputs]) for each in group]
             for job, request in zip(jobs[-len(group) :], group, strict=True):
-                job.digests = self._digests(request.inputs, request.options)
+                if self.digests:
+                    job.digests = self.digests(request.inputs, request.options)
         self._track.move(Stage.PREPARE)
         return jobs
 

@@ -92,7 +92,7 @@ class Settler(threading.Thread):
         batch, answers = self._encode(ready)
         self._overflow = ready[len(batch) :]
         # Before the reply: a caller that has this answer and asks again then finds it in the cache.
-        if self._cache_writer:
+        if answers and self._cache_writer:
             self._cache_writer.write(answers)
         self._write(batch)
 
@@ -102,13 +102,16 @@ class Settler(threading.Thread):
         The stage ends before the writes, which may wait for the server: a death during them is charged to no job.
         """
         names = [each.address.name for each in ready]
+        # None is the usual case, kept fast: the process has one lane.
+        if self._stage is None:
+            return self._encode_all(names, ready)
         with self._stage(self._window.has_suspect(names)):
-            self._track.start(names, Stage.SETTLE)
-            encoded = self._encode_all(ready)
-            self._track.stop()
-        return encoded
+            return self._encode_all(names, ready)
 
-    def _encode_all(self, ready: Sequence[Finished]) -> tuple[list[Settlement], list[tuple[str, bytes]]]:
+    def _encode_all(
+        self, names: Sequence[str], ready: Sequence[Finished]
+    ) -> tuple[list[Settlement], list[tuple[str, bytes]]]:
+        self._track.start(names, Stage.SETTLE)
         batch: list[Settlement] = []
         answers: list[tuple[str, bytes]] = []
         size = 0
@@ -118,7 +121,9 @@ class Settler(threading.Thread):
             self._track.point(place)
             batch.append(_encoded(finished, self._origin))
             size += len(batch[-1].reply)
-            answers += self._cache_writer.encoded(finished) if self._cache_writer else ()
+            if finished.digests and self._cache_writer:
+                answers += self._cache_writer.encoded(finished)
+        self._track.stop()
         return batch, answers
 
     def _write(self, batch: list[Settlement]) -> None:

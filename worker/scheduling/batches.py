@@ -41,7 +41,7 @@ class Batches:
         self, held: int, empty_handed: bool, live_workers: int, max_attempts: int, last_job: tuple[int, int]
     ) -> ClaimBudget | None:
         """Budget of a claim now; None if the pool is full. The arguments are those of ClaimBudget."""
-        budget, waiting = self._cost.budget, len(self._pool)
+        budget, waiting = self._cost.budget, self._pool.count
         most = max(self._least_batches * budget.tokens, self._cost.tokens_in(self._hold_s))
         rows, tokens = HOLD_BATCHES * budget.rows - waiting, most - self._pool.tokens
         if rows <= 0 or tokens <= 0:
@@ -80,7 +80,7 @@ class Batches:
         )
         if any(self._pool.waiting(rank) for rank in (BY_SHARE, *range(stream - 1))):
             return None
-        if len(self._pool) > 2 * rows or self._pool.tokens > tokens:
+        if self._pool.count > 2 * rows or self._pool.tokens > tokens:
             return None
         return ClaimBudget(
             jobs=min(MAX_JOBS_PER_CALL, rows),

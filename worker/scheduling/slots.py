@@ -135,7 +135,7 @@ class Slots:
         A worker leaves half of what it could take beyond its share to others: a text keeps its slot for long, so the
         first worker that claims should not take all of them.
         """
-        free = self._shared - len(self._pool)
+        free = self._shared - self._pool.count
         tokens = self._room.tokens - self._pool.tokens
         if free <= 0 or tokens <= 0:
             return None
