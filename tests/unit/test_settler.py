@@ -124,7 +124,9 @@ def test_answers_are_kept_before_they_are_written() -> None:
     bench = Bench(keeper)
     bench.streams.on_settle = lambda: keeper.order.append("settled")
 
-    bench.settle(*[Finished(claim.address, Reply(values=[at]), digests=["d"]) for at, claim in enumerate(bench.hold(2))])
+    bench.settle(
+        *[Finished(claim.address, Reply(values=[at]), digests=["d"]) for at, claim in enumerate(bench.hold(2))]
+    )
 
     assert keeper.order == ["kept [0]", "kept [1]", "settled"]
 
