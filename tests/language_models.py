@@ -43,9 +43,7 @@ _TEXT = (
 )
 
 
-def save_language_model(
-    folder: Path, kind: str, dtype: torch.dtype = torch.float64, *, context: int = CONTEXT
-) -> Path:
+def save_language_model(folder: Path, kind: str, dtype: torch.dtype = torch.float64, *, context: int = CONTEXT) -> Path:
     """A random language model of one of KINDS, or "mistral", which has sliding windows. Byte-level BPE."""
     tokenizer = _tokenizer(context)
     tokenizer.save_pretrained(folder)
