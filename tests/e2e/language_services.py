@@ -30,17 +30,20 @@ SLOTS = 4
 SMALL_CACHE = 384
 """Tokens of the cache of the service `small`."""
 
+USERS_YAML = "users.yaml"
+
 
 @dataclass
 class Services:
     """`chat`: two hosts with a worker each. `small`: a cache of SMALL_CACHE tokens, a model without a chat template.
 
-    `users`: the llm service of USERS_FILE, with one worker.
+    `users`: the llm service of USERS_FILE, with one worker. `users_file` is that file.
     """
 
     chat: Site
     small: Site
     users: Site
+    users_file: Path
 
     def await_both(self) -> None:
         """Waits until two workers of `chat` are ready, and no job of it is left from another test."""
@@ -71,7 +74,7 @@ def language_services(url: str, home: Path) -> Iterator[Services]:
         chat.await_workers(2)
         small.await_workers(1)
         users.await_workers(1)
-        yield Services(chat, small, users)
+        yield Services(chat, small, users, home / USERS_YAML)
 
 
 def _spec(name: str, folder: Path, **runtime: object) -> ServiceSpec:
@@ -81,7 +84,7 @@ def _spec(name: str, folder: Path, **runtime: object) -> ServiceSpec:
 
 def users_service(home: Path, folder: Path) -> ServiceSpec:
     """The llm service of USERS_FILE as it stands there, with `folder` as its model."""
-    file = home / "users.yaml"
+    file = home / USERS_YAML
     file.write_text(USERS_FILE.replace('"SmolLM2-135M"', f'"{folder}"'))
     return load(file, {}).services["llm_service"]
 

@@ -17,6 +17,7 @@ from e2e.cli_support import Shell
 from e2e.language_services import (
     CONTEXT,
     SLOTS,
+    SMALL_CACHE,
     Calls,
     Reading,
     Services,
@@ -31,7 +32,7 @@ from support import eventually
 from millstream.broker.contract.errors import Cancelled, DeadlineExceeded, InputTooLong, InvalidRequest
 from millstream.client import Client, Generated
 
-pytestmark = [pytest.mark.early, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
 
 KILLS = 30 if os.environ.get("MILLSTREAM_LONG") else 1
 PROMPT = "The miller grinds the corn"
@@ -82,6 +83,11 @@ def expected(undisturbed: Callable[[str], str]) -> dict[str, str]:
 def all_kinds(calls: Calls, **options: Any) -> dict[str, Reading]:
     """Begins a text of each kind at the same time."""
     return {kind: calls.read(PROMPT, **OPTIONS[kind], **options) for kind in OPTIONS}
+
+
+@pytest.fixture
+def shell(services: Services, tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    return Shell(tmp_path_factory.mktemp("shell"), services.chat.url)
 
 
 # -- a text survives -----------------------------------------------------------------------------------------------
@@ -403,16 +409,19 @@ def test_texts_that_the_cache_cannot_hold_together_are_the_same(
     found: list[Generated] = client.generate(prompts, service=services.small.spec.name, seed=1, **options)
 
     assert [each.text for each in found] == expected
-    assert sum(sum(each.usage.values()) for each in found) > 4 * 384
-    with pytest.raises(InvalidRequest, match="the cache holds 384 of prompt and text"):
-        Calls(client, services.small).generate([5] * 384)
-    assert Calls(client, services.small).generate([5] * 383, ignore_eos=True).finish_reason == "length"
+    assert sum(sum(each.usage.values()) for each in found) > 4 * SMALL_CACHE
+    with pytest.raises(InvalidRequest, match=f"the cache holds {SMALL_CACHE} of prompt and text"):
+        Calls(client, services.small).generate([5] * SMALL_CACHE)
+    assert Calls(client, services.small).generate([5] * (SMALL_CACHE - 1), ignore_eos=True).finish_reason == "length"
     eventually(nothing_left(services.small))
 
 
 def test_the_users_limits_cut_a_text_after_two_seconds_and_give_what_there_is(
-    client: Client, services: Services
+    client: Client, services: Services, shell: Shell
 ) -> None:
+    checked = shell.run("config", "check", str(services.users_file))
+    assert checked.code == 0
+    assert "warning: batch_timeout has no effect on type llm: texts join at every step" in checked.err
     runtime = services.users.spec.runtime
     users = Calls(client, services.users, ignore_eos=True)
     assert (runtime.batch_size, runtime.batch_timeout, runtime.inference_timeout) == (4, 0.05, 2.0)
@@ -437,11 +446,6 @@ def test_the_users_limits_cut_a_text_after_two_seconds_and_give_what_there_is(
 
 
 # -- commands ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def shell(services: Services, tmp_path_factory: pytest.TempPathFactory) -> Shell:
-    return Shell(tmp_path_factory.mktemp("shell"), services.chat.url)
 
 
 def test_the_commands_show_what_the_client_gets(shell: Shell, calls: Calls, services: Services) -> None:
