@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -279,8 +279,11 @@ def paragraphs() -> list[Paragraph]:
 
 
 @contextmanager
-def millstream_up(data_dir: Path, config: Path = CONFIG) -> Iterator[str]:
-    """`millstream up` in the background; the URL of its server. Ends it, and with it all it started."""
+def millstream_up(data_dir: Path, config: Path = CONFIG, log: IO[bytes] | None = None) -> Iterator[str]:
+    """`millstream up` in the background; the URL of its server. Ends it, and with it all it started.
+
+    `log` gets its messages and those of its workers; without it they go to standard error.
+    """
     # No variable of the caller's may point it at another server or change the configuration shown.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("MILLSTREAM_")} | NO_BARS
     up: subprocess.Popen[bytes] | None = None
@@ -293,6 +296,7 @@ def millstream_up(data_dir: Path, config: Path = CONFIG) -> Iterator[str]:
             start_new_session=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
+            stderr=log,
         )
         yield wait_for(lambda: running(data_dir), up)
     finally:

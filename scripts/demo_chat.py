@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 # python -P keeps this folder off the path, so that no file here hides a module of a library. Last, it hides none.
 sys.path.append(str(Path(__file__).parent))
@@ -172,7 +173,20 @@ def run(config: Path, speaks: Callable[[Client], Speak]) -> bool:
     """Runs the demo on the service of `config`. Returns whether everything was as it should be."""
     workers = load(config).services[SERVICE].runtime.worker_count
     out.print(f"starting the server and {workers} workers ...")
-    with tempfile.TemporaryDirectory(prefix="millstream-demo-") as folder, millstream_up(Path(folder), config) as url:
+    # Messages of the workers would stand in the middle of the story.
+    with tempfile.TemporaryDirectory(prefix="millstream-demo-") as folder, tempfile.TemporaryFile() as log:
+        try:
+            good = _run(Path(folder), config, speaks, workers, log)
+        except (Exception, SystemExit):
+            _print(log)
+            raise
+        if not good:
+            _print(log)
+    return good
+
+
+def _run(folder: Path, config: Path, speaks: Callable[[Client], Speak], workers: int, log: IO[bytes]) -> bool:
+    with millstream_up(folder, config, log) as url:
         connection = Connection(url)
         inspector = Inspector(connection)
         with Client(url) as client:
@@ -182,6 +196,12 @@ def run(config: Path, speaks: Callable[[Client], Speak]) -> bool:
         connection.close()
         out.print("\nstopping ...")
     return good
+
+
+def _print(log: IO[bytes]) -> None:
+    """Prints the messages of `millstream up` and its workers, which explain a failure."""
+    log.seek(0)
+    sys.stderr.write(log.read().decode(errors="replace"))
 
 
 if __name__ == "__main__":

@@ -43,13 +43,13 @@ _TEXT = (
 )
 
 
-def save_language_model(folder: Path, kind: str, dtype: torch.dtype = torch.float64) -> Path:
+def save_language_model(folder: Path, kind: str, dtype: torch.dtype = torch.float64, *, context: int = CONTEXT) -> Path:
     """A random language model of one of KINDS, or "mistral", which has sliding windows. Byte-level BPE."""
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(context)
     tokenizer.save_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = _make(kind, len(tokenizer)).to(dtype)
+        model = _make(kind, len(tokenizer), context).to(dtype)
     model.generation_config = GenerationConfig(eos_token_id=END, pad_token_id=END)  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
     return folder
@@ -57,7 +57,7 @@ def save_language_model(folder: Path, kind: str, dtype: torch.dtype = torch.floa
 
 def load_reference(folder: Path) -> Any:
     """The model as transformers loads it."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     return model.eval()
 
 
@@ -69,12 +69,12 @@ def reference_text(model: Any, prompt: list[int], most: int, **options: Any) -> 
     return [int(each) for each in made[0, len(prompt) :]]
 
 
-def _make(kind: str, vocabulary: int) -> Any:
+def _make(kind: str, vocabulary: int, context: int) -> Any:
     settings: dict[str, Any] = {"vocab_size": vocabulary, "initializer_range": SPREAD}
     settings |= {"bos_token_id": END, "eos_token_id": END, "pad_token_id": END}
     if kind == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=CONTEXT, **settings))
-    settings |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": CONTEXT}
+        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=context, **settings))
+    settings |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": context}
     settings |= {"num_attention_heads": 4, "num_key_value_heads": 4 if kind == "llama" else 2}
     if kind == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(head_dim=8, **settings))
@@ -83,7 +83,7 @@ def _make(kind: str, vocabulary: int) -> Any:
     return LlamaForCausalLM(LlamaConfig(**settings))
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def _tokenizer(context: int) -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -95,7 +95,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
     bpe.train_from_iterator(_TEXT * 4, trainer)
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=bpe, eos_token="<|end|>", model_max_length=CONTEXT
+        tokenizer_object=bpe, eos_token="<|end|>", model_max_length=context
     )
     tokenizer.chat_template = CHAT
     return tokenizer

@@ -60,6 +60,8 @@ def test_a_text_goes_on_behind_its_killed_worker_and_is_compared_with_an_undistu
     done = say(tmp_path, 120)
 
     assert done.returncode == 0, done.stdout + done.stderr
+    # Messages of the workers stand in the terminal too, so none may be shown.
+    assert done.stderr == ""
     assert "the story that survived equals the undisturbed one: yes" in done.stdout
     assert re.search(r"word[a-z] ?\|worker \d+ killed\| ?word[a-z]", re.sub(r"\s+", " ", done.stdout))
     assert re.search(r"worker \d+ was killed after \d+ of 719 characters", done.stdout)
@@ -70,3 +72,4 @@ def test_a_text_that_ends_before_its_worker_can_be_killed_is_no_success(tmp_path
 
     assert done.returncode == 1
     assert "NO WORKER WAS KILLED" in done.stdout
+    assert ": ready: " in done.stderr

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from millstream.broker.contract.errors import ModelUnavailable
 from millstream.broker.contract.generation import GenerateOptions
@@ -105,6 +106,8 @@ class TextSettings:
         # Set by some tokenizer.json. Changing them at a call would fail while another thread uses the tokenizer.
         backend.no_truncation()
         backend.no_padding()
+        # Too long prompts are refused with their length: a warning of the library would only fill the log.
+        tokenizer.model_max_length = VERY_LARGE_INTEGER
         eos = {*_ids(generation.eos_token_id), *_ids(tokenizer.eos_token_id)}
         special = frozenset(number for number, token in backend.get_added_tokens_decoder().items() if token.special)
         return cls(tokenizer, backend, vocabulary, context, frozenset(eos), special, Defaults.of(generation))

@@ -106,7 +106,7 @@ def load_model(kind: type[M], source: Path, spec: ModelSpec, device: str | None)
 
 def model_kwargs(spec: ModelSpec) -> dict[str, Any]:
     """Returns the arguments of from_pretrained for dtype, attention and safetensors."""
-    kwargs: dict[str, Any] = {"torch_dtype": _DTYPES[spec.dtype], "use_safetensors": True}
+    kwargs: dict[str, Any] = {"dtype": _DTYPES[spec.dtype], "use_safetensors": True}
     if spec.attention != "auto":
         kwargs["attn_implementation"] = spec.attention
     return kwargs

@@ -1,0 +1,487 @@
+"""Text generation as a whole: real worker processes of type llm, tiny random models, and all that befalls a text."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any
+
+import pytest
+from e2e.cli_support import Shell
+from e2e.language_services import (
+    CONTEXT,
+    SLOTS,
+    SMALL_CACHE,
+    Calls,
+    Reading,
+    Services,
+    holders,
+    host_of,
+    kill_holder,
+    language_services,
+    nothing_left,
+)
+from support import eventually
+
+from millstream.broker.contract.errors import Cancelled, DeadlineExceeded, InputTooLong, InvalidRequest
+from millstream.client import Client, Generated
+
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
+
+KILLS = 30 if os.environ.get("MILLSTREAM_LONG") else 1
+PROMPT = "The miller grinds the corn"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sampled": {"temperature": 1.0, "top_p": 0.95, "seed": 7, "max_tokens": 500, "ignore_eos": True},
+    "greedy": {"temperature": 0, "max_tokens": 500, "ignore_eos": True},
+    "penalised": {
+        **{"temperature": 0.9, "top_k": 50, "min_p": 0.01, "seed": 8, "stop": "never said", "logit_bias": {300: 1.5}},
+        **{"repetition_penalty": 1.1, "frequency_penalty": 0.2, "max_tokens": 500, "ignore_eos": True},
+    },
+    "form": {
+        **{"temperature": 1.0, "seed": 9, "logprobs": 2, "max_tokens": 500},
+        "response_format": {"type": "regex", "pattern": "([a-z]{2,9} ){1000}"},
+    },
+}
+NEIGHBOUR: dict[str, Any] = {"temperature": 0.8, "seed": 3, "max_tokens": 100, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def services(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    with language_services(url, tmp_path_factory.mktemp("llm")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[Client]:
+    with Client(url) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def calls(client: Client, services: Services) -> Calls:
+    return Calls(client, services.chat)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(calls: Calls) -> Callable[[str], str]:
+    """Tells the text of OPTIONS[kind], generated alone."""
+    return cache(lambda kind: calls.generate(PROMPT, **OPTIONS[kind]).text)
+
+
+@pytest.fixture(scope="module")
+def expected(undisturbed: Callable[[str], str]) -> dict[str, str]:
+    """The text of each kind, generated alone."""
+    return {kind: undisturbed(kind) for kind in OPTIONS}
+
+
+def all_kinds(calls: Calls, **options: Any) -> dict[str, Reading]:
+    """Begins a text of each kind at the same time."""
+    return {kind: calls.read(PROMPT, **OPTIONS[kind], **options) for kind in OPTIONS}
+
+
+@pytest.fixture
+def shell(services: Services, tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    return Shell(tmp_path_factory.mktemp("shell"), services.chat.url)
+
+
+# -- a text survives -----------------------------------------------------------------------------------------------
+
+
+def test_a_greedy_text_is_that_of_transformers(services: Services, undisturbed: Callable[[str], str]) -> None:
+    from language_models import load_reference, reference_text
+    from transformers import AutoTokenizer
+
+    folder = services.chat.spec.model.model_name
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer(PROMPT)["input_ids"]
+    ids = reference_text(load_reference(folder), prompt, 200, eos_token_id=None)
+    text = tokenizer.decode([*prompt, *ids]).removeprefix(PROMPT)
+
+    assert undisturbed("greedy").startswith(text.rstrip("�"))
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_a_killed_worker_changes_no_text(
+    services: Services, calls: Calls, expected: dict[str, str], number: int
+) -> None:
+    services.await_both()
+    chance = random.Random()
+    readings = all_kinds(calls)
+    kind, delta = chance.choice(list(readings)), chance.randrange(1, 15)
+    readings[kind].await_deltas(delta)
+    kill_holder(services.chat)
+
+    assert {kind: reading.text() for kind, reading in readings.items()} == expected, f"killed at {delta} of {kind}"
+    eventually(nothing_left(services.chat))
+    assert not services.chat.watch.dead_letters()
+
+
+def test_realtime_texts_that_take_the_slots_change_no_text(
+    services: Services, client: Client, calls: Calls, expected: dict[str, str]
+) -> None:
+    services.await_both()
+    readings = all_kinds(calls, priority="batch")
+    for reading in readings.values():
+        reading.await_deltas(3)
+    since = time.monotonic()
+    urgent = client.generate(
+        [f"{PROMPT} {number}" for number in range(4 * SLOTS)],
+        service=services.chat.spec.name,
+        priority="realtime",
+        max_tokens=100,
+        ignore_eos=True,
+    )
+
+    assert [each.finish_reason for each in urgent] == ["length"] * (4 * SLOTS)
+    assert {kind: reading.text() for kind, reading in readings.items()} == expected
+    # At least one had to wait: all slots were taken.
+    assert max(reading.longest_pause_s(since) for reading in readings.values()) > 0.15
+    eventually(nothing_left(services.chat))
+
+
+def test_a_drain_moves_texts_to_another_worker_within_a_second(
+    services: Services, calls: Calls, expected: dict[str, str]
+) -> None:
+    services.await_both()
+    readings = all_kinds(calls)
+    for reading in readings.values():
+        reading.await_deltas(2)
+    host = host_of(services.chat, next(iter(holders(services.chat).values())))
+    since = time.monotonic()
+    host.terminate()
+
+    assert host.wait(20.0) == 0
+    services.chat.start_host(1)
+    assert {kind: reading.text() for kind, reading in readings.items()} == expected
+    assert max(reading.longest_pause_s(since) for reading in readings.values()) < 1.0
+    assert "handed over" in host.log
+    eventually(nothing_left(services.chat))
+
+
+# -- what callers see ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def neighbours_text(calls: Calls) -> str:
+    return calls.generate(PROMPT, **NEIGHBOUR).text
+
+
+@pytest.fixture
+def neighbour(services: Services, calls: Calls, neighbours_text: str) -> Iterator[None]:
+    """A stream that runs meanwhile, and ends with the text that it has alone."""
+    reading = calls.read(PROMPT, **NEIGHBOUR)
+    yield
+    assert reading.text() == neighbours_text
+    eventually(nothing_left(services.chat))
+
+
+def user(text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": text}]
+
+
+def form(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"response_format": {"type": kind, **fields}}
+
+
+REFUSALS: dict[str, tuple[Callable[[Calls], object], type[Exception], str]] = {
+    "prompt longer than the context": (
+        lambda calls: calls.generate("the mill " * CONTEXT),
+        InputTooLong,
+        rf"a prompt of \d+ tokens; prompt and text together have at most {CONTEXT} ",
+    ),
+    "prompt as long as the context": (
+        lambda calls: calls.generate([5] * CONTEXT),
+        InputTooLong,
+        f"a prompt of {CONTEXT} tokens",
+    ),
+    "empty prompt": (lambda calls: calls.generate(""), InvalidRequest, "empty prompt"),
+    "no message": (lambda calls: calls.chat([]), InvalidRequest, "messages is not a list of at least one message"),
+    "negative temperature": (lambda calls: calls.generate("a", temperature=-1), InvalidRequest, "temperature="),
+    "negative top_k": (lambda calls: calls.generate("a", top_k=-1), InvalidRequest, "top_k="),
+    "unknown role": (
+        lambda calls: calls.chat([{"role": "miller", "content": "a"}]),
+        InvalidRequest,
+        r"messages\[0\]: role 'miller'",
+    ),
+    "token id out of range": (
+        lambda calls: calls.generate([10**6]),
+        InvalidRequest,
+        r"the prompt: the model has no token 1000000 \(it has \d+\)",
+    ),
+    "stop token out of range": (
+        lambda calls: calls.generate("a", stop_token_ids=[10**6]),
+        InvalidRequest,
+        "stop_token_ids: the model has no token 1000000",
+    ),
+    "bias of a token out of range": (
+        lambda calls: calls.generate("a", logit_bias={10**6: 1.0}),
+        InvalidRequest,
+        "logit_bias: the model has no token 1000000",
+    ),
+    "grammar that cannot be compiled": (
+        lambda calls: calls.generate("a", **form("grammar", grammar="start: (((")),
+        InvalidRequest,
+        r"response_format: .*Expected token",
+    ),
+    "regex that cannot be compiled": (
+        lambda calls: calls.generate("a", **form("regex", pattern="([")),
+        InvalidRequest,
+        "response_format: .*unclosed character class",
+    ),
+    "schema that cannot be compiled": (
+        lambda calls: calls.generate("a", **form("json_schema", schema={"type": "nonsense"})),
+        InvalidRequest,
+        "response_format: .*nonsense",
+    ),
+    "grammar without an end": (
+        lambda calls: calls.generate("a", ignore_eos=True, **form("json_object")),
+        InvalidRequest,
+        "ignore_eos and response_format exclude each other",
+    ),
+}
+
+
+@pytest.mark.usefixtures("neighbour")
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_call_that_cannot_be_run_is_refused_with_its_reason(calls: Calls, case: str) -> None:
+    call, kind, message = REFUSALS[case]
+
+    with pytest.raises(kind, match=re.compile(message, re.DOTALL)) as caught:
+        call(calls)
+
+    assert type(caught.value) is kind
+
+
+@pytest.mark.usefixtures("neighbour")
+def test_without_a_chat_template_messages_are_refused_and_prompts_run(client: Client, services: Services) -> None:
+    small = Calls(client, services.small, max_tokens=5)
+
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        small.chat(user("a"))
+    assert small.generate("a").usage["completion_tokens"] == 5
+
+
+@pytest.mark.usefixtures("neighbour")
+def test_the_last_token_of_the_context_can_be_generated(calls: Calls) -> None:
+    got = calls.generate([5] * (CONTEXT - 1), ignore_eos=True)
+
+    assert (got.finish_reason, got.usage["completion_tokens"]) == ("length", 1)
+
+
+def _is_greedy(calls: Calls) -> None:
+    texts = {calls.generate("a", temperature=0, seed=seed, max_tokens=30).text for seed in (1, 2)}
+
+    assert len(texts) == 1
+
+
+def _samples_from_all(calls: Calls) -> None:
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 5, "max_tokens": 30, "ignore_eos": True}
+
+    assert calls.generate("a", top_k=10**9, **options).text == calls.generate("a", top_k=0, **options).text
+
+
+def _stops(calls: Calls) -> None:
+    whole = calls.generate("a", max_tokens=100, ignore_eos=True)
+    stop = whole.text[40:44]
+    got = calls.generate("a", max_tokens=100, ignore_eos=True, stop=["never said", stop])
+    with calls.stream("a", max_tokens=100, ignore_eos=True, stop=stop) as stream:
+        deltas = list(stream)
+
+    assert (got.text, got.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
+    assert "".join(delta.text for delta in deltas) == got.text
+    assert deltas[-1].finish_reason == "stop"
+
+
+def _has_logprobs(calls: Calls) -> None:
+    got = calls.generate("a", logprobs=3, max_tokens=20, ignore_eos=True)
+
+    assert got.logprobs is not None
+    assert len(got.logprobs) == got.usage["completion_tokens"] == 20
+    for each in got.logprobs:
+        assert [p for _, p in each.top] == sorted((p for _, p in each.top), reverse=True)
+        assert each.top[0] == (each.token, each.logprob)
+        assert len(each.top) == 3
+        assert each.logprob < 0
+
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"mill": {"type": "boolean"}, "wheels": {"type": "integer"}, "name": {"enum": ["Emma", "Ben"]}},
+    "required": ["mill", "wheels", "name"],
+    "additionalProperties": False,
+}
+
+
+def _is_json(calls: Calls) -> None:
+    for seed in range(3):
+        got = calls.generate("a", **form("json_schema", schema=SCHEMA), temperature=1.0, seed=seed, max_tokens=1_000)
+        value = json.loads(got.text)
+
+        assert got.finish_reason == "stop"
+        assert value.keys() == {"mill", "wheels", "name"}
+        assert (type(value["mill"]), type(value["wheels"]), value["name"] in ("Emma", "Ben")) == (bool, int, True)
+
+
+def _follows_a_regex(calls: Calls) -> None:
+    got = calls.generate("a", **form("regex", pattern="[a-f]{5,9}-[0-9]{3}"), temperature=1.0, seed=1)
+
+    assert re.fullmatch("[a-f]{5,9}-[0-9]{3}", got.text)
+    assert got.finish_reason == "stop"
+
+
+def _chats(calls: Calls) -> None:
+    roles = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
+
+    assert calls.chat(roles, max_tokens=5, ignore_eos=True).usage["completion_tokens"] == 5
+
+
+def _leaves(calls: Calls) -> None:
+    with calls.stream(PROMPT, ignore_eos=True) as stream:
+        next(stream)
+    with pytest.raises(Cancelled):
+        list(stream)
+    assert stream.generated is None
+
+
+def _is_cut_by_its_deadline(calls: Calls) -> None:
+    began = time.monotonic()
+    got = calls.generate(PROMPT, ignore_eos=True, timeout=0.6)
+    took_s = time.monotonic() - began
+    with calls.stream(PROMPT, ignore_eos=True, timeout=0.6) as stream:
+        deltas = list(stream)
+    whole = calls.generate(PROMPT, ignore_eos=True, max_tokens=max(got.usage["completion_tokens"], 10) + 10)
+
+    assert got.finish_reason == deltas[-1].finish_reason == "deadline"
+    assert 0.55 < took_s < 0.9
+    assert whole.text.startswith(got.text.rstrip("�"))
+    assert got.text
+    assert "".join(delta.text for delta in deltas) == (stream.generated or got).text != ""
+
+
+@pytest.mark.usefixtures("neighbour")
+@pytest.mark.parametrize(
+    "case",
+    [
+        _is_greedy,
+        _samples_from_all,
+        _stops,
+        _has_logprobs,
+        _is_json,
+        _follows_a_regex,
+        _chats,
+        _leaves,
+        _is_cut_by_its_deadline,
+    ],
+    ids=lambda case: case.__name__.strip("_"),
+)
+def test_a_text(calls: Calls, case: Callable[[Calls], None]) -> None:
+    case(calls)
+
+
+@pytest.mark.usefixtures("neighbour")
+def test_a_slow_reader_gets_the_rest_after_the_job_is_over(calls: Calls, services: Services) -> None:
+    options = NEIGHBOUR | {"max_tokens": 300}
+    whole = calls.generate(PROMPT, **options).text
+    with calls.stream(PROMPT, **options) as stream:
+        first = next(stream)
+        eventually(lambda: not services.chat.watch.depth(), within_s=30.0)
+        rest = list(stream)
+
+    assert "".join(delta.text for delta in [first, *rest]) == whole
+    assert rest[-1].finish_reason == "length"
+
+
+# -- limits --------------------------------------------------------------------------------------------------------
+
+
+def test_texts_that_the_cache_cannot_hold_together_are_the_same(
+    client: Client, calls: Calls, services: Services
+) -> None:
+    options: dict[str, Any] = {"max_tokens": 200, "ignore_eos": True}
+    prompts = [f"{number}: {PROMPT} {'of the valley ' * number}" for number in range(8)]
+    expected = [each.text for each in client.generate(prompts, service=services.chat.spec.name, seed=1, **options)]
+    found: list[Generated] = client.generate(prompts, service=services.small.spec.name, seed=1, **options)
+
+    assert [each.text for each in found] == expected
+    assert sum(sum(each.usage.values()) for each in found) > 4 * SMALL_CACHE
+    with pytest.raises(InvalidRequest, match=f"the cache holds {SMALL_CACHE} of prompt and text"):
+        Calls(client, services.small).generate([5] * SMALL_CACHE)
+    assert Calls(client, services.small).generate([5] * (SMALL_CACHE - 1), ignore_eos=True).finish_reason == "length"
+    eventually(nothing_left(services.small))
+
+
+def test_the_users_limits_cut_a_text_after_two_seconds_and_give_what_there_is(
+    client: Client, services: Services, shell: Shell
+) -> None:
+    checked = shell.run("config", "check", str(services.users_file))
+    assert checked.code == 0
+    assert "warning: batch_timeout has no effect on type llm: texts join at every step" in checked.err
+    runtime = services.users.spec.runtime
+    users = Calls(client, services.users, ignore_eos=True)
+    assert (runtime.batch_size, runtime.batch_timeout, runtime.inference_timeout) == (4, 0.05, 2.0)
+    # It reads the service and connects: what that takes is not the calls'.
+    assert users.generate("a", max_tokens=1).finish_reason == "length"
+    time.sleep(0.2)
+
+    began = time.monotonic()
+    readings = [users.read(f"{PROMPT} {number}") for number in range(runtime.batch_size)]
+    for reading in readings:
+        reading.await_deltas(1)
+    with pytest.raises(DeadlineExceeded) as caught:
+        users.generate("a", max_tokens=1)
+    texts = [reading.text() for reading in readings]
+    took_s = time.monotonic() - began
+
+    assert caught.value.phase == "queue"
+    assert [reading.reason for reading in readings] == ["deadline"] * runtime.batch_size
+    assert all(texts)
+    assert 1.9 < took_s < 3.0
+    eventually(nothing_left(services.users))
+
+
+# -- commands ------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_show_what_the_client_gets(shell: Shell, calls: Calls, services: Services) -> None:
+    name = services.chat.spec.name
+    (shell.home / "schema.json").write_text(json.dumps(SCHEMA))
+    words = ["--service", name, "--max-tokens", "40", "--temperature", "1", "--seed", "5"]
+    options: dict[str, Any] = {"max_tokens": 40, "temperature": 1.0, "seed": 5}
+    run: Callable[..., Any] = shell.run
+    jobs = {
+        "text": partial(run, "generate", PROMPT, *words, "--json"),
+        "chat": partial(run, "chat", "--system", "Be brief.", *words, "-v", stdin=b"hello\n"),
+        "schema": partial(run, "generate", "a", "--service", name, "--json-schema", "schema.json"),
+        "long": partial(run, "generate", "the mill " * CONTEXT, "--service", name),
+        "templateless": partial(run, "chat", "--service", services.small.spec.name, stdin=b"hello\n"),
+    }
+    ended: dict[str, Any] = {}
+    threads = [threading.Thread(target=lambda each=each: ended.update({each: jobs[each]()})) for each in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    shown = json.loads(ended["text"].out)
+    assert (shown["text"], shown["seed"]) == (calls.generate(PROMPT, **options).text, 5)
+    messages = [{"role": "system", "content": "Be brief."}, *user("hello")]
+    chatted = calls.chat(messages, **options)
+    assert ended["chat"].code == 0
+    assert f"{chatted.usage['completion_tokens']} completion tokens" in ended["chat"].err
+    assert json.loads(ended["schema"].out).keys() == {"mill", "wheels", "name"}
+    assert f"prompt and text together have at most {CONTEXT}" in ended["long"].line(2)
+    assert "no chat template" in ended["templateless"].line(2)
+
+
+def test_workers_log_no_warning_of_a_library(services: Services) -> None:
+    logs = "".join(host.log for site in (services.chat, services.small, services.users) for host in site.hosts)
+
+    assert "ready: " in logs
+    assert "[transformers]" not in logs
+    assert "Traceback" not in logs
