@@ -124,7 +124,7 @@ class Reading(threading.Thread):
     @property
     def reason(self) -> str | None:
         """The finish reason, if the text is complete."""
-        return self._stream.generated and self._stream.generated.finish_reason
+        return self._stream.generated.finish_reason if self._stream.generated else None
 
     def longest_pause_s(self, since: float) -> float:
         """Longest time between two deltas after `since`, monotonic seconds."""
