@@ -280,6 +280,20 @@ def test_conclude_gives_what_there_is_and_frees_the_blocks(model: Any) -> None:
     assert not run.engine.busy
 
 
+def test_a_text_that_is_concluded_late_keeps_the_reason_of_its_end(model: Any) -> None:
+    rng = random.Random(3)
+    job = Job.random(rng, most=5)
+    run = Run(model)
+    run.engine.admit(rows_of(model, [job], {"ignore_eos": True}))
+    records = [record for _ in range(8) if run.engine.busy for _, record in run.engine.step().records]
+    (again,) = rows_of(model, [job], {"ignore_eos": True}, records=records)
+    run.engine.admit([again])
+
+    (outcome,) = run.engine.conclude([again], "deadline")
+
+    assert cast(dict[str, Any], outcome)["finish_reason"] == "length"
+
+
 def test_all_slots_and_blocks_are_returned_over_many_lives(model: Any) -> None:
     rng = random.Random(11)
     run = Run(model, slots=16, cache_tokens=3_000)

@@ -83,7 +83,7 @@ class SlotsEngine:
         self._holding.drop(rows)
 
     def conclude(self, rows: Rows, reason: str) -> Sequence[Outcome]:
-        outcomes = [_concluded(row, reason) for row in rows]
+        outcomes = [_concluded(row, _text(row).reason or reason) for row in rows]
         self._holding.drop(rows)
         return outcomes
 
@@ -242,9 +242,13 @@ def _span(piece: Piece) -> Span:
     return Span(held.sequence.tokens[piece.first : piece.end], piece.first, held.blocks, piece.gives_token)
 
 
+def _text(row: Row[Prepared]) -> Any:
+    return row.payload.features
+
+
 def _concluded(row: Row[Prepared], reason: str) -> Outcome:
     try:
-        return cast(Outcome, cast(Any, row.payload.features).conclude(reason))
+        return cast(Outcome, _text(row).conclude(reason))
     except Exception as error:  # noqa: BLE001 - a fault of one text
         return _failure(error)
 
