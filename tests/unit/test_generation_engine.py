@@ -294,6 +294,42 @@ def test_a_text_that_is_concluded_late_keeps_the_reason_of_its_end(model: Any) -
     assert cast(dict[str, Any], outcome)["finish_reason"] == "length"
 
 
+@pytest.mark.parametrize("at", range(4))
+def test_no_block_gets_the_name_of_another_if_memory_runs_out_while_they_move(
+    model: Any, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    from millstream.worker.generation import kv_cache
+
+    rng = random.Random(15)
+    jobs = [Job.random(rng, tokens=150, most=12) for _ in range(4)]
+    options = {"temperature": 0.0, "ignore_eos": True}
+    good = Run(model, slots=4).until_done(rows_of(model, jobs, options), rng)
+    run = Run(model, slots=4)
+    run.until_done(rows_of(model, [Job.random(rng, tokens=200, most=1)], options), rng)
+    run.engine.admit(rows_of(model, jobs, options))
+    for _ in range(8):
+        run.engine.step()
+    forward = run.engine._forward
+    plain = kv_cache._resized
+    resizes = [0]
+
+    def no_memory(*_: Any) -> Any:
+        raise MemoryError("no memory")
+
+    def resized_until(*arguments: Any) -> Any:
+        resizes[0] += 1
+        return no_memory() if resizes[0] > at else plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(forward, "run", no_memory)
+        patch.setattr(kv_cache, "_resized", resized_until)
+        assert len(run.engine.step().displaced) == 2
+    run.engine.abort([held.row for held in run.engine._holding.all])
+
+    assert run.engine.blocks_in_use == 0
+    assert run.until_done(rows_of(model, jobs, options), rng) == good
+
+
 def test_all_slots_and_blocks_are_returned_over_many_lives(model: Any) -> None:
     rng = random.Random(11)
     run = Run(model, slots=16, cache_tokens=3_000)
