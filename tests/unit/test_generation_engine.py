@@ -261,6 +261,27 @@ def test_a_prompt_that_a_smaller_cache_cannot_hold_fails(model: Any) -> None:
     assert "100 tokens, and the cache now holds 64" in str(outcome)
 
 
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 128])
+def test_a_text_that_the_room_is_enough_for_starts_in_the_next_step(model: Any, tokens: int) -> None:
+    rng = random.Random(16)
+    first, second = rows_of(model, [Job.random(rng, tokens=100, most=20), Job.random(rng, tokens=tokens)], {})
+    starts = []
+    for blocks in range(3, 9):
+        run = Run(model, cache_tokens=64 * blocks)
+        run.engine.admit([first])
+        run.engine.step()
+        room = run.engine.room()
+        assert room
+        if room.rows > 0 and room.tokens >= tokens:
+            run.engine.admit([second])
+            run.engine.step()
+            starts.append(not run.engine._holding.waiting)
+        run.engine.abort([first, second])
+
+    assert starts
+    assert all(starts)
+
+
 def test_conclude_gives_what_there_is_and_frees_the_blocks(model: Any) -> None:
     rng = random.Random(10)
     rows = rows_of(model, [Job.random(rng, tokens=70, most=50) for _ in range(2)], {"ignore_eos": True})

@@ -52,8 +52,8 @@ class Holding:
 
     @property
     def spare(self) -> int:
-        """Blocks that new texts may fill: each text that runs keeps one to grow."""
-        return self.pool.available - len(self.running)
+        """Blocks that a new text may fill: beside others each text keeps one to grow, the new one included."""
+        return self.pool.available - (len(self.running) + 1 if self.running else 0)
 
     def limit(self, blocks: int) -> None:
         """Limits the cache to `blocks` blocks, if that is not its limit already."""
@@ -84,7 +84,7 @@ class Holding:
         held.keys = held.keys or keys_of(held.sequence.tokens[: held.length - 1])
         self._reuse(held)
         missing = needed - len(held.blocks)
-        blocks = self.pool.take(missing) if not self.running or missing < self.spare else None
+        blocks = self.pool.take(missing) if not self.running or missing <= self.spare else None
         if blocks is None:
             self.pool.release(held.blocks)
             held.blocks = []
