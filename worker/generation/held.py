@@ -163,7 +163,8 @@ class Holding:
         self._cache.grow(self.pool.size, self.pool.most)
 
     def remove(self, held: Held) -> None:
-        """Removes a text, if it is there, and frees its blocks."""
+        """Removes a text, if it is there, and frees its blocks. To come back, it needs room for all of its tokens."""
+        held.row.tokens = held.length
         self.running = [each for each in self.running if each is not held]
         self.waiting = [each for each in self.waiting if each is not held]
         if held.blocks:
