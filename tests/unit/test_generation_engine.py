@@ -219,6 +219,24 @@ def test_a_text_that_runs_out_of_memory_alone_fails(model: Any, monkeypatch: pyt
     assert run.engine.blocks_in_use == 0
 
 
+def test_prompts_are_computed_in_parts_again_after_a_text_ran_out_of_memory_alone(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(8)
+    first, second = rows_of(model, [Job.random(rng, tokens=60, most=1), Job.random(rng, tokens=60, most=1)], {})
+    run = Run(model)
+
+    def fails(spans: Any) -> Any:
+        raise MemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.engine._forward, "run", fails)
+        run.until_done([first], rng)
+    run.until_done([second], rng)
+
+    assert run.engine.forwards <= 2
+
+
 def test_texts_with_the_same_beginning_compute_it_once(model: Any) -> None:
     rng = random.Random(9)
     systems = [Job.random(rng, tokens=400).prompt for _ in range(3)]

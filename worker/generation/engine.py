@@ -215,6 +215,8 @@ class SlotsEngine:
         self._size.most = max(min(LEAST_PART, self._size.most) if displaced else 1, self._size.most // 2)
         if not displaced and self._size.most == 1 and self._holding.running:
             end.fail(self._holding.running[0], ModelFailed("the model ran out of memory on this text alone"))
+            # No part is small enough, so their size is not the cause: other prompts need not be computed so slowly.
+            self._size.most = LEAST_PART
         log.warning("out of memory: the cache holds at most %d tokens from now on", self._holding.pool.most * BLOCK)
         return displaced
 
