@@ -300,6 +300,18 @@ def test_a_text_that_the_room_is_enough_for_starts_in_the_next_step(model: Any, 
     assert all(starts)
 
 
+def test_an_urgent_prompt_is_computed_before_the_rest_of_a_less_urgent_one(model: Any) -> None:
+    rng = random.Random(17)
+    long, urgent = rows_of(model, [Job.random(rng, tokens=400, most=1), Job.random(rng, tokens=20, most=1)], {})
+    urgent.urgency = (0, 1)
+    run = Run(model, part_tokens=32)
+    run.engine.admit([long])
+    run.engine.step()
+    run.engine.admit([urgent])
+
+    assert run.engine.step().rows == [urgent]
+
+
 def test_conclude_gives_what_there_is_and_frees_the_blocks(model: Any) -> None:
     rng = random.Random(10)
     rows = rows_of(model, [Job.random(rng, tokens=70, most=50) for _ in range(2)], {"ignore_eos": True})

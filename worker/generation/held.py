@@ -95,13 +95,13 @@ class Holding:
         return True
 
     def ready(self) -> list[Held]:
-        """Returns the texts to compute now.
+        """Returns the texts to compute now, the most urgent first.
 
         A text waits while another computes a prefix that both share: then it can use its blocks.
         """
         ready: list[Held] = []
         pending: set[bytes] = set()
-        for held in self.running:
+        for held in sorted(self.running, key=_urgency):
             if held.computed == held.sealed * BLOCK and held.sealed < len(held.keys):
                 self._reuse(held)
                 _note_cached(held)
