@@ -547,7 +547,7 @@ def test_no_less_urgent_row_takes_the_tokens_that_a_more_urgent_one_waits_for() 
     room = bench.engine.room
 
     def in_tokens() -> Budget | None:
-        held = sum(row.tokens for row in bench.engine._rows)  # type: ignore[attr-defined]
+        held = sum(row.tokens for row in bench.engine._rows)
         full = room()
         return full and Budget(full.rows, 60 - held, packs=True)
 
