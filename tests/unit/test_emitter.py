@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import redis
 from contracts.emit import deltas, partial, streaming
@@ -79,6 +81,31 @@ def test_a_successor_goes_on_behind_what_was_emitted(bench: Bench) -> None:
     assert text_of(decode_records(partial(bench.queue, again))) == "äbc"
     assert deltas(bench.queue)[-1] == (2, "c")
     assert job.name == names([again])[0]
+
+
+def test_a_late_answer_does_not_count_for_the_next_run_of_the_job(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim, job = bench.hold()
+    bench.emitter.put(job, Record("a"))
+    emit = bench.streams.emit
+
+    def slow(consumer: str, emissions: Sequence[Emission]) -> list[int]:
+        lengths = emit(consumer, emissions)
+        # The job was given back before the answer came, and this worker claims it again.
+        bench.emitter.forget([job.name])
+        bench.queue.lease.release("w1", only=[job.name])
+        (again,) = bench.queue.claim("w1").claims
+        bench.emitter.put(active(again, partial(bench.queue, again)), Record("bc"))
+        return lengths
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.streams, "emit", slow)
+        bench.emitter.emit()
+    bench.emitter.emit()
+
+    assert text_of(decode_records(partial(bench.queue, claim))) == "abc"
+    assert deltas(bench.queue) == [(0, "a"), (1, "bc")]
 
 
 def test_what_the_server_lost_is_sent_again(bench: Bench) -> None:

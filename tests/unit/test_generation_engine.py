@@ -219,6 +219,24 @@ def test_a_text_that_runs_out_of_memory_alone_fails(model: Any, monkeypatch: pyt
     assert run.engine.blocks_in_use == 0
 
 
+def test_prompts_are_computed_in_parts_again_after_a_text_ran_out_of_memory_alone(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(8)
+    first, second = rows_of(model, [Job.random(rng, tokens=60, most=1), Job.random(rng, tokens=60, most=1)], {})
+    run = Run(model)
+
+    def fails(spans: Any) -> Any:
+        raise MemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.engine._forward, "run", fails)
+        run.until_done([first], rng)
+    run.until_done([second], rng)
+
+    assert run.engine.forwards <= 2
+
+
 def test_texts_with_the_same_beginning_compute_it_once(model: Any) -> None:
     rng = random.Random(9)
     systems = [Job.random(rng, tokens=400).prompt for _ in range(3)]
@@ -261,6 +279,39 @@ def test_a_prompt_that_a_smaller_cache_cannot_hold_fails(model: Any) -> None:
     assert "100 tokens, and the cache now holds 64" in str(outcome)
 
 
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 128])
+def test_a_text_that_the_room_is_enough_for_starts_in_the_next_step(model: Any, tokens: int) -> None:
+    rng = random.Random(16)
+    first, second = rows_of(model, [Job.random(rng, tokens=100, most=20), Job.random(rng, tokens=tokens)], {})
+    starts = []
+    for blocks in range(3, 9):
+        run = Run(model, cache_tokens=64 * blocks)
+        run.engine.admit([first])
+        run.engine.step()
+        room = run.engine.room()
+        assert room
+        if room.rows > 0 and room.tokens >= tokens:
+            run.engine.admit([second])
+            run.engine.step()
+            starts.append(not run.engine._holding.waiting)
+        run.engine.abort([first, second])
+
+    assert starts
+    assert all(starts)
+
+
+def test_an_urgent_prompt_is_computed_before_the_rest_of_a_less_urgent_one(model: Any) -> None:
+    rng = random.Random(17)
+    long, urgent = rows_of(model, [Job.random(rng, tokens=400, most=1), Job.random(rng, tokens=20, most=1)], {})
+    urgent.urgency = (0, 1)
+    run = Run(model, part_tokens=32)
+    run.engine.admit([long])
+    run.engine.step()
+    run.engine.admit([urgent])
+
+    assert run.engine.step().rows == [urgent]
+
+
 def test_conclude_gives_what_there_is_and_frees_the_blocks(model: Any) -> None:
     rng = random.Random(10)
     rows = rows_of(model, [Job.random(rng, tokens=70, most=50) for _ in range(2)], {"ignore_eos": True})
@@ -278,6 +329,56 @@ def test_conclude_gives_what_there_is_and_frees_the_blocks(model: Any) -> None:
     run.engine.abort([rows[1]])
     assert run.engine.blocks_in_use == 0
     assert not run.engine.busy
+
+
+def test_a_text_that_is_concluded_late_keeps_the_reason_of_its_end(model: Any) -> None:
+    rng = random.Random(3)
+    job = Job.random(rng, most=5)
+    run = Run(model)
+    run.engine.admit(rows_of(model, [job], {"ignore_eos": True}))
+    records = [record for _ in range(8) if run.engine.busy for _, record in run.engine.step().records]
+    (again,) = rows_of(model, [job], {"ignore_eos": True}, records=records)
+    run.engine.admit([again])
+
+    (outcome,) = run.engine.conclude([again], "deadline")
+
+    assert cast(dict[str, Any], outcome)["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_no_block_gets_the_name_of_another_if_memory_runs_out_while_they_move(
+    model: Any, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    from millstream.worker.generation import kv_cache
+
+    rng = random.Random(15)
+    jobs = [Job.random(rng, tokens=150, most=12) for _ in range(4)]
+    options = {"temperature": 0.0, "ignore_eos": True}
+    good = Run(model, slots=4).until_done(rows_of(model, jobs, options), rng)
+    run = Run(model, slots=4)
+    run.until_done(rows_of(model, [Job.random(rng, tokens=200, most=1)], options), rng)
+    run.engine.admit(rows_of(model, jobs, options))
+    for _ in range(8):
+        run.engine.step()
+    forward = run.engine._forward
+    plain = kv_cache._resized
+    resizes = [0]
+
+    def no_memory(*_: Any) -> Any:
+        raise MemoryError("no memory")
+
+    def resized_until(*arguments: Any) -> Any:
+        resizes[0] += 1
+        return no_memory() if resizes[0] > at else plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(forward, "run", no_memory)
+        patch.setattr(kv_cache, "_resized", resized_until)
+        assert len(run.engine.step().displaced) == 2
+    run.engine.abort([held.row for held in run.engine._holding.all])
+
+    assert run.engine.blocks_in_use == 0
+    assert run.until_done(rows_of(model, jobs, options), rng) == good
 
 
 def test_all_slots_and_blocks_are_returned_over_many_lives(model: Any) -> None:

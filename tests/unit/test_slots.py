@@ -542,6 +542,28 @@ def test_a_row_that_the_engine_has_no_tokens_for_waits_and_displaces_one_less_ur
     assert len(bench.window.take(Budget(6, 60), wait=False)) == 1
 
 
+def test_no_less_urgent_row_takes_the_tokens_that_a_more_urgent_one_waits_for() -> None:
+    bench = Bench(slots=4)
+    room = bench.engine.room
+
+    def in_tokens() -> Budget | None:
+        held = sum(row.tokens for row in bench.engine._rows)
+        full = room()
+        return full and Budget(full.rows, 60 - held, packs=True)
+
+    bench.engine.room = in_tokens  # type: ignore[method-assign]
+    texts = [bench.job(bench.words(letter, 30), BATCH) for letter in "pq"]
+    urgent = bench.job(bench.words("u", 50), REALTIME)
+    bench.before[2] = lambda: bench.window.hold([urgent])
+
+    bench.run(*texts)
+
+    assert [len(bench.value(text)["began"]) for text in texts] == [2, 2]  # type: ignore[arg-type]
+    first = next(at for at, rows in enumerate(bench.running) if "u0" in rows)
+    assert first <= 5
+    assert all(bench.whole(job) for job in (*texts, urgent))
+
+
 def test_a_worker_without_free_slots_waits_until_a_row_leaves_one() -> None:
     bench = Bench(slots=1)
     bench.window.hold([bench.job("a b")])

@@ -83,7 +83,7 @@ class SlotsEngine:
         self._holding.drop(rows)
 
     def conclude(self, rows: Rows, reason: str) -> Sequence[Outcome]:
-        outcomes = [_concluded(row, reason) for row in rows]
+        outcomes = [_concluded(row, _text(row).reason or reason) for row in rows]
         self._holding.drop(rows)
         return outcomes
 
@@ -215,6 +215,8 @@ class SlotsEngine:
         self._size.most = max(min(LEAST_PART, self._size.most) if displaced else 1, self._size.most // 2)
         if not displaced and self._size.most == 1 and self._holding.running:
             end.fail(self._holding.running[0], ModelFailed("the model ran out of memory on this text alone"))
+            # No part is small enough, so their size is not the cause: other prompts need not be computed so slowly.
+            self._size.most = LEAST_PART
         log.warning("out of memory: the cache holds at most %d tokens from now on", self._holding.pool.most * BLOCK)
         return displaced
 
@@ -242,9 +244,13 @@ def _span(piece: Piece) -> Span:
     return Span(held.sequence.tokens[piece.first : piece.end], piece.first, held.blocks, piece.gives_token)
 
 
+def _text(row: Row[Prepared]) -> Any:
+    return row.payload.features
+
+
 def _concluded(row: Row[Prepared], reason: str) -> Outcome:
     try:
-        return cast(Outcome, cast(Any, row.payload.features).conclude(reason))
+        return cast(Outcome, _text(row).conclude(reason))
     except Exception as error:  # noqa: BLE001 - a fault of one text
         return _failure(error)
 

@@ -52,8 +52,8 @@ class Holding:
 
     @property
     def spare(self) -> int:
-        """Blocks that new texts may fill: each text that runs keeps one to grow."""
-        return self.pool.available - len(self.running)
+        """Blocks that a new text may fill: beside others each text keeps one to grow, the new one included."""
+        return self.pool.available - (len(self.running) + 1 if self.running else 0)
 
     def limit(self, blocks: int) -> None:
         """Limits the cache to `blocks` blocks, if that is not its limit already."""
@@ -84,7 +84,7 @@ class Holding:
         held.keys = held.keys or keys_of(held.sequence.tokens[: held.length - 1])
         self._reuse(held)
         missing = needed - len(held.blocks)
-        blocks = self.pool.take(missing) if not self.running or missing < self.spare else None
+        blocks = self.pool.take(missing) if not self.running or missing <= self.spare else None
         if blocks is None:
             self.pool.release(held.blocks)
             held.blocks = []
@@ -95,13 +95,13 @@ class Holding:
         return True
 
     def ready(self) -> list[Held]:
-        """Returns the texts to compute now.
+        """Returns the texts to compute now, the most urgent first.
 
         A text waits while another computes a prefix that both share: then it can use its blocks.
         """
         ready: list[Held] = []
         pending: set[bytes] = set()
-        for held in self.running:
+        for held in sorted(self.running, key=_urgency):
             if held.computed == held.sealed * BLOCK and held.sealed < len(held.keys):
                 self._reuse(held)
                 _note_cached(held)
@@ -163,7 +163,8 @@ class Holding:
         self._cache.grow(self.pool.size, self.pool.most)
 
     def remove(self, held: Held) -> None:
-        """Removes a text, if it is there, and frees its blocks."""
+        """Removes a text, if it is there, and frees its blocks. To come back, it needs room for all of its tokens."""
+        held.row.tokens = held.length
         self.running = [each for each in self.running if each is not held]
         self.waiting = [each for each in self.waiting if each is not held]
         if held.blocks:

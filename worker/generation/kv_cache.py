@@ -14,6 +14,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from millstream.worker.generation.blocks import BLOCK
+from millstream.worker.scheduling.memory import is_exhaustion
 
 FIRST_BLOCKS = 16
 """Blocks of a new cache. It doubles when it is full."""
@@ -55,10 +56,27 @@ class BlockLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         values.index_copy_(0, slots, value_states[0].transpose(0, 1))
         return self._pair[0], self._pair[1]
 
-    def resize(self, blocks: int, chosen: torch.Tensor | None) -> None:
-        """Copies the storage to one of `blocks` blocks: all of it, or the blocks `chosen` in their order."""
+    def resize(self, blocks: int) -> None:
+        """Copies the storage to a larger one of `blocks` blocks."""
         if self._pair:
-            self._use(_resized(each, blocks, chosen) for each in self._pair)
+            self._use(_resized(each, blocks, each) for each in self._pair)
+
+    def compact(self, chosen: Sequence[int]) -> None:
+        """Keeps the blocks `chosen`, in ascending order. If there is no memory for a copy, none is freed."""
+        if not self._pair:
+            return
+        blocks = torch.tensor(chosen, device=self._pair[0].device)
+        try:
+            self._use(_resized(each, len(chosen), each[blocks]) for each in self._pair)
+        except BaseException as error:
+            if not is_exhaustion(error):
+                raise
+        else:
+            return
+        for storage in self._pair:
+            for at, block in enumerate(chosen):
+                storage[at] = storage[block]
+        self._use(each[: len(chosen)] for each in self._pair)
 
     def zero(self, blocks: torch.Tensor) -> None:
         for each in self._pair:
@@ -77,9 +95,9 @@ class BlockLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return -1
 
 
-def _resized(storage: torch.Tensor, blocks: int, chosen: torch.Tensor | None) -> torch.Tensor:
+def _resized(storage: torch.Tensor, blocks: int, source: torch.Tensor) -> torch.Tensor:
+    """Returns a storage like `storage` of `blocks` blocks, which begins with the blocks of `source`."""
     resized = torch.zeros(blocks, *storage.shape[1:], dtype=storage.dtype, device=storage.device)
-    source = storage if chosen is None else storage[chosen.to(storage.device)]
     resized[: source.shape[0]] = source
     return resized
 
@@ -106,15 +124,18 @@ class BlockCache(Cache):
         blocks = max(size + 1, min(2 * self.blocks, most + 1))
         # One layer after the other: only one of them needs its memory twice.
         for layer in self.block_layers:
-            layer.resize(blocks, None)
+            layer.resize(blocks)
         self.blocks = blocks
 
     @torch.inference_mode()
     def compact(self, moved: dict[int, int]) -> None:
-        """Keeps the null block and the blocks `moved`, old -> new number, and frees the memory of the others."""
-        chosen = torch.tensor([0, *moved])
+        """Keeps the null block and the blocks `moved`, old -> new number, and frees the memory of the others.
+
+        Needs no memory: if it were to fail, blocks would have the names of others.
+        """
+        chosen = [0, *moved]
         for layer in self.block_layers:
-            layer.resize(len(chosen), chosen)
+            layer.compact(chosen)
         self.blocks = len(chosen)
 
     @torch.inference_mode()

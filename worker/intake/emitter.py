@@ -73,6 +73,9 @@ class _Output:
         self.confirmed = length
 
 
+_Emitted = tuple[_Output, Emission]
+
+
 class Emitter(threading.Thread):
     """Emits what was `put`, until `stop`. `end_jobs` is called with the names of jobs that this worker lost."""
 
@@ -138,7 +141,7 @@ class Emitter(threading.Thread):
         if not emissions:
             return EVERY_S
         try:
-            lengths = self._streams.emit(self._consumer, list(emissions.values()))
+            lengths = self._streams.emit(self._consumer, [emission for _, emission in emissions.values()])
         except Exception as error:
             if not is_transient(error):
                 raise
@@ -150,24 +153,25 @@ class Emitter(threading.Thread):
         with self._lock:
             return EVERY_S if emissions.keys() >= self._pending.keys() else 0.0
 
-    def _next(self) -> dict[str, Emission]:
-        emissions: dict[str, Emission] = {}
+    def _next(self) -> dict[str, _Emitted]:
+        emissions: dict[str, _Emitted] = {}
         size = 0
         with self._lock:
             for name in self._pending:
                 if len(emissions) == MAX_JOBS_PER_CALL or size >= MAX_BYTES_PER_CALL:
                     break
-                emissions[name] = self._outputs[name].emission()
-                size += len(emissions[name].records)
+                output = self._outputs[name]
+                emissions[name] = output, output.emission()
+                size += len(emissions[name][1].records)
         return emissions
 
-    def _confirm(self, emissions: dict[str, Emission], lengths: Sequence[int]) -> list[str]:
+    def _confirm(self, emissions: dict[str, _Emitted], lengths: Sequence[int]) -> list[str]:
         """Notes what the server has. Returns the names of jobs that this worker lost."""
         lost = []
         with self._lock:
-            for (name, emission), length in zip(emissions.items(), lengths, strict=True):
-                output = self._outputs.get(name)
-                if output is None:
+            for (name, (output, emission)), length in zip(emissions.items(), lengths, strict=True):
+                # The job may have been given back meanwhile, and claimed again: its next run has an output of its own.
+                if self._outputs.get(name) is not output:
                     continue
                 if length in (LOST, DIVERGED):
                     lost.append(name)

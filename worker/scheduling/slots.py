@@ -23,6 +23,7 @@ PREFETCH = 8
 ANY_TOKENS = 10**9
 """Tokens. No limit for claims of jobs that displace others: the displaced rows make room."""
 
+_ONE = Budget(1, ANY_TOKENS, packs=True)
 _ALL = Budget(ANY_TOKENS, ANY_TOKENS, packs=True)
 
 REALTIME = 0
@@ -68,12 +69,22 @@ class Slots:
     # -- rows that wait here -----------------------------------------------------------------------------------
 
     def take(self, *, suspects_only: bool) -> Rows:
-        """Removes the rows from the pool that get free slots now, and returns them: by rank, the oldest first."""
+        """Removes the rows from the pool that get free slots now, and returns them: by rank, the oldest first.
+
+        If a row has a slot but too few tokens, no row that is equally or less urgent gets them: the rows that were
+        displaced for it would take their tokens back.
+        """
         rows: Rows = []
+        refused = len(PRIORITIES)
         for rank in sorted(self._pool.ranks()):
             if suspects_only and rank != SUSPECT:
                 break
+            first = self._pool.oldest(rank, _ONE)[0]
+            if priority_of(first) >= refused:
+                continue
             batch = self._take_rank(rank)
+            if not batch and self._free_for(rank):
+                refused = priority_of(first)
             rows += batch
             if rank == SUSPECT and batch:
                 # Suspects run beside no row that has no output yet.
