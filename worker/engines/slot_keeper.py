@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from millstream.broker.contract.errors import MillstreamError, ModelFailed, described
+from millstream.broker.contract.generation import DEADLINE
 from millstream.broker.contract.job import PRIORITIES, Priority
 from millstream.worker.context import Context
 from millstream.worker.engines.base import Engine
@@ -24,9 +25,6 @@ from millstream.worker.shutdown import Ended
 AWAY_S = 2.0
 """Seconds that a displaced row waits before it is given back to the queue. An earlier move would often cost more than
 the wait: another worker has to read the whole text again."""
-
-DEADLINE = "deadline"
-"""Finish reason of a text whose time was over."""
 
 
 class HandsOver(Protocol):

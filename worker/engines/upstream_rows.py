@@ -10,7 +10,7 @@ from typing import cast
 
 import numpy as np
 
-from millstream.broker.contract.embedding import EmbedOptions
+from millstream.broker.contract.embedding import EmbedOptions, Truncate
 from millstream.broker.contract.errors import ModelFailed
 from millstream.broker.contract.job import Encoded, Json, Vectors
 from millstream.broker.contract.rerank import RerankOptions
@@ -40,6 +40,13 @@ def _items(rows: Rows) -> list[Item]:
     return [cast(Item, row.payload.features) for row in rows]
 
 
+def _tei_truncation(truncate: Truncate | None) -> Mapping[str, Json]:
+    """Returns the fields of a TEI request that say which end of a long text is cut, if any."""
+    if truncate not in ("start", "end"):
+        return {"truncate": False}
+    return {"truncate": True, "truncation_direction": "Left" if truncate == "start" else "Right"}
+
+
 class Embedding:
     """A request for the vectors of rows. `backend`: the routes of the server."""
 
@@ -54,9 +61,7 @@ class Embedding:
         texts: list[Json] = [each.text for each in items]
         match self._backend:
             case "tei":
-                body: dict[str, Json] = {"inputs": texts, "truncate": options.truncate in ("start", "end")}
-                if options.truncate in ("start", "end"):
-                    body["truncation_direction"] = "Left" if options.truncate == "start" else "Right"
+                body: dict[str, Json] = {"inputs": texts, **_tei_truncation(options.truncate)}
                 if options.normalize is False:
                     body["normalize"] = False
                 if options.input_type in ("query", "document"):
@@ -128,10 +133,7 @@ class Reranking:
         options = cast(RerankOptions, items[0].options)
         texts: list[Json] = [each.text for each in items]
         if self._backend == "tei":
-            truncates = options.truncate in ("start", "end")
-            body: dict[str, Json] = {"query": options.query, "texts": texts, "truncate": truncates}
-            if truncates:
-                body["truncation_direction"] = "Left" if options.truncate == "start" else "Right"
+            body: dict[str, Json] = {"query": options.query, "texts": texts, **_tei_truncation(options.truncate)}
             return Call("/rerank", body | {"raw_scores": options.scores == "raw"})
         return Call(
             "/rerank",
