@@ -58,10 +58,18 @@ def chosen(named: Sequence[str]) -> list[str]:
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write all of it there, too."
 )
-@click.option("--model", type=click.Choice(["tiny", "smollm2"]), help="Suite generation: this model; both.")
-@click.option("--contexts", type=click.Choice(["short", "384"]), help="Suite generation: tokens of a prompt; both.")
-@click.option("--threads", type=click.IntRange(min=1), help="Suite generation: of a forward; all cores.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Suite generation: of weights; float32.")
+@click.option(
+    "--model", type=click.Choice(["tiny", "smollm2"]), multiple=True, help="Suite generation: these models; both."
+)
+@click.option("--contexts", type=click.Choice(["short", "384"]), multiple=True, help="Suite generation: prompts; both.")
+@click.option("--threads", type=int, multiple=True, help="Suite generation: threads of a forward; 1.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), multiple=True, help="Suite generation: of weights; float32."
+)
+@click.option(
+    "--place", type=click.Choice(["alone", "busy"]), multiple=True, help="Suite generation: beside what; alone."
+)
+@click.option("--openvino", help="Suite generation: a Python that has OpenVINO GenAI, as one more reference.")
 @click.option("--write-docs", is_flag=True, help=f"Renew the parts of {PAGE.name} that these suites measured.")
 def main(
     suites: tuple[str, ...],
@@ -70,13 +78,15 @@ def main(
     seconds: float | None,
     json_file: Path | None,
     write_docs: bool,
-    **options: str | int | None,
+    **options: str | Sequence[object] | None,
 ) -> None:
     if write_docs and quick:
         raise click.UsageError("--write-docs is for what was measured at length, without --quick.")
     # Else the server and the workers would outlive this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    given = {name: str(value) for name, value in options.items() if value is not None}
+    given = {
+        name: value if isinstance(value, str) else ",".join(map(str, value)) for name, value in options.items() if value
+    }
     effort = Effort(repeats, seconds or (QUICK_S if quick else 1.0), quick, given)
     reports: dict[str, Report] = {}
     effort_line = f"{repeats} rounds of {effort.seconds:g} s{', quick' if quick else ''}"

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from measure import Effort, Grid, Report, Rounds, Sample, Table, Target
 from sentence_transformers import SentenceTransformer
-from stage import Stage
+from stage import Stage, busy
 from transformers import BertConfig, BertModel
 
 from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
@@ -68,18 +66,6 @@ def started(stage: Stage, model: str, wait: str) -> subprocess.Popen[str]:
     runtime = Runtime.model_validate({"batch_size": 16, "truncate": "end"})
     spec = ServiceSpec(name="bench", model=of, model_ref="m", runtime=runtime)
     return stage.python("threads_model.py", json.dumps({"spec": spec.to_json()}), environ=WAITS[wait])
-
-
-@contextmanager
-def busy(wanted: bool) -> Iterator[None]:
-    """Meanwhile another process computes, if that is wanted."""
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if wanted else None
-    try:
-        yield
-    finally:
-        if process:
-            process.kill()
-            process.wait()
 
 
 def once(rounds: Rounds, processes: Mapping[str, subprocess.Popen[str]], row: str, seconds: float) -> None:

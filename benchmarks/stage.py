@@ -40,6 +40,18 @@ def until(condition: Callable[[], object], *, within_s: float = START_S) -> None
         time.sleep(_POLL_S)
 
 
+@contextmanager
+def busy(wanted: bool) -> Iterator[None]:
+    """Meanwhile another process computes, if that is wanted."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if wanted else None
+    try:
+        yield
+    finally:
+        if process:
+            process.kill()
+            process.wait()
+
+
 def echo(name: str, habits: str = "", **runtime: object) -> ServiceSpec:
     model = ModelSpec(type="echo", model_name=habits)
     return ServiceSpec(name=name, model=model, model_ref="m", runtime=Runtime.model_validate(runtime))
@@ -156,11 +168,15 @@ class Stage:
         return Driver(process)
 
     def python(
-        self, file: str, *words: str, environ: Mapping[str, str] = MappingProxyType({})
+        self,
+        file: str,
+        *words: str,
+        environ: Mapping[str, str] = MappingProxyType({}),
+        interpreter: str = sys.executable,
     ) -> subprocess.Popen[str]:
         """A process of benchmarks/, such as the raw worker, with `environ` beside the usual environment."""
         process = subprocess.Popen(
-            [sys.executable, str(HERE / file), *words],
+            [interpreter, str(HERE / file), *words],
             env={**self._environment(), **environ},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -44,6 +44,17 @@ def duration(_ctx: click.Context, _param: click.Parameter, value: str | None) ->
     return parsed
 
 
+drain_timeout = click.option(
+    "--drain-timeout",
+    "drain_s",
+    metavar="TIME",
+    callback=duration,
+    default="30s",
+    show_default=True,
+    help="Longest drain; what still runs then is given back to the queue.",
+)
+
+
 def confirm(question: str, yes: bool) -> None:
     """Asks on the terminal, unless `yes`. Raises InvalidRequest if there is no terminal, Abort if the answer is no."""
     if yes:

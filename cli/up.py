@@ -50,6 +50,7 @@ EOF_DRAIN_S = 2.0
     "--url", metavar="URL", help="Use this Redis server; by default MILLSTREAM_REDIS_URL, or else redis.url of PATH."
 )
 @click.option("--replace", is_flag=True, help="Change services that are registered with other values.")
+@options.drain_timeout
 @options.allow_eviction
 @click.option("--until-eof", is_flag=True, hidden=True, help="Drain when standard input ends; see client/local.py.")
 def up(
@@ -58,6 +59,7 @@ def up(
     port: int | None,
     url: str | None,
     replace: bool,
+    drain_s: float,
     allow_eviction: bool,
     until_eof: bool,
 ) -> None:
@@ -80,7 +82,7 @@ def up(
         with _server(config, external, data_dir, port) as (found, server):
             allow = allow_eviction or eviction.allowed(config, os.environ)
             folder = str(path.resolve().parent)
-            _run(config, interrupts, Stack(found, server, replace, folder, allow, whole=until_eof))
+            _run(config, interrupts, Stack(found, server, replace, folder, allow, drain_s, whole=until_eof))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,8 @@ class Stack:
     """The server of `up` and its options. `server` is the local server, None if `url` is another one.
 
     `folder` is the folder of the configuration, which may hold the code of custom models. `allow_eviction`: the server
-    may delete keys when its memory is full. `whole`: the command ends if the workers of a service cannot start.
+    may delete keys when its memory is full. `drain_s`: longest drain of the workers. `whole`: the command ends if the
+    workers of a service cannot start.
     """
 
     url: str
@@ -96,6 +99,7 @@ class Stack:
     replace: bool
     folder: str
     allow_eviction: bool
+    drain_s: float
     whole: bool
 
 
@@ -106,7 +110,7 @@ def _run(config: Config, interrupts: Interrupts, stack: Stack) -> None:
         _introduce(connection, stack, registry.keys(specs[0].name).streams()[1])
         registry.push(specs, replace=stack.replace)
         plans = [Plan(spec, spec.runtime.worker_count, folder=stack.folder) for spec in specs]
-        supervisor = Supervisor(stack.url, prefix, plans)
+        supervisor = Supervisor(stack.url, prefix, plans, drain_s=stack.drain_s)
         with status_line(connection.safe_url) as status:
             inspector = Inspector(connection, prefix)
             supervise(supervisor, interrupts, status, inspector, stack.server, whole=stack.whole)

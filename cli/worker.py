@@ -54,6 +54,7 @@ def worker() -> None:
 @options.prefix
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; by default the model's.")
 @click.option("--count", type=click.IntRange(min=1), help="Processes of each service; by default its worker_count.")
+@options.drain_timeout
 @options.allow_eviction
 def run(
     services: tuple[str, ...],
@@ -61,6 +62,7 @@ def run(
     prefix: str | None,
     device: str | None,
     count: int | None,
+    drain_s: float,
     allow_eviction: bool,
 ) -> None:
     """Run workers for each SERVICE, by default for all services that can run here.
@@ -81,7 +83,7 @@ def run(
         preflight(specs)
         folder = str(Path.cwd())
         plans = [Plan(spec, count or spec.runtime.worker_count, device, folder) for spec in specs]
-        supervisor = Supervisor(target.url, target.prefix, plans)
+        supervisor = Supervisor(target.url, target.prefix, plans, drain_s=drain_s)
         supervise(supervisor, interrupts, Lines())
     click.echo("drained: jobs that no worker had claimed wait in the queue")
 

@@ -34,12 +34,12 @@ class Job(NamedTuple):
         return cls([rng.randrange(FIRST, VOCABULARY) for _ in range(length)], most or rng.randrange(1, 60))
 
 
-def load(folder: Path, *, dtype: str = "auto", slots: int = 12, tokens: int = 8_192) -> Any:
+def load(folder: Path, *, dtype: str = "auto", kernels: str = "auto", slots: int = 12, tokens: int = 8_192) -> Any:
     """The language model in `folder`, loaded as a worker loads it."""
     # Torch takes seconds to import; most tests need none.
     from millstream.worker.generation import model
 
-    settings: dict[str, Any] = {"dtype": dtype}
+    settings: dict[str, Any] = {"dtype": dtype, "kernels": kernels}
     spec = ServiceSpec(
         name="chat",
         model=ModelSpec(type="llm", model_name=str(folder), **settings),
@@ -74,7 +74,7 @@ class Run:
         from millstream.worker.generation.forward import Forward
         from millstream.worker.generation.sampling import choose
 
-        self.engine = SlotsEngine(Forward(model._model), choose, slots, cache_tokens, part_tokens)
+        self.engine = SlotsEngine(Forward(model._model, model._decoder), choose, slots, cache_tokens, part_tokens)
         self.displaced = 0
         self.running: list[int] = []
 

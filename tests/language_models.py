@@ -17,6 +17,8 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -43,13 +45,18 @@ _TEXT = (
 )
 
 
-def save_language_model(folder: Path, kind: str, dtype: torch.dtype = torch.float64, *, context: int = CONTEXT) -> Path:
-    """A random language model of one of KINDS, or "mistral", which has sliding windows. Byte-level BPE."""
+def save_language_model(
+    folder: Path, kind: str, dtype: torch.dtype = torch.float64, *, context: int = CONTEXT, **settings: Any
+) -> Path:
+    """A random language model of one of KINDS, "qwen2" or "mistral", which has sliding windows. Byte-level BPE.
+
+    `settings`: those of its config that differ.
+    """
     tokenizer = _tokenizer(context)
     tokenizer.save_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = _make(kind, len(tokenizer), context).to(dtype)
+        model = _make(kind, len(tokenizer), context, settings).to(dtype)
     model.generation_config = GenerationConfig(eos_token_id=END, pad_token_id=END)  # type: ignore[no-untyped-call]
     model.save_pretrained(folder)
     return folder
@@ -69,17 +76,19 @@ def reference_text(model: Any, prompt: list[int], most: int, **options: Any) -> 
     return [int(each) for each in made[0, len(prompt) :]]
 
 
-def _make(kind: str, vocabulary: int, context: int) -> Any:
+def _make(kind: str, vocabulary: int, context: int, chosen: dict[str, Any]) -> Any:
     settings: dict[str, Any] = {"vocab_size": vocabulary, "initializer_range": SPREAD}
     settings |= {"bos_token_id": END, "eos_token_id": END, "pad_token_id": END}
     if kind == "gpt2":
         return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=context, **settings))
     settings |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": context}
-    settings |= {"num_attention_heads": 4, "num_key_value_heads": 4 if kind == "llama" else 2}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 4 if kind == "llama" else 2, **chosen}
+    if kind == "qwen2":
+        return Qwen2ForCausalLM(Qwen2Config(**settings))
     if kind == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(head_dim=8, **settings))
     if kind == "mistral":
-        return MistralForCausalLM(MistralConfig(sliding_window=16, **settings))
+        return MistralForCausalLM(MistralConfig(**{"sliding_window": 16, **settings}))
     return LlamaForCausalLM(LlamaConfig(**settings))
 
 

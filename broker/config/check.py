@@ -230,8 +230,8 @@ def _urls(name: str, model: ModelSpec) -> Found:
 
 
 def _kernels(name: str, model: ModelSpec) -> Found:
-    if model.kernels != "auto" and not model.operation.one_forward:
-        those = types_with(lambda each: each.one_forward)
+    if model.kernels != "auto" and not model.operation.needs_weights:
+        those = types_with(lambda each: each.needs_weights)
         reason = f"only types {those} have kernels, this is {model.type}; leave kernels out"
         yield ("models", name, "kernels"), reason
 

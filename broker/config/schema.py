@@ -28,7 +28,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "revision": "Branch, tag or commit on the hub.",
     "dtype": "Number type of the weights; any type but float32 changes the vectors.",
     "attention": "Implementation of attention; auto: the model library's default.",
-    "kernels": "Whether packed texts and oneDNN's linear layers may replace the library's own forward; off: never.",
+    "kernels": "Whether faster code that proves equal may replace the library's own forward; off: never.",
     "backend": "Library that runs the weights, or kind of the server at `url`; onnx and openvino run an exported file "
     "from the model's folder.",
     "model_file": "The exported file, below the model's folder; by default model.onnx or openvino_model.xml.",

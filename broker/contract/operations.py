@@ -115,12 +115,12 @@ class Operation:
     """Whether config.yaml names a function to run, `handler`."""
 
     needs_weights: bool = False
-    """Whether config.yaml names weights, `model_name`."""
+    """Whether config.yaml names weights, `model_name`, and may choose their `kernels`."""
 
     one_forward: bool = False
     """Whether one forward of the weights gives the answer, at a cost in proportion to its padded tokens.
 
-    Then `max_batch_tokens: auto` is measured, and `backend` and `kernels` can be chosen.
+    Then `max_batch_tokens: auto` is measured, and `backend` can be chosen.
     """
 
     kinds: tuple[str, ...] = ()

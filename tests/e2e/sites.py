@@ -7,13 +7,13 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from e2e.hosts import Host
+from e2e.hosts import WORKER_RUN, Host
 from e2e.ledger import Ledger, opened
 from e2e.watch import Watch
 from support import eventually
@@ -89,9 +89,11 @@ class Site:
         self._ends = ends
         self.hosts: list[Host] = []
 
-    def start_host(self, count: int, *, cores: Collection[int] | None = None) -> Host:
+    def start_host(
+        self, count: int, *, cores: Collection[int] | None = None, program: Sequence[str] = WORKER_RUN
+    ) -> Host:
         """One more host, whose workers are not ready yet. `cores` keeps it from slowing down others."""
-        host = Host(self.url, self.spec.name, count, self._home / f"host-{len(self.hosts) + 1}", cores)
+        host = Host(self.url, self.spec.name, count, self._home / f"host-{len(self.hosts) + 1}", cores, program)
         self.hosts.append(host)
         self._ends.callback(host.clean_up)
         return host

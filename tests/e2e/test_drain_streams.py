@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
-from e2e.hosts import Host
+from e2e.hosts import WORKER_RUN, Host
 from e2e.sites import Site, echo_stream, site_of
 from support import eventually
 
@@ -100,3 +100,25 @@ def test_without_another_worker_texts_go_on_until_the_drain_is_nearly_over(url: 
         assert (value["text"], value["began"]) == (text, [0])
         assert host.wait(10.0) == 0
         assert "handed over" not in host.log
+
+
+def test_a_text_is_given_back_before_the_drain_timeout_ends_and_goes_on_later(url: str, tmp_path: Path) -> None:
+    with site_of(url, echo_stream("sleep:0.02", batch_size=8), tmp_path / "site") as site, Client(url) as client:
+        host = site.start_host(1, program=(*WORKER_RUN, "--drain-timeout", "3s"))
+        site.await_workers(1)
+        (text,) = texts(1)
+        handle = client.submit(site.spec.name, [text])
+        eventually(lambda: bool(site.watch.held()))
+
+        host.terminate()
+        status = host.wait(10.0)
+        attempts = site.watch.attempts()
+        site.start_host(1)
+        value = cast(dict[str, Any], handle.result(30.0)[0])
+
+        assert status == 0
+        assert attempts <= 0
+        assert "handed over" in host.log
+        assert value["text"] == text
+        # The second worker did not begin anew.
+        assert value["began"][1:] > [0]

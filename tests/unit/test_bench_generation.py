@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from bench_generation import COUNT, LEAST, MOST, WAYS, Choice, made, note, spec_of, table, targets
+from bench_generation import COUNT, LEAST, MOST, WAYS, Cell, Choice, made, note, spec_of, table, targets
 from local_generation import Request, Times, ways
 from measure import Rounds, Sample
 from tiny_llama import VOCABULARY, save_tiny_llama
@@ -22,10 +22,13 @@ def test_the_load_is_the_same_each_time_and_within_its_bounds() -> None:
     assert len({tuple(each.prompt[:4]) for each in short}) == COUNT
 
 
-def test_options_that_are_left_out_choose_everything() -> None:
+def test_options_that_are_left_out_choose_both_models_on_one_thread() -> None:
     assert Choice.of({}) == Choice()
-    assert Choice.of({"model": "tiny", "contexts": "384", "threads": "1", "dtype": "bfloat16"}) == Choice(
-        ("tiny",), ("384",), 1, "bfloat16"
+    assert Choice.of({"model": "tiny", "contexts": "384", "threads": "1,2", "dtype": "float32,bfloat16"}) == Choice(
+        ["tiny"], ["float32", "bfloat16"], (1, 2), ["384"]
+    )
+    assert Choice.of({"place": "alone,busy", "openvino": "python"}) == Choice(
+        places=["alone", "busy"], openvino="python"
     )
 
 
@@ -44,14 +47,15 @@ def test_all_ways_without_a_queue_generate_the_same_texts(tmp_path: Path) -> Non
 
 def test_the_table_compares_round_by_round_with_static_batches() -> None:
     rounds, requests = Rounds(), [Request([1], 10), Request([1], 30)]
-    for way, seconds in zip(WAYS, (4.0, 2.0, 2.0, 1.0), strict=True):
+    cell = Cell("smollm2", "float32", 1, "short", "alone")
+    for way, seconds in zip(WAYS, (4.0, 2.0, 1.0, 0.5, 0.5), strict=True):
         for _ in range(2):
-            note(rounds, f"tiny short {way}", requests, Times(seconds, [0.5, 1.0], [1.0, seconds]))
-            rounds.add(f"tiny short {way} same", 1.0)
+            note(rounds, f"{cell.name} {way}", requests, Times(seconds, [0.5, 1.0], [1.0, seconds]))
+            rounds.add(f"{cell.name} {way} same", 1.0)
 
-    made_table = table(rounds, "tiny short", list(WAYS), Choice(threads=1))
+    made_table = table(rounds, cell, list(WAYS))
 
-    assert [row[2] for row in made_table.rows] == [Sample((ratio, ratio)) for ratio in (1.0, 2.0, 2.0, 4.0)]
+    assert [row[2] for row in made_table.rows] == [Sample((4.0 / s, 4.0 / s)) for s in (4.0, 2.0, 1.0, 0.5, 0.5)]
     assert made_table.rows[0][1] == Sample((10.0, 10.0))
-    assert [each.met for each in targets(rounds, "tiny short", list(WAYS))] == [True, True, True]
-    assert targets(rounds, "tiny short", ["static", "manager"]) == []
+    assert [each.met for each in targets(rounds, cell.name, list(WAYS))] == [True, True, True]
+    assert targets(rounds, cell.name, ["static", "manager"]) == []

@@ -151,7 +151,7 @@ def test_a_value_comes_from_environment_then_file_then_preset_then_type_then_def
         ),
         (
             "models: {c: {type: echo, kernels: off}}",
-            "config.yaml:1: models.c.kernels: only types embedding and reranker have kernels, this is echo; "
+            "config.yaml:1: models.c.kernels: only types embedding and reranker and llm have kernels, this is echo; "
             "leave kernels out",
         ),
         (

@@ -88,7 +88,7 @@ class Proof:
                 f"{name!r} answers NaN or infinity to a plain text", hint="check its weights; try dtype: float32"
             )
 
-    def check(self, forward: Forward, dtype: torch.dtype) -> None:
+    def check(self, forward: Forward) -> None:
         """Runs both texts together, in parts and token by token. Raises ModelUnavailable if the logits differ."""
         try:
             differences = self._differences(forward)
@@ -96,7 +96,7 @@ class Proof:
             raise ModelUnavailable(
                 f"{self._name!r} cannot be run over a cache in blocks: {described(error)}", hint=_HINT
             ) from error
-        close = _CLOSE.get(dtype, _CLOSE_ENOUGH) if forward.device.type == "cpu" else _CLOSE_ENOUGH
+        close = _CLOSE.get(forward.dtype, _CLOSE_ENOUGH) if forward.device.type == "cpu" else _CLOSE_ENOUGH
         if not max(differences) <= close:
             raise ModelUnavailable(
                 f"the logits of {self._name!r} over a cache in blocks differ by {max(differences):.2g} from those of "

@@ -10,6 +10,7 @@ import torch
 
 from millstream.worker.generation.attention import Groups, Growing, Part
 from millstream.worker.generation.blocks import BLOCK, NULL
+from millstream.worker.generation.decoder import Decoder
 from millstream.worker.generation.kv_cache import BlockCache
 
 MERGE_BLOCKS = 64
@@ -30,12 +31,16 @@ class Span(NamedTuple):
 
 
 class Forward:
-    """A causal language model whose attention is `attention.attend`, and the cache of its layers. One thread."""
+    """A causal language model whose attention is `attention.attend`, and the cache of its layers. One thread.
 
-    def __init__(self, model: Any) -> None:
+    `decoder`, if there is one, computes its layers instead of transformers.
+    """
+
+    def __init__(self, model: Any, decoder: Decoder | None = None) -> None:
         self._model = model
+        self._decoder = decoder
         self.device: torch.device = model.device
-        self._dtype: torch.dtype = model.dtype
+        self.dtype: torch.dtype = model.dtype
         self.cache = BlockCache(model.config.get_text_config().num_hidden_layers)
 
     @torch.inference_mode()
@@ -56,14 +61,17 @@ class Forward:
                 last.append(len(ids) - 1)
         places = torch.tensor([ids, positions, slots], device=self.device)
         self.cache.slots = places[2]
-        keep: Any = 0 if len(last) == len(ids) else torch.tensor(last, dtype=torch.long, device=self.device)
+        keep = None if len(last) == len(ids) else torch.tensor(last, dtype=torch.long, device=self.device)
+        groups = self._groups(spans)
+        if self._decoder:
+            return self._decoder(places[0], places[1], self.cache, groups, keep)
         logits: torch.Tensor = self._model(
             input_ids=places[:1],
             position_ids=places[1:2],
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=keep,
-            groups=self._groups(spans),
+            logits_to_keep=0 if keep is None else keep,
+            groups=groups,
         ).logits
         return logits[0]
 
@@ -89,7 +97,7 @@ class Forward:
         mask = None
         if min(lengths) < most:
             over = torch.arange(most) >= torch.tensor(lengths).unsqueeze(1)
-            mask = torch.zeros(over.shape, dtype=self._dtype).masked_fill_(over, -torch.inf)
+            mask = torch.zeros(over.shape, dtype=self.dtype).masked_fill_(over, -torch.inf)
             mask = mask.view(len(spans), 1, 1, most).to(self.device)
         return Growing(at, at + len(spans), torch.tensor(tables, device=self.device), most, mask)
 
@@ -98,7 +106,7 @@ class Forward:
         mask = None
         if span.first:
             over = torch.ones(tokens, length, dtype=torch.bool).triu_(span.first + 1)
-            mask = torch.zeros(tokens, length, dtype=self._dtype).masked_fill_(over, -torch.inf).to(self.device)
+            mask = torch.zeros(tokens, length, dtype=self.dtype).masked_fill_(over, -torch.inf).to(self.device)
         blocks = torch.tensor(span.blocks[: -(-length // BLOCK)], device=self.device)
         return Part(at, at + tokens, blocks, length, mask)
 

@@ -35,7 +35,7 @@ class BlockLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         # Zeros, not memory as it is: attention multiplies masked places by 0, and NaN times 0 is NaN.
         self._use(
-            torch.zeros(self._cache.blocks, BLOCK, each.shape[1], each.shape[3], dtype=each.dtype, device=each.device)
+            torch.zeros(self._cache.blocks, BLOCK, *each.shape[1:], dtype=each.dtype, device=each.device)
             for each in (key_states, value_states)
         )
         self.is_initialized = True
@@ -48,12 +48,15 @@ class BlockLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes the keys and values of new tokens, each [1, heads, tokens, size]. Returns the storage of the layer."""
+        return self.write(key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
+
+    def write(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes the keys and values of new tokens, each [tokens, heads, size]. Returns the storage of the layer."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self.lazy_initialization(keys, values)
         slots = self._cache.slots
-        keys, values = self._flat
-        keys.index_copy_(0, slots, key_states[0].transpose(0, 1))
-        values.index_copy_(0, slots, value_states[0].transpose(0, 1))
+        for stored, new in zip(self._flat, (keys, values), strict=True):
+            stored.index_copy_(0, slots, new)
         return self._pair[0], self._pair[1]
 
     def resize(self, blocks: int) -> None:

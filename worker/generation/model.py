@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from millstream.broker.config.load import ModelSpec, Runtime, ServiceSpec
-from millstream.broker.contract.errors import InvalidRequest, MillstreamError, ModelFailed, described
+from millstream.broker.contract.errors import InvalidRequest, MillstreamError, ModelFailed, ModelUnavailable, described
 from millstream.broker.contract.generation import GenerateOptions
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.operations import GENERATE
@@ -17,6 +17,7 @@ from millstream.broker.contract.partial import Record
 from millstream.broker.contract.prompt import Prompt
 from millstream.worker.generation.blocks import BLOCK, blocks_for
 from millstream.worker.generation.checks import Proof, refuse_layers, refuse_model, use_blocks
+from millstream.worker.generation.decoder import Decoder
 from millstream.worker.generation.engine import SlotsEngine
 from millstream.worker.generation.forward import Forward
 from millstream.worker.generation.grammar import Grammars
@@ -64,7 +65,8 @@ class GenerationModel:
         self.limit = find_limit(int(spec.max_length or longest), self._read, spec.max_length)
         proof = Proof(spec.model_name, self._model, self.limit.tokens)
         use_blocks(spec.model_name, self._model)
-        proof.check(Forward(self._model), self._model.dtype)
+        proof.check(Forward(self._model))
+        self._decoder = self._prove_decoder(proof) if spec.kernels != "off" else None
         vocabulary = int(self._model.config.get_text_config().vocab_size)
         self._settings = TextSettings.of(tokenizer, vocabulary, self.limit.tokens, self._model.generation_config)
         self._grammars = Grammars(self._settings)
@@ -74,6 +76,18 @@ class GenerationModel:
         self.device_type, self.backend = str(self._model.device.type), spec.backend
         self._engine: SlotsEngine | None = None
         self.adapt(runtime)
+
+    def _prove_decoder(self, proof: Proof) -> Decoder | None:
+        """Returns a decoder of the model, with which it runs faster; None if its layers are others."""
+        if not Decoder.knows(self._model):
+            return None
+        decoder = Decoder(self._model, self.limit.tokens)
+        try:
+            proof.check(Forward(self._model, decoder))
+        except ModelUnavailable as error:
+            log.warning("%s: it runs as transformers has it", error)
+            return None
+        return decoder
 
     def _read(self, tokens: int) -> None:
         """Runs one text of that many tokens by transformers' own forward."""
@@ -127,7 +141,7 @@ class GenerationModel:
         return self._engine
 
     def _new_engine(self, slots: int, cache_tokens: int) -> SlotsEngine:
-        return SlotsEngine(Forward(self._model), choose, slots, cache_tokens)
+        return SlotsEngine(Forward(self._model, self._decoder), choose, slots, cache_tokens)
 
     def forward(self, rows: Sequence[Prepared]) -> list[Json]:
         """Generates all texts of `rows` from their prompts, in a cache of its own: for measurements.

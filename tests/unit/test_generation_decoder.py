@@ -1,0 +1,112 @@
+"""The decoder computes what transformers' layers compute; other layers are left to transformers."""
+
+from __future__ import annotations
+
+import logging
+import random
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from generating import Job, Run, load, rows_of, tokens_of
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("decoders")
+
+
+def saved(home: Path, kind: str, **settings: Any) -> Path:
+    import language_models
+
+    folder = home / f"{kind}-{zlib.crc32(repr(settings).encode())}"
+    if not folder.exists():
+        language_models.save_language_model(folder, kind, **settings)
+    return folder
+
+
+def texts(model: Any, options: Mapping[str, Any]) -> list[list[int]]:
+    rng = random.Random(4)
+    rows = rows_of(model, [Job.random(rng, most=20) for _ in range(12)], {"ignore_eos": True, **options})
+    outcomes = Run(model, part_tokens=30).until_done(rows, rng)
+    return [tokens_of(outcomes[row.owner]) for row in rows]
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {}),
+        ("grouped", {"tie_word_embeddings": True}),
+        ("grouped", {"attention_bias": True, "mlp_bias": True}),
+        ("grouped", {"rope_parameters": YARN}),
+        ("mistral", {"sliding_window": None, "head_dim": 16}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 1.0}], ids=["greedy", "sampled"])
+def test_texts_are_those_of_transformers_own_layers(
+    home: Path, kind: str, settings: dict[str, Any], options: dict[str, Any]
+) -> None:
+    folder = saved(home, kind, **settings)
+    own, fast = load(folder, kernels="off"), load(folder)
+
+    assert own._decoder is None
+    assert fast._decoder is not None
+    assert texts(fast, options) == texts(own, options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gpt2", {}),
+        ("grouped", {"hidden_act": "gelu"}),
+        ("grouped", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}}),
+    ],
+    ids=str,
+)
+def test_other_layers_are_left_to_transformers(home: Path, kind: str, settings: dict[str, Any]) -> None:
+    assert load(saved(home, kind, **settings))._decoder is None
+
+
+def test_a_decoder_whose_logits_differ_is_not_used(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from millstream.worker.generation import decoder
+
+    folder = saved(home, "grouped")
+    expected = texts(load(folder, kernels="off"), {"temperature": 0.0})
+    rotated = decoder._rotated
+    monkeypatch.setattr(decoder, "_rotated", lambda heads, rotations: 1.001 * rotated(heads, rotations))
+
+    with caplog.at_level(logging.WARNING):
+        model = load(folder)
+
+    assert model._decoder is None
+    assert "it runs as transformers has it" in caplog.text
+    # Its matrices are views of joined ones now.
+    assert texts(model, {"temperature": 0.0}) == expected
+
+
+@pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("bfloat16", 3e-2)])
+def test_logits_in_lower_precision_are_close_and_weights_are_kept_once(home: Path, dtype: str, close: float) -> None:
+    import torch
+
+    from millstream.worker.generation.forward import Forward, Span
+
+    folder = saved(home, "qwen3", tie_word_embeddings=True)
+    own, fast = load(folder, dtype=dtype, kernels="off"), load(folder, dtype=dtype)
+    span = Span(list(range(10, 60)), 0, [1], True)
+    logits = [Forward(each._model, each._decoder).run([span]).float() for each in (own, fast)]
+
+    assert own.fingerprint == fast.fingerprint
+    assert torch.linalg.vector_norm(logits[1] - logits[0]) <= close * torch.linalg.vector_norm(logits[0])
+    layer = fast._model.model.layers[1]
+    joined = fast._decoder._layers[1].joined.keywords["weight"]
+    assert layer.self_attn.v_proj.weight.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()
