@@ -24,9 +24,19 @@ from chaos_lib import faults
 from chaos_lib.grounds import Shape
 from chaos_lib.lanes import Lane, Record, drive
 from chaos_lib.ledger import CANCELLED, OK
+from chaos_lib.ordered import Harm
 from chaos_lib.report import table
 from chaos_lib.site import CALLERS, WORKERS, Site, opened
-from chaos_lib.verdict import Evidence, Finding, State, answered_again, innocents_buried, judge, lost_by_the_server
+from chaos_lib.verdict import (
+    Evidence,
+    Finding,
+    State,
+    answered_again,
+    innocents_buried,
+    judge,
+    lost_by_the_server,
+    ordered_costs,
+)
 from support import eventually
 
 from millstream.broker.contract.errors import Cancelled, MillstreamError
@@ -158,6 +168,7 @@ def gather(site: Site, plan: Plan, quiet_until: int, records: Mapping[str, Recor
         problems=[*site.problems, *(f"{name}: {text}" for name, text in site.complaints().items())],
         landed={name: len(record.landed) for name, record in records.items()},
         ordered=site.ordered,
+        harms=[Harm(name, *span) for name, record in records.items() for span in record.spans],
     )
 
 
@@ -190,7 +201,8 @@ def outcome_of(client: Client, call: str) -> str:
 
 def heading(site: Site, plan: Plan, evidence: Evidence, took: tuple[float, float]) -> dict[str, str]:
     lasted_s, drained_s = took
-    lost = len(lost_by_the_server(evidence))
+    lost, held = len(lost_by_the_server(evidence)), ordered_costs(evidence)
+    later = sum(cost.charged_later for _, cost in held)
     return {
         "seed": str(plan.seed),
         "versions": f"python {platform.python_version()}, redis-py {redis.__version__}, {site.ground.version}",
@@ -201,6 +213,7 @@ def heading(site: Site, plan: Plan, evidence: Evidence, took: tuple[float, float
         "acknowledged and lost by the server": str(lost),
         "answered again": f"{len(answered_again(evidence))}, {FORGOTTEN}" if evidence.forgets else "none but below",
         "innocents buried": str(len(innocents_buried(evidence))),
+        "held at ordered ends": f"{len(held)}, of which {later} were charged for the death of a later worker",
         "most attempts of a job": f"{evidence.journal.most_attempts:g}" if evidence.journal else "not known",
     }
 

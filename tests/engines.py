@@ -1,19 +1,22 @@
-"""The servers that the tests run on: MILLSTREAM_TEST_ENGINE names the one of tests/integration."""
+"""The servers that the tests run on, and their end: MILLSTREAM_TEST_ENGINE names the one of tests/integration."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+import redis
 from support import eventually
 
+from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.server.engine import bundled, probe
 
 VARIABLE = "MILLSTREAM_TEST_ENGINE"
@@ -55,6 +58,25 @@ def serving(binary: Path, home: Path, *flags: str, flag: str = "--port") -> Iter
     finally:
         process.kill()
         process.wait()
+
+
+def crash(server: EmbeddedServer) -> None:
+    """Ends `server` with kill -9, after it wrote to its file all that it acknowledged before this call.
+
+    What it acknowledges to others during this call may still be lost: a test that keeps writing needs `always`.
+    """
+    await_written(server.url)
+    os.kill(server.pid, signal.SIGKILL)
+    eventually(lambda: not server.alive())
+
+
+def await_written(url: str) -> None:
+    """Waits until the server has in its file what it acknowledged before: from then on kill -9 loses none of that.
+
+    With `appendfsync everysec` it acknowledges writes that it holds back while the disk syncs, for up to 2 s.
+    """
+    with closing(redis.Redis.from_url(url)) as client:
+        eventually(lambda: client.info("persistence")["aof_buffer_length"] == 0)
 
 
 def free_port() -> int:

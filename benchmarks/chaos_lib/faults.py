@@ -22,7 +22,7 @@ from support import eventually
 from topologies import Topology
 
 from chaos_lib.grounds import Lone, Many
-from chaos_lib.journal import OrderedEnd
+from chaos_lib.ordered import Hold, OrderedEnd
 from chaos_lib.proxy import Proxy
 from chaos_lib.site import MAX_ATTEMPTS, Site
 from millstream.broker.queue.lease import LEASE_S
@@ -104,7 +104,7 @@ def _frozen_at_work(site: Site, consumer: str, pid: int) -> list[Entry]:
     except (AssertionError, ProcessLookupError) as error:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
-        raise Missed("it held nothing") from error
+        raise Missed("it held nothing, or died by itself") from error
 
 
 def _taken_over(site: Site, held: list[Entry], dead: str) -> bool:
@@ -179,16 +179,20 @@ def _free_workers(site: Site, host: Host) -> dict[str, int]:
     return {consumer: pid for consumer, pid in ours if pid not in site.taken and _runs(pid)}
 
 
-def _frozen_together(site: Site, children: Mapping[str, int]) -> Mapping[Entry, int]:
-    """Stop these workers while each holds jobs; the delivery count of each of these."""
+def _frozen_together(site: Site, children: Mapping[str, int]) -> Mapping[Entry, Hold]:
+    """Stop these workers while each holds jobs; all that they hold."""
     try:
         freeze_with_work(site.watch, children, within_s=AT_WORK_S)
     except (AssertionError, ProcessLookupError) as error:
         for pid in children.values():
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
-        raise Missed("its workers held nothing") from error
-    return {entry: count for each in children for entry, count in site.watch.deliveries(each).items()}
+        raise Missed("its workers held nothing, or one died by itself") from error
+    return {
+        entry: Hold(consumer, count)
+        for consumer in children
+        for entry, count in site.watch.deliveries(consumer).items()
+    }
 
 
 def _order_to_end(host: Host) -> None:

@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import hiredis
+from e2e.watch import Entry
 
 from millstream.broker.contract.keys import RETURNED, ServiceKeys
 
 _CHUNK = 1024 * 1024
 
 Command = Sequence[bytes]
-_RETURNED = RETURNED.encode()
 
 _ONE_FIELD = 4
 """Words of an HSET that answers a job of a detached call; one that accepts jobs sets several fields."""
-ATTEMPT = 2
-"""What an attempt adds to a delivery count."""
+_TRAIL_FIELDS = 6
+"""Words of an HSET that notes a death in the trail: of an entry its deaths, and the batch of the last one."""
 
 
 @dataclass(frozen=True)
-class OrderedEnd:
-    """Workers that were killed because somebody told their supervisor to stop, between two moments (server ms).
-
-    `held` are the delivery counts before, by the stream's key and the entry's id.
-    """
-
-    began: int
-    ended: int
-    held: Mapping[tuple[str, bytes], int]
-
-
-@dataclass(frozen=True)
-class GivenBack:
-    """An entry that became one of those that any worker may take, at `at` (server ms), with its delivery count then."""
+class Turn:
+    """From `at` on (server ms) an entry belongs to `consumer`, with this delivery count."""
 
     at: int
-    stream: str
-    entry: bytes
+    consumer: str
     count: int
 
 
@@ -49,28 +36,29 @@ class Journal:
     """The life of every job of one service: `jobs` and `replies` count entries by job id, `results` too.
 
     `withdrawn` are jobs that went while no worker held them and no reply was written: their callers cancelled them.
-    `deliveries` are those that count more than the first: (server ms, job id, delivery count). `given_back` are all
-    entries that a worker lost or gave back.
+    `deliveries` are those that count more than the first: (server ms, job id, delivery count). `job_of` names the job
+    of each entry, and `turns` says who held it; the consumer of returned jobs does if no worker does. `trail` has a
+    line for each death that an entry was charged for: time, consumer, how. `batches` are the entries that were charged
+    together.
     """
 
     jobs: Counter[str] = field(default_factory=Counter)
     replies: Counter[str] = field(default_factory=Counter)
     withdrawn: set[str] = field(default_factory=set)
     deliveries: list[tuple[int, str, int]] = field(default_factory=list)
-    given_back: list[GivenBack] = field(default_factory=list)
+    job_of: dict[Entry, str] = field(default_factory=dict)
+    turns: dict[Entry, list[Turn]] = field(default_factory=dict)
+    trail: dict[Entry, list[str]] = field(default_factory=dict)
+    batches: dict[str, set[Entry]] = field(default_factory=dict)
 
     def attempts_before(self, moment: int) -> list[str]:
         """Jobs that were charged with an attempt, or half of one, before `moment`, server ms."""
         return sorted({job for at, job, _ in self.deliveries if at < moment})
 
-    def charged_by(self, end: OrderedEnd) -> list[str]:
-        """Entries whose return to the queue within that end made their count greater by an attempt."""
-        found = [each for each in self.given_back if end.began <= each.at <= end.ended]
-        return [
-            f"{each.stream} {each.entry.decode()}: {before} to {each.count}"
-            for each in found
-            if (before := end.held.get((each.stream, each.entry))) is not None and each.count >= before + ATTEMPT
-        ]
+    def waits(self, entry: Entry) -> bool:
+        """Whether no worker holds it."""
+        turns = self.turns.get(entry)
+        return not turns or turns[-1].consumer == RETURNED
 
     @property
     def most_attempts(self) -> float:
@@ -86,32 +74,48 @@ def read(data_dir: Path, keys: ServiceKeys) -> Journal:
 def replay(commands: Iterable[Command], keys: ServiceKeys) -> Journal:
     """What the write commands in `commands` say of the jobs of one service."""
     journal = Journal()
-    streams = {stream.encode() for stream in keys.streams()}
-    reply, call = keys.reply("").encode(), keys.call("").encode()
-    entries: defaultdict[bytes, dict[bytes, str]] = defaultdict(dict)
-    holders: dict[tuple[bytes, bytes], bytes] = {}
+    streams = {stream.encode(): stream for stream in keys.streams()}
+    reply, call, trail = keys.reply("").encode(), keys.call("").encode(), keys.trail().encode()
     for command in commands:
         name, key = command[0].upper(), command[1] if len(command) > 1 else b""
         if name == b"XADD" and key in streams:
-            job = _field(command, b"id")
-            entries[key][command[2]] = job
-            journal.jobs[job] += 1
+            _enter(journal, (streams[key], command[2]), _field(command, b"id"))
         elif name == b"XADD" and key.startswith(reply):
             journal.replies[_field(command, b"id")] += 1
         elif name == b"HSET" and key.startswith(call) and len(command) == _ONE_FIELD:
             journal.replies[command[2].decode()] += 1
+        elif name == b"HSET" and key == trail and len(command) == _TRAIL_FIELDS:
+            _note_death(journal, command, keys.streams())
         elif name == b"XDEL" and key in streams:
-            waiting = [entry for entry in command[2:] if holders.get((key, entry), _RETURNED) == _RETURNED]
-            jobs = {entries[key].get(entry, "unknown") for entry in waiting}
+            waiting = [entry for each in command[2:] if journal.waits(entry := (streams[key], each))]
+            jobs = {journal.job_of.get(entry, "unknown") for entry in waiting}
             journal.withdrawn |= {job for job in jobs if not journal.replies[job]}
         elif name == b"XCLAIM" and key in streams:
-            holders[key, command[5]] = command[3]
             at, count = int(_option(command, b"TIME")), int(_option(command, b"RETRYCOUNT"))
-            if count > 1:
-                journal.deliveries.append((at, entries[key].get(command[5], "unknown"), count))
-            if command[3] == _RETURNED:
-                journal.given_back.append(GivenBack(at, key.decode(), command[5], count))
+            _deliver(journal, (streams[key], command[5]), Turn(at, command[3].decode(), count))
     return journal
+
+
+def _enter(journal: Journal, entry: Entry, job: str) -> None:
+    journal.job_of[entry] = job
+    journal.jobs[job] += 1
+
+
+def _deliver(journal: Journal, entry: Entry, turn: Turn) -> None:
+    if turn.count > 1:
+        journal.deliveries.append((turn.at, journal.job_of.get(entry, "unknown"), turn.count))
+    turns = journal.turns.setdefault(entry, [])
+    # A worker that renews its lease delivers the entry to itself.
+    if not turns or (turns[-1].consumer, turns[-1].count) != (turn.consumer, turn.count):
+        turns.append(turn)
+
+
+def _note_death(journal: Journal, command: Command, streams: Sequence[str]) -> None:
+    """HSET trail 'stream:entry' lines 'stream:entry:batch' 'batch size until', as release and reclaim write it."""
+    stream, _, entry_id = command[2].partition(b":")
+    entry = (streams[int(stream) - 1], entry_id)
+    journal.trail[entry] = command[3].decode().splitlines()
+    journal.batches.setdefault(command[5].split()[0].decode(), set()).add(entry)
 
 
 def _field(command: Command, name: bytes) -> str:

@@ -17,10 +17,14 @@ INSISTENCE = 3
 
 @dataclass
 class Record:
-    """What became of one kind of fault. A miss is a reason."""
+    """What became of one kind of fault. A miss is a reason.
+
+    `spans` are the beginning and the end, server ms, of each that was tried: the server's clock is this machine's.
+    """
 
     landed: list[Landing] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def recoveries(self) -> list[float]:
@@ -81,13 +85,18 @@ class Driver(threading.Thread):
 
     def _inject(self, name: str) -> None:
         fault, _ = self._lane.kinds[name]
-        record = self._records[name]
+        record, began = self._records[name], _now_ms()
         try:
             record.landed.append(fault(self._site, self._chance))
         except Missed as error:
             record.missed.append(str(error))
         except Exception as error:  # noqa: BLE001 - one fault that failed is reported; the others go on
             record.missed.append(f"{type(error).__name__}: {error}"[:200])
+        record.spans.append((began, _now_ms()))
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def drive(lanes: Sequence[Lane], site: Site, seed: str, seconds: float, records: dict[str, Record]) -> None:

@@ -22,8 +22,8 @@ from support import eventually
 
 from chaos_lib import TESTS, callers, grounds, hasty, raw_callers
 from chaos_lib.grounds import Ground, Lone, Shape
-from chaos_lib.journal import OrderedEnd
 from chaos_lib.ledger import Account, read
+from chaos_lib.ordered import OrderedEnd
 from millstream.broker.contract.errors import ConfigError
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.registry import Registry

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from chaos_lib.journal import Journal, OrderedEnd
+from chaos_lib.journal import Journal
 from chaos_lib.ledger import CANCELLED, OK, Account
+from chaos_lib.ordered import Cost, Harm, OrderedEnd, costs, told
 from millstream.broker.contract.keys import DEFAULT_PREFIX, RETURNED, ServiceKeys, services_key
 
 NAMED = 3
@@ -51,7 +52,7 @@ class Evidence:
     `found` is what became of the detached calls of killed clients, by the id of the call; `quiet_until` is when, server
     ms, the phase ended in which nothing but the server and the network failed. `synced`: the server acknowledged
     nothing that was not on its disk. `forgets`: a new master may not know of a reply that was read already.
-    `ordered` are the ends of workers that somebody asked for.
+    `ordered` are the ends of workers that somebody asked for, `harms` all faults with their times.
     """
 
     accounts: Sequence[Account]
@@ -66,6 +67,7 @@ class Evidence:
     landed: Mapping[str, int]
     forgets: bool = False
     ordered: Sequence[OrderedEnd] = ()
+    harms: Sequence[Harm] = ()
 
 
 def judge(evidence: Evidence, keys: ServiceKeys) -> list[Finding]:
@@ -99,6 +101,12 @@ def answered_again(evidence: Evidence) -> list[str]:
         for call, outcomes in account.answers.items()
         if len(outcomes) > 1 and (evidence.synced or journal is None or journal.replies[call] > 1)
     ]
+
+
+def ordered_costs(evidence: Evidence) -> list[tuple[OrderedEnd, Cost]]:
+    """What became of each entry that was held when its worker's end was ordered."""
+    journal = evidence.journal
+    return [(end, cost) for end in evidence.ordered for cost in costs(end, journal)] if journal else []
 
 
 def innocents_buried(evidence: Evidence) -> list[str]:
@@ -139,10 +147,9 @@ def _jobs(evidence: Evidence) -> Iterator[Finding]:
     yield Finding("no job was answered twice", sum(journal.replies.values()), again)
     charged = journal.attempts_before(evidence.quiet_until)
     yield Finding("no outage of server or network cost a job an attempt", len(journal.jobs), charged)
-    ordered = [entry for end in evidence.ordered for entry in journal.charged_by(end)]
-    yield Finding(
-        "no ordered end of a worker cost a job an attempt", sum(len(e.held) for e in evidence.ordered), ordered
-    )
+    held = ordered_costs(evidence)
+    ordered = [told(cost, end, journal, evidence.poison, evidence.harms) for end, cost in held if cost.charged]
+    yield Finding("no ordered end of a worker cost a job an attempt", len(held), ordered)
 
 
 def _burials(evidence: Evidence) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from e2e.cli_support import Shell
 from e2e.sites import MODEL, echo, minilm
+from engines import await_written
 from support import eventually
 
 from millstream.broker.queue.inspector import Inspector
@@ -239,6 +240,7 @@ def test_up_starts_its_server_again_with_its_data_where_it_crashed(alone: Shell,
         up.says(f"ready: {name} 1/1")
         url = up.out.split("MILLSTREAM_REDIS_URL=")[-1].split()[0]
         (server,) = [pid for pid, line in up.children().items() if b"millstream.worker" not in line]
+        await_written(url)
         os.kill(server, signal.SIGKILL)
         eventually(lambda: "the server is back" in up.err, within_s=60.0)
 

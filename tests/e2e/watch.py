@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import cast
 
 from support import eventually
@@ -97,12 +98,16 @@ class Watch:
 
 
 def freeze_with_work(watch: Watch, victims: Mapping[str, int], *, within_s: float = 10.0) -> list[Entry]:
-    """Stop these workers (consumer -> pid) at a moment when each holds entries; what they hold."""
+    """Stop these workers (consumer -> pid) at a moment when each holds entries; what they hold.
+
+    Raises ProcessLookupError if one has ended. Its entries stay its own until its supervisor sees that.
+    """
     held: list[Entry] = []
 
     def frozen() -> bool:
         for pid in victims.values():
             os.kill(pid, signal.SIGSTOP)
+        eventually(lambda: all(map(is_stopped, victims.values())))
         each = [watch.held(consumer) for consumer in victims]
         held[:] = [entry for entries in each for entry in entries]
         if all(each):
@@ -113,3 +118,18 @@ def freeze_with_work(watch: Watch, victims: Mapping[str, int], *, within_s: floa
 
     eventually(frozen, within_s=within_s)
     return held
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether SIGSTOP has reached all its threads. Raises ProcessLookupError if it has ended, also for a zombie."""
+    try:
+        stats = [(thread / "stat").read_text() for thread in Path(f"/proc/{pid}/task").iterdir()]
+    except (FileNotFoundError, ProcessLookupError):
+        # A thread that ended meanwhile, if it is not the whole process.
+        os.kill(pid, 0)
+        return False
+    # After the name, which may have blanks of its own.
+    states = {stat.rpartition(")")[2].split()[0] for stat in stats}
+    if states & {"Z", "X"}:
+        raise ProcessLookupError(f"process {pid} has ended")
+    return states == {"T"}

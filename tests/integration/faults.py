@@ -12,7 +12,7 @@ from pathlib import Path
 
 import redis
 from contracts.queue import Queue
-from e2e.watch import Watch
+from e2e.watch import Watch, is_stopped
 from support import eventually
 from workers import LONG_S
 
@@ -204,22 +204,11 @@ def frozen(*pids: int) -> Iterator[None]:
         os.kill(pid, signal.SIGSTOP)
     try:
         # What a thread was just sending it sends before it stops.
-        eventually(lambda: all(map(_stopped, pids)))
+        eventually(lambda: all(map(is_stopped, pids)))
         yield
     finally:
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
-
-
-def _stopped(pid: int) -> bool:
-    """Whether none of its threads runs any more."""
-    try:
-        stats = [(thread / "stat").read_text() for thread in Path(f"/proc/{pid}/task").iterdir()]
-    except FileNotFoundError:
-        # A thread that ended meanwhile.
-        return False
-    # After the name, which may have blanks of its own.
-    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from engines import crash
 from support import eventually
 
 from millstream.broker.config.load import Config, RedisSettings
@@ -312,8 +313,7 @@ def _answer_once(listener: socket.socket, answer: bytes) -> None:
 def test_retrying_rides_out_a_restart(own_server: EmbeddedServer) -> None:
     with opened(own_server.url) as connection:
         connection.client.set("ms:x", "kept")
-        os.kill(own_server.pid, signal.SIGKILL)
-        eventually(lambda: not own_server.alive())
+        crash(own_server)
         restarter = threading.Timer(0.2, own_server.restart)
         restarter.start()
 

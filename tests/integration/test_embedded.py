@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from engines import crash
 from support import eventually
 
 from millstream.broker.config.data_dir import find_data_dir
@@ -62,11 +63,6 @@ def data_dir(tmp_path: Path) -> Path:
 
 def client(server: EmbeddedServer) -> redis.Redis:
     return redis.Redis.from_url(server.url, decode_responses=True)
-
-
-def crash(server: EmbeddedServer) -> None:
-    os.kill(server.pid, signal.SIGKILL)
-    eventually(lambda: not server.alive())
 
 
 def end(server: EmbeddedServer) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import redis
+from engines import crash
 from integration.faults import SERVICE, Mill, frozen, let_pass, milling
 from support import eventually
 
@@ -121,7 +120,7 @@ def test_calls_wait_for_a_server_that_loads_its_data(tmp_path: Path, server_bina
             filler.set(f"filler:{number}", number)
         filler.execute()
         with mill.called() as callers:
-            os.kill(mill.server.pid, signal.SIGKILL)
+            crash(mill.server)
             restart = threading.Thread(target=mill.server.restart)
             restart.start()
             eventually(lambda: loads(mill))

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from chaos_lib.journal import GivenBack, Journal, OrderedEnd, replay
+from chaos_lib.journal import Journal, Turn, replay
 from chaos_lib.ledger import CANCELLED, OK, Account, Book, read
+from chaos_lib.ordered import Harm, Hold, OrderedEnd
 from chaos_lib.verdict import Evidence, State, judge, lost_by_the_server
 
 from millstream.broker.contract.keys import DEFAULT_PREFIX, ServiceKeys
@@ -66,10 +67,12 @@ def written(**changes: object) -> Evidence:
     return replace(evidence(), journal=replace(JOURNAL, **changes))  # type: ignore[arg-type]
 
 
-def ordered_end(*, count: int) -> Evidence:
-    """A worker that held one entry was told to end, and the entry came back with this delivery count."""
-    end = OrderedEnd(600, 700, {(STREAM, b"1-0"): 1})
-    return replace(written(given_back=[GivenBack(650, STREAM, b"1-0", count)]), ordered=[end])
+def ordered_end(*after: Turn) -> Evidence:
+    """A worker that held one entry was told to end, and these were the entry's turns after that."""
+    turns = [Turn(550, "w1", 1), *after]
+    entry = (STREAM, b"1-0")
+    journal = replace(JOURNAL, turns={entry: turns}, job_of={entry: "a"})
+    return replace(evidence(), journal=journal, ordered=[OrderedEnd(600, 700, {entry: Hold("w1", 1)})])
 
 
 def left(**changes: object) -> Evidence:
@@ -92,7 +95,7 @@ def test_nothing_is_violated_where_all_went_well() -> None:
         (written(replies=Counter(["a", "bad"])), "every job was answered, or cancelled before it ran"),
         (written(replies=Counter(["a", "b", "b", "bad"])), "no job was answered twice"),
         (written(deliveries=[(400, "a", 2)]), "no outage of server or network cost a job an attempt"),
-        (ordered_end(count=3), "no ordered end of a worker cost a job an attempt"),
+        (ordered_end(Turn(650, "returned", 3)), "no ordered end of a worker cost a job an attempt"),
         (left(dead=["bad", "a"]), "no innocent job is among the dead letters"),
         (left(dead=[]), "every poison job is, and was answered once"),
         (replace(evidence(), poison={"bad": 0}), "every poison job is, and was answered once"),
@@ -110,7 +113,64 @@ def test_a_broken_promise_is_named(broken: Evidence, says: str) -> None:
 
 
 def test_an_ordered_end_may_cost_the_half_attempt_of_a_host_that_was_lost_meanwhile() -> None:
-    assert violated(ordered_end(count=1)) == violated(ordered_end(count=2)) == []
+    for count in (1, 2):
+        assert violated(ordered_end(Turn(650, "returned", count), Turn(660, "w2", count))) == []
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [],
+        [Turn(650, "returned", 1), Turn(660, "w2", 1), Turn(690, "returned", 3)],
+        [Turn(650, "returned", 2), Turn(660, "w2", 2), Turn(690, "returned", 4)],
+    ],
+    ids=["never given back", "charged for the next worker", "and half for a lost host"],
+)
+def test_what_the_next_worker_cost_a_job_is_not_charged_to_the_ordered_end_of_the_one_before(turns: list[Turn]) -> None:
+    assert violated(ordered_end(*turns)) == []
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [Turn(650, "w1", 3)],
+        [Turn(650, "returned", 1), Turn(655, "returned", 3), Turn(660, "w2", 3)],
+        [Turn(650, "returned", 1), Turn(660, "w2", 3)],
+        [Turn(9_000, "returned", 3)],
+    ],
+    ids=["before it is given back", "while it waits", "with its delivery", "long after the order"],
+)
+def test_an_attempt_between_the_ordered_end_and_the_next_worker_is_a_violation(turns: list[Turn]) -> None:
+    assert violated(ordered_end(*turns)) == ["no ordered end of a worker cost a job an attempt"]
+
+
+def test_a_worker_that_gave_an_entry_back_and_took_it_again_is_judged_by_its_last_turn() -> None:
+    again = ordered_end(Turn(560, "returned", 1), Turn(565, "w2", 1), Turn(570, "returned", 3), Turn(580, "w1", 3))
+    (end,) = again.ordered
+    at_three = replace(end, held={entry: Hold("w1", 3) for entry in end.held})
+
+    assert violated(replace(again, ordered=[at_three])) == []
+
+
+def test_a_charged_entry_is_told_with_its_turns_its_deaths_and_what_fell_meanwhile() -> None:
+    broken = ordered_end(Turn(650, "returned", 3), Turn(660, "w2", 3))
+    entry, other = (STREAM, b"1-0"), (STREAM, b"2-0")
+    assert broken.journal
+    journal = replace(
+        broken.journal,
+        job_of={entry: "a", other: "bad"},
+        trail={entry: ["650 w1 was killed by SIGKILL during run"]},
+        batches={"w1@650": {entry, other}},
+    )
+    harms = [Harm("worker killed", 620, 690), Harm("server killed", 100, 200), Harm("poison job", 655, 900)]
+
+    (finding,) = [each for each in judge(replace(broken, journal=journal, harms=harms), KEYS) if not each.holds]
+
+    assert finding.violations == [
+        f"{STREAM} 1-0, job a, beside poison | w1 held it at 1, +0.05 returned 1 to 3, +0.06 w2 3 to 3 | "
+        "charged for: w1 was killed by SIGKILL during run | its supervisor ended +0.10 | "
+        "meanwhile: worker killed +0.02 to +0.09"
+    ]
 
 
 def test_every_promise_has_its_counterexample() -> None:
@@ -162,16 +222,27 @@ def test_the_journal_counts_entries_replies_and_charged_deliveries() -> None:
 XADD {STREAM} 1-0 v 1 id a body x
 XADD ms:{{other}}:q:normal 1-0 v 1 id b body x
 XCLAIM {STREAM} workers w1 0 1-0 TIME 700 RETRYCOUNT 1 FORCE JUSTID
+XCLAIM {STREAM} workers w1 0 1-0 TIME 750 RETRYCOUNT 1 FORCE JUSTID
 XCLAIM {STREAM} workers returned 0 1-0 TIME 800 RETRYCOUNT 3 FORCE JUSTID
 XADD {REPLIES} 2-0 id a reply x
 HSET {KEYS.call("d")} payload x jobs 1 ttl 9 c x
 HSET {KEYS.call("d")} c x
+HSET {KEYS.trail()} 2:1-0 800,w1,crashed 2:1-0:batch w1@800,1,0
 SET {KEYS.seen("c")} x PXAT 900"""
 
-    journal = replay([line.encode().split() for line in text.splitlines()], KEYS)
+    commands = [[word.replace(b",", b" ") for word in line.encode().split()] for line in text.splitlines()]
+    journal = replay(commands, KEYS)
 
-    given_back = [GivenBack(800, STREAM, b"1-0", 3)]
-    assert journal == Journal(Counter("a"), Counter("ac"), deliveries=[(800, "a", 3)], given_back=given_back)
+    entry = (STREAM, b"1-0")
+    assert journal == Journal(
+        Counter("a"),
+        Counter("ac"),
+        deliveries=[(800, "a", 3)],
+        job_of={entry: "a"},
+        turns={entry: [Turn(700, "w1", 1), Turn(800, "returned", 3)]},
+        trail={entry: ["800 w1 crashed"]},
+        batches={"w1@800": {entry}},
+    )
     assert (journal.attempts_before(800), journal.attempts_before(801)) == ([], ["a"])
     assert journal.most_attempts == 1.0
 
