@@ -253,7 +253,12 @@ def test_texts_with_the_same_beginning_compute_it_once_though_blocks_are_evicted
         expected = without.until_done(rows_of(model, jobs, {"ignore_eos": True}), random.Random(9))
     evicted: list[BlockPool] = []
     plain = BlockPool._evict
-    monkeypatch.setattr(BlockPool, "_evict", lambda pool: (evicted.append(pool), plain(pool))[1])
+
+    def evict(pool: BlockPool) -> int:
+        evicted.append(pool)
+        return plain(pool)
+
+    monkeypatch.setattr(BlockPool, "_evict", evict)
     # Three beginnings of seven blocks, and four texts with two blocks of their own: none is left for ended texts.
     run = Run(model, slots=4, cache_tokens=29 * 64)
 
