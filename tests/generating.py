@@ -34,12 +34,20 @@ class Job(NamedTuple):
         return cls([rng.randrange(FIRST, VOCABULARY) for _ in range(length)], most or rng.randrange(1, 60))
 
 
-def load(folder: Path, *, dtype: str = "auto", kernels: str = "auto", slots: int = 12, tokens: int = 8_192) -> Any:
-    """The language model in `folder`, loaded as a worker loads it."""
+def load(
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    kernels: str = "auto",
+    slots: int = 12,
+    tokens: int = 8_192,
+    context: int | None = None,
+) -> Any:
+    """The language model in `folder`, loaded as a worker loads it; `context` shortens the texts that it reads."""
     # Torch takes seconds to import; most tests need none.
     from millstream.worker.generation import model
 
-    settings: dict[str, Any] = {"dtype": dtype, "kernels": kernels}
+    settings: dict[str, Any] = {"dtype": dtype, "kernels": kernels, "max_length": context}
     spec = ServiceSpec(
         name="chat",
         model=ModelSpec(type="llm", model_name=str(folder), **settings),

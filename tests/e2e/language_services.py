@@ -126,6 +126,11 @@ class Reading(threading.Thread):
         """The finish reason, if the text is complete."""
         return self._stream.generated.finish_reason if self._stream.generated else None
 
+    @property
+    def seed(self) -> int | None:
+        """The seed that the text was sampled with, if it is complete."""
+        return self._stream.generated.seed if self._stream.generated else None
+
     def longest_pause_s(self, since: float) -> float:
         """Longest time between two deltas after `since`, monotonic seconds."""
         return max(after - before for before, after in pairwise([since, *(at for at, _ in self.deltas if at > since)]))

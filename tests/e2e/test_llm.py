@@ -28,15 +28,18 @@ from e2e.language_services import (
     language_services,
     nothing_left,
 )
+from e2e.text_cases import ANSWERS, PROMPT, REFUSALS, SCHEMA, user
+from e2e.text_lives import ENDS, Lives
 from support import eventually
 
-from millstream.broker.contract.errors import Cancelled, DeadlineExceeded, InputTooLong, InvalidRequest
+from millstream.broker.contract.errors import DeadlineExceeded, InvalidRequest
 from millstream.client import Client, Generated
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
 
-KILLS = 30 if os.environ.get("MILLSTREAM_LONG") else 1
-PROMPT = "The miller grinds the corn"
+LONG = bool(os.environ.get("MILLSTREAM_LONG"))
+KILLS = 30 if LONG else 1
+LIVES = 2_000 if LONG else 200
 OPTIONS: dict[str, dict[str, Any]] = {
     "sampled": {"temperature": 1.0, "top_p": 0.95, "seed": 7, "max_tokens": 500, "ignore_eos": True},
     "greedy": {"temperature": 0, "max_tokens": 500, "ignore_eos": True},
@@ -114,11 +117,15 @@ def test_a_killed_worker_changes_no_text(
     services.await_both()
     chance = random.Random()
     readings = all_kinds(calls)
+    # Its seed is that of its job, which its next worker must find again.
+    unseeded = calls.read(PROMPT, **NEIGHBOUR | {"seed": None, "max_tokens": 500})
     kind, delta = chance.choice(list(readings)), chance.randrange(1, 15)
     readings[kind].await_deltas(delta)
     kill_holder(services.chat)
 
     assert {kind: reading.text() for kind, reading in readings.items()} == expected, f"killed at {delta} of {kind}"
+    text = unseeded.text()
+    assert calls.generate(PROMPT, **NEIGHBOUR | {"seed": unseeded.seed, "max_tokens": 500}).text == text
     eventually(nothing_left(services.chat))
     assert not services.chat.watch.dead_letters()
 
@@ -182,81 +189,15 @@ def neighbour(services: Services, calls: Calls, neighbours_text: str) -> Iterato
     eventually(nothing_left(services.chat))
 
 
-def user(text: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": text}]
-
-
-def form(kind: str, **fields: Any) -> dict[str, Any]:
-    return {"response_format": {"type": kind, **fields}}
-
-
-REFUSALS: dict[str, tuple[Callable[[Calls], object], type[Exception], str]] = {
-    "prompt longer than the context": (
-        lambda calls: calls.generate("the mill " * CONTEXT),
-        InputTooLong,
-        rf"a prompt of \d+ tokens; prompt and text together have at most {CONTEXT} ",
-    ),
-    "prompt as long as the context": (
-        lambda calls: calls.generate([5] * CONTEXT),
-        InputTooLong,
-        f"a prompt of {CONTEXT} tokens",
-    ),
-    "empty prompt": (lambda calls: calls.generate(""), InvalidRequest, "empty prompt"),
-    "no message": (lambda calls: calls.chat([]), InvalidRequest, "messages is not a list of at least one message"),
-    "negative temperature": (lambda calls: calls.generate("a", temperature=-1), InvalidRequest, "temperature="),
-    "negative top_k": (lambda calls: calls.generate("a", top_k=-1), InvalidRequest, "top_k="),
-    "unknown role": (
-        lambda calls: calls.chat([{"role": "miller", "content": "a"}]),
-        InvalidRequest,
-        r"messages\[0\]: role 'miller'",
-    ),
-    "token id out of range": (
-        lambda calls: calls.generate([10**6]),
-        InvalidRequest,
-        r"the prompt: the model has no token 1000000 \(it has \d+\)",
-    ),
-    "stop token out of range": (
-        lambda calls: calls.generate("a", stop_token_ids=[10**6]),
-        InvalidRequest,
-        "stop_token_ids: the model has no token 1000000",
-    ),
-    "bias of a token out of range": (
-        lambda calls: calls.generate("a", logit_bias={10**6: 1.0}),
-        InvalidRequest,
-        "logit_bias: the model has no token 1000000",
-    ),
-    "grammar that cannot be compiled": (
-        lambda calls: calls.generate("a", **form("grammar", grammar="start: (((")),
-        InvalidRequest,
-        r"response_format: .*Expected token",
-    ),
-    "regex that cannot be compiled": (
-        lambda calls: calls.generate("a", **form("regex", pattern="([")),
-        InvalidRequest,
-        "response_format: .*unclosed character class",
-    ),
-    "schema that cannot be compiled": (
-        lambda calls: calls.generate("a", **form("json_schema", schema={"type": "nonsense"})),
-        InvalidRequest,
-        "response_format: .*nonsense",
-    ),
-    "grammar without an end": (
-        lambda calls: calls.generate("a", ignore_eos=True, **form("json_object")),
-        InvalidRequest,
-        "ignore_eos and response_format exclude each other",
-    ),
-}
-
-
 @pytest.mark.usefixtures("neighbour")
 @pytest.mark.parametrize("case", REFUSALS)
 def test_a_call_that_cannot_be_run_is_refused_with_its_reason(calls: Calls, case: str) -> None:
-    call, kind, message = REFUSALS[case]
+    call, error, message = REFUSALS[case]
 
-    with pytest.raises(kind, match=re.compile(message, re.DOTALL)) as caught:
+    with pytest.raises(error, match=re.compile(message, re.DOTALL)) as caught:
         call(calls)
 
-    assert type(caught.value) is kind
+    assert type(caught.value) is error
 
 
 @pytest.mark.usefixtures("neighbour")
@@ -275,114 +216,10 @@ def test_the_last_token_of_the_context_can_be_generated(calls: Calls) -> None:
     assert (got.finish_reason, got.usage["completion_tokens"]) == ("length", 1)
 
 
-def _is_greedy(calls: Calls) -> None:
-    texts = {calls.generate("a", temperature=0, seed=seed, max_tokens=30).text for seed in (1, 2)}
-
-    assert len(texts) == 1
-
-
-def _samples_from_all(calls: Calls) -> None:
-    options: dict[str, Any] = {"temperature": 1.0, "seed": 5, "max_tokens": 30, "ignore_eos": True}
-
-    assert calls.generate("a", top_k=10**9, **options).text == calls.generate("a", top_k=0, **options).text
-
-
-def _stops(calls: Calls) -> None:
-    whole = calls.generate("a", max_tokens=100, ignore_eos=True)
-    stop = whole.text[40:44]
-    got = calls.generate("a", max_tokens=100, ignore_eos=True, stop=["never said", stop])
-    with calls.stream("a", max_tokens=100, ignore_eos=True, stop=stop) as stream:
-        deltas = list(stream)
-
-    assert (got.text, got.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
-    assert "".join(delta.text for delta in deltas) == got.text
-    assert deltas[-1].finish_reason == "stop"
-
-
-def _has_logprobs(calls: Calls) -> None:
-    got = calls.generate("a", logprobs=3, max_tokens=20, ignore_eos=True)
-
-    assert got.logprobs is not None
-    assert len(got.logprobs) == got.usage["completion_tokens"] == 20
-    for each in got.logprobs:
-        assert [p for _, p in each.top] == sorted((p for _, p in each.top), reverse=True)
-        assert each.top[0] == (each.token, each.logprob)
-        assert len(each.top) == 3
-        assert each.logprob < 0
-
-
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {"mill": {"type": "boolean"}, "wheels": {"type": "integer"}, "name": {"enum": ["Emma", "Ben"]}},
-    "required": ["mill", "wheels", "name"],
-    "additionalProperties": False,
-}
-
-
-def _is_json(calls: Calls) -> None:
-    for seed in range(3):
-        got = calls.generate("a", **form("json_schema", schema=SCHEMA), temperature=1.0, seed=seed, max_tokens=1_000)
-        value = json.loads(got.text)
-
-        assert got.finish_reason == "stop"
-        assert value.keys() == {"mill", "wheels", "name"}
-        assert (type(value["mill"]), type(value["wheels"]), value["name"] in ("Emma", "Ben")) == (bool, int, True)
-
-
-def _follows_a_regex(calls: Calls) -> None:
-    got = calls.generate("a", **form("regex", pattern="[a-f]{5,9}-[0-9]{3}"), temperature=1.0, seed=1)
-
-    assert re.fullmatch("[a-f]{5,9}-[0-9]{3}", got.text)
-    assert got.finish_reason == "stop"
-
-
-def _chats(calls: Calls) -> None:
-    roles = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
-
-    assert calls.chat(roles, max_tokens=5, ignore_eos=True).usage["completion_tokens"] == 5
-
-
-def _leaves(calls: Calls) -> None:
-    with calls.stream(PROMPT, ignore_eos=True) as stream:
-        next(stream)
-    with pytest.raises(Cancelled):
-        list(stream)
-    assert stream.generated is None
-
-
-def _is_cut_by_its_deadline(calls: Calls) -> None:
-    began = time.monotonic()
-    got = calls.generate(PROMPT, ignore_eos=True, timeout=0.6)
-    took_s = time.monotonic() - began
-    with calls.stream(PROMPT, ignore_eos=True, timeout=0.6) as stream:
-        deltas = list(stream)
-    whole = calls.generate(PROMPT, ignore_eos=True, max_tokens=max(got.usage["completion_tokens"], 10) + 10)
-
-    assert got.finish_reason == deltas[-1].finish_reason == "deadline"
-    assert 0.55 < took_s < 0.9
-    assert whole.text.startswith(got.text.rstrip("�"))
-    assert got.text
-    assert "".join(delta.text for delta in deltas) == (stream.generated or got).text != ""
-
-
 @pytest.mark.usefixtures("neighbour")
-@pytest.mark.parametrize(
-    "case",
-    [
-        _is_greedy,
-        _samples_from_all,
-        _stops,
-        _has_logprobs,
-        _is_json,
-        _follows_a_regex,
-        _chats,
-        _leaves,
-        _is_cut_by_its_deadline,
-    ],
-    ids=lambda case: case.__name__.strip("_"),
-)
-def test_a_text(calls: Calls, case: Callable[[Calls], None]) -> None:
-    case(calls)
+@pytest.mark.parametrize("case", ANSWERS)
+def test_a_call_gets_the_text_that_its_options_ask_for(calls: Calls, case: str) -> None:
+    ANSWERS[case](calls)
 
 
 @pytest.mark.usefixtures("neighbour")
@@ -444,6 +281,31 @@ def test_the_users_limits_cut_a_text_after_two_seconds_and_give_what_there_is(
     assert all(texts)
     assert 1.9 < took_s < 3.0
     eventually(nothing_left(services.users))
+
+
+def test_slots_blocks_and_texts_on_the_server_are_all_returned_over_many_lives(
+    services: Services, calls: Calls, client: Client
+) -> None:
+    services.await_both()
+    small = Calls(client, services.small, ignore_eos=True)
+    workers = [site.watch.live() for site in (services.chat, services.small)]
+    lives = Lives(services.chat.url, random.Random(21))
+
+    ends = lives.run([(services.chat.spec.name, CONTEXT), (services.small.spec.name, SMALL_CACHE)], LIVES)
+
+    assert ends.keys() == set(ENDS)
+    assert ends.total() == LIVES
+    for site in (services.chat, services.small):
+        eventually(nothing_left(site))
+    assert workers == [site.watch.live() for site in (services.chat, services.small)]
+    # All blocks: this text needs each of them.
+    assert small.generate([5] * (SMALL_CACHE - 1)).finish_reason == "length"
+    # All slots: each worker prepares one text more than it has slots for.
+    readings = [calls.read(f"{PROMPT} {number}", ignore_eos=True, max_tokens=500) for number in range(2 * SLOTS + 2)]
+    eventually(lambda: sum(bool(reading.deltas) for reading in readings) >= 2 * SLOTS)
+    assert all(reading.is_alive() for reading in readings)
+    assert all(reading.text() for reading in readings)
+    eventually(nothing_left(services.chat))
 
 
 # -- commands ------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 from generating import Job, Run, load, rows_of, tokens_of
 
 from millstream.broker.contract.errors import ModelFailed
+from millstream.worker.generation.blocks import BlockPool
 
 Folders = Mapping[str, Path]
 KINDS = ("llama", "grouped", "qwen3", "gpt2")
@@ -21,7 +22,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     import language_models
 
     home = tmp_path_factory.mktemp("language-models")
-    return {kind: language_models.save_language_model(home / kind, kind) for kind in KINDS}
+    saved = {kind: language_models.save_language_model(home / kind, kind) for kind in KINDS}
+    return saved | {"long": language_models.save_language_model(home / "long", "grouped", context=1_024)}
 
 
 @pytest.fixture(scope="module")
@@ -237,22 +239,36 @@ def test_prompts_are_computed_in_parts_again_after_a_text_ran_out_of_memory_alon
     assert run.engine.forwards <= 2
 
 
-def test_texts_with_the_same_beginning_compute_it_once(model: Any) -> None:
+def test_texts_with_the_same_beginning_compute_it_once_though_blocks_are_evicted(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(folders["long"])
     rng = random.Random(9)
-    systems = [Job.random(rng, tokens=400).prompt for _ in range(3)]
+    systems = [Job.random(rng, tokens=500).prompt for _ in range(3)]
+    # Prompt and text fill the block behind the last shared one, so each text leaves a block with a name of its own.
     jobs = [Job(systems[at % 3] + Job.random(rng, tokens=20).prompt, 20) for at in range(36)]
-    apart: dict[str, Any] = {}
-    for row in rows_of(model, jobs, {"ignore_eos": True}):
-        apart |= Run(model, slots=1).until_done([row], rng)
-    # Three beginnings of six blocks each, four texts, and some blocks of ended texts, which must be evicted.
-    run = Run(model, slots=4, cache_tokens=30 * 64)
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockPool, "match", lambda pool, keys: [])
+        without = Run(model, slots=4, cache_tokens=36 * 64)
+        expected = without.until_done(rows_of(model, jobs, {"ignore_eos": True}), random.Random(9))
+    evicted: list[BlockPool] = []
+    plain = BlockPool._evict
 
-    outcomes = run.until_done(rows_of(model, jobs, {"ignore_eos": True}), rng)
+    def evict(pool: BlockPool) -> int:
+        evicted.append(pool)
+        return plain(pool)
 
-    texts = {owner: outcome["text"] for owner, outcome in outcomes.items()}
-    assert texts == {owner: outcome["text"] for owner, outcome in apart.items()}
-    assert run.engine.prefilled <= 0.3 * sum(len(job.prompt) for job in jobs)
-    assert run.cached >= 0.7 * 36 * 420
+    monkeypatch.setattr(BlockPool, "_evict", evict)
+    # Three beginnings of seven blocks, and four texts with two blocks of their own: none is left for ended texts.
+    run = Run(model, slots=4, cache_tokens=29 * 64)
+
+    outcomes = run.until_done(rows_of(model, jobs, {"ignore_eos": True}), random.Random(9))
+
+    assert outcomes == expected
+    assert without.engine.prefilled >= 36 * 520
+    assert run.engine.prefilled <= 0.3 * without.engine.prefilled
+    assert run.cached >= 0.7 * 36 * 520
+    assert len(evicted) >= 30
 
 
 def test_a_prefix_is_not_evicted_by_the_text_that_shares_it(model: Any) -> None:

@@ -137,6 +137,13 @@ def test_a_worker_can_warm_it_up(model: Any) -> None:
         ("a mill", {"colour": 1}, InvalidRequest, "colour"),
         ("a mill", {"stop_token_ids": [999]}, InvalidRequest, "stop_token_ids"),
         ("a mill", {"logit_bias": {"999": 1.0}}, InvalidRequest, "logit_bias"),
+        ("a mill", {"temperature": -1.0}, InvalidRequest, "temperature"),
+        ("a mill", {"top_k": -1}, InvalidRequest, "top_k"),
+        ("a mill", {"response_format": {"type": "regex", "pattern": "(["}}, InvalidRequest, "response_format"),
+        ({"token_ids": []}, {}, InvalidRequest, "token_ids"),
+        ({"token_ids": [-1]}, {}, InvalidRequest, "token_ids"),
+        ({"messages": []}, {}, InvalidRequest, "messages"),
+        ({"messages": [{"role": "miller", "content": "a"}]}, {}, InvalidRequest, "role 'miller'"),
     ],
 )
 def test_a_request_that_cannot_run_is_refused_before_it_runs(

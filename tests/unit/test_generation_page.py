@@ -1,4 +1,4 @@
-"""docs/generation.md lists every option, finish reason and error, and quotes its examples as they are."""
+"""docs/generation.md lists every option, finish reason, error and edge case, and quotes its examples as they are."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from e2e.text_cases import ANSWERS, EVENTS, REFUSALS
 
 from millstream.broker.contract import errors
-from millstream.broker.contract.errors import MillstreamError
+from millstream.broker.contract.errors import Cancelled, MillstreamError
 from millstream.broker.contract.generation import DEADLINE, LENGTH, STOP, GenerateOptions
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -42,6 +43,17 @@ def test_the_codes_of_errors_exist() -> None:
 
     assert len(listed) >= 9
     assert listed - codes == set()
+
+
+def test_each_edge_case_is_a_test_and_has_the_code_that_the_test_sees() -> None:
+    codes = {case: refusal.error.code for case, refusal in REFUSALS.items()}
+    codes |= dict.fromkeys([*ANSWERS, *EVENTS], "none") | {"caller that leaves": Cancelled.code}
+    listed = re.findall(r"^\| ([^|]+) \| `?(\w+)`? \| [^|]+ \|$", section("Edge cases"), re.MULTILINE)[1:]
+    tests = (Path(__file__).parents[1] / "e2e" / "test_llm.py").read_text(encoding="utf-8")
+
+    assert len(listed) == 15
+    assert {case: code for case, code in listed if codes.get(case) != code} == {}
+    assert [name for name in EVENTS.values() if f"\ndef {name}(" not in tests] == []
 
 
 def test_the_bytes_of_a_token_are_those_of_the_formula() -> None:

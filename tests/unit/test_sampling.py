@@ -74,20 +74,26 @@ def ids(tokens: Series[object]) -> list[int]:
     return [token.id for token in tokens if isinstance(token, Token)]
 
 
-@pytest.mark.parametrize(
-    ("counter", "key", "expected"),
-    [
-        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-        (
-            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-            [0xA4093822, 0x299F31D0],
-            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
-        ),
-    ],
-)
-def test_philox_gives_the_known_answers_of_random123(counter: list[int], key: list[int], expected: list[int]) -> None:
-    assert philox4x32([counter], [key]).tolist() == [expected]
+KNOWN_ANSWERS = """\
+philox4x32 10 00000000 00000000 00000000 00000000 00000000 00000000   6627e8d5 e169c58d bc57ac4c 9b00dbd8
+philox4x32 10 ffffffff ffffffff ffffffff ffffffff ffffffff ffffffff   408f276d 41c83b0e a20bc7c6 6d5451fd
+philox4x32 10 243f6a88 85a308d3 13198a2e 03707344 a4093822 299f31d0   d16cfe09 94fdcceb 5001e420 24126ea1
+"""
+"""Lines 27 to 29 of tests/kat_vectors in Random123 1.14.0: name, rounds, four words of the counter, two of the key, and
+the four words expected. Taken from the file in Debian's librandom123-doc 1.14.0+dfsg-4."""
+
+
+@pytest.mark.parametrize("line", KNOWN_ANSWERS.splitlines(), ids=["zeros", "ones", "pi"])
+def test_philox_gives_the_known_answers_of_random123(line: str) -> None:
+    words = [int(word, 16) for word in line.split()[2:]]
+
+    assert philox4x32([words[:4]], [words[4:6]]).tolist() == [words[6:]]
+
+
+def test_philox_gives_each_row_of_several_its_known_answer() -> None:
+    table = np.array([[int(word, 16) for word in line.split()[2:]] for line in KNOWN_ANSWERS.splitlines()])
+
+    assert philox4x32(table[:, :4], table[:, 4:6]).tolist() == table[:, 6:].tolist()
 
 
 def test_random_numbers_are_uniform_inside_of_0_and_1_and_depend_on_seed_and_index() -> None:

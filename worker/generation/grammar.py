@@ -75,6 +75,8 @@ class Grammar:
     def __init__(self, matcher: LLMatcher, words: int) -> None:
         self._matcher = matcher
         self._mask = np.zeros(words, dtype=np.int32)
+        self._address = self._mask.ctypes.data
+        self._is_filled = False
 
     @property
     def is_over(self) -> bool:
@@ -88,18 +90,25 @@ class Grammar:
 
     def accept(self, token: int) -> bool:
         """Adds a token that is not an end token. Returns False if the grammar does not allow it."""
+        self._is_filled = False
         return self._matcher.consume_token(token)
+
+    def fill(self) -> None:
+        """Computes on the CPU which tokens may come next: for `mask`, which needs the logits."""
+        if not self._is_filled:
+            self._matcher.unsafe_compute_mask_ptr(self._address, self._mask.nbytes)
+            self._is_filled = True
 
     def mask(self, row: torch.Tensor) -> ModelFailed | None:
         """Sets the logits of tokens that cannot come next to minus infinity. `row`: float [vocabulary].
 
         Returns an error if the grammar is too costly to follow.
         """
-        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
+        self.fill()
         if self._matcher.is_error():
             return ModelFailed(f"response_format: {self.error}")
-        allowed = np.unpackbits(self._mask.view(np.uint8), count=len(row), bitorder="little")
-        row.masked_fill_(torch.from_numpy(allowed).to(row.device) == 0, -torch.inf)
+        excluded = np.unpackbits(~self._mask.view(np.uint8), count=len(row), bitorder="little").view(np.bool_)
+        row.masked_fill_(torch.from_numpy(excluded).to(row.device), -torch.inf)
         return None
 
 

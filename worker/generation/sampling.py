@@ -33,6 +33,10 @@ def choose(logits: torch.Tensor, sequences: Series[Sequence]) -> list[Token | Mi
     `logits`: float [rows, vocabulary], one row for each sequence, in order. It is not changed. If all rows take the
     most probable token, one pass over the logits and one transfer to the CPU are all that is done.
     """
+    for each in sequences:
+        if each.grammar:
+            # Before any use of the logits: on a GPU the forward that computes them still runs.
+            each.grammar.fill()
     logits = logits.detach()
     peaks, ids = _most_probable(logits)
     faults: dict[int, MillstreamError] = {}
