@@ -40,7 +40,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "unread": Scenario(unread.run, 60.0),
     "interrupt": Scenario(interrupt.run, 15.0),
     "chat": Scenario(chat.tiny, 45.0),
-    "chat-smollm2": Scenario(chat.smollm2, 80.0),
+    "chat-smollm2": Scenario(chat.smollm2, 60.0),
 }
 
 

@@ -43,7 +43,7 @@ class Load:
 
 
 TINY = Load(bulk=64, bulk_tokens=384, every_s=0.3, chat_tokens=24)
-REAL = Load(bulk=48, bulk_tokens=96, every_s=0.75, chat_tokens=12)
+REAL = Load(bulk=40, bulk_tokens=96, every_s=0.5, chat_tokens=12)
 
 
 @dataclass
