@@ -105,8 +105,10 @@ async def _bulk(client: AsyncClient, load: Load, almost: asyncio.Event | None = 
     async def one(number: int) -> str:
         nonlocal left, rate
         options: GenerateKeywords = {"max_tokens": load.bulk_tokens, "ignore_eos": True, "priority": "batch"}
-        options |= {"temperature": 0.0} if number % 2 else {"temperature": 1.0, "top_p": 0.95, "seed": number}
-        text = (await client.generate(prompts[number], service=SERVICE, timeout=600.0, **options)).text
+        sampling: GenerateKeywords = {"temperature": 1.0, "top_p": 0.95, "seed": number}
+        if number % 2:
+            sampling = {"temperature": 0.0}
+        text = (await client.generate(prompts[number], service=SERVICE, timeout=600.0, **options, **sampling)).text
         left -= 1
         if left == SLOTS:
             rate = (load.bulk - left) * load.bulk_tokens / (time.perf_counter() - began)
