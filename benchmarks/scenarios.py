@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import click
 from measure import Report, machine, verdicts
-from scenario_lib import crash, frozen, interrupt, join, separate, slow, stream, unread, waiters
+from scenario_lib import chat, crash, frozen, interrupt, join, separate, slow, stream, unread, waiters
 from stage import Stage, staged
 
 
@@ -39,6 +39,8 @@ SCENARIOS: Mapping[str, Scenario] = {
     "stream": Scenario(stream.run, 60.0),
     "unread": Scenario(unread.run, 60.0),
     "interrupt": Scenario(interrupt.run, 15.0),
+    "chat": Scenario(chat.tiny, 45.0),
+    "chat-smollm2": Scenario(chat.smollm2, 60.0),
 }
 
 

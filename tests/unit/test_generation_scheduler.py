@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from millstream.worker.generation.scheduler import LEAST_PART, MAX_PREFILL_MS, MAX_STEP_MS, MOST_PART, PartSize, plan
+from millstream.worker.generation.scheduler import (
+    LEAST_PART,
+    MAX_PREFILL_MS,
+    MAX_STEP_MS,
+    MOST_PART,
+    PartSize,
+    before_others,
+    plan,
+)
 
 
 @dataclass
@@ -12,6 +20,7 @@ class Text:
     length: int
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    rank: int = 1
 
 
 def test_growing_texts_come_first_by_their_blocks_and_prompts_share_the_rest() -> None:
@@ -64,3 +73,24 @@ def test_a_limit_of_parts_holds_from_the_first_forward() -> None:
     assert size.tokens(0) == size.tokens(3) == 7
     size.observe(0, 7, 0.001)
     assert size.tokens(0) == size.tokens(3) == 7
+
+
+def test_the_time_of_few_growing_texts_is_a_part_of_that_of_many() -> None:
+    size = PartSize()
+    for _ in range(50):
+        size.observe(16, 0, 0.080)
+        size.observe(0, 100, 0.050)
+
+    assert abs(size.tokens(2) - (MAX_STEP_MS / 1000 - 0.010) / 0.0005) < 5
+    assert size.tokens(16) == int((MAX_STEP_MS / 1000 - 0.080) / 0.0005)
+
+
+def test_less_urgent_texts_wait_while_a_realtime_prompt_is_computed() -> None:
+    prompt, chat, share = Text(50, 10, rank=0), Text(9, 8, rank=0), Text(8, 7, rank=-1)
+    normal, batch = Text(20, 0, rank=1), Text(10, 9, rank=2)
+    texts = [share, prompt, chat, normal, batch]
+
+    assert before_others(texts) == [share, prompt, chat]
+    prompt.computed = 49
+    assert before_others(texts) == texts
+    assert before_others([normal, batch]) == [normal, batch]

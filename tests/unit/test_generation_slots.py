@@ -16,6 +16,7 @@ from millstream.worker.clock import ServerClock
 from millstream.worker.context import Context
 from millstream.worker.engines.base import Step
 from millstream.worker.engines.runner import Runner
+from millstream.worker.generation.record import Token
 from millstream.worker.intake.settler import Finished
 from millstream.worker.scheduling.active_job import ActiveJob
 from millstream.worker.scheduling.batcher import Budget
@@ -48,14 +49,16 @@ class Bench:
         self._step, self.engine.step = self.engine.step, self._watched
         self.runner = Runner(self.context, self.engine, self._finish)
 
-    def job(self, tokens: int, most: int, priority: Priority = Priority.NORMAL) -> ActiveJob:
+    def job(self, tokens: int, most: int, priority: Priority = Priority.NORMAL, before: int = 0) -> ActiveJob:
+        """A job with a prompt of `tokens` tokens, of which an earlier run has generated `before`."""
         self.made += 1
         claim = claim_of(priority=priority, at=NOW - 1_000 + self.made, op="generate")
         options = {"max_tokens": most, "ignore_eos": True}
         prompt = {"token_ids": Job.random(self.rng, tokens=tokens).prompt}
         assert claim.job
-        (row,) = self.model.prepare([prompt], options)
-        self.model.begin(row, claim.job.id, [])
+        row, earlier = self.model.prepare([prompt, prompt], options)
+        said = Job.random(self.rng, tokens=before).prompt if before else []
+        self.model.begin(row, claim.job.id, [earlier.features.add(Token(token)).record for token in said])
         return ActiveJob(claim, claim.job, [row])
 
     def run(self, *jobs: ActiveJob) -> None:
@@ -101,3 +104,19 @@ def test_a_text_that_the_full_cache_displaced_keeps_no_other_from_its_blocks(fol
     assert bench.value(long)["usage"][1] == 250
     assert bench.value(displaced)["usage"][1] == 220
     assert bench.ended_at[short.name] - held_at[0] <= 10
+
+
+def test_a_text_that_goes_on_here_is_admitted_when_the_cache_has_room_for_all_its_tokens(folder: Path) -> None:
+    bench = Bench(folder, blocks=8)
+    long, resumed = bench.job(200, 60), bench.job(10, 310, before=300)
+    urgent = bench.job(10, 5, Priority.REALTIME)
+    bench.before[1] = lambda: bench.window.hold([resumed])
+    bench.before[4] = lambda: bench.window.hold([urgent])
+
+    bench.run(long)
+
+    assert [bench.value(job)["usage"][1] for job in (long, resumed, urgent)] == [60, 310, 5]
+    assert bench.ended_at[urgent.name] <= 12
+    # It held no slot meanwhile that the urgent text would have had to take from it.
+    assert (long.displaced, resumed.displaced) == (0, 0)
+    assert bench.ended_at[resumed.name] == bench.ended_at[long.name] + 10

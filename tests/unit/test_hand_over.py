@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import redis
@@ -13,6 +13,7 @@ from contracts.emit import partial
 from contracts.emitting import Bench as EmitBench
 from support import eventually
 
+from millstream.broker.contract.errors import BrokerUnavailable
 from millstream.broker.contract.keys import GROUP, RETURNED
 from millstream.broker.contract.partial import Record, decode_records
 from millstream.worker.intake import hand_over
@@ -89,6 +90,33 @@ def test_a_job_without_output_is_given_back_without_an_attempt() -> None:
         eventually(lambda: bench.pending(RETURNED))
 
     assert [deliveries for _, deliveries in bench.pending(RETURNED)] == [1]
+
+
+def test_a_job_that_came_back_meanwhile_is_not_given_back_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    job = bench.running()
+    lease, release = bench.queue.lease, bench.queue.lease.release
+    calls: list[object] = []
+
+    def answer_is_lost(*words: Any, **options: Any) -> int:
+        calls.append(options)
+        release(*words, **options)
+        if len(calls) == 1:
+            # The job is claimed again by this worker before the call is repeated.
+            claims = bench.queue.claim("w1").claims
+            bench.context.window.keep([claim.address.name for claim in claims])
+            raise BrokerUnavailable("cut")
+        return 0
+
+    monkeypatch.setattr(lease, "release", answer_is_lost)
+    with bench.works():
+        bench.hand_over.put([job])
+        bench.hand_over.finish()
+        bench.hand_over.join()
+
+    assert bench.context.window.names() == [job.name]
+    assert len(bench.pending("w1")) == 1
+    assert bench.pending(RETURNED) == []
 
 
 def test_output_that_cannot_be_emitted_delays_a_hand_over_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from contracts.held import NOW, claim_of
@@ -181,6 +182,30 @@ def test_a_text_that_another_worker_began_ends_with_its_text_if_its_deadline_is_
     assert bench.running == []
 
 
+def begun(bench: Bench, text: str, output: str, **times: int) -> ActiveJob:
+    """A batch job that another worker has given back after `output`."""
+    job = bench.job(text, BATCH, **times)
+    (row,) = job.prepared
+    assert isinstance(row, Prepared)
+    job.records = encode_record(Record(output))
+    bench.model.begin(row, "0" * 32, [Record(output)])
+    return job
+
+
+def test_a_text_that_another_worker_began_ends_at_its_deadline_though_it_gets_no_slot() -> None:
+    bench = Bench(slots=1)
+    urgent, late = bench.job(bench.words("x", 20), REALTIME), begun(bench, "a b c d", "a ", deadline=NOW + 50)
+    bench.before[1] = lambda: bench.window.hold([late])
+    bench.before[3] = lambda: bench.context.clock.set_to(NOW + 60)
+
+    bench.run(urgent)
+
+    assert (bench.value(late)["text"], bench.value(late)["finish_reason"]) == ("a ", "deadline")
+    assert next(iter(bench.finished)) == late.name
+    assert bench.whole(urgent)
+    assert len(bench.running) == 20
+
+
 def test_a_job_that_has_not_begun_expires_with_an_error() -> None:
     bench = Bench(slots=1)
     first, late = bench.job("a b c d"), bench.job("x", queue_by=NOW + 50)
@@ -330,6 +355,27 @@ def test_a_suspect_takes_a_slot_of_its_own_class_since_others_wait_for_its_outpu
     assert [row for (row,) in bench.running] == ["a", "a", "s", "s", "a", "a"]
     assert bench.whole(text)
     assert bench.whole(suspect)
+
+
+def test_no_row_joins_a_suspect_before_it_has_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(slots=4)
+    suspect, other = bench.job("s t u", attempts=1.0), bench.job("a b")
+    say, silent = bench.engine._say, ["s ", "s ", "s "]
+
+    def says_late(speech: Any) -> Record | None:
+        if speech.words[0] in silent:
+            silent.remove(speech.words[0])
+            return None
+        return say(speech)
+
+    monkeypatch.setattr(bench.engine, "_say", says_late)
+
+    # Not set aside, as in a drain.
+    bench.run(suspect, other)
+
+    assert bench.running == [["s"], ["s"], ["s"], ["s"], ["s", "a"], ["s", "a"]]
+    assert bench.whole(suspect)
+    assert bench.whole(other)
 
 
 def test_what_waits_is_on_no_page() -> None:
@@ -562,6 +608,23 @@ def test_no_less_urgent_row_takes_the_tokens_that_a_more_urgent_one_waits_for() 
     first = next(at for at, rows in enumerate(bench.running) if "u0" in rows)
     assert first <= 5
     assert all(bench.whole(job) for job in (*texts, urgent))
+
+
+def test_a_worker_claims_again_after_rows_that_took_all_tokens_of_the_engine_have_ended() -> None:
+    bench = Bench(slots=4)
+    bench.window.hold([bench.job("a b c d e", BATCH), bench.job("v w x y z", BATCH)])
+    rows = bench.window.take(Budget(4, 10, packs=True))
+    bench.window.complete([], [], rows)
+    full = bench.window.room()
+    bench.window.complete(rows, [{}, {}])
+
+    # No row waits: the runner only says what the engine has room for now.
+    assert bench.window.take(Budget(4, 10, packs=True), wait=False) == []
+
+    assert full is None
+    room = bench.window.room()
+    assert room
+    assert (room.tokens, room.streams) == (10, len(PRIORITIES))
 
 
 def test_a_worker_without_free_slots_waits_until_a_row_leaves_one() -> None:

@@ -141,7 +141,8 @@ class SlotKeeper:
         """Ends the texts whose time is over. Their callers get the text so far, with the finish reason DEADLINE."""
         now, since = self._clock.now(), time.monotonic()
         late = {name for name, job in self._running.jobs.items() if self._is_late(job, now, since)}
-        away = [name for name, job in self._waiting.items() if self._is_late(job, now, since)]
+        waiting = self._window.begun() if self._window.waiting else {}
+        away = [name for name, job in waiting.items() if self._is_late(job, now, since)]
         if not (late or away):
             return []
         rows = [row for row in self._running.rows if row.owner in late] + self._window.withdraw(away)

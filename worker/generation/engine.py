@@ -124,9 +124,9 @@ class SlotsEngine:
             end.fail(held, ModelFailed(f"a prompt of {held.length} tokens, and the cache now holds {tokens}"))
 
     def _pieces(self) -> list[Piece]:
-        running = self._holding.running
-        growing = sum(held.length - held.computed == 1 for held in running)
-        return plan(self._holding.ready(), self._size.tokens(growing))
+        texts = self._holding.ready()
+        growing = sum(held.length - held.computed == 1 for held in texts)
+        return plan(texts, self._size.tokens(growing))
 
     def _compute(self, pieces: Sequence[Piece], end: _End) -> list[Held]:
         """Runs a forward over `pieces` and adds the tokens. Returns the texts that left because memory ran out."""

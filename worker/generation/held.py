@@ -8,6 +8,7 @@ import torch
 
 from millstream.worker.generation.blocks import BLOCK, BlockPool, blocks_for, keys_of
 from millstream.worker.generation.kv_cache import BlockCache
+from millstream.worker.generation.scheduler import MOST_LEFT_OUT, before_others
 from millstream.worker.models.base import Prepared
 from millstream.worker.scheduling.active_job import Rows
 from millstream.worker.scheduling.batcher import Row
@@ -35,6 +36,10 @@ class Held:
     def length(self) -> int:
         return len(self.sequence.tokens)
 
+    @property
+    def rank(self) -> int:
+        return self.row.urgency[0]
+
 
 class Holding:
     """Texts that run, and texts that wait for blocks, most urgent first. `pool` numbers the blocks of `cache`."""
@@ -45,6 +50,7 @@ class Holding:
         self.running: list[Held] = []
         self.waiting: list[Held] = []
         self._cache = cache
+        self._left_out = 0
 
     @property
     def all(self) -> list[Held]:
@@ -97,7 +103,8 @@ class Holding:
     def ready(self) -> list[Held]:
         """Returns the texts to compute now, the most urgent first.
 
-        A text waits while another computes a prefix that both share: then it can use its blocks.
+        A text waits while another computes a prefix that both share: then it can use its blocks. Texts that are less
+        urgent than a realtime prompt wait for it, see `before_others`.
         """
         ready: list[Held] = []
         pending: set[bytes] = set()
@@ -109,7 +116,9 @@ class Holding:
                     continue
             pending.update(held.keys[held.sealed :])
             ready.append(held)
-        return ready
+        chosen = before_others(ready) if self._left_out < MOST_LEFT_OUT else ready
+        self._left_out = self._left_out + 1 if len(chosen) < len(ready) else 0
+        return chosen
 
     def _reuse(self, held: Held) -> None:
         """Replaces the next blocks of a text by blocks that hold the same tokens, computed."""

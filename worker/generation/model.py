@@ -134,7 +134,9 @@ class GenerationModel:
         )
 
     def begin(self, row: Prepared, job_id: str, records: Sequence[Record]) -> None:
-        cast(Text, row.features).begin(job_id, records)
+        text = cast(Text, row.features)
+        text.begin(job_id, records)
+        row.output_tokens = text.generated
 
     def start_engine(self) -> SlotsEngine:
         self._engine = self._new_engine(self._slots, self._cache_tokens)

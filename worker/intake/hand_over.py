@@ -126,5 +126,10 @@ class HandOver(threading.Thread):
         self._emitter.forget(names)
         # Before the release: this worker may claim the jobs again.
         self._window.forget(names)
-        retrying(lambda: self._lease.release(self._consumer, only=names), until=None, stop=None)
+        retrying(lambda: self._release(names), until=None, stop=None)
         log.log(logging.INFO if self.is_due else logging.DEBUG, "%d running jobs were handed over", len(names))
+
+    def _release(self, names: Sequence[str]) -> None:
+        # The answer to an earlier try may be lost, and this worker may have claimed the jobs again since.
+        again = set(self._window.names())
+        self._lease.release(self._consumer, only=[name for name in names if name not in again])

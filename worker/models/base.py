@@ -46,11 +46,15 @@ class Limit(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Prepared:
-    """One row ready to run: its length in tokens, special tokens included, and its features for the model."""
+    """One row ready to run: its length in tokens, special tokens included, and its features for the model.
+
+    `output_tokens`: tokens that earlier runs generated; the model reads them again.
+    """
 
     tokens: int
     features: object
     truncated: bool = False
+    output_tokens: int = 0
 
 
 Upcoming = Callable[[], Sequence[Prepared]]

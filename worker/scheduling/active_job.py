@@ -81,7 +81,14 @@ class ActiveJob:
         ms, _, sequence = self.name[2:].partition("-")
         urgency = (rank, int(ms), int(sequence))
         return [
-            Row(row.tokens, urgency, self.name, index, row, self.digests[index] if self.digests else "")
+            Row(
+                row.tokens + row.output_tokens,
+                urgency,
+                self.name,
+                index,
+                row,
+                self.digests[index] if self.digests else "",
+            )
             for index, row in enumerate(self.prepared)
             if isinstance(row, Prepared)
         ]
