@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import click
 import torch
 from bench_generation import SMOLLM2
 from corpus import SEED
@@ -47,7 +48,7 @@ class Load:
 
 
 TINY = Load(bulk=64, bulk_tokens=384, every_s=0.3, chat_tokens=24)
-REAL = Load(bulk=40, bulk_tokens=96, every_s=0.5, chat_tokens=12)
+REAL = Load(bulk=48, bulk_tokens=48, every_s=0.5, chat_tokens=12)
 
 
 @dataclass
@@ -102,7 +103,16 @@ async def _measure(url: str, load: Load, seconds: float) -> Report:
             texts = texts or undisturbed.texts
             rounds.add("differ alone", _different(texts, undisturbed.texts))
             rounds.add("differ beside", _different(texts, disturbed.texts))
+            # A run that is interrupted has shown its rounds.
+            click.echo(
+                f"round {number + 1}: bulk {undisturbed.rate:.1f} tokens/s alone, {disturbed.rate:.1f} beside chats; "
+                f"first token, p99 of all: {_p99(alone):.3f} s alone, {_p99(beside):.3f} s beside bulk"
+            )
     return _report(load, rounds, alone, beside)
+
+
+def _p99(chats: Chats) -> float:
+    return percentile(chats.first_s, 0.99)
 
 
 def _different(ours: Sequence[str], theirs: Sequence[str]) -> int:
