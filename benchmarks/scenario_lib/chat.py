@@ -26,7 +26,6 @@ from transformers import LlamaForCausalLM
 from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.contract.errors import MillstreamError
 from millstream.client import AsyncClient
-from millstream.client.generate import GenerateKeywords
 from scenario_lib.calls import ANSWERED, at_least, at_most, counted, name_of
 
 SERVICE, SLOTS, ROUNDS = "chat", 16, 3
@@ -127,17 +126,24 @@ async def _bulk(client: AsyncClient, load: Load, almost: asyncio.Event | None = 
 
     async def one(number: int) -> str:
         nonlocal left, rate
-        options: GenerateKeywords = {"max_tokens": load.bulk_tokens, "ignore_eos": True, "priority": "batch"}
-        sampling: GenerateKeywords = {"temperature": 1.0, "top_p": 0.95, "seed": number}
-        if number % 2:
-            sampling = {"temperature": 0.0}
-        text = (await client.generate(prompts[number], service=SERVICE, timeout=600.0, **options, **sampling)).text
+        # Every other text is greedy.
+        temperature = float(number % 2 == 0)
+        generated = await client.generate(
+            prompts[number],
+            service=SERVICE,
+            priority="batch",
+            timeout=600.0,
+            max_tokens=load.bulk_tokens,
+            temperature=temperature,
+            seed=number,
+            ignore_eos=True,
+        )
         left -= 1
         if left == SLOTS:
             rate = (load.bulk - left) * load.bulk_tokens / (time.perf_counter() - began)
             if almost:
                 almost.set()
-        return text
+        return generated.text
 
     return Bulk(await asyncio.gather(*map(one, range(load.bulk))), rate)
 
