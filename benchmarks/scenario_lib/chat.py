@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import click
 import torch
 from bench_generation import SMOLLM2
 from corpus import SEED
@@ -25,7 +26,6 @@ from transformers import LlamaForCausalLM
 from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.contract.errors import MillstreamError
 from millstream.client import AsyncClient
-from millstream.client.generate import GenerateKeywords
 from scenario_lib.calls import ANSWERED, at_least, at_most, counted, name_of
 
 SERVICE, SLOTS, ROUNDS = "chat", 16, 3
@@ -46,8 +46,8 @@ class Load:
     chat_tokens: int
 
 
-TINY = Load(bulk=64, bulk_tokens=384, every_s=0.3, chat_tokens=24)
-REAL = Load(bulk=40, bulk_tokens=96, every_s=0.5, chat_tokens=12)
+TINY = Load(bulk=48, bulk_tokens=256, every_s=0.3, chat_tokens=24)
+REAL = Load(bulk=48, bulk_tokens=48, every_s=0.5, chat_tokens=12)
 
 
 @dataclass
@@ -102,7 +102,16 @@ async def _measure(url: str, load: Load, seconds: float) -> Report:
             texts = texts or undisturbed.texts
             rounds.add("differ alone", _different(texts, undisturbed.texts))
             rounds.add("differ beside", _different(texts, disturbed.texts))
+            # A run that is interrupted has shown its rounds.
+            click.echo(
+                f"round {number + 1}: bulk {undisturbed.rate:.1f} tokens/s alone, {disturbed.rate:.1f} beside chats; "
+                f"first token, p99 of all: {_p99(alone):.3f} s alone, {_p99(beside):.3f} s beside bulk"
+            )
     return _report(load, rounds, alone, beside)
+
+
+def _p99(chats: Chats) -> float:
+    return percentile(chats.first_s, 0.99)
 
 
 def _different(ours: Sequence[str], theirs: Sequence[str]) -> int:
@@ -117,17 +126,24 @@ async def _bulk(client: AsyncClient, load: Load, almost: asyncio.Event | None = 
 
     async def one(number: int) -> str:
         nonlocal left, rate
-        options: GenerateKeywords = {"max_tokens": load.bulk_tokens, "ignore_eos": True, "priority": "batch"}
-        sampling: GenerateKeywords = {"temperature": 1.0, "top_p": 0.95, "seed": number}
-        if number % 2:
-            sampling = {"temperature": 0.0}
-        text = (await client.generate(prompts[number], service=SERVICE, timeout=600.0, **options, **sampling)).text
+        # Every other text is greedy.
+        temperature = float(number % 2 == 0)
+        generated = await client.generate(
+            prompts[number],
+            service=SERVICE,
+            priority="batch",
+            timeout=600.0,
+            max_tokens=load.bulk_tokens,
+            temperature=temperature,
+            seed=number,
+            ignore_eos=True,
+        )
         left -= 1
         if left == SLOTS:
             rate = (load.bulk - left) * load.bulk_tokens / (time.perf_counter() - began)
             if almost:
                 almost.set()
-        return text
+        return generated.text
 
     return Bulk(await asyncio.gather(*map(one, range(load.bulk))), rate)
 

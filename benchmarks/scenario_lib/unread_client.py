@@ -63,7 +63,7 @@ async def main(url: str, service: str, other: str, streams: int, unread: int, co
             return (await client.generate(text, service=service)).text == text
 
         async def echoes(text: str) -> bool:
-            return await client.call(other, text) == text
+            return bool(await client.call(other, text) == text)
 
         await says("a mill")
         await echoes("a mill")
