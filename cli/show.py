@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
 import click
 
 from millstream.broker.config.load import ServiceSpec
 from millstream.broker.config.spec import Runtime
+from millstream.broker.contract.job import Priority
 from millstream.broker.queue.inspector import Inspector, ServiceView
 from millstream.broker.queue.registry import Registry
 from millstream.cli import options
@@ -51,22 +52,33 @@ def as_record(view: ServiceView) -> dict[str, object]:
 
 def _record(spec: ServiceSpec, view: ServiceView) -> dict[str, object]:
     runtime = spec.runtime
-    limits = {name: getattr(runtime, name) for name in ("batch_size", "max_batch_tokens", "inference_timeout")}
+    names = ("batch_size", "max_batch_tokens", "inference_timeout")
+    limits = {name: getattr(runtime, name) for name in names} | {"max_queue_size": _queue_sizes(runtime, view)}
     return as_record(view) | {"model": spec.model.model_name, "type": spec.model.type, "limits": limits}
 
 
 def _text(spec: ServiceSpec, view: ServiceView) -> str:
-    waiting = ", ".join(f"{priority.value} {count}" for priority, count in view.waiting.items())
+    waiting = _by_priority(view.waiting)
     rows = f"{number(view.rows_per_forward, 1)} rows each, padding {number(view.padding, 2)}"
     facts = [
         ("service", f"{view.name}: {spec.model.type} {spec.model.model_name}".rstrip()),
         ("waiting", f"{waiting}, given back {view.returned}"),
         ("in flight", str(view.in_flight)),
+        ("at most", f"{_by_priority(_queue_sizes(spec.runtime, view))}, in flight included (max_queue_size)"),
         ("oldest", age(view.oldest_ms)),
         ("workers", str(len(view.workers))),
         ("batches", f"{view.forwards}, {rows}" if view.forwards else "0"),
     ]
     return f"{align(facts)}\n\n{align(_cuts(spec.runtime, view))}"
+
+
+def _queue_sizes(runtime: Runtime, view: ServiceView) -> dict[Priority, int]:
+    """Returns the most jobs of each priority that the queue holds."""
+    return {priority: runtime.queue_size(priority.value) for priority in view.waiting}
+
+
+def _by_priority(counts: Mapping[Priority, int]) -> str:
+    return ", ".join(f"{priority.value} {count}" for priority, count in counts.items())
 
 
 def _cuts(runtime: Runtime, view: ServiceView) -> Iterator[tuple[str, ...]]:

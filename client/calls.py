@@ -176,7 +176,7 @@ class Calls:
             total_timeout=limits.total_timeout,
             queue_timeout=limits.queue_timeout,
             wait=opts.wait,
-            most_jobs=_limit_jobs(spec),
+            most_jobs=_limit_jobs(spec.runtime.queue_size(opts.priority)),
             tenant=opts.tenant,
             replicated=spec.replicated,
             rate_per_tenant=bool(opts.tenant) and spec.rate_per_tenant,
@@ -250,9 +250,9 @@ class Calls:
         self._partials = {}
 
 
-def _limit_jobs(spec: ServiceSpec) -> int:
-    """Returns how many jobs one call keeps in flight at most: never more than a quarter of the queue."""
-    return max(1, min(spec.runtime.max_queue_size // 4, MAX_JOBS_PER_CALL))
+def _limit_jobs(queue_size: int) -> int:
+    """Returns how many jobs one call keeps in flight at most: never more than a quarter of its priority's queue."""
+    return max(1, min(queue_size // 4, MAX_JOBS_PER_CALL))
 
 
 _living: weakref.WeakSet[Calls] = weakref.WeakSet()

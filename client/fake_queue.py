@@ -67,7 +67,7 @@ class FakeChannel:
     def submit_detached(self, submissions: Sequence[Submission]) -> None:
         for submission in submissions:
             (admission,) = self._streams(submission.service).enqueue([submission.group])
-            if error := refusal(submission.service, admission):
+            if error := refusal(submission.service, submission.group.priority, admission):
                 submission.sink.refused(submission.job_ids, error)
             elif submission.accepted:
                 submission.accepted()

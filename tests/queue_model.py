@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Literal
@@ -11,9 +11,11 @@ from millstream.broker.contract.job import PRIORITIES, Claim, Priority
 from millstream.broker.contract.keys import RETURNED
 from millstream.broker.queue.claims import ClaimBudget, Claimed
 
-MAX_JOBS = 16
-MAX_BATCH_JOBS = 8
-"""Limits of the service: on all jobs, and on those of the batch stream."""
+MAX_JOBS: Mapping[Priority, int] = {Priority.REALTIME: 6, Priority.NORMAL: 6, Priority.BATCH: 4}
+"""Most jobs of each priority. Only batch has a limit of its own."""
+
+MAX_IN_ALL = sum(MAX_JOBS.values())
+"""Most jobs of all priorities together."""
 
 CANCELLED = b"cancelled"
 """Stands for the reply that a purge writes, and for the result that the cancellation of a detached job writes."""
@@ -109,9 +111,7 @@ class Model:
         """Why so many new jobs are turned away; empty where they are accepted."""
         if self.paused == "refusing":
             return "paused"
-        full = len(self.live()) + jobs > MAX_JOBS
-        batch_full = priority == Priority.BATCH and len(self.live(priority)) + jobs > MAX_BATCH_JOBS
-        return "queue_full" if full or batch_full else ""
+        return "queue_full" if len(self.live(priority)) + jobs > MAX_JOBS[priority] else ""
 
     def hand_over(self, entry: Entry, consumer: str) -> None:
         if entry.where == "waiting":

@@ -40,7 +40,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "runtime": "The service's limits.",
     "batch_size": "Most rows in one forward pass.",
     "batch_timeout": "Longest wait for a batch to fill while the model is idle.",
-    "max_queue_size": "Most jobs in the queue; if it is full, callers get QueueFull.",
+    "max_queue_size": "Most jobs of one priority in the queue; if it is full, callers get QueueFull.",
     "worker_count": "Worker processes on each host that runs `millstream up`.",
     "queue_timeout": "Longest wait until a job starts to run; none: no limit.",
     "inference_timeout": "Longest time of one job in the model; none: no limit.",

@@ -22,6 +22,7 @@ from millstream.broker.config.fields import (
     Limit,
     OptionalDuration,
     PathBelow,
+    QueueSize,
     Rate,
     RedisUrl,
     Section,
@@ -67,8 +68,7 @@ OWN_KEYS = ("handler", "api_key_file", "api_key_env")
 class PriorityLimits(Settings):
     """Limits of one priority of a service; None takes the service's value.
 
-    `share` is the priority's weight relative to the other priorities when all have jobs waiting. `max_queue_size`
-    counts only jobs of this priority.
+    `share` is the priority's weight relative to the other priorities when all have jobs waiting.
     """
 
     share: Rate | None = None
@@ -80,14 +80,15 @@ class PriorityLimits(Settings):
 
 
 class Runtime(Settings):
-    """A service's limits. Times are in seconds, `max_queue_size` in jobs, `memory_limit` in bytes; None is no limit.
+    """A service's limits. Times are in seconds, `memory_limit` is in bytes; None is no limit.
 
-    Of the `batch_size` slots of a text generator, `reserved_slots` run realtime jobs only.
+    `max_queue_size` limits the jobs of each priority by itself, those that run included. Of the `batch_size` slots of a
+    text generator, `reserved_slots` run realtime jobs only.
     """
 
     batch_size: Count = 32
     batch_timeout: Duration = 0.01
-    max_queue_size: Count = 10_000
+    max_queue_size: QueueSize = 10_000
     worker_count: Count = 1
     queue_timeout: Limit = None
     inference_timeout: Limit = None
@@ -124,8 +125,13 @@ class Runtime(Settings):
             "inference_timeout": self.inference_timeout,
             "total_timeout": None if priority == "batch" else self.total_timeout,
             "batch_timeout": self.batch_timeout,
+            "max_queue_size": self.max_queue_size,
         }
         return PriorityLimits.model_validate(inherited | own.model_dump(exclude_none=True))
+
+    def queue_size(self, priority: PriorityName) -> int:
+        """Returns the most jobs of one priority that the queue holds: its own `max_queue_size`, or the service's."""
+        return self.limits(priority).max_queue_size or self.max_queue_size
 
     @property
     def shares(self) -> dict[PriorityName, float]:

@@ -12,7 +12,7 @@ from millstream.broker.contract.errors import (
     ServicePaused,
     UnknownService,
 )
-from millstream.broker.contract.job import PRIORITIES
+from millstream.broker.contract.job import PRIORITIES, Priority
 from millstream.broker.queue.stream_types import Admission
 
 
@@ -22,9 +22,11 @@ def limit_fields(runtime: Runtime) -> dict[str, str | int | float]:
     Each push writes all of them, so a limit that was removed from config.yaml does not stay in force.
     """
     rate = runtime.rate_limit or RateLimit()
+    sizes = {f"max_queue_{each}": runtime.queue_size(each.value) for each in PRIORITIES}
     return {
-        "max_queue_size": runtime.max_queue_size,
-        **{f"max_queue_{each}": runtime.limits(each.value).max_queue_size or "" for each in PRIORITIES},
+        # Clients of older versions also count the jobs of all priorities together. Up to the sum, that refuses nothing.
+        "max_queue_size": sum(sizes.values()),
+        **sizes,
         "rate_requests": rate.requests or "",
         "rate_rows": rate.rows or "",
         "rate_tokens": rate.tokens or "",
@@ -38,8 +40,8 @@ def resume_hint(service: str) -> str:
     return f"`millstream queue resume {service}` ends the pause"
 
 
-def refusal(service: str, admission: Admission) -> MillstreamError | None:
-    """Returns the error of a refused group, None if it was accepted."""
+def refusal(service: str, priority: Priority, admission: Admission) -> MillstreamError | None:
+    """Returns the error of a refused group of this priority, None if it was accepted."""
     match admission.refused:
         case "":
             return None
@@ -47,7 +49,9 @@ def refusal(service: str, admission: Admission) -> MillstreamError | None:
             message = f"service {service!r} is paused and refuses new jobs"
             return ServicePaused(message, hint=resume_hint(service), retry_after=admission.retry_after)
         case "queue_full":
-            message = f"service {service!r} has max_queue_size jobs in its queue"
+            message = (
+                f"the queue of service {service!r} is full for priority {priority}: max_queue_size is {admission.limit}"
+            )
             return QueueFull(message, hint="wait, or add workers", retry_after=admission.retry_after)
         case "rate_limited":
             message = f"the rate limit of service {service!r} is used up"

@@ -45,10 +45,14 @@ Refusal = Literal["unknown_service", "paused", "queue_full", "rate_limited", "ov
 
 
 class Admission(NamedTuple):
-    """The server's decision on a group. `refused` is the reason, "" if it was accepted; `retry_after` is in seconds."""
+    """The server's decision on a group. `refused` is the reason, "" if it was accepted; `retry_after` is in seconds.
+
+    `limit` is the most jobs of the group's priority that the queue holds, if the reason is queue_full.
+    """
 
     refused: Refusal | Literal[""] = ""
     retry_after: float = 0.0
+    limit: int = 0
 
 
 class Settlement(NamedTuple):

@@ -302,4 +302,5 @@ def _draft_args(draft: Draft, now: float) -> tuple[scripts.Argument, ...]:
 def _admission(outcome: list[int | bytes]) -> Admission:
     if outcome[0] != 0:
         return _ACCEPTED
-    return Admission(cast(Refusal, cast(bytes, outcome[1]).decode()), cast(int, outcome[2]) / 1000)
+    _, reason, retry_after_ms, limit = outcome
+    return Admission(cast(Refusal, cast(bytes, reason).decode()), cast(int, retry_after_ms) / 1000, cast(int, limit))

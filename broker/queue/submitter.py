@@ -101,7 +101,7 @@ class Submitter:
         first: dict[tuple[Priority, str], Admission] = {}
         lines: dict[tuple[Priority, str], list[Submission]] = {}
         for submission, admission in refused:
-            error = _refusal(submission.service, admission)
+            error = _refusal(submission.service, submission.group.priority, admission)
             if not error.retryable:
                 self._refuse(submission, error)
                 continue
@@ -110,7 +110,7 @@ class Submitter:
             lines.setdefault(line, []).append(submission)
         for line, submissions in lines.items():
             admission = first[line]
-            why = partial(_refusal, submissions[0].service, admission)
+            why = partial(_refusal, submissions[0].service, line[0], admission)
             self._send_later(submissions, why, admission.retry_after, whole_queue=admission.refused != "rate_limited")
 
     def _handle_failure(self, batch: Sequence[Submission], error: Exception) -> None:
@@ -171,8 +171,8 @@ def deliver(streams: Streams, where: str, service: str, group: Group, wait_s: fl
         raise verdict.error
 
 
-def _refusal(service: str, admission: Admission) -> MillstreamError:
-    return refusal(service, admission) or MillstreamError(f"refused: {admission.refused}")
+def _refusal(service: str, priority: Priority, admission: Admission) -> MillstreamError:
+    return refusal(service, priority, admission) or MillstreamError(f"refused: {admission.refused}")
 
 
 def _ours(error: Exception) -> MillstreamError:

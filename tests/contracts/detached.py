@@ -15,7 +15,7 @@ from millstream.broker.contract.job import Claim, Draft, Priority
 from millstream.broker.queue.stream_types import Admission, DetachedCall, Group, Submitted
 
 ACCEPTED, REUSED = Admission(), Admission("reused_key")
-FULL = Admission("queue_full", 0.1)
+FULL = Admission("queue_full", 0.1, 3)
 DAY_MS, HOUR_MS = 86_400_000, 3_600_000
 TTL_MS = 60_000
 """Of results, as the queue's workers have it."""

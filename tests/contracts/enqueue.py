@@ -11,7 +11,10 @@ from millstream.broker.contract.job import PRIORITIES, Priority
 from millstream.broker.queue.stream_types import Admission, DetachedCall, Group
 
 ACCEPTED = Admission()
-FULL = Admission("queue_full", 0.1)
+
+
+def full(limit: int) -> Admission:
+    return Admission("queue_full", 0.1, limit)
 
 
 class EnqueueContract:
@@ -103,18 +106,18 @@ class EnqueueContract:
         queue.open(max_queue_size=3)
         groups = [Group(Priority.NORMAL, [draft() for _ in range(size)]) for size in (2, 2, 1)]
 
-        assert queue.streams.enqueue(groups) == [ACCEPTED, FULL, ACCEPTED]
+        assert queue.streams.enqueue(groups) == [ACCEPTED, full(3), ACCEPTED]
 
         assert queue.depth() == 3
 
     def test_a_refused_job_may_be_sent_again_when_there_is_room(self, queue: Queue) -> None:
         queue.open(max_queue_size=1)
         queue.put(draft())
-        refused = Group(Priority.BATCH, [draft()])
-        assert queue.streams.enqueue([refused]) == [FULL]
+        refused = Group(Priority.NORMAL, [draft()])
+        assert queue.streams.enqueue([refused]) == [full(1)]
 
         claims = queue.claim().claims
-        assert queue.streams.enqueue([refused]) == [FULL], "a claimed job is still in the queue"
+        assert queue.streams.enqueue([refused]) == [full(1)], "a claimed job is still in the queue"
         queue.settle(claims)
 
         assert queue.streams.enqueue([refused]) == [ACCEPTED]
@@ -132,11 +135,48 @@ class EnqueueContract:
         assert 365 * 86_400_000 < queue.client.pttl(queue.keys.seen(endless.id)) <= 366 * 86_400_000
         assert 10_000 < queue.client.pttl(queue.keys.seen(urgent.id)) <= 70_000
 
+    def test_a_full_priority_refuses_only_its_own_jobs(self, queue: Queue) -> None:
+        queue.open(max_queue_size=2)
+        for full_one in PRIORITIES:
+            queue.put(draft(), draft(), priority=full_one)
+            others = [each for each in PRIORITIES if each != full_one]
+            groups = [Group(each, [draft()]) for each in (full_one, *others)]
+
+            assert queue.streams.enqueue(groups) == [full(2), ACCEPTED, ACCEPTED]
+
+            queue.settle(queue.claim().claims)
+
+    def test_groups_of_one_call_count_for_the_groups_behind_them(self, queue: Queue) -> None:
+        queue.open(max_queue_size=3)
+        sizes = [
+            (Priority.BATCH, 2),
+            (Priority.NORMAL, 3),
+            (Priority.BATCH, 2),
+            (Priority.BATCH, 1),
+            (Priority.NORMAL, 1),
+        ]
+
+        admissions = queue.streams.enqueue(
+            [Group(priority, [draft() for _ in range(jobs)]) for priority, jobs in sizes]
+        )
+
+        assert admissions == [ACCEPTED, ACCEPTED, full(3), ACCEPTED, full(3)]
+
+    def test_a_priority_without_a_limit_has_that_of_its_service(self, queue: Queue) -> None:
+        """As in a record that an older version wrote."""
+        limits = {"max_queue_size": "1", "max_queue_realtime": "", "max_queue_normal": "2", "max_queue_batch": ""}
+        for name, limit in limits.items():
+            queue.client.hset(queue.keys.spec(), name, limit)
+
+        admissions = queue.streams.enqueue([Group(each, [draft()]) for each in PRIORITIES for _ in range(3)])
+
+        assert admissions == [ACCEPTED, full(1), full(1), ACCEPTED, ACCEPTED, full(2), ACCEPTED, full(1), full(1)]
+
     def test_a_priority_can_have_a_limit_of_its_own(self, queue: Queue) -> None:
         queue.client.hset(queue.keys.spec(), "max_queue_batch", 1)
         groups = [Group(priority, [draft()]) for priority in (Priority.BATCH, Priority.BATCH, Priority.NORMAL)]
 
-        assert queue.streams.enqueue(groups) == [ACCEPTED, FULL, ACCEPTED]
+        assert queue.streams.enqueue(groups) == [ACCEPTED, full(1), ACCEPTED]
 
     def test_a_job_behind_a_refused_one_of_its_priority_does_not_pass_it(self, queue: Queue) -> None:
         queue.client.hset(queue.keys.spec(), mapping={"max_queue_normal": 1})
@@ -145,7 +185,7 @@ class EnqueueContract:
         before = queue.streams.enqueue([Group(Priority.NORMAL, [first]), Group(Priority.NORMAL, [second])])
         queue.client.hdel(queue.keys.spec(), "max_queue_normal")
 
-        assert before == [FULL, FULL]
+        assert before == [full(1), full(1)]
         assert queue.streams.enqueue([Group(Priority.NORMAL, [second]), Group(Priority.NORMAL, [first])])
 
     def test_a_call_that_is_sent_again_is_not_counted_again(self, queue: Queue) -> None:
@@ -162,7 +202,7 @@ class EnqueueContract:
         queue.put(draft())
 
         for _ in range(2):
-            queue.streams.enqueue([Group(Priority.NORMAL, [draft(), draft()]), Group(Priority.BATCH, [draft()])])
+            queue.streams.enqueue([Group(Priority.NORMAL, [draft()]), Group(Priority.BATCH, [draft(), draft()])])
         queue.client.set(queue.keys.paused(), "refusing")
         queue.streams.enqueue([Group(Priority.NORMAL, [draft()])])
 

@@ -14,7 +14,7 @@ from contracts.queue import Queue, draft
 
 from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.contract.errors import BrokerUnavailable, ConfigError, UnknownService
-from millstream.broker.contract.job import Priority
+from millstream.broker.contract.job import PRIORITIES, Priority
 from millstream.broker.contract.keys import services_key
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.stream_types import Admission, Group
@@ -107,6 +107,28 @@ def test_a_pushed_service_takes_jobs_at_once_up_to_its_limit(registry: Registry,
     assert len(queue.claim().claims) == 2
 
 
+def test_a_number_limits_each_priority_by_itself(registry: Registry, connection: Connection) -> None:
+    registry.push([spec(max_queue_size=2, priorities={"batch": {"max_queue_size": 3}})])
+    queue = Queue(connection.client, registry.keys("embed"))
+    groups = [Group(priority, [draft()]) for priority in PRIORITIES for _ in range(4)]
+
+    admissions = queue.streams.enqueue(groups)
+
+    refused = [(admission.refused, admission.limit) for admission in admissions]
+    accepted, two, three = ("", 0), ("queue_full", 2), ("queue_full", 3)
+    assert refused == [accepted, accepted, two, two] * 2 + [accepted, accepted, accepted, three]
+
+
+def test_clients_of_the_version_before_count_each_priority_by_itself_too(
+    registry: Registry, connection: Connection
+) -> None:
+    """They refuse a job if all three streams together have `max_queue_size` jobs, or its own has its own limit."""
+    registry.push([spec(max_queue_size=2, priorities={"batch": {"max_queue_size": 3}})])
+
+    names = ("max_queue_size", "max_queue_realtime", "max_queue_normal", "max_queue_batch")
+    assert connection.client.hmget(registry.keys("embed").spec(), *names) == [b"7", b"2", b"2", b"3"]
+
+
 def test_a_limit_that_was_replaced_holds_from_then_on(registry: Registry, connection: Connection) -> None:
     registry.push([spec(max_queue_size=1)])
     queue = Queue(connection.client, registry.keys("embed"))
@@ -129,7 +151,7 @@ def test_a_limit_that_was_taken_out_holds_no_more(registry: Registry, connection
     queue.put(*[draft() for _ in range(5)], priority=Priority.REALTIME)
     queue.put(*[draft() for _ in range(5)], priority=Priority.BATCH)
     queue.put(draft(), draft())
-    assert queue.streams.enqueue([Group(Priority.NORMAL, [draft()])]) == [Admission("queue_full", 0.1)]
+    assert queue.streams.enqueue([Group(Priority.NORMAL, [draft()])]) == [Admission("queue_full", 0.1, 2)]
 
     registry.push([spec()], replace=True)
     queue.put(*[draft() for _ in range(5)])

@@ -56,6 +56,7 @@ def test_it_shows_what_cut_the_batches_of_a_real_worker(server: EmbeddedServer, 
         f"service    {worked}: echo sleep:0.0",
         "waiting    realtime 0, normal 0, batch 0, given back 0",
         "in flight  0",
+        "at most    realtime 10000, normal 10000, batch 10000, in flight included (max_queue_size)",
         "oldest     -",
         "workers    1",
         "batches    7, 2.9 rows each, padding 1.00",
@@ -74,7 +75,9 @@ def test_json_has_the_same_and_every_workers_own(server: EmbeddedServer, worked:
 
     cuts = {"rows": 2, "tokens": 3, "time": 0, "padding": 0, "arrival": 2}
     assert (found["name"], found["depth"], found["forwards"], found["cuts"]) == (worked, 0, 7, cuts)
-    assert found["limits"] == {"batch_size": 4, "max_batch_tokens": 16, "inference_timeout": 30.0}
+    sizes = {"realtime": 10_000, "normal": 10_000, "batch": 10_000}
+    limits = {"batch_size": 4, "max_batch_tokens": 16, "inference_timeout": 30.0, "max_queue_size": sizes}
+    assert found["limits"] == limits
     assert [(each["batch_tokens"], each["cuts"]) for each in found["workers"]] == [(16, cuts)]
 
 
@@ -94,9 +97,9 @@ def test_without_a_worker_nothing_was_cut(
     shown = look(server, "queue", "show", service).splitlines()
 
     assert shown[1] == "waiting    realtime 0, normal 0, batch 1, given back 0"
-    assert shown[4:6] == ["workers    0", "batches    0"]
-    assert [line.split()[1:3] for line in shown[8:]] == [["0", "-"]] * 5
-    assert "max_batch_tokens auto" in shown[9]
+    assert shown[5:7] == ["workers    0", "batches    0"]
+    assert [line.split()[1:3] for line in shown[9:]] == [["0", "-"]] * 5
+    assert "max_batch_tokens auto" in shown[10]
 
 
 def test_a_service_that_is_not_there_is_one_line(server: EmbeddedServer, worked: str) -> None:

@@ -27,7 +27,7 @@ from contracts.queue import Queue
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from queue_model import CANCELLED, MAX_BATCH_JOBS, MAX_JOBS, Entry, Model, check_claim
+from queue_model import CANCELLED, MAX_IN_ALL, MAX_JOBS, Entry, Model, check_claim
 from redis.client import Pipeline
 
 from millstream.broker.contract.codec import decode_reply, encode_inputs
@@ -143,8 +143,8 @@ class QueueMachine(RuleBasedStateMachine):
         self.model = Model(hands={name: set() for name in WORKERS})
         keys = ServiceKeys(f"test-machine-{secrets.token_hex(6)}")
         self.queue = Queue(connection.client, keys)
-        self.queue.open(MAX_JOBS)
-        self.queue.client.hset(keys.spec(), "max_queue_batch", MAX_BATCH_JOBS)
+        self.queue.open(MAX_JOBS[Priority.NORMAL])
+        self.queue.client.hset(keys.spec(), "max_queue_batch", MAX_JOBS[Priority.BATCH])
         self.keys, self.streams = keys, self.queue.streams
         self.lease = Lease(connection.client, keys, lease_s=LEASE_S)
         self.readers = {client: Replies(connection.client, keys, client) for client in CLIENTS if client}
@@ -169,7 +169,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     # -- callers -----------------------------------------------------------------------------------------------
 
-    @precondition(lambda self: len(self.model.live()) < MAX_JOBS)
+    @precondition(lambda self: len(self.model.live()) < MAX_IN_ALL)
     @rule(groups=st.lists(group, min_size=1, max_size=3), client=st.sampled_from(CLIENTS))
     def enqueue(self, groups: list[tuple[Priority, list[tuple[int, int]], str]], client: str) -> None:
         self.count("rule: enqueue")
@@ -469,7 +469,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.model.paused = how
         assert find_pause(self.queue.client, self.keys) == (Pause(refusing=how == "refusing") if how else None)
 
-    @precondition(lambda self: len(self.model.live()) > MAX_JOBS * 3 // 4)
+    @precondition(lambda self: len(self.model.live()) > MAX_IN_ALL * 3 // 4)
     @rule()
     def purge(self) -> None:
         self.count("rule: purge")

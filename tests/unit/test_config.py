@@ -22,7 +22,7 @@ from millstream.broker.config.load import Config, ServiceSpec, given_service, lo
 from millstream.broker.config.spec import PriorityName, RedisSettings
 from millstream.broker.config.units import seconds, size
 from millstream.broker.contract.errors import ConfigError
-from millstream.broker.contract.job import Priority
+from millstream.broker.contract.job import PRIORITIES, Priority
 from millstream.broker.contract.keys import DEFAULT_PREFIX
 
 Load = Callable[..., Config]
@@ -366,6 +366,10 @@ def test_every_error_of_a_file_is_reported_at_once_with_line_reason_and_fix(load
         ("inference_timeout: 9, stall_timeout: 5", "inference_timeout (9 s) is longer than stall_timeout (5 s)"),
         ("priorities: {batch: {queue_timeout: 2m}}", "priorities.batch.queue_timeout: queue_timeout (120 s) is longer"),
         ("priorities: {realtme: {share: 1}}", "priorities.realtme: must be 'realtime', 'normal' or 'batch'"),
+        ("priorities: {bacth: {max_queue_size: 9}}", "priorities.bacth: must be 'realtime', 'normal' or 'batch', not "),
+        ("priorities: {bacth: {max_queue_size: 9}}", "; did you mean batch?"),
+        ("priorities: {batch: {max_queue_size: 0}}", "priorities.batch.max_queue_size: must be at least 1, not 0"),
+        ("max_queue_size: {batch: 9}", "(a priority's own limit is priorities.NAME.max_queue_size), not {'batch': 9}"),
         ("rate_limit: 0", "rate_limit.requests: must be more than 0, not 0"),
         ("rate_limit: {requsts: 1}", "rate_limit.requsts: unknown key; did you mean requests?"),
         ("queue_timeout: 0", "queue_timeout: must be more than 0"),
@@ -390,6 +394,14 @@ def test_a_value_left_out_as_invalid_causes_no_second_error(load_text: Load) -> 
     lines = errors_of(load_text, SMALL % ("embedding", "queue_timeout: 90, total_timeout: soon"))
 
     assert [line.split(": ")[1] for line in lines] == ["services.embed.runtime.total_timeout"]
+
+
+def test_max_queue_size_holds_for_each_priority_unless_it_has_its_own(load_text: Load) -> None:
+    text = SMALL % ("embedding", "max_queue_size: 50, priorities: {batch: {max_queue_size: 900}}")
+
+    runtime = load_text(text).services["embed"].runtime
+
+    assert [runtime.queue_size(each.value) for each in PRIORITIES] == [50, 50, 900]
 
 
 def test_a_queue_shorter_than_a_batch_is_fine_for_it_counts_jobs_not_rows(load_text: Load) -> None:

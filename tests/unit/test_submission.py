@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest, MillstreamError, QueueFull, RateLimited
-from millstream.broker.contract.job import Draft, Priority
+from millstream.broker.contract.job import PRIORITIES, Draft, Priority
 from millstream.broker.queue.backlog import Backlog
 from millstream.broker.queue.stream_types import Admission, Group
 from millstream.broker.queue.streams import Streams
@@ -47,7 +47,7 @@ class FakeServer:
             return Admission("rate_limited", self.retry_after)
         if not self.room:
             self.counted += group.refusals
-            return Admission("queue_full", self.retry_after)
+            return Admission("queue_full", self.retry_after, limit=50)
         self.room -= 1
         self.accepted.append(draft.id)
         return Admission()
@@ -224,6 +224,16 @@ def test_a_server_that_was_away_has_counted_nobody() -> None:
     wait_and_retry(sends)
 
     assert server.counted == 1
+
+
+def test_each_call_is_told_which_priority_is_full() -> None:
+    server, sink = FakeServer(), Sink()
+    sends = submitter(server)
+
+    sends.submit([submission(each.value, until=0.0, sink=sink, priority=each) for each in PRIORITIES])
+
+    ends = {job_id: error.message.partition(" is ")[2] for job_id, error in sink.errors.items()}
+    assert ends == {each: f"full for priority {each}: max_queue_size is 50" for each in PRIORITIES}
 
 
 def test_a_call_that_does_not_wait_neither_passes_those_that_do_nor_stays() -> None:

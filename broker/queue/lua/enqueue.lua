@@ -10,7 +10,8 @@
 -- The hash of a detached call has the fields payload, jobs, left (accepted and not answered), ttl, and one per job: ''
 --   until it is answered, then its reply. The whole hash expires at once, see settle. Jobs of the call that were
 --   accepted before are skipped; the others of the group are accepted or refused together.
--- Returns per group {1} accepted; {2} accepted before; {0, reason, retry_after_ms} refused
+-- Returns per group {1} accepted; {2} accepted before; {0, reason, retry_after_ms, limit} refused
+--   limit: most jobs of its priority if the reason is queue_full, otherwise 0
 -- Reasons: unknown_service, paused, queue_full, rate_limited,
 --   over_burst (it costs more than a full token bucket), reused_key (the call has another payload)
 
@@ -32,11 +33,14 @@ local seconds = time[1] + time[2] / 1000000
 local spec = redis.call('HMGET', KEYS[1], 'version', 'max_queue_size',
   'rate_requests', 'rate_rows', 'rate_tokens', 'rate_burst_s', 'rate_per',
   'max_queue_realtime', 'max_queue_normal', 'max_queue_batch')
-local known, limit, burst_s, per_tenant = spec[1], tonumber(spec[2]), tonumber(spec[6]) or 1, spec[7] == 'tenant'
+local known, burst_s, per_tenant = spec[1], tonumber(spec[6]) or 1, spec[7] == 'tenant'
 local rates = {requests = tonumber(spec[3]), rows = tonumber(spec[4]), tokens = tonumber(spec[5])}
 local limited = next(rates) ~= nil
-local depths = {redis.call('XLEN', KEYS[2]), redis.call('XLEN', KEYS[3]), redis.call('XLEN', KEYS[4])}
-local depth_limits = {tonumber(spec[8]), tonumber(spec[9]), tonumber(spec[10])}
+-- Most jobs in each stream. A record that an older version wrote has '' for a priority without a limit of its own.
+local common = tonumber(spec[2])
+local depth_limits = {tonumber(spec[8]) or common, tonumber(spec[9]) or common, tonumber(spec[10]) or common}
+-- Jobs in each stream, by priority; nil until a group asks.
+local depths = {}
 local refusing = redis.call('GET', KEYS[6]) == 'refusing'
 
 -- Cached texts of times: many jobs of one call of this script have the same remaining time.
@@ -157,8 +161,8 @@ local function cost_of(arg, calls, jobs)
 end
 
 local function is_full(priority, jobs)
-  local depth = depths[1] + depths[2] + depths[3]
-  return limit and depth + jobs > limit or depth_limits[priority] and depths[priority] + jobs > depth_limits[priority]
+  depths[priority] = depths[priority] or redis.call('XLEN', KEYS[1 + priority])
+  return depth_limits[priority] and depths[priority] + jobs > depth_limits[priority]
 end
 
 local function refusal(priority, bucket, arg, calls, jobs)
@@ -198,7 +202,7 @@ local function refuse(priority, bucket, arg, calls, jobs, to_count)
   local reason, retry_after = decide(priority, bucket, arg, calls, jobs)
   if reason then
     count_refusals(reason, to_count)
-    return {REFUSED, reason, retry_after}
+    return {REFUSED, reason, retry_after, reason == 'queue_full' and depth_limits[priority] or 0}
   end
   depths[priority] = depths[priority] + jobs
 end
@@ -215,7 +219,7 @@ local function enter(priority, bucket, arg, seen, jobs, calls, to_count)
 end
 
 local function enter_detached(priority, bucket, arg, seen, jobs, calls, to_count, record)
-  if is_reused(record) then return {REFUSED, 'reused_key', 0} end
+  if is_reused(record) then return {REFUSED, 'reused_key', 0, 0} end
   local new = new_jobs(record, arg, jobs)
   if #new == 0 then
     renew(record)
