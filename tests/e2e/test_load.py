@@ -48,7 +48,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def test_single_texts_of_200_callers_are_answered_in_batches(site: Site, reference: Reference, say: Say) -> None:
-    callers = [site.start_caller(THREADS, reference.file, single=True) for _ in range(PROCESSES)]
+    callers = [site.start_caller(THREADS, reference, single=True) for _ in range(PROCESSES)]
     for caller in callers:
         caller.await_first_call()
     before = totals(site)
