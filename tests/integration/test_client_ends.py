@@ -26,7 +26,7 @@ from millstream.client import Client
 
 LEAVING = Path(__file__).with_name("leaving.py")
 WAYS = ["main_ends", "exits", "drops_everything", "leaves_the_loop", "is_interrupted"]
-END_S = 2.0
+END_S = 5.0
 
 
 def own_threads() -> list[str]:
@@ -68,8 +68,8 @@ def test_a_client_that_nobody_has_any_more_ends_its_threads_and_connections(
     gc.collect()
 
     eventually(lambda: gone() is None)
-    eventually(lambda: len(own_threads()) == threads_before)
-    eventually(lambda: connected() == before)
+    eventually(lambda: len(own_threads()) == threads_before, within_s=LONG_S)
+    eventually(lambda: connected() == before, within_s=LONG_S)
 
 
 def test_a_call_outlives_the_name_of_its_client(server: EmbeddedServer, echo: str) -> None:
