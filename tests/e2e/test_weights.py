@@ -21,7 +21,7 @@ from millstream.broker.queue.registry import Registry
 from millstream.worker.supervision.child_args import EXIT_PERMANENT
 from millstream.worker.supervision.plan import Plan
 
-pytestmark = pytest.mark.early
+pytestmark = [pytest.mark.early, pytest.mark.timeout(300)]
 
 LONG = bool(os.environ.get("MILLSTREAM_LONG"))
 
@@ -93,13 +93,22 @@ class First(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def first(url: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[First]:
+def started(url: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[First]:
     home = tmp_path_factory.mktemp("first")
     path = home / "model"
     path.symlink_to(tiny_model)
     with site_of(url, of_folder(path), home / "site") as site, supervising(url, Plan(site.spec, 1)):
         site.await_workers(1)
         yield First(site, path)
+
+
+@pytest.fixture
+def first(started: First, tiny_model: Path) -> Iterator[First]:
+    """The service, and after the test again as it was."""
+    field, answer = answer_of(started.site)
+    yield started
+    lead(started.path, tiny_model)
+    store(started.site, field, answer)
 
 
 def answer_of(site: Site) -> tuple[str, Mapping[int, float]]:
@@ -134,7 +143,6 @@ def test_hosts_agree_by_what_the_files_hold_not_by_their_names(first: First, tin
     store(site, field, answer)
     lead(path, trained)
     status, reason = lone_worker(site)
-    lead(path, tiny_model)
 
     assert status == EXIT_PERMANENT
     assert " float32 16, this worker has " in reason
@@ -177,8 +185,6 @@ def test_a_worker_of_the_same_fingerprint_with_another_answer_is_refused(first: 
 
     store(site, field, answer, -1.0)
     status, reason = lone_worker(site)
-    # As it was: another test's worker must agree with it.
-    store(site, field, answer)
 
     assert status == EXIT_PERMANENT
     assert "its answer to a fixed text differs from the first worker's by 2 of that answer's length" in reason
