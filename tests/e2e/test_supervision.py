@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from e2e.ledger import Ledger
 from e2e.sites import Site, custom, echo, site_of
 from e2e.supervisors import beaten, said, supervising
 from e2e.watch import freeze_with_work
@@ -168,8 +169,12 @@ def test_a_crash_loop_is_told_slowed_down_and_disturbs_nobody(
     with supervising(good.url, Plan(bad.spec, 1), Plan(good.spec, 1)) as supervision, good.ledger() as ledger:
         good.await_workers(1)
         worker = good.watch.live()
-        while not told():
+
+        def told_while_others_are_served() -> bool:
             ledger.wait_for(ledger.send([["a"]]), within_s=5.0)
+            return bool(told())
+
+        eventually(told_while_others_are_served, within_s=60.0)
         assert good.watch.live() == worker
         assert supervision.supervisor.restarts == 5
         assert len(supervision.pids) == 1
@@ -257,7 +262,7 @@ def test_what_a_worker_held_that_died_while_the_server_was_away_is_given_back_af
     assert site.watch.depth() == 0
 
 
-@pytest.mark.parametrize("busy", [True, False], ids=["busy", "idle"])
+@pytest.mark.parametrize("busy", [True, False] if LONG else [True], ids=lambda busy: "busy" if busy else "idle")
 @pytest.mark.parametrize("how", ["frozen", "restarted"])
 def test_nobody_dies_and_nothing_runs_twice_while_the_server_is_away(
     opened: Open, server: EmbeddedServer, busy: bool, how: str
@@ -273,16 +278,13 @@ def test_nobody_dies_and_nothing_runs_twice_while_the_server_is_away(
             eventually(lambda: ledger.answered > 20)
         away(server, how)
         ids += ledger.send([["afterwards"]])
-        attempts = 0.0
-        while not ledger.has_answered(len(ids)):
-            attempts = max(attempts, site.watch.attempts())
-        ledger.wait_for(ids)
+        attempts = attempts_until_answered(site, ledger, ids)
         beaten(site, 2)
         assert site.watch.live() == workers
         assert sum(site.watch.counted("rows").values()) == len(ids)
 
     assert supervision.supervisor.restarts == 0
-    assert attempts == 0
+    assert max(attempts) == 0
     assert ledger.answered_more_than_once() == []
     assert site.watch.depth() == 0
 
@@ -344,6 +346,18 @@ def test_devices_are_taken_in_turn_and_cores_are_shared(opened: Open) -> None:
 def field(site: Site, name: str) -> list[int]:
     """One number of each worker that beats."""
     return list(site.watch.counted(name).values()) or [0]
+
+
+def attempts_until_answered(site: Site, ledger: Ledger, ids: list[str]) -> list[float]:
+    """Wait for an answer to each; the most attempts that any pending job had behind it, time and again meanwhile."""
+    seen: list[float] = []
+
+    def answered() -> bool:
+        seen.append(site.watch.attempts())
+        return ledger.has_answered(len(ids))
+
+    eventually(answered, within_s=90.0)
+    return seen
 
 
 def away(server: EmbeddedServer, how: str) -> None:
