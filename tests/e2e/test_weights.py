@@ -131,16 +131,21 @@ def test_hosts_agree_by_what_the_files_hold_not_by_their_names(first: First, tin
     """Two hosts, on which the same path leads to different folders. They may compute a little differently."""
     site, path = first
     field, answer = answer_of(site)
-    copy, trained = tmp_path / "copy", tmp_path / "trained"
+    copy = tmp_path / "copy"
     shutil.copytree(tiny_model, copy)
-    shutil.copytree(tiny_model, trained)
-    train_a_little(trained / "model.safetensors")
 
     store(site, field, answer, 1.0005)
     lead(path, copy)
     with supervising(site.url, Plan(site.spec, 1)):
         site.await_workers(2)
-    store(site, field, answer)
+
+
+@pytest.mark.skipif(not LONG, reason="MILLSTREAM_LONG is not 1")
+def test_a_worker_of_a_trained_copy_is_refused(first: First, tiny_model: Path, tmp_path: Path) -> None:
+    site, path = first
+    trained = Path(shutil.copytree(tiny_model, tmp_path / "trained"))
+    train_a_little(trained / "model.safetensors")
+
     lead(path, trained)
     status, reason = lone_worker(site)
 
