@@ -132,13 +132,13 @@ def load(mill: Mill) -> Iterator[Ledger]:
 
 
 @pytest.mark.alone
-def test_what_a_killed_worker_held_is_in_live_hands_within_2_seconds(mill: Mill, say: Say) -> None:
-    with load(mill):
-        mill.whole()
-        victim = mill.workers_of(random.choice(mill.hosts))
-        held = freeze_with_work(mill.watch, victim)
+def test_what_a_killed_worker_held_is_in_live_hands_within_2_seconds(each_mill: Mill, say: Say) -> None:
+    with load(each_mill):
+        each_mill.whole()
+        victim = each_mill.workers_of(random.choice(each_mill.hosts))
+        held = freeze_with_work(each_mill.watch, victim)
         kill(victim)
-        seconds = mill.taken_over(held, victim)
+        seconds = each_mill.taken_over(held, victim)
         say(f"killed 1 of 2 workers with {len(held)} jobs in hand: in live hands after {seconds:.2f} s")
         assert seconds < DEAD_WORKER_S
 
