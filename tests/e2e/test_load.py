@@ -22,7 +22,8 @@ from millstream.worker.models.loading.source import locate
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(240)]
 
-PROCESSES, THREADS, LOAD_S = 8, 25, 6.0
+LONG = bool(os.environ.get("MILLSTREAM_LONG"))
+PROCESSES, THREADS, LOAD_S = (8, 25, 6.0) if LONG else (4, 50, 3.0)
 ROUNDS, CALLS = 6, 60
 LIMIT_S = 0.005
 WORKERS = 2
