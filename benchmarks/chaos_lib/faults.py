@@ -85,17 +85,22 @@ def freeze_worker(site: Site, chance: Random) -> Landing:
 
 @contextmanager
 def _victim(site: Site, chance: Random) -> Iterator[tuple[str, int]]:
-    """A live worker that no other fault has in hand: its consumer and pid."""
+    """A live worker that no other fault has in hand, once there is one: its consumer and pid."""
+    _when(lambda: _untaken(site), "no worker lives that no other fault has in hand")
     with site.lock:
-        live = [each for each in site.watch.live().items() if each[1] not in site.taken and _runs(each[1])]
+        live = _untaken(site)
         if not live:
-            raise Missed("no worker lives")
+            raise Missed("another fault came first")
         consumer, pid = chance.choice(sorted(live))
         site.taken.add(pid)
     try:
         yield consumer, pid
     finally:
         site.taken.discard(pid)
+
+
+def _untaken(site: Site) -> list[tuple[str, int]]:
+    return [each for each in site.watch.live().items() if each[1] not in site.taken and _runs(each[1])]
 
 
 def _frozen_at_work(site: Site, consumer: str, pid: int) -> list[Entry]:

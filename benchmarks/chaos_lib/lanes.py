@@ -12,7 +12,11 @@ from statistics import median
 from chaos_lib.faults import Fault, Landing, Missed
 from chaos_lib.site import Site
 
-INSISTENCE = 3
+INSIST_S = 60.0
+"""How much longer a kind of fault is tried that has not landed."""
+
+PAUSE_S = 0.5
+"""Between two such tries: a miss may take no time at all."""
 
 
 @dataclass
@@ -75,10 +79,12 @@ class Driver(threading.Thread):
             self._insist(name)
 
     def _insist(self, name: str) -> None:
-        """A run shows nothing of a kind that never landed: a few tries more, beyond the time."""
-        for _ in range(INSISTENCE):
+        """A run shows nothing of a kind that never landed: it is tried beyond the time, until it lands or INSIST_S."""
+        until = time.monotonic() + INSIST_S
+        while not self._records[name].landed and time.monotonic() < until:
+            self._inject(name)
             if not self._records[name].landed:
-                self._inject(name)
+                time.sleep(PAUSE_S)
 
     def _rest(self, seconds: float) -> None:
         time.sleep(max(0.0, min(seconds, self._until - time.monotonic())))

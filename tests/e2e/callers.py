@@ -1,4 +1,4 @@
-"""A process that calls a service through the client: callers.py SERVICE THREADS REFERENCE [single], until end of input.
+"""A process that calls a service through the client: callers.py SERVICE THREADS ANSWERS [single], until end of input.
 
 Prints "calling" after a first call; at the end, as JSON, how many were made and answered, and what went wrong.
 """
@@ -10,9 +10,8 @@ import random
 import sys
 import threading
 import time
-from pathlib import Path
 
-from e2e.reference import TEXTS, Reference
+from e2e.reference import TEXTS, Answers, answers_of
 
 from millstream.client import Client
 
@@ -20,10 +19,10 @@ from millstream.client import Client
 class Callers:
     """Threads that call again and again, sharing one client."""
 
-    def __init__(self, service: str, reference: Reference, sizes: tuple[int, ...]) -> None:
+    def __init__(self, service: str, answers: Answers, sizes: tuple[int, ...]) -> None:
         self._client = Client()
         self._service = service
-        self._reference = reference
+        self._answers = answers
         self._sizes = sizes
         self._lock = threading.Lock()
         self.over = threading.Event()
@@ -32,7 +31,7 @@ class Callers:
         self.wrong: list[str] = []
 
     def call_once(self) -> None:
-        self._client.embed(TEXTS[0], service=self._service)
+        self._client.submit(self._service, TEXTS[:1]).result()
 
     def call(self, seed: int) -> None:
         chance = random.Random(seed)
@@ -46,15 +45,15 @@ class Callers:
 
     def _problem(self, texts: list[str]) -> str:
         try:
-            vectors = self._client.embed(texts, service=self._service)
+            answer = self._client.submit(self._service, texts).result()
         except Exception as error:  # noqa: BLE001 - the test reports it
             return f"{type(error).__name__}: {error}"
-        return f"wrong vectors of {texts}" if self._reference.wrong(texts, vectors) else ""
+        return f"a wrong answer to {texts}" if self._answers.wrong(texts, answer) else ""
 
 
 def main() -> None:
-    service, threads, file, *single = sys.argv[1:]
-    callers = Callers(service, Reference.load(Path(file)), (1,) if single else (1, 1, 1, 4, 8))
+    service, threads, name, *single = sys.argv[1:]
+    callers = Callers(service, answers_of(name), (1,) if single else (1, 1, 1, 4, 8))
     running = [threading.Thread(target=callers.call, args=(time.time_ns() + each,)) for each in range(int(threads))]
     callers.call_once()
     sys.stdout.write("calling\n")

@@ -13,11 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import pytest
 from support import eventually
 
 COMMAND = Path(sys.executable).parent / "millstream"
 LIMIT_S = 15.0
 """The longest a command may take to say what is wrong."""
+
+LONG = bool(os.environ.get("MILLSTREAM_LONG"))
+
+
+def some(*commands: list[str]) -> pytest.MarkDecorator:
+    """The test for the first and the last of `commands`; for all of them with MILLSTREAM_LONG=1.
+
+    Each start of the command takes half a second.
+    """
+    return pytest.mark.parametrize("words", commands if LONG else [commands[0], commands[-1]], ids=" ".join)
 
 
 def environment(home: Path, url: str | None = None) -> Mapping[str, str]:

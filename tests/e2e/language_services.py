@@ -17,10 +17,12 @@ from typing import Any
 from configs import USERS_FILE
 from e2e.hosts import Host
 from e2e.sites import Site, site_of
+from e2e.supervisors import supervising
 from support import eventually
 
 from millstream.broker.config.load import ModelSpec, Runtime, ServiceSpec, load
 from millstream.client import Client, Generated, GenerateStream
+from millstream.worker.supervision.plan import Plan
 
 CONTEXT = 4_096
 """Tokens of the models' context: a text to its end takes longer than 2 s."""
@@ -37,7 +39,7 @@ USERS_YAML = "users.yaml"
 class Services:
     """`chat`: two hosts with a worker each. `small`: a cache of SMALL_CACHE tokens, a model without a chat template.
 
-    `users`: the llm service of USERS_FILE, with one worker. `users_file` is that file.
+    `users`: the llm service of USERS_FILE, in one worker process with `small`. `users_file` is that file.
     """
 
     chat: Site
@@ -69,8 +71,9 @@ def language_services(url: str, home: Path) -> Iterator[Services]:
                 users_service(home, folder),
             )
         )
-        for site in (chat, chat, small, users):
-            site.start_host(1)
+        for _ in range(2):
+            chat.start_host(1)
+        ends.enter_context(supervising(url, Plan(small.spec, 1, beside=[users.spec])))
         chat.await_workers(2)
         small.await_workers(1)
         users.await_workers(1)

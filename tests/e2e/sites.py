@@ -15,6 +15,7 @@ from typing import TypedDict
 
 from e2e.hosts import WORKER_RUN, Host
 from e2e.ledger import Ledger, opened
+from e2e.reference import Answers
 from e2e.watch import Watch
 from support import eventually
 
@@ -102,9 +103,9 @@ class Site:
         """Until `count` workers are ready: they beat from then on."""
         eventually(lambda: len(self.watch.live()) == count, within_s=_START_S)
 
-    def start_caller(self, threads: int, reference: Path, *, single: bool = False) -> Caller:
+    def start_caller(self, threads: int, answers: Answers, *, single: bool = False) -> Caller:
         process = subprocess.Popen(
-            [sys.executable, "-m", "e2e.callers", self.spec.name, str(threads), reference, *["single"] * single],
+            [sys.executable, "-m", "e2e.callers", self.spec.name, str(threads), answers.name, *["single"] * single],
             cwd=self._home,
             env={**os.environ, "PYTHONPATH": _PATH, "MILLSTREAM_REDIS_URL": self.url},
             stdin=subprocess.PIPE,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from bystander import Bystander
 from contracts.queue import draft
-from e2e.cli_support import Ended, Shell
+from e2e.cli_support import Ended, Shell, some
 from e2e.sites import echo
 from support import eventually
 
@@ -58,17 +58,13 @@ def bury(service: Bystander, *, malformed: bool = False) -> None:
     service.queue.settle(service.queue.claim("w1").claims, bury="malformed" if malformed else "max_attempts")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["queue", "pause"],
-        ["queue", "resume"],
-        ["queue", "purge", "--yes"],
-        ["queue", "drain"],
-        ["dead", "ls"],
-        ["dead", "export"],
-    ],
-    ids=" ".join,
+@some(
+    ["queue", "pause"],
+    ["queue", "resume"],
+    ["queue", "purge", "--yes"],
+    ["queue", "drain"],
+    ["dead", "export"],
+    ["dead", "ls"],
 )
 def test_an_unknown_service_meets_the_nearest_name(shell: Shell, service: Bystander, words: list[str]) -> None:
     assert f"did you mean {service.name}?" in shell.run(*words, service.name[:-1] + "x").line(4)

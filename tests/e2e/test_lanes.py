@@ -21,6 +21,7 @@ from millstream.worker.supervision.plan import Plan
 
 TESTS = Path(__file__).parents[1]
 MAX_ATTEMPTS = 3
+LONG = bool(os.environ.get("MILLSTREAM_LONG"))
 
 
 @contextmanager
@@ -57,6 +58,7 @@ def test_two_services_of_one_process_both_answer_under_their_own_names(url: str,
     assert one.watch.live() == two.watch.live() == {}
 
 
+@pytest.mark.skipif(not LONG, reason="MILLSTREAM_LONG is not 1: two rerankers share a process in test_rerank.py")
 def test_an_embedding_model_shares_a_process_with_another_service(
     url: str, tmp_path: Path, reference: Reference
 ) -> None:
@@ -132,7 +134,7 @@ def running(supervision: Supervision, service: str) -> list[str]:
     return slot.child.pages[service].running() if slot.child else []
 
 
-@pytest.mark.parametrize("poison", STAGES if os.environ.get("MILLSTREAM_LONG") else ["exit in check", "exit in run"])
+@pytest.mark.parametrize("poison", STAGES if LONG else ["exit in check", "exit in run"])
 def test_a_job_that_kills_the_process_in_any_stage_alone_is_buried(url: str, tmp_path: Path, poison: str) -> None:
     # One attempt: a job of the other lane that is charged once would be buried.
     one = custom("deadly:Deadly", batch_size=16, max_attempts=MAX_ATTEMPTS, stall_timeout=2)

