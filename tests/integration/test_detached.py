@@ -399,3 +399,14 @@ def test_a_detached_job_says_how_many_tokens_it_has(
         list[tuple[bytes, dict[bytes, bytes]]], connection.client.xrange(ServiceKeys(service).stream(Priority.BATCH))
     )
     assert fields[b"tokens"] == b"12"
+
+
+def test_a_call_that_is_forgotten_is_gone_from_the_server(client: Client, echo: str) -> None:
+    detached = client.submit_detached(echo, ["a", "b"])
+    assert detached.result(LONG_S) == ["a", "b"]
+    assert (detached.jobs, detached.fingerprints) == (1, {"echo:sleep:0.0"})
+
+    detached.forget()
+
+    eventually(lambda: expired(client, detached.id))
+    assert client.submit_detached(echo, ["a", "b"]).result(LONG_S) == ["a", "b"]
