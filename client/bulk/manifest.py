@@ -1,0 +1,186 @@
+"""Manifest of a bulk run: which input, service and options it has, and which of its shards are written.
+
+It is a file of JSON lines that only grows. The first line is the header, and each finished shard adds one. One process
+at a time may write it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from millstream.broker.contract.errors import InvalidRequest
+from millstream.broker.contract.job import Json
+from millstream.client.bulk.files import reading, sync, sync_folder, writing
+from millstream.client.bulk.items import Mark
+
+NAME, ERRORS, SPOOL = "manifest.jsonl", "errors.jsonl", "input.spool"
+"""Names of files in a run's folder: the manifest, the rows that failed, and a copy of standard input."""
+
+VERSION = 1
+"""Version of the manifest's format."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Everything that decides a run's results: if a field differs, the run cannot go on.
+
+    `model` holds the fields of the service's model. `run` is a random id.
+    """
+
+    input: Mapping[str, Json]
+    service: str
+    model: Mapping[str, Json]
+    options: Mapping[str, Json]
+    layout: Mapping[str, Json]
+    version: int = VERSION
+    run: str = field(default_factory=lambda: secrets.token_hex(16))
+
+    def find_changes(self, now: Header) -> list[str]:
+        """Returns what differs in `now`, as "service was 'a' and is 'b'"; an input's time may differ."""
+        before, after = _flatten(self), _flatten(now)
+        return [
+            f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
+            for name in sorted(before.keys() | after.keys())
+            if before.get(name) != after.get(name)
+        ]
+
+
+def _flatten(header: Header) -> dict[str, Json]:
+    flat: dict[str, Json] = {"service": header.service, "version": header.version}
+    for name in ("input", "model", "options", "layout"):
+        fields: Mapping[str, Json] = getattr(header, name)
+        start = "" if name == "layout" else f"{name}."
+        flat |= {f"{start}{key}": value for key, value in fields.items()}
+    flat.pop("input.modified", None)
+    return flat
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Finished shard. `begin` and `end` are its marks; `digest` is of its input, and `fingerprint` of the weights.
+
+    `errors_end` is the size of errors.jsonl with the shard's errors, bytes.
+    """
+
+    begin: Mark
+    end: Mark
+    digest: str
+    failed: int
+    errors_end: int
+    fingerprint: str
+    file: str
+
+
+class Manifest:
+    """Manifest that is open for writing. A context manager: it is locked until the end of the block.
+
+    Raises InvalidRequest if another process has it open, the folder is not one of a run, or the file is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / NAME
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not path.exists() and any(not each.name.startswith(".") for each in folder.iterdir()):
+                raise InvalidRequest(
+                    f"{folder} is not empty, and not the output of a bulk run", hint="give a new folder as output"
+                )
+            self._file = path.open("a+b")
+        try:
+            _lock(self._file, folder)
+            self.header, self.notes = _read(self._file, path)
+            with writing(path):
+                sync_folder(folder)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def begin(self, header: Header) -> None:
+        """Writes the header of a new run."""
+        self._append({"header": cast(Json, asdict(header))})
+        self.header = header
+
+    def add(self, note: Note) -> None:
+        """Notes a finished shard. Returns when the disk has it."""
+        self._append({"shard": cast(Json, asdict(note))})
+        self.notes.append(note)
+
+    def _append(self, line: Json) -> None:
+        with writing(self.folder / NAME):
+            self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+            sync(self._file)
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        self._file.close()
+
+    def __enter__(self) -> Manifest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_manifest(folder: Path) -> tuple[Header, list[Note], bool]:
+    """Returns the header and the notes of a run, and whether a process works on it now.
+
+    Raises InvalidRequest if there is no run in `folder`, or its manifest is damaged.
+    """
+    path = folder / NAME
+    with reading(path), path.open("rb") as file:
+        lines = file.read()
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            runs = False
+        except BlockingIOError:
+            runs = True
+    header, notes = _parse(lines[: lines.rfind(b"\n") + 1], path)
+    if header is None:
+        raise InvalidRequest(f"{folder} has a bulk run that has not begun yet")
+    return header, notes, runs
+
+
+def _lock(file: BinaryIO, folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InvalidRequest(f"another process works on {folder}", hint="wait for it, or end it") from None
+
+
+def _read(file: BinaryIO, path: Path) -> tuple[Header | None, list[Note]]:
+    """Reads an open manifest, and removes a last line that was not written whole."""
+    file.seek(0)
+    lines = file.read()
+    whole = lines.rfind(b"\n") + 1
+    if whole < len(lines):
+        with writing(path):
+            os.ftruncate(file.fileno(), whole)
+    return _parse(lines[:whole], path)
+
+
+def _parse(lines: bytes, path: Path) -> tuple[Header | None, list[Note]]:
+    header: Header | None = None
+    notes: list[Note] = []
+    try:
+        for number, line in enumerate(lines.splitlines()):
+            record = json.loads(line)
+            if number == 0:
+                header = Header(**record["header"])
+            else:
+                shard = record["shard"]
+                begin, end = Mark(*shard.pop("begin")), Mark(*shard.pop("end"))
+                notes.append(Note(begin, end, **shard))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InvalidRequest(
+            f"{path} cannot be read: {error}"[:300],
+            hint="written by another version, or damaged: begin in a new folder",
+        ) from error
+    return header, notes
