@@ -1,7 +1,7 @@
 """Manifest of a bulk run: which input, service and options it has, and which of its shards are written.
 
-It is a file of JSON lines that only grows. The first line is the header, and each finished shard adds one. One process
-at a time may write it.
+It is a file of JSON lines that only grows. The first line is the header, each finished shard adds one, and so does the
+end of the run. One process at a time may write it.
 """
 
 from __future__ import annotations
@@ -78,6 +78,15 @@ class Note:
     file: str
 
 
+@dataclass(slots=True)
+class Record:
+    """Content of a manifest. `header` is None if the run has not begun; `finished`: all rows of the input are done."""
+
+    header: Header | None = None
+    notes: list[Note] = field(default_factory=list)
+    finished: bool = False
+
+
 class Manifest:
     """Manifest that is open for writing. A context manager: it is locked until the end of the block.
 
@@ -96,22 +105,38 @@ class Manifest:
             self._file = path.open("a+b")
         try:
             _lock(self._file, folder)
-            self.header, self.notes = _read(self._file, path)
+            self._record = _read(self._file, path)
             with writing(path):
                 sync_folder(folder)
         except BaseException:
             self._file.close()
             raise
 
+    @property
+    def header(self) -> Header | None:
+        """Header of the run; None if it has not begun."""
+        return self._record.header
+
+    @property
+    def notes(self) -> list[Note]:
+        """Notes of the finished shards, in order."""
+        return self._record.notes
+
     def begin(self, header: Header) -> None:
         """Writes the header of a new run."""
         self._append({"header": cast(Json, asdict(header))})
-        self.header = header
+        self._record.header = header
 
     def add(self, note: Note) -> None:
         """Notes a finished shard. Returns when the disk has it."""
         self._append({"shard": cast(Json, asdict(note))})
-        self.notes.append(note)
+        self._record.notes.append(note)
+
+    def finish(self) -> None:
+        """Notes that all rows of the input are done."""
+        if not self._record.finished:
+            self._append({"finished": True})
+            self._record.finished = True
 
     def _append(self, line: Json) -> None:
         with writing(self.folder / NAME):
@@ -129,8 +154,8 @@ class Manifest:
         self.close()
 
 
-def read_manifest(folder: Path) -> tuple[Header, list[Note], bool]:
-    """Returns the header and the notes of a run, and whether a process works on it now.
+def read_manifest(folder: Path) -> tuple[Record, bool]:
+    """Returns the content of a run's manifest, and whether a process works on the run now.
 
     Raises InvalidRequest if there is no run in `folder`, or its manifest is damaged.
     """
@@ -139,13 +164,10 @@ def read_manifest(folder: Path) -> tuple[Header, list[Note], bool]:
         lines = file.read()
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            runs = False
+            works = False
         except BlockingIOError:
-            runs = True
-    header, notes = _parse(lines[: lines.rfind(b"\n") + 1], path)
-    if header is None:
-        raise InvalidRequest(f"{folder} has a bulk run that has not begun yet")
-    return header, notes, runs
+            works = True
+    return _parse(lines[: lines.rfind(b"\n") + 1], path), works
 
 
 def _lock(file: BinaryIO, folder: Path) -> None:
@@ -155,7 +177,7 @@ def _lock(file: BinaryIO, folder: Path) -> None:
         raise InvalidRequest(f"another process works on {folder}", hint="wait for it, or end it") from None
 
 
-def _read(file: BinaryIO, path: Path) -> tuple[Header | None, list[Note]]:
+def _read(file: BinaryIO, path: Path) -> Record:
     """Reads an open manifest, and removes a last line that was not written whole."""
     file.seek(0)
     lines = file.read()
@@ -166,21 +188,22 @@ def _read(file: BinaryIO, path: Path) -> tuple[Header | None, list[Note]]:
     return _parse(lines[:whole], path)
 
 
-def _parse(lines: bytes, path: Path) -> tuple[Header | None, list[Note]]:
-    header: Header | None = None
-    notes: list[Note] = []
+def _parse(lines: bytes, path: Path) -> Record:
+    record = Record()
     try:
-        for number, line in enumerate(lines.splitlines()):
-            record = json.loads(line)
-            if number == 0:
-                header = Header(**record["header"])
-            else:
-                shard = record["shard"]
+        for line in lines.splitlines():
+            fields = json.loads(line)
+            if record.header is None:
+                record.header = Header(**fields["header"])
+            elif "shard" in fields:
+                shard = fields["shard"]
                 begin, end = Mark(*shard.pop("begin")), Mark(*shard.pop("end"))
-                notes.append(Note(begin, end, **shard))
+                record.notes.append(Note(begin, end, **shard))
+            else:
+                record.finished = record.finished or fields["finished"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InvalidRequest(
             f"{path} cannot be read: {error}"[:300],
             hint="written by another version, or damaged: begin in a new folder",
         ) from error
-    return header, notes
+    return record

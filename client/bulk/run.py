@@ -120,6 +120,7 @@ class _Run:
             if not chunk.owner.waiting:
                 self._finish(chunk.owner)
                 progress = self._tell(self._mark.position / self._size)
+        self._manifest.finish()
         # Blank lines at the end of an input belong to no shard.
         return self._tell(1.0) if progress.share < 1.0 else progress
 

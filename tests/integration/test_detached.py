@@ -404,7 +404,7 @@ def test_a_detached_job_says_how_many_tokens_it_has(
 def test_a_call_that_is_forgotten_is_gone_from_the_server(client: Client, echo: str) -> None:
     detached = client.submit_detached(echo, ["a", "b"])
     assert detached.result(LONG_S) == ["a", "b"]
-    assert (detached.jobs, detached.fingerprints) == (1, {"echo:sleep:0.0"})
+    assert (detached.jobs, detached.fingerprints) == (1, frozenset({"echo:sleep:0.0"}))
 
     detached.forget()
 

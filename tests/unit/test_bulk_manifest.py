@@ -9,7 +9,7 @@ import pytest
 
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.client.bulk.items import Mark
-from millstream.client.bulk.manifest import NAME, Header, Manifest, Note, read_manifest
+from millstream.client.bulk.manifest import NAME, Header, Manifest, Note, Record, read_manifest
 
 HEADER = Header({"size": 3, "modified": 1}, "embed", {"ref": "m"}, {"dimensions": 4}, {"format": "jsonl"})
 NOTES = [Note(Mark(at, 2 * at, 9 * at), Mark(at + 1, 2 * at + 2, 9 * at + 9), "d", at, 5, "f", "p") for at in range(3)]
@@ -30,7 +30,11 @@ def test_a_later_process_reads_what_was_noted_and_goes_on(tmp_path: Path) -> Non
         assert (manifest.header, manifest.notes) == (HEADER, NOTES)
         manifest.add(NOTES[0])
 
-    assert read_manifest(tmp_path / "out") == (HEADER, [*NOTES, NOTES[0]], False)
+        assert read_manifest(tmp_path / "out") == (Record(HEADER, [*NOTES, NOTES[0]]), True)
+        manifest.finish()
+        manifest.finish()
+
+    assert read_manifest(tmp_path / "out") == (Record(HEADER, [*NOTES, NOTES[0]], finished=True), False)
 
 
 def test_half_a_line_at_the_end_is_removed(tmp_path: Path) -> None:
@@ -54,8 +58,8 @@ def test_a_second_process_is_refused_while_the_first_one_works(tmp_path: Path) -
         manifest.begin(HEADER)
         with pytest.raises(InvalidRequest, match="another process"):
             Manifest(tmp_path)
-        assert read_manifest(tmp_path)[2]
-    assert not read_manifest(tmp_path)[2]
+        assert read_manifest(tmp_path)[1]
+    assert not read_manifest(tmp_path)[1]
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
