@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from millstream.broker.contract.errors import MillstreamError, to_wire
-from millstream.client.bulk.files import sync, writing
+from millstream.client.bulk.files import append, writing
 from millstream.client.bulk.items import Result
 from millstream.client.bulk.manifest import ERRORS
 
@@ -24,7 +24,7 @@ class ErrorsFile:
         self._path = folder / ERRORS
         self.end = end
         with writing(self._path):
-            self._file = self._path.open("a+b")
+            self._file = self._path.open("a+b", buffering=0)
             os.ftruncate(self._file.fileno(), end)
 
     def append(self, results: Iterable[Result]) -> int:
@@ -36,8 +36,7 @@ class ErrorsFile:
         ]
         if lines:
             with writing(self._path):
-                self._file.write(b"".join(lines))
-                sync(self._file)
+                append(self._file, b"".join(lines))
             self.end += sum(map(len, lines))
         return len(lines)
 
@@ -47,5 +46,4 @@ class ErrorsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with writing(self._path):
-            self._file.close()
+        self._file.close()

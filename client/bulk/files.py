@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -51,6 +52,16 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
                 temporary.unlink()
             raise
         sync_folder(path.parent)
+
+
+def append(file: io.FileIO, content: bytes) -> None:
+    """Writes all of `content` to a file without a buffer, and syncs it.
+
+    If the disk is full, what was not written is not kept in a buffer, which would be written when the file is closed.
+    """
+    while content:
+        content = content[file.write(content) or 0 :]
+    os.fsync(file.fileno())
 
 
 def sync(file: BinaryIO) -> None:

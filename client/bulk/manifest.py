@@ -7,17 +7,18 @@ end of the run. One process at a time may write it.
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Json
-from millstream.client.bulk.files import reading, sync, sync_folder, writing
+from millstream.client.bulk.files import append, reading, sync_folder, writing
 from millstream.client.bulk.items import Mark
 
 NAME, ERRORS, SPOOL = "manifest.jsonl", "errors.jsonl", "input.spool"
@@ -102,7 +103,7 @@ class Manifest:
                 raise InvalidRequest(
                     f"{folder} is not empty, and not the output of a bulk run", hint="give a new folder as output"
                 )
-            self._file = path.open("a+b")
+            self._file = path.open("a+b", buffering=0)
         try:
             _lock(self._file, folder)
             self._record = _read(self._file, path)
@@ -140,8 +141,7 @@ class Manifest:
 
     def _append(self, line: Json) -> None:
         with writing(self.folder / NAME):
-            self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
-            sync(self._file)
+            append(self._file, json.dumps(line, separators=(",", ":")).encode() + b"\n")
 
     def close(self) -> None:
         """Gives the lock back."""
@@ -170,17 +170,17 @@ def read_manifest(folder: Path) -> tuple[Record, bool]:
     return _parse(lines[: lines.rfind(b"\n") + 1], path), works
 
 
-def _lock(file: BinaryIO, folder: Path) -> None:
+def _lock(file: io.FileIO, folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InvalidRequest(f"another process works on {folder}", hint="wait for it, or end it") from None
 
 
-def _read(file: BinaryIO, path: Path) -> Record:
+def _read(file: io.FileIO, path: Path) -> Record:
     """Reads an open manifest, and removes a last line that was not written whole."""
     file.seek(0)
-    lines = file.read()
+    lines = file.readall()
     whole = lines.rfind(b"\n") + 1
     if whole < len(lines):
         with writing(path):

@@ -23,7 +23,6 @@ from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection
 from millstream.client import BulkProgress, Client
-from millstream.client.bulk import files
 
 
 class Ended(Exception):
@@ -159,9 +158,10 @@ def test_rows_that_are_in_the_queue_are_adopted_and_not_sent_again(
         process.wait()
     service.answer_all(service.claim(4))
 
-    run(client, service.name, tmp_path / "in.jsonl", tmp_path / "out")
+    with serving(service) as depths:
+        run(client, service.name, tmp_path / "in.jsonl", tmp_path / "out")
 
-    assert service.queue.depth() == 0
+    assert max(depths) == 0
     assert len(results_of(tmp_path / "out")) == 40
 
 
@@ -231,28 +231,33 @@ def test_another_model_is_refused(
         run(later, service.name, tmp_path / "in.jsonl", tmp_path / "out")
 
 
-def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(
+def test_a_disk_that_is_full_at_any_moment_ends_the_run_and_the_next_one_goes_on(
     client: Client, echo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_rows(tmp_path / "in.jsonl", 500, bad=20)
-    synced: list[int] = []
-    real = files.sync
+    real, synced = os.fsync, 0
 
-    def full(file: Any) -> None:
-        synced.append(1)
-        if len(synced) == 5:
-            raise OSError(28, "No space left on device")
-        real(file)
+    def fill_up_at(moment: int) -> Callable[[int], None]:
+        def sync(descriptor: int) -> None:
+            nonlocal synced
+            synced += 1
+            if synced == moment:
+                raise OSError(28, "No space left on device")
+            real(descriptor)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "sync", full)
-        with pytest.raises(MillstreamError, match=r"No space left on device.*same command"):
-            run(client, echo, tmp_path / "in.jsonl", tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("part-*"))) == 4
+        return sync
 
-    run(client, echo, tmp_path / "in.jsonl", tmp_path / "out")
+    # Each shard is synced up to four times: its errors, its part, the folder and the manifest.
+    for moment in range(1, 14):
+        output, synced = tmp_path / f"out{moment}", 0
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fill_up_at(moment))
+            with pytest.raises(MillstreamError, match=r"No space left on device.*same command"):
+                run(client, echo, tmp_path / "in.jsonl", output)
 
-    check(tmp_path / "out", 500, 20)
+        run(client, echo, tmp_path / "in.jsonl", output)
+
+        check(output, 500, 20)
 
 
 def test_vectors_come_as_arrays(client: Client, echo: str, tmp_path: Path) -> None:
