@@ -38,7 +38,7 @@ def run_bulk(calls: Calls, plan: BulkPlan, report: Report) -> BulkProgress:
         source = _open(plan, spec)
         header = _begin(manifest, plan, spec, source, calls.services.fingerprint(spec.name))
         with ErrorsFile(plan.output, manifest.notes[-1].errors_end if manifest.notes else 0) as errors:
-            sending = Sending(calls, spec, opts, header)
+            sending = Sending(calls, spec, opts, header, plan.window)
             return _Run(calls, plan, source, sink, manifest, errors, sending, report).run()
 
 
@@ -130,7 +130,7 @@ class _Run:
 
     def _may_send(self, in_flight: deque[Chunk]) -> bool:
         rows, jobs = sum(len(each.rows) for each in in_flight), sum(each.jobs for each in in_flight)
-        return not in_flight or self._sending.may_send(rows, jobs, self._plan.window)
+        return not in_flight or self._sending.may_send(rows, jobs)
 
     def _finish(self, open_shard: OpenShard) -> None:
         """Writes a shard's errors and results, and then notes it."""

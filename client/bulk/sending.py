@@ -61,9 +61,10 @@ class Sending:
 
     `run` is the id of the run: the keys of calls, and so the ids of jobs, follow from it, the shard and the rows. So a
     process that goes on with the run gets the calls that an earlier one has sent, whether they wait, run or are done.
+    `window` is the number of rows in flight at most.
     """
 
-    def __init__(self, calls: Calls, spec: ServiceSpec, opts: CallOptions, run: str) -> None:
+    def __init__(self, calls: Calls, spec: ServiceSpec, opts: CallOptions, run: str, window: int) -> None:
         self._calls, self._spec, self._opts, self._run = calls, spec, opts, run
         self._operation = find_operation(spec, opts.op)
         self._beside = calls.check_options(spec, opts.options)
@@ -72,11 +73,13 @@ class Sending:
         limits = spec.runtime.limits(opts.priority)
         most = spec.runtime.max_queue_size
         self._most_jobs = max(1, min(most, limits.max_queue_size or most) // 4)
-        self._call_rows = max(1, min(CALL_ROWS, per_job * max(1, self._most_jobs // 4)))
+        # Four calls at least: while the results of one are read and written, the workers have the others.
+        self._call_rows = max(1, min(CALL_ROWS, window // 4, per_job * max(1, self._most_jobs // 4)))
+        self._window = window
 
-    def may_send(self, rows: int, jobs: int, window: int) -> bool:
-        """Returns whether one more call may be sent beside `rows` rows in `jobs` jobs. `window` is in rows."""
-        return not jobs or (rows + self._call_rows <= window and jobs < self._most_jobs)
+    def may_send(self, rows: int, jobs: int) -> bool:
+        """Returns whether one more call may be sent beside `rows` rows in `jobs` jobs."""
+        return not jobs or (rows + self._call_rows <= self._window and jobs < self._most_jobs)
 
     def split(self, shard: Shard) -> Iterator[Chunk]:
         """Yields the calls of a shard, longest rows first. Rows that cannot be sent get their error at once.
