@@ -64,6 +64,13 @@ def bulk() -> None:
     metavar="NUMBER",
     help="Rows in flight at most.",
 )
+@click.option(
+    "--shard",
+    "part",
+    default="1/1",
+    metavar="I/N",
+    help="Do only every Nth shard, from the Ith on: N jobs on several hosts, each with a FOLDER of its own.",
+)
 @click.option("--tenant", default="", metavar="NAME", help="Tenant whose rate limit the run uses.")
 @options.url
 @options.prefix
@@ -78,6 +85,7 @@ def run(
     settings: Sequence[str],
     shard_rows: int | None,
     window: int,
+    part: str,
     tenant: str,
     url: str | None,
     prefix: str | None,
@@ -105,6 +113,7 @@ def run(
                 id_column=id_column,
                 shard_rows=shard_rows,
                 window=window,
+                part=part,
                 tenant=tenant,
                 progress=display.show,
                 **given,
@@ -158,12 +167,11 @@ def status(folder: Path, as_json: bool) -> None:
     record, works = read_manifest(folder)
     if record.header is None:
         raise InvalidRequest(f"the run in {folder} has not begun yet")
-    rows = record.notes[-1].end.row if record.notes else 0
     state = "finished" if record.finished else "running" if works else "stopped"
     fields: dict[str, str | int] = {
         "state": state,
         "service": record.header.service,
-        "rows": rows,
+        "rows": sum(note.rows for note in record.notes),
         "failed": sum(note.failed for note in record.notes),
         "shards": len(record.notes),
     }

@@ -334,6 +334,7 @@ class Client:
         id_column: str | None = None,
         shard_rows: int | None = None,
         window: int = WINDOW,
+        part: str = "1/1",
         priority: PriorityName = "batch",
         tenant: str = "",
         progress: Callable[[BulkProgress], object] = lambda _: None,
@@ -348,14 +349,15 @@ class Client:
         `input` is a file of JSON lines, CSV or lines of text, by its suffix or `input_format`; a folder of text files;
         or "-", standard input. `column` is the field that is sent, by default the whole line; `id_column` the one that
         is written beside each result. `format` is that of the files `part-*` in `output`: jsonl, csv, or npy for
-        vectors. They have the order of the input. Rows that failed are in `errors.jsonl`, with the reason.
+        vectors. They have the order of the input. Rows that failed are in `errors.jsonl`, with the reason. `part` "2/8"
+        does every eighth shard, from the second one on: eight such runs, each with its own folder, do the input.
 
         Raises InvalidRequest if the input, an option or the model was changed since the run began, and says what;
         UnknownService; BrokerUnavailable if the server is away for 5 minutes; MillstreamError if the disk is full.
         """
         opts = CallOptions(priority, None, True, tenant, options)
         plan = BulkPlan(
-            service, str(input), Path(output), opts, input_format, format, column, id_column, shard_rows, window
+            service, str(input), Path(output), opts, input_format, format, column, id_column, shard_rows, window, part
         )
         return run_bulk(self._calls, plan, progress)
 

@@ -78,6 +78,11 @@ class Note:
     fingerprint: str
     file: str
 
+    @property
+    def rows(self) -> int:
+        """Number of rows of the shard."""
+        return self.end.row - self.begin.row
+
 
 @dataclass(slots=True)
 class Record:

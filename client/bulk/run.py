@@ -99,10 +99,11 @@ class _Run:
         self._calls, self._plan, self._source, self._sink = calls, plan, source, sink
         self._manifest, self._errors, self._sending, self._report = manifest, errors, sending, report
         self._mark = manifest.notes[-1].end if manifest.notes else Mark()
+        self._rows = sum(note.rows for note in manifest.notes)
         self._failed = sum(note.failed for note in manifest.notes)
         identity = source.identify()
         self._size = max(1, int(str(identity.get("size", identity.get("files", 1)))))
-        self._pace = Pace(plan.output, self._mark.row, self._mark.position / self._size, time.monotonic())
+        self._pace = Pace(plan.output, self._rows, self._mark.position / self._size, time.monotonic())
 
     def run(self) -> BulkProgress:
         """Computes all rows behind the last finished shard."""
@@ -121,12 +122,13 @@ class _Run:
                 self._finish(chunk.owner)
                 progress = self._tell(self._mark.position / self._size)
         self._manifest.finish()
-        # Blank lines at the end of an input belong to no shard.
+        # Blank lines at the end of an input, and shards of other parts, are not of this run.
         return self._tell(1.0) if progress.share < 1.0 else progress
 
     def _split_shards(self) -> Iterator[Chunk]:
         for shard in self._source.read_shards(self._mark):
-            yield from self._sending.split(shard)
+            if self._plan.has(shard.begin.shard):
+                yield from self._sending.split(shard)
 
     def _may_send(self, in_flight: deque[Chunk]) -> bool:
         rows, jobs = sum(len(each.rows) for each in in_flight), sum(each.jobs for each in in_flight)
@@ -144,7 +146,7 @@ class _Run:
         file = self._manifest.folder / f"part-{begin.shard:06d}.{self._plan.output_format}"
         write_whole(file, lambda opened: self._sink.write(opened, results))
         self._manifest.add(Note(begin, end, digest, failed, self._errors.end, fingerprint, file.name))
-        self._mark, self._failed = end, self._failed + failed
+        self._mark, self._rows, self._failed = end, self._rows + len(rows), self._failed + failed
         with suppress(BrokerUnavailable):
             self._sending.forget(open_shard)
 
@@ -164,6 +166,6 @@ class _Run:
         services, name = self._calls.services, self._plan.service
         services.live(name, lambda: None)
         workers = services.last_known(name).live_workers
-        progress = self._pace.measure(self._mark.row, self._failed, share, workers, time.monotonic())
+        progress = self._pace.measure(self._rows, self._failed, share, workers, time.monotonic())
         self._report(progress)
         return progress

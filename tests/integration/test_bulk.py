@@ -267,6 +267,27 @@ def test_vectors_come_as_arrays(client: Client, echo: str, tmp_path: Path) -> No
         client.bulk(echo, tmp_path / "in.txt", tmp_path / "out", format="npy")
 
 
+def test_parts_of_an_input_are_done_by_runs_of_their_own(client: Client, echo: str, tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", 1_000, bad=20)
+    for number in (1, 2, 3):
+        output = tmp_path / f"out{number}"
+        with pytest.raises(Ended):
+            run(client, echo, tmp_path / "in.jsonl", output, part=f"{number}/3", progress=end_after(2))
+        done = run(client, echo, tmp_path / "in.jsonl", output, part=f"{number}/3")
+        assert done.rows == (350, 350, 300)[number - 1]
+        assert done.share == 1.0
+
+    parts = sorted((part for part in tmp_path.glob("out*/part-*")), key=lambda part: part.name)
+    rows = [json.loads(line)["row"] for part in parts for line in part.read_text().splitlines()]
+    errors = [each["row"] for number in (1, 2, 3) for each in errors_of(tmp_path / f"out{number}")]
+    assert rows == sorted(rows)
+    assert sorted(rows + errors) == list(range(1_000))
+    with pytest.raises(InvalidRequest, match="part was '1/3' and is '2/3'"):
+        run(client, echo, tmp_path / "in.jsonl", tmp_path / "out1", part="2/3")
+    with pytest.raises(InvalidRequest, match="not a part such as 2/8"):
+        run(client, echo, tmp_path / "in.jsonl", tmp_path / "new", part="4/3")
+
+
 def test_an_empty_input_has_no_results(client: Client, echo: str, tmp_path: Path) -> None:
     (tmp_path / "in.txt").touch()
 
