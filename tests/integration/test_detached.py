@@ -410,3 +410,15 @@ def test_a_call_that_is_forgotten_is_gone_from_the_server(client: Client, echo: 
 
     eventually(lambda: expired(client, detached.id))
     assert client.submit_detached(echo, ["a", "b"]).result(LONG_S) == ["a", "b"]
+
+
+def test_each_wait_for_results_uses_the_same_connections(client: Client, connection: Connection, echo: str) -> None:
+    def wait_for_one() -> None:
+        assert client.submit_detached(echo, ["a"]).result(LONG_S) == ["a"]
+
+    wait_for_one()
+    before = connection.client.info("clients")["connected_clients"]
+    for _ in range(20):
+        wait_for_one()
+
+    assert connection.client.info("clients")["connected_clients"] < before + 10
