@@ -68,7 +68,7 @@ def test_csv_records_may_span_lines(tmp_path: Path) -> None:
 
 def test_a_quote_that_never_ends_costs_rows_and_not_all_memory(tmp_path: Path) -> None:
     path = tmp_path / "in.csv"
-    path.write_text('text\ngood\n"' + "endless\n" * (sources.LINE_BYTES // 4))
+    path.write_text('text\ngood\n"' + ("endless " * 1_000 + "\n") * (sources.LINE_BYTES // 4_000))
 
     rows = rows_of(list(opened(path).read_shards(Mark())))
 
