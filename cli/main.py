@@ -31,6 +31,7 @@ class Lazy(NamedTuple):
 COMMANDS = {
     "acl": Lazy("millstream.cli.acl:acl", "Print the ACL of a Redis user with the rights that a role needs."),
     "bench": Lazy("millstream.cli.bench:bench", "Measure a running service with real calls."),
+    "bulk": Lazy("millstream.cli.bulk:bulk", "Send files of any size through the queue, with runs that go on."),
     "chat": Lazy("millstream.cli.chat:chat", "Talk to a language model through the queue."),
     "config": Lazy(
         "millstream.cli.config:config", "Check or show a configuration, or publish it for workers and clients."

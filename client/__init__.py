@@ -13,6 +13,7 @@ from typing import Any, overload
 from millstream.broker.contract.errors import MillstreamError, PartialFailure
 from millstream.client.aio import AsyncClient
 from millstream.client.async_handle import AsyncHandle
+from millstream.client.bulk.progress import BulkProgress
 from millstream.client.client import Client
 from millstream.client.detached import Detached
 from millstream.client.generate import Generated, PromptInput
@@ -27,6 +28,7 @@ __all__ = [
     "AsyncGenerateStream",
     "AsyncHandle",
     "AsyncTextStream",
+    "BulkProgress",
     "Client",
     "Detached",
     "Embeddings",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, cast, overload
@@ -12,6 +12,11 @@ from millstream.broker.contract.embedding import EmbedOptions, Encoding, InputTy
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.prompt import Message
 from millstream.broker.contract.rerank import RerankOptions, Scores
+from millstream.client.bulk.plan import WINDOW, BulkPlan
+from millstream.client.bulk.progress import BulkProgress
+from millstream.client.bulk.run import run_bulk
+from millstream.client.bulk.sinks import OutputFormat
+from millstream.client.bulk.sources import InputFormat
 from millstream.client.call_options import CallOptions
 from millstream.client.call_request import (
     CallRequest,
@@ -316,6 +321,45 @@ class Client:
     def job(self, job_id: str) -> Detached:
         """Returns the detached call with this id, in any process. Raises InvalidRequest if it is not such an id."""
         return Detached.find(self._calls, job_id)
+
+    def bulk(
+        self,
+        service: str,
+        input: Path | str,
+        output: Path | str,
+        *,
+        input_format: InputFormat = "auto",
+        format: OutputFormat = "jsonl",
+        column: str | None = None,
+        id_column: str | None = None,
+        shard_rows: int | None = None,
+        window: int = WINDOW,
+        part: str = "1/1",
+        priority: PriorityName = "batch",
+        tenant: str = "",
+        progress: Callable[[BulkProgress], object] = lambda _: None,
+        **options: Json,
+    ) -> BulkProgress:
+        """Sends each row of a file through `service`, and writes the results to the folder `output`.
+
+        The same call goes on if an earlier one ended before its end: shards of `shard_rows` rows that are finished are
+        not computed again, and rows that are still in the queue are adopted. Memory is bounded by `window`, the number
+        of rows in flight. Blocks until the end, and returns the last progress; `progress` is called after each shard.
+
+        `input` is a file of JSON lines, CSV or lines of text, by its suffix or `input_format`; a folder of text files;
+        or "-", standard input. `column` is the field that is sent, by default the whole line; `id_column` the one that
+        is written beside each result. `format` is that of the files `part-*` in `output`: jsonl, csv, or npy for
+        vectors. They have the order of the input. Rows that failed are in `errors.jsonl`, with the reason. `part` "2/8"
+        does every eighth shard, from the second one on: eight such runs, each with its own folder, do the input.
+
+        Raises InvalidRequest if the input, an option or the model was changed since the run began, and says what;
+        UnknownService; BrokerUnavailable if the server is away for 5 minutes; MillstreamError if the disk is full.
+        """
+        opts = CallOptions(priority, None, True, tenant, options)
+        plan = BulkPlan(
+            service, str(input), Path(output), opts, input_format, format, column, id_column, shard_rows, window, part
+        )
+        return run_bulk(self._calls, plan, progress)
 
     @property
     def stray_replies(self) -> int:

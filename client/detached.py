@@ -104,6 +104,22 @@ class Detached:
             ]
         return all(outcome == "waiting" for outcome in outcomes)
 
+    @property
+    def jobs(self) -> int:
+        """Number of jobs of the call."""
+        return len(self._parts)
+
+    @property
+    def fingerprints(self) -> frozenset[str]:
+        """Fingerprints of the weights that made the answers which were read so far."""
+        replies = [reply for reply in self._replies.values() if isinstance(reply, Reply)]
+        return frozenset(reply.fingerprint for reply in replies) - {""}
+
+    def forget(self) -> None:
+        """Frees the server's memory of a call that is done: its results expire now. Raises BrokerUnavailable."""
+        with translated(self._calls.connection.safe_url):
+            self._streams().forget(self._call)
+
     def _wait(self, timeout: float | None) -> None:
         limit = waits_until(timeout)
         until = math.inf if limit is None else limit

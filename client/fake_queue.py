@@ -101,6 +101,9 @@ class FakeServices:
 
     read = known
 
+    def fingerprint(self, service: str) -> str:
+        return ""
+
     def only(self, model_type: str, until: float | None = None) -> str:
         return OPERATIONS[model_type].op
 
@@ -148,6 +151,9 @@ class FakeStreams:
     def results(self, call: str, job_ids: Sequence[str]) -> list[bytes | None]:
         _, replies = self._calls[call]
         return [replies.get(job_id) for job_id in job_ids]
+
+    def forget(self, call: str) -> None:
+        self._calls.pop(call, None)
 
     def partials(self, job_ids: Sequence[str]) -> list[bytes]:
         return [b""] * len(job_ids)

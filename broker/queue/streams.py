@@ -277,6 +277,10 @@ class Streams:
         found = cast(list[bytes | None], self._client.hmget(self._keys.call(call), list(job_ids)))
         return [reply or None for reply in found]
 
+    def forget(self, call: str) -> None:
+        """Lets the results of a detached call expire now. To be called when all of its jobs are answered."""
+        self._client.pexpire(self._keys.call(call), 1)
+
     def _destination(self, address: Address) -> tuple[str, str, int]:
         """Returns the kind and key that a job's reply is written to, and its ttl, ms."""
         # Built from validated ids: if entries named keys, a client could make the worker write to any key.

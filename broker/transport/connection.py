@@ -65,6 +65,7 @@ class Connection:
 
     def _begin(self) -> None:
         self._clients: list[redis.Redis] = []
+        self._clients_within: dict[float, redis.Redis] = {}
         self._open = opener(self._place, self._name, self._clients.append)
         self.client = self._open(_TIMEOUT_S)
         """Client for plain commands. It never repeats a command by itself; use `retrying` if one may be repeated."""
@@ -78,8 +79,12 @@ class Connection:
         return self._open(_TIMEOUT_S, own=True)
 
     def within(self, timeout_s: float) -> redis.Redis:
-        """Returns a client whose commands fail after `timeout_s` seconds."""
-        return self._open(timeout_s)
+        """Returns the client whose commands fail after `timeout_s` seconds. All threads share it."""
+        client = self._clients_within.get(timeout_s)
+        if client is None:
+            # Two threads may both open one: the later one is not used, and closed with the others.
+            client = self._clients_within.setdefault(timeout_s, self._open(timeout_s))
+        return client
 
     def close(self) -> None:
         """Closes every socket. A thread that blocks on one gets an error at once."""

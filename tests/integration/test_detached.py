@@ -399,3 +399,26 @@ def test_a_detached_job_says_how_many_tokens_it_has(
         list[tuple[bytes, dict[bytes, bytes]]], connection.client.xrange(ServiceKeys(service).stream(Priority.BATCH))
     )
     assert fields[b"tokens"] == b"12"
+
+
+def test_a_call_that_is_forgotten_is_gone_from_the_server(client: Client, echo: str) -> None:
+    detached = client.submit_detached(echo, ["a", "b"])
+    assert detached.result(LONG_S) == ["a", "b"]
+    assert (detached.jobs, detached.fingerprints) == (1, frozenset({"echo:sleep:0.0"}))
+
+    detached.forget()
+
+    eventually(lambda: expired(client, detached.id))
+    assert client.submit_detached(echo, ["a", "b"]).result(LONG_S) == ["a", "b"]
+
+
+def test_each_wait_for_results_uses_the_same_connections(client: Client, connection: Connection, echo: str) -> None:
+    def wait_for_one() -> None:
+        assert client.submit_detached(echo, ["a"]).result(LONG_S) == ["a"]
+
+    wait_for_one()
+    before = connection.client.info("clients")["connected_clients"]
+    for _ in range(20):
+        wait_for_one()
+
+    assert connection.client.info("clients")["connected_clients"] < before + 10

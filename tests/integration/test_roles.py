@@ -129,6 +129,7 @@ def test_clients_and_workers_do_all_their_work_as_users_of_these_roles(enter: En
         assert list(client.map(name, ["c", "d"])) == ["c", "d"]
         detached = client.submit_detached(name, ["e"])
         assert client.job(detached.id).result(timeout=LONG_S) == ["e"]
+        detached.forget()
         held = [client.submit(name, [text]) for text in ("f", "g", "h")]
         for handle in held:
             handle.cancel()

@@ -1,0 +1,214 @@
+"""Manifest of a bulk run: which input, service and options it has, and which of its shards are written.
+
+It is a file of JSON lines that only grows. The first line is the header, each finished shard adds one, and so does the
+end of the run. One process at a time may write it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import cast
+
+from millstream.broker.contract.errors import InvalidRequest
+from millstream.broker.contract.job import Json
+from millstream.client.bulk.files import append, reading, sync_folder, writing
+from millstream.client.bulk.items import Mark
+
+NAME, ERRORS, SPOOL = "manifest.jsonl", "errors.jsonl", "input.spool"
+"""Names of files in a run's folder: the manifest, the rows that failed, and a copy of standard input."""
+
+VERSION = 1
+"""Version of the manifest's format."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Everything that decides a run's results: if a field differs, the run cannot go on.
+
+    `model` holds the fields of the service's model. `run` is a random id.
+    """
+
+    input: Mapping[str, Json]
+    service: str
+    model: Mapping[str, Json]
+    options: Mapping[str, Json]
+    layout: Mapping[str, Json]
+    version: int = VERSION
+    run: str = field(default_factory=lambda: secrets.token_hex(16))
+
+    def find_changes(self, now: Header) -> list[str]:
+        """Returns what differs in `now`, as "service was 'a' and is 'b'"; an input's time may differ."""
+        before, after = _flatten(self), _flatten(now)
+        return [
+            f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
+            for name in sorted(before.keys() | after.keys())
+            if before.get(name) != after.get(name)
+        ]
+
+
+def _flatten(header: Header) -> dict[str, Json]:
+    flat: dict[str, Json] = {"service": header.service, "version": header.version}
+    for name in ("input", "model", "options", "layout"):
+        fields: Mapping[str, Json] = getattr(header, name)
+        start = "" if name == "layout" else f"{name}."
+        flat |= {f"{start}{key}": value for key, value in fields.items()}
+    flat.pop("input.modified", None)
+    return flat
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Finished shard. `begin` and `end` are its marks; `digest` is of its input, and `fingerprint` of the weights.
+
+    `errors_end` is the size of errors.jsonl with the shard's errors, bytes.
+    """
+
+    begin: Mark
+    end: Mark
+    digest: str
+    failed: int
+    errors_end: int
+    fingerprint: str
+    file: str
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of the shard."""
+        return self.end.row - self.begin.row
+
+
+@dataclass(slots=True)
+class Record:
+    """Content of a manifest. `header` is None if the run has not begun; `finished`: all rows of the input are done."""
+
+    header: Header | None = None
+    notes: list[Note] = field(default_factory=list)
+    finished: bool = False
+
+
+class Manifest:
+    """Manifest that is open for writing. A context manager: it is locked until the end of the block.
+
+    Raises InvalidRequest if another process has it open, the folder is not one of a run, or the file is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / NAME
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not path.exists() and any(not each.name.startswith(".") for each in folder.iterdir()):
+                raise InvalidRequest(
+                    f"{folder} is not empty, and not the output of a bulk run", hint="give a new folder as output"
+                )
+            self._file = path.open("a+b", buffering=0)
+        try:
+            _lock(self._file, folder)
+            self._record = _read(self._file, path)
+            with writing(path):
+                sync_folder(folder)
+        except BaseException:
+            self._file.close()
+            raise
+
+    @property
+    def header(self) -> Header | None:
+        """Header of the run; None if it has not begun."""
+        return self._record.header
+
+    @property
+    def notes(self) -> list[Note]:
+        """Notes of the finished shards, in order."""
+        return self._record.notes
+
+    def begin(self, header: Header) -> None:
+        """Writes the header of a new run."""
+        self._append({"header": cast(Json, asdict(header))})
+        self._record.header = header
+
+    def add(self, note: Note) -> None:
+        """Notes a finished shard. Returns when the disk has it."""
+        self._append({"shard": cast(Json, asdict(note))})
+        self._record.notes.append(note)
+
+    def finish(self) -> None:
+        """Notes that all rows of the input are done."""
+        if not self._record.finished:
+            self._append({"finished": True})
+            self._record.finished = True
+
+    def _append(self, line: Json) -> None:
+        with writing(self.folder / NAME):
+            append(self._file, json.dumps(line, separators=(",", ":")).encode() + b"\n")
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        self._file.close()
+
+    def __enter__(self) -> Manifest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_manifest(folder: Path) -> tuple[Record, bool]:
+    """Returns the content of a run's manifest, and whether a process works on the run now.
+
+    Raises InvalidRequest if there is no run in `folder`, or its manifest is damaged.
+    """
+    path = folder / NAME
+    with reading(path), path.open("rb") as file:
+        lines = file.read()
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            works = False
+        except BlockingIOError:
+            works = True
+    return _parse(lines[: lines.rfind(b"\n") + 1], path), works
+
+
+def _lock(file: io.FileIO, folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InvalidRequest(f"another process works on {folder}", hint="wait for it, or end it") from None
+
+
+def _read(file: io.FileIO, path: Path) -> Record:
+    """Reads an open manifest, and removes a last line that was not written whole."""
+    file.seek(0)
+    lines = file.readall()
+    whole = lines.rfind(b"\n") + 1
+    if whole < len(lines):
+        with writing(path):
+            os.ftruncate(file.fileno(), whole)
+    return _parse(lines[:whole], path)
+
+
+def _parse(lines: bytes, path: Path) -> Record:
+    record = Record()
+    try:
+        for line in lines.splitlines():
+            fields = json.loads(line)
+            if record.header is None:
+                record.header = Header(**fields["header"])
+            elif "shard" in fields:
+                shard = fields["shard"]
+                begin, end = Mark(*shard.pop("begin")), Mark(*shard.pop("end"))
+                record.notes.append(Note(begin, end, **shard))
+            else:
+                record.finished = record.finished or fields["finished"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InvalidRequest(
+            f"{path} cannot be read: {error}"[:300],
+            hint="written by another version, or damaged: begin in a new folder",
+        ) from error
+    return record

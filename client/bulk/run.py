@@ -1,0 +1,171 @@
+"""Bulk runs: reads shards, sends their rows, and writes each finished shard before it notes it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from millstream.broker.config.spec import ServiceSpec
+from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest, MixedModels
+from millstream.client.bulk.errors import ErrorsFile
+from millstream.client.bulk.files import spool, write_whole
+from millstream.client.bulk.items import Mark, Result
+from millstream.client.bulk.manifest import SPOOL, Manifest, Note
+from millstream.client.bulk.plan import STDIN, BulkPlan
+from millstream.client.bulk.progress import BulkProgress, Pace
+from millstream.client.bulk.sending import Chunk, OpenShard, Sending
+from millstream.client.bulk.sinks import Sink, find_sink
+from millstream.client.bulk.sources import Source, open_source
+from millstream.client.call_options import find_operation
+from millstream.client.calls import Calls
+
+Report = Callable[[BulkProgress], object]
+
+
+def run_bulk(calls: Calls, plan: BulkPlan, report: Report) -> BulkProgress:
+    """Does as Client.bulk. `report` gets the progress at the start and after each shard."""
+    plan.check()
+    opts = plan.opts.validate()
+    spec = calls.services.read(plan.service)
+    sink = find_sink(plan.output_format, find_operation(spec, opts.op))
+    # Checks the options before anything is written.
+    calls.check_options(spec, opts.options)
+    with Manifest(plan.output) as manifest:
+        source = _open(plan, spec)
+        header = _begin(manifest, plan, spec, source, calls.services.fingerprint(spec.name))
+        with ErrorsFile(plan.output, manifest.notes[-1].errors_end if manifest.notes else 0) as errors:
+            sending = Sending(calls, spec, opts, header, plan.window)
+            return _Run(calls, plan, source, sink, manifest, errors, sending, report).run()
+
+
+def _open(plan: BulkPlan, spec: ServiceSpec) -> Source:
+    path = Path(plan.input)
+    if plan.input == STDIN:
+        path = plan.output / SPOOL
+        spool(sys.stdin.buffer, path)
+    return open_source(path, plan.input_format, plan.column, plan.id_column, plan.rows_of_shard(spec))
+
+
+def _begin(manifest: Manifest, plan: BulkPlan, spec: ServiceSpec, source: Source, fingerprint: str) -> str:
+    """Writes the header of a new run, or checks that the run in the manifest may go on. Returns the run's id.
+
+    Raises InvalidRequest if something changed that decides the results, and says what it is.
+    """
+    now, before = plan.describe(spec, source), manifest.header
+    if before is None:
+        manifest.begin(now)
+        return now.run
+    changes = before.find_changes(now)
+    last = manifest.notes[-1] if manifest.notes else None
+    if last and fingerprint and last.fingerprint and fingerprint != last.fingerprint:
+        changes.append(f"the weights were {last.fingerprint} and are {fingerprint}")
+    if not changes and last:
+        # The time differs: each finished shard is read again. Otherwise the last one is a cheap check.
+        touched = before.input.get("modified") != now.input.get("modified")
+        changes = _find_changed_shards(source, manifest.notes if touched else [last])
+    if changes:
+        raise InvalidRequest(
+            f"the run in {plan.output} cannot go on: {'; '.join(changes)}"[:1000],
+            hint="undo the change, or give a new folder as output",
+        )
+    return before.run
+
+
+def _find_changed_shards(source: Source, notes: list[Note]) -> list[str]:
+    for note in notes:
+        if source.digest(note.begin.position, note.end.position) != note.digest:
+            return [f"the input differs in rows {note.begin.row} to {note.end.row - 1}"]
+    return []
+
+
+class _Run:
+    """One process's work on a run."""
+
+    def __init__(
+        self,
+        calls: Calls,
+        plan: BulkPlan,
+        source: Source,
+        sink: Sink,
+        manifest: Manifest,
+        errors: ErrorsFile,
+        sending: Sending,
+        report: Report,
+    ) -> None:
+        self._calls, self._plan, self._source, self._sink = calls, plan, source, sink
+        self._manifest, self._errors, self._sending, self._report = manifest, errors, sending, report
+        self._mark = manifest.notes[-1].end if manifest.notes else Mark()
+        self._rows = sum(note.rows for note in manifest.notes)
+        self._failed = sum(note.failed for note in manifest.notes)
+        identity = source.identify()
+        self._size = max(1, int(str(identity.get("size", identity.get("files", 1)))))
+        self._pace = Pace(plan.output, self._rows, self._mark.position / self._size, time.monotonic())
+
+    def run(self) -> BulkProgress:
+        """Computes all rows behind the last finished shard."""
+        in_flight: deque[Chunk] = deque()
+        chunks = self._split_shards()
+        progress = self._tell(self._mark.position / self._size)
+        following = next(chunks, None)
+        while following or in_flight:
+            while following and self._may_send(in_flight):
+                self._sending.send(following)
+                in_flight.append(following)
+                following = next(chunks, None)
+            chunk = in_flight.popleft()
+            self._sending.receive(chunk)
+            if not chunk.owner.waiting:
+                self._finish(chunk.owner)
+                progress = self._tell(self._mark.position / self._size)
+        self._manifest.finish()
+        # Blank lines at the end of an input, and shards of other parts, are not of this run.
+        return self._tell(1.0) if progress.share < 1.0 else progress
+
+    def _split_shards(self) -> Iterator[Chunk]:
+        for shard in self._source.read_shards(self._mark):
+            if self._plan.has(shard.begin.shard):
+                yield from self._sending.split(shard)
+
+    def _may_send(self, in_flight: deque[Chunk]) -> bool:
+        rows, jobs = sum(len(each.rows) for each in in_flight), sum(each.jobs for each in in_flight)
+        return not in_flight or self._sending.may_send(rows, jobs)
+
+    def _finish(self, open_shard: OpenShard) -> None:
+        """Writes a shard's errors and results, and then notes it."""
+        begin, end, rows, digest = open_shard.shard
+        fingerprint = self._check_weights(open_shard)
+        results = [
+            Result(begin.row + at, row.id, outcome)
+            for at, (row, outcome) in enumerate(zip(rows, open_shard.outcomes, strict=True))
+        ]
+        failed = self._errors.append(results)
+        file = self._manifest.folder / f"part-{begin.shard:06d}.{self._plan.output_format}"
+        write_whole(file, lambda opened: self._sink.write(opened, results))
+        self._manifest.add(Note(begin, end, digest, failed, self._errors.end, fingerprint, file.name))
+        self._mark, self._rows, self._failed = end, self._rows + len(rows), self._failed + failed
+        with suppress(BrokerUnavailable):
+            self._sending.forget(open_shard)
+
+    def _check_weights(self, open_shard: OpenShard) -> str:
+        """Returns the fingerprint of the weights of the run so far. Raises MixedModels if the shard has others."""
+        notes = self._manifest.notes
+        before = notes[-1].fingerprint if notes else ""
+        found = open_shard.fingerprints | ({before} if before else set())
+        if len(found) > 1:
+            raise MixedModels(
+                f"the service's weights changed during the run: {', '.join(sorted(found))}"[:500],
+                hint="go on once all workers run the weights of the finished shards, or give a new folder as output",
+            )
+        return next(iter(found), "")
+
+    def _tell(self, share: float) -> BulkProgress:
+        services, name = self._calls.services, self._plan.service
+        services.live(name, lambda: None)
+        workers = services.last_known(name).live_workers
+        progress = self._pace.measure(self._rows, self._failed, share, workers, time.monotonic())
+        self._report(progress)
+        return progress

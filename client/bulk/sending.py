@@ -1,0 +1,159 @@
+"""Sending of a bulk run's shards: detached calls of rows of like length, which a later process finds by their keys."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from millstream.broker.config.spec import ServiceSpec
+from millstream.broker.contract.entry_codec import MAX_ROWS
+from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest, MillstreamError, ResultExpired
+from millstream.broker.contract.job import Json
+from millstream.broker.transport.connection import is_transient
+from millstream.client.bulk.items import Shard
+from millstream.client.call_options import CallOptions, find_operation
+from millstream.client.calls import Calls
+from millstream.client.detached import Detached
+from millstream.client.row_results import RowOutcome
+from millstream.client.rows import encode_rows, measure_rows
+
+T = TypeVar("T")
+
+CALL_ROWS = 1_024
+"""Rows of a call at most. Several calls are in flight, so that workers never wait for the next one."""
+
+AWAY_S = 300.0
+"""Seconds for which the server may be unreachable before a run ends with BrokerUnavailable."""
+
+PAUSE_S = 0.5
+"""Seconds between two attempts while the server is unreachable or refuses jobs."""
+
+LOSSES = 3
+"""Times that the results of one call may be lost, because the server was emptied or they expired, before it fails."""
+
+
+@dataclass(slots=True)
+class OpenShard:
+    """Shard whose rows are being computed. `outcomes` has those of its rows; `waiting` is the number of its calls."""
+
+    shard: Shard
+    outcomes: list[RowOutcome]
+    waiting: int = 0
+    fingerprints: set[str] = field(default_factory=set)
+    calls: list[Detached] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Rows of a shard that travel in one detached call, by their index in the shard. `key` names the call."""
+
+    owner: OpenShard
+    rows: Sequence[int]
+    key: str
+    detached: Detached | None = None
+    jobs: int = 0
+
+
+class Sending:
+    """Sends the rows of a run to one service.
+
+    `run` is the id of the run: the keys of calls, and so the ids of jobs, follow from it, the shard and the rows. So a
+    process that goes on with the run gets the calls that an earlier one has sent, whether they wait, run or are done.
+    `window` is the number of rows in flight at most.
+    """
+
+    def __init__(self, calls: Calls, spec: ServiceSpec, opts: CallOptions, run: str, window: int) -> None:
+        self._calls, self._spec, self._opts, self._run = calls, spec, opts, run
+        self._operation = find_operation(spec, opts.op)
+        self._beside = calls.check_options(spec, opts.options)
+        per_job = 1 if self._operation.streams else min(spec.runtime.batch_size, MAX_ROWS)
+        # A quarter of the queue at most, as all calls: others must not be refused because of a bulk run.
+        limits = spec.runtime.limits(opts.priority)
+        most = spec.runtime.max_queue_size
+        self._most_jobs = max(1, min(most, limits.max_queue_size or most) // 4)
+        # Four calls at least: while the results of one are read and written, the workers have the others.
+        self._call_rows = max(1, min(CALL_ROWS, window // 4, per_job * max(1, self._most_jobs // 4)))
+        self._window = window
+
+    def may_send(self, rows: int, jobs: int) -> bool:
+        """Returns whether one more call may be sent beside `rows` rows in `jobs` jobs."""
+        return not jobs or (rows + self._call_rows <= self._window and jobs < self._most_jobs)
+
+    def split(self, shard: Shard) -> Iterator[Chunk]:
+        """Yields the calls of a shard, longest rows first. Rows that cannot be sent get their error at once.
+
+        A shard without a row that can be sent gives one chunk without rows.
+        """
+        values: list[Json] = [None if isinstance(row.value, MillstreamError) else row.value for row in shard.rows]
+        unread = {at: row.value for at, row in enumerate(shard.rows) if isinstance(row.value, MillstreamError)}
+        sizes, refused = measure_rows(encode_rows(self._operation, values), self._beside)
+        errors: dict[int, MillstreamError] = {**refused, **unread}
+        open_shard = OpenShard(shard, [errors.get(at) for at in range(len(values))])
+        order = sorted(sizes.keys() - errors.keys(), key=lambda at: (-sizes[at], at))
+        pieces = [order[at : at + self._call_rows] for at in range(0, len(order), self._call_rows)] or [[]]
+        open_shard.waiting = len(pieces)
+        for number, rows in enumerate(pieces):
+            key = f"bulk:{self._run}:{shard.begin.shard}:{number}x{self._call_rows}:{shard.digest}"
+            yield Chunk(open_shard, rows, key)
+
+    def send(self, chunk: Chunk) -> None:
+        """Returns when the server has accepted the chunk's jobs. Waits while it refuses them or is unreachable.
+
+        Raises BrokerUnavailable after AWAY_S, and errors that do not pass by themselves.
+        """
+        if chunk.rows:
+            inputs = [chunk.owner.shard.rows[at].value for at in chunk.rows]
+            chunk.detached = _insist(
+                lambda: self._calls.submit_detached(self._spec.name, inputs, self._opts, chunk.key)  # type: ignore[arg-type]
+            )
+            chunk.jobs = chunk.detached.jobs
+
+    def receive(self, chunk: Chunk) -> None:
+        """Waits until the chunk is computed, and puts the outcomes into its shard. Raises as `send` does."""
+        if chunk.detached is not None:
+            outcomes = self._wait(chunk)
+            for at, outcome in zip(chunk.rows, outcomes, strict=True):
+                chunk.owner.outcomes[at] = outcome
+            chunk.owner.fingerprints |= chunk.detached.fingerprints
+            chunk.owner.calls.append(chunk.detached)
+        chunk.owner.waiting -= 1
+
+    def _wait(self, chunk: Chunk) -> list[RowOutcome]:
+        """Returns the outcomes of a chunk. Sends it again if the server has lost them."""
+        for _ in range(LOSSES):
+            try:
+                return _insist(lambda: _detached(chunk).outcomes())
+            except ResultExpired:
+                self.send(chunk)
+        return _insist(lambda: _detached(chunk).outcomes())
+
+    def forget(self, open_shard: OpenShard) -> None:
+        """Frees the server's memory of a shard's results. They expire by themselves if the server does not answer."""
+        for detached in open_shard.calls:
+            detached.forget()
+
+
+def _detached(chunk: Chunk) -> Detached:
+    if chunk.detached is None:
+        raise InvalidRequest("a call without rows has no results")
+    return chunk.detached
+
+
+def _insist(ask: Callable[[], T]) -> T:
+    """Returns the answer of `ask`, which is asked again while the server is unreachable or refuses jobs for now."""
+    away_since: float | None = None
+    while True:
+        try:
+            return ask()
+        except BrokerUnavailable as error:
+            away_since = away_since or time.monotonic()
+            if not is_transient(error) or time.monotonic() - away_since >= AWAY_S:
+                raise
+        except MillstreamError as error:
+            # A queue that is full, a rate limit, a pause: they pass.
+            if not error.retryable:
+                raise
+            away_since = None
+        time.sleep(PAUSE_S)

@@ -1,0 +1,58 @@
+"""The progress line of `millstream bulk run`."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from support import eventually
+
+from millstream.cli import bulk_progress
+from millstream.cli.bulk_progress import Display, describe
+from millstream.client import BulkProgress
+from millstream.client.bulk.progress import Pace
+
+HALF = BulkProgress(Path("out"), 1_234_567, 20, 0.5, 1234.4, 100.0, 2)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_line_has_rows_rate_time_failures_and_workers() -> None:
+    assert describe(HALF, 40.0) == "1234567 rows 50%  1,234 rows/s  eta 1m00s  20 failed  2 workers"
+    assert describe(BulkProgress(Path("out"), 1, 0, 0.0), 0.0) == "1 row 0%  0 failed  no worker"
+    assert len(describe(HALF, 0.0)) < 80
+
+
+def test_rate_and_time_are_of_this_process_alone() -> None:
+    progress = Pace(Path("out"), rows=1_000, share=0.5, began=10.0).measure(1_100, 3, 0.6, 1, now=20.0)
+
+    assert (progress.rate, progress.rows, progress.failed) == (10.0, 1_100, 3)
+    assert progress.eta_s == pytest.approx(40.0)
+
+
+def test_a_terminal_gets_one_line_that_changes_and_a_log_none_before_its_time() -> None:
+    terminal, log = Terminal(), io.StringIO()
+    for out in (terminal, log):
+        with Display(out) as display:
+            display.show(HALF)
+
+    assert terminal.getvalue().startswith("\r1234567 rows")
+    assert terminal.getvalue().endswith("\x1b[K\n")
+    assert terminal.getvalue().count("\n") == 1
+    assert log.getvalue() == ""
+
+
+def test_a_log_gets_a_line_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk_progress, "LOG_S", 0.001)
+    log = io.StringIO()
+
+    with Display(log) as display:
+        display.show(HALF)
+        eventually(lambda: log.getvalue().count("\n") >= 3)
+
+    assert "\x1b" not in log.getvalue()
+    assert "\r" not in log.getvalue()
