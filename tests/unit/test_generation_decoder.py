@@ -75,6 +75,20 @@ def test_other_layers_are_left_to_transformers(home: Path, kind: str, settings: 
     assert load(saved(home, kind, **settings))._decoder is None
 
 
+def test_a_linear_layer_of_another_class_is_left_to_transformers(home: Path) -> None:
+    from torch import nn
+
+    from millstream.worker.generation.decoder import Decoder
+
+    class Quantized(nn.Linear):
+        pass
+
+    model = load(saved(home, "grouped"), kernels="off")._model
+    assert Decoder.knows(model)
+    model.model.layers[1].mlp.up_proj = Quantized(32, 64)
+    assert not Decoder.knows(model)
+
+
 def test_a_decoder_whose_logits_differ_is_not_used(
     home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

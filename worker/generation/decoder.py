@@ -69,10 +69,13 @@ class Decoder:
         config = model.config
         if config.model_type not in MODELS or not type(model).__module__.startswith("transformers.models."):
             return False
-        layer = model.model.layers[0]
-        rotates = getattr(model.model.rotary_emb, "rope_type", "") in STATIC_ROTATIONS
-        linears = all(type(each) is nn.Linear for each in (*_projections(layer), model.lm_head))
-        return rotates and linears and isinstance(layer.mlp.act_fn, nn.SiLU | SiLUActivation)
+        core = model.model
+        linears = [*(each for layer in core.layers for each in _projections(layer)), model.lm_head]
+        return (
+            getattr(core.rotary_emb, "rope_type", "") in STATIC_ROTATIONS
+            and all(type(each) is nn.Linear for each in linears)
+            and all(isinstance(layer.mlp.act_fn, nn.SiLU | SiLUActivation) for layer in core.layers)
+        )
 
     def __call__(
         self, ids: torch.Tensor, positions: torch.Tensor, cache: BlockCache, groups: Groups, last: torch.Tensor | None
