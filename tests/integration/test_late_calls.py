@@ -162,7 +162,8 @@ except Exception:
         said, _ = process.communicate("go\n", timeout=LONG_S)
         took = time.time() - float(said)
 
-    assert took < 1.0 + SLACK_S
+    # It waits for the server for a second at most; on a busy machine Python's own end takes another one.
+    assert took < 3.0
 
 
 def test_a_client_that_is_closed_ends_a_detached_submission(

@@ -283,7 +283,7 @@ def test_a_failure_of_a_job_whose_caller_left_it_sends_all_others_at_once(bench:
 
 
 def test_a_sent_job_whose_time_is_over_is_cancelled_and_all_others_are_sent(bench: Bench) -> None:
-    _, leader = bench.call(for_s=0.01)
+    _, leader = bench.call(for_s=0.5)
     _, second = bench.call()
     _, third = bench.call()
     eventually(lambda: time.monotonic() > (leader.until or 0.0))
