@@ -260,7 +260,7 @@ class Window:
         with self._lock:
             if room is not None and self._slots:
                 # Though no row may wait: claims depend on it.
-                self._slots.note_room(room)
+                self._note_room(self._slots, room)
             if wait:
                 self._rows_arrived.wait_for(lambda: self._may_be_taken or self._closed)
             elif not self._may_be_taken:
@@ -338,11 +338,17 @@ class Window:
         return [job if (job := job_of(row.owner)) and job.prepared[row.index] is row.payload else None for row in rows]
 
     def complete(
-        self, rows: Rows, outcomes: Sequence[Outcome], running: Rows = NO_ROWS, unproven: int = 0
+        self,
+        rows: Rows,
+        outcomes: Sequence[Outcome],
+        running: Rows = NO_ROWS,
+        unproven: int = 0,
+        room: Budget | None = None,
     ) -> list[ActiveJob]:
         """Notes outcomes of rows that ended, and that the rows `running` still run. Returns the jobs that are complete.
 
         `unproven`: number of running rows that have no record of this run yet. A suspect must not run beside them.
+        `room`: that of an engine with slots now. Its lane may get no turn before another job is claimed.
         """
         with self._lock:
             done = []
@@ -355,6 +361,8 @@ class Window:
                     done.append(self._jobs.pop(row.owner))
             if self._slots:
                 self._note_slots(self._slots, running)
+                if room is not None:
+                    self._note_room(self._slots, room)
             self._running, self._unproven = (len(running), unproven) if running else (0, 0)
             self._has_unproven_suspect &= self._unproven > 0
             self._note_busy()
@@ -365,6 +373,11 @@ class Window:
         slots.note_running(map(priority_of, running))
         if len(running) < self._running:
             self._takes += 1
+            self._batch_taken.notify_all()
+
+    def _note_room(self, slots: Slots, room: Budget) -> None:
+        slots.note_room(room)
+        if slots.free and not self._pool.count:
             self._batch_taken.notify_all()
 
     def claimants(self, room: Budget) -> list[int]:

@@ -627,6 +627,25 @@ def test_a_worker_claims_again_after_rows_that_took_all_tokens_of_the_engine_hav
     assert (room.tokens, room.streams) == (10, len(PRIORITIES))
 
 
+def test_a_lane_that_gets_no_turn_any_more_claims_again_after_rows_that_took_all_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench(slots=4)
+    monkeypatch.setattr(bench.engine, "room", lambda: Budget(4 - len(bench.engine._rows), 5 - 5 * bench.engine.busy))
+    bench.before[99] = lambda: None
+    bench.window.hold([bench.job("a b c d e", BATCH)])
+
+    assert bench.runner.turn()
+    full = bench.window.room()
+    while bench.engine.busy:
+        bench.runner.turn()
+
+    # Nothing waits and nothing runs: a process of several lanes asks this one no more.
+    assert bench.runner.urgency is None
+    assert full is None
+    assert bench.window.room()
+
+
 def test_a_worker_without_free_slots_waits_until_a_row_leaves_one() -> None:
     bench = Bench(slots=1)
     bench.window.hold([bench.job("a b")])
