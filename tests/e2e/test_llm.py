@@ -52,6 +52,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "response_format": {"type": "regex", "pattern": "([a-z]{2,9} ){1000}"},
     },
 }
+LONGER: dict[str, Any] = {"max_tokens": 2_000}
+
 NEIGHBOUR: dict[str, Any] = {"temperature": 0.8, "seed": 3, "max_tokens": 100, "ignore_eos": True}
 
 
@@ -142,7 +144,7 @@ def test_realtime_texts_that_take_the_slots_change_no_text(
         [f"{PROMPT} {number}" for number in range(4 * SLOTS)],
         service=services.chat.spec.name,
         priority="realtime",
-        max_tokens=100,
+        max_tokens=300,
         ignore_eos=True,
     )
 
@@ -153,11 +155,11 @@ def test_realtime_texts_that_take_the_slots_change_no_text(
     eventually(nothing_left(services.chat))
 
 
-def test_a_drain_moves_texts_to_another_worker_within_a_second(
-    services: Services, calls: Calls, expected: dict[str, str]
-) -> None:
+def test_a_drain_moves_texts_to_another_worker_within_a_second(services: Services, calls: Calls) -> None:
+    # So long that no text ends before the drain looks for another worker.
+    expected = {kind: calls.generate(PROMPT, **OPTIONS[kind] | LONGER).text for kind in OPTIONS}
     services.await_both()
-    readings = all_kinds(calls)
+    readings = {kind: calls.read(PROMPT, **OPTIONS[kind] | LONGER) for kind in OPTIONS}
     for reading in readings.values():
         reading.await_deltas(2)
     host = host_of(services.chat, next(iter(holders(services.chat).values())))
