@@ -69,10 +69,8 @@ class Sending:
         self._operation = find_operation(spec, opts.op)
         self._beside = calls.check_options(spec, opts.options)
         per_job = 1 if self._operation.streams else min(spec.runtime.batch_size, MAX_ROWS)
-        # A quarter of the queue at most, as all calls: others must not be refused because of a bulk run.
-        limits = spec.runtime.limits(opts.priority)
-        most = spec.runtime.max_queue_size
-        self._most_jobs = max(1, min(most, limits.max_queue_size or most) // 4)
+        # A quarter of its priority's queue at most, as all calls: others must not be refused because of a bulk run.
+        self._most_jobs = max(1, spec.runtime.queue_size(opts.priority) // 4)
         # Four calls at least: while the results of one are read and written, the workers have the others.
         self._call_rows = max(1, min(CALL_ROWS, window // 4, per_job * max(1, self._most_jobs // 4)))
         self._window = window
