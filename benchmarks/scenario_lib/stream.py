@@ -33,7 +33,7 @@ SERVICE = ServiceSpec(
     name="stream",
     model=ModelSpec(type="echo-stream", model_name="sleep:0.005"),
     model_ref="words",
-    runtime=Runtime.model_validate({"batch_size": 128, "worker_count": 2}),
+    runtime=Runtime.of("echo-stream", batch_size=128, worker_count=2),
 )
 STREAMS, WORDS = 200, 400
 CUT_EVERY_S, LOOK_S, MARKS_EVERY_S = 1.0, 0.05, 0.25

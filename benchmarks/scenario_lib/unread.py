@@ -25,9 +25,9 @@ SERVICE = ServiceSpec(
     name="unread",
     model=ModelSpec(type="echo-stream", model_name="sleep:0.015"),
     model_ref="words",
-    runtime=Runtime.model_validate(
-        # One worker may hold all streams, and short calls beside them.
-        {"batch_size": STREAMS + 8, "max_batch_tokens": 4_000_000, "total_timeout": 300.0, "worker_count": 2}
+    # One worker may hold all streams, and short calls beside them.
+    runtime=Runtime.of(
+        "echo-stream", batch_size=STREAMS + 8, max_batch_tokens=4_000_000, total_timeout=300.0, worker_count=2
     ),
 )
 OTHER = echo("other")

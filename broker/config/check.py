@@ -11,7 +11,15 @@ from pydantic_core import ErrorDetails
 
 from millstream.broker.config.fields import Section, ServiceName, Settings
 from millstream.broker.config.rate_limit import RateLimit
-from millstream.broker.config.spec import PRESETS, ModelSpec, PriorityLimits, RedisSettings, Runtime, discard, no_cache
+from millstream.broker.config.spec import (
+    ModelSpec,
+    PriorityLimits,
+    RedisSettings,
+    Runtime,
+    discard,
+    no_cache,
+    with_defaults,
+)
 from millstream.broker.config.yaml import Document, KeyPath
 from millstream.broker.contract.errors import did_you_mean
 from millstream.broker.contract.operations import OPERATIONS, UPSTREAM_BACKENDS, types_with
@@ -88,10 +96,7 @@ def _with_defaults(original: Mapping[str, object]) -> dict[str, object]:
         runtime = _mapping(entry).get("runtime") or {}
         if isinstance(entry, dict) and isinstance(runtime, dict):
             model = _mapping(models.get(str(entry.get("model"))))
-            operation = OPERATIONS.get(str(model.get("type")))
-            by_type = operation.defaults if operation else {}
-            preset = PRESETS.get(str(runtime.get("preset")), {})
-            entry["runtime"] = {**by_type, **preset, **runtime}
+            entry["runtime"] = with_defaults(str(model.get("type")), runtime)
     return tree
 
 

@@ -35,7 +35,14 @@ from millstream.broker.config.fields import (
 )
 from millstream.broker.config.rate_limit import OptionalRateLimit
 from millstream.broker.contract.errors import ConfigError
-from millstream.broker.contract.operations import UPSTREAM_BACKENDS, Backend, ModelType, Operation, operation_of
+from millstream.broker.contract.operations import (
+    OPERATIONS,
+    UPSTREAM_BACKENDS,
+    Backend,
+    ModelType,
+    Operation,
+    operation_of,
+)
 
 Preset = Literal["latency", "balanced", "throughput"]
 PriorityName = Literal["realtime", "normal", "batch"]
@@ -63,6 +70,13 @@ WEIGHTS: Mapping[PriorityName, float] = {"realtime": 7.0, "normal": 2.0, "batch"
 
 OWN_KEYS = ("handler", "api_key_file", "api_key_env")
 """Keys of a model that only a worker's own file may set: they are neither written to Redis nor read from it."""
+
+
+def with_defaults(model_type: str, settings: Mapping[str, object]) -> dict[str, object]:
+    """Returns the settings of a service with the defaults of its model's type and of its preset."""
+    operation = OPERATIONS.get(model_type)
+    by_type = operation.defaults if operation else {}
+    return {**by_type, **PRESETS.get(str(settings.get("preset")), {}), **settings}
 
 
 class PriorityLimits(Settings):
@@ -104,6 +118,14 @@ class Runtime(Settings):
     truncate: Literal["none", "start", "end"] = "none"
     reserved_slots: CountOrZero = 0
     priorities: Section[dict[PriorityName, Section[PriorityLimits]]] = Field(default={})
+
+    @classmethod
+    def of(cls, model_type: str, **settings: object) -> Runtime:
+        """Returns the settings of a service whose model is of this type, as config.yaml gives them.
+
+        Raises pydantic.ValidationError.
+        """
+        return cls.model_validate(with_defaults(model_type, settings))
 
     def limits(self, priority: PriorityName) -> PriorityLimits:
         """Returns the limits of one priority: its own if given, otherwise the service's.
