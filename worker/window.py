@@ -54,7 +54,7 @@ class Window:
         self._suspects: set[str] = set()
         self._cancelled: set[str] = set()
         self._running = 0
-        self._unproven = 0
+        self._unproven: set[str] = set()
         self._has_unproven_suspect = False
         self._ends_at = 0.0
         self._takes = 0
@@ -134,7 +134,7 @@ class Window:
         """
         with self._lock:
             # Rows that run and are proven need not end first.
-            if not (self._pool.count or self._running > self._unproven):
+            if not (self._pool.count or self._has_proven):
                 return None
             return self._claims.suspect_room(stream, live_workers, len(self._unsettled))
 
@@ -150,7 +150,10 @@ class Window:
                 self._note_arrival()
 
     def wait_until_at_rest(self, timeout: float) -> bool:
-        """Sleeps until every held job waits or is proven, and no suspect is held; False after `timeout` seconds."""
+        """Sleeps until every held job waits or is proven, and no suspect is held; False after `timeout` seconds.
+
+        A job that runs is proven once the server has output of this run, see `prove`.
+        """
         with self._lock:
             return self._emptied.wait_for(lambda: self._is_at_rest, timeout)
 
@@ -158,7 +161,12 @@ class Window:
     def _is_at_rest(self) -> bool:
         # An unsettled entry without a job is being prepared, or its answer is being written. A job without an unsettled
         # entry was taken over by another worker, and is in no stage.
-        return not (self._unproven or self._pool.waiting(SUSPECT)) and self._unsettled <= self._jobs.keys()
+        unproven = self._unproven if self._slots else self._running
+        return not (unproven or self._pool.waiting(SUSPECT)) and self._unsettled <= self._jobs.keys()
+
+    @property
+    def _has_proven(self) -> bool:
+        return self._slots is not None and self._running > len(self._unproven)
 
     @property
     def takes(self) -> int:
@@ -274,7 +282,6 @@ class Window:
             self.cut = "time" if by_time else self._pool.cut
             self._ends_at = time.monotonic() + self.cost.predicted_s(budget.computed(batch))
             self._running += len(batch)
-            self._unproven += len(batch)
             self._takes += 1
             self._batch_taken.notify_all()
             return batch
@@ -285,7 +292,7 @@ class Window:
         rows = self._slots.take(suspects_only=self._suspects_only)
         self._has_unproven_suspect |= any(row.urgency[0] == SUSPECT for row in rows)
         self._running += len(rows)
-        self._unproven += len(rows)
+        self._unproven.update([row.owner for row in rows])
         if rows:
             self._takes += 1
             self._batch_taken.notify_all()
@@ -342,12 +349,10 @@ class Window:
         rows: Rows,
         outcomes: Sequence[Outcome],
         running: Rows = NO_ROWS,
-        unproven: int = 0,
         room: Budget | None = None,
     ) -> list[ActiveJob]:
         """Notes outcomes of rows that ended, and that the rows `running` still run. Returns the jobs that are complete.
 
-        `unproven`: number of running rows that have no record of this run yet. A suspect must not run beside them.
         `room`: that of an engine with slots now. Its lane may get no turn before another job is claimed.
         """
         with self._lock:
@@ -363,11 +368,28 @@ class Window:
                 self._note_slots(self._slots, running)
                 if room is not None:
                     self._note_room(self._slots, room)
-            self._running, self._unproven = (len(running), unproven) if running else (0, 0)
-            self._has_unproven_suspect &= self._unproven > 0
+            self._running = len(running)
+            if self._unproven:
+                self._unproven.intersection_update([row.owner for row in running])
+            self._has_unproven_suspect &= bool(self._unproven)
             self._note_busy()
             self._note_empty()
             return done
+
+    def prove(self, names: Collection[str]) -> None:
+        """Notes that the server has output of these jobs' runs, so that earlier deaths do not count against them.
+
+        Before that a suspect must not run beside them: its death would be charged to them, too.
+        """
+        with self._lock:
+            if self._unproven:
+                self._unproven.difference_update(names)
+                self._has_unproven_suspect &= bool(self._unproven)
+                self._note_empty()
+
+    def is_proven(self, name: str) -> bool:
+        """Whether the server has output of this job's run."""
+        return name not in self._unproven
 
     def _note_slots(self, slots: Slots, running: Rows) -> None:
         slots.note_running(map(priority_of, running))

@@ -9,11 +9,13 @@ import redis
 from contracts.emit import deltas, partial, streaming
 from contracts.emitting import Bench, active
 from contracts.queue import names
+from support import eventually
 
 from millstream.broker.contract.partial import Delta, Record, decode_records, encode_record, text_of
 from millstream.broker.queue import streams as module
 from millstream.broker.queue.stream_types import Emission
 from millstream.worker.intake.emitter import AWAY_S, EVERY_S
+from millstream.worker.scheduling.batcher import Budget
 
 
 @pytest.fixture
@@ -166,6 +168,55 @@ def test_deaths_are_forgiven_to_a_run_that_made_a_record(bench: Bench) -> None:
 
     (third,) = bench.queue.claim("w2").claims
     assert (again.attempts, third.attempts) == (1.0, 0.5)
+
+
+def test_a_job_is_proven_once_the_server_has_its_output(bench: Bench) -> None:
+    claim, job = bench.hold()
+    window = bench.context.window
+    window.use_slots(Budget(8, 1_000))
+    window.hold([job])
+    window.take(Budget(8, 1_000), wait=False)
+    bench.streams.before = [redis.exceptions.ConnectionError("cut")]
+
+    bench.emitter.put(job, Record("a"))
+    bench.emitter.emit()
+    assert not window.is_proven(claim.address.name)
+
+    bench.emitter.emit()
+    assert window.is_proven(claim.address.name)
+
+
+def test_a_job_whose_output_has_no_room_on_the_server_keeps_no_suspect_waiting(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("millstream.worker.intake.emitter.MAX_PARTIAL_BYTES", 0)
+    claim, job = bench.hold()
+    window = bench.context.window
+    window.use_slots(Budget(8, 1_000))
+    window.hold([job])
+    window.take(Budget(8, 1_000), wait=False)
+
+    bench.emitter.put(job, Record("a"))
+
+    assert window.is_proven(claim.address.name)
+
+
+def test_the_first_output_of_a_suspect_waits_for_no_other_emission(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("millstream.worker.intake.emitter.EVERY_S", 3600.0)
+    claim, first = bench.hold()
+    _, suspect = bench.hold()
+    suspect.claim = suspect.claim._replace(attempts=1.0)
+    bench.emitter.start()
+    try:
+        bench.emitter.put(first, Record("a"))
+        eventually(lambda: partial(bench.queue, claim))
+        bench.emitter.put(suspect, Record("b"))
+        eventually(lambda: len(deltas(bench.queue)) == 2)
+    finally:
+        bench.emitter.stop()
+        bench.emitter.join()
 
 
 def test_a_job_that_makes_no_record_any_more_is_charged_for_each_death(bench: Bench) -> None:

@@ -31,15 +31,23 @@ REALTIME, NORMAL, BATCH = Priority.REALTIME, Priority.NORMAL, Priority.BATCH
 
 
 class Emitted:
-    """Output by the name of its job; a job whose text ended or moved gets no more."""
+    """Output by the name of its job; a job whose text ended or moved gets no more.
 
-    def __init__(self) -> None:
+    The server has it at once, or from the `late`-th call of `put` on.
+    """
+
+    def __init__(self, window: Window) -> None:
+        self.window = window
         self.text: dict[str, str] = {}
+        self.late = 0
         self.forgotten: list[str] = []
 
     def put(self, job: ActiveJob, record: Record) -> None:
         assert job.name not in self.forgotten, "output after the end"
         self.text[job.name] = self.text.get(job.name, "") + record.text
+        self.late -= 1
+        if self.late <= 0:
+            self.window.prove([job.name])
 
     def forget(self, names: Sequence[str]) -> None:
         self.forgotten += names
@@ -70,7 +78,7 @@ class Bench:
         self.window = Window(Budget(rows=8, tokens=1_000))
         self.context = Context("w1", self.window, ServerClock())
         self.context.clock.set_to(NOW)
-        self.emitted, self.given = Emitted(), Given()
+        self.emitted, self.given = Emitted(self.window), Given()
         self.finished: dict[str, Finished] = {}
         self.before: dict[int, Callable[[], object]] = {}
         self.running: list[list[str]] = []
@@ -378,6 +386,19 @@ def test_no_row_joins_a_suspect_before_it_has_output(monkeypatch: pytest.MonkeyP
     assert bench.whole(other)
 
 
+def test_no_row_joins_a_suspect_before_the_server_has_its_output() -> None:
+    bench = Bench(slots=4)
+    # Until then its death is charged to it, whoever caused it.
+    suspect, other = bench.job("s t u", attempts=1.0), bench.job("p q", attempts=1.0)
+    bench.emitted.late = 2
+
+    bench.before[1] = lambda: bench.window.hold([other])
+    bench.run(suspect)
+
+    assert bench.running == [["s"], ["s"], ["s", "p"], ["p"]]
+    assert bench.whole(other)
+
+
 def test_what_waits_is_on_no_page() -> None:
     bench = Bench(slots=1)
     victim, urgent = bench.job("a b c d", BATCH), bench.job("u v w x", REALTIME)
@@ -481,7 +502,7 @@ def candidate(
     priority: int, age: int, *, rank: int | None = None, records: int = 99, before: bool = False
 ) -> Candidate:
     row = Row(1, (priority if rank is None else rank, age, 0), f"{priority + 1}:{age}-0", 0, Prepared(1, ""))
-    return Candidate(row, records, before)
+    return Candidate(row, records, before, records > 0)
 
 
 @given(
@@ -530,7 +551,8 @@ def rows_running(bench: Bench, *priorities: Priority) -> None:
         taken = bench.window.take(Budget(8 - len(rows), 10**9), wait=False)
         assert taken
         rows += taken
-        bench.window.complete([], [], rows, 0)
+        bench.window.complete([], [], rows)
+        bench.window.prove([row.owner for row in rows])
 
 
 def test_a_worker_claims_what_its_free_slots_take_and_a_little_more() -> None:

@@ -187,9 +187,8 @@ class Runner:
             ended = running.remove(step.rows)
             if self._emitter:
                 self._emitter.forget(ended)
-        unproven = running.unproven if running.rows else 0
         room = self._engine.room() if self._keeper else None
-        for job in self._window.complete(step.rows, step.outcomes, running.rows, unproven, room):
+        for job in self._window.complete(step.rows, step.outcomes, running.rows, room):
             self._finish(Finished(job.claim.address, job.reply(), digests=job.digests))
         # After the replies are made: a reply of large results may be what ends the process.
         if not running.rows:

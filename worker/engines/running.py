@@ -24,11 +24,6 @@ class Running:
         self.jobs: Jobs = {}
         self.records: dict[int, int] = {}
 
-    @property
-    def unproven(self) -> int:
-        """Number of rows that have made no record since they were admitted."""
-        return len(self.rows) - len(self.records)
-
     def add(self, rows: Rows, jobs: Jobs, now: int) -> None:
         """Adds rows that start at `now`, server ms."""
         start = time.monotonic()

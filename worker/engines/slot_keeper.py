@@ -111,8 +111,8 @@ class SlotKeeper:
         now = time.monotonic()
         jobs = {row.owner: job for row in rows if (job := self._running.jobs.get(row.owner))}
         for row in rows:
-            # A suspect with output is none any more, and a share pays for one run.
-            if row.urgency[0] != SUSPECT or id(row) in self._running.records:
+            # A suspect whose output the server has is none any more, and a share pays for one run.
+            if row.urgency[0] != SUSPECT or self._window.is_proven(row.owner):
                 row.urgency = (priority_of(row), *row.urgency[1:])
         self._running.remove(rows)
         for job in jobs.values():
@@ -122,7 +122,7 @@ class SlotKeeper:
         self._window.put_back(rows)
 
     def _note_running(self) -> None:
-        self._window.complete([], [], self._running.rows, self._running.unproven)
+        self._window.complete([], [], self._running.rows)
 
     def _drop_ended(self) -> list[str]:
         """Aborts rows whose job was cancelled, ended by another thread, or taken over while they ran."""
@@ -150,7 +150,7 @@ class SlotKeeper:
         ended = self._running.remove([row for row in rows if row.owner in late])
         self.note_admitted(away)
         self._counters.rows += len(rows)
-        for job in self._window.complete(rows, outcomes, self._running.rows, self._running.unproven):
+        for job in self._window.complete(rows, outcomes, self._running.rows):
             self._finish(Finished(job.claim.address, job.reply(), digests=job.digests))
         return [*ended, *away]
 
@@ -180,8 +180,9 @@ class SlotKeeper:
         if not claimants or min(claimants) >= len(PRIORITIES):
             return
         running = self._running
+        proven, records = self._window.is_proven, running.records
         candidates = [
-            Candidate(row, running.records.get(id(row), 0), running.jobs[row.owner].displaced > 0)
+            Candidate(row, records.get(id(row), 0), running.jobs[row.owner].displaced > 0, proven(row.owner))
             for row in running.rows
         ]
         if rows := displaced(candidates, claimants):

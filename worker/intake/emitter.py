@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from millstream.broker.contract.job import Address
 from millstream.broker.contract.partial import MAX_PARTIAL_BYTES, Delta, Record, decode_records, encode_record, text_of
+from millstream.broker.queue.lease import SUSPECT_ATTEMPTS
 from millstream.broker.queue.stream_types import DIVERGED, LOST, Emission
 from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Streams
 from millstream.broker.transport.connection import is_transient
@@ -34,7 +35,8 @@ class _Output:
 
     `offset`: code points of the confirmed text. `text`: the text behind it. `forgiven`: deaths of earlier workers do
     not count against the job any more. The first record of each run earns that: a job that kills its worker at one of
-    its records is buried all the same, because its next runs begin there and die without a new record.
+    its records is buried all the same, because its next runs begin there and die without a new record. `urgent`: such
+    deaths count against it now, and nothing else runs before it has earned that.
     """
 
     address: Address
@@ -42,12 +44,14 @@ class _Output:
     confirmed: int
     offset: int
     text: list[str] = field(default_factory=list)
+    urgent: bool = False
     forgiven: bool = False
 
     @classmethod
     def of(cls, job: ActiveJob) -> _Output:
         text = text_of(decode_records(job.records))
-        return cls(job.claim.address, bytearray(job.records), len(job.records), len(text))
+        urgent = job.claim.attempts >= SUSPECT_ATTEMPTS
+        return cls(job.claim.address, bytearray(job.records), len(job.records), len(text), urgent=urgent)
 
     def add(self, record: Record) -> None:
         self.records += encode_record(record)
@@ -82,6 +86,7 @@ class Emitter(threading.Thread):
     def __init__(self, context: Context, streams: Streams, end_jobs: Callable[[Sequence[str]], object]) -> None:
         super().__init__(name="emitter", daemon=True)
         self._consumer = context.consumer
+        self._window = context.window
         self._shutdown = context.shutdown
         self._streams = streams
         self._end_jobs = end_jobs
@@ -90,6 +95,7 @@ class Emitter(threading.Thread):
         self._confirmed = threading.Condition(self._lock)
         self._outputs: dict[str, _Output] = {}
         self._pending: dict[str, None] = {}
+        self._is_urgent = False
         self._stopped = False
 
     def put(self, job: ActiveJob, record: Record) -> None:
@@ -98,13 +104,16 @@ class Emitter(threading.Thread):
             output = self._outputs.get(job.name)
             if output is None:
                 output = self._outputs[job.name] = _Output.of(job)
-            if len(output.records) >= MAX_PARTIAL_BYTES:
-                # The reply has the rest; a successor begins here.
-                return
-            output.add(record)
-            if not self._pending:
-                self._changed.notify()
-            self._pending[job.name] = None
+            # If there is no more room, the reply has the rest, and a successor begins here.
+            if has_room := len(output.records) < MAX_PARTIAL_BYTES:
+                output.add(record)
+                self._is_urgent |= output.urgent and not output.forgiven
+                if not self._pending or self._is_urgent:
+                    self._changed.notify()
+                self._pending[job.name] = None
+        if not has_room:
+            # Others need not wait for what never comes.
+            self._window.prove([job.name])
 
     def forget(self, names: Sequence[str]) -> None:
         """Emits no more of these jobs: they ended, and their replies have the whole output."""
@@ -128,7 +137,11 @@ class Emitter(threading.Thread):
             while self._wait():
                 pause_s = self.emit()
                 with self._lock:
-                    self._changed.wait_for(lambda: self._stopped, pause_s)
+                    # While the server is away, what is urgent waits, too.
+                    self._changed.wait_for(
+                        lambda: self._stopped or (self._is_urgent and pause_s <= EVERY_S),  # noqa: B023 - called here
+                        pause_s,
+                    )
 
     def _wait(self) -> bool:
         with self._lock:
@@ -147,9 +160,10 @@ class Emitter(threading.Thread):
                 raise
             log.debug("emit: %s", error)
             return AWAY_S
-        lost = self._confirm(emissions, lengths)
+        lost, forgiven = self._confirm(emissions, lengths)
         if lost:
             self._end_jobs(lost)
+        self._window.prove(forgiven)
         with self._lock:
             return EVERY_S if emissions.keys() >= self._pending.keys() else 0.0
 
@@ -157,6 +171,7 @@ class Emitter(threading.Thread):
         emissions: dict[str, _Emitted] = {}
         size = 0
         with self._lock:
+            self._is_urgent = False
             for name in self._pending:
                 if len(emissions) == MAX_JOBS_PER_CALL or size >= MAX_BYTES_PER_CALL:
                     break
@@ -165,9 +180,9 @@ class Emitter(threading.Thread):
                 size += len(emissions[name][1].records)
         return emissions
 
-    def _confirm(self, emissions: dict[str, _Emitted], lengths: Sequence[int]) -> list[str]:
-        """Notes what the server has. Returns the names of jobs that this worker lost."""
-        lost = []
+    def _confirm(self, emissions: dict[str, _Emitted], lengths: Sequence[int]) -> tuple[list[str], list[str]]:
+        """Notes what the server has. Returns the jobs that this worker lost, and those whose deaths are forgiven."""
+        lost, forgiven = list[str](), list[str]()
         with self._lock:
             for (name, (output, emission)), length in zip(emissions.items(), lengths, strict=True):
                 # The job may have been given back meanwhile, and claimed again: its next run has an output of its own.
@@ -182,8 +197,10 @@ class Emitter(threading.Thread):
                     continue
                 output.confirm(emission, length)
                 self._pending.pop(name, None)
+                if output.forgiven:
+                    forgiven.append(name)
                 if output.confirmed < len(output.records):
                     # Behind the others: each gets its turn.
                     self._pending[name] = None
             self._confirmed.notify_all()
-        return lost
+        return lost, forgiven

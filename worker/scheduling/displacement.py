@@ -19,18 +19,22 @@ PROGRESS = 16
 
 
 class Candidate(NamedTuple):
-    """A row that has a slot. `records`: made since it was admitted. `displaced`: it was displaced before."""
+    """A row that has a slot. `records`: made since it was admitted. `displaced`: it was displaced before.
+
+    `proven`: the server has output of this run.
+    """
 
     row: Row[Prepared]
     records: int
     displaced: bool
+    proven: bool = True
 
     @property
     def may_leave(self) -> bool:
-        """Whether a more urgent row may have its slot. A suspect keeps it until it has output: others wait for that."""
+        """Whether a more urgent row may have its slot. A suspect keeps it until it is proven: others wait for that."""
         rank = self.row.urgency[0]
         if rank == SUSPECT:
-            return self.records > 0
+            return self.proven
         return self.records >= PROGRESS or not (self.displaced or rank == BY_SHARE)
 
 
