@@ -1,4 +1,4 @@
-"""Clients in other languages, written from docs/protocol.md, against a real server; the test answers as a worker would."""
+"""Clients written from docs/protocol.md alone, against a real server; the test answers as a worker would."""
 
 from __future__ import annotations
 
