@@ -40,7 +40,7 @@ _CONNECT = (
 _JOBS = "q:realtime q:normal q:batch"
 
 _LOOK = (
-    Grant("hget hmget hgetall exists type ttl pttl memory|usage", read="*"),
+    Grant("hget hmget hgetall hvals exists type ttl pttl memory|usage", read="*"),
     Grant("xlen xrange xrevrange xpending xinfo|groups xinfo|consumers xinfo|stream", read=f"{_JOBS} dead"),
     Grant("get", read="paused reclaim"),
     Grant("zrange zcount zscore", read="workers cancelled"),
@@ -78,7 +78,7 @@ _WORK = (
     Grant("hsetnx", write="service"),
     Grant("xreadgroup xack xclaim xdel xgroup|create xgroup|setid xgroup|delconsumer", write=f"{_JOBS} bell"),
     Grant("zadd zrem pexpire", write="workers cancelled"),
-    Grant("hset hdel hincrby del pexpire", write="worker:* trail"),
+    Grant("hset hdel hincrby del pexpire", write="worker:* trail supervisors"),
     Grant("get set del pexpire", write="reclaim"),
     Grant("xadd", write="dead bell"),
     Grant("xadd xlen pexpire", write="reply:*"),

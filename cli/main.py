@@ -37,6 +37,7 @@ COMMANDS = {
         "millstream.cli.config:config", "Check or show a configuration, or publish it for workers and clients."
     ),
     "dead": Lazy("millstream.cli.dead:dead", "List a service's dead letters, run them again or remove them."),
+    "doctor": Lazy("millstream.cli.doctor:doctor", "Say why nothing moves, and which command mends it."),
     "embed": Lazy("millstream.cli.embed:embed", "Embed texts through the queue."),
     "generate": Lazy("millstream.cli.generate:generate", "Generate text through the queue."),
     "queue": Lazy("millstream.cli.queue:queue", "Show, pause, drain or empty the queues."),

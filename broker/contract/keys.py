@@ -95,6 +95,10 @@ class ServiceKeys:
         """HASH: status of one worker process, written at each heartbeat; ttl 4 leases."""
         return self._key(f"worker:{consumer}")
 
+    def supervisors(self) -> str:
+        """HASH: 'host:pid' of a supervisor -> its state, as JSON; ttl a day after the last one was written."""
+        return self._key("supervisors")
+
     def cancelled(self) -> str:
         """ZSET: claimed entries that their callers cancelled -> when, server ms; ttl two leases after the last."""
         return self._key("cancelled")

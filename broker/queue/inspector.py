@@ -15,6 +15,7 @@ from millstream.broker.contract.keys import DEFAULT_PREFIX, GROUP, RETURNED, Ser
 from millstream.broker.queue.lease import is_live
 from millstream.broker.queue.pause import Pause, queue_pause, read_pause
 from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.supervisors import SupervisorView, queue_supervisors, read_supervisors
 from millstream.broker.queue.views import ServiceView, WorkerView
 from millstream.broker.transport.connection import Connection, is_missing_group, translated
 
@@ -90,6 +91,7 @@ class Inspector:
             pipe.zrange(keys.workers(), 0, -1, withscores=True)
             pipe.hgetall(keys.refused())
             queue_pause(pipe, keys)
+            queue_supervisors(pipe, keys)
         answers = iter(_answers(pipe))
         return [_Queue.read(answers) for _ in services]
 
@@ -127,24 +129,32 @@ class _Queue:
     dead_letters: int
     refused: Mapping[str, int]
     paused: Pause | None
+    supervisors: Sequence[SupervisorView]
+    unsettled: Mapping[Priority, int]
 
     @classmethod
     def read(cls, answers: Iterator[object]) -> _Queue:
         waiting: dict[Priority, int] = {}
         pending: Counter[str] = Counter()
         oldest: list[int] = []
+        unsettled: dict[Priority, int] = {}
         for priority in PRIORITIES:
             length, group, first = islice(answers, 3)
             claimed = _pending(group)
+            unsettled[priority] = cast(int, length)
             waiting[priority] = max(0, cast(int, length) - claimed.total())
             pending += claimed
             oldest += _accepted_at(cast(Entries, first))
-        time, dead_letters, beats, refusals, pause, left_ms = islice(answers, 6)
+        time, dead_letters, beats, refusals, pause, left_ms, states = islice(answers, 7)
         now = _ms(time)
         refused = {_text(reason): _count(cast(Fields, refusals), reason) for reason in cast(Fields, refusals)}
         live = [name for name, beat in cast(list[tuple[bytes, float]], beats) if is_live(beat, now)]
         depth = cast(int, dead_letters)
-        return cls(now, waiting, pending, min(oldest, default=None), live, depth, refused, read_pause(pause, left_ms))
+        supervisors = read_supervisors(states, now)
+        paused = read_pause(pause, left_ms)
+        return cls(
+            now, waiting, pending, min(oldest, default=None), live, depth, refused, paused, supervisors, unsettled
+        )
 
     def view(self, service: str, workers: Mapping[tuple[str, str], WorkerView]) -> ServiceView:
         return ServiceView(
@@ -157,6 +167,8 @@ class _Queue:
             dead_letters=self.dead_letters,
             paused=self.paused,
             refused=self.refused,
+            supervisors=self.supervisors,
+            unsettled=self.unsettled,
         )
 
 

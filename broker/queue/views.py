@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from millstream.broker.contract.job import Priority
 from millstream.broker.queue.pause import Pause
+from millstream.broker.queue.supervisors import SupervisorView
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,9 @@ class ServiceView:
 
     Each unsettled job counts once: `waiting` for its first claim, by priority; `held` by a live or lost worker, by
     consumer; or `returned`, waiting again after a worker gave it back. `oldest_ms` is the age of the oldest of them, by
-    the server's clock. `refused` counts refused calls by reason; it restarts after a day without one.
+    the server's clock. `refused` counts refused calls by reason; it restarts after a day without one. `supervisors` are
+    those of the last day that did not end in order. `unsettled` counts the jobs of each priority, which
+    `max_queue_size` limits.
     """
 
     name: str
@@ -79,6 +82,8 @@ class ServiceView:
     dead_letters: int
     paused: Pause | None
     refused: Mapping[str, int]
+    supervisors: Sequence[SupervisorView] = ()
+    unsettled: Mapping[Priority, int] = field(default_factory=dict)
 
     @property
     def in_flight(self) -> int:

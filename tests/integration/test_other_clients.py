@@ -59,7 +59,12 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, list[object], str]:
 
 def claimed(queue: Queue) -> Claim:
     claims: list[Claim] = []
-    eventually(lambda: claims.extend(queue.claim().claims) or claims, within_s=WITHIN_S)
+
+    def has_claimed() -> bool:
+        claims.extend(queue.claim().claims)
+        return bool(claims)
+
+    eventually(has_claimed, within_s=WITHIN_S)
     (claim,) = claims
     return claim
 
@@ -73,7 +78,7 @@ def test_it_reads_vectors_and_the_error_of_a_row(
 ) -> None:
     process = ask(command, server.url, service, "embed", *TEXTS)
     claim = claimed(queue)
-    vectors = np.arange(6, dtype=np.float32).reshape(3, 2) / 7
+    vectors = np.arange(6, dtype=np.float32).reshape(3, 2) / np.float32(7)
     settle(queue, claim, Reply(vectors=vectors, errors={1: InvalidRequest("empty")}, tokens=9))
 
     code, values, _ = ended(process)

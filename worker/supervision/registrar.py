@@ -1,10 +1,10 @@
-"""Thread that registers services again on a server that was emptied, from the records it last read there."""
+"""Thread of a supervisor that tells the server of it, and registers its services again if the server was emptied."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from millstream.broker.config.spec import ServiceSpec
 from millstream.broker.contract.errors import MillstreamError, described
@@ -65,10 +65,16 @@ class Registration:
 
 
 class Registrar(threading.Thread):
-    """Keeps the services of one supervisor registered until `stop`, even if none of its workers is alive."""
+    """Keeps the services of one supervisor registered until `stop`, even if none of its workers is alive.
 
-    def __init__(self, registry: Registry, specs: Sequence[ServiceSpec]) -> None:
+    `publish` writes the supervisor's state; it is called as often.
+    """
+
+    def __init__(
+        self, registry: Registry, specs: Sequence[ServiceSpec], publish: Callable[[], object] = lambda: None
+    ) -> None:
         super().__init__(name="registrar", daemon=True)
+        self._publish = publish
         self._registrations = [Registration(registry, spec) for spec in specs]
         self._stopped = threading.Event()
 
@@ -87,3 +93,7 @@ class Registrar(threading.Thread):
                 registration.keep()
             except Exception as error:  # noqa: BLE001 - one service's broken keys must not affect the others
                 log.debug("the registry cannot be read: %s", described(error))
+        try:
+            self._publish()
+        except Exception as error:  # noqa: BLE001 - only who looks misses it
+            log.debug("the supervisor's state cannot be published: %s", described(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from millstream.broker.contract.errors import ModelUnavailable
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.supervisors import Supervisors, SupervisorState
 from millstream.broker.transport.connection import Connection, is_transient
 from millstream.worker.measuring.cores import cores
 from millstream.worker.measuring.threads import waiting
@@ -33,6 +35,9 @@ POLL_S = 0.1
 
 DRAIN_S = 30.0
 """Seconds that a drain may take by default before children are killed."""
+
+WITHDRAW_S = 2.0
+"""Seconds at most that the end of a supervisor waits for a server that does not answer."""
 
 CRASH_LOOP = 5
 """Early deaths in a row from which on restarts wait for the longest backoff."""
@@ -81,7 +86,8 @@ class Supervisor:
         self._slots = [Slot(plan, plan.device_of(index)) for plan in plans for index in range(plan.count)]
         self._deaths: list[Death] = []
         self._logged: set[tuple[str, str]] = set()
-        self._registrar = Registrar(Registry(self._connection, prefix), [spec for plan in plans for spec in plan.specs])
+        specs = [spec for plan in plans for spec in plan.specs]
+        self._registrar = Registrar(Registry(self._connection, prefix), specs, self._publish)
         self._stopping = False
         self.restarts = 0
 
@@ -147,6 +153,35 @@ class Supervisor:
         going = {spec.name for slot in self._slots if not slot.refused for spec in slot.plan.specs}
         return {spec.name: slot.past for slot in self._slots for spec in slot.plan.specs if spec.name not in going}
 
+    def states(self) -> dict[str, SupervisorState]:
+        """Service -> what an operator should know of its workers here. Other threads may call it."""
+        host, pid, refusals = socket.gethostname(), os.getpid(), self.refusals()
+        states = {}
+        for name, (ready, planned) in self.tally().items():
+            slots = [slot for slot in self._slots if name in {spec.name for spec in slot.plan.specs}]
+            worst = max(slots, key=lambda slot: slot.failures)
+            past, refused = worst.past if worst.failures else "", refusals.get(name, "")
+            states[name] = SupervisorState(host, pid, planned, ready, worst.failures, past, refused, cores())
+        return states
+
+    def _publish(self) -> None:
+        for name, state in self.states().items():
+            Supervisors(self._connection.client, ServiceKeys(name, self._prefix)).publish(state)
+
+    def _withdraw(self) -> None:
+        """Removes its states, if the server is there. One that could start no worker leaves the reason."""
+        if self._registrar.is_alive():
+            self._registrar.join(WITHDRAW_S)
+        for name, state in self.states().items():
+            published = Supervisors(self._connection.client, ServiceKeys(name, self._prefix))
+            try:
+                if state.refused:
+                    published.publish(state)
+                else:
+                    published.remove(state.host, state.pid)
+            except Exception as error:  # noqa: BLE001 - only who looks sees a state that stays
+                log.debug("the state of service %s stays on the server: %s", name, error)
+
     @property
     def pids(self) -> list[int]:
         """Pids of the children that were not waited for yet. Until then the system does not reuse a pid."""
@@ -175,6 +210,7 @@ class Supervisor:
             consumers = {death.consumer for death in self._deaths}
             log.warning("the server is away: the jobs of %d workers wait for the end of a lease", len(consumers))
         self._registrar.stop()
+        self._withdraw()
         self._connection.close()
 
     def _fill(self, slot: Slot) -> None:
