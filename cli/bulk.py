@@ -20,9 +20,9 @@ from millstream.cli.server import find_server
 from millstream.cli.table import escape, quantity
 from millstream.client import BulkProgress, Client
 from millstream.client.bulk.manifest import ERRORS, SPOOL, read_manifest
+from millstream.client.bulk.opening import InputFormat
 from millstream.client.bulk.plan import STDIN, WINDOW
 from millstream.client.bulk.sinks import OutputFormat
-from millstream.client.bulk.sources import InputFormat
 
 _output = click.option(
     "-o", "--output", required=True, metavar="FOLDER", type=click.Path(file_okay=False, path_type=Path)

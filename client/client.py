@@ -12,11 +12,11 @@ from millstream.broker.contract.embedding import EmbedOptions, Encoding, InputTy
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.prompt import Message
 from millstream.broker.contract.rerank import RerankOptions, Scores
+from millstream.client.bulk.opening import InputFormat
 from millstream.client.bulk.plan import WINDOW, BulkPlan
 from millstream.client.bulk.progress import BulkProgress
 from millstream.client.bulk.run import run_bulk
 from millstream.client.bulk.sinks import OutputFormat
-from millstream.client.bulk.sources import InputFormat
 from millstream.client.call_options import CallOptions
 from millstream.client.call_request import (
     CallRequest,

@@ -14,6 +14,14 @@ from millstream.client.bulk.items import Result
 from millstream.client.bulk.manifest import ERRORS
 
 
+def encode_error(result: Result, error: MillstreamError) -> bytes:
+    """Returns the line of a row that failed. `openai` has the row's line of a batch's error file, if it has one."""
+    line: dict[str, object] = {"row": result.row, "id": result.id, "error": to_wire(error)}
+    if result.line is not None:
+        line["openai"] = result.line
+    return json.dumps(line).encode() + b"\n"
+
+
 class ErrorsFile:
     """Errors of a run, open for writing. `end` is the size that the manifest notes: what is behind it is removed.
 
@@ -30,9 +38,7 @@ class ErrorsFile:
     def append(self, results: Iterable[Result]) -> int:
         """Writes a line for each of `results` that is an error. Returns how many there are."""
         lines = [
-            json.dumps({"row": row, "id": row_id, "error": to_wire(outcome)}).encode() + b"\n"
-            for row, row_id, outcome in results
-            if isinstance(outcome, MillstreamError)
+            encode_error(result, result.outcome) for result in results if isinstance(result.outcome, MillstreamError)
         ]
         if lines:
             with writing(self._path):
