@@ -15,6 +15,7 @@ from millstream.broker.contract.rerank import RerankOptions, Scores
 from millstream.client.bulk.opening import InputFormat
 from millstream.client.bulk.plan import WINDOW, BulkPlan
 from millstream.client.bulk.progress import BulkProgress
+from millstream.client.bulk.retry import RetryPlan, retry_failed
 from millstream.client.bulk.run import run_bulk
 from millstream.client.bulk.sinks import OutputFormat
 from millstream.client.call_options import CallOptions
@@ -360,6 +361,29 @@ class Client:
             service, str(input), Path(output), opts, input_format, format, column, id_column, shard_rows, window, part
         )
         return run_bulk(self._calls, plan, progress)
+
+    def retry_failed(
+        self,
+        output: Path | str,
+        *,
+        input: Path | str | None = None,
+        window: int = WINDOW,
+        priority: PriorityName = "batch",
+        tenant: str = "",
+        progress: Callable[[BulkProgress], object] = lambda _: None,
+    ) -> BulkProgress:
+        """Runs the failed rows of the bulk run in the folder `output` again, with the service and options of the run.
+
+        Results of rows that succeed now are merged into the files of their shards, and leave `errors.jsonl`; the others
+        stay there with their new reason. A file changes whole or not at all. The same call goes on if an earlier one
+        ended before its end. `input` is the path of the run's input, if it was moved. The other arguments are those of
+        `bulk`. Blocks until the end; `rows` of the progress are those that were tried again, `failed` of them in vain.
+
+        Raises as `bulk` does, and InvalidRequest if `output` is not the folder of a run.
+        """
+        path = None if input is None else str(input)
+        plan = RetryPlan(Path(output), path, priority, tenant, window)
+        return retry_failed(self._calls, plan, progress)
 
     @property
     def stray_replies(self) -> int:

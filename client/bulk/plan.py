@@ -96,4 +96,5 @@ class BulkPlan:
         }
         model = cast(dict[str, Json], spec.model.model_dump(mode="json", exclude_defaults=True, exclude=_NO_EFFECT))
         options = dict(self.opts.options)
-        return Header(source.identify(), spec.name, {**model, "ref": spec.model_ref}, options, layout)
+        path = "" if self.input == STDIN else str(Path(self.input).absolute())
+        return Header(source.identify(), spec.name, {**model, "ref": spec.model_ref}, options, layout, source=path)

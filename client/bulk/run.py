@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 
-from millstream.broker.config.spec import ServiceSpec
-from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest, MixedModels
+from millstream.broker.contract.errors import BrokerUnavailable, MixedModels
 from millstream.client.bulk.errors import ErrorsFile
-from millstream.client.bulk.files import spool, write_whole
+from millstream.client.bulk.files import write_whole
 from millstream.client.bulk.items import Mark
-from millstream.client.bulk.manifest import SPOOL, Manifest, Note
+from millstream.client.bulk.manifest import Manifest, Note
 from millstream.client.bulk.merging import Sink
-from millstream.client.bulk.opening import open_source
-from millstream.client.bulk.plan import STDIN, BulkPlan
+from millstream.client.bulk.plan import BulkPlan
 from millstream.client.bulk.progress import BulkProgress, Pace
 from millstream.client.bulk.results import collect
+from millstream.client.bulk.resuming import begin, open_input
 from millstream.client.bulk.sending import Chunk, OpenShard, Sending
 from millstream.client.bulk.sinks import find_sink, name_part
 from millstream.client.bulk.sources import Source
@@ -39,51 +36,11 @@ def run_bulk(calls: Calls, plan: BulkPlan, report: Report) -> BulkProgress:
     if plan.input_format != "openai":
         calls.check_options(spec, opts.options)
     with Manifest(plan.output) as manifest:
-        source = _open(plan, spec)
-        header = _begin(manifest, plan, spec, source, calls.services.fingerprint(spec.name))
+        source = open_input(plan, spec)
+        header = begin(manifest, plan, spec, source, calls.services.fingerprint(spec.name))
         with ErrorsFile(plan.output, manifest.notes[-1].errors_end if manifest.notes else 0) as errors:
             sending = Sending(calls, spec, opts, header, plan.window)
             return _Run(calls, plan, source, sink, manifest, errors, sending, report).run()
-
-
-def _open(plan: BulkPlan, spec: ServiceSpec) -> Source:
-    path = Path(plan.input)
-    if plan.input == STDIN:
-        path = plan.output / SPOOL
-        spool(sys.stdin.buffer, path)
-    return open_source(path, plan.input_format, plan.column, plan.id_column, plan.rows_of_shard(spec))
-
-
-def _begin(manifest: Manifest, plan: BulkPlan, spec: ServiceSpec, source: Source, fingerprint: str) -> str:
-    """Writes the header of a new run, or checks that the run in the manifest may go on. Returns the run's id.
-
-    Raises InvalidRequest if something changed that decides the results, and says what it is.
-    """
-    now, before = plan.describe(spec, source), manifest.header
-    if before is None:
-        manifest.begin(now)
-        return now.run
-    changes = before.find_changes(now)
-    last = manifest.notes[-1] if manifest.notes else None
-    if last and fingerprint and last.fingerprint and fingerprint != last.fingerprint:
-        changes.append(f"the weights were {last.fingerprint} and are {fingerprint}")
-    if not changes and last:
-        # The time differs: each finished shard is read again. Otherwise the last one is a cheap check.
-        touched = before.input.get("modified") != now.input.get("modified")
-        changes = _find_changed_shards(source, manifest.notes if touched else [last])
-    if changes:
-        raise InvalidRequest(
-            f"the run in {plan.output} cannot go on: {'; '.join(changes)}"[:1000],
-            hint="undo the change, or give a new folder as output",
-        )
-    return before.run
-
-
-def _find_changed_shards(source: Source, notes: list[Note]) -> list[str]:
-    for note in notes:
-        if source.digest(note.begin.position, note.end.position) != note.digest:
-            return [f"the input differs in rows {note.begin.row} to {note.end.row - 1}"]
-    return []
 
 
 class _Run:

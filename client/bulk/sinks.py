@@ -21,6 +21,7 @@ from millstream.broker.contract.operations import Operation, ResultKind
 from millstream.client.bulk.items import Result
 from millstream.client.bulk.merging import Merge, Sink, merge_records
 from millstream.client.bulk.parquet_sink import ParquetSink
+from millstream.client.bulk.sources import raise_field_limit
 from millstream.client.generate import Generated
 from millstream.client.row_results import RowOutcome
 
@@ -83,17 +84,21 @@ class CsvSink:
         self._write(file, [self._encode(each) for each in results if not isinstance(each.outcome, MillstreamError)])
 
     def merge(self, file: BinaryIO, before: Path, merge: Merge) -> None:
-        with before.open(encoding="utf-8", newline="") as opened:
-            _, *records = csv.reader(opened)
+        raise_field_limit()
+        try:
+            with before.open(encoding="utf-8", newline="") as opened:
+                _, *records = csv.reader(opened)
+        except csv.Error as error:
+            raise InvalidRequest(f"{before} cannot be read: {error}") from error
         self._write(file, merge_records(before, records, merge, self._encode))
 
     def _write(self, file: BinaryIO, records: Sequence[Sequence[str]]) -> None:
-        # Texts of an input that is not valid Unicode may come back as ids.
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="", write_through=True)
+        text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["row", "id", "result"])
         writer.writerows(records)
-        text.detach()
+        # Texts of an input that is not valid Unicode may come back as ids.
+        file.write(text.getvalue().encode(errors="backslashreplace"))
 
     def _encode(self, result: Result) -> Sequence[str]:
         return [str(result.row), "" if result.id is None else _to_text(result.id), _to_text(result.outcome)]
@@ -119,7 +124,10 @@ class NpySink:
         shape, dtype = (found[0].shape, found[0].dtype) if found else ((0,), np.dtype(np.float32))
         missing = np.full(shape, np.nan if dtype.kind == "f" else 0, dtype)
         rows = [each if isinstance(each, np.ndarray) else missing for each in vectors]
-        np.save(file, np.stack(rows), allow_pickle=False)
+        # NumPy writes to a file by itself, and on a full disk its error does not say so.
+        whole = io.BytesIO()
+        np.save(whole, np.stack(rows), allow_pickle=False)
+        file.write(whole.getbuffer())
 
 
 _SINKS: Mapping[str, Sink] = MappingProxyType(

@@ -137,8 +137,7 @@ class CsvSource(LineSource):
 
     def __init__(self, path: Path, shard_rows: int, column: str | None, id_column: str | None) -> None:
         super().__init__(path, shard_rows, self._read_records)
-        # A text may be longer than the limit of the csv module. It is one for the whole process, and is only raised.
-        csv.field_size_limit(max(csv.field_size_limit(), LINE_BYTES))
+        raise_field_limit()
         with reading(path), path.open("rb") as file:
             lines = Lines(file, 0)
             header = next(csv.reader(lines), [])
@@ -170,6 +169,11 @@ class CsvSource(LineSource):
         if self._value < len(record):
             return record[self._value]
         return InvalidRequest(f"the record has {len(record)} fields", hint="the header names more")
+
+
+def raise_field_limit() -> None:
+    """Lets the csv module read texts of LINE_BYTES. Its limit is one for the whole process, and is only raised."""
+    csv.field_size_limit(max(csv.field_size_limit(), LINE_BYTES))
 
 
 def find_columns(

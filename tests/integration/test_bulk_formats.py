@@ -11,11 +11,13 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
+from support import eventually
 from workers import remove, working
 
 from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.server.embedded import EmbeddedServer
+from millstream.broker.transport.connection import Connection
 from millstream.client import BulkProgress, Client
 
 TESTS = Path(__file__).parents[1]
@@ -109,3 +111,34 @@ def test_a_batch_file_of_embeddings_and_one_of_texts_have_a_line_for_each_reques
         assert [each["embedding"] for each in body["data"]] == [[at, at]] * (at % 3 + 1)
     said = [body["choices"][0]["text"].split() for body in texts]
     assert said == [[str(at), "two", "three"][: at % 3 + 1] for at in range(120)]
+
+
+FLAKY = """
+from pathlib import Path
+
+def answer(payloads):
+    mended = (Path(__file__).parent / "mended").exists()
+    return [each * 2 if mended or each % 10 != 3 else ValueError("a stone in the mill") for each in payloads]
+"""
+
+
+def test_failed_rows_that_succeed_later_are_merged_and_leave_nothing_on_the_server(
+    client: Client, server: EmbeddedServer, connection: Connection, tmp_path: Path
+) -> None:
+    (tmp_path / "flaky.py").write_text(FLAKY)
+    (tmp_path / "in.jsonl").write_text("".join(f"{row}\n" for row in [*range(300), '"text"']))
+    output, flaky = tmp_path / "out", service("custom", handler="flaky:answer")
+
+    with working(server.url, flaky, folder=tmp_path):
+        first = client.bulk(flaky.name, tmp_path / "in.jsonl", output, shard_rows=50)
+        (tmp_path / "mended").touch()
+        second = client.retry_failed(output)
+
+    assert (first.failed, second.rows, second.failed) == (31, 31, 0)
+    lines = [json.loads(line) for part in sorted(output.glob("part-*")) for line in part.read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(301))
+    assert [line["result"] for line in lines] == [2 * row for row in range(300)] + ["texttext"]
+    assert (output / "errors.jsonl").read_bytes() == b""
+    pattern = f"ms:{{{flaky.name}}}:call:*"
+    eventually(lambda: not list(connection.client.scan_iter(match=pattern, count=1000)))
+    remove(server.url, flaky.name)
