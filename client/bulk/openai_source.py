@@ -17,6 +17,14 @@ class OpenAISource(LineSource):
     def __init__(self, path: Path, shard_rows: int) -> None:
         super().__init__(path, shard_rows, lambda lines: read_json(lines, None, None))
 
+    def _count(self, row: Row) -> int:
+        """Returns about how many rows a request has. So the memory of a shard does not depend on their number."""
+        body = row.value.get("body") if isinstance(row.value, dict) else None
+        given = [body.get(name) for name in ("input", "prompt", "documents")] if isinstance(body, dict) else []
+        # A list of numbers is one prompt of token ids.
+        lists = [each for each in given if isinstance(each, list) and each and not isinstance(each[0], int)]
+        return max(map(len, lists), default=1)
+
     def _make_shard(self, begin: Mark, end: Mark, rows: Sequence[Row], digest: str) -> Shard:
         requests = [
             BatchRequest(None, row.value) if isinstance(row.value, InvalidRequest) else read_line(row.value)

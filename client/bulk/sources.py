@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
@@ -106,14 +105,19 @@ class LineSource:
                 begin = shard.end
 
     def _read_shard(self, lines: Lines, rows: Iterator[Row], begin: Mark) -> Shard | None:
-        found: list[Row] = []
-        for row in islice(rows, self._shard_rows):
+        found, count = list[Row](), 0
+        for row in rows:
             found.append(row)
-            if lines.position - begin.position >= SHARD_BYTES:
+            count += self._count(row)
+            if count >= self._shard_rows or lines.position - begin.position >= SHARD_BYTES:
                 break
         if not found:
             return None
         return self._make_shard(begin, begin.after(len(found), lines.position), found, lines.take_digest())
+
+    def _count(self, row: Row) -> int:
+        """Returns how many rows are sent for a row of the input."""
+        return 1
 
     def _make_shard(self, begin: Mark, end: Mark, rows: Sequence[Row], digest: str) -> Shard:
         return Shard(begin, end, rows, digest)
