@@ -90,7 +90,7 @@ def retry_failed(calls: Calls, plan: RetryPlan, report: Callable[[BulkProgress],
         begin(manifest, run, spec, source, calls.services.fingerprint(spec.name))
         number, first = find_turn(manifest.retry)
         sending = Sending(calls, spec, opts, f"{header.run}:retry{number}", run.window)
-        return _Retry(manifest, header, source, sink, sending, number, report).run(first)
+        return _Retry(calls, manifest, header, source, sink, sending, number, report).run(first)
 
 
 def find_turn(last: Retry | None) -> tuple[int, int]:
@@ -105,6 +105,7 @@ class _Retry:
 
     def __init__(
         self,
+        calls: Calls,
         manifest: Manifest,
         header: Header,
         source: Source,
@@ -113,7 +114,8 @@ class _Retry:
         number: int,
         report: Callable[[BulkProgress], object],
     ) -> None:
-        self._manifest, self._header, self._source, self._sink = manifest, header, source, sink
+        self._services, self._manifest, self._header = calls.services, manifest, header
+        self._source, self._sink = source, sink
         self._sending, self._number, self._report = sending, number, report
         self._folder = manifest.folder
         self._rows = self._failed = 0
@@ -211,7 +213,9 @@ class _Retry:
 
     def _tell(self, total: int) -> BulkProgress:
         share = self._rows / total if total else 1.0
-        progress = self._pace.measure(self._rows, self._failed, share, 0, time.monotonic())
+        self._services.live(self._header.service, lambda: None)
+        workers = self._services.last_known(self._header.service).live_workers
+        progress = self._pace.measure(self._rows, self._failed, share, workers, time.monotonic())
         self._report(progress)
         return progress
 

@@ -103,6 +103,7 @@ def test_rows_that_succeed_now_are_in_their_places_and_the_others_have_their_new
 
     assert (done.rows, done.failed, done.share) == (len(BAD), len(WORSE), 1.0)
     assert [each.rows for each in steps] == [0, 3, 14]
+    assert {each.workers for each in steps} == {1}
     assert errors_of(output) == dict.fromkeys(WORSE, "second")
     vectors = FakeClient(dim=4).embed(TEXTS)
     expected = [None if row in WORSE else vectors[row][0].item() for row in range(ROWS)]
