@@ -347,11 +347,13 @@ class Client:
         not computed again, and rows that are still in the queue are adopted. Memory is bounded by `window`, the number
         of rows in flight. Blocks until the end, and returns the last progress; `progress` is called after each shard.
 
-        `input` is a file of JSON lines, CSV or lines of text, by its suffix or `input_format`; a folder of text files;
-        or "-", standard input. `column` is the field that is sent, by default the whole line; `id_column` the one that
-        is written beside each result. `format` is that of the files `part-*` in `output`: jsonl, csv, or npy for
-        vectors. They have the order of the input. Rows that failed are in `errors.jsonl`, with the reason. `part` "2/8"
-        does every eighth shard, from the second one on: eight such runs, each with its own folder, do the input.
+        `input` is a file of JSON lines, CSV, Parquet or lines of text, by its suffix or `input_format`; a folder of
+        text files; or "-", standard input. `column` is the field that is sent, by default the whole line; `id_column`
+        the one that is written beside each result. `input_format="openai"` reads a batch file of OpenAI's API, in
+        which each request has its own options. `format` is that of the files `part-*` in `output`: jsonl, csv, npy for
+        vectors, parquet, or openai for OpenAI's batch lines. They have the order of the input. Parquet needs the extra
+        `bulk`. Rows that failed are in `errors.jsonl`, with the reason: see `retry_failed`. `part` "2/8" does every
+        eighth shard, from the second one on: eight such runs, each with its own folder, do the input.
 
         Raises InvalidRequest if the input, an option or the model was changed since the run began, and says what;
         UnknownService; BrokerUnavailable if the server is away for 5 minutes; MillstreamError if the disk is full.
