@@ -6,7 +6,8 @@ import inspect
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,13 +21,22 @@ from millstream.cli.server import find_server
 from millstream.cli.table import escape, quantity
 from millstream.client import BulkProgress, Client
 from millstream.client.bulk.manifest import ERRORS, SPOOL, read_manifest
+from millstream.client.bulk.opening import InputFormat
 from millstream.client.bulk.plan import STDIN, WINDOW
 from millstream.client.bulk.sinks import OutputFormat
-from millstream.client.bulk.sources import InputFormat
 
 _output = click.option(
     "-o", "--output", required=True, metavar="FOLDER", type=click.Path(file_okay=False, path_type=Path)
 )
+_window = click.option(
+    "--window",
+    type=click.IntRange(min=1),
+    default=WINDOW,
+    show_default=True,
+    metavar="NUMBER",
+    help="Rows in flight at most.",
+)
+_tenant = click.option("--tenant", default="", metavar="NAME", help="Tenant whose rate limit the run uses.")
 
 
 @click.group()
@@ -56,14 +66,7 @@ def bulk() -> None:
     help="Option of the model, such as dimensions=256; JSON or a text. May be given several times.",
 )
 @click.option("--shard-rows", type=click.IntRange(min=1), metavar="NUMBER", help="Rows of a shard, by default 2048.")
-@click.option(
-    "--window",
-    type=click.IntRange(min=1),
-    default=WINDOW,
-    show_default=True,
-    metavar="NUMBER",
-    help="Rows in flight at most.",
-)
+@_window
 @click.option(
     "--shard",
     "part",
@@ -71,7 +74,7 @@ def bulk() -> None:
     metavar="I/N",
     help="Do only every Nth shard, from the Ith on: N jobs on several hosts, each with a FOLDER of its own.",
 )
-@click.option("--tenant", default="", metavar="NAME", help="Tenant whose rate limit the run uses.")
+@_tenant
 @options.url
 @options.prefix
 def run(
@@ -92,32 +95,40 @@ def run(
 ) -> None:
     """Send each row of INPUT through a service, and write the results to FOLDER.
 
-    INPUT is a file of JSON lines, CSV or lines of text, a folder of text files, or - for standard input. FOLDER gets
-    the results in files part-*, in the order of the input, and the rows that failed in errors.jsonl. If the run ends
-    early, the same command goes on: it does no finished shard again. Exit status 9: some rows failed.
+    INPUT is a file of JSON lines, CSV, Parquet or lines of text, a batch file of OpenAI's API, a folder of text files,
+    or - for standard input. FOLDER gets the results in files part-*, in the order of the input, and the rows that
+    failed in errors.jsonl. If the run ends early, the same command goes on: it does no finished shard again. Exit
+    status 9: some rows failed.
     """
     if source == STDIN and sys.stdin.isatty() and not (output / SPOOL).exists():
         raise click.UsageError("standard input is a terminal: give a file, or send one to standard input.")
     given = _read_settings(settings)
     target = find_server(url, prefix)
     display = Display(sys.stderr)
+    with _saying_how_to_go_on(display), Client(target.url, prefix=target.prefix) as client, display:
+        done = client.bulk(
+            service,
+            source,
+            output,
+            input_format=input_format,
+            format=format,
+            column=column,
+            id_column=id_column,
+            shard_rows=shard_rows,
+            window=window,
+            part=part,
+            tenant=tenant,
+            progress=display.show,
+            **given,
+        )
+    _report(done, "done")
+
+
+@contextmanager
+def _saying_how_to_go_on(display: Display) -> Iterator[None]:
+    """Prints the command that goes on if the block is interrupted, or the server is lost after it began."""
     try:
-        with Client(target.url, prefix=target.prefix) as client, display:
-            done = client.bulk(
-                service,
-                source,
-                output,
-                input_format=input_format,
-                format=format,
-                column=column,
-                id_column=id_column,
-                shard_rows=shard_rows,
-                window=window,
-                part=part,
-                tenant=tenant,
-                progress=display.show,
-                **given,
-            )
+        yield
     except KeyboardInterrupt:
         _say_how_to_go_on()
         click.get_current_context().exit(INTERRUPTED)
@@ -125,7 +136,6 @@ def run(
         if display.began:
             _say_how_to_go_on()
         raise
-    _report(done)
 
 
 def _read_settings(settings: Sequence[str]) -> Mapping[str, Any]:
@@ -151,12 +161,35 @@ def _say_how_to_go_on() -> None:
     click.echo(f"millstream: stopped; rows in flight go on in the queue. To go on: {words}", err=True)
 
 
-def _report(done: BulkProgress) -> None:
-    """Prints what a finished run has done. Exits as a call does of which some rows failed."""
-    click.echo(f"{quantity(done.rows, 'row')} done, {done.failed} failed: {escape(str(done.output))}", err=True)
+def _report(done: BulkProgress, what: str) -> None:
+    """Prints what a finished run has done, `what` in words. Exits as a call does of which some rows failed."""
+    click.echo(f"{quantity(done.rows, 'row')} {what}, {done.failed} failed: {escape(str(done.output))}", err=True)
     if done.failed:
         click.echo(f"millstream: the rows that failed are in {escape(str(done.output / ERRORS))}", err=True)
         click.get_current_context().exit(PartialFailure.exit_code)
+
+
+@bulk.command("retry-failed")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--input", "source", metavar="INPUT", help="The run's input, if it was moved.")
+@_window
+@_tenant
+@options.url
+@options.prefix
+def retry_failed(
+    folder: Path, source: str | None, window: int, tenant: str, url: str | None, prefix: str | None
+) -> None:
+    """Run the failed rows of the run in FOLDER again, with its service and options.
+
+    Results of rows that succeed now are merged into the files part-*, each of which changes whole or not at all. The
+    others stay in errors.jsonl with their new reason. If it ends early, the same command goes on. Exit status 9: some
+    rows failed again.
+    """
+    target = find_server(url, prefix)
+    display = Display(sys.stderr)
+    with _saying_how_to_go_on(display), Client(target.url, prefix=target.prefix) as client, display:
+        done = client.retry_failed(folder, input=source, window=window, tenant=tenant, progress=display.show)
+    _report(done, "tried again")
 
 
 @bulk.command()

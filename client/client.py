@@ -12,11 +12,12 @@ from millstream.broker.contract.embedding import EmbedOptions, Encoding, InputTy
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.prompt import Message
 from millstream.broker.contract.rerank import RerankOptions, Scores
+from millstream.client.bulk.opening import InputFormat
 from millstream.client.bulk.plan import WINDOW, BulkPlan
 from millstream.client.bulk.progress import BulkProgress
+from millstream.client.bulk.retry import RetryPlan, retry_failed
 from millstream.client.bulk.run import run_bulk
 from millstream.client.bulk.sinks import OutputFormat
-from millstream.client.bulk.sources import InputFormat
 from millstream.client.call_options import CallOptions
 from millstream.client.call_request import (
     CallRequest,
@@ -346,11 +347,13 @@ class Client:
         not computed again, and rows that are still in the queue are adopted. Memory is bounded by `window`, the number
         of rows in flight. Blocks until the end, and returns the last progress; `progress` is called after each shard.
 
-        `input` is a file of JSON lines, CSV or lines of text, by its suffix or `input_format`; a folder of text files;
-        or "-", standard input. `column` is the field that is sent, by default the whole line; `id_column` the one that
-        is written beside each result. `format` is that of the files `part-*` in `output`: jsonl, csv, or npy for
-        vectors. They have the order of the input. Rows that failed are in `errors.jsonl`, with the reason. `part` "2/8"
-        does every eighth shard, from the second one on: eight such runs, each with its own folder, do the input.
+        `input` is a file of JSON lines, CSV, Parquet or lines of text, by its suffix or `input_format`; a folder of
+        text files; or "-", standard input. `column` is the field that is sent, by default the whole line; `id_column`
+        the one that is written beside each result. `input_format="openai"` reads a batch file of OpenAI's API, in
+        which each request has its own options. `format` is that of the files `part-*` in `output`: jsonl, csv, npy for
+        vectors, parquet, or openai for OpenAI's batch lines. They have the order of the input. Parquet needs the extra
+        `bulk`. Rows that failed are in `errors.jsonl`, with the reason: see `retry_failed`. `part` "2/8" does every
+        eighth shard, from the second one on: eight such runs, each with its own folder, do the input.
 
         Raises InvalidRequest if the input, an option or the model was changed since the run began, and says what;
         UnknownService; BrokerUnavailable if the server is away for 5 minutes; MillstreamError if the disk is full.
@@ -360,6 +363,29 @@ class Client:
             service, str(input), Path(output), opts, input_format, format, column, id_column, shard_rows, window, part
         )
         return run_bulk(self._calls, plan, progress)
+
+    def retry_failed(
+        self,
+        output: Path | str,
+        *,
+        input: Path | str | None = None,
+        window: int = WINDOW,
+        priority: PriorityName = "batch",
+        tenant: str = "",
+        progress: Callable[[BulkProgress], object] = lambda _: None,
+    ) -> BulkProgress:
+        """Runs the failed rows of the bulk run in the folder `output` again, with the service and options of the run.
+
+        Results of rows that succeed now are merged into the files of their shards, and leave `errors.jsonl`; the others
+        stay there with their new reason. A file changes whole or not at all. The same call goes on if an earlier one
+        ended before its end. `input` is the path of the run's input, if it was moved. The other arguments are those of
+        `bulk`. Blocks until the end; `rows` of the progress are those that were tried again, `failed` of them in vain.
+
+        Raises as `bulk` does, and InvalidRequest if `output` is not the folder of a run.
+        """
+        path = None if input is None else str(input)
+        plan = RetryPlan(Path(output), path, priority, tenant, window)
+        return retry_failed(self._calls, plan, progress)
 
     @property
     def stray_replies(self) -> int:

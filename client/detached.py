@@ -115,6 +115,16 @@ class Detached:
         replies = [reply for reply in self._replies.values() if isinstance(reply, Reply)]
         return frozenset(reply.fingerprint for reply in replies) - {""}
 
+    def row_tokens(self) -> list[int]:
+        """Returns the tokens that the model ran for each row: those of the row's job, divided evenly. 0: none known."""
+        tokens = [0] * sum(len(part.rows) for part in self._parts.values())
+        for job_id, part in self._parts.items():
+            reply = self._replies.get(job_id)
+            each, rest = divmod(reply.tokens if isinstance(reply, Reply) else 0, max(1, len(part.rows)))
+            for at, row in enumerate(part.rows):
+                tokens[row] = each + (at < rest)
+        return tokens
+
     def forget(self) -> None:
         """Frees the server's memory of a call that is done: its results expire now. Raises BrokerUnavailable."""
         with translated(self._calls.connection.safe_url):

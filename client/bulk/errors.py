@@ -4,14 +4,50 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
-from millstream.broker.contract.errors import MillstreamError, to_wire
-from millstream.client.bulk.files import append, writing
+from millstream.broker.contract.errors import InvalidRequest, MillstreamError, to_wire
+from millstream.client.bulk.files import append, reading, writing
 from millstream.client.bulk.items import Result
 from millstream.client.bulk.manifest import ERRORS
+
+_ROW = re.compile(rb'\{"row": (\d+),')
+"""Begin of a line."""
+
+
+def encode_errors(results: Iterable[Result]) -> dict[int, bytes]:
+    """Returns the lines of those `results` that are errors, by the number of the row.
+
+    `openai` of a line is the row's line of a batch's error file, if the input is a batch.
+    """
+    return {each.row: _encode(each, each.outcome) for each in results if isinstance(each.outcome, MillstreamError)}
+
+
+def _encode(result: Result, error: MillstreamError) -> bytes:
+    line: dict[str, object] = {"row": result.row, "id": result.id, "error": to_wire(error)}
+    if result.line is not None:
+        line["openai"] = result.line
+    return json.dumps(line).encode() + b"\n"
+
+
+def read_errors(path: Path, end: int) -> Iterator[tuple[int, bytes]]:
+    """Yields the number of the row of each line before `end`, and the line. Raises InvalidRequest if it has none."""
+    with reading(path), path.open("rb") as file:
+        while file.tell() < end and (line := file.readline()):
+            found = _ROW.match(line)
+            if found is None:
+                raise InvalidRequest(f"{path} has a line without a row", hint="it was changed: begin in a new folder")
+            yield int(found[1]), line
+
+
+def rewrite_errors(path: Path, end: int, lines: Mapping[int, bytes], file: BinaryIO) -> None:
+    """Copies the lines before `end` to `file`, with those in `lines` in place of the rows' own."""
+    for row, line in read_errors(path, end):
+        file.write(lines.get(row, line))
 
 
 class ErrorsFile:
@@ -25,15 +61,15 @@ class ErrorsFile:
         self.end = end
         with writing(self._path):
             self._file = self._path.open("a+b", buffering=0)
-            os.ftruncate(self._file.fileno(), end)
+            try:
+                os.ftruncate(self._file.fileno(), end)
+            except OSError:
+                self._file.close()
+                raise
 
     def append(self, results: Iterable[Result]) -> int:
         """Writes a line for each of `results` that is an error. Returns how many there are."""
-        lines = [
-            json.dumps({"row": row, "id": row_id, "error": to_wire(outcome)}).encode() + b"\n"
-            for row, row_id, outcome in results
-            if isinstance(outcome, MillstreamError)
-        ]
+        lines = encode_errors(results).values()
         if lines:
             with writing(self._path):
                 append(self._file, b"".join(lines))

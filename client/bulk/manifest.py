@@ -1,7 +1,7 @@
 """Manifest of a bulk run: which input, service and options it has, and which of its shards are written.
 
 It is a file of JSON lines that only grows. The first line is the header, each finished shard adds one, and so does the
-end of the run. One process at a time may write it.
+end of the run, and each step of a retry of rows that failed. One process at a time may write it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import io
 import json
 import os
 import secrets
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -20,6 +20,7 @@ from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Json
 from millstream.client.bulk.files import append, reading, sync_folder, writing
 from millstream.client.bulk.items import Mark
+from millstream.client.bulk.staging import clear, put_in_place
 
 NAME, ERRORS, SPOOL = "manifest.jsonl", "errors.jsonl", "input.spool"
 """Names of files in a run's folder: the manifest, the rows that failed, and a copy of standard input."""
@@ -32,7 +33,8 @@ VERSION = 1
 class Header:
     """Everything that decides a run's results: if a field differs, the run cannot go on.
 
-    `model` holds the fields of the service's model. `run` is a random id.
+    `model` holds the fields of the service's model. `run` is a random id. `source` is the path of the input, which may
+    be moved; empty if it was standard input.
     """
 
     input: Mapping[str, Json]
@@ -42,6 +44,7 @@ class Header:
     layout: Mapping[str, Json]
     version: int = VERSION
     run: str = field(default_factory=lambda: secrets.token_hex(16))
+    source: str = ""
 
     def find_changes(self, now: Header) -> list[str]:
         """Returns what differs in `now`, as "service was 'a' and is 'b'"; an input's time may differ."""
@@ -84,13 +87,42 @@ class Note:
         return self.end.row - self.begin.row
 
 
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Step of a retry of failed rows: shards that were written anew, with the rows that still fail.
+
+    `number` counts the retries from 1; `upto` is the number of the next shard to look at, and `finished` tells whether
+    this was the retry's last step. `failed` has the number of failed rows by shard; `errors_end` is the size of
+    errors.jsonl then, bytes. `files` replace those of the same name, from staged files with the name `tag`.
+    """
+
+    number: int
+    upto: int
+    finished: bool
+    failed: Mapping[str, int]
+    errors_end: int
+    files: Sequence[str]
+    tag: str
+
+
 @dataclass(slots=True)
 class Record:
-    """Content of a manifest. `header` is None if the run has not begun; `finished`: all rows of the input are done."""
+    """Content of a manifest. `header` is None if the run has not begun; `finished`: all rows of the input are done.
+
+    `retry` is the last step of a retry of failed rows; `steps` is the number of them.
+    """
 
     header: Header | None = None
     notes: list[Note] = field(default_factory=list)
     finished: bool = False
+    retry: Retry | None = None
+    steps: int = 0
+
+    def apply(self, retry: Retry) -> None:
+        """Changes the notes of the shards that were written anew."""
+        self.notes = [replace(note, failed=retry.failed.get(str(note.begin.shard), note.failed)) for note in self.notes]
+        self.notes[-1] = replace(self.notes[-1], errors_end=retry.errors_end)
+        self.retry, self.steps = retry, self.steps + 1
 
 
 class Manifest:
@@ -112,6 +144,10 @@ class Manifest:
         try:
             _lock(self._file, folder)
             self._record = _read(self._file, path)
+            # A process that ended within a step of a retry: the step is done to its end, or never was.
+            if self._record.retry:
+                put_in_place(folder, self._record.retry.tag, self._record.retry.files)
+            clear(folder)
             with writing(path):
                 sync_folder(folder)
         except BaseException:
@@ -137,6 +173,22 @@ class Manifest:
         """Notes a finished shard. Returns when the disk has it."""
         self._append({"shard": cast(Json, asdict(note))})
         self._record.notes.append(note)
+
+    @property
+    def retry(self) -> Retry | None:
+        """Last step of a retry of failed rows; None if there was none."""
+        return self._record.retry
+
+    @property
+    def steps(self) -> int:
+        """Number of all steps of retries so far."""
+        return self._record.steps
+
+    def replace(self, retry: Retry) -> None:
+        """Notes a step of a retry, and puts its staged files in their places."""
+        self._append({"retry": cast(Json, asdict(retry))})
+        self._record.apply(retry)
+        put_in_place(self.folder, retry.tag, retry.files)
 
     def finish(self) -> None:
         """Notes that all rows of the input are done."""
@@ -204,9 +256,11 @@ def _parse(lines: bytes, path: Path) -> Record:
                 shard = fields["shard"]
                 begin, end = Mark(*shard.pop("begin")), Mark(*shard.pop("end"))
                 record.notes.append(Note(begin, end, **shard))
+            elif "retry" in fields:
+                record.apply(Retry(**fields["retry"]))
             else:
                 record.finished = record.finished or fields["finished"]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise InvalidRequest(
             f"{path} cannot be read: {error}"[:300],
             hint="written by another version, or damaged: begin in a new folder",

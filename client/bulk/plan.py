@@ -12,8 +12,9 @@ from millstream.broker.config.spec import ServiceSpec
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Json
 from millstream.client.bulk.manifest import Header
+from millstream.client.bulk.opening import InputFormat
 from millstream.client.bulk.sinks import OutputFormat
-from millstream.client.bulk.sources import InputFormat, Source
+from millstream.client.bulk.sources import Source
 from millstream.client.call_options import CallOptions
 
 STDIN = "-"
@@ -63,11 +64,21 @@ class BulkPlan:
         return shard % step == first
 
     def check(self) -> None:
-        """Raises InvalidRequest if a number is wrong."""
+        """Raises InvalidRequest if a number is wrong, or arguments do not fit together."""
         for name, value in (("shard_rows", self.shard_rows), ("window", self.window)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InvalidRequest(f"{name}={value!r} is not a number of rows above 0")
         self.has(0)
+        if self.input_format == "openai" and self.opts.options:
+            name = next(iter(self.opts.options))
+            raise InvalidRequest(
+                f"the option {name!r} has no effect on requests in OpenAI's shape", hint="each body has its own options"
+            )
+        if self.output_format == "openai" and self.input_format != "openai":
+            raise InvalidRequest(
+                "the format openai is for answers to requests in OpenAI's shape",
+                hint="give --input-format openai (input_format=), or another format",
+            )
 
     def rows_of_shard(self, spec: ServiceSpec) -> int:
         """Returns the number of rows of a shard."""
@@ -85,4 +96,5 @@ class BulkPlan:
         }
         model = cast(dict[str, Json], spec.model.model_dump(mode="json", exclude_defaults=True, exclude=_NO_EFFECT))
         options = dict(self.opts.options)
-        return Header(source.identify(), spec.name, {**model, "ref": spec.model_ref}, options, layout)
+        path = "" if self.input == STDIN else str(Path(self.input).absolute())
+        return Header(source.identify(), spec.name, {**model, "ref": spec.model_ref}, options, layout, source=path)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 
-from millstream.broker.config.spec import ServiceSpec
-from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest, MixedModels
+from millstream.broker.contract.errors import BrokerUnavailable, MixedModels
 from millstream.client.bulk.errors import ErrorsFile
-from millstream.client.bulk.files import spool, write_whole
-from millstream.client.bulk.items import Mark, Result
-from millstream.client.bulk.manifest import SPOOL, Manifest, Note
-from millstream.client.bulk.plan import STDIN, BulkPlan
+from millstream.client.bulk.files import write_whole
+from millstream.client.bulk.items import Mark
+from millstream.client.bulk.manifest import Manifest, Note
+from millstream.client.bulk.merging import Sink
+from millstream.client.bulk.plan import BulkPlan
 from millstream.client.bulk.progress import BulkProgress, Pace
+from millstream.client.bulk.results import collect
+from millstream.client.bulk.resuming import begin, open_input
 from millstream.client.bulk.sending import Chunk, OpenShard, Sending
-from millstream.client.bulk.sinks import Sink, find_sink
-from millstream.client.bulk.sources import Source, open_source
+from millstream.client.bulk.sinks import find_sink, name_part
+from millstream.client.bulk.sources import Source
 from millstream.client.call_options import find_operation
 from millstream.client.calls import Calls
 
@@ -31,55 +31,16 @@ def run_bulk(calls: Calls, plan: BulkPlan, report: Report) -> BulkProgress:
     plan.check()
     opts = plan.opts.validate()
     spec = calls.services.read(plan.service)
-    sink = find_sink(plan.output_format, find_operation(spec, opts.op))
-    # Checks the options before anything is written.
-    calls.check_options(spec, opts.options)
+    sink = find_sink(plan.output_format, find_operation(spec, opts.op), bodies=plan.input_format == "openai")
+    # Checks the options before anything is written. Requests in OpenAI's shape have options of their own.
+    if plan.input_format != "openai":
+        calls.check_options(spec, opts.options)
     with Manifest(plan.output) as manifest:
-        source = _open(plan, spec)
-        header = _begin(manifest, plan, spec, source, calls.services.fingerprint(spec.name))
+        source = open_input(plan, spec)
+        header = begin(manifest, plan, spec, source, calls.services.fingerprint(spec.name))
         with ErrorsFile(plan.output, manifest.notes[-1].errors_end if manifest.notes else 0) as errors:
             sending = Sending(calls, spec, opts, header, plan.window)
             return _Run(calls, plan, source, sink, manifest, errors, sending, report).run()
-
-
-def _open(plan: BulkPlan, spec: ServiceSpec) -> Source:
-    path = Path(plan.input)
-    if plan.input == STDIN:
-        path = plan.output / SPOOL
-        spool(sys.stdin.buffer, path)
-    return open_source(path, plan.input_format, plan.column, plan.id_column, plan.rows_of_shard(spec))
-
-
-def _begin(manifest: Manifest, plan: BulkPlan, spec: ServiceSpec, source: Source, fingerprint: str) -> str:
-    """Writes the header of a new run, or checks that the run in the manifest may go on. Returns the run's id.
-
-    Raises InvalidRequest if something changed that decides the results, and says what it is.
-    """
-    now, before = plan.describe(spec, source), manifest.header
-    if before is None:
-        manifest.begin(now)
-        return now.run
-    changes = before.find_changes(now)
-    last = manifest.notes[-1] if manifest.notes else None
-    if last and fingerprint and last.fingerprint and fingerprint != last.fingerprint:
-        changes.append(f"the weights were {last.fingerprint} and are {fingerprint}")
-    if not changes and last:
-        # The time differs: each finished shard is read again. Otherwise the last one is a cheap check.
-        touched = before.input.get("modified") != now.input.get("modified")
-        changes = _find_changed_shards(source, manifest.notes if touched else [last])
-    if changes:
-        raise InvalidRequest(
-            f"the run in {plan.output} cannot go on: {'; '.join(changes)}"[:1000],
-            hint="undo the change, or give a new folder as output",
-        )
-    return before.run
-
-
-def _find_changed_shards(source: Source, notes: list[Note]) -> list[str]:
-    for note in notes:
-        if source.digest(note.begin.position, note.end.position) != note.digest:
-            return [f"the input differs in rows {note.begin.row} to {note.end.row - 1}"]
-    return []
 
 
 class _Run:
@@ -98,11 +59,11 @@ class _Run:
     ) -> None:
         self._calls, self._plan, self._source, self._sink = calls, plan, source, sink
         self._manifest, self._errors, self._sending, self._report = manifest, errors, sending, report
+        self._run_id = manifest.header.run if manifest.header else ""
         self._mark = manifest.notes[-1].end if manifest.notes else Mark()
         self._rows = sum(note.rows for note in manifest.notes)
         self._failed = sum(note.failed for note in manifest.notes)
-        identity = source.identify()
-        self._size = max(1, int(str(identity.get("size", identity.get("files", 1)))))
+        self._size = max(1, source.length())
         self._pace = Pace(plan.output, self._rows, self._mark.position / self._size, time.monotonic())
 
     def run(self) -> BulkProgress:
@@ -136,17 +97,16 @@ class _Run:
 
     def _finish(self, open_shard: OpenShard) -> None:
         """Writes a shard's errors and results, and then notes it."""
-        begin, end, rows, digest = open_shard.shard
+        shard = open_shard.shard
+        begin, end = shard.begin, shard.end
         fingerprint = self._check_weights(open_shard)
-        results = [
-            Result(begin.row + at, row.id, outcome)
-            for at, (row, outcome) in enumerate(zip(rows, open_shard.outcomes, strict=True))
-        ]
+        outcomes, tokens = open_shard.outcomes, open_shard.tokens
+        results = collect(shard, outcomes, tokens, self._run_id, self._plan.service, int(time.time()))
         failed = self._errors.append(results)
-        file = self._manifest.folder / f"part-{begin.shard:06d}.{self._plan.output_format}"
+        file = self._manifest.folder / name_part(begin.shard, self._plan.output_format)
         write_whole(file, lambda opened: self._sink.write(opened, results))
-        self._manifest.add(Note(begin, end, digest, failed, self._errors.end, fingerprint, file.name))
-        self._mark, self._rows, self._failed = end, self._rows + len(rows), self._failed + failed
+        self._manifest.add(Note(begin, end, shard.digest, failed, self._errors.end, fingerprint, file.name))
+        self._mark, self._rows, self._failed = end, self._rows + len(results), self._failed + failed
         with suppress(BrokerUnavailable):
             self._sending.forget(open_shard)
 

@@ -10,14 +10,13 @@ from typing import TypeVar
 from millstream.broker.config.spec import ServiceSpec
 from millstream.broker.contract.entry_codec import MAX_ROWS
 from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest, MillstreamError, ResultExpired
-from millstream.broker.contract.job import Json
 from millstream.broker.transport.connection import is_transient
 from millstream.client.bulk.items import Shard
+from millstream.client.bulk.row_groups import RowGroup, group_rows
 from millstream.client.call_options import CallOptions, find_operation
 from millstream.client.calls import Calls
 from millstream.client.detached import Detached
 from millstream.client.row_results import RowOutcome
-from millstream.client.rows import encode_rows, measure_rows
 
 T = TypeVar("T")
 
@@ -36,10 +35,14 @@ LOSSES = 3
 
 @dataclass(slots=True)
 class OpenShard:
-    """Shard whose rows are being computed. `outcomes` has those of its rows; `waiting` is the number of its calls."""
+    """Shard whose rows are being computed. `outcomes` and `tokens` have those of its rows.
+
+    `waiting` is the number of its calls.
+    """
 
     shard: Shard
     outcomes: list[RowOutcome]
+    tokens: list[int]
     waiting: int = 0
     fingerprints: set[str] = field(default_factory=set)
     calls: list[Detached] = field(default_factory=list)
@@ -52,6 +55,7 @@ class Chunk:
     owner: OpenShard
     rows: Sequence[int]
     key: str
+    opts: CallOptions
     detached: Detached | None = None
     jobs: int = 0
 
@@ -66,9 +70,7 @@ class Sending:
 
     def __init__(self, calls: Calls, spec: ServiceSpec, opts: CallOptions, run: str, window: int) -> None:
         self._calls, self._spec, self._opts, self._run = calls, spec, opts, run
-        self._operation = find_operation(spec, opts.op)
-        self._beside = calls.check_options(spec, opts.options)
-        per_job = 1 if self._operation.streams else min(spec.runtime.batch_size, MAX_ROWS)
+        per_job = 1 if find_operation(spec, opts.op).streams else min(spec.runtime.batch_size, MAX_ROWS)
         # A quarter of its priority's queue at most, as all calls: others must not be refused because of a bulk run.
         self._most_jobs = max(1, spec.runtime.queue_size(opts.priority) // 4)
         # Four calls at least: while the results of one are read and written, the workers have the others.
@@ -84,17 +86,18 @@ class Sending:
 
         A shard without a row that can be sent gives one chunk without rows.
         """
-        values: list[Json] = [None if isinstance(row.value, MillstreamError) else row.value for row in shard.rows]
-        unread = {at: row.value for at, row in enumerate(shard.rows) if isinstance(row.value, MillstreamError)}
-        sizes, refused = measure_rows(encode_rows(self._operation, values), self._beside)
-        errors: dict[int, MillstreamError] = {**refused, **unread}
-        open_shard = OpenShard(shard, [errors.get(at) for at in range(len(values))])
-        order = sorted(sizes.keys() - errors.keys(), key=lambda at: (-sizes[at], at))
-        pieces = [order[at : at + self._call_rows] for at in range(0, len(order), self._call_rows)] or [[]]
+        groups, errors = group_rows(self._calls, self._spec, self._opts, shard.rows)
+        open_shard = OpenShard(shard, [errors.get(at) for at in range(len(shard.rows))], [0] * len(shard.rows))
+        pieces = [piece for group in groups for piece in self._cut(group)] or [(self._opts, [])]
         open_shard.waiting = len(pieces)
-        for number, rows in enumerate(pieces):
+        for number, (opts, rows) in enumerate(pieces):
             key = f"bulk:{self._run}:{shard.begin.shard}:{number}x{self._call_rows}:{shard.digest}"
-            yield Chunk(open_shard, rows, key)
+            yield Chunk(open_shard, rows, key, opts)
+
+    def _cut(self, group: RowGroup) -> Iterator[tuple[CallOptions, Sequence[int]]]:
+        order = sorted(group.sizes, key=lambda at: (-group.sizes[at], at))
+        for at in range(0, len(order), self._call_rows):
+            yield group.opts, order[at : at + self._call_rows]
 
     def send(self, chunk: Chunk) -> None:
         """Returns when the server has accepted the chunk's jobs. Waits while it refuses them or is unreachable.
@@ -104,7 +107,7 @@ class Sending:
         if chunk.rows:
             inputs = [chunk.owner.shard.rows[at].value for at in chunk.rows]
             chunk.detached = _insist(
-                lambda: self._calls.submit_detached(self._spec.name, inputs, self._opts, chunk.key)  # type: ignore[arg-type]
+                lambda: self._calls.submit_detached(self._spec.name, inputs, chunk.opts, chunk.key)  # type: ignore[arg-type]
             )
             chunk.jobs = chunk.detached.jobs
 
@@ -112,8 +115,8 @@ class Sending:
         """Waits until the chunk is computed, and puts the outcomes into its shard. Raises as `send` does."""
         if chunk.detached is not None:
             outcomes = self._wait(chunk)
-            for at, outcome in zip(chunk.rows, outcomes, strict=True):
-                chunk.owner.outcomes[at] = outcome
+            for at, outcome, tokens in zip(chunk.rows, outcomes, chunk.detached.row_tokens(), strict=True):
+                chunk.owner.outcomes[at], chunk.owner.tokens[at] = outcome, tokens
             chunk.owner.fingerprints |= chunk.detached.fingerprints
             chunk.owner.calls.append(chunk.detached)
         chunk.owner.waiting -= 1

@@ -1,4 +1,7 @@
-"""Sources of a bulk run: JSON lines, CSV, lines of text, and folders of text files, read shard by shard."""
+"""Sources of a bulk run: JSON lines, CSV, lines of text, and folders of text files, read shard by shard.
+
+`opening.py` chooses the source of an input.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,20 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol, cast, get_args
+from typing import BinaryIO, Protocol, cast
 
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Json
 from millstream.client.bulk.files import reading
 from millstream.client.bulk.items import Mark, Row, Shard
 
-InputFormat = Literal["auto", "jsonl", "csv", "text", "folder"]
-
 LINE_BYTES = 4 * 1024 * 1024
 """Bytes of a line that are read at most. A row has at most MAX_ROW_BYTES, so a line that is cut fails as a row."""
 
 SHARD_BYTES = 64 * 1024 * 1024
 """Bytes of input after which a shard ends, although it has fewer rows than others."""
-
-_SUFFIXES: Mapping[str, InputFormat] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".txt": "text"}
 
 Identity = dict[str, Json]
 """Identity of an input: fields that differ if the input was changed. `modified` may differ for an equal input."""
@@ -45,29 +43,9 @@ class Source(Protocol):
         """Returns the digest of the input between two positions, as a shard has it."""
         ...
 
-
-def open_source(path: Path, kind: InputFormat, column: str | None, id_column: str | None, shard_rows: int) -> Source:
-    """Returns the source that reads `path`. `kind` "auto" means: by the suffix of the name.
-
-    Raises InvalidRequest if the file cannot be read, or the arguments do not fit it.
-    """
-    if kind not in get_args(InputFormat):
-        raise InvalidRequest(f"input_format={kind!r} is not valid", hint=f"one of {', '.join(get_args(InputFormat))}")
-    if kind == "auto":
-        kind = "folder" if path.is_dir() else _SUFFIXES.get(path.suffix.lower(), "auto")
-    match kind:
-        case "jsonl":
-            return LineSource(path, shard_rows, lambda lines: _read_json(lines, column, id_column))
-        case "csv":
-            return CsvSource(path, shard_rows, column, id_column)
-        case "auto":
-            raise InvalidRequest(
-                f"the name {path.name!r} does not say what the file holds",
-                hint="give --input-format (input_format=): jsonl, csv, text or folder",
-            )
-    if column is not None or id_column is not None:
-        raise InvalidRequest(f"an input of the format {kind} has no columns", hint="leave out --column and --id")
-    return FolderSource(path, shard_rows) if kind == "folder" else LineSource(path, shard_rows, _read_text)
+    def length(self) -> int:
+        """Returns the position of the input's end."""
+        ...
 
 
 class Lines:
@@ -127,15 +105,26 @@ class LineSource:
                 begin = shard.end
 
     def _read_shard(self, lines: Lines, rows: Iterator[Row], begin: Mark) -> Shard | None:
-        found: list[Row] = []
-        for row in islice(rows, self._shard_rows):
+        found, count = list[Row](), 0
+        for row in rows:
             found.append(row)
-            if lines.position - begin.position >= SHARD_BYTES:
+            count += self._count(row)
+            if count >= self._shard_rows or lines.position - begin.position >= SHARD_BYTES:
                 break
         if not found:
             return None
-        end = Mark(begin.shard + 1, begin.row + len(found), lines.position)
-        return Shard(begin, end, found, lines.take_digest())
+        return self._make_shard(begin, begin.after(len(found), lines.position), found, lines.take_digest())
+
+    def _count(self, row: Row) -> int:
+        """Returns how many rows are sent for a row of the input."""
+        return 1
+
+    def _make_shard(self, begin: Mark, end: Mark, rows: Sequence[Row], digest: str) -> Shard:
+        return Shard(begin, end, rows, digest)
+
+    def length(self) -> int:
+        with reading(self._path):
+            return self._path.stat().st_size
 
     def digest(self, start: int, end: int) -> str:
         digest = hashlib.sha256()
@@ -152,14 +141,13 @@ class CsvSource(LineSource):
 
     def __init__(self, path: Path, shard_rows: int, column: str | None, id_column: str | None) -> None:
         super().__init__(path, shard_rows, self._read_records)
-        # A text may be longer than the limit of the csv module. It is one for the whole process, and is only raised.
-        csv.field_size_limit(max(csv.field_size_limit(), LINE_BYTES))
+        raise_field_limit()
         with reading(path), path.open("rb") as file:
             lines = Lines(file, 0)
             header = next(csv.reader(lines), [])
             self._data_at = lines.position
         self._header = header
-        self._value, self._id = _find_columns(path, header, column, id_column)
+        self._value, self._id = find_columns(path, header, column, id_column)
 
     def identify(self) -> Identity:
         return {**super().identify(), "header": cast(Json, self._header)}
@@ -187,7 +175,12 @@ class CsvSource(LineSource):
         return InvalidRequest(f"the record has {len(record)} fields", hint="the header names more")
 
 
-def _find_columns(
+def raise_field_limit() -> None:
+    """Lets the csv module read texts of LINE_BYTES. Its limit is one for the whole process, and is only raised."""
+    csv.field_size_limit(max(csv.field_size_limit(), LINE_BYTES))
+
+
+def find_columns(
     path: Path, header: Sequence[str], column: str | None, id_column: str | None
 ) -> tuple[int, int | None]:
     """Returns the indexes of the column to send and of the id. Raises InvalidRequest if there is no such column."""
@@ -203,12 +196,14 @@ def _find_columns(
     return header.index(column), None if id_column is None else header.index(id_column)
 
 
-def _read_text(lines: Lines) -> Iterator[Row]:
+def read_text(lines: Lines) -> Iterator[Row]:
+    """Yields each line as a row."""
     for line in lines:
         yield Row(None, line.removesuffix("\n").removesuffix("\r"))
 
 
-def _read_json(lines: Lines, column: str | None, id_column: str | None) -> Iterator[Row]:
+def read_json(lines: Lines, column: str | None, id_column: str | None) -> Iterator[Row]:
+    """Yields the row of each line with a JSON value."""
     for line in lines:
         if line.strip():
             yield _parse(line, column, id_column)
@@ -252,12 +247,16 @@ class FolderSource:
             raise InvalidRequest(f"{path} has no files" if path.is_dir() else f"{path} is no folder")
 
     def identify(self) -> Identity:
-        digest = hashlib.sha256()
+        digest, times = hashlib.sha256(), hashlib.sha256()
         with reading(self._path):
             for name in self._names:
                 stat = (self._path / name).stat()
-                digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode(errors="surrogateescape"))
-        return {"files": len(self._names), "names, sizes and times": digest.hexdigest()}
+                digest.update(f"{name}\0{stat.st_size}\0".encode(errors="surrogateescape"))
+                times.update(f"{stat.st_mtime_ns}\0".encode())
+        return {"files": len(self._names), "names and sizes": digest.hexdigest(), "modified": times.hexdigest()}
+
+    def length(self) -> int:
+        return len(self._names)
 
     def read_shards(self, begin: Mark) -> Iterator[Shard]:
         while names := self._names[begin.position : begin.position + self._shard_rows]:
@@ -269,7 +268,7 @@ class FolderSource:
                 rows.append(Row(name, content.decode(errors="surrogateescape")))
                 if size >= SHARD_BYTES:
                     break
-            end = Mark(begin.shard + 1, begin.row + len(rows), begin.position + len(rows))
+            end = begin.after(len(rows), begin.position + len(rows))
             yield Shard(begin, end, rows, digest.hexdigest())
             begin = end
 

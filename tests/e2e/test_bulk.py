@@ -158,6 +158,17 @@ def test_a_run_outlives_the_end_of_its_server(site: Site, shell: Shell, server: 
     check(shell.home)
 
 
+def test_failed_rows_are_tried_again_and_the_status_tells_that_some_failed(site: Site, shell: Shell) -> None:
+    write_rows(shell.home, 500)
+    assert shell.run(*words(site)).code == 9
+
+    ended = shell.run("bulk", "retry-failed", "done")
+
+    assert ended.code == 9, ended
+    assert f"{BAD} rows tried again, {BAD} failed: done" in ended.err
+    check(shell.home, 500)
+
+
 def test_wrong_usage_is_one_line(site: Site, shell: Shell) -> None:
     (shell.home / "in.txt").write_text("a\n")
     run = ["bulk", "run", "in.txt", "--service", site.spec.name]

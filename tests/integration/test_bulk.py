@@ -231,27 +231,28 @@ def test_another_model_is_refused(
         run(later, service.name, tmp_path / "in.jsonl", tmp_path / "out")
 
 
+@pytest.mark.parametrize(("function", "moments"), [("fsync", 13), ("replace", 3), ("ftruncate", 1)])
 def test_a_disk_that_is_full_at_any_moment_ends_the_run_and_the_next_one_goes_on(
-    client: Client, echo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    client: Client, echo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, moments: int
 ) -> None:
     write_rows(tmp_path / "in.jsonl", 500, bad=20)
-    real, synced = os.fsync, 0
+    real, called = getattr(os, function), 0
 
-    def fill_up_at(moment: int) -> Callable[[int], None]:
-        def sync(descriptor: int) -> None:
-            nonlocal synced
-            synced += 1
-            if synced == moment:
+    def fill_up_at(moment: int) -> Callable[..., object]:
+        def call(*words: Any) -> object:
+            nonlocal called
+            called += 1
+            if called == moment:
                 raise OSError(28, "No space left on device")
-            real(descriptor)
+            return real(*words)
 
-        return sync
+        return call
 
     # Each shard is synced up to four times: its errors, its part, the folder and the manifest.
-    for moment in range(1, 14):
-        output, synced = tmp_path / f"out{moment}", 0
+    for moment in range(1, moments + 1):
+        output, called = tmp_path / f"out{moment}", 0
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", fill_up_at(moment))
+            patch.setattr(os, function, fill_up_at(moment))
             with pytest.raises(MillstreamError, match=r"No space left on device.*same command"):
                 run(client, echo, tmp_path / "in.jsonl", output)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +63,20 @@ def test_an_option_that_the_model_would_refuse_is_refused_before_anything_is_wri
             FakeClient().bulk(SERVICE, source, tmp_path / "out", **numbers)
 
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_was_only_touched_goes_on_and_a_changed_one_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for row, text in enumerate(TEXTS):
+        (folder / f"{row:03}").write_text(text)
+    FakeClient().bulk(SERVICE, folder, tmp_path / "out", shard_rows=10)
+
+    os.utime(folder / "012", ns=(1, 1))
+    FakeClient().bulk(SERVICE, folder, tmp_path / "out", shard_rows=10)
+    (folder / "012").write_text(TEXTS[12].upper())
+    with pytest.raises(InvalidRequest, match="the input differs in rows 10 to 19"):
+        FakeClient().bulk(SERVICE, folder, tmp_path / "out", shard_rows=10)
+    (folder / "012").write_text("longer " * 10)
+    with pytest.raises(InvalidRequest, match=r"input\.names and sizes was"):
+        FakeClient().bulk(SERVICE, folder, tmp_path / "out", shard_rows=10)

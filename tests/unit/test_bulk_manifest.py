@@ -81,6 +81,7 @@ def test_damage_in_the_middle_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("now", "change"),
     [
+        (replace(HEADER, version=2), "version was 1 and is 2"),
         (replace(HEADER, service="other"), "service was 'embed' and is 'other'"),
         (replace(HEADER, model={"ref": "n"}), "model.ref was 'm' and is 'n'"),
         (replace(HEADER, options={}), "options.dimensions was 4 and is None"),
@@ -93,4 +94,4 @@ def test_what_changed_is_named(now: Header, change: str) -> None:
 
 
 def test_another_time_of_the_input_is_no_change_by_itself() -> None:
-    assert HEADER.find_changes(replace(HEADER, input={"size": 3, "modified": 2}, run="other")) == []
+    assert HEADER.find_changes(replace(HEADER, input={"size": 3, "modified": 2}, run="other", source="b")) == []

@@ -72,6 +72,14 @@ def test_an_array_takes_vectors_of_one_length_only() -> None:
         find_sink("xml", EMBED)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("layout", ["jsonl", "csv", "npy", "parquet", "openai"])
+def test_a_full_disk_is_an_error_that_says_so(layout: OutputFormat) -> None:
+    results = [Result(row, None, VECTOR, {"custom_id": "x" * 100}) for row in range(1_000)]
+
+    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space left on device"):
+        find_sink(layout, CALL).write(full, results)
+
+
 def test_a_file_that_cannot_be_written_whole_is_not_there(tmp_path: Path) -> None:
     def fail(file: BinaryIO) -> None:
         file.write(b"half")

@@ -13,7 +13,8 @@ from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Json
 from millstream.client.bulk import sources
 from millstream.client.bulk.items import Mark, Row, Shard
-from millstream.client.bulk.sources import InputFormat, Source, open_source
+from millstream.client.bulk.opening import InputFormat, open_source
+from millstream.client.bulk.sources import Source
 
 
 def opened(path: Path, kind: InputFormat = "auto", column: str | None = None, id_column: str | None = None) -> Source:

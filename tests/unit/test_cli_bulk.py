@@ -1,16 +1,20 @@
-"""The progress line of `millstream bulk run`."""
+"""The progress line of `millstream bulk`, and the command that goes on."""
 
 from __future__ import annotations
 
 import io
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from support import eventually
 
 from millstream.cli import bulk_progress
+from millstream.cli.bulk import bulk
 from millstream.cli.bulk_progress import Display, describe
-from millstream.client import BulkProgress
+from millstream.client import BulkProgress, Client
 from millstream.client.bulk.progress import Pace
 
 HALF = BulkProgress(Path("out"), 1_234_567, 20, 0.5, 1234.4, 100.0, 2)
@@ -25,6 +29,45 @@ def test_the_line_has_rows_rate_time_failures_and_workers() -> None:
     assert describe(HALF, 40.0) == "1234567 rows 50%  1,234 rows/s  eta 1m00s  20 failed  2 workers"
     assert describe(BulkProgress(Path("out"), 1, 0, 0.0), 0.0) == "1 row 0%  0 failed  no worker"
     assert len(describe(HALF, 0.0)) < 80
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [
+            "run",
+            "my texts.jsonl",
+            "-o",
+            "out 1",
+            "--service",
+            "chat",
+            "--option",
+            'stop=["\\n", "it\'s"]',
+            "--shard",
+            "1/8",
+        ],
+        ["retry-failed", "out 1", "--window", "64"],
+    ],
+)
+def test_an_interrupted_command_ends_with_130_and_is_printed_in_full_and_quoted(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MILLSTREAM_REDIS_URL", "redis://127.0.0.1:1")
+    monkeypatch.setattr(sys, "argv", ["millstream", "bulk", *words])
+    monkeypatch.setattr(Client, "bulk", interrupt)
+    monkeypatch.setattr(Client, "retry_failed", interrupt)
+    Path("my texts.jsonl").touch()
+    Path("out 1").mkdir()
+
+    ended = CliRunner().invoke(bulk, words)
+
+    assert ended.exit_code == 130
+    command = ended.stderr.partition("To go on: ")[2]
+    assert shlex.split(command) == ["millstream", "bulk", *words]
 
 
 def test_rate_and_time_are_of_this_process_alone() -> None:
