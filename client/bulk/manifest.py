@@ -1,7 +1,7 @@
 """Manifest of a bulk run: which input, service and options it has, and which of its shards are written.
 
-It is a file of JSON lines that only grows. The first line is the header, each finished shard adds one, and so does the
-end of the run. One process at a time may write it.
+It is a file of JSON lines that only grows. The first line is the header, each finished group of shards adds one, and so
+does the end of the run. One process at a time may write it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import io
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Json
@@ -133,10 +133,10 @@ class Manifest:
         self._append({"header": cast(Json, asdict(header))})
         self._record.header = header
 
-    def add(self, note: Note) -> None:
-        """Notes a finished shard. Returns when the disk has it."""
-        self._append({"shard": cast(Json, asdict(note))})
-        self._record.notes.append(note)
+    def add(self, notes: Sequence[Note]) -> None:
+        """Notes the shards of a finished group in one line: all or none of them. Returns when the disk has it."""
+        self._append({"shards": [cast(Json, asdict(note)) for note in notes]})
+        self._record.notes += notes
 
     def finish(self) -> None:
         """Notes that all rows of the input are done."""
@@ -200,10 +200,8 @@ def _parse(lines: bytes, path: Path) -> Record:
             fields = json.loads(line)
             if record.header is None:
                 record.header = Header(**fields["header"])
-            elif "shard" in fields:
-                shard = fields["shard"]
-                begin, end = Mark(*shard.pop("begin")), Mark(*shard.pop("end"))
-                record.notes.append(Note(begin, end, **shard))
+            elif "shards" in fields:
+                record.notes += map(_read_note, fields["shards"])
             else:
                 record.finished = record.finished or fields["finished"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -212,3 +210,7 @@ def _parse(lines: bytes, path: Path) -> Record:
             hint="written by another version, or damaged: begin in a new folder",
         ) from error
     return record
+
+
+def _read_note(fields: dict[str, Any]) -> Note:
+    return Note(Mark(*fields.pop("begin")), Mark(*fields.pop("end")), **fields)

@@ -1,18 +1,25 @@
-"""Sending of a bulk run's shards: detached calls of rows of like length, which a later process finds by their keys."""
+"""Sending of a bulk run's rows: detached calls of rows of like length, which a later process finds by their keys."""
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from millstream.broker.config.spec import ServiceSpec
 from millstream.broker.contract.entry_codec import MAX_ROWS
-from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest, MillstreamError, ResultExpired
+from millstream.broker.contract.errors import (
+    BrokerUnavailable,
+    DeadlineExceeded,
+    InvalidRequest,
+    MillstreamError,
+    ResultExpired,
+)
 from millstream.broker.contract.job import Json
 from millstream.broker.transport.connection import is_transient
-from millstream.client.bulk.items import Shard
+from millstream.client.bulk.items import Row, Shard
 from millstream.client.call_options import CallOptions, find_operation
 from millstream.client.calls import Calls
 from millstream.client.detached import Detached
@@ -21,8 +28,14 @@ from millstream.client.rows import encode_rows, measure_rows
 
 T = TypeVar("T")
 
-CALL_ROWS = 1_024
-"""Rows of a call at most. Several calls are in flight, so that workers never wait for the next one."""
+CALL_ROWS, CALL_BYTES = 1_024, 4 * 1024 * 1024
+"""Rows and bytes of a call at most. Several calls are in flight, so that workers never wait for the next one."""
+
+IN_FLIGHT_BYTES = 64 * 1024 * 1024
+"""Bytes of the rows in flight at most: the memory of a run does not depend on the length of its rows."""
+
+LOOK_S = 1.0
+"""Seconds between two reports of the progress while a call is computed."""
 
 AWAY_S = 300.0
 """Seconds for which the server may be unreachable before a run ends with BrokerUnavailable."""
@@ -35,11 +48,17 @@ LOSSES = 3
 
 
 @dataclass(slots=True)
-class OpenShard:
-    """Shard whose rows are being computed. `outcomes` has those of its rows; `waiting` is the number of its calls."""
+class Group:
+    """Shards whose rows are sorted together, and so finish together. `outcomes` has those of all rows, in order.
 
-    shard: Shard
+    `waiting` is the number of calls without results; `done` rows have an outcome, `failed` of them an error.
+    """
+
+    shards: Sequence[Shard]
+    rows: Sequence[Row]
     outcomes: list[RowOutcome]
+    done: int
+    failed: int
     waiting: int = 0
     fingerprints: set[str] = field(default_factory=set)
     calls: list[Detached] = field(default_factory=list)
@@ -47,19 +66,32 @@ class OpenShard:
 
 @dataclass(slots=True)
 class Chunk:
-    """Rows of a shard that travel in one detached call, by their index in the shard. `key` names the call."""
+    """Rows of a group that travel in one detached call, by their index. `size` is in bytes; `key` names the call."""
 
-    owner: OpenShard
+    owner: Group
     rows: Sequence[int]
+    size: int
     key: str
     detached: Detached | None = None
-    jobs: int = 0
+    received: bool = False
+
+    @property
+    def jobs(self) -> int:
+        """Number of jobs of the call; 0 before it was sent."""
+        return self.detached.jobs if self.detached else 0
+
+    @property
+    def answered(self) -> int:
+        """Number of rows, about, whose answers were read but are not in the group yet."""
+        if self.detached is None or self.received:
+            return 0
+        return len(self.rows) * self.detached.answered // self.detached.jobs
 
 
 class Sending:
     """Sends the rows of a run to one service.
 
-    `run` is the id of the run: the keys of calls, and so the ids of jobs, follow from it, the shard and the rows. So a
+    `run` is the id of the run: the keys of calls, and so the ids of jobs, follow from it, the shards and the rows. So a
     process that goes on with the run gets the calls that an earlier one has sent, whether they wait, run or are done.
     `window` is the number of rows in flight at most.
     """
@@ -75,26 +107,32 @@ class Sending:
         self._call_rows = max(1, min(CALL_ROWS, window // 4, per_job * max(1, self._most_jobs // 4)))
         self._window = window
 
-    def may_send(self, rows: int, jobs: int) -> bool:
-        """Returns whether one more call may be sent beside `rows` rows in `jobs` jobs."""
+    def may_send(self, in_flight: Collection[Chunk]) -> bool:
+        """Returns whether one more call may be sent beside those `in_flight`."""
+        rows, jobs = sum(len(each.rows) for each in in_flight), sum(each.jobs for each in in_flight)
+        if sum(each.size for each in in_flight) >= IN_FLIGHT_BYTES:
+            return False
         return not jobs or (rows + self._call_rows <= self._window and jobs < self._most_jobs)
 
-    def split(self, shard: Shard) -> Iterator[Chunk]:
-        """Yields the calls of a shard, longest rows first. Rows that cannot be sent get their error at once.
+    def split(self, shards: Sequence[Shard]) -> Iterator[Chunk]:
+        """Yields the calls of a group of shards, longest rows first. Rows that cannot be sent get their error at once.
 
-        A shard without a row that can be sent gives one chunk without rows.
+        A group without a row that can be sent gives one chunk without rows.
         """
-        values: list[Json] = [None if isinstance(row.value, MillstreamError) else row.value for row in shard.rows]
-        unread = {at: row.value for at, row in enumerate(shard.rows) if isinstance(row.value, MillstreamError)}
+        rows = [row for shard in shards for row in shard.rows]
+        values: list[Json] = [None if isinstance(row.value, MillstreamError) else row.value for row in rows]
+        unread = {at: row.value for at, row in enumerate(rows) if isinstance(row.value, MillstreamError)}
         sizes, refused = measure_rows(encode_rows(self._operation, values), self._beside)
         errors: dict[int, MillstreamError] = {**refused, **unread}
-        open_shard = OpenShard(shard, [errors.get(at) for at in range(len(values))])
+        group = Group(shards, rows, [errors.get(at) for at in range(len(rows))], len(errors), len(errors))
         order = sorted(sizes.keys() - errors.keys(), key=lambda at: (-sizes[at], at))
-        pieces = [order[at : at + self._call_rows] for at in range(0, len(order), self._call_rows)] or [[]]
-        open_shard.waiting = len(pieces)
-        for number, rows in enumerate(pieces):
-            key = f"bulk:{self._run}:{shard.begin.shard}:{number}x{self._call_rows}:{shard.digest}"
-            yield Chunk(open_shard, rows, key)
+        pieces = _cut(order, sizes, self._call_rows) or [([], 0)]
+        group.waiting = len(pieces)
+        digest = hashlib.sha256("".join(shard.digest for shard in shards).encode()).hexdigest()
+        place = f"{shards[0].begin.shard}+{len(shards)}"
+        for number, (piece, size) in enumerate(pieces):
+            key = f"bulk:{self._run}:{place}:{number}x{self._call_rows}:{digest}"
+            yield Chunk(group, piece, size, key)
 
     def send(self, chunk: Chunk) -> None:
         """Returns when the server has accepted the chunk's jobs. Waits while it refuses them or is unreachable.
@@ -102,35 +140,59 @@ class Sending:
         Raises BrokerUnavailable after AWAY_S, and errors that do not pass by themselves.
         """
         if chunk.rows:
-            inputs = [chunk.owner.shard.rows[at].value for at in chunk.rows]
+            inputs = [chunk.owner.rows[at].value for at in chunk.rows]
             chunk.detached = _insist(
                 lambda: self._calls.submit_detached(self._spec.name, inputs, self._opts, chunk.key)  # type: ignore[arg-type]
             )
-            chunk.jobs = chunk.detached.jobs
 
-    def receive(self, chunk: Chunk) -> None:
-        """Waits until the chunk is computed, and puts the outcomes into its shard. Raises as `send` does."""
+    def receive(self, chunk: Chunk, report: Callable[[], object]) -> None:
+        """Waits until the chunk is computed, and puts the outcomes into its group. Raises as `send` does.
+
+        Calls `report` every LOOK_S seconds.
+        """
+        group = chunk.owner
         if chunk.detached is not None:
-            outcomes = self._wait(chunk)
+            outcomes = self._wait(chunk, report)
             for at, outcome in zip(chunk.rows, outcomes, strict=True):
-                chunk.owner.outcomes[at] = outcome
-            chunk.owner.fingerprints |= chunk.detached.fingerprints
-            chunk.owner.calls.append(chunk.detached)
-        chunk.owner.waiting -= 1
+                group.outcomes[at] = outcome
+            group.done += len(outcomes)
+            group.failed += sum(isinstance(outcome, MillstreamError) for outcome in outcomes)
+            group.fingerprints |= chunk.detached.fingerprints
+            group.calls.append(chunk.detached)
+        group.waiting -= 1
+        chunk.received = True
 
-    def _wait(self, chunk: Chunk) -> list[RowOutcome]:
-        """Returns the outcomes of a chunk. Sends it again if the server has lost them."""
-        for _ in range(LOSSES):
+    def _wait(self, chunk: Chunk, report: Callable[[], object]) -> list[RowOutcome]:
+        """Returns the outcomes of a chunk. Sends it again if the server has lost them, up to LOSSES times."""
+        losses = 0
+        while True:
             try:
-                return _insist(lambda: _detached(chunk).outcomes())
+                return _insist(lambda: _detached(chunk).outcomes(LOOK_S))
+            except DeadlineExceeded:
+                report()
             except ResultExpired:
+                losses += 1
+                if losses > LOSSES:
+                    raise
                 self.send(chunk)
-        return _insist(lambda: _detached(chunk).outcomes())
 
-    def forget(self, open_shard: OpenShard) -> None:
-        """Frees the server's memory of a shard's results. They expire by themselves if the server does not answer."""
-        for detached in open_shard.calls:
+    def forget(self, group: Group) -> None:
+        """Frees the server's memory of a group's results. They expire by themselves if the server does not answer."""
+        for detached in group.calls:
             detached.forget()
+
+
+def _cut(order: Sequence[int], sizes: Mapping[int, int], most_rows: int) -> list[tuple[list[int], int]]:
+    """Cuts rows into pieces of at most `most_rows` rows and about CALL_BYTES. Returns each piece with its bytes."""
+    pieces: list[tuple[list[int], int]] = []
+    piece, total = list[int](), 0
+    for at in order:
+        if piece and (len(piece) == most_rows or total + sizes[at] > CALL_BYTES):
+            pieces.append((piece, total))
+            piece, total = [], 0
+        piece.append(at)
+        total += sizes[at]
+    return [*pieces, (piece, total)] if piece else pieces
 
 
 def _detached(chunk: Chunk) -> Detached:
@@ -150,8 +212,8 @@ def _insist(ask: Callable[[], T]) -> T:
             if not is_transient(error) or time.monotonic() - away_since >= AWAY_S:
                 raise
         except MillstreamError as error:
-            # A queue that is full, a rate limit, a pause: they pass.
-            if not error.retryable:
+            # A queue that is full, a rate limit, a pause: they pass. Time that is over is the caller's to judge.
+            if not error.retryable or isinstance(error, DeadlineExceeded):
                 raise
             away_since = None
         time.sleep(PAUSE_S)

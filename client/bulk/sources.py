@@ -21,7 +21,7 @@ InputFormat = Literal["auto", "jsonl", "csv", "text", "folder"]
 LINE_BYTES = 4 * 1024 * 1024
 """Bytes of a line that are read at most. A row has at most MAX_ROW_BYTES, so a line that is cut fails as a row."""
 
-SHARD_BYTES = 64 * 1024 * 1024
+SHARD_BYTES = 16 * 1024 * 1024
 """Bytes of input after which a shard ends, although it has fewer rows than others."""
 
 _SUFFIXES: Mapping[str, InputFormat] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".txt": "text"}
