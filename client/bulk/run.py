@@ -177,10 +177,10 @@ class _Run:
         rows, failed, position = self._rows, self._failed, float(self._mark.position)
         if chunk:
             group = chunk.owner
-            done = group.done + chunk.answered
             begin, end = group.shards[0].begin.position, group.shards[-1].end.position
-            rows, failed = rows + done, failed + group.failed
-            position = begin + (end - begin) * done / len(group.rows)
+            rows, failed = rows + group.done + round(len(chunk.rows) * chunk.answered), failed + group.failed
+            # The longest rows come first, so their number says little about the time that is left.
+            position = begin + (end - begin) * (group.worked + chunk.size * chunk.answered) / max(1, group.work)
         self._report_at(rows, failed, position / self._size)
 
     def _report_at(self, rows: int, failed: int, share: float) -> BulkProgress:

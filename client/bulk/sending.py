@@ -51,7 +51,8 @@ LOSSES = 3
 class Group:
     """Shards whose rows are sorted together, and so finish together. `outcomes` has those of all rows, in order.
 
-    `waiting` is the number of calls without results; `done` rows have an outcome, `failed` of them an error.
+    `waiting` is the number of calls without results; `done` rows have an outcome, `failed` of them an error. `work` is
+    the size of all rows that are sent, bytes, `worked` of those with an outcome.
     """
 
     shards: Sequence[Shard]
@@ -60,6 +61,8 @@ class Group:
     done: int
     failed: int
     waiting: int = 0
+    work: int = 0
+    worked: int = 0
     fingerprints: set[str] = field(default_factory=set)
     calls: list[Detached] = field(default_factory=list)
 
@@ -81,11 +84,11 @@ class Chunk:
         return self.detached.jobs if self.detached else 0
 
     @property
-    def answered(self) -> int:
-        """Number of rows, about, whose answers were read but are not in the group yet."""
+    def answered(self) -> float:
+        """Share, about, of its rows whose answers were read but are not in the group yet, 0 to 1."""
         if self.detached is None or self.received:
-            return 0
-        return len(self.rows) * self.detached.answered // self.detached.jobs
+            return 0.0
+        return self.detached.answered / self.detached.jobs
 
 
 class Sending:
@@ -127,7 +130,7 @@ class Sending:
         group = Group(shards, rows, [errors.get(at) for at in range(len(rows))], len(errors), len(errors))
         order = sorted(sizes.keys() - errors.keys(), key=lambda at: (-sizes[at], at))
         pieces = _cut(order, sizes, self._call_rows) or [([], 0)]
-        group.waiting = len(pieces)
+        group.waiting, group.work = len(pieces), sum(size for _, size in pieces)
         digest = hashlib.sha256("".join(shard.digest for shard in shards).encode()).hexdigest()
         place = f"{shards[0].begin.shard}+{len(shards)}"
         for number, (piece, size) in enumerate(pieces):
@@ -156,6 +159,7 @@ class Sending:
             for at, outcome in zip(chunk.rows, outcomes, strict=True):
                 group.outcomes[at] = outcome
             group.done += len(outcomes)
+            group.worked += chunk.size
             group.failed += sum(isinstance(outcome, MillstreamError) for outcome in outcomes)
             group.fingerprints |= chunk.detached.fingerprints
             group.calls.append(chunk.detached)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection
 from millstream.client import BulkProgress, Client
+from millstream.client.bulk import sending
 from millstream.client.bulk.manifest import Manifest, read_manifest
 
 
@@ -192,6 +194,27 @@ def test_shards_that_were_written_but_not_noted_are_not_computed_again(
     assert parts == 4
     check(tmp_path / "out", 400, 20)
     assert count_jobs() == before + 2 * undisturbed
+
+
+def test_progress_is_told_while_a_call_is_computed(
+    client: Client, bystander: Callable[..., Bystander], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sending, "LOOK_S", 0.01)
+    service, seen = bystander(batch_size=10, max_queue_size=1_000), list[BulkProgress]()
+    write_rows(tmp_path / "in.jsonl", 103, bad=3)
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(run, client, service.name, tmp_path / "in.jsonl", tmp_path / "out", progress=seen.append)
+        eventually(lambda: service.queue.depth() == 10, within_s=LONG_S)
+        claims = service.claim(10)
+        service.answer_all(claims[:5])
+        eventually(lambda: seen[-1].rows == 53, within_s=LONG_S)
+        service.answer_all(claims[5:])
+        assert done.result(LONG_S).rows == 103
+
+    assert [each.rows for each in seen] == sorted(each.rows for each in seen)
+    assert [each.share for each in seen] == sorted(each.share for each in seen)
+    assert {0 < each.share < 1 for each in seen if each.rows == 53} == {True}
 
 
 def test_a_bulk_run_takes_a_quarter_of_the_queue_at_most(
