@@ -40,8 +40,8 @@ def call(jobs: int, size: int = 0) -> Chunk:
 
 @pytest.mark.parametrize(("own", "most"), [(None, 25), (40, 10), (4_000, 1_000)])
 def test_the_jobs_in_flight_are_a_quarter_of_the_limit_of_the_priority(own: int | None, most: int) -> None:
-    own_limit = {"priorities": {"batch": {"max_queue_size": own}}} if own else {}
-    sending = sending_of(batch_size=1, max_queue_size=100, **own_limit)
+    priorities = {"batch": {"max_queue_size": own}} if own else {}
+    sending = sending_of(batch_size=1, max_queue_size=100, priorities=priorities)
 
     assert sending.may_send([call(most - 1)])
     assert not sending.may_send([call(most)])
