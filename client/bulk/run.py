@@ -30,7 +30,7 @@ Report = Callable[[BulkProgress], object]
 
 
 def run_bulk(calls: Calls, plan: BulkPlan, report: Report) -> BulkProgress:
-    """Does as Client.bulk. `report` gets the progress at the start, after each call, and each second."""
+    """Does as Client.bulk. `report` gets the progress at the start, after each call, and every 2 s."""
     plan.check()
     opts = plan.opts.validate()
     spec = calls.services.read(plan.service)

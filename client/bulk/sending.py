@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from millstream.broker.config.spec import ServiceSpec
@@ -34,8 +35,8 @@ CALL_ROWS, CALL_BYTES = 1_024, 4 * 1024 * 1024
 IN_FLIGHT_BYTES = 64 * 1024 * 1024
 """Bytes of the rows in flight at most: the memory of a run does not depend on the length of its rows."""
 
-LOOK_S = 1.0
-"""Seconds between two reports of the progress while a call is computed."""
+LOOK_S = 2.0
+"""Seconds between two reports of the progress while a call is computed. Each begins with a few quick looks."""
 
 AWAY_S = 300.0
 """Seconds for which the server may be unreachable before a run ends with BrokerUnavailable."""
@@ -171,14 +172,16 @@ class Sending:
         losses = 0
         while True:
             try:
-                return _insist(lambda: _detached(chunk).outcomes(LOOK_S))
-            except DeadlineExceeded:
-                report()
+                outcomes = _insist(partial(_look, chunk))
             except ResultExpired:
                 losses += 1
                 if losses > LOSSES:
                     raise
                 self.send(chunk)
+            else:
+                if outcomes is not None:
+                    return outcomes
+                report()
 
     def forget(self, group: Group) -> None:
         """Frees the server's memory of a group's results. They expire by themselves if the server does not answer."""
@@ -199,10 +202,14 @@ def _cut(order: Sequence[int], sizes: Mapping[int, int], most_rows: int) -> list
     return [*pieces, (piece, total)] if piece else pieces
 
 
-def _detached(chunk: Chunk) -> Detached:
+def _look(chunk: Chunk) -> list[RowOutcome] | None:
+    """Returns the outcomes of a chunk; None if it is not computed within LOOK_S."""
     if chunk.detached is None:
         raise InvalidRequest("a call without rows has no results")
-    return chunk.detached
+    try:
+        return chunk.detached.outcomes(LOOK_S)
+    except DeadlineExceeded:
+        return None
 
 
 def _insist(ask: Callable[[], T]) -> T:
@@ -216,8 +223,8 @@ def _insist(ask: Callable[[], T]) -> T:
             if not is_transient(error) or time.monotonic() - away_since >= AWAY_S:
                 raise
         except MillstreamError as error:
-            # A queue that is full, a rate limit, a pause: they pass. Time that is over is the caller's to judge.
-            if not error.retryable or isinstance(error, DeadlineExceeded):
+            # A queue that is full, a rate limit, a pause: they pass.
+            if not error.retryable:
                 raise
             away_since = None
         time.sleep(PAUSE_S)
