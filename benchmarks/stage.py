@@ -22,6 +22,7 @@ from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.inspector import Inspector, WorkerView
 from millstream.broker.queue.registry import Registry
+from millstream.broker.server.datadir import AppendFsync
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.server.engine import version_text
 from millstream.broker.transport.connection import Connection
@@ -106,11 +107,11 @@ class Team:
 class Stage:
     """One server, and what was started against it; everything ends with `ends`."""
 
-    def __init__(self, home: Path, ends: ExitStack) -> None:
+    def __init__(self, home: Path, ends: ExitStack, appendfsync: AppendFsync = "everysec") -> None:
         self.home = home
         self._ends = ends
         # As the product starts it: AOF, everysec, on a Unix socket.
-        self.server = ends.enter_context(EmbeddedServer.start(home / "data"))
+        self.server = ends.enter_context(EmbeddedServer.start(home / "data", appendfsync=appendfsync))
         self.url = self.server.url
         self.connection = Connection(self.url, name="bench")
         ends.callback(self.connection.close)
@@ -142,7 +143,7 @@ class Stage:
             process = subprocess.Popen(
                 command,
                 cwd=folder or self.home,
-                env=self._environment(),
+                env=self.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -162,7 +163,7 @@ class Stage:
     def driver(self, kind: Literal["client", "raw"], service: str = "-") -> Driver:
         command = [sys.executable, str(HERE / "driver.py"), kind, self.url, service]
         process = subprocess.Popen(
-            command, env=self._environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, env=self.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self._ends.callback(_end, process)
         return Driver(process)
@@ -177,7 +178,7 @@ class Stage:
         """A process of benchmarks/, such as the raw worker, with `environ` beside the usual environment."""
         process = subprocess.Popen(
             [interpreter, str(HERE / file), *words],
-            env={**self._environment(), **environ},
+            env={**self.environment(), **environ},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -185,7 +186,8 @@ class Stage:
         self._ends.callback(_end, process)
         return process
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """Environment of all processes: this server, and nothing of the developer's own settings."""
         ours = {name: value for name, value in os.environ.items() if not name.startswith("MILLSTREAM_")}
         return {**ours, "MILLSTREAM_REDIS_URL": self.url, "HF_HUB_OFFLINE": "1"}
 
@@ -205,7 +207,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 @contextmanager
-def staged() -> Iterator[Stage]:
-    """A stage in a temporary folder."""
+def staged(appendfsync: AppendFsync = "everysec") -> Iterator[Stage]:
+    """A stage in a temporary folder. With "always" a server that is killed has all that it acknowledged."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder, ExitStack() as ends:
-        yield Stage(Path(folder), ends)
+        yield Stage(Path(folder), ends, appendfsync)

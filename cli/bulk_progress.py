@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TextIO
 
@@ -13,6 +14,9 @@ from millstream.client import BulkProgress
 
 TERMINAL_S, LOG_S = 0.5, 10.0
 """Seconds between two lines on a terminal, and elsewhere."""
+
+GAP = "  "
+"""Text between two parts of a line."""
 
 DEFAULT_COLUMNS = 80
 """Columns of a terminal that does not say how many it has."""
@@ -60,25 +64,35 @@ class Display:
         if self._latest is None:
             return
         progress, since = self._latest
-        line = describe(progress, time.monotonic() - since)
+        parts = describe(progress, time.monotonic() - since)
         if self._terminal:
             # Not into the last column: some terminals then begin a new line.
-            self._out.write(f"\r{line[: _count_columns(self._out) - 1]}\x1b[K")
+            self._out.write(f"\r{fit(parts, _count_columns(self._out) - 1)}\x1b[K")
         else:
-            self._out.write(f"{line}\n")
+            self._out.write(f"{GAP.join(parts)}\n")
         self._out.flush()
 
 
-def describe(progress: BulkProgress, since_s: float) -> str:
-    """Returns a short line about a progress that is `since_s` seconds old."""
-    parts = [f"{quantity(progress.rows, 'row')} {progress.share:.0%}"]
+def describe(progress: BulkProgress, since_s: float) -> Sequence[str]:
+    """Returns the parts of a line about a progress that is `since_s` seconds old, the most important first."""
+    parts = [f"{progress.rows:,} row{'s' if progress.rows != 1 else ''} {progress.share:.0%}"]
     if progress.rate:
         parts.append(f"{progress.rate:,.0f} rows/s" if progress.rate >= 10 else f"{progress.rate:.2g} rows/s")
     if progress.eta_s is not None and progress.share < 1.0:
         parts.append(f"eta {age(round(max(0.0, progress.eta_s - since_s) * 1000))}")
-    parts.append(f"{progress.failed} failed")
+    parts.append(f"{progress.failed:,} failed")
     parts.append(quantity(progress.workers, "worker") if progress.workers else "no worker")
-    return "  ".join(parts)
+    return parts
+
+
+def fit(parts: Sequence[str], columns: int) -> str:
+    """Returns a line of at most `columns` columns with as many of the first parts as fit, none of them cut."""
+    line = parts[0][:columns]
+    for part in parts[1:]:
+        if len(line) + len(GAP) + len(part) > columns:
+            break
+        line += GAP + part
+    return line
 
 
 def _count_columns(out: TextIO) -> int:

@@ -345,7 +345,7 @@ class Client:
 
         The same call goes on if an earlier one ended before its end: shards of `shard_rows` rows that are finished are
         not computed again, and rows that are still in the queue are adopted. Memory is bounded by `window`, the number
-        of rows in flight. Blocks until the end, and returns the last progress; `progress` is called after each shard.
+        of rows in flight. Blocks until the end, and returns the last progress; `progress` gets it every 2 s or sooner.
 
         `input` is a file of JSON lines, CSV, Parquet or lines of text, by its suffix or `input_format`; a folder of
         text files; or "-", standard input. `column` is the field that is sent, by default the whole line; `id_column`

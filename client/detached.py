@@ -110,6 +110,11 @@ class Detached:
         return len(self._parts)
 
     @property
+    def answered(self) -> int:
+        """Number of jobs whose answers were read so far."""
+        return len(self._replies)
+
+    @property
     def fingerprints(self) -> frozenset[str]:
         """Fingerprints of the weights that made the answers which were read so far."""
         replies = [reply for reply in self._replies.values() if isinstance(reply, Reply)]

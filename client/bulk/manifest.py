@@ -1,7 +1,7 @@
 """Manifest of a bulk run: which input, service and options it has, and which of its shards are written.
 
-It is a file of JSON lines that only grows. The first line is the header, each finished shard adds one, and so does the
-end of the run, and each step of a retry of rows that failed. One process at a time may write it.
+It is a file of JSON lines that only grows. The first line is the header, each finished group of shards adds one, and so
+does the end of the run, and each step of a retry of rows that failed. One process at a time may write it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Json
@@ -169,10 +169,10 @@ class Manifest:
         self._append({"header": cast(Json, asdict(header))})
         self._record.header = header
 
-    def add(self, note: Note) -> None:
-        """Notes a finished shard. Returns when the disk has it."""
-        self._append({"shard": cast(Json, asdict(note))})
-        self._record.notes.append(note)
+    def add(self, notes: Sequence[Note]) -> None:
+        """Notes the shards of a finished group in one line: all or none of them. Returns when the disk has it."""
+        self._append({"shards": [cast(Json, asdict(note)) for note in notes]})
+        self._record.notes += notes
 
     @property
     def retry(self) -> Retry | None:
@@ -252,10 +252,8 @@ def _parse(lines: bytes, path: Path) -> Record:
             fields = json.loads(line)
             if record.header is None:
                 record.header = Header(**fields["header"])
-            elif "shard" in fields:
-                shard = fields["shard"]
-                begin, end = Mark(*shard.pop("begin")), Mark(*shard.pop("end"))
-                record.notes.append(Note(begin, end, **shard))
+            elif "shards" in fields:
+                record.notes += map(_read_note, fields["shards"])
             elif "retry" in fields:
                 record.apply(Retry(**fields["retry"]))
             else:
@@ -266,3 +264,7 @@ def _parse(lines: bytes, path: Path) -> Record:
             hint="written by another version, or damaged: begin in a new folder",
         ) from error
     return record
+
+
+def _read_note(fields: dict[str, Any]) -> Note:
+    return Note(Mark(*fields.pop("begin")), Mark(*fields.pop("end")), **fields)

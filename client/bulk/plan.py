@@ -23,6 +23,9 @@ STDIN = "-"
 SHARD_ROWS, SHARD_TEXTS = 2_048, 256
 """Rows of a shard by default: of texts to compute in batches, and of texts to generate, which take longer."""
 
+GROUP_SHARDS = 4
+"""Shards whose rows are sorted by length together. Texts to generate are not sorted: slots need no like lengths."""
+
 WINDOW = 8_192
 """Rows in flight at most by default."""
 
@@ -83,6 +86,10 @@ class BulkPlan:
     def rows_of_shard(self, spec: ServiceSpec) -> int:
         """Returns the number of rows of a shard."""
         return self.shard_rows or (SHARD_TEXTS if spec.model.operation.streams else SHARD_ROWS)
+
+    def shards_of_group(self, spec: ServiceSpec) -> int:
+        """Returns the number of shards whose rows are sorted together."""
+        return 1 if spec.model.operation.streams else GROUP_SHARDS
 
     def describe(self, spec: ServiceSpec, source: Source) -> Header:
         """Returns the header of a new run with this plan."""

@@ -10,7 +10,8 @@ from pathlib import Path
 class BulkProgress:
     """State of a bulk run whose results are in `output`.
 
-    `rows` are done, `failed` of them with an error; `share` of the input was read for them, 0 to 1. `rate` is in rows
+    `rows` have a result or an error, `failed` of them an error; `share` of the input was read for them, 0 to 1. Results
+    of the last ones may not be written yet. `rate` is in rows
     a second, of this process; `eta_s` are seconds until the end at that rate, None if there is no rate yet.
     """
 

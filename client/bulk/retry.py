@@ -27,7 +27,7 @@ from millstream.client.bulk.plan import STDIN, WINDOW, BulkPlan
 from millstream.client.bulk.progress import BulkProgress, Pace
 from millstream.client.bulk.results import collect
 from millstream.client.bulk.resuming import begin, open_input
-from millstream.client.bulk.sending import Chunk, OpenShard, Sending
+from millstream.client.bulk.sending import Chunk, Group, Sending
 from millstream.client.bulk.sinks import find_sink
 from millstream.client.bulk.sources import Source
 from millstream.client.bulk.staging import clear, stage
@@ -135,24 +135,24 @@ class _Retry:
 
     def _do(self, step: Sequence[Failed], is_last: bool) -> None:
         """Runs the rows of a few shards, and replaces the files that change."""
-        tag, done = f"{self._manifest.steps}", list[OpenShard]()
+        tag, groups = f"{self._manifest.steps}", list[Group]()
         try:
-            change = self._stage(step, is_last, tag, done)
+            change = self._stage(step, is_last, tag, groups)
         except BaseException:
             # A full disk needs the room. Behind this block the manifest may have the note, and needs the files.
             clear(self._folder)
             raise
         self._manifest.replace(change)
         with suppress(BrokerUnavailable):
-            for open_shard in done:
-                self._sending.forget(open_shard)
+            for group in groups:
+                self._sending.forget(group)
 
-    def _stage(self, step: Sequence[Failed], is_last: bool, tag: str, done: list[OpenShard]) -> Retry:
-        """Stages the new files of a few shards. Returns the note of the change; `done` gets the shards."""
+    def _stage(self, step: Sequence[Failed], is_last: bool, tag: str, groups: list[Group]) -> Retry:
+        """Stages the new files of a few shards. Returns the note of the change; `groups` gets their rows."""
         files, lines, failures = list[str](), dict[int, bytes](), dict[str, int]()
-        for failed, open_shard in zip(step, self._compute(step), strict=True):
-            done.append(open_shard)
-            results = self._collect(failed.note, open_shard)
+        for failed, group in zip(step, self._compute(step), strict=True):
+            groups.append(group)
+            results = self._collect(failed.note, group)
             again = encode_errors(results)
             lines |= {row: again.get(row, b"") for row in failed.rows}
             failures[str(failed.note.begin.shard)] = len(again)
@@ -165,23 +165,19 @@ class _Retry:
         upto = step[-1].note.begin.shard + 1
         return Retry(self._number, upto, is_last, failures, new_end, [*files, ERRORS], tag)
 
-    def _compute(self, step: Sequence[Failed]) -> Iterator[OpenShard]:
+    def _compute(self, step: Sequence[Failed]) -> Iterator[Group]:
         """Yields each shard of a step once its rows have outcomes. Sends as many calls at once as may be in flight."""
-        chunks = (chunk for failed in step for chunk in self._sending.split(self._read(failed)))
+        chunks = (chunk for failed in step for chunk in self._sending.split([self._read(failed)]))
         in_flight, following = deque[Chunk](), next(chunks, None)
         while following or in_flight:
-            while following and self._may_send(in_flight):
+            while following and self._sending.may_send(in_flight):
                 self._sending.send(following)
                 in_flight.append(following)
                 following = next(chunks, None)
             chunk = in_flight.popleft()
-            self._sending.receive(chunk)
+            self._sending.receive(chunk, lambda: None)
             if not chunk.owner.waiting:
                 yield chunk.owner
-
-    def _may_send(self, in_flight: Sequence[Chunk]) -> bool:
-        rows, jobs = sum(len(each.rows) for each in in_flight), sum(each.jobs for each in in_flight)
-        return not in_flight or self._sending.may_send(rows, jobs)
 
     def _read(self, failed: Failed) -> Shard:
         """Returns the failed rows of a shard. Raises InvalidRequest if the input is another one now."""
@@ -194,15 +190,16 @@ class _Retry:
             )
         return keep_rows(shard, failed.rows)
 
-    def _collect(self, note: Note, open_shard: OpenShard) -> list[Result]:
-        found = open_shard.fingerprints - {note.fingerprint}
+    def _collect(self, note: Note, group: Group) -> list[Result]:
+        found = group.fingerprints - {note.fingerprint}
         if found and note.fingerprint:
             raise MixedModels(
                 f"the service's weights changed since the run: {', '.join(sorted(found))}"[:500],
                 hint="go on once all workers run the weights of the finished shards, or begin in a new folder",
             )
         service, created = self._header.service, int(time.time())
-        return collect(open_shard.shard, open_shard.outcomes, open_shard.tokens, self._header.run, service, created)
+        ((shard, outcomes, tokens),) = group.by_shard()
+        return collect(shard, outcomes, tokens, self._header.run, service, created)
 
     def _merge(self, failed: Failed, results: Sequence[Result], tag: str) -> None:
         note, before = failed.note, self._folder / failed.note.file

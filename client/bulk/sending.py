@@ -1,17 +1,26 @@
-"""Sending of a bulk run's shards: detached calls of rows of like length, which a later process finds by their keys."""
+"""Sending of a bulk run's rows: detached calls of rows of like length, which a later process finds by their keys."""
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import TypeVar
 
 from millstream.broker.config.spec import ServiceSpec
 from millstream.broker.contract.entry_codec import MAX_ROWS
-from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest, MillstreamError, ResultExpired
+from millstream.broker.contract.errors import (
+    BrokerUnavailable,
+    DeadlineExceeded,
+    InvalidRequest,
+    MillstreamError,
+    ResultExpired,
+)
 from millstream.broker.transport.connection import is_transient
-from millstream.client.bulk.items import Shard
+from millstream.client.bulk.items import Row, Shard
 from millstream.client.bulk.row_groups import RowGroup, group_rows
 from millstream.client.call_options import CallOptions, find_operation
 from millstream.client.calls import Calls
@@ -20,8 +29,14 @@ from millstream.client.row_results import RowOutcome
 
 T = TypeVar("T")
 
-CALL_ROWS = 1_024
-"""Rows of a call at most. Several calls are in flight, so that workers never wait for the next one."""
+CALL_ROWS, CALL_BYTES = 1_024, 4 * 1024 * 1024
+"""Rows and bytes of a call at most. Several calls are in flight, so that workers never wait for the next one."""
+
+IN_FLIGHT_BYTES = 64 * 1024 * 1024
+"""Bytes of the rows in flight at most: the memory of a run does not depend on the length of its rows."""
+
+LOOK_S = 2.0
+"""Seconds between two reports of the progress while a call is computed. Each begins with a few quick looks."""
 
 AWAY_S = 300.0
 """Seconds for which the server may be unreachable before a run ends with BrokerUnavailable."""
@@ -34,36 +49,62 @@ LOSSES = 3
 
 
 @dataclass(slots=True)
-class OpenShard:
-    """Shard whose rows are being computed. `outcomes` and `tokens` have those of its rows.
+class Group:
+    """Shards whose rows are sorted together, and so finish together. `outcomes`, `tokens` have those of all rows.
 
-    `waiting` is the number of its calls.
+    `waiting` is the number of calls without results; `done` rows have an outcome, `failed` of them an error. `work` is
+    the size of all rows that are sent, bytes, `worked` of those with an outcome.
     """
 
-    shard: Shard
+    shards: Sequence[Shard]
+    rows: Sequence[Row]
     outcomes: list[RowOutcome]
     tokens: list[int]
+    done: int
+    failed: int
     waiting: int = 0
+    work: int = 0
+    worked: int = 0
     fingerprints: set[str] = field(default_factory=set)
     calls: list[Detached] = field(default_factory=list)
+
+    def by_shard(self) -> Iterator[tuple[Shard, Sequence[RowOutcome], Sequence[int]]]:
+        """Yields each shard with the outcomes and the tokens of its rows."""
+        outcomes, tokens = iter(self.outcomes), iter(self.tokens)
+        for shard in self.shards:
+            count = len(shard.rows)
+            yield shard, list(islice(outcomes, count)), list(islice(tokens, count))
 
 
 @dataclass(slots=True)
 class Chunk:
-    """Rows of a shard that travel in one detached call, by their index in the shard. `key` names the call."""
+    """Rows of a group that travel in one detached call, by their index. `size` is in bytes; `key` names the call."""
 
-    owner: OpenShard
+    owner: Group
     rows: Sequence[int]
+    size: int
     key: str
     opts: CallOptions
     detached: Detached | None = None
-    jobs: int = 0
+    received: bool = False
+
+    @property
+    def jobs(self) -> int:
+        """Number of jobs of the call; 0 before it was sent."""
+        return self.detached.jobs if self.detached else 0
+
+    @property
+    def answered(self) -> float:
+        """Share, about, of its rows whose answers were read but are not in the group yet, 0 to 1."""
+        if self.detached is None or self.received:
+            return 0.0
+        return self.detached.answered / self.detached.jobs
 
 
 class Sending:
     """Sends the rows of a run to one service.
 
-    `run` is the id of the run: the keys of calls, and so the ids of jobs, follow from it, the shard and the rows. So a
+    `run` is the id of the run: the keys of calls, and so the ids of jobs, follow from it, the shards and the rows. So a
     process that goes on with the run gets the calls that an earlier one has sent, whether they wait, run or are done.
     `window` is the number of rows in flight at most.
     """
@@ -77,27 +118,35 @@ class Sending:
         self._call_rows = max(1, min(CALL_ROWS, window // 4, per_job * max(1, self._most_jobs // 4)))
         self._window = window
 
-    def may_send(self, rows: int, jobs: int) -> bool:
-        """Returns whether one more call may be sent beside `rows` rows in `jobs` jobs."""
+    def may_send(self, in_flight: Collection[Chunk]) -> bool:
+        """Returns whether one more call may be sent beside those `in_flight`."""
+        rows, jobs = sum(len(each.rows) for each in in_flight), sum(each.jobs for each in in_flight)
+        if sum(each.size for each in in_flight) >= IN_FLIGHT_BYTES:
+            return False
         return not jobs or (rows + self._call_rows <= self._window and jobs < self._most_jobs)
 
-    def split(self, shard: Shard) -> Iterator[Chunk]:
-        """Yields the calls of a shard, longest rows first. Rows that cannot be sent get their error at once.
+    def split(self, shards: Sequence[Shard]) -> Iterator[Chunk]:
+        """Yields the calls of a group of shards, longest rows first. Rows that cannot be sent get their error at once.
 
-        A shard without a row that can be sent gives one chunk without rows.
+        A group without a row that can be sent gives one chunk without rows.
         """
-        groups, errors = group_rows(self._calls, self._spec, self._opts, shard.rows)
-        open_shard = OpenShard(shard, [errors.get(at) for at in range(len(shard.rows))], [0] * len(shard.rows))
-        pieces = [piece for group in groups for piece in self._cut(group)] or [(self._opts, [])]
-        open_shard.waiting = len(pieces)
-        for number, (opts, rows) in enumerate(pieces):
-            key = f"bulk:{self._run}:{shard.begin.shard}:{number}x{self._call_rows}:{shard.digest}"
-            yield Chunk(open_shard, rows, key, opts)
+        rows = [row for shard in shards for row in shard.rows]
+        groups, errors = group_rows(self._calls, self._spec, self._opts, rows)
+        outcomes: list[RowOutcome] = [errors.get(at) for at in range(len(rows))]
+        group = Group(shards, rows, outcomes, [0] * len(rows), len(errors), len(errors))
+        pieces = [piece for each in groups for piece in self._cut(each)] or [(self._opts, [], 0)]
+        group.waiting, group.work = len(pieces), sum(size for _, _, size in pieces)
+        digest = hashlib.sha256("".join(shard.digest for shard in shards).encode()).hexdigest()
+        place = f"{shards[0].begin.shard}+{len(shards)}"
+        for number, (opts, piece, size) in enumerate(pieces):
+            key = f"bulk:{self._run}:{place}:{number}x{self._call_rows}:{digest}"
+            yield Chunk(group, piece, size, key, opts)
 
-    def _cut(self, group: RowGroup) -> Iterator[tuple[CallOptions, Sequence[int]]]:
+    def _cut(self, group: RowGroup) -> Iterator[tuple[CallOptions, Sequence[int], int]]:
+        """Yields the calls of rows with equal options: their options, rows, and bytes."""
         order = sorted(group.sizes, key=lambda at: (-group.sizes[at], at))
-        for at in range(0, len(order), self._call_rows):
-            yield group.opts, order[at : at + self._call_rows]
+        for piece, size in _cut(order, group.sizes, self._call_rows):
+            yield group.opts, piece, size
 
     def send(self, chunk: Chunk) -> None:
         """Returns when the server has accepted the chunk's jobs. Waits while it refuses them or is unreachable.
@@ -105,41 +154,72 @@ class Sending:
         Raises BrokerUnavailable after AWAY_S, and errors that do not pass by themselves.
         """
         if chunk.rows:
-            inputs = [chunk.owner.shard.rows[at].value for at in chunk.rows]
+            inputs = [chunk.owner.rows[at].value for at in chunk.rows]
             chunk.detached = _insist(
                 lambda: self._calls.submit_detached(self._spec.name, inputs, chunk.opts, chunk.key)  # type: ignore[arg-type]
             )
-            chunk.jobs = chunk.detached.jobs
 
-    def receive(self, chunk: Chunk) -> None:
-        """Waits until the chunk is computed, and puts the outcomes into its shard. Raises as `send` does."""
+    def receive(self, chunk: Chunk, report: Callable[[], object]) -> None:
+        """Waits until the chunk is computed, and puts the outcomes into its group. Raises as `send` does.
+
+        Calls `report` every LOOK_S seconds.
+        """
+        group = chunk.owner
         if chunk.detached is not None:
-            outcomes = self._wait(chunk)
+            outcomes = self._wait(chunk, report)
             for at, outcome, tokens in zip(chunk.rows, outcomes, chunk.detached.row_tokens(), strict=True):
-                chunk.owner.outcomes[at], chunk.owner.tokens[at] = outcome, tokens
-            chunk.owner.fingerprints |= chunk.detached.fingerprints
-            chunk.owner.calls.append(chunk.detached)
-        chunk.owner.waiting -= 1
+                group.outcomes[at], group.tokens[at] = outcome, tokens
+            group.done += len(outcomes)
+            group.worked += chunk.size
+            group.failed += sum(isinstance(outcome, MillstreamError) for outcome in outcomes)
+            group.fingerprints |= chunk.detached.fingerprints
+            group.calls.append(chunk.detached)
+        group.waiting -= 1
+        chunk.received = True
 
-    def _wait(self, chunk: Chunk) -> list[RowOutcome]:
-        """Returns the outcomes of a chunk. Sends it again if the server has lost them."""
-        for _ in range(LOSSES):
+    def _wait(self, chunk: Chunk, report: Callable[[], object]) -> list[RowOutcome]:
+        """Returns the outcomes of a chunk. Sends it again if the server has lost them, up to LOSSES times."""
+        losses = 0
+        while True:
             try:
-                return _insist(lambda: _detached(chunk).outcomes())
+                outcomes = _insist(partial(_look, chunk))
             except ResultExpired:
+                losses += 1
+                if losses > LOSSES:
+                    raise
                 self.send(chunk)
-        return _insist(lambda: _detached(chunk).outcomes())
+            else:
+                if outcomes is not None:
+                    return outcomes
+                report()
 
-    def forget(self, open_shard: OpenShard) -> None:
-        """Frees the server's memory of a shard's results. They expire by themselves if the server does not answer."""
-        for detached in open_shard.calls:
+    def forget(self, group: Group) -> None:
+        """Frees the server's memory of a group's results. They expire by themselves if the server does not answer."""
+        for detached in group.calls:
             detached.forget()
 
 
-def _detached(chunk: Chunk) -> Detached:
+def _cut(order: Sequence[int], sizes: Mapping[int, int], most_rows: int) -> list[tuple[list[int], int]]:
+    """Cuts rows into pieces of at most `most_rows` rows and about CALL_BYTES. Returns each piece with its bytes."""
+    pieces: list[tuple[list[int], int]] = []
+    piece, total = list[int](), 0
+    for at in order:
+        if piece and (len(piece) == most_rows or total + sizes[at] > CALL_BYTES):
+            pieces.append((piece, total))
+            piece, total = [], 0
+        piece.append(at)
+        total += sizes[at]
+    return [*pieces, (piece, total)] if piece else pieces
+
+
+def _look(chunk: Chunk) -> list[RowOutcome] | None:
+    """Returns the outcomes of a chunk; None if it is not computed within LOOK_S."""
     if chunk.detached is None:
         raise InvalidRequest("a call without rows has no results")
-    return chunk.detached
+    try:
+        return chunk.detached.outcomes(LOOK_S)
+    except DeadlineExceeded:
+        return None
 
 
 def _insist(ask: Callable[[], T]) -> T:

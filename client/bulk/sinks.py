@@ -135,9 +135,15 @@ _SINKS: Mapping[str, Sink] = MappingProxyType(
 )
 
 
+_DIGITS: Mapping[str, str] = MappingProxyType({"e": "%.5g", "f": "%.9g", "d": "%.17g"})
+"""Formats with enough digits to give the same number when read, by the character of a dtype: float16, 32 and 64."""
+
+
 def _to_json(outcome: RowOutcome) -> str:
     if isinstance(outcome, np.ndarray):
-        return f"[{','.join(outcome.astype(np.str_).tolist())}]"
+        # One format for all numbers takes a quarter of the time of numpy's shortest digits, which matters to the rate.
+        number = _DIGITS.get(outcome.dtype.char, "%d")
+        return f"[{','.join([number] * len(outcome))}]" % tuple(outcome.tolist())
     return json.dumps(outcome.json() if isinstance(outcome, Generated) else outcome, separators=(",", ":"))
 
 

@@ -21,7 +21,7 @@ from millstream.client.bulk.items import Mark, Row, Shard
 LINE_BYTES = 4 * 1024 * 1024
 """Bytes of a line that are read at most. A row has at most MAX_ROW_BYTES, so a line that is cut fails as a row."""
 
-SHARD_BYTES = 64 * 1024 * 1024
+SHARD_BYTES = 16 * 1024 * 1024
 """Bytes of input after which a shard ends, although it has fewer rows than others."""
 
 Identity = dict[str, Json]
@@ -212,7 +212,7 @@ def read_json(lines: Lines, column: str | None, id_column: str | None) -> Iterat
 def _parse(line: str, column: str | None, id_column: str | None) -> Row:
     """Returns the row of a line: all of its JSON value, or one field of it."""
     try:
-        value = cast(Json, json.loads(line, parse_constant=_refuse_constant))
+        value = cast(Json, _DECODER.decode(line))
     except (ValueError, RecursionError) as error:
         return Row(None, InvalidRequest(f"not JSON: {error}"[:200]))
     if column is None and id_column is None:
@@ -231,6 +231,10 @@ def _parse(line: str, column: str | None, id_column: str | None) -> Row:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+"""One for all rows: `json.loads` with a parse_constant would make one for each."""
 
 
 class FolderSource:

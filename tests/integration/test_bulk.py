@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection
 from millstream.client import BulkProgress, Client
+from millstream.client.bulk import sending
+from millstream.client.bulk.manifest import Manifest, read_manifest
 
 
 class Ended(Exception):
@@ -62,11 +65,10 @@ def run(client: Client, service: str, source: Path, output: Path, **more: Any) -
 
 
 def end_after(shards: int) -> Callable[[BulkProgress], None]:
-    seen: list[BulkProgress] = []
+    """Ends the run once so many shards are noted, or a few more: those of a group are noted together."""
 
     def report(progress: BulkProgress) -> None:
-        seen.append(progress)
-        if len(seen) > shards:
+        if len(read_manifest(progress.output)[0].notes) >= shards:
             raise Ended
 
     return report
@@ -106,12 +108,12 @@ def test_a_run_that_ended_goes_on_and_never_does_a_finished_shard_again(
 ) -> None:
     write_rows(tmp_path / "in.jsonl", 1_000, bad=20)
     with pytest.raises(Ended):
-        run(client, echo, tmp_path / "in.jsonl", tmp_path / "out", progress=end_after(7))
+        run(client, echo, tmp_path / "in.jsonl", tmp_path / "out", progress=end_after(8))
     before = {part.name: part.stat().st_mtime_ns for part in (tmp_path / "out").glob("part-*")}
 
     run(client, echo, tmp_path / "in.jsonl", tmp_path / "out")
 
-    assert len(before) == 7
+    assert len(before) == 8
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in before} == before
     check(tmp_path / "out", 1_000, 20)
 
@@ -143,7 +145,8 @@ def test_rows_that_are_in_the_queue_are_adopted_and_not_sent_again(
     client: Client, bystander: Callable[..., Bystander], tmp_path: Path
 ) -> None:
     service = bystander(batch_size=10, max_queue_size=1_000)
-    write_rows(tmp_path / "in.jsonl", 40)
+    # Rows of three shards share the jobs.
+    write_rows(tmp_path / "in.jsonl", 120)
     # The process is killed while its rows wait: nobody serves them.
     code = (
         "import sys; from millstream.client import Client\n"
@@ -152,17 +155,66 @@ def test_rows_that_are_in_the_queue_are_adopted_and_not_sent_again(
     words = [client._calls.connection.url, service.name, str(tmp_path / "in.jsonl"), str(tmp_path / "out")]
     process = subprocess.Popen([sys.executable, "-c", code, *words])
     try:
-        eventually(lambda: service.queue.depth() == 4, within_s=LONG_S)
+        eventually(lambda: service.queue.depth() == 12, within_s=LONG_S)
     finally:
         process.kill()
         process.wait()
-    service.answer_all(service.claim(4))
+    service.answer_all(service.claim(12))
 
     with serving(service) as depths:
         run(client, service.name, tmp_path / "in.jsonl", tmp_path / "out")
 
     assert max(depths) == 0
-    assert len(results_of(tmp_path / "out")) == 40
+    assert len(results_of(tmp_path / "out")) == 120
+
+
+def test_shards_that_were_written_but_not_noted_are_not_computed_again(
+    client: Client, echo: str, connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "in.jsonl", 400, bad=20)
+
+    def count_jobs() -> int:
+        return connection.client.xinfo_stream(ServiceKeys(echo).stream("batch"))["entries-added"]  # type: ignore[arg-type,no-any-return]
+
+    def end(*_: object) -> None:
+        raise Ended
+
+    run(client, echo, tmp_path / "in.jsonl", tmp_path / "first")
+    before = count_jobs()
+    run(client, echo, tmp_path / "in.jsonl", tmp_path / "whole")
+    undisturbed = count_jobs() - before
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "add", end)
+        with pytest.raises(Ended):
+            run(client, echo, tmp_path / "in.jsonl", tmp_path / "out")
+    parts = len(list((tmp_path / "out").glob("part-*")))
+
+    run(client, echo, tmp_path / "in.jsonl", tmp_path / "out")
+
+    assert parts == 4
+    check(tmp_path / "out", 400, 20)
+    assert count_jobs() == before + 2 * undisturbed
+
+
+def test_progress_is_told_while_a_call_is_computed(
+    client: Client, bystander: Callable[..., Bystander], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sending, "LOOK_S", 0.01)
+    service, seen = bystander(batch_size=10, max_queue_size=1_000), list[BulkProgress]()
+    write_rows(tmp_path / "in.jsonl", 103, bad=3)
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(run, client, service.name, tmp_path / "in.jsonl", tmp_path / "out", progress=seen.append)
+        eventually(lambda: service.queue.depth() == 10, within_s=LONG_S)
+        claims = service.claim(10)
+        service.answer_all(claims[:5])
+        eventually(lambda: seen[-1].rows == 53, within_s=LONG_S)
+        service.answer_all(claims[5:])
+        assert done.result(LONG_S).rows == 103
+
+    assert [each.rows for each in seen] == sorted(each.rows for each in seen)
+    assert [each.share for each in seen] == sorted(each.share for each in seen)
+    assert {0 < each.share < 1 for each in seen if each.rows == 53} == {True}
 
 
 def test_a_bulk_run_takes_a_quarter_of_the_queue_at_most(

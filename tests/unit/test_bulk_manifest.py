@@ -20,7 +20,7 @@ def begun(folder: Path) -> None:
         assert manifest.header is None
         manifest.begin(HEADER)
         for note in NOTES:
-            manifest.add(note)
+            manifest.add([note])
 
 
 def test_a_later_process_reads_what_was_noted_and_goes_on(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_a_later_process_reads_what_was_noted_and_goes_on(tmp_path: Path) -> Non
 
     with Manifest(tmp_path / "out") as manifest:
         assert (manifest.header, manifest.notes) == (HEADER, NOTES)
-        manifest.add(NOTES[0])
+        manifest.add([NOTES[0]])
 
         assert read_manifest(tmp_path / "out") == (Record(HEADER, [*NOTES, NOTES[0]]), True)
         manifest.finish()
@@ -48,7 +48,7 @@ def test_half_a_line_at_the_end_is_removed(tmp_path: Path) -> None:
             complete = len([end for end in ends if end <= cut])
             assert len(manifest.notes) == max(0, complete - 1)
             assert (manifest.header is None) == (complete == 0)
-            (manifest.begin(HEADER) if manifest.header is None else manifest.add(NOTES[2]))
+            (manifest.begin(HEADER) if manifest.header is None else manifest.add([NOTES[2]]))
         with Manifest(tmp_path) as manifest:
             assert manifest.header == HEADER
 

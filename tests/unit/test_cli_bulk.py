@@ -13,7 +13,7 @@ from support import eventually
 
 from millstream.cli import bulk_progress
 from millstream.cli.bulk import bulk
-from millstream.cli.bulk_progress import Display, describe
+from millstream.cli.bulk_progress import GAP, Display, describe, fit
 from millstream.client import BulkProgress, Client
 from millstream.client.bulk.progress import Pace
 
@@ -26,9 +26,21 @@ class Terminal(io.StringIO):
 
 
 def test_the_line_has_rows_rate_time_failures_and_workers() -> None:
-    assert describe(HALF, 40.0) == "1234567 rows 50%  1,234 rows/s  eta 1m00s  20 failed  2 workers"
-    assert describe(BulkProgress(Path("out"), 1, 0, 0.0), 0.0) == "1 row 0%  0 failed  no worker"
-    assert len(describe(HALF, 0.0)) < 80
+    line = "1,234,567 rows 50%  1,234 rows/s  eta 1m00s  20 failed  2 workers"
+    assert GAP.join(describe(HALF, 40.0)) == line
+    assert GAP.join(describe(BulkProgress(Path("out"), 1, 0, 0.0), 0.0)) == "1 row 0%  0 failed  no worker"
+    assert fit(describe(HALF, 40.0), 79) == line
+
+
+@pytest.mark.parametrize("columns", [5, 18, 19, 40, 79, 160])
+def test_a_narrow_terminal_gets_whole_parts_in_one_line(columns: int) -> None:
+    parts = describe(HALF, 40.0)
+
+    line = fit(parts, columns)
+
+    assert len(line) <= columns
+    assert line in (parts[0][:columns], *(GAP.join(parts[:count]) for count in range(1, 6)))
+    assert columns < 79 or line == GAP.join(parts)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +95,7 @@ def test_a_terminal_gets_one_line_that_changes_and_a_log_none_before_its_time() 
         with Display(out) as display:
             display.show(HALF)
 
-    assert terminal.getvalue().startswith("\r1234567 rows")
+    assert terminal.getvalue().startswith("\r1,234,567 rows")
     assert terminal.getvalue().endswith("\x1b[K\n")
     assert terminal.getvalue().count("\n") == 1
     assert log.getvalue() == ""
