@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 
 from millstream.worker.generation.scheduler import (
     LEAST_PART,
-    MAX_PREFILL_MS,
     MAX_STEP_MS,
-    MOST_PART,
+    MOST_PASSED,
+    MOST_STRETCH,
     PartSize,
     before_others,
+    note_passed,
     plan,
+    waiting,
 )
 
 
@@ -21,9 +23,10 @@ class Text:
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
     rank: int = 1
+    passed: int = 0
 
 
-def test_growing_texts_come_first_by_their_blocks_and_prompts_share_the_rest() -> None:
+def test_growing_texts_come_first_by_their_blocks_and_the_shortest_prompts_share_the_rest() -> None:
     long, short = Text(200, 199, [1, 2, 3, 4]), Text(5, 4, [5])
     first, second, third = Text(100, 0, [6, 7]), Text(100, 30, [8, 9]), Text(50, 0, [10])
 
@@ -32,20 +35,86 @@ def test_growing_texts_come_first_by_their_blocks_and_prompts_share_the_rest() -
     assert [(piece.text, piece.first, piece.end) for piece in pieces] == [
         (short, 4, 5),
         (long, 199, 200),
-        (first, 0, 100),
-        (second, 30, 80),
+        (third, 0, 50),
+        (second, 30, 100),
+        (first, 0, 30),
     ]
-    assert [piece.gives_token for piece in pieces] == [True, True, True, False]
+    assert [piece.gives_token for piece in pieces] == [True, True, True, True, False]
+
+
+def test_a_more_urgent_prompt_comes_before_a_shorter_one() -> None:
+    shorter, urgent = Text(20, rank=2), Text(60, rank=1)
+
+    assert [(piece.text, piece.end) for piece in plan([shorter, urgent], 70)] == [(urgent, 60)]
+
+
+def test_a_prompt_is_not_begun_beside_prompts_whose_first_token_it_would_delay() -> None:
+    short, long = Text(40), Text(100)
+
+    assert [(piece.text, piece.end) for piece in plan([long, short], 70)] == [(short, 40)]
+    assert [(piece.text, piece.end) for piece in plan([long], 70)] == [(long, 70)]
+
+
+def test_a_prompt_that_nearly_fits_is_not_cut() -> None:
+    part, short = Text(86), Text(40)
+
+    assert [piece.end for piece in plan([part], 80)] == [86]
+    assert [piece.end for piece in plan([part], 76)] == [76]
+    # Less than half of it fits, so it is cheaper to wait.
+    assert [piece.end for piece in plan([short, part], 120)] == [40, 86]
+    assert [piece.end for piece in plan([short, part], 82)] == [40]
+
+
+def test_a_prompt_that_shorter_ones_pass_is_computed_after_a_bounded_number_of_forwards() -> None:
+    long, texts = Text(500), []
+    forwards = 0
+    while not long.computed:
+        texts = [long, Text(30), Text(30)]
+        pieces = plan(texts, 64)
+        note_passed(texts, pieces)
+        for piece in pieces:
+            piece.text.computed = piece.end
+        forwards += 1
+
+    assert forwards == MOST_PASSED + 1
+
+
+def test_prompts_wait_that_are_as_urgent_as_the_texts_that_grow() -> None:
+    chat, prompt, bulk = Text(9, 8, rank=0), Text(40, rank=0), Text(40, rank=2)
+
+    assert waiting([chat, prompt, bulk]) == 1
+    assert waiting([prompt, bulk]) == 2
+    assert waiting([Text(9, 8, rank=2), bulk]) == 1
+
+
+def test_a_forward_may_take_longer_if_more_texts_wait_for_their_first_token_than_grow() -> None:
+    size = PartSize()
+    for _ in range(50):
+        size.observe(8, 0, 0.020)
+        size.observe(8, 200, 0.020 + 200 * 0.0005)
+
+    assert abs(size.tokens(8, 8) - (2 * MAX_STEP_MS / 1000 - 0.020) / 0.0005) < 5
+    assert abs(size.tokens(8, 80) - (MOST_STRETCH * MAX_STEP_MS / 1000 - 0.020) / 0.0005) < 5
+
+
+def test_short_parts_hardly_change_what_long_ones_have_shown() -> None:
+    size = PartSize()
+    size.observe(0, 600, 0.300)
+    for _ in range(3):
+        size.observe(0, 20, 0.050)
+
+    assert size.token_s < 0.0007
 
 
 def test_a_part_of_one_token_runs_with_the_growing_texts() -> None:
-    prompt, other = Text(10, 0, [1]), Text(9, 0, [2])
+    growing, prompt, other = Text(65, 64, [1, 2]), Text(10, 0, [3]), Text(9, 0, [4])
 
-    pieces = plan([prompt, other], 11)
+    pieces = plan([growing, prompt, other], 10)
 
     assert [(piece.text, piece.grows, piece.gives_token) for piece in pieces] == [
-        (other, True, False),
-        (prompt, False, True),
+        (prompt, True, False),
+        (growing, True, True),
+        (other, False, True),
     ]
 
 
@@ -56,7 +125,7 @@ def test_parts_take_no_longer_than_growing_texts_may_wait() -> None:
         size.observe(8, 200, 0.020 + 200 * 0.0005)
 
     assert abs(size.tokens(8) - (MAX_STEP_MS / 1000 - 0.020) / 0.0005) < 5
-    assert size.tokens(0) == int(MAX_PREFILL_MS / 1000 / 0.0005) or size.tokens(0) == MOST_PART
+    assert abs(size.tokens(0) - MOST_STRETCH * MAX_STEP_MS / 1000 / 0.0005) < 5
 
 
 def test_a_slow_device_still_computes_prompts() -> None:
@@ -65,6 +134,8 @@ def test_a_slow_device_still_computes_prompts() -> None:
     size.observe(8, 32, 6.0)
 
     assert size.tokens(8) == LEAST_PART
+    assert size.tokens(8, 4) == 1.5 * LEAST_PART
+    assert size.tokens(8, 80) == size.tokens(0) == MOST_STRETCH * LEAST_PART
 
 
 def test_a_limit_of_parts_holds_from_the_first_forward() -> None:

@@ -21,7 +21,7 @@ from millstream.worker.engines.base import Step
 from millstream.worker.generation.blocks import BLOCK
 from millstream.worker.generation.forward import Forward, Span
 from millstream.worker.generation.held import Held, Holding
-from millstream.worker.generation.scheduler import LEAST_PART, PartSize, Piece, plan
+from millstream.worker.generation.scheduler import LEAST_PART, PartSize, Piece, note_passed, plan, waiting
 from millstream.worker.models.base import Prepared
 from millstream.worker.scheduling.active_job import Outcome, Rows
 from millstream.worker.scheduling.batcher import Budget, Row
@@ -126,7 +126,9 @@ class SlotsEngine:
     def _pieces(self) -> list[Piece]:
         texts = self._holding.ready()
         growing = sum(held.length - held.computed == 1 for held in texts)
-        return plan(texts, self._size.tokens(growing))
+        pieces = plan(texts, self._size.tokens(growing, waiting(texts)))
+        note_passed(texts, pieces)
+        return pieces
 
     def _compute(self, pieces: Sequence[Piece], end: _End) -> list[Held]:
         """Runs a forward over `pieces` and adds the tokens. Returns the texts that left because memory ran out."""

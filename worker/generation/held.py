@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Held:
     """One text in work. `computed`: its tokens whose keys and values are in the cache, `proven` of them without NaN.
 
-    `keys`: names of its full blocks, of which the first `sealed` are known to other texts.
+    `keys`: names of its full blocks, of which the first `sealed` are known to other texts. `passed`: see scheduler.py.
     """
 
     def __init__(self, row: Row[Prepared]) -> None:
@@ -31,6 +31,7 @@ class Held:
         self.keys: list[bytes] = []
         self.sealed = 0
         self.proven = 0
+        self.passed = 0
 
     @property
     def length(self) -> int:

@@ -36,6 +36,9 @@ from millstream.worker.scheduling.batcher import Row
 
 log = logging.getLogger(__name__)
 
+MOST_PART_CPU = 512
+"""Tokens of prompts in one forward on a CPU, at most. More take as long in two forwards, and give tokens later."""
+
 SAMPLE_OPTIONS: Mapping[str, Json] = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
 """Options of the texts with which a worker measures: a prompt, and a few tokens behind it."""
 
@@ -143,7 +146,8 @@ class GenerationModel:
         return self._engine
 
     def _new_engine(self, slots: int, cache_tokens: int) -> SlotsEngine:
-        return SlotsEngine(Forward(self._model, self._decoder), choose, slots, cache_tokens)
+        part_tokens = MOST_PART_CPU if self.device_type == "cpu" else None
+        return SlotsEngine(Forward(self._model, self._decoder), choose, slots, cache_tokens, part_tokens)
 
     def forward(self, rows: Sequence[Prepared]) -> list[Json]:
         """Generates all texts of `rows` from their prompts, in a cache of its own: for measurements.
