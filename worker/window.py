@@ -56,7 +56,7 @@ class Window:
         self._running = 0
         self._unproven: set[str] = set()
         self._has_unproven_suspect = False
-        self._ends_at = 0.0
+        self._ends_at = self._stepped_at = self._step_s = 0.0
         self._takes = 0
         self._closed = False
         self._is_set_aside = False
@@ -188,8 +188,7 @@ class Window:
     @property
     def forward_left_s(self) -> float:
         """Predicted seconds until the running forward ends; 0.0 if none runs."""
-        # A step of rows in slots is short.
-        return max(0.0, self._ends_at - time.monotonic()) if self._running and not self._slots else 0.0
+        return max(0.0, self._ends_at - time.monotonic()) if self._running else 0.0
 
     def wait_until_empty(self, timeout: float) -> bool:
         """Sleeps until the window is `empty`; False after `timeout` seconds."""
@@ -290,6 +289,8 @@ class Window:
         assert self._slots, "use_slots was not called"
         self.cut = "arrival"
         rows = self._slots.take(suspects_only=self._suspects_only)
+        if rows and not self._running:
+            self._stepped_at = time.monotonic()
         self._has_unproven_suspect |= any(row.urgency[0] == SUSPECT for row in rows)
         self._running += len(rows)
         self._unproven.update([row.owner for row in rows])
@@ -368,6 +369,7 @@ class Window:
                 self._note_slots(self._slots, running)
                 if room is not None:
                     self._note_room(self._slots, room)
+                    self._note_step()
             self._running = len(running)
             if self._unproven:
                 self._unproven.intersection_update([row.owner for row in running])
@@ -390,6 +392,12 @@ class Window:
     def is_proven(self, name: str) -> bool:
         """Whether the server has output of this job's run."""
         return name not in self._unproven
+
+    def _note_step(self) -> None:
+        """Predicts that the next step of rows in slots takes as long as the shorter one of the last two."""
+        now = time.monotonic()
+        took_s, self._stepped_at = now - self._stepped_at, now
+        self._ends_at, self._step_s = now + min(took_s, self._step_s), took_s
 
     def _note_slots(self, slots: Slots, running: Rows) -> None:
         slots.note_running(map(priority_of, running))

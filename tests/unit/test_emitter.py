@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import redis
@@ -229,6 +230,45 @@ def test_a_job_that_makes_no_record_any_more_is_charged_for_each_death(bench: Be
         attempts += [each.attempts for each in bench.queue.claim(f"w{int(worker[1]) + 1}").claims]
 
     assert attempts == [0.5, 1.5, 2.5, 3.5]
+
+
+def test_a_first_word_does_not_wait_for_the_texts_that_grow(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    (_, grows), (_, begins) = bench.hold(), bench.hold()
+    with never_due(bench, monkeypatch):
+        bench.emitter.put(grows, Record("a"))
+        eventually(lambda: deltas(bench.queue) == [(0, "a")])
+
+        bench.emitter.put(grows, Record("b"))
+        bench.emitter.put(begins, Record("A"))
+        eventually(lambda: len(deltas(bench.queue)) == 3)
+
+    assert [delta.text for delta in deltas(bench.queue)] == ["a", "b", "A"]
+    assert bench.streams.calls == 2
+
+
+def test_output_that_has_to_be_on_the_server_is_emitted_at_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim, job = bench.hold()
+    with never_due(bench, monkeypatch):
+        bench.emitter.put(job, Record("a"))
+        eventually(lambda: bench.streams.calls == 1)
+        bench.emitter.put(job, Record("b"))
+
+        assert bench.emitter.flush([job.name], 10.0)
+
+    assert text_of(decode_records(partial(bench.queue, claim))) == "ab"
+
+
+@contextmanager
+def never_due(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The emitter runs, and emits nothing again that can wait."""
+    monkeypatch.setattr("millstream.worker.intake.emitter.EVERY_S", 60.0)
+    monkeypatch.setattr("millstream.worker.intake.emitter.LATER_S", 60.0)
+    bench.emitter.start()
+    try:
+        yield
+    finally:
+        bench.emitter.stop()
+        bench.emitter.join(10.0)
 
 
 def emitted(text: str) -> tuple[bytes, Delta, bool]:

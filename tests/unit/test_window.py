@@ -459,6 +459,25 @@ def test_how_long_a_forward_takes_is_foreseen_from_those_before(window: Window) 
     assert window.forward_left_s == 0.0
 
 
+def test_how_long_a_step_takes_is_foreseen_from_the_last_two(window: Window, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1_000.0
+    monkeypatch.setattr("millstream.worker.window.time.monotonic", lambda: now)
+    room = Budget(4, 1_000, packs=True)
+    window.use_slots(room)
+    window.hold([held_of([5])])
+    rows = window.take(room, wait=False)
+    left = []
+    for seconds in (0.3, 0.08, 0.08):
+        now += seconds
+        window.complete([], [], rows, room=room)
+        left.append(round(window.forward_left_s, 3))
+
+    # Before the second step there is nothing to foresee it from.
+    assert left == [0.0, 0.08, 0.08]
+    now += 0.05
+    assert round(window.forward_left_s, 3) == 0.03
+
+
 def test_waiting_until_empty_ends_with_the_last_entry_or_its_time(window: Window) -> None:
     window.keep(["1:1-1", "1:2-2"])
     assert window.wait_until_empty(0.001) is False

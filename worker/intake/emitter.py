@@ -1,7 +1,8 @@
 """Thread: shows what running jobs generate to their clients, and keeps it for a worker that takes a job over.
 
-Output of all jobs goes out together, at most once in EVERY_S, always from the last byte that the server confirmed: an
-emission that failed or whose answer was lost is late, and nothing is emitted twice.
+Output of all jobs goes out together, once in EVERY_S while texts grow, and up to LATER_S earlier if it has the first
+word of a text. It goes out from the last byte that the server confirmed: an emission that failed or whose answer was
+lost is late, and nothing is emitted twice.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from millstream.worker.scheduling.active_job import ActiveJob
 
 log = logging.getLogger(__name__)
 
-EVERY_S = 0.02
+EVERY_S = 0.05
 """Seconds from one emission to the next. A reader notices no delay below about 0.05 s."""
+
+LATER_S = 0.03
+"""Seconds of EVERY_S, and of AWAY_S, for which no first word of a text waits: its reader counts from the call."""
 
 AWAY_S = 0.2
 """Seconds between two attempts while the server is away."""
@@ -92,10 +96,14 @@ class Emitter(threading.Thread):
         self._end_jobs = end_jobs
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        # Of its own: what is put while the thread pauses must not wake it.
+        self._ended = threading.Condition(self._lock)
         self._confirmed = threading.Condition(self._lock)
         self._outputs: dict[str, _Output] = {}
         self._pending: dict[str, None] = {}
         self._is_urgent = False
+        self._begun: set[str] = set()
+        self._flushing: set[str] = set()
         self._stopped = False
 
     def put(self, job: ActiveJob, record: Record) -> None:
@@ -107,10 +115,7 @@ class Emitter(threading.Thread):
             # If there is no more room, the reply has the rest, and a successor begins here.
             if has_room := len(output.records) < MAX_PARTIAL_BYTES:
                 output.add(record)
-                self._is_urgent |= output.urgent and not output.forgiven
-                if not self._pending or self._is_urgent:
-                    self._changed.notify()
-                self._pending[job.name] = None
+                self._note_pending(job.name, output)
         if not has_room:
             # Others need not wait for what never comes.
             self._window.prove([job.name])
@@ -120,33 +125,47 @@ class Emitter(threading.Thread):
         with self._lock:
             for name in names:
                 self._outputs.pop(name, None)
-                self._pending.pop(name, None)
+                self._note_emitted(name)
 
     def flush(self, names: Sequence[str], timeout: float) -> bool:
         """Waits until the server has all output of these jobs; False after `timeout` seconds."""
         with self._lock:
-            return self._confirmed.wait_for(lambda: self._pending.keys().isdisjoint(names), timeout)
+            self._flushing.update(names)
+            self._changed.notify()
+            try:
+                return self._confirmed.wait_for(lambda: self._pending.keys().isdisjoint(names), timeout)
+            finally:
+                self._flushing.difference_update(names)
 
     def stop(self) -> None:
         with self._lock:
             self._stopped = True
             self._changed.notify()
+            self._ended.notify()
 
     def run(self) -> None:
         with self._shutdown.guard():
             while self._wait():
-                pause_s = self.emit()
-                with self._lock:
-                    # While the server is away, what is urgent waits, too.
-                    self._changed.wait_for(
-                        lambda: self._stopped or (self._is_urgent and pause_s <= EVERY_S),  # noqa: B023 - called here
-                        pause_s,
-                    )
+                self._pause(self.emit())
 
     def _wait(self) -> bool:
         with self._lock:
             self._changed.wait_for(lambda: self._pending or self._stopped)
             return not self._stopped
+
+    def _pause(self, seconds: float) -> None:
+        with self._lock:
+            # While the server is away, what is urgent waits, too.
+            may_hurry = seconds <= EVERY_S
+            self._ended.wait_for(lambda: self._stopped or (self._is_urgent and may_hurry), seconds - LATER_S)
+            self._changed.wait_for(
+                lambda: self._stopped or self._has_first or (self._is_urgent and may_hurry), min(seconds, LATER_S)
+            )
+
+    @property
+    def _has_first(self) -> bool:
+        """Whether the first output of a run is pending, or output for which `flush` waits."""
+        return bool(self._begun) or not self._flushing.isdisjoint(self._pending)
 
     def emit(self) -> float:
         """Emits what is pending, as much as goes into one call. Returns the seconds to wait before the next call."""
@@ -191,12 +210,12 @@ class Emitter(threading.Thread):
                 if length in (LOST, DIVERGED):
                     lost.append(name)
                     self._outputs.pop(name)
-                    self._pending.pop(name, None)
+                    self._note_emitted(name)
                     if length == DIVERGED:
                         log.error("job %s: the server has other output of it than this worker", name)
                     continue
                 output.confirm(emission, length)
-                self._pending.pop(name, None)
+                self._note_emitted(name)
                 if output.forgiven:
                     forgiven.append(name)
                 if output.confirmed < len(output.records):
@@ -204,3 +223,17 @@ class Emitter(threading.Thread):
                     self._pending[name] = None
             self._confirmed.notify_all()
         return lost, forgiven
+
+    def _note_pending(self, name: str, output: _Output) -> None:
+        self._is_urgent |= output.urgent and not output.forgiven
+        if not output.forgiven:
+            self._begun.add(name)
+        if not self._pending or self._begun:
+            self._changed.notify()
+        if self._is_urgent:
+            self._ended.notify()
+        self._pending[name] = None
+
+    def _note_emitted(self, name: str) -> None:
+        self._pending.pop(name, None)
+        self._begun.discard(name)
