@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError
+from millstream.broker.contract.operations import STREAMING_OPS
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.stream_types import CancelOutcome
 from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Streams
@@ -34,6 +35,13 @@ A script call for each of their requests would cost more than the wait.
 LINGER_FOR, LINGER_SHARE = 64, 3
 """Requests to wait for: at most LINGER_FOR, and at most 1/LINGER_SHARE of the jobs in flight. The other jobs keep the
 server and the workers busy during the wait."""
+
+TEXTS_S, LOOK_S = 0.01, 0.0005
+"""Seconds that the sender waits at most for more texts to generate, and from one look to the next.
+
+It waits only if several have come, as from tasks of one event loop, and until no more come. A worker computes prompts
+that it gets together in one forward, so that those that come later need not wait for the first ones.
+"""
 
 
 class Sender(threading.Thread):
@@ -155,6 +163,7 @@ class Sender(threading.Thread):
                 self._waits = False
             if not self._closed:
                 self._linger()
+                self._wait_for_texts()
             if self._closed:
                 return []
             first = self._ready.popleft()
@@ -182,6 +191,12 @@ class Sender(threading.Thread):
         finally:
             self._lock.acquire()
 
+    def _wait_for_texts(self) -> None:
+        seen, until = 1, time.monotonic() + TEXTS_S
+        while len(self._ready) > seen and _is_text(self._ready[0]) and not self._closed and time.monotonic() < until:
+            seen = len(self._ready)
+            self._changed.wait(LOOK_S)
+
     def _refuse(self, submission: Submission, error: MillstreamError) -> None:
         self._forget(submission.service, submission.job_ids)
         try:
@@ -196,6 +211,11 @@ def _report(cancellation: Cancellation, outcomes: Sequence[CancelOutcome] | Mill
         cancellation.report(outcomes)
     except Exception:
         log.exception("the outcome of a cancellation could not be handed to its caller")
+
+
+def _is_text(request: Submission | Cancellation) -> bool:
+    """Returns whether a request is a call that generates text."""
+    return isinstance(request, Submission) and request.group.drafts[0].op in STREAMING_OPS
 
 
 def _share_a_call(one: Submission | Cancellation, other: Submission | Cancellation) -> bool:

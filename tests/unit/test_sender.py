@@ -98,8 +98,10 @@ def sender(streams: FakeStreams) -> FakeSender:
     return FakeSender(streams)
 
 
-def submission(*ids: str, sink: Sink | None = None, service: str = "s", until: float | None = None) -> Submission:
-    drafts = [Draft(each, "echo", 1, 1, b"{}") for each in ids]
+def submission(
+    *ids: str, sink: Sink | None = None, service: str = "s", until: float | None = None, op: str = "echo"
+) -> Submission:
+    drafts = [Draft(each, op, 1, 1, b"{}") for each in ids]
     return Submission(service, Group(Priority.NORMAL, drafts), sink or Sink(), until)
 
 
@@ -116,6 +118,20 @@ def test_submissions_of_one_service_travel_together_in_order(sender: FakeSender,
 
     assert streams.accepted == [f"{n}" for n in range(300)]
     assert streams.script_calls == [128, 128, 44]
+
+
+@pytest.mark.parametrize(("op", "at_first", "calls"), [("generate", 2, [5]), ("generate", 1, [1]), ("echo", 2, [2])])
+def test_texts_that_are_called_one_after_another_travel_together(
+    sender: FakeSender, streams: FakeStreams, monkeypatch: pytest.MonkeyPatch, op: str, at_first: int, calls: list[int]
+) -> None:
+    later = [submission(f"{n}", op=op) for n in range(3)]
+    monkeypatch.setattr(sender_module, "TEXTS_S", 60.0)
+    monkeypatch.setattr(sender._changed, "wait", lambda seconds: sender.put([later.pop()]) if later else None)
+    sender.put([submission(f"first {n}", op=op) for n in range(at_first)])
+
+    sender._step()
+
+    assert streams.script_calls == calls
 
 
 @pytest.fixture
