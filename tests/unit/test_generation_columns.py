@@ -118,6 +118,9 @@ def test_a_row_has_nothing_left_of_a_text_with_NaN() -> None:
     texts.add(3, 50)
 
     assert texts.step([3])
+    texts.add(4, 80)
+
+    assert texts.step([3, 4])
 
 
 def test_texts_of_very_different_lengths_have_no_copy() -> None:

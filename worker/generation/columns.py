@@ -140,8 +140,8 @@ class Columns:
         self._names, self._lengths = [], []
         self._rows = max(LEAST_ROWS, 1 << (texts - 1).bit_length())
         self._end, self._width = longest, longest + BLOCK
-        first, layers = self._cache.block_layers[0].keys, len(self._cache.block_layers)
-        heads, size = first.shape[2:]
+        first, layers = self._cache.flat[0], len(self._cache.block_layers)
+        heads, size = first.shape[1:]
         shape = (layers, 2, self._rows, heads, size, self._width)
         if len(self._memory) < math.prod(shape):
             self._memory = torch.empty(math.prod(shape), dtype=first.dtype)

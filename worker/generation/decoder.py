@@ -99,24 +99,30 @@ class Decoder:
         )
 
     def __call__(
-        self, ids: torch.Tensor, positions: torch.Tensor, cache: BlockCache, groups: Groups, last: torch.Tensor | None
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        cache: BlockCache,
+        groups: Groups,
+        last: torch.Tensor | None,
+        together: Together | None = None,
     ) -> torch.Tensor:
         """Computes the tokens `ids` [tokens] at `positions` [tokens], and writes their keys and values to `cache`.
 
-        Returns the logits [tokens, vocabulary]; of the tokens `last` only, unless it is None.
+        `groups` attend for all tokens behind those of `together`, if that is not None. Returns the logits [tokens,
+        vocabulary]; of the tokens `last` only, unless it is None.
         """
         normed, tokens, size = self._normed, len(ids), self._size
         rotations = self._rotations.index_select(0, positions)
         hidden = embedding(ids, self._embedding)
-        together, others = (groups[0], groups[1:]) if isinstance(groups[0], Together) else (None, groups)
         copies = together.layers if together else [None] * len(self._layers)
         for layer, stored, copy in zip(self._layers, cache.block_layers, copies, strict=True):
             heads = self._turned(layer, layer.joined(normed(hidden, layer.before)).view(tokens, -1, size), rotations)
             keys, values = stored.write(heads[:, self._queries : self._turn], heads[:, self._turn :])
             read = [together.attend(copy, heads[: together.texts], self._scale)] if together and copy else []
-            if others:
+            if groups:
                 queries = heads[:, : self._queries]
-                read += [group.attend(queries, keys, values, self._scale) for group in others]
+                read += [group.attend(queries, keys, values, self._scale) for group in groups]
             layer.out(hidden, (read[0] if len(read) == 1 else torch.cat(read)).view(tokens, -1))
             gate, up = layer.gated(normed(hidden, layer.after)).chunk(2, dim=-1)
             layer.down(hidden, silu(gate).mul_(up))
@@ -132,8 +138,8 @@ class Decoder:
         points = heads[:, : self._turn]
         if layer.norms is not None:
             # Only here the halves of a head come to alternate: the norm's sums are in the order of transformers.
-            normed = self._normed(points, layer.norms).unflatten(2, (2, -1))
-            points.unflatten(2, (-1, 2)).copy_(normed.transpose(2, 3))
+            halves = self._normed(points, layer.norms).view(*points.shape[:2], 2, -1)
+            points.view(*points.shape[:2], -1, 2).copy_(halves.transpose(2, 3))
         _rotate(points, rotations)
         return heads
 
@@ -219,7 +225,7 @@ def _reorder(layer: Any, order: torch.Tensor) -> None:
     for each in _attention(layer)[:2]:
         for parameter in (each.weight, each.bias):
             if parameter is not None:
-                heads = parameter.data.unflatten(0, (-1, len(order)))
+                heads = parameter.data.view(-1, len(order), *parameter.shape[1:])
                 heads.copy_(heads[:, order.to(heads.device)])
 
 

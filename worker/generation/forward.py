@@ -10,7 +10,7 @@ import torch
 
 from millstream.worker.generation.attention import Groups, Growing, Part
 from millstream.worker.generation.blocks import BLOCK, NULL
-from millstream.worker.generation.columns import Columns
+from millstream.worker.generation.columns import Columns, Together
 from millstream.worker.generation.decoder import Decoder
 from millstream.worker.generation.kv_cache import BlockCache
 
@@ -61,12 +61,14 @@ class Forward:
         order = self._columns.follow(spans[:growing]) if self._columns else None
         if self._columns is None or order is None:
             return self._compute(spans, self._groups(spans), range(len(spans)))
-        groups = [self._columns.together(), *self._groups(spans[growing:], growing)]
-        logits = self._compute(spans, groups, [*order, *range(growing, len(spans))])
+        groups, places = self._groups(spans[growing:], growing), [*order, *range(growing, len(spans))]
+        logits = self._compute(spans, groups, places, self._columns.together())
         self._columns.advance()
         return logits
 
-    def _compute(self, spans: Sequence[Span], groups: Groups, order: Sequence[int]) -> torch.Tensor:
+    def _compute(
+        self, spans: Sequence[Span], groups: Groups, order: Sequence[int], together: Together | None = None
+    ) -> torch.Tensor:
         """Runs the model over the tokens of `spans`, taken in `order`. Returns the logits in the order of `spans`."""
         ids: list[int] = []
         positions: list[int] = []
@@ -85,7 +87,7 @@ class Forward:
         giving = [last[place] for place in sorted(last)]
         keep = None if giving == list(range(len(ids))) else torch.tensor(giving, dtype=torch.long, device=self.device)
         if self._decoder:
-            return self._decoder(places[0], places[1], self.cache, groups, keep)
+            return self._decoder(places[0], places[1], self.cache, groups, keep, together)
         logits: torch.Tensor = self._model(
             input_ids=places[:1],
             position_ids=places[1:2],

@@ -126,10 +126,7 @@ class BlockCache(Cache):
     @property
     def token_bytes(self) -> int:
         """Bytes of a token in all layers, which are alike; 0 before the first forward."""
-        first = self.block_layers[0]
-        if not first.is_initialized:
-            return 0
-        return 2 * len(self.block_layers) * first.keys[0, 0].numel() * first.keys.itemsize
+        return sum(each[0].numel() * each.itemsize for each in self.flat)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
