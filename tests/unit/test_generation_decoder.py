@@ -96,8 +96,8 @@ def test_a_decoder_whose_logits_differ_is_not_used(
 
     folder = saved(home, "grouped")
     expected = texts(load(folder, kernels="off"), {"temperature": 0.0})
-    rotated = decoder._rotated
-    monkeypatch.setattr(decoder, "_rotated", lambda heads, rotations: 1.001 * rotated(heads, rotations))
+    rotate = decoder._rotate
+    monkeypatch.setattr(decoder, "_rotate", lambda heads, rotations: rotate(heads, 1.001 * rotations))
 
     with caplog.at_level(logging.WARNING):
         model = load(folder)
@@ -122,5 +122,5 @@ def test_logits_in_lower_precision_are_close_and_weights_are_kept_once(home: Pat
     assert own.fingerprint == fast.fingerprint
     assert torch.linalg.vector_norm(logits[1] - logits[0]) <= close * torch.linalg.vector_norm(logits[0])
     layer = fast._model.model.layers[1]
-    joined = fast._decoder._layers[1].joined.keywords["weight"]
+    joined = fast._decoder._layers[1].joined.keywords["mat2"]
     assert layer.self_attn.v_proj.weight.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()

@@ -51,7 +51,7 @@ def test_texts_equal_those_of_generate_in_any_order_beside_any_others(folders: F
     expected = [language_models.reference_text(reference, each.prompt, each.most) for each in jobs]
     model = load(folders[kind])
     for part_tokens, cache_tokens in ((7, 8_192), (16, 2_048), (128, 4_096)):
-        run = Run(model, slots=16, cache_tokens=cache_tokens, part_tokens=part_tokens)
+        run = Run(model, slots=20, cache_tokens=cache_tokens, part_tokens=part_tokens)
         rows = rows_of(model, jobs, {"temperature": 0.0})
         noise = rows_of(model, [Job.random(rng, most=20) for _ in range(16)], {"temperature": 1.0, "seed": 5})
 

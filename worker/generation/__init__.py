@@ -6,5 +6,6 @@ turn them into text, `templates.py` makes the tokens of a prompt. Nothing here k
 
 `model.py` loads a model, which `checks.py` refuses or proves. `engine.py` runs the texts: `held.py` has them and their
 blocks (`blocks.py`), `scheduler.py` decides what a step computes, `forward.py` computes it, over the cache of
-`kv_cache.py`, with the attention of `attention.py`, and the layers of `decoder.py` for models that it knows.
+`kv_cache.py`, with the attention of `attention.py`. For models that `decoder.py` knows, it computes the layers, and
+`columns.py` keeps the keys and values of growing texts side by side.
 """

@@ -77,7 +77,7 @@ class Proof:
         self._name = name
         vocabulary = int(model.config.get_text_config().vocab_size)
         longer = max(4, min(MOST_TOKENS, context))
-        self._texts = [_ids(length, vocabulary) for length in (longer, longer // 2)]
+        self._texts = [_ids(length, vocabulary) for length in (longer, max(4, longer // 2))]
         try:
             with torch.inference_mode():
                 self._expected = [_plain(model, text) for text in self._texts]
@@ -106,21 +106,23 @@ class Proof:
 
     def _differences(self, forward: Forward) -> list[float]:
         one, other = self._texts
-        first, second = len(one) // 3, len(other) // 2
+        first, second = len(one) // 3, min(len(other) // 2, len(other) - 3)
         blocks = ([3, 1], [2])
 
         def span(text: int, begin: int, end: int) -> Span:
-            return Span(self._texts[text][begin:end], begin, blocks[text], True)
+            return Span(self._texts[text][begin:end], begin, blocks[text], True, text)
 
         steps = [
             [span(0, 0, first)],
             [span(0, first, first + 1), span(1, 0, second)],
-            [span(1, second, second + 1), span(0, first + 1, len(one) - 1)],
-            [span(1, second + 1, second + 2), span(0, len(one) - 1, len(one))],
+            [span(1, second, second + 1), span(0, first + 1, len(one) - 2)],
+            # Both grow, and go on growing.
+            [span(1, second + 1, second + 2), span(0, len(one) - 2, len(one) - 1)],
+            [span(1, second + 2, second + 3), span(0, len(one) - 1, len(one))],
         ]
         forward.cache.grow(3, 3)
         found = []
-        for spans in steps:
+        for spans in ([each for each in spans if each.ids] for spans in steps):
             for span_, logits in zip(spans, forward.run(spans), strict=True):
                 expected = self._expected[0 if span_.blocks is blocks[0] else 1][span_.end - 1]
                 found.append(float((logits - expected).norm() / expected.norm().clamp(min=1e-9)))

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.functional import embedding, linear, rms_norm, silu
+from torch.linalg import vector_norm
+from torch.nn.functional import embedding, rms_norm, silu
 from transformers.activations import SiLUActivation
 
 from millstream.worker.generation.attention import Groups
-from millstream.worker.generation.kv_cache import BlockCache, BlockLayer
+from millstream.worker.generation.columns import Together
+from millstream.worker.generation.kv_cache import BlockCache
 
 MODELS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Types of models whose layers are known to be these."""
@@ -26,7 +28,13 @@ STATIC_ROTATIONS = frozenset({"default", "linear", "llama3", "yarn"})
 """Kinds of rotary positions in which the rotation of a position does not depend on the length of the text."""
 
 Product = Callable[[torch.Tensor], torch.Tensor]
-"""Multiplies rows [.., in] with a matrix: [.., out]."""
+"""Multiplies rows [rows, in] with a matrix: [rows, out]."""
+
+Addition = Callable[[torch.Tensor, torch.Tensor], object]
+"""Adds the product of a matrix and rows, the second argument, to the first."""
+
+Norm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Normalises rows, and multiplies them with weights."""
 
 
 class Layer(NamedTuple):
@@ -38,30 +46,43 @@ class Layer(NamedTuple):
     before: torch.Tensor
     joined: Product
     norms: torch.Tensor | None
-    out: Product
+    out: Addition
     after: torch.Tensor
     gated: Product
-    down: Product
+    down: Addition
 
 
 class Decoder:
     """Runs the layers of a model over the new tokens of many texts, as `Forward` lays them out. One thread.
 
-    It shares the model's weights: where matrices are joined, the model's own become views of the joined one.
+    It shares the model's weights: where matrices are joined, the model's own become views of the joined one. Those of
+    queries and keys are reordered, so until `release` the model's own forward does not work.
     """
 
     def __init__(self, model: Any, context: int) -> None:
         """`context`: longest text, in tokens."""
         core, config = model.model, model.config
+        self._core = core
         self._layers = [_layer(each) for each in core.layers]
         self._embedding = core.embed_tokens.weight.detach()
-        self._head: Product = _product(model.lm_head)
-        self._norm, self._epsilon = core.norm.weight.detach(), float(config.rms_norm_eps)
-        self._normed = rms_norm if self._embedding.dtype != torch.float64 else _normed_as_float32
+        self._head = _product(*_parameters(model.lm_head))
+        self._norm = core.norm.weight.detach()
+        self._normed = _norm_of(self._embedding, float(config.rms_norm_eps))
         attention = core.layers[0].self_attn
         self._size, self._scale = int(attention.head_dim), float(attention.scaling)
-        self._queries, self._keys = int(config.num_attention_heads), int(config.num_key_value_heads)
+        self._queries = int(config.num_attention_heads)
+        self._turn = self._queries + int(config.num_key_value_heads)
         self._rotations = _rotations(core.rotary_emb, context, self._embedding)
+        self._reorder(_interleaved(self._size))
+
+    def release(self) -> None:
+        """Makes the model's own forward work again. Then the decoder does not."""
+        self._reorder(_interleaved(self._size).argsort())
+
+    def _reorder(self, order: torch.Tensor) -> None:
+        for layer in self._core.layers:
+            if not hasattr(layer.self_attn, "q_norm"):
+                _reorder(layer, order)
 
     @staticmethod
     def knows(model: Any) -> bool:
@@ -78,58 +99,88 @@ class Decoder:
         )
 
     def __call__(
-        self, ids: torch.Tensor, positions: torch.Tensor, cache: BlockCache, groups: Groups, last: torch.Tensor | None
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        cache: BlockCache,
+        groups: Groups,
+        last: torch.Tensor | None,
+        together: Together | None = None,
     ) -> torch.Tensor:
         """Computes the tokens `ids` [tokens] at `positions` [tokens], and writes their keys and values to `cache`.
 
-        Returns the logits [tokens, vocabulary]; of the tokens `last` only, unless it is None.
+        `groups` attend for all tokens behind those of `together`, if that is not None. Returns the logits [tokens,
+        vocabulary]; of the tokens `last` only, unless it is None.
         """
-        epsilon, normed = self._epsilon, self._normed
+        normed, tokens, size = self._normed, len(ids), self._size
         rotations = self._rotations.index_select(0, positions)
         hidden = embedding(ids, self._embedding)
-        width = hidden.shape[-1:]
-        for layer, stored in zip(self._layers, cache.block_layers, strict=True):
-            heads = layer.joined(normed(hidden, width, layer.before, epsilon)).view(len(ids), -1, self._size)
-            read = self._attend(layer, heads, rotations, stored, groups)
-            hidden = hidden + layer.out(read.view(len(ids), -1))
-            gate, up = layer.gated(normed(hidden, width, layer.after, epsilon)).chunk(2, dim=-1)
-            hidden = hidden + layer.down(silu(gate) * up)
+        copies = together.layers if together else [None] * len(self._layers)
+        for layer, stored, copy in zip(self._layers, cache.block_layers, copies, strict=True):
+            heads = self._turned(layer, layer.joined(normed(hidden, layer.before)).view(tokens, -1, size), rotations)
+            keys, values = stored.write(heads[:, self._queries : self._turn], heads[:, self._turn :])
+            read = [together.attend(copy, heads[: together.texts], self._scale)] if together and copy else []
+            if groups:
+                queries = heads[:, : self._queries]
+                read += [group.attend(queries, keys, values, self._scale) for group in groups]
+            layer.out(hidden, (read[0] if len(read) == 1 else torch.cat(read)).view(tokens, -1))
+            gate, up = layer.gated(normed(hidden, layer.after)).chunk(2, dim=-1)
+            layer.down(hidden, silu(gate).mul_(up))
         if last is not None:
             hidden = hidden.index_select(0, last)
-        return self._head(normed(hidden, width, self._norm, epsilon))
+        return self._head(normed(hidden, self._norm))
 
-    def _attend(
-        self, layer: Layer, heads: torch.Tensor, rotations: torch.Tensor, stored: BlockLayer, groups: Groups
-    ) -> torch.Tensor:
-        """Returns what attention reads, [tokens, heads, size]. `heads`: queries, then keys, then values."""
-        queries, turned = self._queries, self._queries + self._keys
-        points = heads[:, :turned]
+    def _turned(self, layer: Layer, heads: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
+        """Normalises and rotates queries and keys. `heads`: [tokens, heads, size], queries, then keys, then values.
+
+        It is changed.
+        """
+        points = heads[:, : self._turn]
         if layer.norms is not None:
-            points = self._normed(points, (self._size,), None, self._epsilon) * layer.norms
-        points = _rotated(points, rotations)
-        keys, values = stored.write(points[:, queries:], heads[:, turned:])
-        read = [group.attend(points[:, :queries], keys, values, self._scale) for group in groups]
-        return read[0] if len(read) == 1 else torch.cat(read)
+            # Only here the halves of a head come to alternate: the norm's sums are in the order of transformers.
+            halves = self._normed(points, layer.norms).view(*points.shape[:2], 2, -1)
+            points.view(*points.shape[:2], -1, 2).copy_(halves.transpose(2, 3))
+        _rotate(points, rotations)
+        return heads
 
 
-def _normed_as_float32(
-    rows: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None, epsilon: float
-) -> torch.Tensor:
+def _norm_of(like: torch.Tensor, epsilon: float) -> Norm:
+    """Returns the norm for activations like `like`."""
+    if like.dtype is torch.float64:
+        return partial(_normed_as_float32, epsilon)
+    if like.dtype is torch.float32 and like.device.type == "cpu":
+        return partial(_normed_in_few_calls, torch.tensor([epsilon]))
+    return partial(_normed, epsilon)
+
+
+def _normed(epsilon: float, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    size = weight.shape[-1:]
+    return rms_norm(rows, size, weight, epsilon) if weight.dim() == 1 else rms_norm(rows, size, None, epsilon) * weight
+
+
+def _normed_as_float32(epsilon: float, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Normalises rows of float64 as transformers does. `rms_norm` itself would be more exact."""
-    normed = rms_norm(rows.float(), shape, None, epsilon).double()
-    return normed if weight is None else normed * weight
+    return rms_norm(rows.float(), weight.shape[-1:], None, epsilon).double() * weight
 
 
-def _rotated(heads: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
-    """Rotates heads [tokens, heads, size] by `rotations` [tokens, 1, size / 2], complex.
+def _normed_in_few_calls(epsilon: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Takes 60 % of the time of `rms_norm`, which on the CPU is eight calls. The sums are those of float32, too."""
+    length = vector_norm(rows, 2, -1, True)
+    inverse = torch.addcmul(epsilon, length, length, value=1 / rows.shape[-1]).rsqrt_()
+    return (rows * inverse).mul_(weight)
 
-    The two halves of a head are the coordinates of its points. They are interleaved in the result, which changes no
-    product of a query and a key.
+
+def _rotate(heads: torch.Tensor, rotations: torch.Tensor) -> None:
+    """Rotates heads [tokens, heads, size] by `rotations` [tokens, 1, size / 2], complex, in place.
+
+    Neighbours in a head are the coordinates of a point.
     """
-    half = heads.shape[-1] // 2
-    exact = heads if heads.dtype.itemsize >= 4 else heads.float()
-    points = torch.complex(exact[..., :half], exact[..., half:]).mul_(rotations)
-    return torch.view_as_real(points).flatten(-2).to(heads.dtype)
+    points = heads.view(*heads.shape[:2], -1, 2)
+    if heads.dtype.itemsize >= 4:
+        torch.view_as_complex(points).mul_(rotations)
+        return
+    # There are no complex numbers of lower precision.
+    points.copy_(torch.view_as_real(torch.view_as_complex(points.float()).mul_(rotations)))
 
 
 def _rotations(rotary: Any, context: int, like: torch.Tensor) -> torch.Tensor:
@@ -144,9 +195,9 @@ def _rotations(rotary: Any, context: int, like: torch.Tensor) -> torch.Tensor:
 
 def _layer(layer: Any) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
+    size = attention.head_dim
     norms = None
     if hasattr(attention, "q_norm"):
-        size = attention.head_dim
         counts = [each.out_features // size for each in (attention.q_proj, attention.k_proj)]
         weights = (attention.q_norm.weight, attention.k_norm.weight)
         norms = torch.cat([weight.detach().expand(n, -1) for weight, n in zip(weights, counts, strict=True)])
@@ -154,11 +205,28 @@ def _layer(layer: Any) -> Layer:
         layer.input_layernorm.weight.detach(),
         _joined(_attention(layer)),
         norms,
-        _product(attention.o_proj),
+        _addition(attention.o_proj),
         layer.post_attention_layernorm.weight.detach(),
         _joined(_gated(layer)),
-        _product(mlp.down_proj),
+        _addition(mlp.down_proj),
     )
+
+
+def _interleaved(size: int) -> torch.Tensor:
+    """Returns an order of a head's coordinates in which the halves alternate: so the two of a point are neighbours.
+
+    If queries and keys have the same order, their products are as they were.
+    """
+    return torch.arange(size).view(2, -1).t().flatten()
+
+
+def _reorder(layer: Any, order: torch.Tensor) -> None:
+    """Changes the order of the coordinates of a layer's queries and keys."""
+    for each in _attention(layer)[:2]:
+        for parameter in (each.weight, each.bias):
+            if parameter is not None:
+                heads = parameter.data.view(-1, len(order), *parameter.shape[1:])
+                heads.copy_(heads[:, order.to(heads.device)])
 
 
 def _attention(layer: Any) -> Sequence[nn.Linear]:
@@ -173,14 +241,25 @@ def _projections(layer: Any) -> Iterable[nn.Linear]:
     return (*_attention(layer), layer.self_attn.o_proj, *_gated(layer), layer.mlp.down_proj)
 
 
-def _product(layer: nn.Linear) -> Product:
-    return partial(linear, weight=layer.weight.detach(), bias=None if layer.bias is None else layer.bias.detach())
+def _product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    return partial(torch.mm, mat2=weight.t()) if bias is None else partial(torch.addmm, bias, mat2=weight.t())
+
+
+def _addition(layer: nn.Linear) -> Addition:
+    weight, bias = _parameters(layer)
+    if bias is None:
+        return partial(torch.Tensor.addmm_, mat2=weight.t())
+    return lambda sums, rows: sums.addmm_(rows, weight.t()).add_(bias)
+
+
+def _parameters(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
 
 
 def _joined(layers: Sequence[nn.Linear]) -> Product:
     """Returns the product of linear layers of one input, joined, and makes their weights views of its own."""
     weight = _joined_parameters(layers, "weight")
-    return partial(linear, weight=weight, bias=None if layers[0].bias is None else _joined_parameters(layers, "bias"))
+    return _product(weight, None if layers[0].bias is None else _joined_parameters(layers, "bias"))
 
 
 def _joined_parameters(layers: Sequence[nn.Linear], name: str) -> torch.Tensor:

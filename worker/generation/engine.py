@@ -243,7 +243,7 @@ class _End:
 
 def _span(piece: Piece) -> Span:
     held = cast(Held, piece.text)
-    return Span(held.sequence.tokens[piece.first : piece.end], piece.first, held.blocks, piece.gives_token)
+    return Span(held.sequence.tokens[piece.first : piece.end], piece.first, held.blocks, piece.gives_token, held.number)
 
 
 def _text(row: Row[Prepared]) -> Any:

@@ -10,6 +10,7 @@ import torch
 
 from millstream.worker.generation.attention import Groups, Growing, Part
 from millstream.worker.generation.blocks import BLOCK, NULL
+from millstream.worker.generation.columns import Columns, Together
 from millstream.worker.generation.decoder import Decoder
 from millstream.worker.generation.kv_cache import BlockCache
 
@@ -18,12 +19,16 @@ MERGE_BLOCKS = 64
 
 
 class Span(NamedTuple):
-    """New tokens of one text: `ids`, from the position `first` on. `blocks` hold the text. `gives` logits if asked."""
+    """New tokens of one text: `ids`, from the position `first` on. `blocks` hold the text. `gives` logits if asked.
+
+    `text` names the text, if more of its tokens are to come; None if it has no name.
+    """
 
     ids: Sequence[int]
     first: int
     blocks: Sequence[int]
     gives: bool
+    text: int | None = None
 
     @property
     def end(self) -> int:
@@ -42,6 +47,9 @@ class Forward:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.cache = BlockCache(model.config.get_text_config().num_hidden_layers)
+        # In lower precision the scores of the copy's attention would be rounded.
+        copies = decoder is not None and self.device.type == "cpu" and self.dtype.itemsize >= 4
+        self._columns = Columns(self.cache) if copies else None
 
     @torch.inference_mode()
     def run(self, spans: Sequence[Span]) -> torch.Tensor:
@@ -49,22 +57,37 @@ class Forward:
 
         Returns the logits [spans that give, vocabulary], in order. May raise any exception.
         """
+        growing = sum(len(span.ids) == 1 for span in spans)
+        order = self._columns.follow(spans[:growing]) if self._columns else None
+        if self._columns is None or order is None:
+            return self._compute(spans, self._groups(spans), range(len(spans)))
+        groups, places = self._groups(spans[growing:], growing), [*order, *range(growing, len(spans))]
+        logits = self._compute(spans, groups, places, self._columns.together())
+        self._columns.advance()
+        return logits
+
+    def _compute(
+        self, spans: Sequence[Span], groups: Groups, order: Sequence[int], together: Together | None = None
+    ) -> torch.Tensor:
+        """Runs the model over the tokens of `spans`, taken in `order`. Returns the logits in the order of `spans`."""
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
-        last: list[int] = []
-        for span in spans:
+        last: dict[int, int] = {}
+        for place in order:
+            span = spans[place]
             ids += span.ids
-            positions += range(span.first, span.end)
-            slots += [span.blocks[at // BLOCK] * BLOCK + at % BLOCK for at in range(span.first, span.end)]
+            for at in range(span.first, span.end):
+                positions.append(at)
+                slots.append(span.blocks[at // BLOCK] * BLOCK + at % BLOCK)
             if span.gives:
-                last.append(len(ids) - 1)
+                last[place] = len(ids) - 1
         places = torch.tensor([ids, positions, slots], device=self.device)
         self.cache.slots = places[2]
-        keep = None if len(last) == len(ids) else torch.tensor(last, dtype=torch.long, device=self.device)
-        groups = self._groups(spans)
+        giving = [last[place] for place in sorted(last)]
+        keep = None if giving == list(range(len(ids))) else torch.tensor(giving, dtype=torch.long, device=self.device)
         if self._decoder:
-            return self._decoder(places[0], places[1], self.cache, groups, keep)
+            return self._decoder(places[0], places[1], self.cache, groups, keep, together)
         logits: torch.Tensor = self._model(
             input_ids=places[:1],
             position_ids=places[1:2],
@@ -75,9 +98,9 @@ class Forward:
         ).logits
         return logits[0]
 
-    def _groups(self, spans: Sequence[Span]) -> Groups:
+    def _groups(self, spans: Sequence[Span], at: int = 0) -> Sequence[Growing | Part]:
+        """Returns the calls of attention for `spans`, whose first token is the forward's token `at`."""
         groups: list[Growing | Part] = []
-        at = 0
         for grows, some in groupby(spans, lambda span: len(span.ids) == 1):
             if grows:
                 for few in _alike(list(some)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -17,13 +18,18 @@ if TYPE_CHECKING:
     from millstream.worker.generation.sequence import Sequence
 
 
+_numbers = count()
+
+
 class Held:
     """One text in work. `computed`: its tokens whose keys and values are in the cache, `proven` of them without NaN.
 
-    `keys`: names of its full blocks, of which the first `sealed` are known to other texts. `passed`: see scheduler.py.
+    `keys`: names of its full blocks, of which the first `sealed` are known to other texts. `number`: no other has it.
+    `passed`: see scheduler.py.
     """
 
     def __init__(self, row: Row[Prepared]) -> None:
+        self.number = next(_numbers)
         self.row = row
         self.sequence = cast("Sequence", row.payload.features)
         self.blocks: list[int] = []
@@ -196,8 +202,7 @@ class Holding:
 
         Returns the texts that left; none if there is one text only.
         """
-        count = len(self.running) // 2
-        displaced = [self._displace() for _ in range(count)]
+        displaced = [self._displace() for _ in range(len(self.running) // 2)]
         self.pool.limit(max(self.pool.in_use, self.pool.most * 3 // 4))
         moved = self.pool.compact()
         for held in self.running:

@@ -21,7 +21,10 @@ FIRST_BLOCKS = 16
 
 
 class BlockLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Keys and values of one layer, each [blocks, BLOCK, heads, size of a head]."""
+    """Keys and values of one layer, each [blocks, BLOCK, heads, size of a head].
+
+    `flat`: the same two storages as lists of tokens, [blocks * BLOCK, heads, size]; none before the first forward.
+    """
 
     is_sliding = False
     is_compileable = False
@@ -30,7 +33,7 @@ class BlockLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
         self._pair: tuple[torch.Tensor, ...] = ()
-        self._flat: tuple[torch.Tensor, ...] = ()
+        self.flat: tuple[torch.Tensor, ...] = ()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         # Zeros, not memory as it is: attention multiplies masked places by 0, and NaN times 0 is NaN.
@@ -42,7 +45,7 @@ class BlockLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _use(self, storages: Iterable[torch.Tensor]) -> None:
         self.keys, self.values = self._pair = tuple(storages)
-        self._flat = tuple(each.flatten(0, 1) for each in self._pair)
+        self.flat = tuple(each.flatten(0, 1) for each in self._pair)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -55,8 +58,9 @@ class BlockLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         slots = self._cache.slots
-        for stored, new in zip(self._flat, (keys, values), strict=True):
-            stored.index_copy_(0, slots, new)
+        key_tokens, value_tokens = self.flat
+        key_tokens.index_copy_(0, slots, keys)
+        value_tokens.index_copy_(0, slots, values)
         return self._pair[0], self._pair[1]
 
     def resize(self, blocks: int) -> None:
@@ -113,6 +117,16 @@ class BlockCache(Cache):
         self.slots = torch.empty(0, dtype=torch.long)
         self.block_layers = [BlockLayer(self) for _ in range(layers)]
         super().__init__(layers=list(self.block_layers))
+
+    @property
+    def flat(self) -> list[torch.Tensor]:
+        """Keys and values of each layer in turn, as lists of tokens."""
+        return [each for layer in self.block_layers for each in layer.flat]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token in all layers, which are alike; 0 before the first forward."""
+        return sum(each[0].numel() * each.itemsize for each in self.flat)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any

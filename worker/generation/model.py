@@ -89,6 +89,7 @@ class GenerationModel:
             proof.check(Forward(self._model, decoder))
         except ModelUnavailable as error:
             log.warning("%s: it runs as transformers has it", error)
+            decoder.release()
             return None
         return decoder
 

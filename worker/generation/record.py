@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 from millstream.broker.contract.errors import Malformed
@@ -34,12 +35,17 @@ class Token(NamedTuple):
 def encode_token(token: Token) -> bytes:
     """Returns the entry of one token."""
     if token.logprob is None:
-        return bytes([_VERSION]) + _varint(token.id)
+        return _encode_id(token.id)
     entry = bytearray([_VERSION | _HAS_LOGPROB]) + _varint(token.id) + _FLOAT.pack(token.logprob)
     entry.append(len(token.top))
     for other, logprob in token.top:
         entry += _varint(other) + _FLOAT.pack(logprob)
     return bytes(entry)
+
+
+@lru_cache(8_192)
+def _encode_id(token: int) -> bytes:
+    return bytes([_VERSION]) + _varint(token)
 
 
 def decode_tokens(state: bytes) -> Iterator[Token]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Series
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ def choose(logits: torch.Tensor, sequences: Series[Sequence]) -> list[Token | Mi
             # Before any use of the logits: on a GPU the forward that computes them still runs.
             each.grammar.fill()
     logits = logits.detach()
+    if logits.device.type == "cpu" and all(each.is_plain for each in sequences):
+        return _plain(logits)
     peaks, ids = _most_probable(logits)
     faults: dict[int, MillstreamError] = {}
     drawn = [at for at, each in enumerate(sequences) if each.sampling.temperature > 0]
@@ -63,6 +65,23 @@ def choose(logits: torch.Tensor, sequences: Series[Sequence]) -> list[Token | Mi
     return [faults.get(at) or Token(int(token), *reported.get(at, ())) for at, token in enumerate(table[0])]
 
 
+def _plain(logits: torch.Tensor) -> list[Token | MillstreamError]:
+    """Returns the most probable token of each row, of logits on the CPU."""
+    # numpy takes 6 us for 49,152 scores, torch 170.
+    scores = _numbers(logits)
+    ids = scores.argmax(axis=-1)
+    peaks = scores[np.arange(len(ids)), ids]
+    return [
+        Token(token) if math.isfinite(peak) else ModelFailed(NOT_FINITE)
+        for token, peak in zip(ids.tolist(), peaks.tolist(), strict=True)
+    ]
+
+
+def _numbers(scores: torch.Tensor) -> NDArray[Any]:
+    """Returns scores on the CPU as float64, if they are, or as float32."""
+    return (scores if scores.dtype is torch.float64 else scores.float()).numpy()
+
+
 def _parts(rows: list[int], device: torch.device) -> list[list[int]]:
     """Returns the rows to compute together: on the CPU one by one, because one row fits its cache and all do not."""
     if device.type == "cpu":
@@ -81,9 +100,8 @@ def _most_probable(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if scores.device.type != "cpu":
         peaks, ids = scores.max(dim=-1)
         return peaks.double(), ids
-    # numpy takes 6 us for 49,152 scores, torch 170.
     wide = scores if scores.dtype is torch.float64 else scores.float()
-    ids = torch.from_numpy(wide.numpy().argmax(axis=-1))
+    ids = torch.from_numpy(_numbers(wide).argmax(axis=-1))
     return wide.gather(1, ids[:, None])[:, 0].double(), ids
 
 

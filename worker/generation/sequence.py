@@ -41,7 +41,8 @@ class Sequence:
 
     `tokens`: ids of the prompt and of what was generated. `limit`: most tokens to generate. `reason`: why the text
     ended, "" while it goes on: after `begin` it may have ended already. `cached`: tokens of the prompt that were not
-    computed again, for the result; the engine sets it.
+    computed again, for the result; the engine sets it. `is_plain`: whether each token is the most probable one of the
+    model's own logits, and nothing else is asked for.
     """
 
     def __init__(
@@ -73,6 +74,13 @@ class Sequence:
         self.biases = Biases({int(token): bias for token, bias in options.logit_bias.items()})
         self.occurrences = Occurrences(prompt if self.sampling.repetition_penalty != 1.0 else ())
         self.grammar = grammar
+        self.is_plain = (
+            self.sampling.temperature == 0
+            and not self.sampling.penalises
+            and not options.logit_bias
+            and options.logprobs is None
+            and grammar is None
+        )
         self._settings = settings
         self._read_calls = read_calls
         self._ends = frozenset(options.stop_token_ids) | (frozenset() if options.ignore_eos else settings.eos)
@@ -94,17 +102,6 @@ class Sequence:
     def generated(self) -> int:
         """Number of generated tokens: the index of the next one."""
         return len(self.tokens) - self.prompt_length
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether each token is the most probable one of the model's own logits, and nothing else is asked for."""
-        return (
-            self.sampling.temperature == 0
-            and not self.sampling.penalises
-            and not self.options.logit_bias
-            and self.options.logprobs is None
-            and self.grammar is None
-        )
 
     def begin(self, job_id: str, records: Series[Record]) -> None:
         """Takes the seed from the job's id, unless one is given, and goes on behind `records` of earlier runs.
