@@ -81,6 +81,7 @@ class Texts:
         heads = slice(row * HEADS, (row + 1) * HEADS)
         copies = (layer.keys.transpose(1, 2)[heads], layer.values[heads])
         for storage, copy in zip((stored.keys, stored.values), copies, strict=True):
+            assert storage is not None
             tokens = storage[self.blocks[name]].flatten(0, 1)[: self.lengths[name]].transpose(0, 1)
             assert torch.equal(copy[:, empty:], tokens)
             assert copy.isfinite().all()
