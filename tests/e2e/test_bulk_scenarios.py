@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+LONG = bool(os.environ.get("MILLSTREAM_LONG"))
 SCENARIOS = Path(__file__).parents[2] / "benchmarks" / "scenarios.py"
 NEEDS_SIZE = ("memory of", "bulk run / packing", "p99 of callers", "the run beside callers")
 """Targets that a run of few rows on a busy machine may miss."""
@@ -29,8 +30,17 @@ def play(name: str, rows: int) -> dict[str, bool]:
     return found
 
 
+needs_long = pytest.mark.skipif(not LONG, reason="MILLSTREAM_LONG is not 1: it loads a model several times")
+
+
 @pytest.mark.parametrize(
-    ("name", "rows"), [("bulk-size", 10_000), ("bulk-rate", 100), ("bulk-beside", 50), ("bulk-kills", 100)]
+    ("name", "rows"),
+    [
+        ("bulk-size", 10_000),
+        pytest.param("bulk-rate", 200, marks=needs_long),
+        pytest.param("bulk-beside", 50, marks=needs_long),
+        ("bulk-kills", 100),
+    ],
 )
 def test_results_are_exact(name: str, rows: int) -> None:
     found = play(name, rows)
@@ -40,6 +50,7 @@ def test_results_are_exact(name: str, rows: int) -> None:
     assert missed == []
 
 
+@needs_long
 def test_texts_are_those_of_an_undisturbed_run(smollm2: Path) -> None:
     found = play("bulk-kills-texts", 20)
 
