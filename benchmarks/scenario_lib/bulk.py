@@ -102,6 +102,14 @@ class Run:
         return False
 
     @property
+    def rows(self) -> int:
+        """Rows of the input that are done."""
+        with suppress(InvalidRequest):
+            notes = read_manifest(self.output)[0].notes
+            return notes[-1].end.row if notes else 0
+        return 0
+
+    @property
     def finished(self) -> bool:
         """Whether all rows are done."""
         with suppress(OSError):

@@ -24,7 +24,7 @@ from stage import Stage, Team, until
 from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError, PartialFailure
 from millstream.broker.contract.job import Json
-from scenario_lib.bulk import Run, minilm, read_output, write_input
+from scenario_lib.bulk import LIMIT_S, Run, minilm, read_output, write_input
 from scenario_lib.calls import at_least, at_most
 
 KILLS = {"process": 20, "worker": 5, "server": 2}
@@ -35,7 +35,7 @@ BAD = 20
 TOLERANCE = 1e-5
 """Most difference of a number of a vector from that of the undisturbed run."""
 
-LOOK_S = 0.1
+LOOK_S, MOST_PAUSE_S = 0.1, 0.1
 LANGUAGE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TEXT_TOKENS = 24
 SHARD_ROWS = 512
@@ -90,8 +90,8 @@ class Tally:
 def vectors(stage: Stage, rows: int) -> Report:
     texts = mix((rows + 1) // 2)
     inputs = [texts[row // 2] for row in range(rows)]
-    shard = max(16, min(SHARD_ROWS, rows // 20))
     # Not all rows are in flight at once: the run goes on only while its process does.
+    shard = max(1, min(SHARD_ROWS, rows // 160))
     more = ["--shard-rows", str(shard), "--window", str(4 * shard)]
     return _run(stage, Case(minilm("kills"), inputs, more, _near, 4 * shard, 1_000))
 
@@ -104,9 +104,10 @@ def texts(stage: Stage, rows: int) -> Report:
     inputs = [prompts[row // 2] for row in range(rows)]
     options = {"max_tokens": TEXT_TOKENS, "temperature": 0, "ignore_eos": "true"}
     more = [word for name, value in options.items() for word in ("--option", f"{name}={value}")]
-    shard = max(5, rows // 4)
+    shard = max(1, rows // 40)
     return _run(
-        stage, Case(spec, inputs, [*more, "--shard-rows", str(shard), "--window", str(shard)], _equal, shard, 200)
+        stage,
+        Case(spec, inputs, [*more, "--shard-rows", str(shard), "--window", str(4 * shard)], _equal, 4 * shard, 200),
     )
 
 
@@ -133,7 +134,7 @@ def _run(stage: Stage, case: Case) -> Report:
     killed = Run(stage, case.spec.name, source, stage.home / "killed", case.more)
     kills = KILLS if rows >= case.rows_of_all_kills else FEW_KILLS
     with tally.watching(stage, case.spec):
-        done = _kill(stage, team, case.spec, killed, kills, seconds)
+        done = _kill(stage, team, case.spec, killed, kills, rows)
         time.sleep(1.5)
     verdict = read_output(killed.output, rows, bad, lambda row, result: case.same(result, expected.get(row)))
     good = rows - len(bad)
@@ -157,18 +158,17 @@ def _run(stage: Stage, case: Case) -> Report:
     return Report([table], targets)
 
 
-def _kill(
-    stage: Stage, team: Team, spec: ServiceSpec, run: Run, kills: dict[str, int], seconds: float
-) -> dict[str, int]:
-    """Kills at random moments of a run of about `seconds`, which goes on each time; then lets it end."""
+def _kill(stage: Stage, team: Team, spec: ServiceSpec, run: Run, kills: dict[str, int], rows: int) -> dict[str, int]:
+    """Kills at random moments of a run of `rows`, spread over its rows; it goes on each time. Then lets it end."""
     done, chance = dict.fromkeys(kills, 0), random.Random()
     events = [what for what, count in kills.items() for _ in range(count)]
     chance.shuffle(events)
     process = run.begin()
     try:
-        for what in events:
+        for number, what in enumerate(events):
             process = _await_work(run, process)
-            time.sleep(chance.uniform(0.0, seconds / len(events)))
+            _await_rows(run, process, rows * number // (len(events) + 1))
+            time.sleep(chance.uniform(0.0, MOST_PAUSE_S))
             if run.finished:
                 break
             if what == "process":
@@ -203,6 +203,10 @@ def _await_work(run: Run, process: subprocess.Popen[bytes]) -> subprocess.Popen[
     if process.poll() not in (None, 0, PartialFailure.exit_code):
         raise RuntimeError(f"the bulk process ended with {process.returncode}")
     return process
+
+
+def _await_rows(run: Run, process: subprocess.Popen[bytes], rows: int) -> None:
+    until(lambda: run.rows >= rows or process.poll() is not None, within_s=LIMIT_S)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

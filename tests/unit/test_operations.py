@@ -169,6 +169,8 @@ EXCEPTIONS = {
     ("cli/main.py", "embed"): "the name of a command",
     ("cli/main.py", "generate"): "the name of a command",
     ("client/detached_id.py", "call"): "the group of a pattern that has the id of a detached call",
+    ("client/openai/answers.py", "embedding"): "the key of a vector in an answer of OpenAI's shape",
+    ("client/openai/requests.py", "echo"): "the field of a request of OpenAI's shape that asks for the prompt, too",
     ("worker/engines/upstream_rows.py", "embedding"): "the key of a vector in a server's answer",
     ("worker/engines/upstream_text.py", "stream"): "the field of a request that asks for events",
     ("worker/models/loading/weights.py", "embedding"): "the attribute of a module that has its table of vectors",

@@ -262,7 +262,7 @@ def test_without_a_kind_the_files_decide_as_before(qwen3: Path) -> None:
 
 @pytest.mark.skipif(not SMOLLM2.is_dir(), reason="SmolLM2-135M-Instruct is not on this host")
 def test_a_small_language_model_finds_the_passage_that_answers_each_question() -> None:
-    model, passages = load(SMOLLM2, dtype="bfloat16"), list(QUESTIONS.values())
+    model, passages = load(SMOLLM2), list(QUESTIONS.values())
 
     found = [int(np.argmax(scores(model, question, passages))) for question in QUESTIONS]
 

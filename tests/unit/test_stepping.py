@@ -23,15 +23,17 @@ from millstream.worker.window import Window
 
 
 class Shown:
-    """Output of the runner, by the name of its job."""
+    """Output of the runner, by the name of its job. The server has it at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, window: Window) -> None:
+        self.window = window
         self.records: dict[str, list[Record]] = {}
         self.forgotten: list[str] = []
 
     def put(self, job: ActiveJob, record: Record) -> None:
         assert job.name not in self.forgotten, "output after the end"
         self.records.setdefault(job.name, []).append(record)
+        self.window.prove([job.name])
 
     def forget(self, names: Sequence[str]) -> None:
         self.forgotten += names
@@ -48,7 +50,7 @@ class Bench:
         self.window = Window(Budget(rows=8, tokens=1_000))
         self.context = Context("w1", self.window, ServerClock())
         self.context.clock.set_to(NOW)
-        self.shown = Shown()
+        self.shown = Shown(self.window)
         self.finished: dict[str, Finished] = {}
         self.before: dict[int, Callable[[], object]] = {}
         self.running: list[int] = []
