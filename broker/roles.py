@@ -40,7 +40,7 @@ _CONNECT = (
 _JOBS = "q:realtime q:normal q:batch"
 
 _LOOK = (
-    Grant("hget hmget hgetall hvals exists type ttl pttl memory|usage", read="*"),
+    Grant("hget hmget hgetall exists type ttl pttl memory|usage", read="*"),
     Grant("xlen xrange xrevrange xpending xinfo|groups xinfo|consumers xinfo|stream", read=f"{_JOBS} dead"),
     Grant("get", read="paused reclaim"),
     Grant("zrange zcount zscore", read="workers cancelled"),

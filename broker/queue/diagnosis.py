@@ -12,6 +12,7 @@ from millstream.broker.config.load import ServiceSpec
 from millstream.broker.contract.job import PRIORITIES
 from millstream.broker.queue.lease import LEASE_S
 from millstream.broker.queue.server_facts import ServerFacts
+from millstream.broker.queue.supervisors import SupervisorView
 from millstream.broker.queue.views import ServiceView
 
 Severity = Literal["error", "warning", "note"]
@@ -40,7 +41,9 @@ class Finding:
 
 def diagnose(services: Sequence[tuple[ServiceSpec, ServiceView]], servers: Sequence[ServerFacts]) -> Sequence[Finding]:
     """Returns all findings, the most severe first; those of the server before those of its services."""
-    found = [finding for server in servers for finding in _of_server(server)]
+    # A job that a replica has outlives a restart of the server.
+    is_replicated = bool(services) and all(spec.replicated for spec, _ in services)
+    found = [finding for server in servers for finding in _of_server(server, is_replicated=is_replicated)]
     if not services:
         found.append(
             Finding("error", "", "no_service", "no service is registered under this prefix", "millstream config push")
@@ -55,7 +58,7 @@ def diagnose(services: Sequence[tuple[ServiceSpec, ServiceView]], servers: Seque
 # -- the server ------------------------------------------------------------------------------------------------------
 
 
-def _of_server(server: ServerFacts) -> Iterator[Finding]:
+def _of_server(server: ServerFacts, *, is_replicated: bool) -> Iterator[Finding]:
     if server.policy not in ("", "noeviction"):
         yield Finding(
             "error" if server.max_bytes else "warning",
@@ -81,7 +84,7 @@ def _of_server(server: ServerFacts) -> Iterator[Finding]:
             f"the server's last write to its disk failed ({server.failed_write})",
             "free disk space there, and look at its log",
         )
-    if not server.appends:
+    if not server.appends and not is_replicated:
         yield Finding(
             "warning",
             "",
@@ -142,7 +145,11 @@ def _workers(view: ServiceView) -> Iterator[Finding]:
     if starting and not draining:
         planned = sum(each.state.planned for each in starting)
         yield Finding(
-            "note", view.name, "starting", f"{planned} workers are starting, {waiting}", "wait until they are ready"
+            "note",
+            view.name,
+            "starting",
+            f"workers are starting ({planned}), {waiting}",
+            "wait until they are ready",
         )
         return
     what = f"all {len(draining)} live workers drain" if draining else "no worker lives"
@@ -158,43 +165,35 @@ def _workers(view: ServiceView) -> Iterator[Finding]:
 def _supervisors(view: ServiceView) -> Iterator[Finding]:
     hosts = {each.state.host for each in view.supervisors if each.lives}
     for each in view.supervisors:
-        state = each.state
-        who = f"the supervisor {state.pid} on {state.host}"
-        if not each.lives and state.host in hosts:
-            # A new one on its host has taken its place.
-            continue
-        if state.refused:
-            yield Finding(
-                "warning" if view.workers else "error",
-                view.name,
-                "worker_refused",
-                f"{who} could start no worker: {state.refused}",
-                f"mend that, then start it again, such as with millstream worker run {_word(view.name)}",
-            )
-        elif not each.lives:
-            yield Finding(
-                "warning" if view.workers else "error",
-                view.name,
-                "dead_supervisor",
-                f"{who} ended without a drain {each.age_ms / 1000:.0f} s ago; it kept {state.planned} workers",
-                f"start it again there, such as with millstream worker run {_word(view.name)}",
-            )
-        elif state.failures >= EARLY_DEATHS:
-            yield Finding(
-                "error",
-                view.name,
-                "crash_loop",
-                f"{state.failures} workers in a row ended early under {who}; the last one {state.past}",
-                f"look at that supervisor's log, and at the dead letters: millstream dead ls {_word(view.name)}",
-            )
+        # A new one on its host takes the place of one that ended.
+        if each.lives or each.state.host not in hosts:
+            yield from _supervisor(view, each)
         if each.lives and abs(each.clock_ms) >= SKEW_MS:
             yield Finding(
                 "warning",
                 view.name,
                 "clock_skew",
-                f"the clock of {state.host} is {_ahead(each.clock_ms)} the server's: times in logs do not agree",
+                f"the clock of {each.state.host} is {_ahead(each.clock_ms)} the server's: times in logs do not agree",
                 "set both by NTP",
             )
+
+
+def _supervisor(view: ServiceView, supervisor: SupervisorView) -> Iterator[Finding]:
+    state = supervisor.state
+    who = f"the supervisor {state.pid} on {state.host}"
+    start = f"millstream worker run {_word(view.name)}"
+    severity: Severity = "warning" if view.workers else "error"
+    if state.refused:
+        what = f"{who} could start no worker: {state.refused}"
+        fix = f"mend that, then start it again, such as with {start}"
+        yield Finding(severity, view.name, "worker_refused", what, fix)
+    elif not supervisor.lives:
+        what = f"{who} ended without a drain {supervisor.age_ms / 1000:.0f} s ago; it kept {state.planned} workers"
+        yield Finding(severity, view.name, "dead_supervisor", what, f"start it again there, such as with {start}")
+    elif state.failures >= EARLY_DEATHS:
+        what = f"{state.failures} workers in a row ended early under {who}; the last one {state.past}"
+        fix = f"look at that supervisor's log, and at the dead letters: millstream dead ls {_word(view.name)}"
+        yield Finding("error", view.name, "crash_loop", what, fix)
 
 
 def _weights(view: ServiceView) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import cast
 
@@ -83,12 +83,12 @@ class Supervisors:
 
 def queue_supervisors(pipe: redis.client.Pipeline, keys: ServiceKeys) -> None:
     """Adds the command to `pipe` whose reply `read_supervisors` takes."""
-    pipe.hvals(keys.supervisors())
+    pipe.hgetall(keys.supervisors())
 
 
 def read_supervisors(value: object, now: int) -> Sequence[SupervisorView]:
     """Returns the supervisors of the last day, given the reply; what is no state is left out. `now`: server ms."""
-    views = [_view(text, now) for text in cast(Sequence[bytes], value or ())]
+    views = [_view(text, now) for text in cast(Mapping[bytes, bytes], value or {}).values()]
     return [view for view in views if view and view.age_ms < KEPT_S * 1000]
 
 

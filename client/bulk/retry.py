@@ -7,7 +7,6 @@ notes the step; then they are renamed. See `staging.py`.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from millstream.client.bulk.plan import STDIN, WINDOW, BulkPlan
 from millstream.client.bulk.progress import BulkProgress, Pace
 from millstream.client.bulk.results import collect
 from millstream.client.bulk.resuming import begin, open_input
-from millstream.client.bulk.sending import Chunk, Group, Sending
+from millstream.client.bulk.sending import Group, Sending
 from millstream.client.bulk.sinks import find_sink
 from millstream.client.bulk.sources import Source
 from millstream.client.bulk.staging import clear, stage
@@ -166,16 +165,9 @@ class _Retry:
         return Retry(self._number, upto, is_last, failures, new_end, [*files, ERRORS], tag)
 
     def _compute(self, step: Sequence[Failed]) -> Iterator[Group]:
-        """Yields each shard of a step once its rows have outcomes. Sends as many calls at once as may be in flight."""
+        """Yields each shard of a step once its rows have outcomes."""
         chunks = (chunk for failed in step for chunk in self._sending.split([self._read(failed)]))
-        in_flight, following = deque[Chunk](), next(chunks, None)
-        while following or in_flight:
-            while following and self._sending.may_send(in_flight):
-                self._sending.send(following)
-                in_flight.append(following)
-                following = next(chunks, None)
-            chunk = in_flight.popleft()
-            self._sending.receive(chunk, lambda: None)
+        for chunk in self._sending.compute(chunks, lambda _: None):
             if not chunk.owner.waiting:
                 yield chunk.owner
 

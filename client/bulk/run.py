@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import islice
 
 from millstream.broker.contract.errors import BrokerUnavailable, MixedModels
@@ -73,17 +71,8 @@ class _Run:
 
     def run(self) -> BulkProgress:
         """Computes all rows behind the last finished group of shards."""
-        in_flight: deque[Chunk] = deque()
-        chunks = self._split_groups()
         self._tell()
-        following = next(chunks, None)
-        while following or in_flight:
-            while following and self._sending.may_send(in_flight):
-                self._sending.send(following)
-                in_flight.append(following)
-                following = next(chunks, None)
-            chunk = in_flight.popleft()
-            self._sending.receive(chunk, partial(self._tell, chunk))
+        for chunk in self._sending.compute(self._split_groups(), self._tell):
             if chunk.owner.waiting:
                 self._tell(chunk)
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -124,6 +125,22 @@ class Sending:
         if sum(each.size for each in in_flight) >= IN_FLIGHT_BYTES:
             return False
         return not jobs or (rows + self._call_rows <= self._window and jobs < self._most_jobs)
+
+    def compute(self, chunks: Iterator[Chunk], report: Callable[[Chunk], object]) -> Iterator[Chunk]:
+        """Yields each call once it has results, in order. Sends as many at once as may be in flight.
+
+        `report` is called with the oldest call while it is computed. Raises as `send` and `receive`.
+        """
+        in_flight: deque[Chunk] = deque()
+        following = next(chunks, None)
+        while following or in_flight:
+            while following and self.may_send(in_flight):
+                self.send(following)
+                in_flight.append(following)
+                following = next(chunks, None)
+            chunk = in_flight.popleft()
+            self.receive(chunk, partial(report, chunk))
+            yield chunk
 
     def split(self, shards: Sequence[Shard]) -> Iterator[Chunk]:
         """Yields the calls of a group of shards, longest rows first. Rows that cannot be sent get their error at once.

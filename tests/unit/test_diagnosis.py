@@ -80,6 +80,14 @@ def test_what_is_wrong_with_a_service(view: ServiceView, expected: tuple[str, st
     assert found(view) == ([expected] if expected else [])
 
 
+def test_a_server_without_a_disk_is_durable_enough_if_every_job_is_replicated() -> None:
+    replicated = spec("docs").model_copy(update={"replicated": True})
+    server = replace(SERVER, appends=False)
+
+    assert diagnose([(replicated, WELL)], [server]) == []
+    assert [each.cause for each in diagnose([(replicated, WELL), (spec("docs"), WELL)], [server])] == ["not_durable"]
+
+
 def test_errors_come_first_and_commands_can_be_copied() -> None:
     view = replace(WELL, name="two words", dead_letters=1, workers=[], supervisors=[], returned=1)
 

@@ -96,7 +96,7 @@ class Emitter(threading.Thread):
         self._end_jobs = end_jobs
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        # Of its own: what is put while the thread pauses must not wake it.
+        # Another condition, so that output that is put during a pause does not wake the thread.
         self._ended = threading.Condition(self._lock)
         self._confirmed = threading.Condition(self._lock)
         self._outputs: dict[str, _Output] = {}

@@ -27,7 +27,7 @@ class Candidate(NamedTuple):
     row: Row[Prepared]
     records: int
     displaced: bool
-    proven: bool = True
+    proven: bool
 
     @property
     def may_leave(self) -> bool:
