@@ -108,12 +108,17 @@ def test_a_decoder_whose_logits_differ_is_not_used(
     assert texts(model, {"temperature": 0.0}) == expected
 
 
+@pytest.mark.parametrize("packs", [False, True], ids=["torch", "oneDNN"])
 @pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("bfloat16", 3e-2)])
-def test_logits_in_lower_precision_are_close_and_weights_are_kept_once(home: Path, dtype: str, close: float) -> None:
+def test_logits_in_lower_precision_are_close_and_weights_are_kept_once(
+    home: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, close: float, packs: bool
+) -> None:
     import torch
 
+    from millstream.worker.generation import matrices
     from millstream.worker.generation.forward import Forward, Span
 
+    monkeypatch.setattr(matrices, "_time_ratio", lambda *_: 0.5 if packs else 2.0)
     folder = saved(home, "qwen3", tie_word_embeddings=True)
     own, fast = load(folder, dtype=dtype, kernels="off"), load(folder, dtype=dtype)
     span = Span(list(range(10, 60)), 0, [1], True)
@@ -122,5 +127,33 @@ def test_logits_in_lower_precision_are_close_and_weights_are_kept_once(home: Pat
     assert own.fingerprint == fast.fingerprint
     assert torch.linalg.vector_norm(logits[1] - logits[0]) <= close * torch.linalg.vector_norm(logits[0])
     layer = fast._model.model.layers[1]
-    joined = fast._decoder._layers[1].joined.keywords["mat2"]
+    joined, _ = fast._decoder._layers[1].joined.parameters
     assert layer.self_attn.v_proj.weight.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()
+    assert (joined.numel() == 0) == packs
+
+
+def test_products_of_onednn_that_change_the_logits_are_taken_back(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+
+    from millstream.worker.generation import matrices
+
+    monkeypatch.setattr(matrices, "_time_ratio", lambda *_: 2.0)
+    folder = saved(home, "grouped", attention_bias=True, mlp_bias=True)
+    expected = texts(load(folder, dtype="float32"), {"temperature": 0.0})
+    onednns = matrices.onednns
+
+    def doubled(packed: torch.Tensor, bias: torch.Tensor | None) -> matrices.Product:
+        product = onednns(packed, bias)
+        return product._replace(of=lambda rows: 2 * product.of(rows))
+
+    monkeypatch.setattr(matrices, "_time_ratio", lambda *_: 0.5)
+    monkeypatch.setattr(matrices, "_are_equal", lambda *_: True)
+    monkeypatch.setattr(matrices, "onednns", doubled)
+
+    with caplog.at_level(logging.WARNING):
+        model = load(folder, dtype="float32")
+
+    assert "its matrices stay as torch has them" in caplog.text
+    assert texts(model, {"temperature": 0.0}) == expected

@@ -20,18 +20,13 @@ from transformers.activations import SiLUActivation
 from millstream.worker.generation.attention import Groups
 from millstream.worker.generation.columns import Together
 from millstream.worker.generation.kv_cache import BlockCache
+from millstream.worker.generation.matrices import Matrix, pack_faster
 
 MODELS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Types of models whose layers are known to be these."""
 
 STATIC_ROTATIONS = frozenset({"default", "linear", "llama3", "yarn"})
 """Kinds of rotary positions in which the rotation of a position does not depend on the length of the text."""
-
-Product = Callable[[torch.Tensor], torch.Tensor]
-"""Multiplies rows [rows, in] with a matrix: [rows, out]."""
-
-Addition = Callable[[torch.Tensor, torch.Tensor], object]
-"""Adds the product of a matrix and rows, the second argument, to the first."""
 
 Norm = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Normalises rows, and multiplies them with weights."""
@@ -44,12 +39,16 @@ class Layer(NamedTuple):
     """
 
     before: torch.Tensor
-    joined: Product
+    joined: Matrix
     norms: torch.Tensor | None
-    out: Addition
+    out: Matrix
     after: torch.Tensor
-    gated: Product
-    down: Addition
+    gated: Matrix
+    down: Matrix
+
+    @property
+    def matrices(self) -> Sequence[Matrix]:
+        return self.joined, self.out, self.gated, self.down
 
 
 class Decoder:
@@ -65,7 +64,7 @@ class Decoder:
         self._core = core
         self._layers = [_layer(each) for each in core.layers]
         self._embedding = core.embed_tokens.weight.detach()
-        self._head = _product(*_parameters(model.lm_head))
+        self._head = Matrix(model.lm_head, shared=model.lm_head.weight is core.embed_tokens.weight)
         self._norm = core.norm.weight.detach()
         self._normed = _norm_of(self._embedding, float(config.rms_norm_eps))
         attention = core.layers[0].self_attn
@@ -75,8 +74,19 @@ class Decoder:
         self._rotations = _rotations(core.rotary_emb, context, self._embedding)
         self._reorder(_interleaved(self._size))
 
+    def pack(self, rows: int) -> int:
+        """Uses oneDNN's products for matrices that it multiplies faster with `rows` rows. Returns their number."""
+        kinds = zip(*(each.matrices for each in self._layers), strict=True)
+        return sum(pack_faster(matrices, rows) for matrices in (*kinds, [self._head]))
+
+    def unpack(self) -> None:
+        """Uses torch's products for all matrices."""
+        for matrix in (*(each for layer in self._layers for each in layer.matrices), self._head):
+            matrix.unpack()
+
     def release(self) -> None:
         """Makes the model's own forward work again. Then the decoder does not."""
+        self.unpack()
         self._reorder(_interleaved(self._size).argsort())
 
     def _reorder(self, order: torch.Tensor) -> None:
@@ -117,18 +127,18 @@ class Decoder:
         hidden = embedding(ids, self._embedding)
         copies = together.layers if together else [None] * len(self._layers)
         for layer, stored, copy in zip(self._layers, cache.block_layers, copies, strict=True):
-            heads = self._turned(layer, layer.joined(normed(hidden, layer.before)).view(tokens, -1, size), rotations)
+            heads = self._turned(layer, layer.joined.of(normed(hidden, layer.before)).view(tokens, -1, size), rotations)
             keys, values = stored.write(heads[:, self._queries : self._turn], heads[:, self._turn :])
             read = [together.attend(copy, heads[: together.texts], self._scale)] if together and copy else []
             if groups:
                 queries = heads[:, : self._queries]
                 read += [group.attend(queries, keys, values, self._scale) for group in groups]
-            layer.out(hidden, (read[0] if len(read) == 1 else torch.cat(read)).view(tokens, -1))
-            gate, up = layer.gated(normed(hidden, layer.after)).chunk(2, dim=-1)
-            layer.down(hidden, silu(gate).mul_(up))
+            hidden = layer.out.added(hidden, (read[0] if len(read) == 1 else torch.cat(read)).view(tokens, -1))
+            gate, up = layer.gated.of(normed(hidden, layer.after)).chunk(2, dim=-1)
+            hidden = layer.down.added(hidden, silu(gate).mul_(up))
         if last is not None:
             hidden = hidden.index_select(0, last)
-        return self._head(normed(hidden, self._norm))
+        return self._head.of(normed(hidden, self._norm))
 
     def _turned(self, layer: Layer, heads: torch.Tensor, rotations: torch.Tensor) -> torch.Tensor:
         """Normalises and rotates queries and keys. `heads`: [tokens, heads, size], queries, then keys, then values.
@@ -203,12 +213,12 @@ def _layer(layer: Any) -> Layer:
         norms = torch.cat([weight.detach().expand(n, -1) for weight, n in zip(weights, counts, strict=True)])
     return Layer(
         layer.input_layernorm.weight.detach(),
-        _joined(_attention(layer)),
+        Matrix(*_attention(layer)),
         norms,
-        _addition(attention.o_proj),
+        Matrix(attention.o_proj),
         layer.post_attention_layernorm.weight.detach(),
-        _joined(_gated(layer)),
-        _addition(mlp.down_proj),
+        Matrix(*_gated(layer)),
+        Matrix(mlp.down_proj),
     )
 
 
@@ -239,33 +249,3 @@ def _gated(layer: Any) -> Sequence[nn.Linear]:
 
 def _projections(layer: Any) -> Iterable[nn.Linear]:
     return (*_attention(layer), layer.self_attn.o_proj, *_gated(layer), layer.mlp.down_proj)
-
-
-def _product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
-    return partial(torch.mm, mat2=weight.t()) if bias is None else partial(torch.addmm, bias, mat2=weight.t())
-
-
-def _addition(layer: nn.Linear) -> Addition:
-    weight, bias = _parameters(layer)
-    if bias is None:
-        return partial(torch.Tensor.addmm_, mat2=weight.t())
-    return lambda sums, rows: sums.addmm_(rows, weight.t()).add_(bias)
-
-
-def _parameters(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
-
-
-def _joined(layers: Sequence[nn.Linear]) -> Product:
-    """Returns the product of linear layers of one input, joined, and makes their weights views of its own."""
-    weight = _joined_parameters(layers, "weight")
-    return _product(weight, None if layers[0].bias is None else _joined_parameters(layers, "bias"))
-
-
-def _joined_parameters(layers: Sequence[nn.Linear], name: str) -> torch.Tensor:
-    parameters = [getattr(each, name) for each in layers]
-    joined, at = torch.cat([each.detach() for each in parameters]), 0
-    for each in parameters:
-        each.data = joined[at : at + len(each)]
-        at += len(each)
-    return joined

@@ -69,7 +69,7 @@ class GenerationModel:
         proof = Proof(spec.model_name, self._model, self.limit.tokens)
         use_blocks(spec.model_name, self._model)
         proof.check(Forward(self._model))
-        self._decoder = self._prove_decoder(proof) if spec.kernels != "off" else None
+        self._decoder = self._prove_decoder(proof, runtime.batch_size) if spec.kernels != "off" else None
         vocabulary = int(self._model.config.get_text_config().vocab_size)
         self._settings = TextSettings.of(tokenizer, vocabulary, self.limit.tokens, self._model.generation_config)
         self._grammars = Grammars(self._settings)
@@ -80,8 +80,11 @@ class GenerationModel:
         self._engine: SlotsEngine | None = None
         self.adapt(runtime)
 
-    def _prove_decoder(self, proof: Proof) -> Decoder | None:
-        """Returns a decoder of the model, with which it runs faster; None if its layers are others."""
+    def _prove_decoder(self, proof: Proof, slots: int) -> Decoder | None:
+        """Returns a decoder of the model, with which it runs faster; None if its layers are others.
+
+        `slots`: texts that grow at once, by which the products of its matrices are timed.
+        """
         if not Decoder.knows(self._model):
             return None
         decoder = Decoder(self._model, self.limit.tokens)
@@ -91,7 +94,16 @@ class GenerationModel:
             log.warning("%s: it runs as transformers has it", error)
             decoder.release()
             return None
+        if decoder.pack(slots):
+            self._prove_packed(decoder, proof)
         return decoder
+
+    def _prove_packed(self, decoder: Decoder, proof: Proof) -> None:
+        try:
+            proof.check(Forward(self._model, decoder))
+        except ModelUnavailable as error:
+            log.warning("%s: its matrices stay as torch has them", error)
+            decoder.unpack()
 
     def _read(self, tokens: int) -> None:
         """Runs one text of that many tokens by transformers' own forward."""
