@@ -46,7 +46,7 @@ class Load:
     chat_tokens: int
 
 
-TINY = Load(bulk=48, bulk_tokens=256, every_s=0.3, chat_tokens=24)
+TINY = Load(bulk=96, bulk_tokens=256, every_s=0.3, chat_tokens=24)
 REAL = Load(bulk=48, bulk_tokens=48, every_s=0.5, chat_tokens=12)
 
 

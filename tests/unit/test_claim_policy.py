@@ -247,3 +247,9 @@ def test_suspects_run_before_what_waits_where_they_may_and_nothing_less_urgent_i
         assert step.limit.streams < step.limit.returned == state.last_claim.suspects
     elif state.last_claim.suspects and not state.empty_handed:
         assert state.last_claim.alone or state.last_claim.paused
+
+
+def test_a_busy_worker_with_slots_looks_sooner_since_rows_can_join_at_each_step() -> None:
+    full = State(FIRST, None, URGENT, waiting=True, takes=2, has_slots=False)
+
+    assert [next_step(full), next_step(full._replace(has_slots=True))] == [WaitForTake(0.02), WaitForTake(0.01)]

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 EVERY_S = 0.05
 """Seconds from one emission to the next. A reader notices no delay below about 0.05 s."""
 
-LATER_S = 0.03
+LATER_S = 0.04
 """Seconds of EVERY_S, and of AWAY_S, for which no first word of a text waits: its reader counts from the call."""
 
 AWAY_S = 0.2

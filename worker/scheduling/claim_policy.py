@@ -24,6 +24,9 @@ from millstream.broker.queue.lease import SUSPECT_ATTEMPTS
 SHORTEST_WAIT_S, LONGEST_WAIT_S = 0.02, 0.25
 """Seconds between two claims of a busy worker, at least and at most. It is shorter if the forward ends sooner."""
 
+SHORTEST_WAIT_OF_SLOTS_S = 0.01
+"""SHORTEST_WAIT_S if rows have slots: a more urgent row need not wait for others to end, only for the next step."""
+
 RELIED_ON = 0.75
 """Part of the predicted rest of a forward after which the worker claims again. The prediction may be too long."""
 
@@ -225,4 +228,5 @@ def _past_a_full_window(state: State) -> Step:
 
 def _wait_for_take(state: State) -> WaitForTake:
     """Waits for most of the running forward: new jobs cannot run earlier, and a claim takes CPU time from the model."""
-    return WaitForTake(min(LONGEST_WAIT_S, max(SHORTEST_WAIT_S, RELIED_ON * state.forward_left_s)))
+    shortest = SHORTEST_WAIT_OF_SLOTS_S if state.has_slots else SHORTEST_WAIT_S
+    return WaitForTake(min(LONGEST_WAIT_S, max(shortest, RELIED_ON * state.forward_left_s)))
