@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import click
 import torch
@@ -46,7 +47,7 @@ class Load:
     chat_tokens: int
 
 
-TINY = Load(bulk=96, bulk_tokens=256, every_s=0.3, chat_tokens=24)
+TINY = Load(bulk=128, bulk_tokens=256, every_s=0.3, chat_tokens=24)
 REAL = Load(bulk=48, bulk_tokens=48, every_s=0.5, chat_tokens=12)
 
 
@@ -60,7 +61,7 @@ class Chats:
 
 @dataclass
 class Bulk:
-    """`texts` in order; `rate`: tokens a second while all slots were taken."""
+    """`texts` in order; `rate`: tokens a second, from the first call to the last answer."""
 
     texts: Sequence[str]
     rate: float
@@ -93,9 +94,8 @@ async def _measure(url: str, load: Load, seconds: float) -> Report:
         for number in range(ROUNDS):
             undisturbed = await _bulk(other, load)
             await _chats(client, load, 2 * number, alone, asyncio.create_task(asyncio.sleep(seconds / ROUNDS)))
-            full = asyncio.Event()
-            bulk = asyncio.create_task(_bulk(other, load, full))
-            await _chats(client, load, 2 * number + 1, beside, asyncio.create_task(full.wait()))
+            bulk = asyncio.create_task(_bulk(other, load))
+            await _chats(client, load, 2 * number + 1, beside, bulk)
             disturbed = await bulk
             rounds.add("alone", undisturbed.rate)
             rounds.add("beside", disturbed.rate)
@@ -118,14 +118,13 @@ def _different(ours: Sequence[str], theirs: Sequence[str]) -> int:
     return sum(one != other for one, other in zip(ours, theirs, strict=True))
 
 
-async def _bulk(client: AsyncClient, load: Load, almost: asyncio.Event | None = None) -> Bulk:
-    """Generates all bulk texts. `almost` is set when so few are left that not all slots are taken."""
+async def _bulk(client: AsyncClient, load: Load) -> Bulk:
+    """Generates all bulk texts."""
     chance = random.Random(SEED)
     prompts = [" ".join(chance.choices(WORDS, k=BULK_WORDS)) for _ in range(load.bulk)]
-    began, left, rate = time.perf_counter(), load.bulk, 0.0
+    began = time.perf_counter()
 
     async def one(number: int) -> str:
-        nonlocal left, rate
         # Every other text is greedy.
         temperature = float(number % 2 == 0)
         generated = await client.generate(
@@ -138,17 +137,13 @@ async def _bulk(client: AsyncClient, load: Load, almost: asyncio.Event | None = 
             seed=number,
             ignore_eos=True,
         )
-        left -= 1
-        if left == SLOTS:
-            rate = (load.bulk - left) * load.bulk_tokens / (time.perf_counter() - began)
-            if almost:
-                almost.set()
         return generated.text
 
-    return Bulk(await asyncio.gather(*map(one, range(load.bulk))), rate)
+    texts = await asyncio.gather(*map(one, range(load.bulk)))
+    return Bulk(texts, load.bulk * load.bulk_tokens / (time.perf_counter() - began))
 
 
-async def _chats(client: AsyncClient, load: Load, seed: int, chats: Chats, ends: asyncio.Task[object]) -> None:
+async def _chats(client: AsyncClient, load: Load, seed: int, chats: Chats, ends: asyncio.Task[Any]) -> None:
     """Sends chats at random times until `ends` is done, and waits for their answers."""
     chance = random.Random(seed)
     calls = []

@@ -9,7 +9,7 @@ import fakeredis
 from contracts.emit import streaming
 from contracts.queue import Queue
 
-from millstream.broker.contract.job import Claim
+from millstream.broker.contract.job import Claim, Priority
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.stream_types import Emission
 from millstream.broker.queue.streams import Streams
@@ -50,8 +50,10 @@ class Bench:
         self.context = Context("w1", Window(Budget(8, 1_000)))
         self.emitter = Emitter(self.context, self.streams, self.lost.extend)
 
-    def hold(self, consumer: str = "w1") -> tuple[Claim, ActiveJob]:
-        (claim,) = self.queue.hold(consumer, streaming())
+    def hold(self, consumer: str = "w1", priority: Priority = Priority.NORMAL) -> tuple[Claim, ActiveJob]:
+        self.queue.put(streaming(), priority=priority)
+        self.queue.lease.beat(consumer, {}, [])
+        (claim,) = self.queue.claim(consumer).claims
         return claim, active(claim)
 
 

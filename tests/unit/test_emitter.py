@@ -12,6 +12,7 @@ from contracts.emitting import Bench, active
 from contracts.queue import names
 from support import eventually
 
+from millstream.broker.contract.job import Priority
 from millstream.broker.contract.partial import Delta, Record, decode_records, encode_record, text_of
 from millstream.broker.queue import streams as module
 from millstream.broker.queue.stream_types import Emission
@@ -202,18 +203,20 @@ def test_a_job_whose_output_has_no_room_on_the_server_keeps_no_suspect_waiting(
     assert window.is_proven(claim.address.name)
 
 
-def test_the_first_output_of_a_suspect_waits_for_no_other_emission(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["suspect", "realtime"])
+def test_the_first_output_of_a_suspect_or_realtime_job_waits_for_no_other_emission(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr("millstream.worker.intake.emitter.EVERY_S", 3600.0)
     claim, first = bench.hold()
-    _, suspect = bench.hold()
-    suspect.claim = suspect.claim._replace(attempts=1.0)
+    _, urgent = bench.hold(priority=Priority.REALTIME if kind == "realtime" else Priority.NORMAL)
+    if kind == "suspect":
+        urgent.claim = urgent.claim._replace(attempts=1.0)
     bench.emitter.start()
     try:
         bench.emitter.put(first, Record("a"))
         eventually(lambda: partial(bench.queue, claim))
-        bench.emitter.put(suspect, Record("b"))
+        bench.emitter.put(urgent, Record("b"))
         eventually(lambda: len(deltas(bench.queue)) == 2)
     finally:
         bench.emitter.stop()

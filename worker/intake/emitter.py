@@ -1,8 +1,8 @@
 """Thread: shows what running jobs generate to their clients, and keeps it for a worker that takes a job over.
 
-Output of all jobs goes out together, once in EVERY_S while texts grow, and up to LATER_S earlier if it has the first
-word of a text. It goes out from the last byte that the server confirmed: an emission that failed or whose answer was
-lost is late, and nothing is emitted twice.
+Output of all jobs goes out together, once in EVERY_S while texts grow, up to LATER_S earlier if it has the first
+word of a text, and at once if that text is realtime. It goes out from the last byte that the server confirmed: an
+emission that failed or whose answer was lost is late, and nothing is emitted twice.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from millstream.broker.contract.job import Address
+from millstream.broker.contract.job import Address, Priority
 from millstream.broker.contract.partial import MAX_PARTIAL_BYTES, Delta, Record, decode_records, encode_record, text_of
 from millstream.broker.queue.lease import SUSPECT_ATTEMPTS
 from millstream.broker.queue.stream_types import DIVERGED, LOST, Emission
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 EVERY_S = 0.05
 """Seconds from one emission to the next. A reader notices no delay below about 0.05 s."""
 
-LATER_S = 0.04
+LATER_S = 0.03
 """Seconds of EVERY_S, and of AWAY_S, for which no first word of a text waits: its reader counts from the call."""
 
 AWAY_S = 0.2
@@ -39,8 +39,9 @@ class _Output:
 
     `offset`: code points of the confirmed text. `text`: the text behind it. `forgiven`: deaths of earlier workers do
     not count against the job any more. The first record of each run earns that: a job that kills its worker at one of
-    its records is buried all the same, because its next runs begin there and die without a new record. `urgent`: such
-    deaths count against it now, and nothing else runs before it has earned that.
+    its records is buried all the same, because its next runs begin there and die without a new record. `urgent`: its
+    first record must not wait, since the job is realtime, or since such deaths count against it now, and nothing else
+    runs before it has earned that.
     """
 
     address: Address
@@ -54,8 +55,9 @@ class _Output:
     @classmethod
     def of(cls, job: ActiveJob) -> _Output:
         text = text_of(decode_records(job.records))
-        urgent = job.claim.attempts >= SUSPECT_ATTEMPTS
-        return cls(job.claim.address, bytearray(job.records), len(job.records), len(text), urgent=urgent)
+        address = job.claim.address
+        urgent = job.claim.attempts >= SUSPECT_ATTEMPTS or address.priority is Priority.REALTIME
+        return cls(address, bytearray(job.records), len(job.records), len(text), urgent=urgent)
 
     def add(self, record: Record) -> None:
         self.records += encode_record(record)
