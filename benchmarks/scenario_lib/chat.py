@@ -48,7 +48,7 @@ class Load:
 
 
 TINY = Load(bulk=128, bulk_tokens=256, every_s=0.3, chat_tokens=24)
-REAL = Load(bulk=48, bulk_tokens=48, every_s=0.5, chat_tokens=12)
+REAL = Load(bulk=160, bulk_tokens=64, every_s=1.5, chat_tokens=12)
 
 
 @dataclass

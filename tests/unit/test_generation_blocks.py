@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from millstream.worker.generation.blocks import BLOCK, NULL, BlockPool, blocks_for, keys_of
+from millstream.worker.generation.blocks import BLOCK, NULL, BlockPool, blocks_for, key_of, keys_of
 
 
 def test_tokens_fill_whole_blocks() -> None:
@@ -43,6 +43,21 @@ def test_released_blocks_with_a_name_are_found_again_until_they_are_needed() -> 
     # The end of the chain goes first: its beginning is of use without it.
     assert len(pool.take(2) or []) == 2
     assert pool.match(keys) == blocks[:2]
+
+
+def test_a_block_that_one_request_takes_back_is_given_to_no_other() -> None:
+    pool = BlockPool(2)
+    key = key_of([1, 2, 3])
+    blocks = pool.take(1) or []
+    pool.seal(blocks[0], key)
+    assert pool.take_back(key) is None
+    pool.release(blocks)
+
+    assert pool.take_back(key) == blocks[0]
+
+    assert pool.match([key]) == []
+    assert pool.in_use == 1
+    assert pool.release(blocks) == blocks
 
 
 def test_a_shared_block_stays_until_both_release_it() -> None:

@@ -352,6 +352,26 @@ def test_batch_texts_wait_for_a_realtime_prompt_but_not_for_ever(model: Any) -> 
     assert grown == [0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0]
 
 
+@pytest.mark.parametrize("steps", [3, 58, 70], ids=["first block", "full block", "second block"])
+def test_a_displaced_text_that_comes_back_computes_nothing_again(model: Any, steps: int) -> None:
+    rng = random.Random(19)
+    job = Job.random(rng, tokens=7, most=90)
+    options = {"temperature": 1.0, "ignore_eos": True}
+    (alone,), (row,) = rows_of(model, [job], options), rows_of(model, [job], options)
+    expected = Run(model).until_done([alone], rng)
+    run = Run(model)
+    run.engine.admit([row])
+    for _ in range(steps):
+        run.engine.step()
+    before = run.engine.prefilled
+
+    run.engine.abort([row])
+    outcomes = run.until_done([row], rng)
+
+    assert tokens_of(outcomes[row.owner]) == tokens_of(expected[row.owner])
+    assert run.engine.prefilled == before
+
+
 def test_conclude_gives_what_there_is_and_frees_the_blocks(model: Any) -> None:
     rng = random.Random(10)
     rows = rows_of(model, [Job.random(rng, tokens=70, most=50) for _ in range(2)], {"ignore_eos": True})

@@ -1,8 +1,9 @@
 """Accounts for the blocks of the KV cache: which are in use, which hold a known prefix, which are free. Pure.
 
 A block holds attention keys and values of BLOCK tokens, in all layers. A full block is named by a digest of its tokens
-and of all tokens before it, so a request whose prompt begins with the same tokens uses the same blocks. Blocks that no
-request uses stay, named, until their memory is needed; the one that was released first is evicted first.
+and of all tokens before it, so a request whose prompt begins with the same tokens uses the same blocks. The last block
+of a request that left is named, too, full or not: it may come back. Blocks that no request uses stay, named, until
+their memory is needed; the one that was released first is evicted first.
 """
 
 from __future__ import annotations
@@ -28,9 +29,14 @@ def keys_of(tokens: Sequence[int], before: bytes = b"") -> list[bytes]:
     """Returns the names of the full blocks of `tokens`, which follow the block named `before`; b"" if none does."""
     keys = []
     for at in range(0, len(tokens) - BLOCK + 1, BLOCK):
-        before = hashlib.blake2b(before + array("q", tokens[at : at + BLOCK]).tobytes(), digest_size=16).digest()
+        before = key_of(tokens[at : at + BLOCK], before)
         keys.append(before)
     return keys
+
+
+def key_of(tokens: Sequence[int], before: bytes = b"") -> bytes:
+    """Returns the name of one block with `tokens`, which follows the block named `before`; b"" if none does."""
+    return hashlib.blake2b(before + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
 class BlockPool:
@@ -94,6 +100,19 @@ class BlockPool:
             self._uses[block] = self._uses.get(block, 0) + 1
             found.append(block)
         return found
+
+    def take_back(self, key: bytes) -> int | None:
+        """Returns the block of that name for one request, which may write to it: it loses its name.
+
+        None if there is no such block, or another request uses it.
+        """
+        block = self._block_of.get(key)
+        if block is None or block not in self._unused or not self.available:
+            return None
+        del self._unused[block]
+        self._forget(block)
+        self._uses[block] = 1
+        return block
 
     def seal(self, block: int, key: bytes) -> None:
         """Names a block whose tokens are all computed. Does nothing if another block has the name."""

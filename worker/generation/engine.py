@@ -1,8 +1,8 @@
 """The engine of language models: a step computes one forward over all texts that it holds, and adds a token to each.
 
 Texts join and leave at every step. A text holds blocks of the KV cache. If they run out, the least urgent text leaves
-with what it has (`Step.displaced`); when it is admitted again, its tokens are computed again and it goes on. So a full
-cache costs time and no text.
+with what it has (`Step.displaced`); when it is admitted again, what was evicted is computed again and it goes on. So a
+full cache costs time and no text.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from millstream.worker.generation.blocks import BLOCK, BlockPool, blocks_for, keys_of
+from millstream.worker.generation.blocks import BLOCK, BlockPool, blocks_for, key_of, keys_of
 from millstream.worker.generation.kv_cache import BlockCache
 from millstream.worker.generation.scheduler import MOST_LEFT_OUT, before_others
 from millstream.worker.models.base import Prepared
@@ -96,6 +96,7 @@ class Holding:
         # The last token is always computed: its logits are needed.
         held.keys = held.keys or keys_of(held.sequence.tokens[: held.length - 1])
         self._reuse(held)
+        self._take_back(held)
         missing = needed - len(held.blocks)
         blocks = self.pool.take(missing) if not self.running or missing <= self.spare else None
         if blocks is None:
@@ -136,6 +137,23 @@ class Holding:
             self.pool.release(held.blocks[first:end])
             held.blocks[first:end] = found
             held.sealed, held.computed, held.proven = end, end * BLOCK, end * BLOCK
+
+    def _take_back(self, held: Held) -> None:
+        """Gives a text that comes back the block that it had begun to fill, if it and all before it are there."""
+        tail = held.sequence.tokens[held.sealed * BLOCK : held.length - 1]
+        if not 0 < len(tail) < BLOCK:
+            return
+        block = self.pool.take_back(key_of(tail, _last_key(held)))
+        if block is not None:
+            held.blocks.append(block)
+            held.computed = held.proven = held.length - 1
+
+    def _leave_tail(self, held: Held) -> None:
+        """Names the block that a text has begun to fill, so that it finds it if it comes back."""
+        first = held.sealed * BLOCK
+        if held.proven == held.computed and first < held.computed < first + BLOCK:
+            tail = held.sequence.tokens[first : held.computed]
+            self.pool.seal(held.blocks[held.sealed], key_of(tail, _last_key(held)))
 
     def reserve(self) -> tuple[list[Held], list[Held]]:
         """Gives each running text the block of its next token, the most urgent first.
@@ -192,9 +210,10 @@ class Holding:
             held.computed = held.proven = held.sealed = 0
 
     def drop(self, rows: Rows) -> None:
-        """Removes the texts of `rows`."""
+        """Removes the texts of `rows`, which may come back."""
         gone = set(map(id, rows))
         for held in [each for each in self.all if id(each.row) in gone]:
+            self._leave_tail(held)
             self.remove(held)
 
     def shrink(self) -> list[Held]:
@@ -211,6 +230,11 @@ class Holding:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return displaced
+
+
+def _last_key(held: Held) -> bytes:
+    """Returns the name of the last full block of a text; b"" if it has none."""
+    return held.keys[held.sealed - 1] if held.sealed else b""
 
 
 def _note_cached(held: Held) -> None:
