@@ -6,12 +6,12 @@ llguidance, the extra `structured`, tells for each step which tokens may come ne
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from millstream.broker.contract.errors import InvalidRequest, ModelFailed
 from millstream.worker.generation.settings import TextSettings
@@ -94,22 +94,27 @@ class Grammar:
         return self._matcher.consume_token(token)
 
     def fill(self) -> None:
-        """Computes on the CPU which tokens may come next: for `mask`, which needs the logits."""
+        """Computes on the CPU which tokens may come next, for `allowed`."""
         if not self._is_filled:
             self._matcher.unsafe_compute_mask_ptr(self._address, self._mask.nbytes)
             self._is_filled = True
 
-    def mask(self, row: torch.Tensor) -> ModelFailed | None:
-        """Sets the logits of tokens that cannot come next to minus infinity. `row`: float [vocabulary].
-
-        Returns an error if the grammar is too costly to follow.
-        """
+    @property
+    def allowed(self) -> NDArray[np.int32]:
+        """A bit for each token, 1 if it may come next; in words of 32 bits."""
         self.fill()
-        if self._matcher.is_error():
-            return ModelFailed(f"response_format: {self.error}")
-        excluded = np.unpackbits(~self._mask.view(np.uint8), count=len(row), bitorder="little").view(np.bool_)
-        row.masked_fill_(torch.from_numpy(excluded).to(row.device), -torch.inf)
-        return None
+        return self._mask
+
+    @property
+    def fault(self) -> ModelFailed | None:
+        """An error if the grammar is too costly to follow."""
+        return ModelFailed(f"response_format: {self.error}") if self._matcher.is_error() else None
+
+
+def excluded_by(grammars: Sequence[Grammar], vocabulary: int) -> NDArray[np.bool_]:
+    """Returns which tokens cannot come next: [grammars, vocabulary]."""
+    words = ~np.stack([each.allowed for each in grammars])
+    return np.unpackbits(words.view(np.uint8), axis=1, count=vocabulary, bitorder="little").view(np.bool_)
 
 
 def _source(response_format: Mapping[str, Json]) -> str:

@@ -6,14 +6,16 @@ A row's token depends on its own logits, options and random number alone (`weigh
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as Series
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from millstream.broker.contract.errors import MillstreamError, ModelFailed
+from millstream.worker.generation.grammar import Grammar, excluded_by
 from millstream.worker.generation.philox import uniforms
 from millstream.worker.generation.record import Token
 from millstream.worker.generation.weights import LOG_ONE, highest_of, weigh
@@ -22,6 +24,9 @@ from millstream.worker.models.base import NOT_FINITE
 if TYPE_CHECKING:
     from millstream.worker.generation.sequence import Sequence
     from millstream.worker.generation.settings import Sampling
+
+_TOGETHER = 32_768
+"""Scores that are computed together on the CPU: 256 KiB."""
 
 LEAST_LOGPROB = -9999.0
 """Log probability reported for tokens that the model excludes, as in OpenAI's API: JSON has no infinity."""
@@ -46,12 +51,10 @@ def choose(logits: torch.Tensor, sequences: Series[Sequence]) -> list[Token | Mi
     adjusted = [at for at, each in enumerate(sequences) if not each.is_plain and each.sampling.temperature == 0]
     # For all rows at once: it takes as long as for one.
     numbers = uniforms([each.seed for each in sequences], [each.generated for each in sequences]) if drawn else None
-    for part in _parts(drawn, logits.device) + _parts(adjusted, logits.device):
+    for part in _parts(drawn, logits) + _parts(adjusted, logits):
         rows = torch.tensor(part, device=logits.device)
         scores = _copy(logits, part)
-        for at, row in zip(part, scores, strict=True):
-            if fault := _adjust(row, sequences[at]):
-                faults[at] = fault
+        faults |= _adjust(scores, part, sequences)
         if numbers is not None and part[0] in drawn:
             highest = scores.amax(dim=-1)
             samplings = [sequences[at].sampling for at in part]
@@ -82,11 +85,10 @@ def _numbers(scores: torch.Tensor) -> NDArray[Any]:
     return (scores if scores.dtype is torch.float64 else scores.float()).numpy()
 
 
-def _parts(rows: list[int], device: torch.device) -> list[list[int]]:
-    """Returns the rows to compute together: on the CPU one by one, because one row fits its cache and all do not."""
-    if device.type == "cpu":
-        return [[at] for at in rows]
-    return [rows] if rows else []
+def _parts(rows: list[int], logits: torch.Tensor) -> list[list[int]]:
+    """Returns the rows to compute together: on the CPU as many as fit its cache."""
+    count = max(1, _TOGETHER // logits.shape[-1]) if logits.device.type == "cpu" else len(rows)
+    return [rows[at : at + count] for at in range(0, len(rows), max(1, count))]
 
 
 def _copy(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
@@ -105,16 +107,29 @@ def _most_probable(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return wide.gather(1, ids[:, None])[:, 0].double(), ids
 
 
-def _adjust(row: torch.Tensor, sequence: Sequence) -> MillstreamError | None:
-    """Applies penalties, biases and the grammar to the logits of one row, in this order. Returns its fault, if any."""
-    sampling = sequence.sampling
-    if sampling.penalises:
-        sequence.occurrences.penalise(
-            row, sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
-        )
-    if sequence.options.logit_bias:
-        sequence.biases.apply(row)
-    return sequence.grammar.mask(row) if sequence.grammar else None
+def _adjust(scores: torch.Tensor, part: Series[int], sequences: Series[Sequence]) -> Mapping[int, MillstreamError]:
+    """Applies penalties, biases and grammars to the logits of the rows `part`, in this order. Returns their faults."""
+    followers: list[int] = []
+    for at, number in enumerate(part):
+        sequence = sequences[number]
+        sampling = sequence.sampling
+        if sampling.penalises:
+            sequence.occurrences.penalise(
+                scores[at], sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
+            )
+        if sequence.options.logit_bias:
+            sequence.biases.apply(scores[at])
+        if sequence.grammar:
+            followers.append(at)
+    if not followers:
+        return {}
+    grammars = {at: cast(Grammar, sequences[part[at]].grammar) for at in followers}
+    excluded = torch.from_numpy(excluded_by(list(grammars.values()), scores.shape[-1])).to(scores.device)
+    if len(followers) == len(part):
+        scores.masked_fill_(excluded, -torch.inf)
+    else:
+        scores[followers] = scores[followers].masked_fill_(excluded, -torch.inf)
+    return {part[at]: fault for at, each in grammars.items() if (fault := each.fault)}
 
 
 def _draw(scores: torch.Tensor, samplings: Series[Sampling], numbers: NDArray[np.float64]) -> torch.Tensor:
@@ -142,7 +157,7 @@ def _logprobs(logits: torch.Tensor, ids: torch.Tensor, sequences: Series[Sequenc
         return {}
     most = min(max(wanting.values()), logits.shape[-1])
     tables = []
-    for part in _parts(list(wanting), logits.device):
+    for part in _parts(list(wanting), logits):
         rows = torch.tensor(part, device=logits.device)
         scores = _copy(logits, part)
         scores -= scores.amax(dim=-1, keepdim=True)
