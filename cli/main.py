@@ -40,6 +40,7 @@ COMMANDS = {
     "doctor": Lazy("millstream.cli.doctor:doctor", "Say why nothing moves, and which command mends it."),
     "embed": Lazy("millstream.cli.embed:embed", "Embed texts through the queue."),
     "generate": Lazy("millstream.cli.generate:generate", "Generate text through the queue."),
+    "job": Lazy("millstream.cli.job:job", "Look at single jobs."),
     "queue": Lazy("millstream.cli.queue:queue", "Show, pause, drain or empty the queues."),
     "tune": Lazy("millstream.cli.tune:tune", "Measure with which batch limits a service is fastest on this machine."),
     "up": Lazy("millstream.cli.up:up", "Start a server if none is configured, and workers for each service."),

@@ -167,7 +167,8 @@ class Runner:
         if not missed and None not in found:
             return batch, jobs
         for job in self._window.end(missed):
-            self._finish(Finished(job.claim.address, Reply(error=expired(job.request, self._missed(job, now), now))))
+            error = expired(job.request, self._missed(job, now), now)
+            self._finish(Finished(job.claim.address, Reply(error=error), run=job))
         in_time = {name: job for name, job in jobs.items() if name not in missed}
         return [row for row, job in zip(batch, found, strict=True) if job and job.name in in_time], in_time
 
@@ -192,8 +193,10 @@ class Runner:
             if self._emitter:
                 self._emitter.forget(ended)
         room = self._engine.room() if self._keeper else None
+        now = self._clock.now()
         for job in self._window.complete(step.rows, step.outcomes, running.rows, room):
-            self._finish(Finished(job.claim.address, job.reply(), digests=job.digests))
+            job.ended_at = now
+            self._finish(Finished(job.claim.address, job.reply(), digests=job.digests, run=job))
         # After the replies are made: a reply of large results may be what ends the process.
         if not running.rows:
             self._track.stop()
