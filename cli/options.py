@@ -12,7 +12,7 @@ import click
 from millstream.broker.config.telemetry import LogFormat, LogLevel, TelemetrySettings
 from millstream.broker.config.units import seconds
 from millstream.broker.contract.errors import InvalidRequest
-from millstream.telemetry import logs
+from millstream.telemetry import logs, traces
 
 url = click.option(
     "--url",
@@ -62,9 +62,13 @@ log_level = click.option(
 def set_up_logs(
     settings: TelemetrySettings, log_format: LogFormat | None, log_level: LogLevel | None
 ) -> TelemetrySettings:
-    """Makes this command log as its options say, else as `settings` do. Returns the settings of its processes."""
+    """Makes this command log as its options say, else as `settings` do. Returns the settings of its processes.
+
+    Raises ConfigError if traces are on and OpenTelemetry is not installed.
+    """
     chosen = settings.under(os.environ).with_options(log_format, log_level)
     logs.set_up(chosen)
+    traces.check(chosen.traces)
     return chosen
 
 

@@ -26,6 +26,7 @@ from millstream.broker.transport.connection import Connection
 from millstream.client.cache_reader import CacheReader
 from millstream.client.call_options import CallOptions, find_operation
 from millstream.client.call_request import StreamRequest
+from millstream.client.call_spans import begin_span, follow
 from millstream.client.channel.channel import Channel
 from millstream.client.channel.coalescing import Coalescer
 from millstream.client.detached import Detached
@@ -37,6 +38,8 @@ from millstream.client.rows import encode_rows, measure_rows, split_rows
 from millstream.client.services import Services, operation_of
 from millstream.client.streaming import TextCall, TextStream
 from millstream.client.transfer import Transfer
+from millstream.telemetry.traces import Tracing
+from millstream.telemetry.traces import check as check_traces
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +52,12 @@ PARTIAL_S = 0.5
 class Calls:
     """All calls of one client to one server. Survives os.fork: the child gets its own client id and threads."""
 
+    tracing = Tracing("off")
+
     def __init__(self, url: str | None, prefix: str | None) -> None:
         target = find_target(url, prefix, os.environ)
+        check_traces(target.telemetry.traces)
+        self.tracing = Tracing(target.telemetry.traces)
         self.connection = Connection(target.url, name="millstream-client")
         self.registry = Registry(self.connection, target.prefix)
         self.channel = Channel(self.connection, self.registry)
@@ -166,6 +173,7 @@ class Calls:
         inputs = encode_rows(operation, inputs)
         parts, refused = split_rows(spec, inputs, hits, beside)
         limits = spec.runtime.limits(opts.priority)
+        span = begin_span(self.tracing, spec, operation, inputs, opts.priority, self.channel.client_id)
         terms = JobTerms(
             service=spec.name,
             op=operation.op,
@@ -182,11 +190,14 @@ class Calls:
             rate_per_tenant=bool(opts.tenant) and spec.rate_per_tenant,
             idle_timeout=spec.runtime.total_timeout,
             at_once=spec.runtime.batch_size if operation.streams else 1,
+            trace=span.traceparent if span else "",
         )
         # If a service caches its answers, equal jobs in flight share theirs, too.
         channel = self._coalescer if spec.runtime.enable_cache else self.channel
         given: dict[int, MillstreamError | Cached] = {**refused, **hits} if refused or hits else {}
         transfer = Transfer(channel, self.services, terms, inputs, parts, given, began, progress, growing)
+        if span:
+            follow(span, transfer)
         return Handle(transfer, owner=self)
 
     def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> int:

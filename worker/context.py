@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from millstream.telemetry.traces import WorkerTraces
 from millstream.worker.clock import ServerClock
 from millstream.worker.measuring.threads import Threads
 from millstream.worker.scheduling.counters import Counters
@@ -20,6 +21,7 @@ class Context:
 
     A supervisor reads `progress`, if the process has one. `beside`: pages of the other lanes of the process.
     `stage` wraps each stage of this lane, if the process has several lanes. `service` is the name of its service.
+    `traces` makes its spans, if it exports any.
     """
 
     consumer: str
@@ -32,6 +34,7 @@ class Context:
     beside: Sequence[Progress] = ()
     stage: Stage | None = None
     service: str = ""
+    traces: WorkerTraces | None = None
 
     @property
     def is_stuck(self) -> bool:

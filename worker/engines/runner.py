@@ -12,6 +12,7 @@ from typing import Protocol
 from millstream.broker.contract.errors import MillstreamError, ModelFailed, described
 from millstream.broker.contract.job import Priority, Reply
 from millstream.broker.contract.partial import Record
+from millstream.telemetry.traces import Batch, WorkerTraces
 from millstream.worker.context import Context
 from millstream.worker.engines.base import Engine, Step
 from millstream.worker.engines.running import Jobs, Running
@@ -63,6 +64,7 @@ class Runner:
         self._stage = context.stage
         self._threads = context.threads
         self._service = context.service
+        self._traces = context.traces
         self._finish = finish
         self._emitter = emitter
         self._running = Running(self._track)
@@ -184,9 +186,12 @@ class Runner:
         start = time.monotonic()
         self._track.lap()
         step = self._run_step()
-        self._account(step, time.monotonic() - start)
+        seconds = time.monotonic() - start
+        self._account(step, seconds)
         if self._keeper:
             self._take_output(self._keeper, step)
+        elif self._traces:
+            self._trace_batch(self._traces, step, seconds)
         running = self._running
         if step.rows:
             ended = running.remove(step.rows)
@@ -235,6 +240,14 @@ class Runner:
             self._log_batch(step, seconds)
         if step.computed:
             self._window.cost.observe(step.computed, seconds)
+
+    def _trace_batch(self, traces: WorkerTraces, step: Step, seconds: float) -> None:
+        """Makes the span of a forward that ended now, with links to the calls of its jobs."""
+        jobs = self._running.jobs.values()
+        contexts = [job.request.trace for job in jobs]
+        made = traces.record_batch(Batch(contexts, step.ran, step.tokens, step.computed, seconds)) or ""
+        for job in jobs:
+            job.batch_trace = made
 
     def _log_batch(self, step: Step, seconds: float) -> None:
         log.debug(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -15,7 +16,9 @@ from millstream.broker.contract.stages import Stages
 from millstream.broker.queue.stream_types import Settlement
 from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Streams
 from millstream.broker.transport.connection import retrying
+from millstream.telemetry.traces import WorkerTraces
 from millstream.worker.context import Context
+from millstream.worker.job_spans import job_of
 from millstream.worker.scheduling.active_job import ActiveJob
 from millstream.worker.supervision.progress import Stage
 
@@ -35,13 +38,13 @@ class Finished(NamedTuple):
     digests: Sequence[str] = ()
     run: ActiveJob | Claim | None = None
 
-    def with_stages(self, worker: str, now: int) -> Reply:
-        """The reply with the stages of its run. `now`: server ms."""
+    def stages(self, worker: str, now: int) -> Stages | None:
+        """The stages of its run, which `worker` settles at `now`, server ms."""
         run = self.run
         if isinstance(run, Claim):
             enqueued = run.job.at if run.job else 0
-            return self.reply._replace(stages=Stages(worker, run.attempts, 0, enqueued, run.at, settled=now))
-        return self.reply._replace(stages=run.stages(worker, now)) if run else self.reply
+            return Stages(worker, run.attempts, 0, enqueued, run.at, settled=now)
+        return run.stages(worker, now) if run else None
 
 
 class CacheWriter(Protocol):
@@ -68,6 +71,7 @@ class Settler(threading.Thread):
         self._origin = origin_of(fingerprint)
         self._consumer = context.consumer
         self._clock = context.clock
+        self._traces = context.traces
         self._streams = streams
         self._cache_writer = cache_writer
         self._window = context.window
@@ -134,6 +138,8 @@ class Settler(threading.Thread):
                 break
             self._track.point(place)
             batch.append(self._encode_one(finished))
+            if self._traces:
+                self._trace(self._traces, finished)
             size += len(batch[-1].reply)
             if finished.digests and self._cache_writer:
                 answers += self._cache_writer.encoded(finished)
@@ -143,12 +149,18 @@ class Settler(threading.Thread):
     def _encode_one(self, finished: Finished) -> Settlement:
         try:
             # Only results of detached calls stay on the server, so that `job trace` can read the stages.
-            is_kept = finished.address.call
-            reply = finished.with_stages(self._consumer, self._clock.now()) if is_kept else finished.reply
+            reply = finished.reply
+            if finished.address.call:
+                reply = reply._replace(stages=finished.stages(self._consumer, self._clock.now()))
             encoded = encode_reply(reply, self._origin)
         except BaseException as error:  # noqa: BLE001 - a result may have code of its own, and must not fail other jobs
             encoded = encode_reply(Reply(error=ModelFailed(f"the answer cannot be sent: {type(error).__name__}")))
         return Settlement(finished.address, encoded, finished.bury)
+
+    def _trace(self, traces: WorkerTraces, finished: Finished) -> None:
+        now = self._clock.now()
+        if job := job_of(finished.run, finished.reply, finished.stages(self._consumer, now), time.time() * 1000 - now):
+            traces.record_job(job)
 
     def _write(self, batch: list[Settlement]) -> None:
         # Settling is idempotent, so the call is sent again after a cut connection.
