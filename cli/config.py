@@ -15,6 +15,7 @@ from millstream.broker.config.load import DEFAULT_PATH, Config, ServiceSpec, loa
 from millstream.broker.config.origin import resolved
 from millstream.broker.config.url import redacted
 from millstream.broker.config.yaml import KeyPath
+from millstream.cli.groups import Group
 from millstream.cli.options import allow_eviction
 from millstream.cli.table import align
 
@@ -32,7 +33,7 @@ def load_and_warn(path: Path | None) -> Config:
     return loaded
 
 
-@click.group()
+@click.group(cls=Group)
 def config() -> None:
     """Check or show a configuration, or publish it for workers and clients."""
 

@@ -13,6 +13,7 @@ from millstream.broker.queue.deadletters import DeadLetters, Letter
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection
 from millstream.cli import options
+from millstream.cli.groups import Group
 from millstream.cli.main import report
 from millstream.cli.server import open_service
 from millstream.cli.table import align, escape, quantity
@@ -25,7 +26,7 @@ _REASON_SHOWN = 60
 """Characters of a reason that a table shows at most."""
 
 
-@click.group()
+@click.group(cls=Group)
 def dead() -> None:
     """List a service's dead letters, run them again or remove them."""
 
@@ -36,7 +37,7 @@ def dead() -> None:
 @options.prefix
 @click.option("--count", type=click.IntRange(min=1), default=20, show_default=True, help="Most letters to list.")
 @click.option("--before", metavar="ID", help="List letters older than this one: the next page.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, with every field of each letter.")
+@options.json_output(", with every field of each letter")
 def list_letters(
     service: str, url: str | None, prefix: str | None, count: int, before: str | None, as_json: bool
 ) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
 from millstream.broker.config.units import seconds
 from millstream.broker.contract.errors import InvalidRequest
+from millstream.cli.completion import complete_services
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 url = click.option(
     "--url",
@@ -24,8 +28,14 @@ allow_eviction = click.option(
     "--allow-eviction", is_flag=True, help="Use a server that deletes keys when its memory is full: jobs may be lost."
 )
 
-service = click.argument("service")
+service = click.argument("service", shell_complete=complete_services)
+services = click.argument("services", metavar="[SERVICE]...", nargs=-1, shell_complete=complete_services)
 yes = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+def json_output(contents: str = "") -> Callable[[Command], Command]:
+    """Returns the option `--json` of a command that shows something. `contents` ends the sentence of its help."""
+    return click.option("--json", "as_json", is_flag=True, help=f"Print JSON{contents}.")
 
 
 def duration(_ctx: click.Context, _param: click.Parameter, value: str | None) -> float | None:

@@ -12,6 +12,7 @@ from millstream.broker.queue.inspector import Entry, Inspector, ServiceView
 from millstream.broker.queue.pause import Pause
 from millstream.broker.queue.registry import Registry
 from millstream.cli import operate, options
+from millstream.cli.groups import Group
 from millstream.cli.server import connect, find_server, redis_cli
 from millstream.cli.show import as_record, show
 from millstream.cli.table import age, align, escape, number
@@ -33,7 +34,7 @@ _HEADING = (
 )
 
 
-@click.group()
+@click.group(cls=Group)
 def queue() -> None:
     """Show, pause, drain or empty the queues."""
 
@@ -45,7 +46,7 @@ for command in (show, operate.pause, operate.resume, operate.purge, operate.drai
 @queue.command("ls")
 @options.url
 @options.prefix
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, with the figures of every worker.")
+@options.json_output(", with the figures of every worker")
 def list_services(url: str | None, prefix: str | None, as_json: bool) -> None:
     """List the services: jobs that wait by priority, jobs in flight, workers, batches, dead letters.
 
@@ -66,7 +67,7 @@ def list_services(url: str | None, prefix: str | None, as_json: bool) -> None:
 
 
 @queue.command()
-@click.argument("service")
+@options.service
 @options.url
 @options.prefix
 @click.option("--priority", type=click.Choice(["realtime", "normal", "batch"]), help="By default all three.")

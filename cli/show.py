@@ -22,7 +22,7 @@ from millstream.cli.table import age, align, bar, number
 @options.service
 @options.url
 @options.prefix
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, with the figures of every worker.")
+@options.json_output(", with the figures of every worker")
 def show(service: str, url: str | None, prefix: str | None, as_json: bool) -> None:
     """Show the queue of SERVICE, and which limit cut the batches of its live workers.
 

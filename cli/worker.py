@@ -18,6 +18,7 @@ from millstream.broker.queue.registry import Registry
 from millstream.broker.target import find_config
 from millstream.broker.transport.connection import check
 from millstream.cli import options
+from millstream.cli.groups import Group
 from millstream.cli.interrupts import Interrupts
 from millstream.cli.server import connect, find_server
 from millstream.cli.status import Lines
@@ -43,13 +44,13 @@ _HEADING = (
 )
 
 
-@click.group()
+@click.group(cls=Group)
 def worker() -> None:
     """Run workers for the services of a server, or list the live ones."""
 
 
 @worker.command()
-@click.argument("services", metavar="[SERVICE]...", nargs=-1)
+@options.services
 @options.url
 @options.prefix
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; by default the model's.")
@@ -91,7 +92,7 @@ def run(
 @worker.command("ls")
 @options.url
 @options.prefix
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, with all figures of each worker.")
+@options.json_output(", with all figures of each worker")
 def list_workers(url: str | None, prefix: str | None, as_json: bool) -> None:
     """List the live workers of all services, with the figures of their last heartbeat.
 
