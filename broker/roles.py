@@ -80,6 +80,7 @@ _WORK = (
     Grant("zadd zrem pexpire", write="workers cancelled"),
     Grant("hset hdel hincrby del pexpire", write="worker:* trail supervisors"),
     Grant("get set del pexpire", write="reclaim"),
+    Grant("pexpire", write="drained"),
     Grant("xadd", write="dead bell"),
     Grant("xadd xlen pexpire", write="reply:*"),
     Grant("get pttl", read="seen:*"),

@@ -46,7 +46,9 @@ COMMANDS = {
     "queue": Lazy("millstream.cli.queue:queue", "Show, pause, drain or empty the queues."),
     "tune": Lazy("millstream.cli.tune:tune", "Measure with which batch limits a service is fastest on this machine."),
     "up": Lazy("millstream.cli.up:up", "Start a server if none is configured, and workers for each service."),
-    "worker": Lazy("millstream.cli.worker:worker", "Run workers for the services of a server, or list the live ones."),
+    "worker": Lazy(
+        "millstream.cli.worker:worker", "Run workers for the services of a server, list the live ones, or empty a host."
+    ),
 }
 
 

@@ -17,7 +17,7 @@ from millstream.broker.queue.inspector import Inspector, WorkerView
 from millstream.broker.queue.registry import Registry
 from millstream.broker.target import find_config
 from millstream.broker.transport.connection import check
-from millstream.cli import options
+from millstream.cli import drain_workers, options
 from millstream.cli.groups import Group
 from millstream.cli.interrupts import Interrupts
 from millstream.cli.server import connect, find_server
@@ -46,7 +46,11 @@ _HEADING = (
 
 @click.group(cls=Group)
 def worker() -> None:
-    """Run workers for the services of a server, or list the live ones."""
+    """Run workers for the services of a server, list the live ones, or empty a host."""
+
+
+for command in (drain_workers.drain, drain_workers.stop, drain_workers.start):
+    worker.add_command(command)
 
 
 @worker.command()

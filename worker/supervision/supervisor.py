@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from millstream.broker.config.variables import URL_VARIABLE
 from millstream.broker.contract.errors import ModelUnavailable
 from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.drains import Order
 from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.supervisors import Supervisors, SupervisorState
@@ -24,6 +25,7 @@ from millstream.worker.measuring.threads import waiting
 from millstream.worker.supervision.charging import End, give_back
 from millstream.worker.supervision.child import Child
 from millstream.worker.supervision.child_args import EXIT_PERMANENT, ChildArgs, Hosted, new_consumer
+from millstream.worker.supervision.orders import Orders
 from millstream.worker.supervision.plan import Plan
 from millstream.worker.supervision.progress import Progress
 from millstream.worker.supervision.registrar import Registrar
@@ -60,6 +62,7 @@ class Slot:
 
     `past`: how its last child ended. `ready`: whether the child was ready at the last check. Other threads read that
     field, since they must not touch a child that may be closed at the same time. `refused`: no child starts again.
+    `consumer`: name of its last child. `drained`: an operator keeps it empty.
     """
 
     plan: Plan
@@ -70,6 +73,8 @@ class Slot:
     failures: int = 0
     start_at: float = 0.0
     refused: bool = False
+    consumer: str = ""
+    drained: bool = False
 
 
 class Supervisor:
@@ -87,12 +92,15 @@ class Supervisor:
         self._deaths: list[Death] = []
         self._logged: set[tuple[str, str]] = set()
         specs = [spec for plan in plans for spec in plan.specs]
-        self._registrar = Registrar(Registry(self._connection, prefix), specs, self._publish)
+        self._orders = Orders(self._connection, prefix, {spec.name for spec in specs})
+        self._registrar = Registrar(Registry(self._connection, prefix), specs, self._exchange)
         self._stopping = False
         self.restarts = 0
 
     def run(self) -> None:
         """Starts the processes, watches them until `stop`, then drains. Raises ModelUnavailable if none can start."""
+        # Before the first worker starts: this host may be one that an operator keeps empty.
+        self._orders.read()
         self._registrar.start()
         try:
             while not self._stopping:
@@ -120,6 +128,9 @@ class Supervisor:
             raise ModelUnavailable("no worker process could start", hint="see the errors above")
 
     def _look(self, slot: Slot) -> None:
+        order = self._find_order(slot)
+        if slot.child and order:
+            slot.child.follow(order, self._drain_s)
         if slot.child:
             slot.child.end_stuck()
             slot.child.note_ready()
@@ -127,9 +138,25 @@ class Supervisor:
             self._handle_exit(slot, slot.child)
         elif slot.child and slot.child.steady:
             slot.failures = 0
-        if not slot.child and not slot.refused and time.monotonic() >= slot.start_at:
+        if not slot.child and not (slot.refused or slot.drained) and time.monotonic() >= slot.start_at:
             self._fill(slot)
         slot.ready = slot.child is not None and slot.child.ready
+
+    def _find_order(self, slot: Slot) -> Order | None:
+        order = self._orders.find([spec.name for spec in slot.plan.specs], slot.consumer)
+        if bool(order) != slot.drained:
+            slot.drained = bool(order)
+            self._log_drained(slot)
+        return order
+
+    def _log_drained(self, slot: Slot) -> None:
+        """Logs the change of a place. A change of the host is logged for each place, since each has its own worker."""
+        place = f"service {slot.plan.services}: worker {slot.consumer or 'to be started'} on {self._orders.host}"
+        if slot.drained:
+            back = f"`millstream worker start {self._orders.host}`"
+            log.warning("%s is kept away by an operator until %s", place, back)
+        else:
+            log.warning("%s: an operator lets it start again", place)
 
     @property
     def ready(self) -> int:
@@ -138,6 +165,11 @@ class Supervisor:
     @property
     def size(self) -> int:
         return len(self._slots)
+
+    @property
+    def drained(self) -> int:
+        """Number of places that an operator keeps empty."""
+        return sum(1 for slot in self._slots if slot.drained)
 
     def tally(self) -> dict[str, tuple[int, int]]:
         """Service -> (ready processes, planned processes)."""
@@ -161,8 +193,14 @@ class Supervisor:
             slots = [slot for slot in self._slots if name in {spec.name for spec in slot.plan.specs}]
             worst = max(slots, key=lambda slot: slot.failures)
             past, refused = worst.past if worst.failures else "", refusals.get(name, "")
-            states[name] = SupervisorState(host, pid, planned, ready, worst.failures, past, refused, cores())
+            drained = sum(slot.drained for slot in slots)
+            states[name] = SupervisorState(host, pid, planned, ready, worst.failures, past, refused, cores(), drained)
         return states
+
+    def _exchange(self) -> None:
+        """Reads the orders of operators, and publishes the states."""
+        self._orders.read()
+        self._publish()
 
     def _publish(self) -> None:
         for name, state in self.states().items():
@@ -224,7 +262,7 @@ class Supervisor:
     def _start(self, slot: Slot) -> Child:
         plan = slot.plan
         pages = {spec.name: Progress.create() for spec in plan.specs}
-        consumer = new_consumer()
+        consumer = slot.consumer = new_consumer()
         child_args = ChildArgs(
             hosted=[Hosted.of(spec, pages[spec.name].fd) for spec in plan.specs],
             prefix=self._prefix,
@@ -256,6 +294,9 @@ class Supervisor:
         self._remove(slot, child)
         if child.process.returncode == EXIT_PERMANENT:
             self._refuse(slot, service, reason or slot.past)
+            return
+        if child.drain_until is not None:
+            log.warning("worker %s %s, as an operator ordered", child.consumer, slot.past)
             return
         self.restarts += 1
         slot.failures = failures
