@@ -17,7 +17,7 @@ from millstream.broker.config.url import redacted
 from millstream.broker.config.yaml import KeyPath
 from millstream.cli.groups import Group
 from millstream.cli.options import allow_eviction
-from millstream.cli.table import align
+from millstream.cli.table import fit, terminal_width
 
 config_path = click.argument("path", type=click.Path(path_type=Path), default=DEFAULT_PATH)
 
@@ -44,7 +44,7 @@ def check(path: Path) -> None:
     """Check PATH, by default ./config.yaml, and show each service's main values."""
     services = load_and_warn(path).services
     if services:
-        click.echo(table(services.values()))
+        click.echo(table(services.values(), terminal_width()))
     click.echo(f"{path}: ok, {len(services)} {'service' if len(services) == 1 else 'services'}")
 
 
@@ -128,13 +128,13 @@ def _yaml(value: object) -> str:
     return json.dumps(value, ensure_ascii=False) if "\n" in text else text
 
 
-def table(services: Iterable[ServiceSpec]) -> str:
-    """Returns a table with the main values of `services`, one line for each."""
+def table(services: Iterable[ServiceSpec], width: int | None = None) -> str:
+    """Returns a table with the main values of `services`, one line for each, of at most `width` characters."""
     rows: list[tuple[str, ...]] = [
         ("SERVICE", "MODEL", "TYPE", "ROWS", "TOKENS", "WAIT", "WORKERS", "QUEUE", "TIMEOUT")
     ]
     rows += [_row(service) for service in services]
-    return align(rows)
+    return fit(rows, width, ("WAIT", "QUEUE", "TOKENS", "ROWS", "TYPE"))
 
 
 def _row(service: ServiceSpec) -> tuple[str, ...]:

@@ -16,9 +16,12 @@ from millstream.cli import options
 from millstream.cli.groups import Group
 from millstream.cli.main import report
 from millstream.cli.server import open_service
-from millstream.cli.table import align, escape, quantity
+from millstream.cli.table import escape, fit, quantity, terminal_width
 
 _HEADING = ("ID", "BURIED", "REASON", "PRIORITY", "OP", "ROWS", "ATTEMPTS", "CONSUMER")
+_SPARE = ("OP", "ROWS", "PRIORITY", "ATTEMPTS", "CONSUMER", "BURIED")
+"""Columns that a narrow terminal leaves out, the first one first."""
+
 ROOM_S = 60.0
 """Longest wait, in seconds, for room in the queue when a dead letter is run again."""
 
@@ -52,7 +55,7 @@ def list_letters(
     if as_json:
         _print(json.dumps([as_record(letter) for letter in found], ensure_ascii=False, indent=2))
     elif found:
-        _print(align([_HEADING, *(_row(letter) for letter in found)]))
+        _print(fit([_HEADING, *(_row(letter) for letter in found)], terminal_width(), _SPARE))
         if total > len(found) == count:
             click.echo(f"{total} in all; older ones: --before {found[-1].id}", err=True)
     else:

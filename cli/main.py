@@ -44,6 +44,7 @@ COMMANDS = {
     "embed": Lazy("millstream.cli.embed:embed", "Embed texts through the queue."),
     "generate": Lazy("millstream.cli.generate:generate", "Generate text through the queue."),
     "queue": Lazy("millstream.cli.queue:queue", "Show, pause, drain or empty the queues."),
+    "top": Lazy("millstream.cli.top:top", "Show services, workers and latencies, and keep them up to date."),
     "tune": Lazy("millstream.cli.tune:tune", "Measure with which batch limits a service is fastest on this machine."),
     "up": Lazy("millstream.cli.up:up", "Start a server if none is configured, and workers for each service."),
     "worker": Lazy(

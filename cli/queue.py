@@ -9,13 +9,12 @@ import click
 
 from millstream.broker.contract.job import PRIORITIES, Priority
 from millstream.broker.queue.inspector import Entry, Inspector, ServiceView
-from millstream.broker.queue.pause import Pause
 from millstream.broker.queue.registry import Registry
 from millstream.cli import operate, options
 from millstream.cli.groups import Group
 from millstream.cli.server import connect, find_server, redis_cli
-from millstream.cli.show import as_record, show
-from millstream.cli.table import age, align, escape, number
+from millstream.cli.show import as_record, pause_text, show
+from millstream.cli.table import age, escape, fit, number, terminal_width
 
 _HEADING = (
     "SERVICE",
@@ -32,6 +31,8 @@ _HEADING = (
     "DEAD",
     "PAUSED",
 )
+_SPARE = ("PADDING", "ROWS/FORWARD", "REFUSED", "RETURNED", "PAUSED", "DEAD", "IN FLIGHT")
+"""Columns that a narrow terminal leaves out, the first one first."""
 
 
 @click.group(cls=Group)
@@ -61,7 +62,7 @@ def list_services(url: str | None, prefix: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([as_record(view) for view in views], ensure_ascii=False, indent=2))
     elif views:
-        click.echo(align([_HEADING, *(_row(view) for view in views)]))
+        click.echo(fit([_HEADING, *(_row(view) for view in views)], terminal_width(), _SPARE))
     else:
         click.echo(f"no service is registered on {where}")
 
@@ -106,12 +107,5 @@ def _row(view: ServiceView) -> tuple[str, ...]:
         number(view.padding, 2),
         str(sum(view.refused.values())),
         str(view.dead_letters),
-        _pause_text(view.paused),
+        pause_text(view.paused),
     )
-
-
-def _pause_text(pause: Pause | None) -> str:
-    if pause is None:
-        return "-"
-    lasts = "yes" if pause.left_ms is None else age(pause.left_ms)
-    return f"{lasts}, refusing" if pause.refusing else lasts

@@ -22,7 +22,7 @@ from millstream.cli.groups import Group
 from millstream.cli.interrupts import Interrupts
 from millstream.cli.server import connect, find_server
 from millstream.cli.status import Lines
-from millstream.cli.table import age, align, escape, number
+from millstream.cli.table import age, escape, fit, number, terminal_width
 
 _HEADING = (
     "SERVICE",
@@ -42,6 +42,22 @@ _HEADING = (
     "AGE",
     "PAST",
 )
+_SPARE = (
+    "PAST",
+    "READS",
+    "THREADS",
+    "TOKENS",
+    "PADDING",
+    "JOBS",
+    "PID",
+    "HOST",
+    "TEXTS/S",
+    "AGE",
+    "BUSY",
+    "RUNNING",
+    "DEVICE",
+)
+"""Columns that a narrow terminal leaves out, the first one first. The name of a worker begins with its host."""
 
 
 @click.group(cls=Group)
@@ -113,7 +129,7 @@ def list_workers(url: str | None, prefix: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([_record(name, each) for name, each in found], ensure_ascii=False, indent=2))
     elif found:
-        click.echo(align([_HEADING, *(_row(name, each) for name, each in found)]))
+        click.echo(fit([_HEADING, *(_row(name, each) for name, each in found)], terminal_width(), _SPARE))
     else:
         click.echo(f"no worker is alive on {where}")
 

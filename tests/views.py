@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from millstream.broker.contract.job import Priority
 from millstream.broker.queue.supervisors import SupervisorState, SupervisorView
@@ -38,6 +39,6 @@ NONE: dict[Priority, int] = dict.fromkeys(Priority, 0)
 EMPTY = ServiceView("docs", NONE, {}, 0, None, [], 0, None, {}, [], NONE)
 
 
-def view(name: str, **fields: object) -> ServiceView:
+def view(name: str, **fields: Any) -> ServiceView:
     """The view of a service without jobs and workers, but for `fields`."""
-    return replace(EMPTY, name=name, **fields)  # type: ignore[arg-type] - a test names fields of the view
+    return replace(EMPTY, name=name, **fields)
