@@ -12,6 +12,7 @@ COPY broker broker
 COPY worker worker
 COPY client client
 COPY cli cli
+COPY telemetry telemetry
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:3.11-slim

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import yaml
 
-from millstream.broker.config.load import DEFAULT_PATH, Config, load
+from millstream.broker.config.load import DEFAULT_PATH, Config, load, telemetry_of
+from millstream.broker.config.telemetry import TelemetrySettings
 from millstream.broker.config.variables import PREFIX_VARIABLE, URL_VARIABLE
 from millstream.broker.contract.keys import DEFAULT_PREFIX
 from millstream.broker.transport import eviction
 from millstream.broker.transport.connection import find_url
 
-_SECTIONS = {"models", "services", "redis"}
+_SECTIONS = {"models", "services", "redis", "telemetry"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,12 @@ def find_prefix(prefix: str | None, environ: Mapping[str, str]) -> str:
 def find_config(environ: Mapping[str, str]) -> Config | None:
     """Reads ./config.yaml; None if it does not exist or is of another program. Raises ConfigError if it is wrong."""
     return _config(environ, needed=False)
+
+
+def find_telemetry(environ: Mapping[str, str]) -> TelemetrySettings:
+    """Returns how this host logs and traces: by variables, else ./config.yaml. Raises ConfigError if one is wrong."""
+    config = find_config(environ)
+    return config.telemetry if config else telemetry_of(environ)
 
 
 def _config(environ: Mapping[str, str], *, needed: bool) -> Config | None:

@@ -117,7 +117,7 @@ def _lines(values: Sequence[tuple[KeyPath, str, str]]) -> Iterator[tuple[str, st
 
 
 def _format(path: KeyPath, value: object) -> str:
-    if path == ("redis", "url") and value:
+    if path in (("redis", "url"), ("telemetry", "otlp_endpoint")) and value:
         return _yaml(redacted(str(value)))
     return _yaml(value)
 

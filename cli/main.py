@@ -43,6 +43,7 @@ COMMANDS = {
     "doctor": Lazy("millstream.cli.doctor:doctor", "Say why nothing moves, and which command mends it."),
     "embed": Lazy("millstream.cli.embed:embed", "Embed texts through the queue."),
     "generate": Lazy("millstream.cli.generate:generate", "Generate text through the queue."),
+    "job": Lazy("millstream.cli.job:job", "Look at single jobs."),
     "queue": Lazy("millstream.cli.queue:queue", "Show, pause, drain or empty the queues."),
     "top": Lazy("millstream.cli.top:top", "Show services, workers and latencies, and keep them up to date."),
     "tune": Lazy("millstream.cli.tune:tune", "Measure with which batch limits a service is fastest on this machine."),

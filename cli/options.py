@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
+from millstream.broker.config.telemetry import LogFormat, LogLevel, TelemetrySettings
 from millstream.broker.config.units import seconds
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.cli.completion import complete_services
+from millstream.telemetry import logs
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -52,6 +55,27 @@ def duration(_ctx: click.Context, _param: click.Parameter, value: str | None) ->
     if not parsed:
         raise click.BadParameter("must be above 0")
     return parsed
+
+
+log_format = click.option(
+    "--log-format",
+    type=click.Choice(get_args(LogFormat)),
+    help="Log lines on standard error: text or JSON; by default telemetry.log_format.",
+)
+log_level = click.option(
+    "--log-level",
+    type=click.Choice(get_args(LogLevel)),
+    help="Least level of log messages; by default telemetry.log_level. debug has a line for each batch.",
+)
+
+
+def set_up_logs(
+    settings: TelemetrySettings, log_format: LogFormat | None, log_level: LogLevel | None
+) -> TelemetrySettings:
+    """Makes this command log as its options say, else as `settings` do. Returns the settings of its processes."""
+    chosen = settings.under(os.environ).with_options(log_format, log_level)
+    logs.set_up(chosen)
+    return chosen
 
 
 drain_timeout = click.option(

@@ -44,7 +44,6 @@ def supervise(
     Raises the errors of Supervisor.run, ModelUnavailable if `whole` and the workers of a service cannot start,
     KeyboardInterrupt if a second interrupt ended the drain.
     """
-    logging.basicConfig(level=logging.WARNING, format="millstream: %(message)s")
     monitor = Monitor(supervisor, interrupts, status, inspector, server, whole=whole)
     monitor.start()
     try:

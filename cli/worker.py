@@ -11,11 +11,12 @@ from pathlib import Path
 import click
 
 from millstream.broker.config.load import ServiceSpec
+from millstream.broker.config.telemetry import LogFormat, LogLevel
 from millstream.broker.contract.errors import UnknownService
 from millstream.broker.contract.operations import RUNNABLE, types_with
 from millstream.broker.queue.inspector import Inspector, WorkerView
 from millstream.broker.queue.registry import Registry
-from millstream.broker.target import find_config
+from millstream.broker.target import find_config, find_telemetry
 from millstream.broker.transport.connection import check
 from millstream.cli import drain_workers, options
 from millstream.cli.groups import Group
@@ -77,6 +78,8 @@ for command in (drain_workers.drain, drain_workers.stop, drain_workers.start):
 @click.option("--count", type=click.IntRange(min=1), help="Processes of each service; by default its worker_count.")
 @options.drain_timeout
 @options.allow_eviction
+@options.log_format
+@options.log_level
 def run(
     services: tuple[str, ...],
     url: str | None,
@@ -85,6 +88,8 @@ def run(
     count: int | None,
     drain_s: float,
     allow_eviction: bool,
+    log_format: LogFormat | None,
+    log_level: LogLevel | None,
 ) -> None:
     """Run workers for each SERVICE, by default for all services that can run here.
 
@@ -96,6 +101,7 @@ def run(
     from millstream.worker.supervision.plan import Plan, preflight
     from millstream.worker.supervision.supervisor import Supervisor
 
+    telemetry = options.set_up_logs(find_telemetry(os.environ), log_format, log_level)
     target = find_server(url, prefix)
     with Interrupts() as interrupts:
         with connect(target.url) as connection:
@@ -104,7 +110,7 @@ def run(
         preflight(specs)
         folder = str(Path.cwd())
         plans = [Plan(spec, count or spec.runtime.worker_count, device, folder) for spec in specs]
-        supervisor = Supervisor(target.url, target.prefix, plans, drain_s=drain_s)
+        supervisor = Supervisor(target.url, target.prefix, plans, drain_s=drain_s, variables=telemetry.variables())
         supervise(supervisor, interrupts, Lines())
     click.echo("drained: jobs that no worker had claimed wait in the queue")
 

@@ -19,7 +19,7 @@ class Context:
     """One lane of a worker process: its consumer name, window, clock, counters, shutdown, progress page, thread count.
 
     A supervisor reads `progress`, if the process has one. `beside`: pages of the other lanes of the process.
-    `stage` wraps each stage of this lane, if the process has several lanes.
+    `stage` wraps each stage of this lane, if the process has several lanes. `service` is the name of its service.
     """
 
     consumer: str
@@ -31,6 +31,7 @@ class Context:
     threads: Threads = field(default_factory=Threads.unmanaged)
     beside: Sequence[Progress] = ()
     stage: Stage | None = None
+    service: str = ""
 
     @property
     def is_stuck(self) -> bool:

@@ -17,12 +17,13 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 
-from millstream.broker.config.load import ServiceSpec
-from millstream.broker.config.variables import DEBUG_VARIABLE, URL_VARIABLE
+from millstream.broker.config.load import ServiceSpec, telemetry_of
+from millstream.broker.config.variables import URL_VARIABLE
 from millstream.broker.contract.errors import ConfigError, MillstreamError, ModelUnavailable, described
 from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection, retrying, translated
+from millstream.telemetry import logs
 from millstream.worker import host, models
 from millstream.worker.context import Context
 from millstream.worker.isolation import Takeover, isolate
@@ -41,7 +42,7 @@ from millstream.worker.supervision.child_args import EXIT_PERMANENT, ChildArgs
 from millstream.worker.supervision.progress import Progress, State
 from millstream.worker.window import Window
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("millstream.worker.process")  # the module's own name is __main__ in a worker process
 
 ORPHAN_LOOK_S = 1.0
 """Seconds between two checks for stuck threads in a worker whose supervisor is gone."""
@@ -159,6 +160,7 @@ class Worker:
             progress=self._pages[spec.name],
             threads=threads,
             stage=partial(self._gate.stage, spec.name) if self._gate else None,
+            service=spec.name,
             beside=[page for service, page in self._pages.items() if service != spec.name],
         )
         return Lane(context, child_args, self._connection, spec, model, answer)
@@ -215,10 +217,9 @@ def drain_on_signals(worker: Worker) -> None:
 def main() -> int:
     child_args = ChildArgs.from_json(sys.argv[1])
     supervisor = isolate(*(each.progress_fd for each in child_args.hosted))
-    level = logging.DEBUG if os.environ.get(DEBUG_VARIABLE) else logging.INFO
-    logging.basicConfig(level=level, format=f"worker {child_args.consumer}: %(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "sentence_transformers", "transformers", "torch"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    settings = telemetry_of(os.environ).under(os.environ)
+    fields = {"service": "+".join(each.service for each in child_args.hosted), "worker": child_args.consumer}
+    logs.set_up(settings, f"worker {child_args.consumer}", fields)
     worker = Worker(child_args, os.environ[URL_VARIABLE])
     threading.Thread(target=_drain_at_eof, args=(worker, supervisor), name="parent", daemon=True).start()
     drain_on_signals(worker)

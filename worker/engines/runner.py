@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,6 +21,8 @@ from millstream.worker.intake.settler import Finished
 from millstream.worker.scheduling.active_job import ActiveJob, Rows, priority_of
 from millstream.worker.shutdown import Ended
 from millstream.worker.supervision.progress import Stage
+
+log = logging.getLogger(__name__)
 
 NO_LIMITS: Mapping[Priority, float | None] = MappingProxyType({})
 
@@ -59,6 +62,7 @@ class Runner:
         self._track = context.progress.runner
         self._stage = context.stage
         self._threads = context.threads
+        self._service = context.service
         self._finish = finish
         self._emitter = emitter
         self._running = Running(self._track)
@@ -163,7 +167,8 @@ class Runner:
         if not missed and None not in found:
             return batch, jobs
         for job in self._window.end(missed):
-            self._finish(Finished(job.claim.address, Reply(error=expired(job.request, self._missed(job, now), now))))
+            error = expired(job.request, self._missed(job, now), now)
+            self._finish(Finished(job.claim.address, Reply(error=error), run=job))
         in_time = {name: job for name, job in jobs.items() if name not in missed}
         return [row for row, job in zip(batch, found, strict=True) if job and job.name in in_time], in_time
 
@@ -188,8 +193,10 @@ class Runner:
             if self._emitter:
                 self._emitter.forget(ended)
         room = self._engine.room() if self._keeper else None
+        now = self._clock.now()
         for job in self._window.complete(step.rows, step.outcomes, running.rows, room):
-            self._finish(Finished(job.claim.address, job.reply(), digests=job.digests))
+            job.ended_at = now
+            self._finish(Finished(job.claim.address, job.reply(), digests=job.digests, run=job))
         # After the replies are made: a reply of large results may be what ends the process.
         if not running.rows:
             self._track.stop()
@@ -224,5 +231,17 @@ class Runner:
         count.padded += step.computed
         count.errors += sum(1 for outcome in step.outcomes if isinstance(outcome, MillstreamError))
         count.busy_ms += round(seconds * 1000)
+        if log.isEnabledFor(logging.DEBUG):
+            self._log_batch(step, seconds)
         if step.computed:
             self._window.cost.observe(step.computed, seconds)
+
+    def _log_batch(self, step: Step, seconds: float) -> None:
+        log.debug(
+            "batch: %d rows, %d tokens, %d with padding, %.1f ms",
+            step.ran,
+            step.tokens,
+            step.computed,
+            seconds * 1000,
+            extra={"service": self._service},
+        )

@@ -10,11 +10,13 @@ from typing import NamedTuple, Protocol
 
 from millstream.broker.contract.codec import encode_reply, origin_of
 from millstream.broker.contract.errors import ModelFailed
-from millstream.broker.contract.job import Address, Reply
+from millstream.broker.contract.job import Address, Claim, Reply
+from millstream.broker.contract.stages import Stages
 from millstream.broker.queue.stream_types import Settlement
 from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Streams
 from millstream.broker.transport.connection import retrying
 from millstream.worker.context import Context
+from millstream.worker.scheduling.active_job import ActiveJob
 from millstream.worker.supervision.progress import Stage
 
 log = logging.getLogger(__name__)
@@ -23,13 +25,23 @@ log = logging.getLogger(__name__)
 class Finished(NamedTuple):
     """A job's answer, ready to settle. `bury`: reason for the dead letters, "" if the job does not go there.
 
-    `digests`: cache key of each row's answer; empty if they are not cached.
+    `digests`: cache key of each row's answer; empty if they are not cached. `run`: the job, or its claim if it was not
+    prepared.
     """
 
     address: Address
     reply: Reply
     bury: str = ""
     digests: Sequence[str] = ()
+    run: ActiveJob | Claim | None = None
+
+    def with_stages(self, worker: str, now: int) -> Reply:
+        """The reply with the stages of its run. `now`: server ms."""
+        run = self.run
+        if isinstance(run, Claim):
+            enqueued = run.job.at if run.job else 0
+            return self.reply._replace(stages=Stages(worker, run.attempts, 0, enqueued, run.at, settled=now))
+        return self.reply._replace(stages=run.stages(worker, now)) if run else self.reply
 
 
 class CacheWriter(Protocol):
@@ -54,6 +66,8 @@ class Settler(threading.Thread):
     ) -> None:
         super().__init__(name="settler", daemon=True)
         self._origin = origin_of(fingerprint)
+        self._consumer = context.consumer
+        self._clock = context.clock
         self._streams = streams
         self._cache_writer = cache_writer
         self._window = context.window
@@ -119,12 +133,22 @@ class Settler(threading.Thread):
             if size >= MAX_BYTES_PER_CALL:
                 break
             self._track.point(place)
-            batch.append(_encoded(finished, self._origin))
+            batch.append(self._encode_one(finished))
             size += len(batch[-1].reply)
             if finished.digests and self._cache_writer:
                 answers += self._cache_writer.encoded(finished)
         self._track.stop()
         return batch, answers
+
+    def _encode_one(self, finished: Finished) -> Settlement:
+        try:
+            # Only results of detached calls stay on the server, so that `job trace` can read the stages.
+            is_kept = finished.address.call
+            reply = finished.with_stages(self._consumer, self._clock.now()) if is_kept else finished.reply
+            encoded = encode_reply(reply, self._origin)
+        except BaseException as error:  # noqa: BLE001 - a result may have code of its own, and must not fail other jobs
+            encoded = encode_reply(Reply(error=ModelFailed(f"the answer cannot be sent: {type(error).__name__}")))
+        return Settlement(finished.address, encoded, finished.bury)
 
     def _write(self, batch: list[Settlement]) -> None:
         # Settling is idempotent, so the call is sent again after a cut connection.
@@ -137,11 +161,3 @@ class Settler(threading.Thread):
             else:
                 self._counters.jobs += 1
         self._window.forget([settlement.address.name for settlement in batch])
-
-
-def _encoded(finished: Finished, origin: str) -> Settlement:
-    try:
-        reply = encode_reply(finished.reply, origin)
-    except BaseException as error:  # noqa: BLE001 - a result may have code of its own, and must not fail other jobs
-        reply = encode_reply(Reply(error=ModelFailed(f"the answer cannot be sent: {type(error).__name__}")))
-    return Settlement(finished.address, reply, finished.bury)

@@ -9,8 +9,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from millstream.broker.config.variables import URL_VARIABLE
 from millstream.broker.contract.errors import ModelUnavailable
@@ -46,6 +47,8 @@ CRASH_LOOP = 5
 
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
 
+NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
+
 
 @dataclass(frozen=True, slots=True)
 class Death:
@@ -80,13 +83,23 @@ class Slot:
 class Supervisor:
     """Keeps the planned processes alive until `drain`.
 
-    Only `stop`, `kill` and the read-only properties may be used by other threads.
+    Only `stop`, `kill` and the read-only properties may be used by other threads. `variables`: environment variables
+    of the children, besides its own.
     """
 
-    def __init__(self, url: str, prefix: str, plans: Sequence[Plan], *, drain_s: float = DRAIN_S) -> None:
+    def __init__(
+        self,
+        url: str,
+        prefix: str,
+        plans: Sequence[Plan],
+        *,
+        drain_s: float = DRAIN_S,
+        variables: Mapping[str, str] = NO_VARIABLES,
+    ) -> None:
         self._url = url
         self._prefix = prefix
         self._drain_s = drain_s
+        self._variables = variables
         self._connection = Connection(url, name="millstream-supervisor")
         self._slots = [Slot(plan, plan.device_of(index)) for plan in plans for index in range(plan.count)]
         self._deaths: list[Death] = []
@@ -279,7 +292,7 @@ class Supervisor:
                 [sys.executable, "-P", "-m", "millstream.worker.process", child_args.to_json()],
                 stdin=subprocess.PIPE,
                 pass_fds=[page.fd for page in pages.values()],
-                env={**os.environ, **waiting(os.environ), URL_VARIABLE: self._url},
+                env={**os.environ, **waiting(os.environ), **self._variables, URL_VARIABLE: self._url},
                 start_new_session=True,
             )
         except OSError:
