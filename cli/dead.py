@@ -67,11 +67,15 @@ def list_letters(
 @click.argument("letter_id", metavar="ID")
 @options.url
 @options.prefix
-def show(service: str, letter_id: str, url: str | None, prefix: str | None) -> None:
+@options.json_output()
+def show(service: str, letter_id: str, url: str | None, prefix: str | None, as_json: bool) -> None:
     """Show one dead letter of SERVICE, with the fields of its job in the stream."""
     with open_service(service, url, prefix) as (connection, keys):
         letter = _letters(connection, keys).find(letter_id)
     record = as_record(letter)
+    if as_json:
+        _print(json.dumps(record, ensure_ascii=False, indent=2))
+        return
     known = {name: value for name, value in record.items() if name not in ("fields", "history") and value is not None}
     lines = [f"{name} {value}" for name, value in known.items()]
     lines += [f"history {_format_attempt(line)}" for line in letter.history]

@@ -21,6 +21,7 @@ from millstream.cli.standard import open_closed_streams, unwritable
 
 INTERNAL_ERROR = 70
 INTERRUPTED = 130
+TERMINATED = 143
 
 
 class Lazy(NamedTuple):
@@ -43,7 +44,7 @@ COMMANDS = {
     "doctor": Lazy("millstream.cli.doctor:doctor", "Say why nothing moves, and which command mends it."),
     "embed": Lazy("millstream.cli.embed:embed", "Embed texts through the queue."),
     "generate": Lazy("millstream.cli.generate:generate", "Generate text through the queue."),
-    "job": Lazy("millstream.cli.job:job", "Look at single jobs."),
+    "job": Lazy("millstream.cli.job:job", "Look at single jobs, wait for their results, or cancel them."),
     "queue": Lazy("millstream.cli.queue:queue", "Show, pause, drain or empty the queues."),
     "top": Lazy("millstream.cli.top:top", "Show services, workers and latencies, and keep them up to date."),
     "tune": Lazy("millstream.cli.tune:tune", "Measure with which batch limits a service is fastest on this machine."),
@@ -124,6 +125,7 @@ def exit_codes() -> dict[int, list[str]]:
     codes[2].append("wrong usage")
     codes[INTERNAL_ERROR].append("internal error")
     codes[INTERRUPTED].append("interrupted")
+    codes[TERMINATED].append("terminated")
     return dict(sorted(codes.items()))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import click
 
@@ -73,19 +74,24 @@ def list_services(url: str | None, prefix: str | None, as_json: bool) -> None:
 @options.prefix
 @click.option("--priority", type=click.Choice(["realtime", "normal", "batch"]), help="By default all three.")
 @click.option("--count", type=click.IntRange(min=1), default=10, show_default=True, help="Entries of each priority.")
-def peek(service: str, url: str | None, prefix: str | None, priority: str | None, count: int) -> None:
+@options.json_output()
+def peek(service: str, url: str | None, prefix: str | None, priority: str | None, count: int, as_json: bool) -> None:
     """Show the oldest waiting jobs of SERVICE as they are in the stream, and the redis-cli line that prints them."""
     target = find_server(url, prefix)
     with connect(target.url) as connection:
         # Raises UnknownService with a list of the registered services.
         Registry(connection, target.prefix).read(service)
         inspector = Inspector(connection, target.prefix)
-        for each in [Priority(priority)] if priority else PRIORITIES:
-            found = inspector.peek(service, each, count)
-            start = "-" if found.after == "0-0" else f"({found.after}"
-            words = ("XRANGE", found.stream, start, "+", "COUNT", str(count))
-            click.echo(f"# {redis_cli(target.url, *words)}")
-            _print(found.entries)
+        chosen = [Priority(priority)] if priority else PRIORITIES
+        found = {each: inspector.peek(service, each, count) for each in chosen}
+    if as_json:
+        click.echo(json.dumps([{"priority": each} | asdict(peeked) for each, peeked in found.items()], indent=2))
+        return
+    for peeked in found.values():
+        start = "-" if peeked.after == "0-0" else f"({peeked.after}"
+        words = ("XRANGE", peeked.stream, start, "+", "COUNT", str(count))
+        click.echo(f"# {redis_cli(target.url, *words)}")
+        _print(peeked.entries)
 
 
 def _print(entries: Sequence[Entry]) -> None:

@@ -12,11 +12,12 @@ import tty
 from collections.abc import Sequence
 from types import FrameType, TracebackType
 
+from millstream.cli.main import TERMINATED
+
 _ENTER = "\x1b[?1049h\x1b[?25l"
 """Shows the terminal's second screen, so that what was shown before comes back, and hides the cursor."""
 
 _LEAVE = "\x1b[?25h\x1b[?1049l"
-_TERMINATED = 128 + signal.SIGTERM
 
 
 def can_draw() -> bool:
@@ -89,4 +90,4 @@ class Screen:
 
 def _end(number: int, frame: FrameType | None) -> None:
     # Not at once: the terminal is restored on the way out.
-    sys.exit(_TERMINATED)
+    sys.exit(TERMINATED)
