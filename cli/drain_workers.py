@@ -153,9 +153,9 @@ def _unknown(what: str, name: str, known: Sequence[str]) -> InvalidRequest:
 
 def describe(order: Order, subjects: Sequence[Subject], views: Sequence[ServiceView]) -> Iterator[str]:
     """Yields a line for each subject, and a warning for each service that has no other ready worker."""
-    verbs: dict[Order, str] = {"drain": "end when they have finished their jobs", "stop": "end at once"}
+    verbs: dict[Order, str] = {"drain": "draining", "stop": "stopping"}
     for subject in subjects:
-        yield f"{subject.place}: {quantity(len(subject.consumers), 'worker')} of {subject.service} {verbs[order]}"
+        yield f"{subject.place}: {verbs[order]} {quantity(len(subject.consumers), 'worker')} of {subject.service}"
     for view in views:
         ending = {name for subject in subjects if subject.service == view.name for name in subject.consumers}
         ready = {worker.consumer for worker in view.workers if worker.state == "ready"}

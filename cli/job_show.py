@@ -17,7 +17,8 @@ from millstream.cli import options
 from millstream.cli.job_ids import find_jobs
 from millstream.cli.job_state import CallState, JobState, read_call
 from millstream.cli.server import connect, find_server
-from millstream.cli.table import age, align, cut, escape, fit, quantity, terminal_width
+from millstream.cli.table import age, escape, fit, quantity, span, terminal_width
+from millstream.cli.table import describe as describe_facts
 
 _DIGITS = 8
 """Digits of a job's id in a table of many jobs."""
@@ -53,7 +54,7 @@ def describe(found: CallState) -> Iterator[str]:
     """Yields the lines that show it: facts of one job, or a table of many."""
     width = terminal_width()
     if len(found.jobs) == 1 and found.ids.total == 1:
-        yield from (cut(line, width) for line in _facts(found, found.jobs[0]))
+        yield describe_facts(_facts(found, found.jobs[0]), width)
         return
     counts = Counter(job.state for job in found.jobs)
     states = ", ".join(f"{count} {state}" for state, count in counts.items())
@@ -64,19 +65,19 @@ def describe(found: CallState) -> Iterator[str]:
         ("jobs", f"{found.ids.total}, {found.answered} answered{shown}: {states}"),
         ("kept", f"for {age(found.kept_ms)}" if found.kept_ms is not None else "until all jobs are answered"),
     ]
-    yield from (cut(line, width) for line in align(facts).split("\n"))
+    yield describe_facts(facts, width)
     yield ""
     yield fit([_HEADING, *(_row(job) for job in found.jobs)], width, _SPARE)
 
 
-def _facts(found: CallState, job: JobState) -> Iterator[str]:
+def _facts(found: CallState, job: JobState) -> list[tuple[str, str]]:
     trace, details = job.trace, job.details
     accepted = "-" if trace.enqueued is None else f"{_time(trace.enqueued)}, {age(trace.now - trace.enqueued)} ago"
     facts = [
         ("job", found.ids.given),
         ("service", trace.service),
         ("state", _describe_state(job)),
-        ("priority", trace.priority.value if trace.priority else "-"),
+        *([("priority", trace.priority.value)] if trace.priority else []),
         ("accepted", accepted),
         ("attempts", f"{trace.attempts:g} that did not finish"),
     ]
@@ -87,13 +88,13 @@ def _facts(found: CallState, job: JobState) -> Iterator[str]:
         if details.text is not None:
             facts.append(("text", f"{quantity(details.text, 'character')} so far"))
     if trace.settled is not None and trace.enqueued is not None:
-        facts.append(("took", age(trace.settled - trace.enqueued)))
+        facts.append(("took", span(max(0, trace.settled - trace.enqueued))))
     if found.kept_ms is not None:
         facts.append(("kept", f"for {age(found.kept_ms)}"))
     facts += [("history", line) for line in trace.history]
     if job.letter:
         facts.append(("look", f"millstream dead show {trace.service} {job.letter.id}"))
-    yield from align([(name, escape(text)) for name, text in facts]).split("\n")
+    return [(name, escape(text)) for name, text in facts]
 
 
 def _describe_state(job: JobState) -> str:
@@ -108,7 +109,7 @@ def _describe_state(job: JobState) -> str:
         return f"running on {trace.worker} ({_describe_worker(job.worker)})"
     if trace.state in ("waiting", "given back") and details:
         return f"{trace.state}, {_describe_ahead(details.ahead)} before it"
-    return f"answered by {trace.worker}" if job.state == "done" and trace.worker else job.state
+    return f"done, by {trace.worker}" if job.state == "done" and trace.worker else job.state
 
 
 def _describe_worker(worker: WorkerView | None) -> str:

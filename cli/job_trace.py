@@ -15,10 +15,13 @@ from millstream.broker.transport.connection import Connection
 from millstream.cli import options
 from millstream.cli.job_ids import find_jobs, unknown
 from millstream.cli.server import connect, find_server
-from millstream.cli.table import align, escape, quantity
+from millstream.cli.table import align, escape, fit, quantity, terminal_width
 
 _DIGITS = 8
 """Digits of a job's id in a table of many jobs."""
+
+_SPARE = ("SETTLE", "PREPARE", "BATCH", "ATTEMPT", "START", "CLAIM", "FORWARD", "WORKER")
+"""Columns that a narrow terminal leaves out, the first one first."""
 
 _STAGES = (
     ("enqueue", "enqueued", "the server accepted the job"),
@@ -52,7 +55,7 @@ def trace(job_id: str, url: str | None, prefix: str | None, limit: int, as_json:
     elif len(found) == 1:
         click.echo("\n".join(_describe(found[0])))
     else:
-        click.echo(align(_table(found)))
+        click.echo(fit(_table(found), terminal_width(), _SPARE))
     if more and not as_json:
         click.echo(f"{quantity(more, 'more job')}: say --limit {more + len(found)}")
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+
+_LEAST_ROOM = 20
+"""Characters of a line of text at least, however narrow the terminal is."""
 
 
 def escape(text: str) -> str:
@@ -32,6 +36,11 @@ def age(ms: int | None) -> str:
     minutes, seconds = divmod(ms // 1000, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+def span(ms: int | None) -> str:
+    """Returns a time span as `age` does, but in ms below a second."""
+    return f"{ms}ms" if ms is not None and 0 <= ms < 1000 else age(ms)
 
 
 def bar(share: float, width: int = 20) -> str:
@@ -61,6 +70,19 @@ def fit(rows: Iterable[Sequence[str]], width: int | None, spare: Sequence[str] =
             break
         lines = _without(lines, heading)
     return "\n".join(cut(line, width) for line in align(lines).split("\n"))
+
+
+def describe(facts: Sequence[tuple[str, str]], width: int | None) -> str:
+    """Returns one line for each name and its text. Texts that are longer than `width` go on below, words whole."""
+    label = max((len(name) for name, _ in facts), default=0) + 2
+    if width is None:
+        return "\n".join(f"{name:{label}}{text}".rstrip() for name, text in facts)
+    room = max(_LEAST_ROOM, width - label)
+    return "\n".join(
+        f"{name if at == 0 else '':{label}}{line}".rstrip()
+        for name, text in facts
+        for at, line in enumerate(textwrap.wrap(text, room, break_on_hyphens=False) or [""])
+    )
 
 
 def cut(text: str, width: int | None) -> str:

@@ -81,7 +81,7 @@ def test_drained_and_stopped_workers_lose_nothing_and_none_starts_until_it_is_to
         answers = [site.run("drain", drained), site.run("stop", stopped)]
 
         assert [(answer.exit_code, answer.stderr) for answer in answers] == [(0, ""), (0, "")]
-        assert f"{drained}: 1 worker of {site.spec.name} end when they have finished" in answers[0].stdout
+        assert f"{drained}: draining 1 worker of {site.spec.name}\n" in answers[0].stdout
         assert site.workers() == [other]
         assert [handle.result(LONG_S)[0] for handle in handles] == rows
         eventually(lambda: site.view.in_flight == 0)

@@ -82,8 +82,8 @@ def test_a_service_that_loses_its_last_ready_worker_is_named() -> None:
     subjects = find_subjects(VIEWS, "gpu1-7-aa")
 
     assert list(describe("drain", subjects, VIEWS)) == [
-        "gpu1-7-aa: 1 worker of chat end when they have finished their jobs",
-        "gpu1-7-aa: 1 worker of embed end when they have finished their jobs",
+        "gpu1-7-aa: draining 1 worker of chat",
+        "gpu1-7-aa: draining 1 worker of embed",
         "warning: service chat has no other ready worker: its jobs will wait",
     ]
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millstream.cli.table import cut, fit
+from millstream.cli.table import cut, describe, fit
 
 ROWS = [("NAME", "WAITING", "PADDING"), ("embed", "12", "1.05"), ("a-long-name", "0", "-")]
 
@@ -33,6 +33,14 @@ def test_what_is_still_too_long_is_cut() -> None:
 @pytest.mark.parametrize(("width", "expected"), [(None, "abcdef"), (6, "abcdef"), (5, "ab..."), (2, ".."), (0, "")])
 def test_a_cut_ends_with_dots(width: int | None, expected: str) -> None:
     assert cut("abcdef", width) == expected
+
+
+def test_a_long_fact_goes_on_below_with_its_words_whole() -> None:
+    facts = [("state", "failed: the worker died " + "x" * 30), ("age", "3s")]
+
+    assert describe(facts, None).splitlines() == [f"state  failed: the worker died {'x' * 30}", "age    3s"]
+    assert describe(facts, 38).splitlines() == ["state  failed: the worker died", f"       {'x' * 30}", "age    3s"]
+    assert describe([], 10) == ""
 
 
 @given(

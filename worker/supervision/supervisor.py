@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,6 @@ from types import MappingProxyType
 from millstream.broker.config.variables import URL_VARIABLE
 from millstream.broker.contract.errors import ModelUnavailable
 from millstream.broker.contract.keys import ServiceKeys
-from millstream.broker.queue.drains import Order
 from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.supervisors import Supervisors, SupervisorState
@@ -30,6 +28,7 @@ from millstream.worker.supervision.orders import Orders
 from millstream.worker.supervision.plan import Plan
 from millstream.worker.supervision.progress import Progress
 from millstream.worker.supervision.registrar import Registrar
+from millstream.worker.supervision.slots import Slot, refusals, states, tally
 
 log = logging.getLogger(__name__)
 
@@ -57,27 +56,6 @@ class Death:
     service: str
     consumer: str
     end: End
-
-
-@dataclass(slots=True, eq=False)
-class Slot:
-    """One place for a child: its plan, the child in it, and when the next may start after a death (monotonic seconds).
-
-    `past`: how its last child ended. `ready`: whether the child was ready at the last check. Other threads read that
-    field, since they must not touch a child that may be closed at the same time. `refused`: no child starts again.
-    `consumer`: name of its last child. `drained`: an operator keeps it empty.
-    """
-
-    plan: Plan
-    device: str | None
-    child: Child | None = None
-    past: str = ""
-    ready: bool = False
-    failures: int = 0
-    start_at: float = 0.0
-    refused: bool = False
-    consumer: str = ""
-    drained: bool = False
 
 
 class Supervisor:
@@ -141,9 +119,7 @@ class Supervisor:
             raise ModelUnavailable("no worker process could start", hint="see the errors above")
 
     def _look(self, slot: Slot) -> None:
-        order = self._find_order(slot)
-        if slot.child and order:
-            slot.child.follow(order, self._drain_s)
+        slot.follow(self._orders, self._drain_s)
         if slot.child:
             slot.child.end_stuck()
             slot.child.note_ready()
@@ -154,22 +130,6 @@ class Supervisor:
         if not slot.child and not (slot.refused or slot.drained) and time.monotonic() >= slot.start_at:
             self._fill(slot)
         slot.ready = slot.child is not None and slot.child.ready
-
-    def _find_order(self, slot: Slot) -> Order | None:
-        order = self._orders.find([spec.name for spec in slot.plan.specs], slot.consumer)
-        if bool(order) != slot.drained:
-            slot.drained = bool(order)
-            self._log_drained(slot)
-        return order
-
-    def _log_drained(self, slot: Slot) -> None:
-        """Logs the change of a place. A change of the host is logged for each place, since each has its own worker."""
-        place = f"service {slot.plan.services}: worker {slot.consumer or 'to be started'} on {self._orders.host}"
-        if slot.drained:
-            back = f"`millstream worker start {self._orders.host}`"
-            log.warning("%s is kept away by an operator until %s", place, back)
-        else:
-            log.warning("%s: an operator lets it start again", place)
 
     @property
     def ready(self) -> int:
@@ -186,29 +146,15 @@ class Supervisor:
 
     def tally(self) -> dict[str, tuple[int, int]]:
         """Service -> (ready processes, planned processes)."""
-        counts: dict[str, tuple[int, int]] = {}
-        for slot in self._slots:
-            for spec in slot.plan.specs:
-                ready, planned = counts.get(spec.name, (0, 0))
-                counts[spec.name] = (ready + slot.ready, planned + 1)
-        return counts
+        return tally(self._slots)
 
     def refusals(self) -> dict[str, str]:
         """Service -> how its last worker ended, for the services that no worker is started for any more."""
-        going = {spec.name for slot in self._slots if not slot.refused for spec in slot.plan.specs}
-        return {spec.name: slot.past for slot in self._slots for spec in slot.plan.specs if spec.name not in going}
+        return refusals(self._slots)
 
     def states(self) -> dict[str, SupervisorState]:
         """Service -> what an operator should know of its workers here. Other threads may call it."""
-        host, pid, refusals = socket.gethostname(), os.getpid(), self.refusals()
-        states = {}
-        for name, (ready, planned) in self.tally().items():
-            slots = [slot for slot in self._slots if name in {spec.name for spec in slot.plan.specs}]
-            worst = max(slots, key=lambda slot: slot.failures)
-            past, refused = worst.past if worst.failures else "", refusals.get(name, "")
-            drained = sum(slot.drained for slot in slots)
-            states[name] = SupervisorState(host, pid, planned, ready, worst.failures, past, refused, cores(), drained)
-        return states
+        return states(self._slots)
 
     def _exchange(self) -> None:
         """Reads the orders of operators, and publishes the states."""
