@@ -14,7 +14,7 @@ from millstream.broker.config.load import ServiceSpec
 from millstream.broker.config.telemetry import LogFormat, LogLevel
 from millstream.broker.contract.errors import UnknownService
 from millstream.broker.contract.operations import RUNNABLE, types_with
-from millstream.broker.queue.inspector import Inspector, WorkerView
+from millstream.broker.queue.inspector import Inspector, ServiceView, WorkerView
 from millstream.broker.queue.registry import Registry
 from millstream.broker.target import find_config, find_telemetry
 from millstream.broker.transport.connection import check
@@ -23,7 +23,7 @@ from millstream.cli.groups import Group
 from millstream.cli.interrupts import Interrupts
 from millstream.cli.server import connect, find_server
 from millstream.cli.status import Lines
-from millstream.cli.table import age, escape, fit, number, terminal_width
+from millstream.cli.table import age, cut, escape, fit, number, terminal_width
 
 _HEADING = (
     "SERVICE",
@@ -138,6 +138,21 @@ def list_workers(url: str | None, prefix: str | None, as_json: bool) -> None:
         click.echo(fit([_HEADING, *(_row(name, each) for name, each in found)], terminal_width(), _SPARE))
     else:
         click.echo(f"no worker is alive on {where}")
+    if not as_json:
+        for line in kept_empty(views):
+            click.echo(cut(line, terminal_width()))
+
+
+def kept_empty(views: Sequence[ServiceView]) -> list[str]:
+    """Returns a line for each worker or host that an operator keeps empty."""
+    services: dict[str, list[str]] = {}
+    for view in views:
+        for name in view.drained:
+            services.setdefault(name, []).append(view.name)
+    return [
+        f"kept empty by an operator: {escape(name)} ({', '.join(found)}); millstream worker start {escape(name)}"
+        for name, found in sorted(services.items())
+    ]
 
 
 def _place(each: WorkerView) -> tuple[str, int, str]:

@@ -63,6 +63,21 @@ def test_it_leaves_the_terminal_as_it_was(
         assert terminal.shown.endswith(RESTORED)
 
 
+def test_ctrl_z_gives_the_terminal_back_until_it_goes_on(shell: Shell, service: str) -> None:
+    with Terminal(shell, ["top"], term="xterm") as terminal:
+        before = terminal.attributes
+        terminal.shows(service)
+
+        terminal.process.send_signal(signal.SIGTSTP)
+
+        eventually(lambda: terminal.attributes == before and terminal.shown.endswith(RESTORED))
+        terminal.process.send_signal(signal.SIGCONT)
+        terminal.shows("\x1b[?1049h", times=2)
+        assert terminal.attributes != before
+        terminal.press(b"q")
+        assert terminal.wait() == 0
+
+
 @pytest.mark.parametrize("columns", [80, 160])
 def test_no_line_is_wider_than_the_terminal(shell: Shell, service: str, columns: int) -> None:
     with Terminal(shell, ["top", "--interval", "50ms"], term="xterm", columns=columns) as terminal:

@@ -106,6 +106,7 @@ def test_a_drained_host_stays_empty_when_its_supervisor_is_restarted(site: Site)
         assert (drained.exit_code, site.workers()) == (0, [])
         assert f"warning: service {site.spec.name} has no other ready worker" in drained.stdout
         assert supervisor.drained == 1
+        assert f"kept empty by an operator: {host} ({site.spec.name})" in site.run("ls").stdout
 
     with site.supervised(1) as supervisor:
         eventually(lambda: [each.state.drained for each in site.view.supervisors] == [1], within_s=LONG_S)

@@ -215,12 +215,16 @@ def test_a_viewer_sees_everything(enter: Enter, connection: Connection, echo_spe
         queue.keys.dead(), {"reason": "malformed", "entry": "1-1", "buried": "1", "priority": "normal"}
     )
     queue.lease.beat("somebody", {"host": "here"}, [])
+    job = draft()
+    queue.put(job)
     look = ("--url", enter("viewer"), "--prefix", "ms")
 
     assert name in millstream("queue", "ls", *look)
     assert name in millstream("queue", "show", name, *look)
     assert "a b c" in millstream("queue", "peek", name, *look)
     assert "somebody" in millstream("worker", "ls", *look)
+    assert "waiting, 2 jobs before it" in millstream("job", "show", job.id, *look)
+    assert name in millstream("top", name, "--interval", "1ms", *look)
     assert "malformed" in millstream("dead", "ls", name, *look)
     assert "malformed" in millstream("dead", "show", name, _text(letter), *look)
 

@@ -13,6 +13,7 @@ from views import SUPERVISOR, WORKER, view
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.queue.drains import find_order, is_on, read_drains
 from millstream.cli.drain_workers import describe, find_orders, find_subjects
+from millstream.cli.worker import kept_empty
 from millstream.worker.supervision.child import Child
 from millstream.worker.supervision.progress import Progress
 
@@ -85,6 +86,15 @@ def test_a_service_that_loses_its_last_ready_worker_is_named() -> None:
         "gpu1-7-aa: draining 1 worker of chat",
         "gpu1-7-aa: draining 1 worker of embed",
         "warning: service chat has no other ready worker: its jobs will wait",
+    ]
+
+
+def test_what_is_kept_empty_is_listed_once_with_its_services() -> None:
+    views = [view("chat", drained={"gpu1": "drain"}), view("embed", drained={"gpu1": "drain", "gpu2-8-bb": "stop"})]
+
+    assert kept_empty(views) == [
+        "kept empty by an operator: gpu1 (chat, embed); millstream worker start gpu1",
+        "kept empty by an operator: gpu2-8-bb (embed); millstream worker start gpu2-8-bb",
     ]
 
 
