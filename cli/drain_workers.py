@@ -21,8 +21,8 @@ _POLL_S = 0.2
 _MOST_NAMED = 12
 """Names that an error lists at most."""
 
-places = click.argument("places", metavar="WORKER|HOST...", nargs=-1, required=True)
-wait_timeout = click.option(
+_places = click.argument("places", metavar="WORKER|HOST...", nargs=-1, required=True)
+_wait_timeout = click.option(
     "--timeout",
     "timeout_s",
     metavar="TIME",
@@ -31,7 +31,7 @@ wait_timeout = click.option(
     show_default=True,
     help="Longest wait for the workers to end.",
 )
-no_wait = click.option("--no-wait", is_flag=True, help="Give the order, and do not wait for the workers to end.")
+_no_wait = click.option("--no-wait", is_flag=True, help="Give the order, and do not wait for the workers to end.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,11 @@ class Subject:
 
 
 @click.command()
-@places
+@_places
 @options.url
 @options.prefix
-@wait_timeout
-@no_wait
+@_wait_timeout
+@_no_wait
 def drain(places: tuple[str, ...], url: str | None, prefix: str | None, timeout_s: float, no_wait: bool) -> None:
     """Let each WORKER, or all workers of each HOST, finish the jobs that they hold and end.
 
@@ -60,11 +60,11 @@ def drain(places: tuple[str, ...], url: str | None, prefix: str | None, timeout_
 
 
 @click.command()
-@places
+@_places
 @options.url
 @options.prefix
-@wait_timeout
-@no_wait
+@_wait_timeout
+@_no_wait
 def stop(places: tuple[str, ...], url: str | None, prefix: str | None, timeout_s: float, no_wait: bool) -> None:
     """End each WORKER, or all workers of each HOST, at once. Their jobs are given back, without an attempt.
 
@@ -74,7 +74,7 @@ def stop(places: tuple[str, ...], url: str | None, prefix: str | None, timeout_s
 
 
 @click.command()
-@places
+@_places
 @options.url
 @options.prefix
 def start(places: tuple[str, ...], url: str | None, prefix: str | None) -> None:

@@ -29,12 +29,12 @@ class Screen:
     """Context manager for the main thread. Ctrl-Z stops the command as usual; SIGTERM ends it with exit status 143."""
 
     def __init__(self) -> None:
+        self._terminal = sys.stdout.fileno()
         self._keyboard = sys.stdin.fileno() if sys.stdin.isatty() else None
 
     def draw(self, lines: Sequence[str]) -> None:
         """Shows `lines` from the top, and nothing else. Each must fit into the width, all of them into the height."""
-        sys.stdout.write("\x1b[H" + "\x1b[K\r\n".join(lines) + "\x1b[K\x1b[J")
-        sys.stdout.flush()
+        self._write("\x1b[H" + "\x1b[K\r\n".join(lines) + "\x1b[K\x1b[J")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -72,14 +72,18 @@ class Screen:
         if self._keyboard is not None:
             self._attributes = termios.tcgetattr(self._keyboard)
             tty.setcbreak(self._keyboard)
-        sys.stdout.write(_ENTER)
-        sys.stdout.flush()
+        self._write(_ENTER)
 
     def _leave(self) -> None:
         if self._keyboard is not None:
             termios.tcsetattr(self._keyboard, termios.TCSADRAIN, self._attributes)
-        sys.stdout.write(_LEAVE)
-        sys.stdout.flush()
+        self._write(_LEAVE)
+
+    def _write(self, text: str) -> None:
+        # Not by sys.stdout: a signal handler that writes may interrupt a write.
+        rest = text.encode(errors="replace")
+        while rest:
+            rest = rest[os.write(self._terminal, rest) :]
 
     def _suspend(self, number: int, frame: FrameType | None) -> None:
         self._leave()

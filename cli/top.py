@@ -122,31 +122,41 @@ class Looks(threading.Thread):
         self._now = now
         self._ended = threading.Event()
         self.state = State(first, now())
+        self.failure: Exception | None = None
 
     def run(self) -> None:
-        while not self._ended.wait(self._interval_s):
-            try:
-                self.state = State(self._looker.look(), self._now())
-            except BrokerUnavailable as error:
-                self._looker.forget()
-                self.state = replace(self.state, error=str(error))
+        try:
+            while not self._ended.wait(self._interval_s):
+                self._look()
+        except Exception as error:  # noqa: BLE001 - the main thread raises it, after the terminal is restored
+            self.failure = error
+
+    def _look(self) -> None:
+        try:
+            self.state = State(self._looker.look(), self._now())
+        except BrokerUnavailable as error:
+            self._looker.forget()
+            self.state = replace(self.state, error=str(error))
 
     def end(self) -> None:
         self._ended.set()
 
 
 def run(looker: Looker, interval_s: float, first: Picture) -> None:
-    """Draws until the key q, or until an exception."""
+    """Draws until the key q. Raises what the looks raise, but for a server that is lost."""
     looks = Looks(looker, interval_s, first, time.monotonic)
     looks.start()
     drawn: tuple[object, ...] = ()
     with Screen() as screen:
         while True:
-            state, size = looks.state, screen.size
+            if looks.failure:
+                raise looks.failure
+            state, (columns, lines) = looks.state, screen.size
             trouble = describe_trouble(state, time.monotonic(), interval_s)
-            if drawn != (state, size, trouble):
-                drawn = (state, size, trouble)
-                screen.draw(frame(replace(state.picture, trouble=trouble), *size))
+            if drawn != (state, columns, lines, trouble):
+                drawn = (state, columns, lines, trouble)
+                # A terminal may wrap behind a character in its last column.
+                screen.draw(frame(replace(state.picture, trouble=trouble), columns - 1, lines))
             if screen.read_key(_TICK_S) in ("q", "Q"):
                 break
     looks.end()

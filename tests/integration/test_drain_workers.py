@@ -18,6 +18,7 @@ from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.cli.main import main
 from millstream.client import Client
+from millstream.worker.supervision import registrar
 from millstream.worker.supervision.plan import Plan
 from millstream.worker.supervision.supervisor import Supervisor
 
@@ -66,7 +67,10 @@ class Site:
 
 
 @pytest.fixture
-def site(server: EmbeddedServer, connection: Connection, service: str) -> Iterator[Site]:
+def site(
+    server: EmbeddedServer, connection: Connection, service: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Site]:
+    monkeypatch.setattr(registrar, "LOOK_S", 0.1)
     yield Site(server, connection, service)
     remove(server.url, service)
 

@@ -15,7 +15,7 @@ from millstream.broker.queue.drains import find_order, is_on, read_drains
 from millstream.cli.drain_workers import describe, find_orders, find_subjects
 from millstream.cli.worker import kept_empty
 from millstream.worker.supervision.child import Child
-from millstream.worker.supervision.progress import Progress
+from millstream.worker.supervision.progress import Progress, Stage
 
 W1, W2 = replace(WORKER, consumer="gpu1-7-aa"), replace(WORKER, consumer="gpu2-8-bb", host="gpu2")
 VIEWS = [view("chat", workers=[W1]), view("embed", workers=[W1, W2]), view("rerank")]
@@ -131,6 +131,7 @@ def test_a_drain_is_one_signal_and_a_kill_after_its_time(monkeypatch: pytest.Mon
 
 def test_a_stop_kills_once_and_charges_nothing() -> None:
     stopped, signals = child()
+    stopped.pages["docs"].runner.start(["1:1-1"], Stage.RUN)
 
     stopped.follow("stop", 2.0)
     stopped.follow("stop", 2.0)
