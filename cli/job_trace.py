@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from itertools import islice
 
 import click
 
-from millstream.broker.contract.errors import InvalidRequest, ResultExpired
-from millstream.broker.queue.job_trace import SEEN_AFTER_SETTLE_MS, JobTrace, find_service, read_traces
+from millstream.broker.queue.job_trace import JobTrace, read_traces
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection
 from millstream.cli import options
+from millstream.cli.job_ids import find_jobs, unknown
 from millstream.cli.server import connect, find_server
-from millstream.cli.table import align, escape, quantity
-
-_JOB = re.compile(r"[0-9a-f]{32}")
+from millstream.cli.table import align, escape, fit, quantity, terminal_width
 
 _DIGITS = 8
 """Digits of a job's id in a table of many jobs."""
+
+_SPARE = ("SETTLE", "PREPARE", "BATCH", "ATTEMPT", "START", "CLAIM", "FORWARD", "WORKER")
+"""Columns that a narrow terminal leaves out, the first one first."""
 
 _STAGES = (
     ("enqueue", "enqueued", "the server accepted the job"),
@@ -40,7 +39,7 @@ _STAGES = (
 @options.url
 @options.prefix
 @click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="Most jobs of one call.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON. Times are ms of the server's clock.")
+@options.json_output(". Times are ms of the server's clock")
 def trace(job_id: str, url: str | None, prefix: str | None, limit: int, as_json: bool) -> None:
     """Show the times of job ID: enqueue, claim, prepare, start, forward, settle; its worker, attempts and batch.
 
@@ -56,36 +55,20 @@ def trace(job_id: str, url: str | None, prefix: str | None, limit: int, as_json:
     elif len(found) == 1:
         click.echo("\n".join(_describe(found[0])))
     else:
-        click.echo(align(_table(found)))
+        click.echo(fit(_table(found), terminal_width(), _SPARE))
     if more and not as_json:
         click.echo(f"{quantity(more, 'more job')}: say --limit {more + len(found)}")
 
 
 def _read(connection: Connection, prefix: str, job_id: str, limit: int) -> tuple[list[JobTrace], int]:
     """Returns the traces of `limit` jobs at most, and the number of others. Raises ResultExpired, InvalidRequest."""
-    if _JOB.fullmatch(job_id):
-        service = find_service(connection, prefix, job_id)
-        job_ids, call, jobs = [job_id], "", 1
-    else:
-        # Imported here: the client takes 80 ms.
-        from millstream.client.detached_id import DetachedId
-
-        try:
-            detached = DetachedId.parse(job_id)
-        except InvalidRequest as error:
-            raise InvalidRequest(error.message, hint="such as embed:8x8:9f86d0..., or 32 hexadecimal digits") from None
-        service, call = detached.service, detached.call
-        job_ids, jobs = list(islice(detached.split(), limit)), len(detached.split())
-    keys = Registry(connection, prefix).keys(service or "")
-    traces = read_traces(connection, keys, job_ids, call) if service else []
+    jobs = find_jobs(connection, prefix, job_id, limit)
+    keys = Registry(connection, prefix).keys(jobs.service)
+    traces = read_traces(connection, keys, jobs.job_ids, jobs.call) if jobs.service else []
     found = [each for each in traces if each]
     if not found:
-        raise ResultExpired(
-            f"no job {job_id!r} on {connection.safe_url}",
-            hint=f"a job is known until {SEEN_AFTER_SETTLE_MS // 1000} s after its answer, a detached one for "
-            "redis.result_ttl",
-        )
-    return found, jobs - len(job_ids)
+        raise unknown(job_id, connection.safe_url)
+    return found, jobs.total - len(jobs.job_ids)
 
 
 def _describe(each: JobTrace) -> Iterator[str]:

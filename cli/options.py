@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import os
 import sys
-from typing import Any, get_args
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args
 
 import click
 
 from millstream.broker.config.telemetry import LogFormat, LogLevel, TelemetrySettings
 from millstream.broker.config.units import seconds
 from millstream.broker.contract.errors import InvalidRequest
+from millstream.cli.completion import complete_services
 from millstream.telemetry import logs, traces
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 url = click.option(
     "--url",
@@ -27,8 +31,14 @@ allow_eviction = click.option(
     "--allow-eviction", is_flag=True, help="Use a server that deletes keys when its memory is full: jobs may be lost."
 )
 
-service = click.argument("service")
+service = click.argument("service", shell_complete=complete_services)
+services = click.argument("services", metavar="[SERVICE]...", nargs=-1, shell_complete=complete_services)
 yes = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+def json_output(contents: str = "") -> Callable[[Command], Command]:
+    """Returns the option `--json` of a command that shows something. `contents` ends the sentence of its help."""
+    return click.option("--json", "as_json", is_flag=True, help=f"Print JSON{contents}.")
 
 
 def duration(_ctx: click.Context, _param: click.Parameter, value: str | None) -> float | None:

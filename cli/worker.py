@@ -14,15 +14,16 @@ from millstream.broker.config.load import ServiceSpec
 from millstream.broker.config.telemetry import LogFormat, LogLevel
 from millstream.broker.contract.errors import UnknownService
 from millstream.broker.contract.operations import RUNNABLE, types_with
-from millstream.broker.queue.inspector import Inspector, WorkerView
+from millstream.broker.queue.inspector import Inspector, ServiceView, WorkerView
 from millstream.broker.queue.registry import Registry
 from millstream.broker.target import find_config, find_telemetry
 from millstream.broker.transport.connection import check
-from millstream.cli import options
+from millstream.cli import drain_workers, options
+from millstream.cli.groups import Group
 from millstream.cli.interrupts import Interrupts
 from millstream.cli.server import connect, find_server
 from millstream.cli.status import Lines
-from millstream.cli.table import age, align, escape, number
+from millstream.cli.table import age, cut, escape, fit, number, terminal_width
 
 _HEADING = (
     "SERVICE",
@@ -42,15 +43,35 @@ _HEADING = (
     "AGE",
     "PAST",
 )
+_SPARE = (
+    "PAST",
+    "READS",
+    "THREADS",
+    "TOKENS",
+    "PADDING",
+    "JOBS",
+    "PID",
+    "HOST",
+    "TEXTS/S",
+    "AGE",
+    "BUSY",
+    "RUNNING",
+    "DEVICE",
+)
+"""Columns that a narrow terminal leaves out, the first one first. The name of a worker begins with its host."""
 
 
-@click.group()
+@click.group(cls=Group)
 def worker() -> None:
-    """Run workers for the services of a server, or list the live ones."""
+    """Run workers for the services of a server, list the live ones, or empty a host."""
+
+
+for command in (drain_workers.drain, drain_workers.stop, drain_workers.start):
+    worker.add_command(command)
 
 
 @worker.command()
-@click.argument("services", metavar="[SERVICE]...", nargs=-1)
+@options.services
 @options.url
 @options.prefix
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; by default the model's.")
@@ -97,7 +118,7 @@ def run(
 @worker.command("ls")
 @options.url
 @options.prefix
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, with all figures of each worker.")
+@options.json_output(", with all figures of each worker")
 def list_workers(url: str | None, prefix: str | None, as_json: bool) -> None:
     """List the live workers of all services, with the figures of their last heartbeat.
 
@@ -114,9 +135,24 @@ def list_workers(url: str | None, prefix: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([_record(name, each) for name, each in found], ensure_ascii=False, indent=2))
     elif found:
-        click.echo(align([_HEADING, *(_row(name, each) for name, each in found)]))
+        click.echo(fit([_HEADING, *(_row(name, each) for name, each in found)], terminal_width(), _SPARE))
     else:
         click.echo(f"no worker is alive on {where}")
+    if not as_json:
+        for line in kept_empty(views):
+            click.echo(cut(line, terminal_width()))
+
+
+def kept_empty(views: Sequence[ServiceView]) -> list[str]:
+    """Returns a line for each worker or host that an operator keeps empty."""
+    services: dict[str, list[str]] = {}
+    for view in views:
+        for name in view.drained:
+            services.setdefault(name, []).append(view.name)
+    return [
+        f"kept empty by an operator: {escape(name)} ({', '.join(found)}); millstream worker start {escape(name)}"
+        for name, found in sorted(services.items())
+    ]
 
 
 def _place(each: WorkerView) -> tuple[str, int, str]:

@@ -59,6 +59,8 @@ def _command(name: str, command: click.Command) -> Iterator[str]:
         yield ""
         # \b begins a paragraph whose lines stay as they are.
         yield from ["```", *paragraph.splitlines()[1:], "```"] if paragraph.startswith("\b") else [_joined(paragraph)]
+    if command.epilog:
+        yield from ["", _joined(command.epilog)]
     records = [each for parameter in command.params if (each := parameter.get_help_record(context))]
     if records and not isinstance(command, click.Group):
         yield from ["", "| option | meaning |", "|---|---|"]

@@ -12,6 +12,7 @@ import redis
 
 from millstream.broker.contract.job import PRIORITIES, Priority
 from millstream.broker.contract.keys import DEFAULT_PREFIX, GROUP, RETURNED, ServiceKeys
+from millstream.broker.queue.drains import Order, queue_drains, read_drains
 from millstream.broker.queue.lease import is_live
 from millstream.broker.queue.pause import Pause, queue_pause, read_pause
 from millstream.broker.queue.registry import Registry
@@ -92,6 +93,7 @@ class Inspector:
             pipe.hgetall(keys.refused())
             queue_pause(pipe, keys)
             queue_supervisors(pipe, keys)
+            queue_drains(pipe, keys)
         answers = iter(_answers(pipe))
         return [_Queue.read(answers) for _ in services]
 
@@ -131,6 +133,7 @@ class _Queue:
     paused: Pause | None
     supervisors: Sequence[SupervisorView]
     unsettled: Mapping[Priority, int]
+    drained: Mapping[str, Order]
 
     @classmethod
     def read(cls, answers: Iterator[object]) -> _Queue:
@@ -145,15 +148,23 @@ class _Queue:
             waiting[priority] = max(0, cast(int, length) - claimed.total())
             pending += claimed
             oldest += _accepted_at(cast(Entries, first))
-        time, dead_letters, beats, refusals, pause, left_ms, states = islice(answers, 7)
+        time, dead_letters, beats, refusals, pause, left_ms, states, drains = islice(answers, 8)
         now = _ms(time)
         refused = {_text(reason): _count(cast(Fields, refusals), reason) for reason in cast(Fields, refusals)}
         live = [name for name, beat in cast(list[tuple[bytes, float]], beats) if is_live(beat, now)]
         depth = cast(int, dead_letters)
-        supervisors = read_supervisors(states, now)
-        paused = read_pause(pause, left_ms)
         return cls(
-            now, waiting, pending, min(oldest, default=None), live, depth, refused, paused, supervisors, unsettled
+            now,
+            waiting,
+            pending,
+            min(oldest, default=None),
+            live,
+            depth,
+            refused,
+            paused=read_pause(pause, left_ms),
+            supervisors=read_supervisors(states, now),
+            unsettled=unsettled,
+            drained=read_drains(drains),
         )
 
     def view(self, service: str, workers: Mapping[tuple[str, str], WorkerView]) -> ServiceView:
@@ -169,6 +180,7 @@ class _Queue:
             refused=self.refused,
             supervisors=self.supervisors,
             unsettled=self.unsettled,
+            drained=self.drained,
         )
 
 
