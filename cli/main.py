@@ -39,6 +39,7 @@ COMMANDS = {
     "dead": Lazy("millstream.cli.dead:dead", "List a service's dead letters, run them again or remove them."),
     "doctor": Lazy("millstream.cli.doctor:doctor", "Say why nothing moves, and which command mends it."),
     "embed": Lazy("millstream.cli.embed:embed", "Embed texts through the queue."),
+    "exporter": Lazy("millstream.cli.exporter:exporter", "Serve the metrics of all services to Prometheus."),
     "generate": Lazy("millstream.cli.generate:generate", "Generate text through the queue."),
     "queue": Lazy("millstream.cli.queue:queue", "Show, pause, drain or empty the queues."),
     "tune": Lazy("millstream.cli.tune:tune", "Measure with which batch limits a service is fastest on this machine."),

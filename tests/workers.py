@@ -24,19 +24,21 @@ def spec(name: str, *, forward_s: float = 0.0, **runtime: object) -> ServiceSpec
 
 
 @contextmanager
-def working(url: str, *specs: ServiceSpec, folder: Path | None = None) -> Iterator[Supervisor]:
-    """One worker process for each of `specs`, which are registered, ready and drained in the end.
+def working(url: str, *specs: ServiceSpec, folder: Path | None = None, processes: int = 1) -> Iterator[Supervisor]:
+    """Worker `processes` for each of `specs`, which are registered, ready and drained in the end.
 
     `folder` holds the code of those that are custom.
     """
     connection = Connection(url, name="tests")
     Registry(connection).push(specs)
     connection.close()
-    supervisor = Supervisor(url, "ms", [Plan(each, 1, folder=str(folder or "")) for each in specs], drain_s=10.0)
+    supervisor = Supervisor(
+        url, "ms", [Plan(each, processes, folder=str(folder or "")) for each in specs], drain_s=10.0
+    )
     thread = threading.Thread(target=supervisor.run)
     thread.start()
     try:
-        eventually(lambda: supervisor.ready == len(specs), within_s=LONG_S)
+        eventually(lambda: supervisor.ready == processes * len(specs), within_s=LONG_S)
         yield supervisor
     finally:
         supervisor.stop()

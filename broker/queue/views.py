@@ -70,7 +70,8 @@ class ServiceView:
     consumer; or `returned`, waiting again after a worker gave it back. `oldest_ms` is the age of the oldest of them, by
     the server's clock. `refused` counts refused calls by reason; it restarts after a day without one. `supervisors` are
     those of the last day that did not end in order. `unsettled` counts the jobs of each priority, which
-    `max_queue_size` limits.
+    `max_queue_size` limits. `deadline_ms`: ms to the nearest deadline of the oldest job of each priority, below 0 if it
+    has passed; None if none of them has one.
     """
 
     name: str
@@ -84,6 +85,7 @@ class ServiceView:
     refused: Mapping[str, int]
     supervisors: Sequence[SupervisorView] = ()
     unsettled: Mapping[Priority, int] = field(default_factory=dict)
+    deadline_ms: int | None = None
 
     @property
     def in_flight(self) -> int:
