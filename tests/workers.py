@@ -25,21 +25,25 @@ def spec(name: str, *, forward_s: float = 0.0, **runtime: object) -> ServiceSpec
 
 @contextmanager
 def working(
-    url: str, *specs: ServiceSpec, folder: Path | None = None, variables: Mapping[str, str] = NO_VARIABLES
+    url: str,
+    *specs: ServiceSpec,
+    folder: Path | None = None,
+    processes: int = 1,
+    variables: Mapping[str, str] = NO_VARIABLES,
 ) -> Iterator[Supervisor]:
-    """One worker process for each of `specs`, which are registered, ready and drained in the end.
+    """Worker `processes` for each of `specs`, which are registered, ready and drained in the end.
 
     `folder` holds the code of those that are custom. `variables` are those of the worker processes.
     """
     connection = Connection(url, name="tests")
     Registry(connection).push(specs)
     connection.close()
-    plans = [Plan(each, 1, folder=str(folder or "")) for each in specs]
+    plans = [Plan(each, processes, folder=str(folder or "")) for each in specs]
     supervisor = Supervisor(url, "ms", plans, drain_s=10.0, variables=variables)
     thread = threading.Thread(target=supervisor.run)
     thread.start()
     try:
-        eventually(lambda: supervisor.ready == len(specs), within_s=LONG_S)
+        eventually(lambda: supervisor.ready == processes * len(specs), within_s=LONG_S)
         yield supervisor
     finally:
         supervisor.stop()

@@ -6,12 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import redis
+
 from millstream.broker.contract.job import PRIORITIES, Priority
 from millstream.broker.contract.keys import DEFAULT_PREFIX, ServiceKeys
 from millstream.broker.contract.metrics import HISTOGRAMS, THOUSAND, WORK, bucket_fields, sum_field
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.views import ServiceView
 from millstream.broker.transport.connection import Connection, translated
+
+KEPT_MS = 30 * 86_400_000
+"""Lifetime of a service's totals after its last heartbeat, ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +115,13 @@ class Metrics:
                 pipe.hgetall(keys.metrics())
             found = cast(list[Mapping[bytes, bytes]], pipe.execute())
         return [decode_metrics(keys, fields) for keys, fields in zip(chosen, found, strict=True)]
+
+
+def add_cached(client: redis.Redis, keys: ServiceKeys, rows: int) -> None:
+    """Adds `rows` that a client found in the cache. Raises redis.RedisError."""
+    # As in the scripts: then the field is new, perhaps with its key, which heartbeats then renew.
+    if client.hincrby(keys.metrics(), "cached", rows) == rows:
+        client.pexpire(keys.metrics(), KEPT_MS)
 
 
 def decode_metrics(keys: ServiceKeys, fields: Mapping[bytes, bytes]) -> ServiceMetrics:
