@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from millstream.telemetry.traces import WorkerTraces
+from millstream.telemetry.worker_traces import WorkerTraces
 from millstream.worker.clock import ServerClock
 from millstream.worker.measuring.threads import Threads
 from millstream.worker.scheduling.counters import Counters

@@ -6,7 +6,8 @@ from millstream.broker.contract.errors import Malformed
 from millstream.broker.contract.generation import Generation
 from millstream.broker.contract.job import Claim, Reply
 from millstream.broker.contract.stages import Stages
-from millstream.telemetry.traces import Ending, Job
+from millstream.telemetry.traces import Ending
+from millstream.telemetry.worker_traces import Job
 from millstream.worker.scheduling.active_job import ActiveJob
 
 _CHAT = b'{"inputs":[{"messages"'

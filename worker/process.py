@@ -25,7 +25,9 @@ from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection, retrying, translated
 from millstream.telemetry import logs
-from millstream.telemetry.traces import Tracing, WorkerTraces, exporting
+from millstream.telemetry.trace_export import exporting
+from millstream.telemetry.traces import Tracing
+from millstream.telemetry.worker_traces import WorkerTraces
 from millstream.worker import host, models
 from millstream.worker.context import Context
 from millstream.worker.isolation import Takeover, isolate

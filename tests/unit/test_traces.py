@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,9 +19,11 @@ from millstream.broker.config.telemetry import TelemetrySettings
 from millstream.broker.contract.errors import ConfigError, InvalidRequest
 from millstream.broker.contract.operations import ECHO, EMBED, GENERATE
 from millstream.broker.contract.stages import Stages
+from millstream.client import AsyncClient
 from millstream.client.testing import FakeClient
-from millstream.telemetry import traces
-from millstream.telemetry.traces import Batch, Call, Ending, Job, Tracing, WorkerTraces, start_call
+from millstream.telemetry import trace_export, traces
+from millstream.telemetry.traces import Call, Ending, Tracing, start_call
+from millstream.telemetry.worker_traces import Batch, Job, WorkerTraces
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 NOT_SAMPLED = TRACE[:-1] + "0"
@@ -105,6 +108,26 @@ def test_a_call_is_below_the_programs_own_span(client: FakeClient, tracer: Trace
     assert call.parent
     assert call.parent.span_id == outer.get_span_context().span_id
     assert call.name == "send rerank"
+
+
+def test_a_call_of_the_async_client_is_below_the_span_of_its_task(
+    client: FakeClient, tracer: Tracer, spans: InMemorySpanExporter
+) -> None:
+    calls = AsyncClient.__new__(AsyncClient)
+    calls._calls = client._calls
+
+    async def request(text: str) -> int:
+        with tracer.start_as_current_span(text) as outer:
+            await calls.submit("embed", [text])
+            return outer.get_span_context().span_id
+
+    async def both() -> list[int]:
+        return await asyncio.gather(request("a"), request("b"))
+
+    outer = asyncio.run(both())
+
+    sent = [each.parent.span_id for each in spans.get_finished_spans() if each.parent]
+    assert sorted(sent) == sorted(outer)
 
 
 @pytest.mark.parametrize(("way", "operation"), [("generate", "text_completion"), ("chat", "chat")])
@@ -273,7 +296,7 @@ def test_a_call_that_is_not_sampled_says_so_to_its_worker() -> None:
     span = start_call(provider.get_tracer("tests"), Call("embed", "", "m", "normal", 1, "c"))
 
     assert span
-    assert traces._sampled(span.traceparent) is None
+    assert traces.sampled(span.traceparent) is None
 
 
 ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:4318"}
@@ -294,20 +317,21 @@ ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:4318"}
     ],
 )
 def test_a_worker_exports_if_an_endpoint_is_set_or_traces_are_on(environ: Mapping[str, str], exports: bool) -> None:
-    assert traces._exports(telemetry_of(environ), environ) == exports
+    assert trace_export._exports(telemetry_of(environ), environ) == exports
 
 
 def test_what_is_missing_is_an_error_if_traces_are_on_and_a_warning_otherwise(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(traces, "is_installed", lambda: False)
+    for module in (traces, trace_export):
+        monkeypatch.setattr(module, "is_installed", lambda: False)
     wanted = TelemetrySettings(traces="on")
 
     with pytest.raises(ConfigError, match=r"OpenTelemetry is not installed .*millstream\[otel\]"):
         traces.check("on")
-    with pytest.raises(ConfigError, match="not installed"), traces.exporting(wanted, ENDPOINT, "w"):
+    with pytest.raises(ConfigError, match="not installed"), trace_export.exporting(wanted, ENDPOINT, "w"):
         pass
-    with traces.exporting(TelemetrySettings(), ENDPOINT, "w"):
+    with trace_export.exporting(TelemetrySettings(), ENDPOINT, "w"):
         pass
 
     assert "no traces: OTEL_EXPORTER_OTLP_ENDPOINT is set" in caplog.text
@@ -317,4 +341,4 @@ def test_another_protocol_is_an_error_if_traces_are_on() -> None:
     environ = {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}
 
     with pytest.raises(ConfigError, match="ask for grpc"):
-        traces._exports(TelemetrySettings(traces="on"), environ)
+        trace_export._exports(TelemetrySettings(traces="on"), environ)

@@ -12,7 +12,7 @@ from typing import Protocol
 from millstream.broker.contract.errors import MillstreamError, ModelFailed, described
 from millstream.broker.contract.job import Priority, Reply
 from millstream.broker.contract.partial import Record
-from millstream.telemetry.traces import Batch, WorkerTraces
+from millstream.telemetry.worker_traces import Batch, WorkerTraces
 from millstream.worker.context import Context
 from millstream.worker.engines.base import Engine, Remote, Step
 from millstream.worker.engines.running import Jobs, Running

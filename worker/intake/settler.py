@@ -18,7 +18,7 @@ from millstream.broker.contract.stages import Stages
 from millstream.broker.queue.stream_types import NO_FAILURES, Settlement
 from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Streams
 from millstream.broker.transport.connection import retrying
-from millstream.telemetry.traces import WorkerTraces
+from millstream.telemetry.worker_traces import WorkerTraces
 from millstream.worker.context import Context
 from millstream.worker.job_spans import job_of
 from millstream.worker.scheduling.active_job import ActiveJob
