@@ -56,6 +56,8 @@ class Screen:
     def __enter__(self) -> Screen:
         self._enter()
         self._before = {
+            # It may be ignored: a shell starts programs in the background so.
+            signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
             signal.SIGTERM: signal.signal(signal.SIGTERM, _end),
             signal.SIGTSTP: signal.signal(signal.SIGTSTP, self._suspend),
         }
@@ -64,9 +66,9 @@ class Screen:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._leave()
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._leave()
 
     def _enter(self) -> None:
         if self._keyboard is not None:

@@ -36,7 +36,8 @@ def shell(tmp_path: Path, url: str) -> Shell:
 
 
 def last_frame(terminal: Terminal) -> list[str]:
-    text = terminal.shown.rpartition("\x1b[H")[2].replace("\x1b[K", "").replace("\x1b[J", "")
+    """The lines of the last frame that was drawn whole: the one after it may still be on its way."""
+    text = terminal.shown.split("\x1b[H")[-2].replace("\x1b[K", "").replace("\x1b[J", "")
     return text.replace("\r", "").split("\n")
 
 
@@ -84,11 +85,11 @@ def test_it_says_that_the_server_is_lost_and_goes_on_when_it_is_back(
     shell: Shell, service: str, server: EmbeddedServer
 ) -> None:
     with Terminal(shell, ["top", "--interval", "50ms"], term="xterm") as terminal:
-        terminal.shows(service)
+        terminal.shows(service, times=2)
 
         os.kill(server.pid, signal.SIGKILL)
 
-        terminal.shows("SERVER LOST for")
+        eventually(lambda: "SERVER LOST for" in "".join(last_frame(terminal)))
         assert service in "".join(last_frame(terminal))
         server.restart()
         eventually(lambda: "LOST" not in "".join(last_frame(terminal)) and service in "".join(last_frame(terminal)))
