@@ -134,10 +134,10 @@ def decode_metrics(keys: ServiceKeys, fields: Mapping[bytes, bytes]) -> ServiceM
     return ServiceMetrics(
         service=keys.service,
         jobs={priority: of(f"jobs:{priority}") for priority in PRIORITIES},
-        rows={priority: of(f"accepted:{priority}") for priority in PRIORITIES},
+        rows={priority: of(f"jobs:{priority}") + of(f"further_rows:{priority}") for priority in PRIORITIES},
         refused=_labelled(counts, "refused:"),
-        settled=of("settled"),
-        ok=of("ok"),
+        settled=of("single") + of("settled"),
+        ok=of("single") + of("ok"),
         failed=_labelled(counts, "failed:"),
         buried=_labelled(counts, "buried:"),
         cached=of("cached"),

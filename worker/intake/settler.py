@@ -171,24 +171,26 @@ class Settler(threading.Thread):
         """Settles the first ones of `ready`, encoded in `batch`."""
         # Settling is idempotent, so the call is sent again after a cut connection.
         outcomes = retrying(lambda: self._streams.settle(batch), until=None, stop=None)
-        now = self._clock.now()
+        answered = []
         for finished, outcome in zip(ready, outcomes, strict=False):
             if outcome == "late":
                 self._counters.late += 1
             elif outcome == "unwritable":
                 log.error("job %s: its reply could not be written; it is among the dead letters", finished.address)
             else:
-                self._count(finished, now)
+                answered.append(finished)
+        self._count(answered)
         self._window.forget([settlement.address.name for settlement in batch])
 
-    def _count(self, finished: Finished, now: int) -> None:
-        address, reply = finished.address, finished.reply
-        self._counters.jobs += 1
-        self._counters.tokens_in += reply.tokens
-        self._histograms.add_answer(address, reply.timings, now)
-        if address.streams and (usage := _usage(reply)):
-            self._counters.tokens_out += usage.completion
-            self._counters.tokens_reused += usage.cached
+    def _count(self, answered: Sequence[Finished]) -> None:
+        count = self._counters
+        count.jobs += len(answered)
+        count.tokens_in += sum([each.reply.tokens for each in answered])
+        self._histograms.add_answers([(each.address, each.reply.timings) for each in answered], self._clock.now())
+        for usage in [_usage(each.reply) for each in answered if each.address.streams]:
+            if usage:
+                count.tokens_out += usage.completion
+                count.tokens_reused += usage.cached
 
 
 def _usage(reply: Reply) -> Usage | None:

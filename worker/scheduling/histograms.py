@@ -5,7 +5,7 @@ Each is observed by one thread: forwards and outputs by the runner, answers by t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from millstream.broker.contract.job import PRIORITIES, Address
 from millstream.broker.contract.metrics import HISTOGRAMS, THOUSAND, Histogram, bucket_fields, sum_field
@@ -18,10 +18,11 @@ class Histograms:
     def __init__(self) -> None:
         self._by_name = {name: Histogram(bounds) for name, bounds in HISTOGRAMS.items()}
         self._fields = {name: (bucket_fields(name), sum_field(name)) for name in HISTOGRAMS}
-        # Looked up once: there is one of each for every answer.
-        self._waits = [self._by_name[f"wait:{priority}"] for priority in PRIORITIES]
-        self._totals = [self._by_name[f"total:{priority}"] for priority in PRIORITIES]
-        self._inference = self._by_name["inference"]
+        # By the number of the stream, with which an entry's name begins: each answer needs them.
+        self._by_stream = {
+            str(number): (self._by_name[f"wait:{priority}"], self._by_name[f"total:{priority}"])
+            for number, priority in enumerate(PRIORITIES, start=1)
+        }
 
     def __getitem__(self, name: str) -> Histogram:
         return self._by_name[name]
@@ -41,14 +42,25 @@ class Histograms:
             self._by_name["first_token"].observe(max(0, now - job.request.at))
         job.output_at = now_s
 
-    def add_answer(self, address: Address, timings: Mapping[str, float], now: int) -> None:
-        """Adds a job that was settled at `now`, server ms. Jobs that never ran have no `timings` and do not count."""
-        if not timings:
-            return
-        rank = int(address.name[0]) - 1
-        self._waits[rank].observe(timings["queue"])
-        self._inference.observe(timings["inference"])
-        self._totals[rank].observe(max(0, now - address.at))
+    def add_answers(self, answers: Iterable[tuple[Address, Mapping[str, float]]], now: int) -> None:
+        """Adds jobs that were settled at `now`, server ms, with their timings. Jobs that never ran do not count."""
+        # Collected first: this runs for every job, and a call for each value would take twice the time.
+        waits: dict[str, list[float]] = {}
+        totals: dict[str, list[float]] = {}
+        inferences: list[float] = []
+        for address, timings in answers:
+            if timings:
+                stream, total = address.name[0], now - address.at
+                if stream not in waits:
+                    waits[stream], totals[stream] = [], []
+                waits[stream].append(timings["queue"])
+                totals[stream].append(total if total > 0 else 0.0)
+                inferences.append(timings["inference"])
+        for stream, (wait, total_time) in self._by_stream.items():
+            if stream in waits:
+                wait.observe_all(waits[stream])
+                total_time.observe_all(totals[stream])
+        self._by_name["inference"].observe_all(inferences)
 
     def counts(self) -> dict[str, int]:
         """Returns all fields so far that are not zero."""
