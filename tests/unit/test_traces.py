@@ -122,7 +122,7 @@ def test_a_call_of_the_async_client_is_below_the_span_of_its_task(
             return outer.get_span_context().span_id
 
     async def both() -> list[int]:
-        return await asyncio.gather(request("a"), request("b"))
+        return list(await asyncio.gather(request("a"), request("b")))
 
     outer = asyncio.run(both())
 
