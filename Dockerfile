@@ -9,9 +9,11 @@ FROM python:3.11-slim AS wheel
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY broker broker
+COPY telemetry telemetry
 COPY worker worker
 COPY client client
 COPY cli cli
+COPY telemetry telemetry
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:3.11-slim

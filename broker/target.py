@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
-from millstream.broker.config.load import DEFAULT_PATH, Config, load
+from millstream.broker.config.load import DEFAULT_PATH, Config, load, telemetry_of
+from millstream.broker.config.telemetry import TelemetrySettings
 from millstream.broker.config.variables import PREFIX_VARIABLE, URL_VARIABLE
 from millstream.broker.contract.keys import DEFAULT_PREFIX
 from millstream.broker.transport import eviction
 from millstream.broker.transport.connection import find_url
 
-_SECTIONS = {"models", "services", "redis"}
+_SECTIONS = {"models", "services", "redis", "telemetry"}
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server's URL and the prefix of its keys. `allow_eviction`: the server may delete keys if its memory is full."""
+    """A server's URL and the prefix of its keys. `allow_eviction`: the server may delete keys if its memory is full.
+
+    `telemetry`: how this host logs and traces.
+    """
 
     url: str
     prefix: str
     allow_eviction: bool = False
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
 
 
 def find_target(url: str | None, prefix: str | None, environ: Mapping[str, str]) -> Target:
@@ -35,7 +40,8 @@ def find_target(url: str | None, prefix: str | None, environ: Mapping[str, str])
     named = bool(url or environ.get(URL_VARIABLE))
     config = _config(environ, needed=not named) if not (named and prefix) else None
     configured = config.redis.key_prefix if config else environ.get(PREFIX_VARIABLE) or DEFAULT_PREFIX
-    return Target(find_url(url, config, environ), prefix or configured, eviction.allowed(config, environ))
+    telemetry = config.telemetry if config else telemetry_of(environ)
+    return Target(find_url(url, config, environ), prefix or configured, eviction.allowed(config, environ), telemetry)
 
 
 def find_prefix(prefix: str | None, environ: Mapping[str, str]) -> str:
@@ -47,6 +53,12 @@ def find_prefix(prefix: str | None, environ: Mapping[str, str]) -> str:
 def find_config(environ: Mapping[str, str]) -> Config | None:
     """Reads ./config.yaml; None if it does not exist or is of another program. Raises ConfigError if it is wrong."""
     return _config(environ, needed=False)
+
+
+def find_telemetry(environ: Mapping[str, str]) -> TelemetrySettings:
+    """Returns how this host logs and traces: by variables, else ./config.yaml. Raises ConfigError if one is wrong."""
+    config = find_config(environ)
+    return config.telemetry if config else telemetry_of(environ)
 
 
 def _config(environ: Mapping[str, str], *, needed: bool) -> Config | None:

@@ -16,6 +16,7 @@ from millstream.broker.target import find_prefix
 from millstream.broker.transport.access import read_password
 from millstream.broker.transport.connection import check
 from millstream.cli import options
+from millstream.cli.completion import complete_services
 from millstream.cli.server import connect, find_server
 
 _USER = re.compile(r"[!-~]{1,64}")
@@ -25,7 +26,14 @@ _PART_OF_A_KEY = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 
 @click.command()
 @click.option("--role", type=click.Choice(ROLES), required=True, help="The role that the user gets rights for.")
-@click.option("--service", "services", multiple=True, metavar="NAME", help="Only for this service; may be repeated.")
+@click.option(
+    "--service",
+    "services",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=complete_services,
+    help="Only for this service; may be repeated.",
+)
 @click.option("--user", metavar="NAME", help="The user's name; by default millstream-ROLE.")
 @click.option("--password-file", type=click.Path(path_type=Path), help="Set the password to the file's first line.")
 @click.option("--nopass", is_flag=True, help="Let the user log in without a password.")

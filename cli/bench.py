@@ -114,7 +114,7 @@ def percentile_ms(seconds: Sequence[float], share: float) -> float | None:
     show_default=True,
     help="Priority of the calls; jobs of other priorities go before batch.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@options.json_output()
 @options.url
 @options.prefix
 def bench(

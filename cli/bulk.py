@@ -16,6 +16,8 @@ import click
 from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest, PartialFailure
 from millstream.cli import options
 from millstream.cli.bulk_progress import Display
+from millstream.cli.completion import complete_services
+from millstream.cli.groups import Group
 from millstream.cli.main import INTERRUPTED
 from millstream.cli.server import find_server
 from millstream.cli.table import escape, quantity
@@ -39,7 +41,7 @@ _window = click.option(
 _tenant = click.option("--tenant", default="", metavar="NAME", help="Tenant whose rate limit the run uses.")
 
 
-@click.group()
+@click.group(cls=Group)
 def bulk() -> None:
     """Send files of any size through the queue, with runs that go on after they ended."""
 
@@ -47,7 +49,9 @@ def bulk() -> None:
 @bulk.command("run")
 @click.argument("source", metavar="INPUT")
 @_output
-@click.option("--service", required=True, metavar="NAME", help="The service that gets the rows.")
+@click.option(
+    "--service", required=True, metavar="NAME", shell_complete=complete_services, help="The service that gets the rows."
+)
 @click.option(
     "--input-format",
     type=click.Choice(get_args(InputFormat)),
@@ -194,7 +198,7 @@ def retry_failed(
 
 @bulk.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@options.json_output()
 def status(folder: Path, as_json: bool) -> None:
     """Show how far the run in FOLDER is. Asks no server."""
     record, works = read_manifest(folder)

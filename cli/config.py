@@ -15,8 +15,9 @@ from millstream.broker.config.load import DEFAULT_PATH, Config, ServiceSpec, loa
 from millstream.broker.config.origin import resolved
 from millstream.broker.config.url import redacted
 from millstream.broker.config.yaml import KeyPath
-from millstream.cli.options import allow_eviction
-from millstream.cli.table import align
+from millstream.cli.groups import Group
+from millstream.cli.options import allow_eviction, json_output
+from millstream.cli.table import fit, terminal_width
 
 config_path = click.argument("path", type=click.Path(path_type=Path), default=DEFAULT_PATH)
 
@@ -32,18 +33,22 @@ def load_and_warn(path: Path | None) -> Config:
     return loaded
 
 
-@click.group()
+@click.group(cls=Group)
 def config() -> None:
     """Check or show a configuration, or publish it for workers and clients."""
 
 
 @config.command()
 @config_path
-def check(path: Path) -> None:
+@json_output(", with every limit of each service")
+def check(path: Path, as_json: bool) -> None:
     """Check PATH, by default ./config.yaml, and show each service's main values."""
     services = load_and_warn(path).services
+    if as_json:
+        click.echo(json.dumps([_record(service) for service in services.values()], ensure_ascii=False, indent=2))
+        return
     if services:
-        click.echo(table(services.values()))
+        click.echo(table(services.values(), terminal_width()))
     click.echo(f"{path}: ok, {len(services)} {'service' if len(services) == 1 else 'services'}")
 
 
@@ -79,12 +84,18 @@ def push(path: Path, url: str | None, replace: bool, allow_eviction: bool) -> No
 @config.command()
 @config_path
 @click.option("--origin", is_flag=True, help="Show the origin of each value.")
-def show(path: Path, origin: bool) -> None:
+@json_output(": key, value and origin of each")
+def show(path: Path, origin: bool, as_json: bool) -> None:
     """Show PATH, by default ./config.yaml, with every default, preset and variable applied.
 
     The output is a valid configuration. A password is replaced by ***.
     """
-    values = [(each.path, _format(each.path, each.value), each.origin) for each in resolved(load_and_warn(path))]
+    found = [(each.path, _shown(each.path, each.value), each.origin) for each in resolved(load_and_warn(path))]
+    if as_json:
+        records = [{"key": list(key), "value": value, "origin": source} for key, value, source in found]
+        click.echo(json.dumps(records, ensure_ascii=False, indent=2))
+        return
+    values = [(key, _yaml(value), source) for key, value, source in found]
     width = min(_WIDEST, max((len(line) for line, _ in _lines(values)), default=0))
     for line, source in _lines(values):
         click.echo(f"{line:{width}}  # {source}" if origin and source else line)
@@ -115,10 +126,9 @@ def _lines(values: Sequence[tuple[KeyPath, str, str]]) -> Iterator[tuple[str, st
         above = path
 
 
-def _format(path: KeyPath, value: object) -> str:
-    if path == ("redis", "url") and value:
-        return _yaml(redacted(str(value)))
-    return _yaml(value)
+def _shown(path: KeyPath, value: object) -> object:
+    """Returns `value` without a password."""
+    return redacted(str(value)) if path in (("redis", "url"), ("telemetry", "otlp_endpoint")) and value else value
 
 
 def _yaml(value: object) -> str:
@@ -127,13 +137,18 @@ def _yaml(value: object) -> str:
     return json.dumps(value, ensure_ascii=False) if "\n" in text else text
 
 
-def table(services: Iterable[ServiceSpec]) -> str:
-    """Returns a table with the main values of `services`, one line for each."""
+def table(services: Iterable[ServiceSpec], width: int | None = None) -> str:
+    """Returns a table with the main values of `services`, one line for each, of at most `width` characters."""
     rows: list[tuple[str, ...]] = [
         ("SERVICE", "MODEL", "TYPE", "ROWS", "TOKENS", "WAIT", "WORKERS", "QUEUE", "TIMEOUT")
     ]
     rows += [_row(service) for service in services]
-    return align(rows)
+    return fit(rows, width, ("WAIT", "QUEUE", "TOKENS", "ROWS", "TYPE"))
+
+
+def _record(service: ServiceSpec) -> dict[str, object]:
+    names = {"service": service.name, "model": service.model_ref, "type": service.model.type}
+    return names | {"runtime": service.runtime.model_dump(mode="json")}
 
 
 def _row(service: ServiceSpec) -> tuple[str, ...]:

@@ -13,11 +13,15 @@ from millstream.broker.queue.deadletters import DeadLetters, Letter
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection
 from millstream.cli import options
+from millstream.cli.groups import Group
 from millstream.cli.main import report
 from millstream.cli.server import open_service
-from millstream.cli.table import align, escape, quantity
+from millstream.cli.table import escape, fit, quantity, terminal_width
 
 _HEADING = ("ID", "BURIED", "REASON", "PRIORITY", "OP", "ROWS", "ATTEMPTS", "CONSUMER")
+_SPARE = ("OP", "ROWS", "PRIORITY", "ATTEMPTS", "CONSUMER", "BURIED")
+"""Columns that a narrow terminal leaves out, the first one first."""
+
 ROOM_S = 60.0
 """Longest wait, in seconds, for room in the queue when a dead letter is run again."""
 
@@ -25,7 +29,7 @@ _REASON_SHOWN = 60
 """Characters of a reason that a table shows at most."""
 
 
-@click.group()
+@click.group(cls=Group)
 def dead() -> None:
     """List a service's dead letters, run them again or remove them."""
 
@@ -36,7 +40,7 @@ def dead() -> None:
 @options.prefix
 @click.option("--count", type=click.IntRange(min=1), default=20, show_default=True, help="Most letters to list.")
 @click.option("--before", metavar="ID", help="List letters older than this one: the next page.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, with every field of each letter.")
+@options.json_output(", with every field of each letter")
 def list_letters(
     service: str, url: str | None, prefix: str | None, count: int, before: str | None, as_json: bool
 ) -> None:
@@ -51,7 +55,7 @@ def list_letters(
     if as_json:
         _print(json.dumps([as_record(letter) for letter in found], ensure_ascii=False, indent=2))
     elif found:
-        _print(align([_HEADING, *(_row(letter) for letter in found)]))
+        _print(fit([_HEADING, *(_row(letter) for letter in found)], terminal_width(), _SPARE))
         if total > len(found) == count:
             click.echo(f"{total} in all; older ones: --before {found[-1].id}", err=True)
     else:
@@ -63,11 +67,15 @@ def list_letters(
 @click.argument("letter_id", metavar="ID")
 @options.url
 @options.prefix
-def show(service: str, letter_id: str, url: str | None, prefix: str | None) -> None:
+@options.json_output()
+def show(service: str, letter_id: str, url: str | None, prefix: str | None, as_json: bool) -> None:
     """Show one dead letter of SERVICE, with the fields of its job in the stream."""
     with open_service(service, url, prefix) as (connection, keys):
         letter = _letters(connection, keys).find(letter_id)
     record = as_record(letter)
+    if as_json:
+        _print(json.dumps(record, ensure_ascii=False, indent=2))
+        return
     known = {name: value for name, value in record.items() if name not in ("fields", "history") and value is not None}
     lines = [f"{name} {value}" for name, value in known.items()]
     lines += [f"history {_format_attempt(line)}" for line in letter.history]

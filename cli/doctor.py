@@ -26,10 +26,10 @@ _INDENT = "    "
 
 
 @click.command(epilog="Exit codes: 0 no trouble, 1 an error or a warning, and those of every command.")
-@click.argument("services", metavar="[SERVICE]...", nargs=-1)
+@options.services
 @options.url
 @options.prefix
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, with a stable name of each cause.")
+@options.json_output(", with a stable name of each cause")
 @click.pass_context
 def doctor(ctx: click.Context, services: tuple[str, ...], url: str | None, prefix: str | None, as_json: bool) -> None:
     """Look at the server and at SERVICE, or at all services, and say what is wrong with them.

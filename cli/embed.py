@@ -17,6 +17,7 @@ from millstream.broker.contract.job import Json, Vectors
 from millstream.broker.contract.operations import EMBED
 from millstream.cli import options
 from millstream.cli.calling import DEFAULT_WAIT_S, find_service
+from millstream.cli.completion import complete_services
 from millstream.cli.options import SecondsRange
 from millstream.cli.server import find_server
 from millstream.client import Client
@@ -26,7 +27,12 @@ Format = Literal["json", "npy", "text"]
 
 @click.command()
 @click.argument("texts", metavar="[TEXT]...", nargs=-1)
-@click.option("--service", metavar="NAME", help="By default the only registered embedding service.")
+@click.option(
+    "--service",
+    metavar="NAME",
+    shell_complete=complete_services,
+    help="By default the only registered embedding service.",
+)
 @click.option("--priority", type=click.Choice(["realtime", "normal", "batch"]), default="normal", show_default=True)
 @click.option("--timeout", type=SecondsRange(min=0, min_open=True), help="Seconds for the whole call.")
 @click.option(

@@ -16,6 +16,7 @@ from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.operations import GENERATE
 from millstream.cli import options
 from millstream.cli.calling import DEFAULT_WAIT_S, find_service
+from millstream.cli.completion import complete_services
 from millstream.cli.options import SecondsRange
 from millstream.cli.server import find_server
 from millstream.client import Client, Generated, GenerateStream
@@ -26,7 +27,12 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Characters that a terminal may obey: a generated text must not move its cursor or change its title."""
 
 _OPTIONS = (
-    click.option("--service", metavar="NAME", help="By default the only registered llm service."),
+    click.option(
+        "--service",
+        metavar="NAME",
+        shell_complete=complete_services,
+        help="By default the only registered llm service.",
+    ),
     click.option("--max-tokens", type=click.IntRange(min=1), metavar="NUMBER", help="Most tokens to generate."),
     click.option("--temperature", type=float, help="0 always takes the most probable token."),
     click.option("--top-p", type=float, help="Take tokens that have this probability together."),

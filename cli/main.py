@@ -12,13 +12,16 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import click
+from click.shell_completion import CompletionItem
 
 from millstream.broker.config.variables import DEBUG_VARIABLE
-from millstream.broker.contract.errors import MillstreamError, did_you_mean
+from millstream.broker.contract.errors import MillstreamError
+from millstream.cli.groups import Group
 from millstream.cli.standard import open_closed_streams, unwritable
 
 INTERNAL_ERROR = 70
 INTERRUPTED = 130
+TERMINATED = 143
 
 
 class Lazy(NamedTuple):
@@ -33,21 +36,27 @@ COMMANDS = {
     "bench": Lazy("millstream.cli.bench:bench", "Measure a running service with real calls."),
     "bulk": Lazy("millstream.cli.bulk:bulk", "Send files of any size through the queue, with runs that go on."),
     "chat": Lazy("millstream.cli.chat:chat", "Talk to a language model through the queue."),
+    "completion": Lazy("millstream.cli.completion:completion", "Print the script that completes commands in a shell."),
     "config": Lazy(
         "millstream.cli.config:config", "Check or show a configuration, or publish it for workers and clients."
     ),
     "dead": Lazy("millstream.cli.dead:dead", "List a service's dead letters, run them again or remove them."),
     "doctor": Lazy("millstream.cli.doctor:doctor", "Say why nothing moves, and which command mends it."),
     "embed": Lazy("millstream.cli.embed:embed", "Embed texts through the queue."),
+    "exporter": Lazy("millstream.cli.exporter:exporter", "Serve the metrics of all services to Prometheus."),
     "generate": Lazy("millstream.cli.generate:generate", "Generate text through the queue."),
+    "job": Lazy("millstream.cli.job:job", "Look at single jobs, wait for their results, or cancel them."),
     "queue": Lazy("millstream.cli.queue:queue", "Show, pause, drain or empty the queues."),
+    "top": Lazy("millstream.cli.top:top", "Show services, workers and latencies, and keep them up to date."),
     "tune": Lazy("millstream.cli.tune:tune", "Measure with which batch limits a service is fastest on this machine."),
     "up": Lazy("millstream.cli.up:up", "Start a server if none is configured, and workers for each service."),
-    "worker": Lazy("millstream.cli.worker:worker", "Run workers for the services of a server, or list the live ones."),
+    "worker": Lazy(
+        "millstream.cli.worker:worker", "Run workers for the services of a server, list the live ones, or empty a host."
+    ),
 }
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Group):
     """A group that imports a command when it is called, and prints an error as one line on stderr."""
 
     commands_by_name: Mapping[str, Lazy] = COMMANDS
@@ -60,10 +69,13 @@ class LazyGroup(click.Group):
             module, _, attribute = self.commands_by_name[cmd_name].target.partition(":")
             command: click.Command = getattr(importlib.import_module(module), attribute)
             return command
-        close = did_you_mean(cmd_name, self.commands_by_name)
-        if close and not ctx.resilient_parsing:
-            ctx.fail(f"No such command '{cmd_name}'; did you mean {close}?")
         return None
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Completes commands by their lines of the help, since click's own way would import all of them."""
+        names = [name for name in self.list_commands(ctx) if name.startswith(incomplete)]
+        commands = [CompletionItem(name, help=self.commands_by_name[name].help) for name in names]
+        return commands + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -114,6 +126,7 @@ def exit_codes() -> dict[int, list[str]]:
     codes[2].append("wrong usage")
     codes[INTERNAL_ERROR].append("internal error")
     codes[INTERRUPTED].append("interrupted")
+    codes[TERMINATED].append("terminated")
     return dict(sorted(codes.items()))
 
 

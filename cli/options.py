@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, get_args
 
 import click
 
+from millstream.broker.config.telemetry import LogFormat, LogLevel, TelemetrySettings
 from millstream.broker.config.units import seconds
 from millstream.broker.contract.errors import InvalidRequest
+from millstream.cli.completion import complete_services
+from millstream.telemetry import logs, traces
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 url = click.option(
     "--url",
@@ -24,8 +31,14 @@ allow_eviction = click.option(
     "--allow-eviction", is_flag=True, help="Use a server that deletes keys when its memory is full: jobs may be lost."
 )
 
-service = click.argument("service")
+service = click.argument("service", shell_complete=complete_services)
+services = click.argument("services", metavar="[SERVICE]...", nargs=-1, shell_complete=complete_services)
 yes = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+def json_output(contents: str = "") -> Callable[[Command], Command]:
+    """Returns the option `--json` of a command that shows something. `contents` ends the sentence of its help."""
+    return click.option("--json", "as_json", is_flag=True, help=f"Print JSON{contents}.")
 
 
 def duration(_ctx: click.Context, _param: click.Parameter, value: str | None) -> float | None:
@@ -42,6 +55,31 @@ def duration(_ctx: click.Context, _param: click.Parameter, value: str | None) ->
     if not parsed:
         raise click.BadParameter("must be above 0")
     return parsed
+
+
+log_format = click.option(
+    "--log-format",
+    type=click.Choice(get_args(LogFormat)),
+    help="Log lines on standard error: text or JSON; by default telemetry.log_format.",
+)
+log_level = click.option(
+    "--log-level",
+    type=click.Choice(get_args(LogLevel)),
+    help="Least level of log messages; by default telemetry.log_level. debug has a line for each batch.",
+)
+
+
+def set_up_logs(
+    settings: TelemetrySettings, log_format: LogFormat | None, log_level: LogLevel | None
+) -> TelemetrySettings:
+    """Makes this command log as its options say, else as `settings` do. Returns the settings of its processes.
+
+    Raises ConfigError if traces are on and OpenTelemetry is not installed.
+    """
+    chosen = settings.under(os.environ).with_options(log_format, log_level)
+    logs.set_up(chosen)
+    traces.check(chosen.traces)
+    return chosen
 
 
 drain_timeout = click.option(

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import click
 
 from millstream.broker.contract.job import PRIORITIES, Priority
 from millstream.broker.queue.inspector import Entry, Inspector, ServiceView
-from millstream.broker.queue.pause import Pause
 from millstream.broker.queue.registry import Registry
 from millstream.cli import operate, options
+from millstream.cli.groups import Group
 from millstream.cli.server import connect, find_server, redis_cli
-from millstream.cli.show import as_record, show
-from millstream.cli.table import age, align, escape, number
+from millstream.cli.show import as_record, pause_text, show
+from millstream.cli.table import age, escape, fit, number, terminal_width
 
 _HEADING = (
     "SERVICE",
@@ -31,9 +32,11 @@ _HEADING = (
     "DEAD",
     "PAUSED",
 )
+_SPARE = ("PADDING", "ROWS/FORWARD", "REFUSED", "RETURNED", "PAUSED", "DEAD", "IN FLIGHT")
+"""Columns that a narrow terminal leaves out, the first one first."""
 
 
-@click.group()
+@click.group(cls=Group)
 def queue() -> None:
     """Show, pause, drain or empty the queues."""
 
@@ -45,7 +48,7 @@ for command in (show, operate.pause, operate.resume, operate.purge, operate.drai
 @queue.command("ls")
 @options.url
 @options.prefix
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, with the figures of every worker.")
+@options.json_output(", with the figures of every worker")
 def list_services(url: str | None, prefix: str | None, as_json: bool) -> None:
     """List the services: jobs that wait by priority, jobs in flight, workers, batches, dead letters.
 
@@ -60,30 +63,35 @@ def list_services(url: str | None, prefix: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([as_record(view) for view in views], ensure_ascii=False, indent=2))
     elif views:
-        click.echo(align([_HEADING, *(_row(view) for view in views)]))
+        click.echo(fit([_HEADING, *(_row(view) for view in views)], terminal_width(), _SPARE))
     else:
         click.echo(f"no service is registered on {where}")
 
 
 @queue.command()
-@click.argument("service")
+@options.service
 @options.url
 @options.prefix
 @click.option("--priority", type=click.Choice(["realtime", "normal", "batch"]), help="By default all three.")
 @click.option("--count", type=click.IntRange(min=1), default=10, show_default=True, help="Entries of each priority.")
-def peek(service: str, url: str | None, prefix: str | None, priority: str | None, count: int) -> None:
+@options.json_output()
+def peek(service: str, url: str | None, prefix: str | None, priority: str | None, count: int, as_json: bool) -> None:
     """Show the oldest waiting jobs of SERVICE as they are in the stream, and the redis-cli line that prints them."""
     target = find_server(url, prefix)
     with connect(target.url) as connection:
         # Raises UnknownService with a list of the registered services.
         Registry(connection, target.prefix).read(service)
         inspector = Inspector(connection, target.prefix)
-        for each in [Priority(priority)] if priority else PRIORITIES:
-            found = inspector.peek(service, each, count)
-            start = "-" if found.after == "0-0" else f"({found.after}"
-            words = ("XRANGE", found.stream, start, "+", "COUNT", str(count))
-            click.echo(f"# {redis_cli(target.url, *words)}")
-            _print(found.entries)
+        chosen = [Priority(priority)] if priority else PRIORITIES
+        found = {each: inspector.peek(service, each, count) for each in chosen}
+    if as_json:
+        click.echo(json.dumps([{"priority": each} | asdict(peeked) for each, peeked in found.items()], indent=2))
+        return
+    for peeked in found.values():
+        start = "-" if peeked.after == "0-0" else f"({peeked.after}"
+        words = ("XRANGE", peeked.stream, start, "+", "COUNT", str(count))
+        click.echo(f"# {redis_cli(target.url, *words)}")
+        _print(peeked.entries)
 
 
 def _print(entries: Sequence[Entry]) -> None:
@@ -105,12 +113,5 @@ def _row(view: ServiceView) -> tuple[str, ...]:
         number(view.padding, 2),
         str(sum(view.refused.values())),
         str(view.dead_letters),
-        _pause_text(view.paused),
+        pause_text(view.paused),
     )
-
-
-def _pause_text(pause: Pause | None) -> str:
-    if pause is None:
-        return "-"
-    lasts = "yes" if pause.left_ms is None else age(pause.left_ms)
-    return f"{lasts}, refusing" if pause.refusing else lasts

@@ -12,6 +12,7 @@ from millstream.broker.config.load import ServiceSpec
 from millstream.broker.config.spec import Runtime
 from millstream.broker.contract.job import Priority
 from millstream.broker.queue.inspector import Inspector, ServiceView
+from millstream.broker.queue.pause import Pause
 from millstream.broker.queue.registry import Registry
 from millstream.cli import options
 from millstream.cli.server import connect, find_server
@@ -22,7 +23,7 @@ from millstream.cli.table import age, align, bar, number
 @options.service
 @options.url
 @options.prefix
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, with the figures of every worker.")
+@options.json_output(", with the figures of every worker")
 def show(service: str, url: str | None, prefix: str | None, as_json: bool) -> None:
     """Show the queue of SERVICE, and which limit cut the batches of its live workers.
 
@@ -36,6 +37,14 @@ def show(service: str, url: str | None, prefix: str | None, as_json: bool) -> No
         spec = Registry(connection, target.prefix).read(service)
         (view,) = Inspector(connection, target.prefix).services([service])
     click.echo(json.dumps(_record(spec, view), ensure_ascii=False, indent=2) if as_json else _text(spec, view))
+
+
+def pause_text(pause: Pause | None) -> str:
+    """Returns a pause as text: "yes" or the time left, and whether new jobs are refused; a dash if there is none."""
+    if pause is None:
+        return "-"
+    lasts = "yes" if pause.left_ms is None else age(pause.left_ms)
+    return f"{lasts}, refusing" if pause.refusing else lasts
 
 
 def as_record(view: ServiceView) -> dict[str, object]:

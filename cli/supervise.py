@@ -44,7 +44,6 @@ def supervise(
     Raises the errors of Supervisor.run, ModelUnavailable if `whole` and the workers of a service cannot start,
     KeyboardInterrupt if a second interrupt ended the drain.
     """
-    logging.basicConfig(level=logging.WARNING, format="millstream: %(message)s")
     monitor = Monitor(supervisor, interrupts, status, inspector, server, whole=whole)
     monitor.start()
     try:
@@ -108,10 +107,12 @@ class Monitor(threading.Thread):
         counts = ", ".join(
             f"{name} {ready}/{planned}{self._figures.get(name, '')}" for name, (ready, planned) in tally.items()
         )
-        return f"{self._phase()}: {counts}"
+        drained = self._supervisor.drained
+        return f"{self._phase()}: {counts}{f', {drained} drained' if drained else ''}"
 
     def _phase(self) -> str:
-        if self._supervisor.ready == self._supervisor.size:
+        # A worker that still drains is ready, too.
+        if self._supervisor.ready + self._supervisor.drained >= self._supervisor.size:
             self._was_ready = True
             return "ready"
         return "degraded" if self._was_ready else "starting"

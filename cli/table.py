@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+
+_LEAST_ROOM = 20
+"""Characters of a line of text at least, however narrow the terminal is."""
 
 
 def escape(text: str) -> str:
@@ -32,6 +38,11 @@ def age(ms: int | None) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
 
 
+def span(ms: int | None) -> str:
+    """Returns a time span as `age` does, but in ms below a second."""
+    return f"{ms}ms" if ms is not None and 0 <= ms < 1000 else age(ms)
+
+
 def bar(share: float, width: int = 20) -> str:
     """Returns a bar of `share` (0 to 1) of `width` characters, rounded to whole ones."""
     return "#" * round(width * share)
@@ -45,3 +56,52 @@ def quantity(count: int, noun: str) -> str:
 def number(value: float | None, digits: int) -> str:
     """Returns `value` with `digits` digits after the point; a dash if it is None."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def fit(rows: Iterable[Sequence[str]], width: int | None, spare: Sequence[str] = ()) -> str:
+    """Returns `rows` as `align` does, in lines of at most `width` characters; None: of any length.
+
+    If the lines are longer, columns whose headings are in `spare` are left out, the first one of `spare` first, until
+    they fit. What is still too long is cut.
+    """
+    lines = [list(row) for row in rows]
+    for heading in spare:
+        if width is None or _width(lines) <= width:
+            break
+        lines = _without(lines, heading)
+    return "\n".join(cut(line, width) for line in align(lines).split("\n"))
+
+
+def describe(facts: Sequence[tuple[str, str]], width: int | None) -> str:
+    """Returns one line for each name and its text. Texts that are longer than `width` go on below, words whole."""
+    label = max((len(name) for name, _ in facts), default=0) + 2
+    if width is None:
+        return "\n".join(f"{name:{label}}{text}".rstrip() for name, text in facts)
+    room = max(_LEAST_ROOM, width - label)
+    return "\n".join(
+        f"{name if at == 0 else '':{label}}{line}".rstrip()
+        for name, text in facts
+        for at, line in enumerate(textwrap.wrap(text, room, break_on_hyphens=False) or [""])
+    )
+
+
+def cut(text: str, width: int | None) -> str:
+    """Returns `text` in at most `width` characters, with three dots at its end if some are missing."""
+    if width is None or len(text) <= width:
+        return text
+    return f"{text[: max(0, width - 3)]}..."[: max(0, width)]
+
+
+def _width(lines: Sequence[Sequence[str]]) -> int:
+    return sum(max(map(len, column)) + 2 for column in zip(*lines, strict=True)) - 2
+
+
+def _without(lines: Sequence[Sequence[str]], heading: str) -> list[list[str]]:
+    """Returns `lines` without the column of this heading; unchanged if there is none."""
+    found = [at for at, cell in enumerate(lines[0]) if cell == heading]
+    return [[cell for at, cell in enumerate(line) if at not in found] for line in lines]
+
+
+def terminal_width() -> int | None:
+    """Returns the columns of the terminal that standard output is, None if it is none: then nothing is cut."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

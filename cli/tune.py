@@ -12,6 +12,7 @@ import click
 
 from millstream.broker.config.load import Config, ServiceSpec
 from millstream.broker.contract.errors import InvalidRequest, UnknownService, did_you_mean
+from millstream.cli import options
 from millstream.cli.config import load_and_warn
 from millstream.cli.options import SecondsRange
 from millstream.cli.table import align, bar, quantity
@@ -44,7 +45,7 @@ class Subject:
 
 
 @click.command()
-@click.argument("service")
+@options.service
 @click.option(
     "--config",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -63,7 +64,7 @@ class Subject:
     help="Seconds to measure.",
 )
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; by default the model's.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@options.json_output()
 def tune(
     service: str, config: Path | None, texts: Path | None, seconds: float, device: str | None, as_json: bool
 ) -> None:

@@ -12,6 +12,7 @@ import click
 
 from millstream.broker.config.data_dir import find_data_dir
 from millstream.broker.config.load import Config
+from millstream.broker.config.telemetry import LogFormat, LogLevel, TelemetrySettings
 from millstream.broker.config.variables import URL_VARIABLE
 from millstream.broker.contract.errors import ConfigError
 from millstream.broker.queue.inspector import Inspector
@@ -52,6 +53,8 @@ EOF_DRAIN_S = 2.0
 @click.option("--replace", is_flag=True, help="Change services that are registered with other values.")
 @options.drain_timeout
 @options.allow_eviction
+@options.log_format
+@options.log_level
 @click.option("--until-eof", is_flag=True, hidden=True, help="Drain when standard input ends; see client/local.py.")
 def up(
     path: Path,
@@ -61,6 +64,8 @@ def up(
     replace: bool,
     drain_s: float,
     allow_eviction: bool,
+    log_format: LogFormat | None,
+    log_level: LogLevel | None,
     until_eof: bool,
 ) -> None:
     """Start a server if none is configured, and workers for each service of PATH, by default ./config.yaml.
@@ -70,6 +75,7 @@ def up(
     if url and (data_dir or port is not None):
         raise click.UsageError("--data-dir and --port are for a server that this command starts: not with --url.")
     config = load_and_warn(path)
+    telemetry = options.set_up_logs(config.telemetry, log_format, log_level)
     if not config.services:
         raise ConfigError(f"{path}: nothing to run", hint="add a service under services:")
     preflight(list(config.services.values()))
@@ -82,7 +88,8 @@ def up(
         with _server(config, external, data_dir, port) as (found, server):
             allow = allow_eviction or eviction.allowed(config, os.environ)
             folder = str(path.resolve().parent)
-            _run(config, interrupts, Stack(found, server, replace, folder, allow, drain_s, whole=until_eof))
+            stack = Stack(found, server, replace, folder, allow, drain_s, whole=until_eof, telemetry=telemetry)
+            _run(config, interrupts, stack)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +98,7 @@ class Stack:
 
     `folder` is the folder of the configuration, which may hold the code of custom models. `allow_eviction`: the server
     may delete keys when its memory is full. `drain_s`: longest drain of the workers. `whole`: the command ends if the
-    workers of a service cannot start.
+    workers of a service cannot start. `telemetry`: logs and traces of the workers.
     """
 
     url: str
@@ -101,6 +108,7 @@ class Stack:
     allow_eviction: bool
     drain_s: float
     whole: bool
+    telemetry: TelemetrySettings
 
 
 def _run(config: Config, interrupts: Interrupts, stack: Stack) -> None:
@@ -110,7 +118,8 @@ def _run(config: Config, interrupts: Interrupts, stack: Stack) -> None:
         _introduce(connection, stack, registry.keys(specs[0].name).streams()[1])
         registry.push(specs, replace=stack.replace)
         plans = [Plan(spec, spec.runtime.worker_count, folder=stack.folder) for spec in specs]
-        supervisor = Supervisor(stack.url, prefix, plans, drain_s=stack.drain_s)
+        variables = stack.telemetry.variables()
+        supervisor = Supervisor(stack.url, prefix, plans, drain_s=stack.drain_s, variables=variables)
         with status_line(connection.safe_url) as status:
             inspector = Inspector(connection, prefix)
             supervise(supervisor, interrupts, status, inspector, stack.server, whole=stack.whole)

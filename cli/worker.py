@@ -11,17 +11,19 @@ from pathlib import Path
 import click
 
 from millstream.broker.config.load import ServiceSpec
+from millstream.broker.config.telemetry import LogFormat, LogLevel
 from millstream.broker.contract.errors import UnknownService
 from millstream.broker.contract.operations import RUNNABLE, types_with
-from millstream.broker.queue.inspector import Inspector, WorkerView
+from millstream.broker.queue.inspector import Inspector, ServiceView, WorkerView
 from millstream.broker.queue.registry import Registry
-from millstream.broker.target import find_config
+from millstream.broker.target import find_config, find_telemetry
 from millstream.broker.transport.connection import check
-from millstream.cli import options
+from millstream.cli import drain_workers, options
+from millstream.cli.groups import Group
 from millstream.cli.interrupts import Interrupts
 from millstream.cli.server import connect, find_server
 from millstream.cli.status import Lines
-from millstream.cli.table import age, align, escape, number
+from millstream.cli.table import age, cut, escape, fit, number, terminal_width
 
 _HEADING = (
     "SERVICE",
@@ -41,21 +43,43 @@ _HEADING = (
     "AGE",
     "PAST",
 )
+_SPARE = (
+    "PAST",
+    "READS",
+    "THREADS",
+    "TOKENS",
+    "PADDING",
+    "JOBS",
+    "PID",
+    "HOST",
+    "TEXTS/S",
+    "AGE",
+    "BUSY",
+    "RUNNING",
+    "DEVICE",
+)
+"""Columns that a narrow terminal leaves out, the first one first. The name of a worker begins with its host."""
 
 
-@click.group()
+@click.group(cls=Group)
 def worker() -> None:
-    """Run workers for the services of a server, or list the live ones."""
+    """Run workers for the services of a server, list the live ones, or empty a host."""
+
+
+for command in (drain_workers.drain, drain_workers.stop, drain_workers.start):
+    worker.add_command(command)
 
 
 @worker.command()
-@click.argument("services", metavar="[SERVICE]...", nargs=-1)
+@options.services
 @options.url
 @options.prefix
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; by default the model's.")
 @click.option("--count", type=click.IntRange(min=1), help="Processes of each service; by default its worker_count.")
 @options.drain_timeout
 @options.allow_eviction
+@options.log_format
+@options.log_level
 def run(
     services: tuple[str, ...],
     url: str | None,
@@ -64,6 +88,8 @@ def run(
     count: int | None,
     drain_s: float,
     allow_eviction: bool,
+    log_format: LogFormat | None,
+    log_level: LogLevel | None,
 ) -> None:
     """Run workers for each SERVICE, by default for all services that can run here.
 
@@ -75,6 +101,7 @@ def run(
     from millstream.worker.supervision.plan import Plan, preflight
     from millstream.worker.supervision.supervisor import Supervisor
 
+    telemetry = options.set_up_logs(find_telemetry(os.environ), log_format, log_level)
     target = find_server(url, prefix)
     with Interrupts() as interrupts:
         with connect(target.url) as connection:
@@ -83,7 +110,7 @@ def run(
         preflight(specs)
         folder = str(Path.cwd())
         plans = [Plan(spec, count or spec.runtime.worker_count, device, folder) for spec in specs]
-        supervisor = Supervisor(target.url, target.prefix, plans, drain_s=drain_s)
+        supervisor = Supervisor(target.url, target.prefix, plans, drain_s=drain_s, variables=telemetry.variables())
         supervise(supervisor, interrupts, Lines())
     click.echo("drained: jobs that no worker had claimed wait in the queue")
 
@@ -91,7 +118,7 @@ def run(
 @worker.command("ls")
 @options.url
 @options.prefix
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, with all figures of each worker.")
+@options.json_output(", with all figures of each worker")
 def list_workers(url: str | None, prefix: str | None, as_json: bool) -> None:
     """List the live workers of all services, with the figures of their last heartbeat.
 
@@ -108,9 +135,24 @@ def list_workers(url: str | None, prefix: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([_record(name, each) for name, each in found], ensure_ascii=False, indent=2))
     elif found:
-        click.echo(align([_HEADING, *(_row(name, each) for name, each in found)]))
+        click.echo(fit([_HEADING, *(_row(name, each) for name, each in found)], terminal_width(), _SPARE))
     else:
         click.echo(f"no worker is alive on {where}")
+    if not as_json:
+        for line in kept_empty(views):
+            click.echo(cut(line, terminal_width()))
+
+
+def kept_empty(views: Sequence[ServiceView]) -> list[str]:
+    """Returns a line for each worker or host that an operator keeps empty."""
+    services: dict[str, list[str]] = {}
+    for view in views:
+        for name in view.drained:
+            services.setdefault(name, []).append(view.name)
+    return [
+        f"kept empty by an operator: {escape(name)} ({', '.join(found)}); millstream worker start {escape(name)}"
+        for name, found in sorted(services.items())
+    ]
 
 
 def _place(each: WorkerView) -> tuple[str, int, str]:

@@ -13,7 +13,14 @@ from typing import Any
 
 from millstream.broker.config.load import given_service
 from millstream.broker.config.spec import ServiceSpec
-from millstream.broker.contract.errors import ConfigError, InvalidRequest, MillstreamError, UnknownService, described
+from millstream.broker.contract.errors import (
+    ConfigError,
+    InvalidRequest,
+    MillstreamError,
+    ServicePaused,
+    UnknownService,
+    described,
+)
 from millstream.broker.queue.registry import Registry
 from millstream.broker.target import find_target
 from millstream.broker.transport.connection import Connection
@@ -24,12 +31,17 @@ from millstream.worker.process import STALLED, Worker
 from millstream.worker.shutdown import Ended, Relay
 from millstream.worker.supervision.charging import NOT_CHARGED, Charged, End
 from millstream.worker.supervision.child_args import ChildArgs, Hosted, new_consumer
+from millstream.worker.supervision.orders import Orders
 from millstream.worker.supervision.progress import Progress
 
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.5
 """Seconds between two checks whether the function is stuck."""
+
+
+ORDER_S = 1.0
+"""Seconds between two looks for orders of operators."""
 
 
 def serve(
@@ -58,10 +70,12 @@ def serve(
 
     No supervisor watches this process. If it fails or exceeds stall_timeout (it then ends with status 1), it gives its
     jobs back itself. If it is killed, other workers of the service, or the next one, give them back when its lease of
-    5 s is over. A second signal ends the process at once, by the handler that was set before.
+    5 s is over. A second signal ends the process at once, by the handler that was set before. `millstream worker drain`
+    and `stop` are as one signal and as two.
 
     Raises ConfigError if limits are wrong or differ from the registered ones, ModelUnavailable if the function cannot
-    be set up, InvalidRequest if this is not the main thread, BrokerUnavailable if the server cannot be used.
+    be set up, InvalidRequest if this is not the main thread, BrokerUnavailable if the server cannot be used,
+    ServicePaused if an operator keeps this host empty.
     """
     if threading.current_thread() is not threading.main_thread():
         raise InvalidRequest("serve must run in the main thread of its process, since it handles signals")
@@ -70,6 +84,7 @@ def serve(
     try:
         check_server(connection, allow_eviction=target.allow_eviction)
         _register(Registry(connection, target.prefix), service, limits, replace)
+        _check_orders(Orders(connection, target.prefix, [service]), service)
     finally:
         connection.close()
     hooks = Hooks(cost, check, set_up, tear_down)
@@ -89,6 +104,7 @@ def serve(
         ends.enter_context(_giving_back(worker))
         ends.enter_context(_watched(worker))
         ends.enter_context(signals.handled())
+        ends.enter_context(_ordered(child_args, target.url))
         worker.work()
     if signals.second:
         signal.raise_signal(signals.second)
@@ -184,6 +200,41 @@ def _watched(worker: Worker) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+def _check_orders(orders: Orders, service: str) -> None:
+    """Raises ServicePaused if an operator keeps this host empty."""
+    orders.read()
+    if orders.find([service], ""):
+        raise ServicePaused(
+            f"an operator keeps {orders.host} without workers of service {service!r}",
+            hint=f"`millstream worker start {orders.host}` lets them start",
+        )
+
+
+@contextmanager
+def _ordered(child_args: ChildArgs, url: str) -> Iterator[None]:
+    """Runs a thread meanwhile that follows the orders of operators: a drain is one signal, a stop two."""
+    ended, services = threading.Event(), [each.service for each in child_args.hosted]
+    connection = Connection(url, name="millstream-orders")
+    orders = Orders(connection, child_args.prefix, services)
+
+    def watch() -> None:
+        numbers = [signal.SIGTERM, signal.SIGTERM]
+        while not ended.wait(ORDER_S):
+            orders.read()
+            order = orders.find(services, child_args.consumer)
+            if order and len(numbers) > (0 if order == "stop" else 1):
+                os.kill(os.getpid(), numbers.pop())
+
+    thread = threading.Thread(target=watch, name="orders", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        connection.close()
 
 
 def _give_back(worker: Worker, end: End, charged: Charged = NOT_CHARGED) -> None:

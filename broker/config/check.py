@@ -20,6 +20,7 @@ from millstream.broker.config.spec import (
     no_cache,
     with_defaults,
 )
+from millstream.broker.config.telemetry import TelemetrySettings
 from millstream.broker.config.yaml import Document, KeyPath
 from millstream.broker.contract.errors import did_you_mean
 from millstream.broker.contract.operations import OPERATIONS, UPSTREAM_BACKENDS, types_with
@@ -38,6 +39,7 @@ class ConfigFile(Settings):
     models: Section[dict[str, ModelSpec]] = Field(default_factory=dict)
     services: Section[dict[ServiceName, Entry]] = Field(default_factory=dict)
     redis: Section[RedisSettings] = RedisSettings()
+    telemetry: Section[TelemetrySettings] = TelemetrySettings()
 
 
 def check(document: Document) -> ConfigFile:
@@ -135,7 +137,7 @@ def _reason(error: ErrorDetails, path: KeyPath, document: Document) -> str:
     reason = _REASONS.get(error["type"], error["msg"]).format(**context)
     close = did_you_mean(str(error["input"]), re.findall(r"'([\w-]+)'", str(context.get("expected", ""))))
     # A value under redis and the URL of a server may hold a password, so they are not quoted.
-    is_quoted = path[0] != "redis" and path[-1] != "url"
+    is_quoted = path[0] != "redis" and path[-1] not in ("url", "otlp_endpoint")
     actual = f", not {_as_written(error['input'], document.written.get(path))}" if is_quoted else ""
     return reason + actual + (f"; did you mean {close}?" if close else "")
 
@@ -170,6 +172,8 @@ def _known_keys(path: KeyPath) -> list[str]:
             return list(RateLimit.model_fields)
         case ("services", _, "runtime", "priorities", _):
             return list(PriorityLimits.model_fields)
+        case ("telemetry",):
+            return list(TelemetrySettings.model_fields)
     return list(RedisSettings.model_fields)
 
 

@@ -16,7 +16,8 @@ from millstream.broker.config import yaml as config_yaml
 from millstream.broker.config.check import ConfigFile, check
 from millstream.broker.config.fields import Settings
 from millstream.broker.config.spec import ModelSpec, RedisSettings, Runtime, ServiceSpec
-from millstream.broker.config.yaml import KeyPath, Place
+from millstream.broker.config.telemetry import TelemetrySettings
+from millstream.broker.config.yaml import PREFIX, KeyPath, Place
 from millstream.broker.contract.errors import ConfigError
 from millstream.broker.contract.operations import CALL
 from millstream.broker.contract.scalars import plain
@@ -32,6 +33,7 @@ class Config(Settings):
     models: dict[str, ModelSpec]
     services: dict[str, ServiceSpec]
     redis: RedisSettings
+    telemetry: TelemetrySettings = TelemetrySettings()
     places: dict[KeyPath, Place] = Field(default_factory=dict, repr=False)
 
 
@@ -45,7 +47,25 @@ def load(path: Path | str | None = None, environ: Mapping[str, str] = os.environ
     file = check(document)
     if document.problems:
         raise ConfigError("\n".join(map(str, sorted(document.problems))))
-    return Config(models=file.models, services=_resolve(file), redis=file.redis, places=document.places)
+    return Config(
+        models=file.models,
+        services=_resolve(file),
+        redis=file.redis,
+        telemetry=file.telemetry,
+        places=document.places,
+    )
+
+
+def telemetry_of(environ: Mapping[str, str]) -> TelemetrySettings:
+    """Returns the settings of `telemetry` that variables give, for a process without a file. Raises ConfigError."""
+    document = config_yaml.Document("the environment")
+    section = f"{PREFIX}TELEMETRY__"
+    named = {name: value for name, value in environ.items() if name.upper().startswith(section)}
+    config_yaml.overlay(document, named)
+    file = check(document)
+    if document.problems:
+        raise ConfigError("\n".join(map(str, sorted(document.problems))))
+    return file.telemetry
 
 
 def given_service(name: str, limits: Mapping[str, object]) -> ServiceSpec:

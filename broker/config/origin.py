@@ -35,6 +35,7 @@ def resolved(config: Config, environ: Mapping[str, str] = os.environ) -> Iterato
         yield from _runtime(config, name, service)
     for each in _values(config, ("redis",), config.redis):
         yield _override(each, environ)
+    yield from _values(config, ("telemetry",), config.telemetry)
 
 
 def _runtime(config: Config, name: str, service: ServiceSpec) -> Iterator[Value]:

@@ -19,6 +19,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "models": "Models by name; services refer to them.",
     "services": "Services by name: a queue each, as in client.submit(NAME, ...).",
     "redis": "The Redis server that holds the queues.",
+    "telemetry": "Logs and traces of this host's processes.",
     "type": "Kind of the model.",
     "model_name": "The weights: a folder, a model of the hub, or package:PACKAGE/FOLDER inside an installed package.",
     "kind": "How the model is used, if not as its files say. query_likelihood: a causal language model ranks documents "
@@ -75,6 +76,11 @@ DESCRIPTIONS: Mapping[str, str] = {
     "result_ttl": "Time for which the results of a detached call are kept after the last one.",
     "durability": "How soon the server that `millstream up` starts syncs a write to disk: everysec or always. "
     "replicated, for a server with replicas: a job is accepted when a replica has it.",
+    "log_format": "Log lines of workers and other long-running commands: text, or json, an object a line.",
+    "log_level": "Least level of log messages: debug, info, warning or error; debug has a line for each batch.",
+    "traces": "OpenTelemetry's traces. auto: clients trace if the program has set OpenTelemetry up, workers if an "
+    "endpoint is set; on: the same, and an error if it is not possible; off: never.",
+    "otlp_endpoint": "Collector that workers send spans to, by OTLP over HTTP; by default OTEL_EXPORTER_OTLP_ENDPOINT.",
     "data_dir": "Folder for the data of the server that `millstream up` starts.",
 }
 

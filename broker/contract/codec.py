@@ -15,6 +15,7 @@ from millstream.broker.contract.entry_codec import MAX_MS
 from millstream.broker.contract.errors import Malformed, MillstreamError, from_wire, to_wire
 from millstream.broker.contract.job import Encoded, Json, Reply, Scalar
 from millstream.broker.contract.scalars import plain
+from millstream.broker.contract.stages import read_stages
 
 MAX_DEPTH = 64
 """Deepest nesting of lists and objects in a body. Python's own limit differs by version and by thread."""
@@ -171,6 +172,9 @@ def encode_reply(reply: Reply, origin: str = "") -> bytes:
     head.append(f'"tokens":{reply.tokens}')
     if origin or reply.fingerprint or reply.version:
         head.append(origin or origin_of(reply.fingerprint, reply.version))
+    if reply.stages:
+        worker, *numbers = reply.stages
+        head.append(f'"stages":[{_quoted(worker)},{",".join(map(str, numbers))}]')
     data = b""
     if reply.vectors is not None:
         rows, dim = reply.vectors.shape
@@ -237,6 +241,7 @@ def _reply(head: dict[str, Any], data: bytes) -> Reply:
         timings,
         fingerprint,
         version,
+        read_stages(head["stages"]) if "stages" in head else None,
     )
 
 

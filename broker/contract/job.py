@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from millstream.broker.contract.errors import MillstreamError
+from millstream.broker.contract.stages import Stages
 
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 Vectors = NDArray[np.float32]
@@ -91,6 +92,10 @@ class Address(NamedTuple):
     call: str = ""
     streams: bool = False
     """Whether its operation shows what it generates while it runs."""
+    rows: int = 1
+    """Rows of the job; 1 if the entry is malformed."""
+    at: int = 0
+    """Time when the job was accepted, server ms; 0 if the entry is malformed."""
 
     @property
     def priority(self) -> Priority:
@@ -108,7 +113,7 @@ class Claim(NamedTuple):
     `attempts` counts runs that did not finish, and 0.5 for each host lost while it held the job, which may not have
     been running. `by_share`: the job was claimed before more urgent ones by its class's fair share, and runs before
     them. `newer`: `job` is None because only newer workers read the entry's version. `given_back`: another worker held
-    the job before.
+    the job before. `at`: server ms of the claim.
     """
 
     address: Address
@@ -118,6 +123,7 @@ class Claim(NamedTuple):
     by_share: bool = False
     newer: bool = False
     given_back: bool = False
+    at: int = 0
 
 
 class Reply(NamedTuple):
@@ -126,7 +132,8 @@ class Reply(NamedTuple):
     `vectors` is [rows without an error, dim], in row order, float32 unless the job asked for another encoding. If the
     service's results are JSON, `values` has them in the same order instead. `errors` maps a row's index to its error.
     `tokens` is the job's; `truncated` has the indexes of truncated rows; `timings` are in ms. `fingerprint` names the
-    weights, `version` the version of the model; either is empty if the worker does not say.
+    weights, `version` the version of the model; either is empty if the worker does not say. `stages`: the run that
+    answered a job of a detached call.
     """
 
     vectors: Encoded | None = None
@@ -138,3 +145,4 @@ class Reply(NamedTuple):
     timings: Mapping[str, float] = MappingProxyType({})
     fingerprint: str = ""
     version: str = ""
+    stages: Stages | None = None

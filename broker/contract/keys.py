@@ -13,6 +13,9 @@ GROUP = "workers"
 RETURNED = "returned"
 """Name of the consumer that owns the entries that workers gave back, until a live worker claims them."""
 
+HOST_LENGTH = 32
+"""Characters of its host's name that the name of a worker begins with, at most."""
+
 STREAM_INDEX = {priority: index for index, priority in enumerate(PRIORITIES, start=1)}
 """Number of each job stream in the scripts, 1 (most urgent) to 3."""
 
@@ -99,6 +102,10 @@ class ServiceKeys:
         """HASH: 'host:pid' of a supervisor -> its state, as JSON; ttl a day after the last one was written."""
         return self._key("supervisors")
 
+    def drained(self) -> str:
+        """HASH: worker or host -> drain or stop, until it may start again; ttl a day after the last order was used."""
+        return self._key("drained")
+
     def cancelled(self) -> str:
         """ZSET: claimed entries that their callers cancelled -> when, server ms; ttl two leases after the last."""
         return self._key("cancelled")
@@ -113,6 +120,10 @@ class ServiceKeys:
     def refused(self) -> str:
         """HASH: reason -> number of refused calls; ttl a day after the last refusal."""
         return self._key("refused")
+
+    def metrics(self) -> str:
+        """HASH: the service's counters and histograms, see metrics.py; ttl 30 days after the last heartbeat."""
+        return self._key("metrics")
 
     def paused(self) -> str:
         """STRING that exists while the service is paused; "refusing" if it refuses new jobs; ttl if the pause ends."""

@@ -66,6 +66,7 @@ def decode_claim(
     *,
     by_share: bool = False,
     given_back: bool = False,
+    at: int = 0,
 ) -> Claim:
     """Returns the claim of an entry of stream number `stream`, 1 to 3. A malformed entry gives one without a job."""
     name = f"{stream}:{entry.decode()}"
@@ -73,19 +74,22 @@ def decode_claim(
         job = decode_entry(flat)
     except Malformed as error:
         newer = isinstance(error, NewerVersion)
-        return Claim(Address(name, *salvage(flat)), None, attempts, str(error), by_share, newer, given_back)
-    address = Address(name, job.id, job.client, job.call, job.op in STREAMING_OPS)
-    return Claim(address, job, attempts, by_share=by_share, given_back=given_back)
+        return Claim(Address(name, *salvage(flat)), None, attempts, str(error), by_share, newer, given_back, at)
+    address = Address(name, job.id, job.client, job.call, job.op in STREAMING_OPS, job.rows, job.at)
+    return Claim(address, job, attempts, by_share=by_share, given_back=given_back, at=at)
 
 
 def decode_claimed(woken: list[Claim], answer: Any) -> Claimed:
     """Returns the result of the claim script. `woken`: claims that a blocking read delivered before it ran."""
     now, waiting, suspects, paused, blocked, *rows = answer
-    claims = [
-        decode_claim(stream, entry, fields, (deliveries - 1) / 2, by_share=bool(by_share), given_back=bool(returned))
+    claims = [each._replace(at=now) for each in woken]
+    claims += [
+        decode_claim(
+            stream, entry, fields, (deliveries - 1) / 2, by_share=bool(by_share), given_back=bool(returned), at=now
+        )
         for stream, entry, deliveries, fields, by_share, returned in rows
     ]
-    return Claimed(now, tuple(waiting), suspects, bool(paused), blocked, woken + claims, len(woken))
+    return Claimed(now, tuple(waiting), suspects, bool(paused), blocked, claims, len(woken))
 
 
 def flat_fields(fields: dict[bytes, bytes]) -> list[bytes]:

@@ -108,6 +108,7 @@ def _of_server(server: ServerFacts, *, is_replicated: bool) -> Iterator[Finding]
 
 def _of_service(spec: ServiceSpec, view: ServiceView) -> Iterator[Finding]:
     yield from _pause(view)
+    yield from _drains(view)
     yield from _workers(view)
     yield from _supervisors(view)
     yield from _weights(view)
@@ -136,14 +137,36 @@ def _pause(view: ServiceView) -> Iterator[Finding]:
         )
 
 
+def _drains(view: ServiceView) -> Iterator[Finding]:
+    """Finds places that an operator keeps empty. It is a note while other workers take the jobs."""
+    if not view.drained:
+        return
+    is_served = _is_served(view)
+    names = sorted(view.drained)
+    yield Finding(
+        "note" if is_served else "error" if view.depth else "warning",
+        view.name,
+        "drained",
+        f"an operator keeps workers away ({', '.join(names)}): {_jobs(view.depth)} waiting",
+        f"millstream worker start {' '.join(map(_word, names))}",
+    )
+
+
+def _is_served(view: ServiceView) -> bool:
+    return any(worker.state == "ready" for worker in view.workers)
+
+
 def _workers(view: ServiceView) -> Iterator[Finding]:
-    if any(worker.state == "ready" for worker in view.workers):
+    live = [each for each in view.supervisors if each.lives]
+    is_drained = bool(live) and all(each.state.drained >= each.state.planned for each in live)
+    if _is_served(view) or (view.drained and is_drained):
         return
     waiting = f"{_jobs(view.depth)} waiting"
     draining = [worker for worker in view.workers if worker.state == "draining"]
-    starting = [each for each in view.supervisors if each.lives and not each.state.failures and not each.state.refused]
+    starting = [each.state for each in live if not each.state.failures and not each.state.refused]
+    starting = [state for state in starting if state.drained < state.planned]
     if starting and not draining:
-        planned = sum(each.state.planned for each in starting)
+        planned = sum(state.planned - state.drained for state in starting)
         yield Finding(
             "note",
             view.name,

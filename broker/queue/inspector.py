@@ -12,6 +12,7 @@ import redis
 
 from millstream.broker.contract.job import PRIORITIES, Priority
 from millstream.broker.contract.keys import DEFAULT_PREFIX, GROUP, RETURNED, ServiceKeys
+from millstream.broker.queue.drains import Order, queue_drains, read_drains
 from millstream.broker.queue.lease import is_live
 from millstream.broker.queue.pause import Pause, queue_pause, read_pause
 from millstream.broker.queue.registry import Registry
@@ -92,6 +93,7 @@ class Inspector:
             pipe.hgetall(keys.refused())
             queue_pause(pipe, keys)
             queue_supervisors(pipe, keys)
+            queue_drains(pipe, keys)
         answers = iter(_answers(pipe))
         return [_Queue.read(answers) for _ in services]
 
@@ -119,24 +121,26 @@ class Inspector:
 
 @dataclass(frozen=True, slots=True)
 class _Queue:
-    """The figures of one service, at `now`, server ms. `oldest_at` is in server ms, too."""
+    """The figures of one service, at `now`, server ms. `oldest_at` and `deadline` are in server ms, too."""
 
     now: int
     waiting: Mapping[Priority, int]
     pending: Counter[str]
     oldest_at: int | None
+    deadline: int | None
     live: Sequence[bytes]
     dead_letters: int
     refused: Mapping[str, int]
     paused: Pause | None
     supervisors: Sequence[SupervisorView]
     unsettled: Mapping[Priority, int]
+    drained: Mapping[str, Order]
 
     @classmethod
     def read(cls, answers: Iterator[object]) -> _Queue:
         waiting: dict[Priority, int] = {}
         pending: Counter[str] = Counter()
-        oldest: list[int] = []
+        oldest, deadlines = list[int](), list[int]()
         unsettled: dict[Priority, int] = {}
         for priority in PRIORITIES:
             length, group, first = islice(answers, 3)
@@ -144,16 +148,26 @@ class _Queue:
             unsettled[priority] = cast(int, length)
             waiting[priority] = max(0, cast(int, length) - claimed.total())
             pending += claimed
-            oldest += _accepted_at(cast(Entries, first))
-        time, dead_letters, beats, refusals, pause, left_ms, states = islice(answers, 7)
+            oldest += _times(cast(Entries, first), b"at")
+            deadlines += _times(cast(Entries, first), b"deadline")
+        time, dead_letters, beats, refusals, pause, left_ms, states, drains = islice(answers, 8)
         now = _ms(time)
         refused = {_text(reason): _count(cast(Fields, refusals), reason) for reason in cast(Fields, refusals)}
         live = [name for name, beat in cast(list[tuple[bytes, float]], beats) if is_live(beat, now)]
         depth = cast(int, dead_letters)
-        supervisors = read_supervisors(states, now)
-        paused = read_pause(pause, left_ms)
         return cls(
-            now, waiting, pending, min(oldest, default=None), live, depth, refused, paused, supervisors, unsettled
+            now,
+            waiting,
+            pending,
+            min(oldest, default=None),
+            min(deadlines, default=None),
+            live,
+            depth,
+            refused,
+            paused=read_pause(pause, left_ms),
+            supervisors=read_supervisors(states, now),
+            unsettled=unsettled,
+            drained=read_drains(drains),
         )
 
     def view(self, service: str, workers: Mapping[tuple[str, str], WorkerView]) -> ServiceView:
@@ -169,6 +183,8 @@ class _Queue:
             refused=self.refused,
             supervisors=self.supervisors,
             unsettled=self.unsettled,
+            drained=self.drained,
+            deadline_ms=None if self.deadline is None else self.deadline - self.now,
         )
 
 
@@ -191,9 +207,9 @@ def _pending(group: object) -> Counter[str]:
     return Counter({_text(cast(bytes, each["name"])): cast(int, each["pending"]) for each in consumers})
 
 
-def _accepted_at(first: Entries) -> list[int]:
-    """Returns when the entry was accepted, server ms; empty if there is no entry or it has no valid time."""
-    return [int(at) for _, fields in first if (at := (fields or {}).get(b"at", b"")).isdigit() and len(at) <= 16]
+def _times(first: Entries, field: bytes) -> list[int]:
+    """Returns the time in a field of the entry, server ms; empty if there is no entry or it has no valid time."""
+    return [int(at) for _, fields in first if (at := (fields or {}).get(field, b"")).isdigit() and len(at) <= 16]
 
 
 def _worker(consumer: bytes, fields: Fields, now: int) -> WorkerView:

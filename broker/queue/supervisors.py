@@ -28,7 +28,8 @@ class SupervisorState:
 
     `planned` and `ready` count worker processes. `failures` is the largest number of workers of one place that ended
     early in a row, `past` how the last of them ended. `refused` says why no worker is started any more, "" if they are.
-    `cores` is the number of CPU cores that it may use.
+    `cores` is the number of CPU cores that it may use. `drained` counts the places that an operator keeps
+    empty, or that are being emptied.
     """
 
     host: str
@@ -39,6 +40,7 @@ class SupervisorState:
     past: str = ""
     refused: str = ""
     cores: int = 0
+    drained: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,8 @@ def _view(text: bytes, now: int) -> SupervisorView | None:
     try:
         fields = json.loads(text)
         at, clock_ms = int(fields.pop("at")), int(fields.pop("clock_ms"))
-        return SupervisorView(SupervisorState(**fields), max(0, now - at), clock_ms)
+        known = {name: value for name, value in fields.items() if name in SupervisorState.__slots__}
+        return SupervisorView(SupervisorState(**known), max(0, now - at), clock_ms)
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
 

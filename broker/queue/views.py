@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from millstream.broker.contract.job import Priority
+from millstream.broker.queue.drains import Order
 from millstream.broker.queue.pause import Pause
 from millstream.broker.queue.supervisors import SupervisorView
 
@@ -70,7 +71,9 @@ class ServiceView:
     consumer; or `returned`, waiting again after a worker gave it back. `oldest_ms` is the age of the oldest of them, by
     the server's clock. `refused` counts refused calls by reason; it restarts after a day without one. `supervisors` are
     those of the last day that did not end in order. `unsettled` counts the jobs of each priority, which
-    `max_queue_size` limits.
+    `max_queue_size` limits. `drained` has the order of each worker and host that an operator keeps empty.
+    `deadline_ms`: ms to the nearest deadline of the oldest job of each priority, below 0 if it has passed; None if none
+    of them has one.
     """
 
     name: str
@@ -84,6 +87,8 @@ class ServiceView:
     refused: Mapping[str, int]
     supervisors: Sequence[SupervisorView] = ()
     unsettled: Mapping[Priority, int] = field(default_factory=dict)
+    drained: Mapping[str, Order] = field(default_factory=dict)
+    deadline_ms: int | None = None
 
     @property
     def in_flight(self) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import struct
 import subprocess
 import termios
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
+from typing import cast
 
 from e2e.cli_support import COMMAND, Shell, environment
 from support import eventually
@@ -21,13 +23,16 @@ CTRL_C, CTRL_D = b"\x03", b"\x04"
 class Terminal:
     """Runs `millstream` with `words`; `shown` is all that came to the terminal, standard error included."""
 
-    def __init__(self, shell: Shell, words: Sequence[str]) -> None:
+    def __init__(
+        self, shell: Shell, words: Sequence[str], *, term: str = "dumb", columns: int = 80, lines: int = 24
+    ) -> None:
         self._ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         self._shown = bytearray()
         self.process = subprocess.Popen(
             [COMMAND, *words],
             cwd=shell.home,
-            env={**environment(shell.home, shell.url), "TERM": "dumb"},
+            env={**environment(shell.home, shell.url), "TERM": term},
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
@@ -48,6 +53,11 @@ class Terminal:
     @property
     def shown(self) -> str:
         return self._shown.decode(errors="replace").replace("\r\n", "\n")
+
+    @property
+    def attributes(self) -> list[object]:
+        """The terminal's settings: echo, line by line or key by key, and the like."""
+        return cast(list[object], termios.tcgetattr(self._ours))
 
     def press(self, keys: bytes) -> None:
         os.write(self._ours, keys)

@@ -18,6 +18,7 @@ from workers import LONG_S, remove
 
 from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.contract.keys import GROUP, ServiceKeys
+from millstream.broker.queue.drains import Drains
 from millstream.broker.queue.inspector import Inspector, ServiceView
 from millstream.broker.queue.registry import Registry
 from millstream.broker.server.embedded import EmbeddedServer
@@ -142,6 +143,26 @@ def test_a_signal_drains_it_and_the_program_goes_on(
     assert (status, said.splitlines()[0]) == (0, "set up on cpu")
     assert said.splitlines()[-2:] == ["torn down", "went on"]
     assert (state(connection, service).workers, state(connection, service).in_flight) == ([], 0)
+    connection.client.srem("ms:services", service)
+
+
+def test_an_operator_drains_it_and_it_raises_until_it_may_start_again(
+    connection: Connection, service: str, serving: Serving
+) -> None:
+    drains = Drains(connection.client, ServiceKeys(service))
+    program = serving(PROGRAM, SERVICE=service)
+    eventually(lambda: has_worker(connection, service), within_s=LONG_S)
+    (worker,) = state(connection, service).workers
+
+    drains.give([worker.host], "drain")
+
+    status, said = ended(program)
+    assert (status, said.splitlines()[-2:]) == (0, ["torn down", "went on"])
+    assert not has_worker(connection, service)
+
+    status, said = ended(serving(PROGRAM, SERVICE=service))
+
+    assert (status, f"ServicePaused: an operator keeps {worker.host}" in said) == (1, True)
     connection.client.srem("ms:services", service)
 
 

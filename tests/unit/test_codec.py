@@ -42,6 +42,7 @@ from millstream.broker.contract.errors import (
     to_wire,
 )
 from millstream.broker.contract.job import Job, Json, Reply
+from millstream.broker.contract.stages import Stages
 
 ids = st.text("0123456789abcdef", min_size=32, max_size=32)
 names = st.from_regex(r"[A-Za-z0-9_.-]{0,64}", fullmatch=True)
@@ -75,6 +76,12 @@ vectors = (
     | arrays.arrays(np.float16, shapes, elements=st.floats(width=16, allow_nan=False))
     | arrays.arrays(np.uint8, shapes)
 )
+stages = st.builds(
+    Stages,
+    worker=st.text(st.characters(exclude_categories=["Cs"]), max_size=50),
+    attempts=st.integers(0, 10).map(lambda halves: halves / 2),
+    **dict.fromkeys(Stages._fields[2:], times),
+)
 some_values = st.none() | st.lists(json_values, max_size=5)
 replies = st.builds(
     Reply,
@@ -87,6 +94,7 @@ replies = st.builds(
     timings=st.dictionaries(texts, st.integers(0, 10**6).map(float), max_size=3),
     fingerprint=texts,
     version=texts,
+    stages=st.none() | stages,
 ).flatmap(
     lambda reply: st.just(reply) if reply.vectors is not None else some_values.map(lambda v: reply._replace(values=v))
 )
@@ -195,6 +203,7 @@ def test_a_reply_comes_back_as_it_was(reply: Reply) -> None:
         assert not again.vectors.flags.writeable
     assert (again.values, again.tokens, again.truncated) == (reply.values, reply.tokens, reply.truncated)
     assert (again.fingerprint, again.version) == (reply.fingerprint, reply.version)
+    assert again.stages == reply.stages
     assert again.timings == reply.timings
     assert {row: told(error) for row, error in again.errors.items()} == {
         row: told(error) for row, error in reply.errors.items()
@@ -501,9 +510,19 @@ def test_a_reply_names_what_made_it_in_its_own_words_or_in_those_of_its_worker()
     workers = encode_reply(Reply(values=[1]), origin_of('we"ights', "v2"))
 
     assert own == workers
-    assert decode_reply(own)[-2:] == ('we"ights', "v2")
-    assert decode_reply(encode_reply(Reply(values=[1])))[-2:] == ("", "")
+    again, bare = decode_reply(own), decode_reply(encode_reply(Reply(values=[1])))
+    assert (again.fingerprint, again.version) == ('we"ights', "v2")
+    assert (bare.fingerprint, bare.version) == ("", "")
     assert origin_of("") == ""
+
+
+@pytest.mark.parametrize(
+    "value", [1, [], ["w"] * 9, ["w", 0, -1, *[0] * 6], ["w" * 129, *[0] * 8], ["w", 0, 1.5, *[0] * 6]]
+)
+def test_malformed_stages_of_a_reply_cost_no_answer(value: Json) -> None:
+    reply = decode_reply(json.dumps({"v": 1, "values": [1], "tokens": 1, "stages": value}).encode())
+
+    assert (reply.values, reply.stages) == ([1], None)
 
 
 # -- what is left of a malformed entry -----------------------------------------------------------------------------

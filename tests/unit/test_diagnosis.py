@@ -18,6 +18,7 @@ SERVER = ServerFacts(
 )
 WORKER = WorkerView("w1", "ready", "h", 1, "auto", "weights", 0, 0, 0, 0, "", 0, 0, 0, 0, 0, 0, 0, 0, 2048, 0, 1, {})
 SUPERVISOR = SupervisorView(SupervisorState("h", 1, 1, 1, cores=2), age_ms=100, clock_ms=0)
+DRAINED = SupervisorView(SupervisorState("h", 1, 1, 0, cores=2, drained=1), age_ms=100, clock_ms=0)
 NONE: dict[Priority, int] = dict.fromkeys(Priority, 0)
 WELL = ServiceView("docs", NONE, {}, 0, None, [WORKER], 0, None, {}, [SUPERVISOR], NONE)
 
@@ -72,6 +73,9 @@ def test_what_is_wrong_with_the_server(server: ServerFacts, expected: tuple[str,
         (replace(WELL, workers=[replace(WORKER, state="draining")]), ("warning", "no_worker")),
         (replace(WELL, workers=[], returned=1, supervisors=[]), ("error", "no_worker")),
         (replace(WELL, workers=[], returned=1), ("note", "starting")),
+        (replace(WELL, drained={"h": "drain"}), ("note", "drained")),
+        (replace(WELL, drained={"h": "drain"}, workers=[], supervisors=[DRAINED]), ("warning", "drained")),
+        (replace(WELL, drained={"h": "drain"}, workers=[], supervisors=[DRAINED], returned=1), ("error", "drained")),
         (replace(WELL, supervisors=[replace(SUPERVISOR, age_ms=6_000)]), ("warning", "dead_supervisor")),
         (replace(WELL, supervisors=[replace(SUPERVISOR, clock_ms=9_000)]), ("warning", "clock_skew")),
     ],
@@ -101,3 +105,12 @@ def test_no_service_at_all_is_told() -> None:
     (finding,) = diagnose([], [SERVER])
 
     assert (finding.cause, finding.fix) == ("no_service", "millstream config push")
+
+
+def test_a_drained_place_beside_one_that_starts_is_named_beside_it() -> None:
+    half = SupervisorView(SupervisorState("h", 1, 2, 0, cores=2, drained=1), age_ms=100, clock_ms=0)
+
+    assert [each.what for each in findings(replace(WELL, drained={"w1": "stop"}, workers=[], supervisors=[half]))] == [
+        "an operator keeps workers away (w1): 0 jobs waiting",
+        "workers are starting (1), 0 jobs waiting",
+    ]

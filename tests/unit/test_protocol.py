@@ -18,6 +18,7 @@ from millstream.broker.contract.entry_codec import FIELDS, OPTIONAL
 from millstream.broker.contract.errors import ModelFailed
 from millstream.broker.contract.job import Reply
 from millstream.broker.contract.keys import ServiceKeys, services_key
+from millstream.broker.contract.stages import Stages
 from millstream.broker.queue import substitutes
 from millstream.broker.queue.scripts import Name
 from millstream.broker.roles import _SCRIPTS
@@ -42,7 +43,7 @@ def test_every_field_of_an_entry_is_there_in_its_order_and_says_whether_it_may_b
 def test_every_field_of_a_replys_head_is_there_in_its_order() -> None:
     error = ModelFailed("no")
     full = Reply(
-        np.ones((1, 1), np.float16), [1], {1: error}, error, 1, (0,), {"queue": 1.0}, fingerprint="w", version="v2"
+        np.ones((1, 1), np.float16), [1], {1: error}, error, 1, (0,), {"queue": 1.0}, "w", "v2", Stages("worker")
     )
 
     head = json.loads(encode_reply(full).partition(b"\n")[0])

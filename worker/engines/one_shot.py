@@ -12,6 +12,7 @@ import numpy as np
 from millstream.broker.contract.codec import encode_value
 from millstream.broker.contract.errors import MillstreamError, ModelFailed, described
 from millstream.broker.contract.job import Json, Vectors
+from millstream.telemetry.logs import stack_of
 from millstream.worker.engines.base import Step
 from millstream.worker.forward_cost import ForwardCost
 from millstream.worker.models.base import NOT_FINITE, Model, Prepared, packs
@@ -148,7 +149,8 @@ def _run_in_parts(
 
 
 def _failure(error: BaseException) -> MillstreamError:
-    log.debug("a forward failed", exc_info=error)
+    # Without its message, which may quote an input.
+    log.debug("a forward failed: %s", stack_of(error))
     if isinstance(error, MillstreamError):
         return error.with_traceback(None)
     return ModelFailed(described(error))

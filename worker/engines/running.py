@@ -26,9 +26,10 @@ class Running:
 
     def add(self, rows: Rows, jobs: Jobs, now: int) -> None:
         """Adds rows that start at `now`, server ms."""
-        start = time.monotonic()
+        start, size = time.monotonic(), len(self.rows) + len(rows)
         for job in jobs.values():
             job.started_at = job.started_at or now
+            job.batch = job.batch or size
             job.running_since = start
         self.rows = [*self.rows, *rows] if self.rows else rows
         self.jobs.update(jobs)

@@ -151,7 +151,8 @@ class SlotKeeper:
         self.note_admitted(away)
         self._counters.rows += len(rows)
         for job in self._window.complete(rows, outcomes, self._running.rows):
-            self._finish(Finished(job.claim.address, job.reply(), digests=job.digests))
+            job.ended_at = now
+            self._finish(Finished(job.claim.address, job.reply(), digests=job.digests, run=job))
         return [*ended, *away]
 
     def _is_late(self, job: ActiveJob, now: int, since: float) -> bool:

@@ -345,6 +345,9 @@ class Claimer(threading.Thread):
 
     def _admit(self, claims: list[Claim], records: Mapping[str, bytes]) -> None:
         jobs, finished = self._intake.admit(claims, self._clock.now(), records)
+        now = self._clock.now()
+        for job in jobs:
+            job.prepared_at = now
         for each in finished:
             self._finish(each)
         for job in self._window.hold(jobs):

@@ -58,7 +58,7 @@ class InferenceTimeout(threading.Thread):
             return
         now = time.monotonic()
         for job in self._window.end(self._window.overdue(self._limits, now - self._grace_s)):
-            self._finish(Finished(job.claim.address, Reply(error=_overdue(job, now))))
+            self._finish(Finished(job.claim.address, Reply(error=_overdue(job, now)), run=job))
 
 
 def _look_s(limits: Mapping[Priority, float | None]) -> float:

@@ -88,7 +88,7 @@ class Intake:
         if self._generates:
             for job in jobs:
                 self._begin(self._generates, job, records.get(job.name, b""))
-        finished += [Finished(each.claim.address, each.reply()) for each in jobs if not each.rows_left]
+        finished += [Finished(each.claim.address, each.reply(), run=each) for each in jobs if not each.rows_left]
         return [each for each in jobs if each.rows_left], finished
 
     def end_admission(self) -> None:
@@ -107,20 +107,20 @@ class Intake:
             lost = WorkerLost(
                 f"its worker died {claim.attempts:g} times while it worked on this job", hint="see the dead letters"
             )
-            return Finished(claim.address, Reply(error=lost), bury="max_attempts")
+            return Finished(claim.address, Reply(error=lost), bury="max_attempts", run=claim)
         # Queue time ended with the first output, on any worker. If the deadline is over, the caller gets that output.
         if (phase := job.missed(now)) and not has_begun:
-            return Finished(claim.address, Reply(error=expired(job, phase, now)))
+            return Finished(claim.address, Reply(error=expired(job, phase, now)), run=claim)
         if job.op != self._model.op:
             wrong = InvalidRequest(f"this service runs {self._model.op!r}, the job asks for {job.op!r}")
-            return Finished(claim.address, Reply(error=wrong))
+            return Finished(claim.address, Reply(error=wrong), run=claim)
         try:
             inputs, options = decode_inputs(job.body, job.rows)
         except Malformed as error:
             return _malformed(claim, str(error))
         if len(inputs) != 1 and self._generates:
             wrong = InvalidRequest(f"a job of {job.op!r} has one row, not {len(inputs)}", hint="update the client")
-            return Finished(claim.address, Reply(error=wrong))
+            return Finished(claim.address, Reply(error=wrong), run=claim)
         return _Request(place, claim, job, inputs, options)
 
     @staticmethod
@@ -177,13 +177,13 @@ class Intake:
 
 def _malformed(claim: Claim, reason: str) -> Finished:
     error = InvalidRequest(f"the entry is malformed: {reason}", hint="it was not written by a millstream client")
-    return Finished(claim.address, Reply(error=error), bury=f"malformed: {reason}")
+    return Finished(claim.address, Reply(error=error), bury=f"malformed: {reason}", run=claim)
 
 
 def _newer(claim: Claim) -> Finished:
     """The answer to an entry that only newer workers can read. Its dead letter can be run again by them."""
     error = UnsupportedVersion(f"it was written by a newer client: {claim.malformed}", hint="update the workers")
-    return Finished(claim.address, Reply(error=error), bury=f"newer version: {claim.malformed}")
+    return Finished(claim.address, Reply(error=error), bury=f"newer version: {claim.malformed}", run=claim)
 
 
 def expired(job: Job, phase: str, now: int) -> DeadlineExceeded:
@@ -193,4 +193,4 @@ def expired(job: Job, phase: str, now: int) -> DeadlineExceeded:
 
 def cancelled(job: ActiveJob) -> Finished:
     """The answer to a job that its caller cancelled."""
-    return Finished(job.claim.address, Reply(error=Cancelled("cancelled by its caller")))
+    return Finished(job.claim.address, Reply(error=Cancelled("cancelled by its caller")), run=job)

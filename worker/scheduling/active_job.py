@@ -11,6 +11,7 @@ import numpy as np
 
 from millstream.broker.contract.errors import MillstreamError, ModelFailed
 from millstream.broker.contract.job import Claim, Encoded, Job, Json, Reply
+from millstream.broker.contract.stages import Stages
 from millstream.broker.queue.lease import SUSPECT_ATTEMPTS
 from millstream.worker.models.base import Prepared, Result
 from millstream.worker.scheduling.batcher import Row
@@ -39,6 +40,9 @@ class ActiveJob:
     forward, 0 before it. `running_since`: monotonic seconds of the running forward's start. `digests`: cache key of
     each row's answer; empty if they are not cached. `records`: encoded output of its earlier runs, if it streams.
     `displaced`: number of times that its row left its slot here. `waits_since`: monotonic seconds of the last time.
+    `prepared_at`, `ended_at`: server ms at which its rows could run, and had their outcomes; `batch` as in Stages.
+    `batch_trace`: context of the span of its last batch, or "".
+    `output_at`: monotonic seconds of the last piece of its text, None before the first one here.
     """
 
     claim: Claim
@@ -54,6 +58,11 @@ class ActiveJob:
     records: bytes = b""
     displaced: int = 0
     waits_since: float = 0.0
+    prepared_at: int = 0
+    ended_at: int = 0
+    batch: int = 0
+    batch_trace: str = ""
+    output_at: float | None = None
 
     def __post_init__(self) -> None:
         self.name = self.claim.address.name
@@ -117,6 +126,11 @@ class ActiveJob:
             truncated=tuple([at for at, row in prepared if row.truncated]),
             timings=self._timings(),
         )
+
+    def stages(self, worker: str, settled: int) -> Stages:
+        """The times of this run. `settled`: server ms at which it is settled."""
+        claim, prepared, started, ended = self.claim, self.prepared_at, self.started_at, self.ended_at
+        return Stages(worker, claim.attempts, self.batch, self.request.at, claim.at, prepared, started, ended, settled)
 
     def _timings(self) -> dict[str, float]:
         """Milliseconds in the queue and in the model; empty if no row ran."""

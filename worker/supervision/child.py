@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from millstream.broker.queue.drains import Order
 from millstream.worker.supervision.charging import NOT_CHARGED, Charged, End
 from millstream.worker.supervision.progress import Progress, Snapshot, State
 
@@ -24,7 +25,8 @@ class Child:
     """A process and the pages it shares with its supervisor, one for each service that it hosts.
 
     `ordered`: why the supervisor killed it, if no job was the cause, else "". `stuck`: the stuck stages for which it
-    was killed. `ready_since`: monotonic seconds, None before it was ready.
+    was killed. `ready_since`: monotonic seconds, None before it was ready. `drain_until`: monotonic seconds until
+    which it may drain, None if no operator ordered it to end.
     """
 
     consumer: str
@@ -33,6 +35,7 @@ class Child:
     ready_since: float | None = None
     ordered: str = ""
     stuck: Charged = field(default_factory=dict)
+    drain_until: float | None = None
 
     @property
     def lives(self) -> bool:
@@ -109,6 +112,20 @@ class Child:
             page.set_reason(f"no progress for {stuck_s:.1f} s, the stall_timeout is {page.stall_s:g} s")
         # No wait for its end: a process inside a driver may take long, and the supervisor has other children.
         self.process.kill()
+
+    def follow(self, order: Order, drain_s: float) -> None:
+        """Makes it end as an operator orders: at once, or when it has settled its jobs, after `drain_s` at most."""
+        now = time.monotonic()
+        is_new = self.drain_until is None
+        self.drain_until = now + drain_s if self.drain_until is None else self.drain_until
+        if self.ordered or not self.lives:
+            return
+        if order == "stop":
+            self.kill("it was stopped by an operator")
+        elif is_new:
+            self.process.send_signal(signal.SIGTERM)
+        elif now > self.drain_until:
+            self.kill(f"it did not drain in {drain_s:g} s")
 
     def kill(self, why: str) -> None:
         """Kills it by order, which charges no job an attempt. If it is stuck, its stuck jobs stay charged."""

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from millstream.broker.contract.keys import HOST_LENGTH
+
 if TYPE_CHECKING:
     from millstream.broker.config.spec import ServiceSpec
 
@@ -20,7 +22,7 @@ EXIT_PERMANENT = 78
 
 def new_consumer() -> str:
     """A unique name for a worker process: host, pid of the process that names it, and random digits."""
-    return f"{socket.gethostname()[:32]}-{os.getpid()}-{secrets.token_hex(4)}"
+    return f"{socket.gethostname()[:HOST_LENGTH]}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 @dataclass(frozen=True, slots=True)

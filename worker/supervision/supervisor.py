@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from millstream.broker.config.variables import URL_VARIABLE
 from millstream.broker.contract.errors import ModelUnavailable
@@ -24,9 +24,11 @@ from millstream.worker.measuring.threads import waiting
 from millstream.worker.supervision.charging import End, give_back
 from millstream.worker.supervision.child import Child
 from millstream.worker.supervision.child_args import EXIT_PERMANENT, ChildArgs, Hosted, new_consumer
+from millstream.worker.supervision.orders import Orders
 from millstream.worker.supervision.plan import Plan
 from millstream.worker.supervision.progress import Progress
 from millstream.worker.supervision.registrar import Registrar
+from millstream.worker.supervision.slots import Slot, refusals, states, tally
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ CRASH_LOOP = 5
 
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 30.0
 
+NO_VARIABLES: Mapping[str, str] = MappingProxyType({})
+
 
 @dataclass(frozen=True, slots=True)
 class Death:
@@ -54,45 +58,40 @@ class Death:
     end: End
 
 
-@dataclass(slots=True, eq=False)
-class Slot:
-    """One place for a child: its plan, the child in it, and when the next may start after a death (monotonic seconds).
-
-    `past`: how its last child ended. `ready`: whether the child was ready at the last check. Other threads read that
-    field, since they must not touch a child that may be closed at the same time. `refused`: no child starts again.
-    """
-
-    plan: Plan
-    device: str | None
-    child: Child | None = None
-    past: str = ""
-    ready: bool = False
-    failures: int = 0
-    start_at: float = 0.0
-    refused: bool = False
-
-
 class Supervisor:
     """Keeps the planned processes alive until `drain`.
 
-    Only `stop`, `kill` and the read-only properties may be used by other threads.
+    Only `stop`, `kill` and the read-only properties may be used by other threads. `variables`: environment variables
+    of the children, besides its own.
     """
 
-    def __init__(self, url: str, prefix: str, plans: Sequence[Plan], *, drain_s: float = DRAIN_S) -> None:
+    def __init__(
+        self,
+        url: str,
+        prefix: str,
+        plans: Sequence[Plan],
+        *,
+        drain_s: float = DRAIN_S,
+        variables: Mapping[str, str] = NO_VARIABLES,
+    ) -> None:
         self._url = url
         self._prefix = prefix
         self._drain_s = drain_s
+        self._variables = variables
         self._connection = Connection(url, name="millstream-supervisor")
         self._slots = [Slot(plan, plan.device_of(index)) for plan in plans for index in range(plan.count)]
         self._deaths: list[Death] = []
         self._logged: set[tuple[str, str]] = set()
         specs = [spec for plan in plans for spec in plan.specs]
-        self._registrar = Registrar(Registry(self._connection, prefix), specs, self._publish)
+        self._orders = Orders(self._connection, prefix, {spec.name for spec in specs})
+        self._registrar = Registrar(Registry(self._connection, prefix), specs, self._exchange)
         self._stopping = False
         self.restarts = 0
 
     def run(self) -> None:
         """Starts the processes, watches them until `stop`, then drains. Raises ModelUnavailable if none can start."""
+        # Before the first worker starts: this host may be one that an operator keeps empty.
+        self._orders.read()
         self._registrar.start()
         try:
             while not self._stopping:
@@ -120,6 +119,7 @@ class Supervisor:
             raise ModelUnavailable("no worker process could start", hint="see the errors above")
 
     def _look(self, slot: Slot) -> None:
+        slot.follow(self._orders, self._drain_s)
         if slot.child:
             slot.child.end_stuck()
             slot.child.note_ready()
@@ -127,7 +127,7 @@ class Supervisor:
             self._handle_exit(slot, slot.child)
         elif slot.child and slot.child.steady:
             slot.failures = 0
-        if not slot.child and not slot.refused and time.monotonic() >= slot.start_at:
+        if not slot.child and not (slot.refused or slot.drained) and time.monotonic() >= slot.start_at:
             self._fill(slot)
         slot.ready = slot.child is not None and slot.child.ready
 
@@ -139,30 +139,27 @@ class Supervisor:
     def size(self) -> int:
         return len(self._slots)
 
+    @property
+    def drained(self) -> int:
+        """Number of places that an operator keeps empty."""
+        return sum(1 for slot in self._slots if slot.drained)
+
     def tally(self) -> dict[str, tuple[int, int]]:
         """Service -> (ready processes, planned processes)."""
-        counts: dict[str, tuple[int, int]] = {}
-        for slot in self._slots:
-            for spec in slot.plan.specs:
-                ready, planned = counts.get(spec.name, (0, 0))
-                counts[spec.name] = (ready + slot.ready, planned + 1)
-        return counts
+        return tally(self._slots)
 
     def refusals(self) -> dict[str, str]:
         """Service -> how its last worker ended, for the services that no worker is started for any more."""
-        going = {spec.name for slot in self._slots if not slot.refused for spec in slot.plan.specs}
-        return {spec.name: slot.past for slot in self._slots for spec in slot.plan.specs if spec.name not in going}
+        return refusals(self._slots)
 
     def states(self) -> dict[str, SupervisorState]:
         """Service -> what an operator should know of its workers here. Other threads may call it."""
-        host, pid, refusals = socket.gethostname(), os.getpid(), self.refusals()
-        states = {}
-        for name, (ready, planned) in self.tally().items():
-            slots = [slot for slot in self._slots if name in {spec.name for spec in slot.plan.specs}]
-            worst = max(slots, key=lambda slot: slot.failures)
-            past, refused = worst.past if worst.failures else "", refusals.get(name, "")
-            states[name] = SupervisorState(host, pid, planned, ready, worst.failures, past, refused, cores())
-        return states
+        return states(self._slots)
+
+    def _exchange(self) -> None:
+        """Reads the orders of operators, and publishes the states."""
+        self._orders.read()
+        self._publish()
 
     def _publish(self) -> None:
         for name, state in self.states().items():
@@ -224,7 +221,7 @@ class Supervisor:
     def _start(self, slot: Slot) -> Child:
         plan = slot.plan
         pages = {spec.name: Progress.create() for spec in plan.specs}
-        consumer = new_consumer()
+        consumer = slot.consumer = new_consumer()
         child_args = ChildArgs(
             hosted=[Hosted.of(spec, pages[spec.name].fd) for spec in plan.specs],
             prefix=self._prefix,
@@ -241,7 +238,7 @@ class Supervisor:
                 [sys.executable, "-P", "-m", "millstream.worker.process", child_args.to_json()],
                 stdin=subprocess.PIPE,
                 pass_fds=[page.fd for page in pages.values()],
-                env={**os.environ, **waiting(os.environ), URL_VARIABLE: self._url},
+                env={**os.environ, **waiting(os.environ), **self._variables, URL_VARIABLE: self._url},
                 start_new_session=True,
             )
         except OSError:
@@ -256,6 +253,9 @@ class Supervisor:
         self._remove(slot, child)
         if child.process.returncode == EXIT_PERMANENT:
             self._refuse(slot, service, reason or slot.past)
+            return
+        if child.drain_until is not None:
+            log.warning("worker %s %s, as an operator ordered", child.consumer, slot.past)
             return
         self.restarts += 1
         slot.failures = failures
