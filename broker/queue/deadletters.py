@@ -15,9 +15,11 @@ from millstream.broker.contract.entry_codec import decode_entry
 from millstream.broker.contract.errors import InvalidRequest, Malformed
 from millstream.broker.contract.job import Draft, Priority
 from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.stream_types import DetachedCall, Group
 from millstream.broker.queue.streams import Streams
 from millstream.broker.queue.submitter import deliver
+from millstream.broker.transport.connection import Connection
 
 _PAGE = 100
 _ID = re.compile("[0-9]{1,16}-[0-9]{1,16}")
@@ -46,6 +48,13 @@ class Letter:
     history: Sequence[str]
     fields: Mapping[bytes, bytes]
 
+    def texts(self) -> dict[str, str]:
+        """Returns the fields as text, with backslash escapes for bytes that are not UTF-8."""
+        return {
+            name.decode(errors="backslashreplace"): value.decode(errors="backslashreplace")
+            for name, value in self.fields.items()
+        }
+
 
 class DeadLetters:
     """The dead letters of one service, over one client.
@@ -61,6 +70,12 @@ class DeadLetters:
         self._replicated = replicated
         self._keys = keys
         self._streams = Streams(client, keys)
+
+    @classmethod
+    def open(cls, connection: Connection, keys: ServiceKeys) -> DeadLetters:
+        """Returns the dead letters of a registered service. Raises UnknownService, BrokerUnavailable."""
+        spec = Registry(connection, keys.prefix).read(keys.service)
+        return cls(connection.client, keys, replicated=spec.replicated, where=connection.safe_url)
 
     def __len__(self) -> int:
         return int(self._client.xlen(self._keys.dead()))
