@@ -137,7 +137,8 @@ def _pause(view: ServiceView) -> Iterator[Finding]:
 
 
 def _workers(view: ServiceView) -> Iterator[Finding]:
-    if any(worker.state == "ready" for worker in view.workers):
+    # Those of a paused service are ready for its end.
+    if any(worker.state in ("ready", "paused") for worker in view.workers):
         return
     waiting = f"{_jobs(view.depth)} waiting"
     draining = [worker for worker in view.workers if worker.state == "draining"]
