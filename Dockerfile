@@ -11,6 +11,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY broker broker
 COPY worker worker
 COPY client client
+COPY gateway gateway
 COPY cli cli
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 

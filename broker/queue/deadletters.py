@@ -96,6 +96,16 @@ class DeadLetters:
             yield from page
             page = self.page(_PAGE, before=page[-1].id)
 
+    def up_to(self, letter_id: str) -> Iterator[Letter]:
+        """Yields the letters that are not newer than `letter_id`, newest first.
+
+        Raises InvalidRequest if it is no id.
+        """
+        page = self.page(_PAGE, before=_following(letter_id))
+        while page:
+            yield from page
+            page = self.page(_PAGE, before=page[-1].id)
+
     def find(self, letter_id: str) -> Letter:
         """Returns the letter with this id. Raises InvalidRequest if there is none."""
         entries = self._client.xrange(self._keys.dead(), _checked(letter_id), letter_id)
@@ -123,9 +133,14 @@ class DeadLetters:
         """Deletes these letters. Returns how many existed. Raises InvalidRequest if one of the ids is malformed."""
         return int(self._client.xdel(self._keys.dead(), *map(_checked, letter_ids)))
 
-    def purge(self) -> int:
-        """Deletes all letters. Returns how many there were."""
-        return int(self._client.xtrim(self._keys.dead(), maxlen=0, approximate=False))
+    def purge(self, until: str | None = None) -> int:
+        """Deletes all letters, or those that are not newer than `until`, an id. Returns how many.
+
+        Raises InvalidRequest if `until` is no id.
+        """
+        if until is None:
+            return int(self._client.xtrim(self._keys.dead(), maxlen=0, approximate=False))
+        return int(self._client.xtrim(self._keys.dead(), minid=_following(until), approximate=False))
 
 
 def _draft(keys: ServiceKeys, letter: Letter) -> Draft:
@@ -163,6 +178,12 @@ def _letter(letter_id: bytes, fields: Mapping[bytes, bytes]) -> Letter:
         history=history.splitlines(),
         fields={name: value for name, value in fields.items() if name not in _OURS},
     )
+
+
+def _following(letter_id: str) -> str:
+    """Returns the id that follows `letter_id` in the order of a stream."""
+    ms, _, sequence = _checked(letter_id).partition("-")
+    return f"{ms}-{int(sequence) + 1}"
 
 
 def _checked(letter_id: str) -> str:
