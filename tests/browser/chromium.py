@@ -45,7 +45,7 @@ class Tab:
             self._note(message)
 
     def run(self, expression: str) -> Any:
-        """The value of a JavaScript expression."""
+        """The value of a JavaScript expression, which is one that JSON can hold."""
         answer = self.command("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
@@ -57,7 +57,7 @@ class Tab:
     def await_true(self, expression: str, within_s: float = 15.0) -> None:
         def holds() -> bool:
             try:
-                return bool(self.run(expression))
+                return bool(self.run(f"Boolean({expression})"))
             except AssertionError:
                 # The page is being replaced.
                 return False
