@@ -52,7 +52,7 @@ _CALL = (
     Grant(
         "evalsha",
         write=f"service {_JOBS} bucket bucket:* paused refused seen:* cancelled trail reply:* result:* call:* "
-        "partial:*",
+        "partial:* metrics",
     ),
     Grant("hget hmget", read="service bucket bucket:* call:*"),
     Grant("hset hincrby hexists hstrlen hlen pttl pexpire", write="call:*"),
@@ -62,7 +62,8 @@ _CALL = (
     Grant("xlen xrange xpending", read=_JOBS),
     Grant("xadd xdel", write=_JOBS),
     Grant("hset pexpire", write="bucket bucket:*"),
-    Grant("hincrby pexpire", write="refused"),
+    Grant("hincrby pexpire", write="refused metrics"),
+    Grant("hgetall", read="metrics"),
     Grant("zadd zremrangebyscore pexpire", write="cancelled"),
     Grant("set pexpire", write="seen:* result:*"),
     Grant("xadd xread xdel pexpire", write="reply:*"),
@@ -72,13 +73,17 @@ _CALL = (
 
 _WORK = (
     Grant("script|load"),
-    Grant("evalsha", write=f"service {_JOBS} paused dead trail cancelled reply:* seen:* result:* call:* partial:*"),
+    Grant(
+        "evalsha",
+        write=f"service {_JOBS} paused dead trail cancelled reply:* seen:* result:* call:* partial:* metrics",
+    ),
     Grant("hset hincrby hmget hstrlen hlen pexpire", write="call:*"),
-    Grant("evalsha", write=f"service {_JOBS} paused workers worker:* cancelled reclaim trail bell"),
+    Grant("evalsha", write=f"service {_JOBS} paused workers worker:* cancelled reclaim trail bell metrics"),
     Grant("hsetnx", write="service"),
     Grant("xreadgroup xack xclaim xdel xgroup|create xgroup|setid xgroup|delconsumer", write=f"{_JOBS} bell"),
     Grant("zadd zrem pexpire", write="workers cancelled"),
     Grant("hset hdel hincrby del pexpire", write="worker:* trail supervisors"),
+    Grant("hincrby pexpire", write="metrics"),
     Grant("get set del pexpire", write="reclaim"),
     Grant("xadd", write="dead bell"),
     Grant("xadd xlen pexpire", write="reply:*"),

@@ -91,6 +91,10 @@ class Address(NamedTuple):
     call: str = ""
     streams: bool = False
     """Whether its operation shows what it generates while it runs."""
+    rows: int = 1
+    """Rows of the job; 1 if the entry is malformed."""
+    at: int = 0
+    """Time when the job was accepted, server ms; 0 if the entry is malformed."""
 
     @property
     def priority(self) -> Priority:

@@ -114,6 +114,10 @@ class ServiceKeys:
         """HASH: reason -> number of refused calls; ttl a day after the last refusal."""
         return self._key("refused")
 
+    def metrics(self) -> str:
+        """HASH: the service's counters and histograms, see metrics.py; ttl 30 days after the last heartbeat."""
+        return self._key("metrics")
+
     def paused(self) -> str:
         """STRING that exists while the service is paused; "refusing" if it refuses new jobs; ttl if the pause ends."""
         return self._key("paused")

@@ -74,7 +74,7 @@ def decode_claim(
     except Malformed as error:
         newer = isinstance(error, NewerVersion)
         return Claim(Address(name, *salvage(flat)), None, attempts, str(error), by_share, newer, given_back)
-    address = Address(name, job.id, job.client, job.call, job.op in STREAMING_OPS)
+    address = Address(name, job.id, job.client, job.call, job.op in STREAMING_OPS, job.rows, job.at)
     return Claim(address, job, attempts, by_share=by_share, given_back=given_back)
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from types import MappingProxyType
+from typing import NamedTuple, cast
 
 import redis
 
@@ -57,6 +58,19 @@ class Beat:
     cancelled: list[str] = field(default_factory=list)
 
 
+class Package(NamedTuple):
+    """Numbers that a worker adds to the metrics of its service, by field. Its packages have rising `number`s from 1.
+
+    The server remembers the last number for 4 leases after a heartbeat.
+    """
+
+    number: int
+    counts: Mapping[str, int]
+
+
+NO_PACKAGE = Package(0, MappingProxyType({}))
+
+
 class Lease:
     """The leases of one service's workers on the entries that they hold, over one client."""
 
@@ -65,15 +79,19 @@ class Lease:
         self._keys = keys
         self._lease_ms = round(lease_s * 1000)
 
-    def beat(self, consumer: str, status: Mapping[str, str | int], held: Collection[str]) -> Beat:
+    def beat(
+        self, consumer: str, status: Mapping[str, str | int], held: Collection[str], package: Package = NO_PACKAGE
+    ) -> Beat:
         """Sends a heartbeat: extends the lease on all that `consumer` owns, and publishes `status`.
 
-        `held` names the entries that it holds. Each worker process calls this once a second.
+        `held` names the entries that it holds. `package` is added to the metrics of the service, once however often it
+        is sent. Each worker process calls this once a second.
         """
         keys = [*self._keys.streams(), self._keys.workers(), self._keys.worker(consumer)]
-        keys += (self._keys.reclaim(), self._keys.cancelled(), self._keys.spec())
+        keys += (self._keys.reclaim(), self._keys.cancelled(), self._keys.spec(), self._keys.metrics())
         args: list[scripts.Argument] = [GROUP, consumer, self._lease_ms, len(status)]
-        for name, value in status.items():
+        args += (package.number, len(package.counts))
+        for name, value in (*status.items(), *package.counts.items()):
             args += (name, value)
         now, live, due, revision, *entries = scripts.run(self._client, "beat", keys, [*args, *held])
         lost, unknown, cancelled = ([each.decode() for each in names] for names in entries)

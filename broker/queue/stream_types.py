@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from millstream.broker.contract.job import Address, Draft, Priority
 from millstream.broker.contract.partial import Delta
+
+NO_FAILURES: Mapping[str, int] = MappingProxyType({})
 
 LOST, DIVERGED = -1, -2
 """Outcomes of `emit`: another worker holds the job, or it is settled; the server holds other records of it."""
@@ -56,11 +59,15 @@ class Admission(NamedTuple):
 
 
 class Settlement(NamedTuple):
-    """The outcome of one job: its encoded reply, and in `bury` the reason if it is to become a dead letter."""
+    """The outcome of one job: its encoded reply, and in `bury` the reason if it is to become a dead letter.
+
+    `failed`: the number of the reply's rows with an error, by its code.
+    """
 
     address: Address
     reply: bytes
     bury: str = ""
+    failed: Mapping[str, int] = NO_FAILURES
 
 
 class Emission(NamedTuple):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import redis
 
-from millstream.broker.contract.errors import BrokerUnavailable
+from millstream.broker.contract.errors import BrokerUnavailable, ReplyTooLarge
 from millstream.broker.contract.job import PRIORITIES, Address, Draft, Priority
 from millstream.broker.contract.keys import GROUP, RETURNED, STREAM_INDEX, ServiceKeys
 from millstream.broker.contract.partial import encode_delta
@@ -82,8 +82,9 @@ class Streams:
         self._bell = keys.bell()
         self._bucket, self._seen = keys.bucket(), keys.seen("")
         self._enqueue_keys = [keys.spec(), *self._streams, self._bucket, keys.paused(), keys.refused()]
+        self._enqueue_keys.append(keys.metrics())
         self._claim_keys = [*self._streams, keys.paused(), keys.workers(), keys.trail()]
-        self._settle_keys = [*self._streams, keys.dead(), keys.trail(), keys.cancelled()]
+        self._settle_keys = [*self._streams, keys.dead(), keys.trail(), keys.cancelled(), keys.metrics()]
         self._result_ttl_ms = result_ttl_ms
         self._unread_bytes = unread_bytes
 
@@ -185,15 +186,16 @@ class Streams:
         # Most replies have the same destination: the stream of one client.
         destinations: dict[tuple[str, str, int, bool], int] = {}
         words: list[scripts.Argument] = []
-        for address, reply, bury in settlements:
+        for address, reply, bury, failed in settlements:
             way = (*self._destination(address), address.streams)
             destination = destinations.setdefault(way, len(destinations) + 1)
             jobs.append(self._seen + address.job_id)
             if address.streams:
                 jobs.append(self._keys.partial(address.job_id))
             if len(reply) > MAX_REPLY_BYTES:
-                reply = TOO_LARGE
-            words += (address.name, destination, address.job_id, reply, bury)
+                reply, failed = TOO_LARGE, {ReplyTooLarge.code: address.rows}
+            rows = _rows_text(address.rows, failed) if failed else address.rows
+            words += (address.name, destination, address.job_id, reply, bury, rows)
         args: list[scripts.Argument] = [GROUP, DEAD_LETTERS_KEPT, self._unread_bytes, UNREAD, len(destinations)]
         for kind, key, ttl, streams in destinations:
             keys.append(key)
@@ -233,7 +235,7 @@ class Streams:
         never existed. The result of a detached job that waited is Cancelled. Clients get no reply: they have this
         outcome.
         """
-        keys = [*self._streams, self._keys.cancelled(), self._keys.trail()]
+        keys = [*self._streams, self._keys.cancelled(), self._keys.trail(), self._keys.metrics()]
         args: list[scripts.Argument] = [GROUP, RETURNED, MARKS_KEPT_MS]
         result = b"" if client else CANCELLED
         for job_id in job_ids:
@@ -252,7 +254,7 @@ class Streams:
     def _purge(self, priority: Priority, last: bytes) -> int:
         stream, purged, after = self._keys.stream(priority), 0, "-"
         while page := cast(Entries, self._client.xrange(stream, after, last, count=MAX_JOBS_PER_CALL)):
-            keys = [*self._streams, self._keys.trail()]
+            keys = [*self._streams, self._keys.trail(), self._keys.metrics()]
             args: list[scripts.Argument] = [GROUP, RETURNED, self._unread_bytes]
             for entry, fields in page:
                 address, job, *_ = decode_claim(STREAM_INDEX[priority], entry, flat_fields(fields), 0.0)
@@ -260,9 +262,17 @@ class Streams:
                 keys += (key, self._keys.seen(address.job_id), self._keys.partial(address.job_id))
                 deadline = job.deadline if job else 0
                 args += (STREAM_INDEX[priority], address.entry, address.job_id, kind, ttl, deadline, PURGED)
+                args.append(address.rows)
             purged += sum(scripts.run(self._client, "purge", keys, args))
             after = f"({page[-1][0].decode()}"
         return purged
+
+    def sizes(self) -> dict[Priority, int]:
+        """Counts the jobs of each priority that wait or run."""
+        pipe = self._client.pipeline(transaction=False)
+        for stream in self._streams:
+            pipe.xlen(stream)
+        return dict(zip(PRIORITIES, cast(list[int], pipe.execute()), strict=True))
 
     def submitted(self, call: str) -> Submitted | None:
         """Returns the state of a detached call; None if its results have expired or it never existed."""
@@ -291,6 +301,12 @@ class Streams:
         if address.call:
             return "hash", self._keys.call(address.call), self._result_ttl_ms
         return "string", self._keys.result(address.job_id), self._result_ttl_ms
+
+
+def _rows_text(rows: int, failed: Mapping[str, int]) -> str:
+    """Returns the rows without an error, then each error code and its rows, as the script takes them."""
+    good = max(0, rows - sum(failed.values()))
+    return " ".join([str(good), *(f"{code} {count}" for code, count in failed.items())])
 
 
 def _remaining(moment: float | None, now: float) -> int | str:

@@ -64,7 +64,8 @@ class Redis {
 // Sends one job with all texts. It may be sent again with the same id: the server accepts each id once.
 async function submit(redis, script, service, op, client, id, texts) {
   const keys = [key(service, 'service'), ...['realtime', 'normal', 'batch'].map((each) => key(service, 'q', each)),
-    key(service, 'bucket'), key(service, 'paused'), key(service, 'refused'), key(service, 'bucket'), key(service, 'seen', id)]
+    key(service, 'bucket'), key(service, 'paused'), key(service, 'refused'), key(service, 'metrics'),
+    key(service, 'bucket'), key(service, 'seen', id)]
   const tokens = Math.ceil(texts.join('').length / 4) + 1, body = JSON.stringify({ inputs: texts, options: {} })
   const args = [1, NORMAL, 1, 1, 1, '', id, op, texts.length, tokens, DEADLINE_MS, '', client, '', '', body]
   const call = (verb, what) => redis.send(verb, what, keys.length, ...keys, ...args)

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 TIMEOUT_S, GRACE_S = 60, 5  # The answer may come GRACE_S after the deadline.
 SILENCE_S, BLOCK_MS = 10, 2000  # A connection that is silent for SILENCE_S is broken. BLOCK 0 would wait for ever.
-KEYS = ("service", "q:realtime", "q:normal", "q:batch", "bucket", "paused", "refused", "bucket")
+KEYS = ("service", "q:realtime", "q:normal", "q:batch", "bucket", "paused", "refused", "metrics", "bucket")
 NUMBERS = {"float32": "f", "float16": "e", "uint8": "B"}
 
 

@@ -17,6 +17,7 @@ from millstream.broker.queue import scripts
 from millstream.broker.queue.claims import ClaimBudget, Claimed
 from millstream.broker.queue.inspector import Inspector, ServiceView
 from millstream.broker.queue.lease import LEASE_S, Lease
+from millstream.broker.queue.metrics import ServiceMetrics, decode_metrics
 from millstream.broker.queue.stream_types import Admission, Group, Settled, Settlement
 from millstream.broker.queue.streams import Streams
 from millstream.broker.transport.connection import Connection
@@ -133,6 +134,10 @@ class Queue:
         connection = cast(Connection, SimpleNamespace(client=self.client, safe_url="here"))
         (seen,) = Inspector(connection, self.keys.prefix).services([self.keys.service])
         return seen
+
+    def totals(self) -> ServiceMetrics:
+        fields = cast(dict[bytes, bytes], self.client.hgetall(self.keys.metrics()))
+        return decode_metrics(self.keys, fields)
 
     # -- what only time does otherwise -------------------------------------------------------------------------
 

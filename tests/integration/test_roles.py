@@ -22,6 +22,7 @@ from millstream.broker.contract.errors import BrokerUnavailable, Cancelled, Unkn
 from millstream.broker.contract.job import Priority
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue import scripts
+from millstream.broker.queue.metrics import Metrics
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.stream_types import Group
 from millstream.broker.roles import ROLES, SELECTORS_SINCE, Role
@@ -140,6 +141,14 @@ def test_clients_and_workers_do_all_their_work_as_users_of_these_roles(enter: En
             client.submit(name, ["die"]).result(timeout=LONG_S)
         eventually(lambda: supervisor.restarts == 1 and supervisor.ready, within_s=LONG_S)
         assert client.submit(name, ["alive"]).result(timeout=LONG_S) == ["alive"]
+
+        # The permissions to count are checked here: without them nothing fails, and nothing is counted.
+        with opened(enter("client", name)) as limited:
+            totals = Metrics(limited).read(name)
+            assert totals.ok + sum(totals.failed.values()) == sum(totals.rows.values()) == 10
+            assert totals.settled == sum(totals.jobs.values())
+    with opened(enter("viewer", name)) as limited:
+        assert Metrics(limited).read(name).work["rows"] >= 6
 
 
 def test_a_client_finds_what_a_worker_kept(enter: Enter, connection: Connection, echo_spec: ServiceSpec) -> None:

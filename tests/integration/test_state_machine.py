@@ -521,6 +521,18 @@ class QueueMachine(RuleBasedStateMachine):
         ]
         assert letters == self.model.letters
 
+    @invariant()
+    def every_job_is_counted_once(self) -> None:
+        """When it is accepted, and when it ends: settled, cancelled or purged; and with all of its rows."""
+        totals = self.queue.totals()
+        accepted, ended = list(self.model.entries.values()), self.model.ended()
+        for priority in PRIORITIES:
+            rows = [entry.rows for entry in accepted if entry.priority == priority]
+            assert (totals.jobs[priority], totals.rows[priority]) == (len(rows), sum(rows))
+        assert totals.settled == len(ended)
+        assert totals.ok + sum(totals.failed.values()) == sum(entry.rows for entry in ended)
+        assert sum(totals.buried.values()) == len(self.model.letters)
+
 
 def _draft(shape: tuple[int, int], client: str, late: str) -> Draft:
     rows, tokens = shape
@@ -538,7 +550,7 @@ def _draft(shape: tuple[int, int], client: str, late: str) -> Draft:
 
 
 def _address(entry: Entry) -> Address:
-    return Address(entry.name, entry.job_id, entry.client)
+    return Address(entry.name, entry.job_id, entry.client, rows=entry.rows)
 
 
 def _plain(reply: bytes) -> bytes:

@@ -13,6 +13,7 @@ from contracts.detached import DetachedContract
 from contracts.emit import EmitContract
 from contracts.enqueue import EnqueueContract
 from contracts.lease import BeatContract, BellContract, LivenessContract, ReclaimContract, ReleaseContract
+from contracts.metrics import MetricsContract
 from contracts.pause import PauseContract, PurgeContract
 from contracts.queue import Queue
 from contracts.rate import RateContract
@@ -52,6 +53,10 @@ class TestSettle(SettleContract):
 
 
 class TestEmit(EmitContract):
+    pass
+
+
+class TestMetrics(MetricsContract):
     pass
 
 

@@ -12,7 +12,7 @@ from millstream.broker.contract.errors import MillstreamError, ModelFailed, desc
 from millstream.broker.contract.job import Priority, Reply
 from millstream.broker.contract.partial import Record
 from millstream.worker.context import Context
-from millstream.worker.engines.base import Engine, Step
+from millstream.worker.engines.base import Engine, Remote, Step
 from millstream.worker.engines.running import Jobs, Running
 from millstream.worker.engines.slot_keeper import HandsOver, SlotKeeper
 from millstream.worker.intake.intake import expired
@@ -55,6 +55,9 @@ class Runner:
         self._window = context.window
         self._clock = context.clock
         self._counters = context.counters
+        self._histograms = context.histograms
+        # Steps of a server collect answers, each of a request of its own: they are no batches.
+        self._has_batches = not isinstance(engine, Remote)
         self._engine = engine
         self._track = context.progress.runner
         self._stage = context.stage
@@ -198,8 +201,10 @@ class Runner:
 
     def _take_output(self, keeper: SlotKeeper, step: Step) -> None:
         running = self._running
+        now, now_s = self._clock.now(), time.monotonic()
         for row, record in step.records:
             if self._emitter and (job := running.jobs.get(row.owner)):
+                self._histograms.add_output(job, now, now_s)
                 self._emitter.put(job, record)
         running.note_records({id(row) for row, _ in step.records})
         if step.displaced:
@@ -224,5 +229,9 @@ class Runner:
         count.padded += step.computed
         count.errors += sum(1 for outcome in step.outcomes if isinstance(outcome, MillstreamError))
         count.busy_ms += round(seconds * 1000)
+        if self._has_batches and step.tokens:
+            rows = len(self._running.rows) if self._keeper else step.ran
+            self._histograms.add_forward(rows, step.tokens, step.computed)
         if step.computed:
+            count.padding_tokens += step.computed - step.tokens
             self._window.cost.observe(step.computed, seconds)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from millstream.broker.contract.codec import encode_reply, origin_of
-from millstream.broker.contract.errors import ModelFailed
+from millstream.broker.contract.errors import CODES, Malformed, MillstreamError, ModelFailed
+from millstream.broker.contract.generation import Usage, read_usage
 from millstream.broker.contract.job import Address, Reply
-from millstream.broker.queue.stream_types import Settlement
+from millstream.broker.queue.stream_types import NO_FAILURES, Settlement
 from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Streams
 from millstream.broker.transport.connection import retrying
 from millstream.worker.context import Context
@@ -58,6 +60,8 @@ class Settler(threading.Thread):
         self._cache_writer = cache_writer
         self._window = context.window
         self._counters = context.counters
+        self._histograms = context.histograms
+        self._clock = context.clock
         self._shutdown = context.shutdown
         self._track = context.progress.settler
         self._stage = context.stage
@@ -94,7 +98,7 @@ class Settler(threading.Thread):
         # Before the reply: a caller that has this answer and asks again then finds it in the cache.
         if answers and self._cache_writer:
             self._cache_writer.write(answers)
-        self._write(batch)
+        self._write(ready, batch)
 
     def _encode(self, ready: Sequence[Finished]) -> tuple[list[Settlement], list[tuple[str, bytes]]]:
         """Encodes as many answers as fit one call. Returns the settlements, and the answers to cache.
@@ -126,22 +130,55 @@ class Settler(threading.Thread):
         self._track.stop()
         return batch, answers
 
-    def _write(self, batch: list[Settlement]) -> None:
+    def _write(self, ready: Sequence[Finished], batch: list[Settlement]) -> None:
+        """Settles the first ones of `ready`, encoded in `batch`."""
         # Settling is idempotent, so the call is sent again after a cut connection.
         outcomes = retrying(lambda: self._streams.settle(batch), until=None, stop=None)
-        for settlement, outcome in zip(batch, outcomes, strict=True):
+        now = self._clock.now()
+        for finished, outcome in zip(ready, outcomes, strict=False):
             if outcome == "late":
                 self._counters.late += 1
             elif outcome == "unwritable":
-                log.error("job %s: its reply could not be written; it is among the dead letters", settlement.address)
+                log.error("job %s: its reply could not be written; it is among the dead letters", finished.address)
             else:
-                self._counters.jobs += 1
+                self._count(finished, now)
         self._window.forget([settlement.address.name for settlement in batch])
+
+    def _count(self, finished: Finished, now: int) -> None:
+        address, reply = finished.address, finished.reply
+        self._counters.jobs += 1
+        self._counters.tokens_in += reply.tokens
+        self._histograms.add_answer(address, reply.timings, now)
+        if address.streams and (usage := _usage(reply)):
+            self._counters.tokens_out += usage.completion
+            self._counters.tokens_reused += usage.cached
+
+
+def _usage(reply: Reply) -> Usage | None:
+    """Returns the tokens of a generated text; None if the reply does not say."""
+    value = reply.values[0] if reply.values else None
+    try:
+        return read_usage(value.get("usage")) if isinstance(value, dict) else None
+    except Malformed:
+        return None
 
 
 def _encoded(finished: Finished, origin: str) -> Settlement:
+    answer = finished.reply
     try:
-        reply = encode_reply(finished.reply, origin)
+        reply = encode_reply(answer, origin)
     except BaseException as error:  # noqa: BLE001 - a result may have code of its own, and must not fail other jobs
-        reply = encode_reply(Reply(error=ModelFailed(f"the answer cannot be sent: {type(error).__name__}")))
-    return Settlement(finished.address, reply, finished.bury)
+        answer = Reply(error=ModelFailed(f"the answer cannot be sent: {type(error).__name__}"))
+        reply = encode_reply(answer)
+    return Settlement(finished.address, reply, finished.bury, _failed(answer, finished.address.rows))
+
+
+def _failed(reply: Reply, rows: int) -> Mapping[str, int]:
+    """Returns the number of rows with an error, by its code. A code is a class's: their number is limited."""
+    if reply.error is not None:
+        return {_code(reply.error): rows}
+    return Counter(map(_code, reply.errors.values())) if reply.errors else NO_FAILURES
+
+
+def _code(error: MillstreamError) -> str:
+    return error.code if error.code in CODES else MillstreamError.code

@@ -39,6 +39,7 @@ class ActiveJob:
     forward, 0 before it. `running_since`: monotonic seconds of the running forward's start. `digests`: cache key of
     each row's answer; empty if they are not cached. `records`: encoded output of its earlier runs, if it streams.
     `displaced`: number of times that its row left its slot here. `waits_since`: monotonic seconds of the last time.
+    `output_at`: monotonic seconds of the last piece of its text, None before the first one here.
     """
 
     claim: Claim
@@ -54,6 +55,7 @@ class ActiveJob:
     records: bytes = b""
     displaced: int = 0
     waits_since: float = 0.0
+    output_at: float | None = None
 
     def __post_init__(self) -> None:
         self.name = self.claim.address.name

@@ -1,13 +1,16 @@
 -- Records a worker's heartbeat, extends the lease on all entries that it owns, and returns changes in what it owns.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET workers   KEYS[5] HASH this worker   KEYS[6] STRING reclaim
--- KEYS[7] ZSET cancelled   KEYS[8] HASH the service
+-- KEYS[7] ZSET cancelled   KEYS[8] HASH the service   KEYS[9] HASH metrics
 -- ARGV[1] group  ARGV[2] consumer  ARGV[3] lease ms
--- ARGV[4] n, then n pairs of field and value for the worker's hash; then the entries it holds, as 'stream:entry id'
+-- ARGV[4] n, ARGV[5] number of the package of counters, 0 if there is none, ARGV[6] m
+-- then n pairs of field and value for the worker's hash, m pairs of field and number to add to the metrics, and the
+--   entries it holds, as 'stream:entry id'
+-- A package is added once: the worker's hash has the number of its last one, and numbers rise.
 -- Returns {now_ms, live workers, 1 if a reclaim pass is due, revision of the service (each push raises it),
 --   {lost: held, but no longer its own}, {unknown: its own, but not held}, {cancelled since the last heartbeat}}
 
 local GROUP, CONSUMER, LEASE = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local DAY_MS, RECLAIM_EVERY_MS = 86400000, 1000
+local DAY_MS, RECLAIM_EVERY_MS, METRICS_KEPT_MS = 86400000, 1000, 30 * 86400000
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -16,10 +19,17 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 redis.call('ZREM', KEYS[4], CONSUMER)
 redis.call('ZADD', KEYS[4], now, CONSUMER)
 redis.call('PEXPIRE', KEYS[4], DAY_MS)
-local pairs_given = tonumber(ARGV[4])
-for i = 5, 4 + 2 * pairs_given, 2 do redis.call('HSET', KEYS[5], ARGV[i], ARGV[i + 1]) end
+local package, metrics_at = tonumber(ARGV[5]), 7 + 2 * ARGV[4]
+local held_at = metrics_at + 2 * ARGV[6]
+for i = 7, metrics_at - 1, 2 do redis.call('HSET', KEYS[5], ARGV[i], ARGV[i + 1]) end
 redis.call('HSET', KEYS[5], 'beat', string.format('%.0f', now))
+-- pcall: whatever else may lie under the key of the metrics, the worker lives.
+if package > (tonumber(redis.call('HGET', KEYS[5], 'package')) or 0) then
+  for i = metrics_at, held_at - 1, 2 do redis.pcall('HINCRBY', KEYS[9], ARGV[i], ARGV[i + 1]) end
+  redis.call('HSET', KEYS[5], 'package', ARGV[5])
+end
 redis.call('PEXPIRE', KEYS[5], LEASE * 4)
+redis.pcall('PEXPIRE', KEYS[9], METRICS_KEPT_MS)
 
 local mine = {}
 for stream = 1, 3 do
@@ -40,7 +50,7 @@ local due = (not last or now - last >= RECLAIM_EVERY_MS or tonumber(last) > now)
 
 local lost, unknown, cancelled = {}, {}, {}
 local held = {}
-for i = 5 + 2 * pairs_given, #ARGV do
+for i = held_at, #ARGV do
   held[ARGV[i]] = true
   if not mine[ARGV[i]] then lost[#lost + 1] = ARGV[i] end
 end

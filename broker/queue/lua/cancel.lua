@@ -1,6 +1,7 @@
 -- Cancels jobs: deletes a job that waits, and marks one that a worker holds for that worker.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET cancelled   KEYS[5] HASH trail
--- KEYS[6..] per job: STRING seen, HASH or STRING of its result, STRING partial
+-- KEYS[6] HASH metrics: 'settled' (jobs), 'failed:cancelled' (rows)
+-- KEYS[7..] per job: STRING seen, HASH or STRING of its result, STRING partial
 -- ARGV[1] group  ARGV[2] consumer of returned jobs  ARGV[3] lifetime of a mark, ms
 -- then per job: job id, 'hash' | 'string' | 'none' (a client waits for no reply to a cancelled job), result ttl ms,
 --   result
@@ -11,17 +12,20 @@ local GROUP, RETURNED, MARKS_KEPT_MS = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local SEEN_AFTER_SETTLE_MS = 20000
 -- Number of fields of a detached call's hash that are not jobs; time for its caller to submit the rest of the call.
 local CALL_FIELDS, SUBMITTING_MS = 4, 3600000
+local METRICS_KEPT_MS = 30 * 86400000
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
--- Returns the stream and the entry id of an accepted job; nothing if it is settled. Older clients did not store the
--- stream, and two streams may have the same entry id within one ms, so the job id in the entry decides.
+-- Returns the stream, the entry id and the rows of an accepted job; nothing if it is settled. Older clients did not
+-- store the stream, and two streams may have the same entry id within one ms, so the job id in the entry decides.
 local function find(accepted, job)
   local named, entry = string.match(accepted, '^([123]):(.+)$')
   for stream = tonumber(named or 1), tonumber(named or 3) do
     local found = redis.call('XRANGE', KEYS[stream], entry or accepted, entry or accepted)[1]
-    if found and found[2][3] == 'id' and found[2][4] == job then return stream, entry or accepted end
+    if found and found[2][3] == 'id' and found[2][4] == job then
+      return stream, entry or accepted, found[2][9] == 'rows' and tonumber(found[2][10]) or 1
+    end
   end
 end
 
@@ -52,10 +56,17 @@ local function answer(kind, key, job, ttl, result)
   end
 end
 
+-- Adds to a counter. pcall: counting must not fail a job. A result of `n` says that the field is new, perhaps with its
+-- key, which heartbeats then renew.
+local function count(field, n)
+  if n > 0 and redis.pcall('HINCRBY', KEYS[6], field, n) == n then redis.pcall('PEXPIRE', KEYS[6], METRICS_KEPT_MS) end
+end
+local jobs_deleted, rows_deleted = 0, 0
+
 local function cancel(seen, key, partial, job, kind, ttl, result)
   local accepted = redis.call('GET', seen)
   if not accepted then return 0 end
-  local stream, entry = find(accepted, job)
+  local stream, entry, rows = find(accepted, job)
   if not stream then return 0 end
   local owner = holder(stream, entry)
   if owner and owner ~= RETURNED then
@@ -69,6 +80,7 @@ local function cancel(seen, key, partial, job, kind, ttl, result)
     redis.pcall('HDEL', KEYS[5], stream .. ':' .. entry, stream .. ':' .. entry .. ':batch')
   end
   redis.call('XDEL', KEYS[stream], entry)
+  jobs_deleted, rows_deleted = jobs_deleted + 1, rows_deleted + rows
   redis.call('DEL', partial)
   answer(kind, key, job, ttl, result)
   -- As in settle: a detached job stays known as long as its result; the hash of its call does this for newer clients.
@@ -79,10 +91,12 @@ end
 -- Removes old marks, and those far ahead of the clock, which stepped back since.
 redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', now - MARKS_KEPT_MS)
 redis.call('ZREMRANGEBYSCORE', KEYS[4], now + MARKS_KEPT_MS, '+inf')
-local outcomes, key = {}, 6
+local outcomes, key = {}, 7
 for arg = 4, #ARGV, 4 do
   outcomes[#outcomes + 1] = cancel(KEYS[key], KEYS[key + 1], KEYS[key + 2],
     ARGV[arg], ARGV[arg + 1], ARGV[arg + 2], ARGV[arg + 3])
   key = key + 3
 end
+count('settled', jobs_deleted)
+count('failed:cancelled', rows_deleted)
 return outcomes

@@ -2,7 +2,8 @@
 -- In order: if a group of one job is refused, later groups of its priority, or of its rate limit, are refused, too.
 -- KEYS[1] HASH the service   KEYS[2..4] STREAM realtime, normal, batch   KEYS[5] HASH the service's token bucket
 -- KEYS[6] STRING paused: 'refusing' refuses new jobs   KEYS[7] HASH refused: reason -> number of calls
--- KEYS[8..] per group: HASH its tenant's token bucket; HASH its detached call, if it has one; per job: STRING seen
+-- KEYS[8] HASH metrics: 'jobs:PRIORITY', 'accepted:PRIORITY' (rows), 'refused:REASON' (calls)
+-- KEYS[9..] per group: HASH its tenant's token bucket; HASH its detached call, if it has one; per job: STRING seen
 -- ARGV[1] number of groups; then per group: priority 1..3, jobs, calls to charge, calls to count if refused, id of the
 --         detached call ('' for none); for a detached call: jobs of the whole call, payload, result ttl ms ('' for the
 --         worker's); then per job: id op rows tokens deadline_in queue_in client tenant trace body
@@ -20,9 +21,10 @@ local SEEN_AFTER_DEADLINE_MS = 60000
 -- A job may wait as long as its service is paused. The scripts that end a job shorten the ttl of its key `seen`.
 local SEEN_WITHOUT_DEADLINE_MS = 366 * 86400000
 local SEEN_AFTER_REPEAT_MS = 20000
-local REFUSED_KEPT_MS = 86400000
+local REFUSED_KEPT_MS, METRICS_KEPT_MS = 86400000, 30 * 86400000
 local RETRY_AFTER_MS, RETRY_PAUSED_AFTER_MS = 100, 500
 local STREAM = {'1:', '2:', '3:'}
+local PRIORITIES = {'realtime', 'normal', 'batch'}
 
 -- The server's clock: callers' clocks differ, which would falsify deadlines and rates.
 local time = redis.call('TIME')
@@ -42,6 +44,8 @@ local depth_limits = {tonumber(spec[8]) or common, tonumber(spec[9]) or common, 
 -- Jobs in each stream, by priority; nil until a group asks.
 local depths = {}
 local refusing = redis.call('GET', KEYS[6]) == 'refusing'
+-- What this call accepts, by priority, and refuses, by reason: added to the counters at once in the end.
+local new_jobs_of, new_rows_of, refusals = {0, 0, 0}, {0, 0, 0}, {}
 
 -- Cached texts of times: many jobs of one call of this script have the same remaining time.
 local moments, lives = {[''] = ''}, {[''] = string.format('%.0f', SEEN_WITHOUT_DEADLINE_MS)}
@@ -73,6 +77,8 @@ local function accept(priority, seen, at, call)
   local entry = redis.call('XADD', KEYS[1 + priority], '*', unpack(words))
   -- With the stream: within one ms another stream may have an entry with this id.
   redis.call('SET', seen, STREAM[priority] .. entry, 'PX', lives[call == '' and remaining or ''])
+  new_jobs_of[priority] = new_jobs_of[priority] + 1
+  new_rows_of[priority] = new_rows_of[priority] + ARGV[at + 2]
 end
 
 -- Keeps a job known while its caller repeats it, also after it is settled. It is also a write: WAIT covers the last
@@ -177,6 +183,7 @@ local function count_refusals(reason, calls)
   if reason == 'unknown_service' or calls == '0' then return end
   redis.pcall('HINCRBY', KEYS[7], reason, calls)
   redis.pcall('PEXPIRE', KEYS[7], REFUSED_KEPT_MS)
+  refusals[reason] = (refusals[reason] or 0) + calls
 end
 
 -- The first refusal of each priority that is full, and of each priority and token bucket that is empty.
@@ -232,8 +239,14 @@ local function enter_detached(priority, bucket, arg, seen, jobs, calls, to_count
   return {ACCEPTED}
 end
 
+-- Adds to a counter. pcall: counting must not fail a job. A result of `n` says that the field is new, perhaps with its
+-- key, which heartbeats then renew.
+local function count(field, n)
+  if n > 0 and redis.pcall('HINCRBY', KEYS[8], field, n) == n then redis.pcall('PEXPIRE', KEYS[8], METRICS_KEPT_MS) end
+end
+
 local outcomes = {}
-local arg, key = 2, 8
+local arg, key = 2, 9
 for group = 1, tonumber(ARGV[1]) do
   local priority, jobs, calls = tonumber(ARGV[arg]), tonumber(ARGV[arg + 1]), tonumber(ARGV[arg + 2])
   local to_count, call = ARGV[arg + 3], ARGV[arg + 4]
@@ -248,4 +261,9 @@ for group = 1, tonumber(ARGV[1]) do
   end
   arg, key = arg + 10 * jobs, key + jobs
 end
+for priority, name in ipairs(PRIORITIES) do
+  count('jobs:' .. name, new_jobs_of[priority])
+  count('accepted:' .. name, new_rows_of[priority])
+end
+for reason, calls in pairs(refusals) do count('refused:' .. reason, calls) end
 return outcomes

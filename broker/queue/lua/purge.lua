@@ -1,9 +1,10 @@
 -- Deletes jobs that wait and answers each; a job that a worker holds is not changed.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] HASH trail
--- KEYS[5..] per job: STREAM, HASH or STRING of its reply, STRING seen, STRING partial
+-- KEYS[5] HASH metrics: 'settled' (jobs), 'failed:cancelled' (rows)
+-- KEYS[6..] per job: STREAM, HASH or STRING of its reply, STRING seen, STRING partial
 -- ARGV[1] group  ARGV[2] consumer of returned jobs  ARGV[3] unread bytes a reply stream may hold; then per job:
 --   stream 1..3, entry id, job id, 'stream' | 'hash' | 'string' | 'none', reply ttl ms, deadline in server ms or 0,
---   reply
+--   reply, rows
 -- A client gets no reply if the job's deadline has passed, since it waits no longer, or if its stream is full of unread
 --   replies
 -- Returns per job: 1 deleted and answered; 0 a worker holds it, or it is settled
@@ -12,6 +13,7 @@ local GROUP, RETURNED, UNREAD_BYTES = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local SEEN_AFTER_SETTLE_MS = 20000
 -- Number of fields of a detached call's hash that are not jobs; time for its caller to submit the rest of the call.
 local CALL_FIELDS, SUBMITTING_MS = 4, 3600000
+local METRICS_KEPT_MS = 30 * 86400000
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -56,8 +58,14 @@ local function answer(kind, key, job, ttl, deadline, reply)
   end
 end
 
-local outcomes = {}
-local arg, key = 4, 5
+-- Adds to a counter. pcall: counting must not fail a job. A result of `n` says that the field is new, perhaps with its
+-- key, which heartbeats then renew.
+local function count(field, n)
+  if n > 0 and redis.pcall('HINCRBY', KEYS[5], field, n) == n then redis.pcall('PEXPIRE', KEYS[5], METRICS_KEPT_MS) end
+end
+
+local outcomes, jobs_deleted, rows_deleted = {}, 0, 0
+local arg, key = 4, 6
 while arg <= #ARGV do
   local stream, entry, job = KEYS[tonumber(ARGV[arg])], ARGV[arg + 1], ARGV[arg + 2]
   local kind, ttl, deadline, reply = ARGV[arg + 3], ARGV[arg + 4], tonumber(ARGV[arg + 5]), ARGV[arg + 6]
@@ -71,12 +79,15 @@ while arg <= #ARGV do
     if owner then redis.call('HDEL', KEYS[4], name, name .. ':batch') end
   end
   if gone == 1 then
+    jobs_deleted, rows_deleted = jobs_deleted + 1, rows_deleted + ARGV[arg + 7]
     redis.call('DEL', KEYS[key + 2])
     answer(kind, KEYS[key], job, ttl, deadline, reply)
     -- As in settle: a detached job stays known as long as its result.
     redis.call('PEXPIRE', KEYS[key + 1], kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS)
   end
   outcomes[#outcomes + 1] = gone
-  arg, key = arg + 7, key + 3
+  arg, key = arg + 8, key + 3
 end
+count('settled', jobs_deleted)
+count('failed:cancelled', rows_deleted)
 return outcomes

@@ -1,13 +1,14 @@
 -- Answers jobs and deletes their entries, each once: the first caller wins, a second one changes nothing.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] STREAM dead letters   KEYS[5] HASH trail
--- KEYS[6] ZSET cancelled
--- KEYS[7..] per destination of replies: STREAM, HASH of a detached call or STRING; then per job: STRING seen, and
+-- KEYS[6] ZSET cancelled   KEYS[7] HASH metrics: 'settled' and 'buried:REASON' (jobs), 'ok' and 'failed:CODE' (rows)
+-- KEYS[8..] per destination of replies: STREAM, HASH of a detached call or STRING; then per job: STRING seen, and
 --   STRING partial if its destination is of jobs that stream
 -- ARGV[1] group  ARGV[2] most dead letters  ARGV[3] unread bytes a reply stream may hold
 -- ARGV[4] small error reply that replaces replies beyond that  ARGV[5] number of destinations
 -- then per destination: 'stream' | 'hash' | 'string' (detached jobs of older clients) | 'none', reply ttl ms, 1 if its
 --   jobs stream
--- then per job: stream 1..3 ':' entry id, destination 1.., job id, reply, reason for a dead letter ('' for none)
+-- then per job: stream 1..3 ':' entry id, destination 1.., job id, reply, reason for a dead letter ('' for none),
+--   rows of the reply without an error, and if there are others, ' CODE ROWS' for each error code
 -- A dead letter has these fields, then the entry's: reason, entry, buried (ms), priority;
 --   attempts and consumer if known;
 --   history if a run did not finish: a line for each, as release and reclaim wrote it;
@@ -27,9 +28,37 @@ local MAX_BYTES = 1048576
 local FEW_UNREAD = 16
 -- A full stream takes errors while it has fewer entries than this, or is at most an eighth above its limit.
 local MOST_ERRORS = 4096
+local METRICS_KEPT_MS = 30 * 86400000
 local PRIORITIES = {'realtime', 'normal', 'batch'}
 local OURS = {reason = true, entry = true, buried = true, priority = true, attempts = true, consumer = true,
   history = true, cut = true}
+
+-- What this call adds to the counters: once for each of them in the end.
+local added, ok = {}, 0
+
+local function add(field, n) added[field] = (added[field] or 0) + n end
+
+-- Counts the rows of a settled job. `instead` is the code of the error that all of them got instead of their reply.
+local function add_rows(rows, instead)
+  local all_ok = not instead and tonumber(rows)
+  if all_ok then
+    ok = ok + all_ok
+    return
+  end
+  local good, others = string.match(rows, '^(%d+)(.*)$')
+  local total = tonumber(good)
+  for code, failed in string.gmatch(others, ' (%S+) (%d+)') do
+    total = total + failed
+    if not instead then add('failed:' .. code, tonumber(failed)) end
+  end
+  if instead then add('failed:' .. instead, total) else ok = ok + good end
+end
+
+-- Adds to a counter. pcall: counting must not fail a job. A result of `n` says that the field is new, perhaps with its
+-- key, which heartbeats then renew.
+local function count(field, n)
+  if n > 0 and redis.pcall('HINCRBY', KEYS[7], field, n) == n then redis.pcall('PEXPIRE', KEYS[7], METRICS_KEPT_MS) end
+end
 
 -- Returns the entry's attempts and its consumer, which XACK deletes. lease.py defines the delivery count.
 local function history(stream, id)
@@ -68,7 +97,8 @@ local function bury(priority, id, reason, past)
   if over > 0 then copy[#copy + 1], copy[#copy + 2] = 'cut', string.format('%d', over) end
   for _, part in ipairs(parts) do copy[#copy + 1] = part end
   -- pcall: if the dead letter cannot be written, the jobs after this one are still settled.
-  redis.pcall('XADD', KEYS[4], 'MAXLEN', '~', MAX_DEAD, '*', unpack(copy))
+  local letter = redis.pcall('XADD', KEYS[4], 'MAXLEN', '~', MAX_DEAD, '*', unpack(copy))
+  if type(letter) == 'string' then add('buried:' .. string.match(reason, '^[^:]*'), 1) end
 end
 
 local expiring, sizes, lengths = {}, {}, {}
@@ -124,8 +154,9 @@ local function is_another(seen, name, id)
   return type(accepted) == 'string' and accepted ~= name and accepted ~= id
 end
 
-local outcomes, retired = {}, {{}, {}, {}}
-local arg, seen = 6 + 3 * DESTINATIONS, 7 + DESTINATIONS
+local INSTEAD = {[UNREAD_INSTEAD] = 'reader_too_slow', [UNWRITABLE] = 'reply_unwritable'}
+local outcomes, retired, settled = {}, {{}, {}, {}}, 0
+local arg, seen = 6 + 3 * DESTINATIONS, 8 + DESTINATIONS
 while arg <= #ARGV do
   local name, destination, job = ARGV[arg], tonumber(ARGV[arg + 1]), ARGV[arg + 2]
   local reply, reason = ARGV[arg + 3], ARGV[arg + 4]
@@ -138,7 +169,7 @@ while arg <= #ARGV do
     outcomes[#outcomes + 1] = 0
   else
     local another = is_another(KEYS[seen], name, id)
-    local outcome = another and UNWRITABLE or answer(kind, KEYS[6 + destination], job, ttl, reply)
+    local outcome = another and UNWRITABLE or answer(kind, KEYS[7 + destination], job, ttl, reply)
     if another then reason = 'malformed: its id is another job\'s'
     elseif outcome == UNWRITABLE then reason = 'reply_unwritable' end
     if marked then redis.call('ZREM', KEYS[6], name) end
@@ -150,12 +181,17 @@ while arg <= #ARGV do
       redis.call('PEXPIRE', KEYS[seen], kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS)
       if streams then redis.call('DEL', KEYS[seen + 1]) end
     end
+    settled = settled + 1
+    add_rows(ARGV[arg + 5], INSTEAD[outcome])
     outcomes[#outcomes + 1] = outcome
   end
-  arg, seen = arg + 5, seen + (streams and 2 or 1)
+  arg, seen = arg + 6, seen + (streams and 2 or 1)
 end
 for priority, ids in ipairs(retired) do
   if #ids > 0 then redis.call('XDEL', KEYS[priority], unpack(ids)) end
 end
 for reply_key, ttl in pairs(expiring) do redis.call('PEXPIRE', reply_key, ttl) end
+count('settled', settled)
+count('ok', ok)
+for field, n in pairs(added) do count(field, n) end
 return outcomes
