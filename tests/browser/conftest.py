@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-
-# Beside these tests, as pytest's own `pythonpath` puts the folder of all tests.
-sys.path.insert(0, str(Path(__file__).parent))
-
-from chromium import Tab, browsing
+from browser.chromium import Tab, browsing
+from browser.staging import Mill, calling, serving
 from contracts.queue import Queue, draft
-from staging import calling, serving
 from workers import spec, working
 
 from millstream.broker.contract.keys import ServiceKeys
@@ -25,15 +18,6 @@ from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 
 HOSTILE = "model_failed: <img src=x onerror=document.title='hacked'><script>document.title='hacked'</script>"
-
-
-@dataclass
-class Mill:
-    """A server, the dashboard's URL, and the queue of the service whose jobs nobody takes."""
-
-    server: EmbeddedServer
-    url: str
-    thumbnails: Queue
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+from contracts.queue import Queue
+
+from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.client import Client
 from millstream.gateway.dashboard.server import Server, listen
 from millstream.gateway.dashboard.settings import make_settings
+
+
+@dataclass
+class Mill:
+    """A server, the dashboard's URL, and the queue of the service whose jobs nobody takes."""
+
+    server: EmbeddedServer
+    url: str
+    thumbnails: Queue
 
 
 @contextmanager

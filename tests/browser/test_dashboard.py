@@ -7,8 +7,8 @@ from pathlib import Path
 
 import engines
 import pytest
-from chromium import Tab
-from conftest import Mill
+from browser.chromium import Tab
+from browser.staging import Mill
 from contracts.queue import draft
 
 PAGES = {
