@@ -23,6 +23,7 @@ from millstream.gateway.dashboard.rendering import Renderer
 from millstream.gateway.dashboard.settings import Settings, make_settings
 from millstream.gateway.dashboard.sign_in import SignIn
 from millstream.gateway.dashboard.state import Dashboard
+from millstream.gateway.dashboard.traffic import Traffic
 from millstream.gateway.dashboard.users import User
 
 LOCAL = make_settings("127.0.0.1", has_users=False)
@@ -43,7 +44,8 @@ def look(*views: ServiceView, findings: Sequence[Finding] | None = None) -> Look
         if findings is None
         else findings
     )
-    return Look(1_700_000_000.0, Examination(views, specs, [], found))
+    traffic = dict.fromkeys((view.name for view in views), Traffic(12.5, 8.25, 33.0, 4.5, 1_250.0))
+    return Look(1_700_000_000.0, Examination(views, specs, [], found), traffic=traffic)
 
 
 def supervisor(past: str, failures: int = 4) -> SupervisorView:

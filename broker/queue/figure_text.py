@@ -26,6 +26,23 @@ def number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def rate(per_s: float | None) -> str:
+    """Returns a rate with one digit after the point below 10; a dash if it is None."""
+    return "-" if per_s is None else f"{per_s:.1f}" if per_s < 9.95 else f"{per_s:.0f}"
+
+
+def seconds(value: float | None) -> str:
+    """Returns a time span as `age` does; a dash if it is None."""
+    return age(None if value is None else round(value * 1000))
+
+
+def latency(ms: float | None) -> str:
+    """Returns a time, ms, as text such as 3.2ms, 45ms, 1.2s; a dash if it is None."""
+    if ms is None:
+        return "-"
+    return f"{ms:.1f}ms" if ms < 9.95 else f"{ms:.0f}ms" if ms < 999.5 else age(round(ms))
+
+
 def iso_time(ms: int) -> str:
     """Returns a time, ms since 1970, in ISO format, UTC, such as 2026-01-31T23:59:59Z."""
     return f"{datetime.fromtimestamp(ms // 1000, UTC):%FT%TZ}"

@@ -12,8 +12,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from millstream.broker.queue.deadletters import DeadLetters
 from millstream.broker.transport.connection import translated
-from millstream.gateway.dashboard.looks import SERIES
 from millstream.gateway.dashboard.state import Dashboard, dashboard_of
+from millstream.gateway.dashboard.traffic import SERIES
 
 router = APIRouter()
 Shared = Annotated[Dashboard, Depends(dashboard_of)]

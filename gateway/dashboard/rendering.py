@@ -12,7 +12,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from millstream.broker.contract.job import PRIORITIES
-from millstream.broker.queue.figure_text import age, attempt, iso_time, number, quantity
+from millstream.broker.queue.figure_text import age, attempt, iso_time, latency, number, quantity, rate, seconds
 from millstream.gateway.dashboard.badges import badges
 
 STATIC = resources.files("millstream.gateway.dashboard") / "static"
@@ -33,10 +33,13 @@ class Renderer:
             "age": age,
             "attempt": attempt,
             "iso_time": iso_time,
+            "latency": latency,
             "number": number,
             "part": lambda text: quote(text, safe=""),
             "percent": percent,
             "quantity": quantity,
+            "rate": rate,
+            "seconds": seconds,
         }
         self._environment.globals |= {
             "asset": lambda name: f"{root}/static/{name}?{_digest(name)}",

@@ -9,10 +9,9 @@ from collections.abc import Generator, Mapping
 import uvicorn
 
 from millstream.broker.contract.errors import ConfigError
-from millstream.broker.queue.examination import examine
 from millstream.broker.transport.connection import Connection
 from millstream.gateway.dashboard.app import make_app
-from millstream.gateway.dashboard.looks import Watcher
+from millstream.gateway.dashboard.looks import Watcher, see
 from millstream.gateway.dashboard.rendering import Renderer
 from millstream.gateway.dashboard.settings import Settings
 from millstream.gateway.dashboard.sign_in import SignIn
@@ -29,7 +28,7 @@ class Server(uvicorn.Server):
     def __init__(
         self, connection: Connection, prefix: str, settings: Settings, users: Mapping[str, User] | None
     ) -> None:
-        self._watcher = Watcher(lambda: examine(connection, prefix))
+        self._watcher = Watcher(lambda: see(connection, prefix))
         dashboard = Dashboard(
             connection, prefix, settings, self._watcher, Renderer(connection.safe_url, settings.root_path)
         )

@@ -21,7 +21,6 @@ from workers import spec
 from millstream.broker.contract.errors import ConfigError
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.deadletters import DeadLetters
-from millstream.broker.queue.examination import examine
 from millstream.broker.queue.pause import find_pause
 from millstream.broker.queue.registry import Registry
 from millstream.broker.server.embedded import EmbeddedServer
@@ -29,7 +28,7 @@ from millstream.broker.transport.connection import Connection
 from millstream.client import Client
 from millstream.gateway.dashboard import actions
 from millstream.gateway.dashboard.app import make_app
-from millstream.gateway.dashboard.looks import Watcher
+from millstream.gateway.dashboard.looks import Watcher, see
 from millstream.gateway.dashboard.rendering import Renderer
 from millstream.gateway.dashboard.server import Server, listen
 from millstream.gateway.dashboard.settings import make_settings
@@ -49,7 +48,7 @@ def queue(connection: Connection, service: str) -> Iterator[Queue]:
 @pytest.fixture
 def browser(connection: Connection) -> TestClient:
     """A browser of a dashboard that looks when it is asked."""
-    watcher = Watcher(lambda: examine(connection))
+    watcher = Watcher(lambda: see(connection, "ms"))
     dashboard = Dashboard(connection, "ms", LOCAL, watcher, Renderer(connection.safe_url))
     return TestClient(make_app(dashboard), "http://127.0.0.1:8870")
 

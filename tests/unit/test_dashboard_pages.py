@@ -16,13 +16,14 @@ from support import eventually
 
 from millstream.broker.contract.errors import BrokerUnavailable
 from millstream.broker.contract.job import Priority
+from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.deadletters import Letter
 from millstream.broker.queue.diagnosis import Finding
-from millstream.broker.queue.examination import Examination
+from millstream.broker.queue.metrics import decode_metrics
 from millstream.broker.queue.pause import Pause
 from millstream.gateway.dashboard.badges import badges
 from millstream.gateway.dashboard.history import History
-from millstream.gateway.dashboard.looks import Look, Watcher
+from millstream.gateway.dashboard.looks import Look, Sight, Watcher
 from millstream.gateway.dashboard.rendering import Renderer
 
 STATIC = Path(str(resources.files("millstream.gateway.dashboard"))) / "static"
@@ -39,7 +40,7 @@ def test_the_first_page_shows_each_services_figures() -> None:
     text = texts(browser(look(DOCS)).get("/").text)
 
     assert "docs" in text
-    assert "4 0 0 3 1 9.5s 1 7 2 Pause" in text
+    assert "4 0 0 3 1 9.5s 12s 33 4.5ms 1.2s 1 7 2 Pause" in text
 
 
 def test_the_first_page_shows_what_doctor_finds() -> None:
@@ -206,21 +207,23 @@ def test_a_file_is_named_with_its_digest() -> None:
 # -- looks and history -----------------------------------------------------------------------------------------------
 
 
-def examination() -> Examination:
+def sight(**counts: int) -> Sight:
+    """What a look reads of the service docs, with these totals."""
     found = look(DOCS).found
     assert found
-    return found
+    fields = {name.replace("__", ":").encode(): str(count).encode() for name, count in counts.items()}
+    return Sight(found, {"docs": decode_metrics(ServiceKeys("docs"), fields)})
 
 
 def test_a_look_that_fails_says_why_and_the_next_one_may_succeed() -> None:
     answers = iter([BrokerUnavailable("away"), KeyError("odd"), None])
 
-    def examine() -> Examination:
+    def see() -> Sight:
         if error := next(answers):
             raise error
-        return examination()
+        return sight()
 
-    watcher = Watcher(examine)
+    watcher = Watcher(see)
 
     assert (watcher.last().found, watcher.last().error) == (None, "away")
     assert "internal error: KeyError" in watcher.again().error
@@ -231,16 +234,54 @@ def test_a_look_that_fails_says_why_and_the_next_one_may_succeed() -> None:
 def test_the_watcher_looks_again_and_again_until_it_is_ended() -> None:
     looked = threading.Semaphore(0)
 
-    def examine() -> Examination:
+    def see() -> Sight:
         looked.release()
         raise BrokerUnavailable("away")
 
-    watcher = Watcher(examine, every_s=0.001)
+    watcher = Watcher(see, every_s=0.001)
     watcher.start()
 
     assert all(looked.acquire(timeout=10) for _ in range(3))
     watcher.end()
     eventually(lambda: not watcher.is_alive())
+
+
+def test_rates_and_latencies_are_those_between_two_looks() -> None:
+    sights = iter([sight(settled=100, work__rows=1_000, total__realtime__5=90),
+                   sight(settled=120, work__rows=1_400, total__realtime__5=90, total__normal__250=10)])  # fmt: skip
+    times = iter([10.0, 12.0])
+    watcher = Watcher(lambda: next(sights), now=lambda: next(times))
+
+    first, second = watcher.again().traffic["docs"], watcher.again().traffic["docs"]
+
+    assert (first.jobs_per_s, first.p50_ms) == (None, None)
+    assert first.backlog_s == 5 * 2.5 / 10, "5 jobs wait, and the worker took 2.5 s for 10 jobs"
+    assert (second.jobs_per_s, second.rows_per_s) == (10.0, 200.0)
+    assert 100 < (second.p50_ms or 0) < (second.p95_ms or 0) <= 250, "no job of before the first look"
+
+
+def test_after_a_time_without_the_server_rates_begin_again() -> None:
+    answers = iter([sight(settled=100), None, sight(settled=900)])
+
+    def see() -> Sight:
+        if found := next(answers):
+            return found
+        raise BrokerUnavailable("away")
+
+    watcher = Watcher(see)
+    watcher.again()
+    watcher.again()
+
+    assert watcher.again().traffic["docs"].jobs_per_s is None
+
+
+def test_the_history_of_a_service_is_its_charts_data() -> None:
+    client = browser()
+
+    answer = client.get("/services/docs/history").json()
+
+    assert answer["names"] == ["waiting", "in_flight", "rows_per_s", "p50_ms", "p95_ms"]
+    assert answer["series"] == [[]] * 6
 
 
 def test_history_is_bounded_and_forgets_services_that_are_gone() -> None:

@@ -2,7 +2,7 @@
 "use strict";
 
 const EVERY_MS = 2000;
-const NAMES = {waiting: "waiting", in_flight: "in flight"};
+const NAMES = {waiting: "waiting", in_flight: "in flight", rows_per_s: "rows/s", p50_ms: "p50", p95_ms: "p95"};
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const dark = matchMedia("(prefers-color-scheme: dark)");
