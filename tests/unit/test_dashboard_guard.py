@@ -8,8 +8,11 @@ from collections.abc import Mapping
 import pytest
 from dashboards import DOCS, basic, browser, look, token_of
 from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
 
 from millstream.broker.contract.errors import ConfigError
+from millstream.gateway.dashboard.guard import Guard
+from millstream.gateway.dashboard.rendering import Renderer
 from millstream.gateway.dashboard.same_origin import COOKIE, Tokens, is_foreign, new_session
 from millstream.gateway.dashboard.settings import LOCAL_NAMES, host_name, make_settings
 from millstream.gateway.dashboard.users import User, new_line, read_users
@@ -141,8 +144,21 @@ def test_a_viewer_is_not_asked_for_a_confirmation(users: Mapping[str, User], pat
 def test_read_only_refuses_all_actions(path: str) -> None:
     client = browser(settings=make_settings("127.0.0.1", has_users=False, read_only=True))
 
-    assert "<button" not in client.get("/").text
-    assert client.post(path).status_code == 403
+    answer = client.post(path)
+
+    assert "/pause" not in client.get("/").text
+    assert (answer.status_code, "You may look, but not act." in answer.text) == (403, True)
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
+def test_a_route_that_is_added_later_is_guarded_too(method: str) -> None:
+    async def careless(scope: Scope, receive: Receive, send: Send) -> None:
+        pytest.fail("a viewer's action came through")
+
+    settings = make_settings("127.0.0.1", has_users=False, read_only=True)
+    client = TestClient(Guard(careless, settings, None, Renderer("redis://h")), "http://localhost")
+
+    assert client.request(method, "/anything").status_code == 403
 
 
 # -- pages of other sites --------------------------------------------------------------------------------------------

@@ -109,6 +109,12 @@ def test_an_unknown_name_is_checked_as_long_as_a_known_one(file: Path, monkeypat
     assert checked == [""]
 
 
+def test_no_password_is_right_for_an_unknown_name(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(User, "has_password", lambda *_: True)
+
+    assert SignIn(read_users(file)).check(header("eve", "any password"), 0.0) == "unknown"
+
+
 def test_a_right_password_is_checked_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     door = SignIn(read_users(file))
     door.check(header("ada", "correct horse"), 0.0)

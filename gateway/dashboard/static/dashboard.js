@@ -5,14 +5,15 @@ const EVERY_MS = 2000;
 const NAMES = {waiting: "waiting", in_flight: "in flight", rows_per_s: "rows/s", p50_ms: "p50", p95_ms: "p95"};
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const time = (at, length) => new Date(at * 1000).toTimeString().slice(0, length);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
 function options(names, width) {
   const axis = {stroke: colour("--soft"), grid: {stroke: colour("--line"), width: 1}, ticks: {show: false}};
   const lines = names.map((name, at) => ({label: NAMES[name] || name, stroke: colour(`--line-${at + 1}`), width: 2, points: {show: false}}));
-  const times = {...axis, space: 90, values: (u, ticks) => ticks.map((tick) => new Date(tick * 1000).toTimeString().slice(0, 8))};
+  const times = {...axis, space: 64, values: (u, ticks, at, space, step) => ticks.map((tick) => time(tick, step < 60 ? 8 : 5))};
   return {
-    width, height: 140, series: [{label: "time", value: (u, at) => at ? new Date(at * 1000).toTimeString().slice(0, 8) : "--"}, ...lines],
+    width, height: 140, series: [{label: "time", value: (u, at) => at ? time(at, 8) : "--"}, ...lines],
     axes: [times, {...axis, size: 48}], cursor: {drag: {x: false, y: false}},
     scales: {y: {range: (u, low, high) => [0, Math.max(1, (high || 0) * 1.1)]}},
   };
