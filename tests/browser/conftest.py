@@ -26,7 +26,8 @@ def mill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mill]:
     with EmbeddedServer.start(tmp_path_factory.mktemp("mill"), appendfsync="everysec") as server, ExitStack() as ends:
         connection = ends.enter_context(closing(Connection(server.url)))
         embed, rerank, thumbnails = spec("embed", forward_s=0.05, batch_size=8), spec("rerank"), spec("thumbnails")
-        Registry(connection).push([thumbnails])
+        # The longest name that a service may have must fit, too.
+        Registry(connection).push([thumbnails, spec("x" * 64)])
         ends.enter_context(working(server.url, embed, rerank))
         pause(connection.client, ServiceKeys("rerank"))
         queues = [Queue(connection.client, ServiceKeys(name)) for name in ("rerank", "thumbnails")]
