@@ -12,6 +12,7 @@ COPY broker broker
 COPY telemetry telemetry
 COPY worker worker
 COPY client client
+COPY gateway gateway
 COPY cli cli
 COPY telemetry telemetry
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .

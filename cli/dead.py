@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
 
 import click
 
 from millstream.broker.contract.errors import InvalidRequest, PartialFailure
-from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.deadletters import DeadLetters, Letter
-from millstream.broker.queue.registry import Registry
-from millstream.broker.transport.connection import Connection
+from millstream.broker.queue.figure_text import attempt, iso_time
 from millstream.cli import options
 from millstream.cli.groups import Group
 from millstream.cli.main import report
@@ -50,7 +47,7 @@ def list_letters(
     being finished.
     """
     with open_service(service, url, prefix) as (connection, keys):
-        letters = _letters(connection, keys)
+        letters = DeadLetters.open(connection, keys)
         found, total = letters.page(count, before), len(letters)
     if as_json:
         _print(json.dumps([as_record(letter) for letter in found], ensure_ascii=False, indent=2))
@@ -71,15 +68,15 @@ def list_letters(
 def show(service: str, letter_id: str, url: str | None, prefix: str | None, as_json: bool) -> None:
     """Show one dead letter of SERVICE, with the fields of its job in the stream."""
     with open_service(service, url, prefix) as (connection, keys):
-        letter = _letters(connection, keys).find(letter_id)
+        letter = DeadLetters.open(connection, keys).find(letter_id)
     record = as_record(letter)
     if as_json:
         _print(json.dumps(record, ensure_ascii=False, indent=2))
         return
     known = {name: value for name, value in record.items() if name not in ("fields", "history") and value is not None}
     lines = [f"{name} {value}" for name, value in known.items()]
-    lines += [f"history {_format_attempt(line)}" for line in letter.history]
-    lines += [f"{name} {value}" for name, value in _texts(letter).items()]
+    lines += [f"history {attempt(line)}" for line in letter.history]
+    lines += [f"{name} {value}" for name, value in letter.texts().items()]
     _print("\n".join(map(escape, lines)))
 
 
@@ -100,7 +97,7 @@ def requeue(
     if bool(letter_ids) == everything:
         raise InvalidRequest("requeue needs either ids or --all", hint="`millstream dead ls` lists the ids")
     with open_service(service, url, prefix) as (connection, keys):
-        letters = _letters(connection, keys)
+        letters = DeadLetters.open(connection, keys)
         failures = 0
         for letter in letters if everything else [letters.find(each) for each in dict.fromkeys(letter_ids)]:
             try:
@@ -122,7 +119,7 @@ def export(service: str, url: str | None, prefix: str | None) -> None:
     Bytes that are not UTF-8, which only malformed letters have, are printed as backslash escapes.
     """
     with open_service(service, url, prefix) as (connection, keys):
-        for letter in _letters(connection, keys):
+        for letter in DeadLetters.open(connection, keys):
             _print(json.dumps(as_record(letter), ensure_ascii=False))
 
 
@@ -135,7 +132,7 @@ def export(service: str, url: str | None, prefix: str | None) -> None:
 def purge(service: str, letter_ids: tuple[str, ...], url: str | None, prefix: str | None, yes: bool) -> None:
     """Remove dead letters of SERVICE, by default all."""
     with open_service(service, url, prefix) as (connection, keys):
-        letters = _letters(connection, keys)
+        letters = DeadLetters.open(connection, keys)
         options.confirm(f"Remove {quantity(len(letter_ids) or len(letters), 'dead letter')} of {service}?", yes)
         removed = letters.remove(letter_ids) if letter_ids else letters.purge()
     click.echo(f"{service}: {quantity(removed, 'dead letter')} removed")
@@ -152,23 +149,8 @@ def as_record(letter: Letter) -> dict[str, object]:
         "attempts": letter.attempts,
         "consumer": letter.consumer,
         "history": list(letter.history),
-        "fields": _texts(letter),
+        "fields": letter.texts(),
     }
-
-
-def _format_attempt(line: str) -> str:
-    """Returns a line of a letter's history with its time in ISO format instead of ms."""
-    at, _, rest = line.partition(" ")
-    return f"{_time(int(at))} {rest}" if at.isdecimal() and len(at) <= 14 else line
-
-
-def _time(ms: int) -> str:
-    return f"{datetime.fromtimestamp(ms // 1000, UTC):%FT%TZ}"
-
-
-def _letters(connection: Connection, keys: ServiceKeys) -> DeadLetters:
-    spec = Registry(connection, keys.prefix).read(keys.service)
-    return DeadLetters(connection.client, keys, replicated=spec.replicated, where=connection.safe_url)
 
 
 def _requeue(letters: DeadLetters, service: str, letter: Letter) -> str:
@@ -177,20 +159,12 @@ def _requeue(letters: DeadLetters, service: str, letter: Letter) -> str:
     from millstream.client.detached_id import DetachedId
 
     job_id = letters.requeue(letter, ROOM_S)
-    rows = int(letter.fields[b"rows"])
-    return str(DetachedId(service, rows, rows, job_id))
-
-
-def _texts(letter: Letter) -> dict[str, str]:
-    return {
-        name.decode(errors="backslashreplace"): value.decode(errors="backslashreplace")
-        for name, value in letter.fields.items()
-    }
+    return str(DetachedId.of_job(service, int(letter.fields[b"rows"]), job_id))
 
 
 def _row(letter: Letter) -> tuple[str, ...]:
-    texts = _texts(letter)
-    buried = "-" if letter.buried_at is None else _time(letter.buried_at)
+    texts = letter.texts()
+    buried = "-" if letter.buried_at is None else iso_time(letter.buried_at)
     reason = letter.reason if len(letter.reason) <= _REASON_SHOWN else f"{letter.reason[:_REASON_SHOWN]}..."
     cells = (reason, letter.priority.value, texts.get("op", "-"), texts.get("rows", "-"))
     attempts = "-" if letter.attempts is None else f"{letter.attempts:g}"

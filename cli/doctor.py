@@ -11,10 +11,8 @@ from dataclasses import asdict
 
 import click
 
-from millstream.broker.queue.diagnosis import Finding, diagnose
-from millstream.broker.queue.inspector import Inspector
-from millstream.broker.queue.registry import Registry
-from millstream.broker.queue.server_facts import read_server_facts
+from millstream.broker.queue.diagnosis import Finding
+from millstream.broker.queue.examination import examine
 from millstream.cli import options
 from millstream.cli.server import connect, find_server
 from millstream.cli.table import escape, quantity
@@ -38,25 +36,21 @@ def doctor(ctx: click.Context, services: tuple[str, ...], url: str | None, prefi
     """
     target = find_server(url, prefix)
     with connect(target.url) as connection:
-        servers = read_server_facts(connection)
-        registry = Registry(connection, target.prefix)
-        names = list(services) or registry.names()
         # Raises UnknownService with the name that was probably meant.
-        specs = [registry.read(name) for name in names]
-        views = Inspector(connection, target.prefix).services(names)
-    findings = diagnose(list(zip(specs, views, strict=True)), servers)
+        examination = examine(connection, target.prefix, services)
+    findings = examination.findings
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in findings], ensure_ascii=False, indent=2))
     else:
-        click.echo(_text(findings, names))
+        click.echo(_text(findings, len(examination.views)))
     if any(finding.severity != "note" for finding in findings):
         ctx.exit(TROUBLE)
 
 
-def _text(findings: Sequence[Finding], names: Sequence[str]) -> str:
+def _text(findings: Sequence[Finding], services: int) -> str:
     lines = [line for finding in findings for line in _lines(finding)]
     if all(finding.severity == "note" for finding in findings):
-        lines.append(f"no trouble found with the server and {quantity(len(names), 'service')}")
+        lines.append(f"no trouble found with the server and {quantity(services, 'service')}")
     return "\n".join(lines)
 
 

@@ -40,6 +40,7 @@ COMMANDS = {
     "config": Lazy(
         "millstream.cli.config:config", "Check or show a configuration, or publish it for workers and clients."
     ),
+    "dashboard": Lazy("millstream.cli.dashboard:dashboard", "Serve a web page on the queues and their workers."),
     "dead": Lazy("millstream.cli.dead:dead", "List a service's dead letters, run them again or remove them."),
     "doctor": Lazy("millstream.cli.doctor:doctor", "Say why nothing moves, and which command mends it."),
     "embed": Lazy("millstream.cli.embed:embed", "Embed texts through the queue."),

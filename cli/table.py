@@ -7,6 +7,10 @@ import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 
+from millstream.broker.queue.figure_text import age, number, quantity
+
+__all__ = ["age", "align", "bar", "escape", "number", "quantity"]
+
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 
 _LEAST_ROOM = 20
@@ -27,17 +31,6 @@ def align(rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-def age(ms: int | None) -> str:
-    """Returns a time span as text such as 9.5s, 42s, 3m07s or 2h05m; a dash if it is None."""
-    if ms is None:
-        return "-"
-    if ms < 10_000:
-        return f"{ms / 1000:.1f}s"
-    minutes, seconds = divmod(ms // 1000, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
-
-
 def span(ms: int | None) -> str:
     """Returns a time span as `age` does, but in ms below a second."""
     return f"{ms}ms" if ms is not None and 0 <= ms < 1000 else age(ms)
@@ -46,16 +39,6 @@ def span(ms: int | None) -> str:
 def bar(share: float, width: int = 20) -> str:
     """Returns a bar of `share` (0 to 1) of `width` characters, rounded to whole ones."""
     return "#" * round(width * share)
-
-
-def quantity(count: int, noun: str) -> str:
-    """Returns text such as "1 job" or "3 jobs"."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def number(value: float | None, digits: int) -> str:
-    """Returns `value` with `digits` digits after the point; a dash if it is None."""
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def fit(rows: Iterable[Sequence[str]], width: int | None, spare: Sequence[str] = ()) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from millstream.broker.contract.job import PRIORITIES, Priority
+from millstream.broker.queue import figure_text
+from millstream.broker.queue.figure_text import rate, seconds
 from millstream.broker.queue.metrics import HistogramView, ServiceMetrics, backlog_s
 from millstream.broker.queue.pace import Look, Pace, WorkerPace, merge
 from millstream.broker.queue.views import ServiceView, WorkerView
@@ -185,22 +187,9 @@ def _row(heading: Sequence[str], cells: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(cells.get(name, "") for name in heading)
 
 
-def rate(per_s: float | None) -> str:
-    """Returns a rate with one digit after the point below 10; a dash if it is None."""
-    return "-" if per_s is None else f"{per_s:.1f}" if per_s < 9.95 else f"{per_s:.0f}"
-
-
-def seconds(value: float | None) -> str:
-    """Returns a time span as `age` does; a dash if it is None."""
-    return age(None if value is None else round(value * 1000))
-
-
 def latency(found: HistogramView, share: float) -> str:
     """Returns a quantile of times as text such as 3.2ms, 45ms, 1.2s; a dash if there is none."""
-    ms = found.quantile(share)
-    if ms is None:
-        return "-"
-    return f"{ms:.1f}ms" if ms < 9.95 else f"{ms:.0f}ms" if ms < 999.5 else age(round(ms))
+    return figure_text.latency(found.quantile(share))
 
 
 def record(picture: Picture) -> dict[str, object]:

@@ -45,6 +45,11 @@ class DetachedId:
             raise InvalidRequest(f"{named!r} is no id of a detached call", hint="such as embed:8x8:9f86d0...")
         return cls(match["service"], int(match["rows"]), int(match["per_job"]), match["call"])
 
+    @classmethod
+    def of_job(cls, service: str, rows: int, job_id: str) -> DetachedId:
+        """Returns the id of the call of one job, such as that of a dead letter that runs again."""
+        return cls(service, rows, rows, job_id)
+
     def __str__(self) -> str:
         return f"{self.service}:{self.shape}:{self.call}"
 

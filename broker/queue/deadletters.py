@@ -15,9 +15,11 @@ from millstream.broker.contract.entry_codec import decode_entry
 from millstream.broker.contract.errors import InvalidRequest, Malformed
 from millstream.broker.contract.job import Draft, Priority
 from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.stream_types import DetachedCall, Group
 from millstream.broker.queue.streams import Streams
 from millstream.broker.queue.submitter import deliver
+from millstream.broker.transport.connection import Connection
 
 _PAGE = 100
 _ID = re.compile("[0-9]{1,16}-[0-9]{1,16}")
@@ -46,6 +48,13 @@ class Letter:
     history: Sequence[str]
     fields: Mapping[bytes, bytes]
 
+    def texts(self) -> dict[str, str]:
+        """Returns the fields as text, with backslash escapes for bytes that are not UTF-8."""
+        return {
+            name.decode(errors="backslashreplace"): value.decode(errors="backslashreplace")
+            for name, value in self.fields.items()
+        }
+
 
 class DeadLetters:
     """The dead letters of one service, over one client.
@@ -62,6 +71,12 @@ class DeadLetters:
         self._keys = keys
         self._streams = Streams(client, keys)
 
+    @classmethod
+    def open(cls, connection: Connection, keys: ServiceKeys) -> DeadLetters:
+        """Returns the dead letters of a registered service. Raises UnknownService, BrokerUnavailable."""
+        spec = Registry(connection, keys.prefix).read(keys.service)
+        return cls(connection.client, keys, replicated=spec.replicated, where=connection.safe_url)
+
     def __len__(self) -> int:
         return int(self._client.xlen(self._keys.dead()))
 
@@ -77,6 +92,16 @@ class DeadLetters:
     def __iter__(self) -> Iterator[Letter]:
         """Yields all letters that exist when it starts, newest first."""
         page = self.page(_PAGE)
+        while page:
+            yield from page
+            page = self.page(_PAGE, before=page[-1].id)
+
+    def up_to(self, letter_id: str) -> Iterator[Letter]:
+        """Yields the letters that are not newer than `letter_id`, newest first.
+
+        Raises InvalidRequest if it is no id.
+        """
+        page = self.page(_PAGE, before=_following(letter_id))
         while page:
             yield from page
             page = self.page(_PAGE, before=page[-1].id)
@@ -108,9 +133,14 @@ class DeadLetters:
         """Deletes these letters. Returns how many existed. Raises InvalidRequest if one of the ids is malformed."""
         return int(self._client.xdel(self._keys.dead(), *map(_checked, letter_ids)))
 
-    def purge(self) -> int:
-        """Deletes all letters. Returns how many there were."""
-        return int(self._client.xtrim(self._keys.dead(), maxlen=0, approximate=False))
+    def purge(self, until: str | None = None) -> int:
+        """Deletes all letters, or those that are not newer than `until`, an id. Returns how many.
+
+        Raises InvalidRequest if `until` is no id.
+        """
+        if until is None:
+            return int(self._client.xtrim(self._keys.dead(), maxlen=0, approximate=False))
+        return int(self._client.xtrim(self._keys.dead(), minid=_following(until), approximate=False))
 
 
 def _draft(keys: ServiceKeys, letter: Letter) -> Draft:
@@ -148,6 +178,12 @@ def _letter(letter_id: bytes, fields: Mapping[bytes, bytes]) -> Letter:
         history=history.splitlines(),
         fields={name: value for name, value in fields.items() if name not in _OURS},
     )
+
+
+def _following(letter_id: str) -> str:
+    """Returns the id that follows `letter_id` in the order of a stream."""
+    ms, _, sequence = _checked(letter_id).partition("-")
+    return f"{ms}-{int(sequence) + 1}"
 
 
 def _checked(letter_id: str) -> str:

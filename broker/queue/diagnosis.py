@@ -153,7 +153,8 @@ def _drains(view: ServiceView) -> Iterator[Finding]:
 
 
 def _is_served(view: ServiceView) -> bool:
-    return any(worker.state == "ready" for worker in view.workers)
+    """Whether a worker takes jobs. Those of a paused service are ready for its end."""
+    return any(worker.state in ("ready", "paused") for worker in view.workers)
 
 
 def _workers(view: ServiceView) -> Iterator[Finding]:

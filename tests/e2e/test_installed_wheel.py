@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("broker", "telemetry", "worker", "client", "cli")
+PACKAGES = ("broker", "telemetry", "worker", "client", "gateway", "cli")
 
 # What PYTHONPATH names would be found before the installed wheel.
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -95,7 +95,7 @@ def test_the_wheel_carries_every_module_script_and_type_marker(wheel: Path) -> N
     expected = {
         f"millstream/{path.relative_to(ROOT).as_posix()}"
         for package in PACKAGES
-        for pattern in ("*.py", "*.lua", "py.typed")
+        for pattern in ("*.py", "*.lua", "py.typed", "templates/*", "static/*")
         for path in (ROOT / package).rglob(pattern)
     }
 

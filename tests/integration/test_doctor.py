@@ -205,6 +205,26 @@ def test_the_reason_why_no_worker_starts_is_told(mill: Mill) -> None:
     assert "millstream worker run docs" in output
 
 
+def test_a_record_that_cannot_be_read_is_named_and_hides_no_other_service(mill: Mill) -> None:
+    Registry(mill.connection).push([spec("other")])
+    mill.connection.client.hset(mill.queue.keys.spec(), "spec", "no JSON")
+
+    output = CliRunner().invoke(main, ["doctor", "--url", mill.server.url]).output
+
+    assert "error: service docs: a service's record in Redis cannot be read" in output
+    assert "service other: no worker lives" in output
+
+
+def test_a_service_without_a_record_yet_is_left_out(mill: Mill) -> None:
+    mill.connection.client.delete(mill.queue.keys.spec())
+    Registry(mill.connection).push([spec("other")])
+
+    output = CliRunner().invoke(main, ["doctor", "--url", mill.server.url]).output
+
+    assert "docs" not in output
+    assert "service other: no worker lives" in output
+
+
 # -- what is well ----------------------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection, is_transient, translated
 from millstream.cli.main import main
 from millstream.client import Client
+from millstream.gateway.dashboard.looks import see
 from millstream.worker.supervision.plan import Plan
 from millstream.worker.supervision.supervisor import Supervisor
 
@@ -227,6 +228,8 @@ def test_a_viewer_sees_everything(enter: Enter, connection: Connection, echo_spe
     assert name in millstream("top", name, "--interval", "1ms", *look)
     assert "malformed" in millstream("dead", "ls", name, *look)
     assert "malformed" in millstream("dead", "show", name, _text(letter), *look)
+    with opened(look[1]) as limited:
+        assert see(limited, "ms").found.view(name), "what the dashboard reads"
 
 
 def _text(value: bytes | str | None) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("broker", "telemetry", "worker", "client", "cli")
+PACKAGES = ("broker", "telemetry", "worker", "client", "gateway", "cli")
 
 _IMPORT_ONE_BY_ONE = """
 import importlib, sys

@@ -10,11 +10,12 @@ from views import NONE, WORKER, view
 
 from millstream.broker.contract.job import Priority
 from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.queue.figure_text import rate
 from millstream.broker.queue.metrics import ServiceMetrics, decode_metrics
 from millstream.broker.queue.pace import Look, measure_paces
 from millstream.broker.queue.pause import Pause
 from millstream.cli.top import State, describe_trouble
-from millstream.cli.top_frame import Picture, frame, latency, rate, record
+from millstream.cli.top_frame import Picture, frame, latency, record
 
 BUSY = replace(WORKER, running=4, running_ms=1_200, jobs=80, rows=320, forwards=40, busy_ms=4_000, age_ms=5_000)
 
