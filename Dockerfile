@@ -9,6 +9,7 @@ FROM python:3.11-slim AS wheel
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY broker broker
+COPY telemetry telemetry
 COPY worker worker
 COPY client client
 COPY cli cli

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -20,11 +20,15 @@ _SECTIONS = {"models", "services", "redis", "telemetry"}
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server's URL and the prefix of its keys. `allow_eviction`: the server may delete keys if its memory is full."""
+    """A server's URL and the prefix of its keys. `allow_eviction`: the server may delete keys if its memory is full.
+
+    `telemetry`: how this host logs and traces.
+    """
 
     url: str
     prefix: str
     allow_eviction: bool = False
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
 
 
 def find_target(url: str | None, prefix: str | None, environ: Mapping[str, str]) -> Target:
@@ -36,7 +40,8 @@ def find_target(url: str | None, prefix: str | None, environ: Mapping[str, str])
     named = bool(url or environ.get(URL_VARIABLE))
     config = _config(environ, needed=not named) if not (named and prefix) else None
     configured = config.redis.key_prefix if config else environ.get(PREFIX_VARIABLE) or DEFAULT_PREFIX
-    return Target(find_url(url, config, environ), prefix or configured, eviction.allowed(config, environ))
+    telemetry = config.telemetry if config else telemetry_of(environ)
+    return Target(find_url(url, config, environ), prefix or configured, eviction.allowed(config, environ), telemetry)
 
 
 def find_prefix(prefix: str | None, environ: Mapping[str, str]) -> str:

@@ -43,6 +43,7 @@ COMMANDS = {
     "dead": Lazy("millstream.cli.dead:dead", "List a service's dead letters, run them again or remove them."),
     "doctor": Lazy("millstream.cli.doctor:doctor", "Say why nothing moves, and which command mends it."),
     "embed": Lazy("millstream.cli.embed:embed", "Embed texts through the queue."),
+    "exporter": Lazy("millstream.cli.exporter:exporter", "Serve the metrics of all services to Prometheus."),
     "generate": Lazy("millstream.cli.generate:generate", "Generate text through the queue."),
     "job": Lazy("millstream.cli.job:job", "Look at single jobs, wait for their results, or cancel them."),
     "queue": Lazy("millstream.cli.queue:queue", "Show, pause, drain or empty the queues."),

@@ -14,7 +14,7 @@ from millstream.broker.config.telemetry import LogFormat, LogLevel, TelemetrySet
 from millstream.broker.config.units import seconds
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.cli.completion import complete_services
-from millstream.telemetry import logs
+from millstream.telemetry import logs, traces
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -72,9 +72,13 @@ log_level = click.option(
 def set_up_logs(
     settings: TelemetrySettings, log_format: LogFormat | None, log_level: LogLevel | None
 ) -> TelemetrySettings:
-    """Makes this command log as its options say, else as `settings` do. Returns the settings of its processes."""
+    """Makes this command log as its options say, else as `settings` do. Returns the settings of its processes.
+
+    Raises ConfigError if traces are on and OpenTelemetry is not installed.
+    """
     chosen = settings.under(os.environ).with_options(log_format, log_level)
     logs.set_up(chosen)
+    traces.check(chosen.traces)
     return chosen
 
 

@@ -21,6 +21,7 @@ from millstream.client.generate_stream import AsyncGenerateStream, GenerateStrea
 from millstream.client.handle import Handle
 from millstream.client.rerank import Ranked, Ranking
 from millstream.client.result import Embeddings, Values
+from millstream.client.stats import ServiceStats
 from millstream.client.streaming import AsyncTextStream, TextStream
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "PartialFailure",
     "Ranked",
     "Ranking",
+    "ServiceStats",
     "TextDelta",
     "TextStream",
     "Values",

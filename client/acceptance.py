@@ -34,7 +34,7 @@ class Acceptance:
     """Sink of the jobs of one detached call, which submits them and waits until all are accepted. Thread-safe.
 
     `make_submission(draft, until, sink)` returns the submission of one job, which is given up at `until`. `deadline`
-    is when the call ends. Both are monotonic seconds.
+    is when the call ends. Both are monotonic seconds. `on_end` gets the refusal, or None when all are accepted.
     """
 
     def __init__(
@@ -43,7 +43,9 @@ class Acceptance:
         drafts: Sequence[Draft],
         make_submission: Callable[[Draft, float, Acceptance], Submission],
         deadline: float | None,
+        on_end: Callable[[MillstreamError | None], object] = lambda error: None,
     ) -> None:
+        self._on_end = on_end
         self._channel = channel
         self._make_submission = make_submission
         self._deadline = deadline
@@ -141,4 +143,5 @@ class Acceptance:
     def _end(self, error: MillstreamError | None) -> None:
         self._error = error
         self._over.set()
+        self._on_end(error)
         self._listener()

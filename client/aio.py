@@ -44,6 +44,7 @@ from millstream.client.mapping import map_rows_async
 from millstream.client.rerank import Ranking
 from millstream.client.result import Embeddings
 from millstream.client.rows import copy_arguments
+from millstream.client.stats import ServiceStats
 from millstream.client.streaming import AsyncTextStream, TextCall
 
 T = TypeVar("T")
@@ -253,6 +254,10 @@ class AsyncClient:
     def job(self, job_id: str) -> Detached:
         """Does as Client.job. The methods of Detached block: call them with asyncio.to_thread."""
         return Detached.find(self._calls, job_id)
+
+    async def stats(self, service: str) -> ServiceStats:
+        """Does as Client.stats."""
+        return await self._in_thread(self._calls.stats, service)
 
     async def close(self) -> None:
         """Does as Client.close."""

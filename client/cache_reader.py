@@ -15,6 +15,7 @@ from millstream.broker.contract.job import Json
 from millstream.broker.queue.cache import CHUNK, Cache, Cached, CacheKey
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection
+from millstream.client.cache_hits import CacheHits
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +68,15 @@ class CacheReader:
     def __init__(self, connection: Connection, registry: Registry) -> None:
         self._connection = connection
         self._registry = registry
-        self.after_fork()
+        self._hits = CacheHits(connection, registry)
+        self._begin()
 
     def after_fork(self) -> None:
-        """Gives a forked child its own connections, lock and thread."""
+        """Gives a forked child its own connections, locks and threads."""
+        self._hits.after_fork()
+        self._begin()
+
+    def _begin(self) -> None:
         self._client = self._connection.within(LOOK_UP_S)
         self._free = threading.Semaphore(AT_ONCE)
         self._not_before = 0.0
@@ -85,7 +91,9 @@ class CacheReader:
         question.name()
         with self._free:
             question.found += self._look_up(service, question.digests)
-        return question.collect_rows()
+        found = question.collect_rows()
+        self._hits.add(service, len(found))
+        return found
 
     def read_soon(
         self,
@@ -96,7 +104,12 @@ class CacheReader:
         deliver: Callable[[dict[int, Cached]], object],
     ) -> None:
         """Does as `read`, but returns at once: `deliver` gets the answers, from another thread."""
-        question = _Question(service, cache_key, texts, options, deliver)
+
+        def count_and_deliver(found: dict[int, Cached]) -> None:
+            self._hits.add(service, len(found))
+            deliver(found)
+
+        question = _Question(service, cache_key, texts, options, count_and_deliver)
         with self._lock, suppress(RuntimeError):
             if self._gatherer is None or not self._gatherer.ask(question):
                 gatherer = _Gatherer(self._look_up)
@@ -106,6 +119,14 @@ class CacheReader:
             return
         # No thread could be started, so every row is a miss and is computed.
         deliver({})
+
+    def flush(self) -> None:
+        """Adds the rows found so far to the metrics of their services."""
+        self._hits.flush()
+
+    def close(self) -> None:
+        """Does as `flush`, and ends the thread that counts."""
+        self._hits.close()
 
     def _look_up(self, service: str, digests: Sequence[str]) -> Sequence[Cached | None]:
         if time.monotonic() < self._not_before:

@@ -19,13 +19,15 @@ from millstream.broker.contract.job import Json, Priority
 from millstream.broker.contract.operations import BY_OP
 from millstream.broker.contract.partial import Delta
 from millstream.broker.queue.cache import Cached, CacheKey
+from millstream.broker.queue.metrics import Metrics
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.broker.target import find_target
-from millstream.broker.transport.connection import Connection
+from millstream.broker.transport.connection import Connection, translated
 from millstream.client.cache_reader import CacheReader
 from millstream.client.call_options import CallOptions, find_operation
 from millstream.client.call_request import StreamRequest
+from millstream.client.call_spans import begin_span, follow
 from millstream.client.channel.channel import Channel
 from millstream.client.channel.coalescing import Coalescer
 from millstream.client.detached import Detached
@@ -35,8 +37,11 @@ from millstream.client.handle import Handle
 from millstream.client.job_terms import JobTerms, Progress
 from millstream.client.rows import encode_rows, measure_rows, split_rows
 from millstream.client.services import Services, operation_of
+from millstream.client.stats import ServiceStats
 from millstream.client.streaming import TextCall, TextStream
 from millstream.client.transfer import Transfer
+from millstream.telemetry.traces import Tracing
+from millstream.telemetry.traces import check as check_traces
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +54,18 @@ PARTIAL_S = 0.5
 class Calls:
     """All calls of one client to one server. Survives os.fork: the child gets its own client id and threads."""
 
+    tracing = Tracing("off")
+
     def __init__(self, url: str | None, prefix: str | None) -> None:
         target = find_target(url, prefix, os.environ)
+        check_traces(target.telemetry.traces)
+        self.tracing = Tracing(target.telemetry.traces)
         self.connection = Connection(target.url, name="millstream-client")
         self.registry = Registry(self.connection, target.prefix)
         self.channel = Channel(self.connection, self.registry)
         self._coalescer = Coalescer(self.channel)
         self.services = Services(self.connection, self.registry)
+        self._metrics = Metrics(self.connection, target.prefix)
         self._cache_reader = CacheReader(self.connection, self.registry)
         self._partials: dict[str, Streams] = {}
         _living.add(self)
@@ -166,6 +176,7 @@ class Calls:
         inputs = encode_rows(operation, inputs)
         parts, refused = split_rows(spec, inputs, hits, beside)
         limits = spec.runtime.limits(opts.priority)
+        span = begin_span(self.tracing, spec, operation, inputs, opts.priority, self.channel.client_id)
         terms = JobTerms(
             service=spec.name,
             op=operation.op,
@@ -182,11 +193,14 @@ class Calls:
             rate_per_tenant=bool(opts.tenant) and spec.rate_per_tenant,
             idle_timeout=spec.runtime.total_timeout,
             at_once=spec.runtime.batch_size if operation.streams else 1,
+            trace=span.traceparent if span else "",
         )
         # If a service caches its answers, equal jobs in flight share theirs, too.
         channel = self._coalescer if spec.runtime.enable_cache else self.channel
         given: dict[int, MillstreamError | Cached] = {**refused, **hits} if refused or hits else {}
         transfer = Transfer(channel, self.services, terms, inputs, parts, given, began, progress, growing)
+        if span:
+            follow(span, transfer)
         return Handle(transfer, owner=self)
 
     def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> int:
@@ -226,6 +240,12 @@ class Calls:
         beside = self.check_options(spec, opts.options)
         return DetachedRequest.of(spec, operation, inputs, beside, opts, deadline, idempotency_key)
 
+    def stats(self, service: str) -> ServiceStats:
+        """Does as Client.stats."""
+        self.services.read(service)
+        with translated(self.connection.safe_url):
+            return ServiceStats.of(self._metrics.read(service), self.streams(service).sizes())
+
     def streams(self, service: str, within_s: float | None = None) -> Streams:
         """Returns the job streams of `service`, for commands that do not use the channel.
 
@@ -237,7 +257,13 @@ class Calls:
     def close(self) -> None:
         """Ends threads and connections. Calls that other threads wait for get BrokerUnavailable."""
         self.channel.flush(FLUSH_S)
+        self._cache_reader.close()
         _close(self.channel, self.services)
+
+    def flush(self, timeout: float) -> None:
+        """Sends what no caller waits for: cancellations, for at most `timeout` seconds, and counted cache hits."""
+        self.channel.flush(timeout)
+        self._cache_reader.flush()
 
     def after_fork(self) -> None:
         """Gives a forked child its own connections, threads and client id."""
@@ -284,7 +310,7 @@ def _flush() -> None:
     """Sends the last cancellations at exit, so that workers do not run cancelled jobs."""
     until = time.monotonic() + FLUSH_S
     for calls in list(_living):
-        calls.channel.flush(max(0.0, until - time.monotonic()))
+        calls.flush(max(0.0, until - time.monotonic()))
 
 
 atexit.register(_flush)

@@ -40,6 +40,7 @@ from millstream.client.map_window import MapWindow, Results
 from millstream.client.mapping import map_rows
 from millstream.client.rerank import Ranking
 from millstream.client.result import Embeddings
+from millstream.client.stats import ServiceStats
 from millstream.client.streaming import TextStream
 
 T = TypeVar("T")
@@ -386,6 +387,13 @@ class Client:
         path = None if input is None else str(input)
         plan = RetryPlan(Path(output), path, priority, tenant, window)
         return retry_failed(self._calls, plan, progress)
+
+    def stats(self, service: str) -> ServiceStats:
+        """Returns the totals of `service` over all of its clients and workers: batches, rows, answers, refusals.
+
+        Raises UnknownService, BrokerUnavailable.
+        """
+        return self._calls.stats(service)
 
     @property
     def stray_replies(self) -> int:

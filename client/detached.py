@@ -28,6 +28,7 @@ from millstream.client.job_terms import waits_until
 from millstream.client.result import Embeddings, generations
 from millstream.client.row_results import RowOutcome, RowResults
 from millstream.client.services import Services
+from millstream.telemetry.traces import Tracing
 
 _FIRST_LOOK_S, _LAST_LOOK_S = 0.005, 0.5
 """Seconds between the first two looks for results, and between the last ones of a long wait."""
@@ -48,6 +49,7 @@ class DetachedCalls(Protocol):
     connection: Connection
     channel: Channel
     services: Services
+    tracing: Tracing
 
     def streams(self, service: str, within_s: float | None = None) -> Streams: ...
 

@@ -14,7 +14,7 @@ from functools import partial
 from millstream.broker.config.load import ServiceSpec
 from millstream.broker.contract.codec import JsonText, encode_inputs
 from millstream.broker.contract.entry_codec import MAX_ROWS
-from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest
+from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Draft, Json, Priority
 from millstream.broker.contract.operations import BY_OP, Operation
 from millstream.broker.queue.stream_types import DetachedCall, Group
@@ -23,11 +23,13 @@ from millstream.broker.queue.submission import Submission
 from millstream.broker.transport.connection import translated
 from millstream.client.acceptance import Acceptance
 from millstream.client.call_options import CallOptions
+from millstream.client.call_spans import begin_span, failed
 from millstream.client.channel.requests import Cancellation
 from millstream.client.detached import Detached, DetachedCalls
 from millstream.client.detached_id import DetachedId
 from millstream.client.rows import encode_rows, estimate_row_tokens, measure_rows
 from millstream.client.split import MAX_PART_BYTES, Part
+from millstream.telemetry.traces import CallSpan, Ending
 
 _PAYLOAD = re.compile(r"(?P<rows>\d+)x(?P<per_job>\d+) (?P<digest>[0-9a-f]*)")
 """Payload that the server stores with a call: its shape and digest; no digest for calls without an idempotency key."""
@@ -114,16 +116,31 @@ class DetachedRequest:
     def begin(self, calls: DetachedCalls, per_job: int) -> PendingDetached:
         """Submits its jobs, `per_job` rows each, and returns at once."""
         detached_id = self._name(per_job)
-        drafts = self.draft_jobs(detached_id.split())
-        acceptance = Acceptance(calls.channel, drafts, self._prepare_submission(drafts, per_job), self.deadline)
+        span = self._begin_span(calls)
+        drafts = self.draft_jobs(detached_id.split(), span.traceparent if span else "")
+
+        def note_end(error: MillstreamError | None) -> None:
+            if span:
+                span.end(failed(error) if error else Ending())
+
+        make = self._prepare_submission(drafts, per_job)
+        acceptance = Acceptance(calls.channel, drafts, make, self.deadline, note_end)
 
         def withdraw() -> None:
+            note_end(BrokerUnavailable("its jobs were not accepted in time"))
             job_ids = [draft.id for draft in drafts] if self.key is None else []
             for at in range(0, len(job_ids), MAX_JOBS_PER_CALL):
                 page = job_ids[at : at + MAX_JOBS_PER_CALL]
                 calls.channel.cancel_detached(Cancellation(self.spec.name, page, lambda outcomes: None, call=self.call))
 
         return PendingDetached(Detached(calls, detached_id, BY_OP[self.op].results), acceptance, withdraw)
+
+    def _begin_span(self, calls: DetachedCalls) -> CallSpan | None:
+        operation, opts = BY_OP[self.op], self.opts
+        span = begin_span(calls.tracing, self.spec, operation, self.inputs, opts.priority, calls.channel.client_id)
+        if span:
+            span.name(self.call)
+        return span
 
     def _name(self, per_job: int) -> DetachedId:
         return DetachedId(self.spec.name, len(self.inputs), per_job, self.call)
@@ -154,8 +171,8 @@ class DetachedRequest:
             return None
         return int(match["per_job"])
 
-    def draft_jobs(self, parts: Mapping[str, Part]) -> list[Draft]:
-        """Returns the job of each part, by job id."""
+    def draft_jobs(self, parts: Mapping[str, Part], trace: str = "") -> list[Draft]:
+        """Returns the job of each part, by job id. `trace` is the context of the call's span."""
         return [
             Draft(
                 job_id,
@@ -165,6 +182,7 @@ class DetachedRequest:
                 encode_inputs([self.inputs[row] for row in part.rows], self.opts.options),
                 deadline=self.deadline,
                 tenant=self.opts.tenant,
+                trace=trace,
             )
             for job_id, part in parts.items()
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -64,6 +65,8 @@ class FakeModel:
         self._answers = answers
         self._errors = errors
         self.handlers = handlers
+        self.answered: dict[str, Counter[str]] = {}
+        """Jobs, rows without an error ("ok") and rows with one (its code) that were answered so far, by service."""
 
     def reply(self, service: str, draft: Draft) -> bytes:
         """Returns the encoded reply to one job, as a worker would send it."""
@@ -80,6 +83,9 @@ class FakeModel:
             ]
         errors = {row: each for row, each in enumerate(outcomes) if isinstance(each, MillstreamError)}
         good = [each for each in outcomes if not isinstance(each, MillstreamError)]
+        count = self.answered.setdefault(service, Counter())
+        count.update({"jobs": 1, "ok": len(good)})
+        count.update(each.code for each in errors.values())
         tokens = sum(len(str(text).split()) + 2 for row, text in enumerate(inputs) if row not in errors)
         if good and all(isinstance(each, np.ndarray) for each in good):
             embed_options = read_embed_options(options)

@@ -40,7 +40,8 @@ class JobTerms(NamedTuple):
     `timeout` limits the whole call. Without it the call ends when no job was answered for `total_timeout`: a call of
     any length goes on while it makes progress; a piece of a growing text is progress, too. Without both it ends when no
     job was answered for `idle_timeout` and no worker is alive. `most_jobs` is the largest number of jobs in flight;
-    `at_once` is the number of jobs that one worker runs at the same time.
+    `at_once` is the number of jobs that one worker runs at the same time. `trace` is the context of the call's span, or
+    "".
     """
 
     service: str
@@ -57,6 +58,7 @@ class JobTerms(NamedTuple):
     rate_per_tenant: bool = False
     idle_timeout: float | None = None
     at_once: int = 1
+    trace: str = ""
 
     def draft(
         self, job_id: str, rows: Sequence[Json], tokens: int, client: str, end: float | None, now: float
@@ -70,7 +72,7 @@ class JobTerms(NamedTuple):
             end = now + self.total_timeout
         queue_by = None if self.queue_timeout is None else now + self.queue_timeout
         body = encode_inputs(rows, self.options)
-        return Draft(job_id, self.op, len(rows), tokens, body, client, end, queue_by, self.tenant)
+        return Draft(job_id, self.op, len(rows), tokens, body, client, end, queue_by, self.tenant, self.trace)
 
     def submissions(self, drafts: Sequence[Draft], sink: Sink, charged_with: str) -> list[Submission]:
         """Returns one submission for each job, which waits for room by itself.

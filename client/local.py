@@ -149,7 +149,8 @@ os.register_at_fork(after_in_child=_close_inherited_pipes)
 
 
 def _make_flags(data_dir: Path | None, replace: bool) -> list[str]:
-    flags = ["--until-eof"]
+    # Errors are read from its messages, so they are lines of text.
+    flags = ["--until-eof", "--log-format", "text"]
     flags += ["--replace"] if replace else []
     return flags if data_dir is None else [*flags, "--data-dir", os.fspath(data_dir)]
 

@@ -89,6 +89,16 @@ class RowResults:
         if part.twins:
             self._place_twins(part, outcome)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model ran for all rows so far."""
+        return self._tokens
+
+    @property
+    def failure(self) -> MillstreamError | None:
+        """The error that `value` raises because rows failed; None if no row did."""
+        return _failure(self._rows) if self._failed else None
+
     def _note(self, fingerprint: str) -> None:
         """Notes a fingerprint of the weights that made rows. Nearly all calls have one."""
         if self._fingerprint is None:

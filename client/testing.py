@@ -18,13 +18,14 @@ from typing import cast
 
 from millstream.broker.config.load import ServiceSpec
 from millstream.broker.contract.errors import MillstreamError
-from millstream.broker.contract.job import Json
+from millstream.broker.contract.job import PRIORITIES, Json
 from millstream.broker.contract.operations import CALL, OPERATIONS, ModelType
 from millstream.broker.queue.cache import Cached
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.streams import Streams
 from millstream.broker.transport.connection import Connection
 from millstream.client.aio import AsyncClient
+from millstream.client.cache_reader import CacheReader
 from millstream.client.call_options import CallOptions
 from millstream.client.calls import NO_HITS, Calls
 from millstream.client.channel.channel import Channel
@@ -44,6 +45,7 @@ from millstream.client.growing_text import GrowingText
 from millstream.client.handle import Handle
 from millstream.client.job_terms import Progress
 from millstream.client.services import Services
+from millstream.client.stats import ServiceStats
 
 __all__ = [
     "FAKE_VERSION",
@@ -152,6 +154,7 @@ class _FakeCalls(Calls):
         self._detached_streams: dict[str, Streams] = {}
         self.channel = cast(Channel, FakeChannel(model, self.faults, self.streams))
         self.services = cast(Services, FakeServices(types))
+        self._cache_reader = CacheReader(self.connection, self.registry)
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="millstream-fake")
 
     def begin(
@@ -187,6 +190,13 @@ class _FakeCalls(Calls):
         if self.faults:
             raise self.faults.popleft()
         return request
+
+    def stats(self, service: str) -> ServiceStats:
+        """Returns the totals of this fake: each job is a batch of its own."""
+        failed = dict(self._model.answered.get(service, {}))
+        batches, ok = failed.pop("jobs", 0), failed.pop("ok", 0)
+        sizes = dict.fromkeys(PRIORITIES, 0)
+        return ServiceStats(batches, ok + sum(failed.values()), sizes, {}, ok, failed, cached=0)
 
     def streams(self, service: str, within_s: float | None = None) -> Streams:
         return self._detached_streams.setdefault(service, cast(Streams, FakeStreams(self._model, service)))

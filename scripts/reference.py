@@ -1,4 +1,4 @@
-"""Writes docs/reference from the code: command line, configuration, Python API. `--check` only tells what is old."""
+"""Writes docs/reference from the code: commands, configuration, metrics, Python. `--check` only tells what is old."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from millstream.broker.config.schema import schema
 from millstream.broker.contract import errors
 from millstream.broker.contract.operations import OPERATIONS
 from millstream.cli.main import main as cli
+from millstream.telemetry.metrics import LABELS, METRICS, UP, UP_HELP
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
 
@@ -180,6 +181,29 @@ def python_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+# -- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def metrics_page() -> str:
+    """Returns the page of all metrics of `millstream exporter`."""
+    lines = [
+        "# Metrics",
+        "",
+        "Made from the code by `scripts/reference.py`. `millstream exporter` serves them to Prometheus.",
+        "[monitoring.md](../monitoring.md) says how to run it. All but the first have the label `service`.",
+        "",
+        "| metric | type | label | unit | meaning |",
+        "|---|---|---|---|---|",
+        f"| `{UP}` | gauge | | | {_cell(UP_HELP)} |",
+    ]
+    for each in METRICS:
+        label = f"`{each.label}`" if each.label else ""
+        lines.append(f"| `{each.name}` | {each.kind} | {label} | {each.unit} | {_cell(each.help)} |")
+    lines += ["", "A histogram has series with `_bucket`, `_sum` and `_count` behind its name.", "", "## Labels", ""]
+    lines += [f"- `{label}`: {', '.join(f'`{value}`' for value in values)}" for label, values in LABELS.items()]
+    return "\n".join(lines) + "\n"
+
+
 class _Hidden:
     """A default value that is a function."""
 
@@ -239,6 +263,7 @@ def _cell(text: str) -> str:
 PAGES: Mapping[str, Callable[[], str]] = {
     "cli.md": cli_page,
     "configuration.md": configuration_page,
+    "metrics.md": metrics_page,
     "python.md": python_page,
 }
 

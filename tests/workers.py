@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection
 from millstream.worker.supervision.plan import Plan
-from millstream.worker.supervision.supervisor import Supervisor
+from millstream.worker.supervision.supervisor import NO_VARIABLES, Supervisor
 
 LONG_S = 60.0
 
@@ -24,19 +24,26 @@ def spec(name: str, *, forward_s: float = 0.0, **runtime: object) -> ServiceSpec
 
 
 @contextmanager
-def working(url: str, *specs: ServiceSpec, folder: Path | None = None) -> Iterator[Supervisor]:
-    """One worker process for each of `specs`, which are registered, ready and drained in the end.
+def working(
+    url: str,
+    *specs: ServiceSpec,
+    folder: Path | None = None,
+    processes: int = 1,
+    variables: Mapping[str, str] = NO_VARIABLES,
+) -> Iterator[Supervisor]:
+    """Worker `processes` for each of `specs`, which are registered, ready and drained in the end.
 
-    `folder` holds the code of those that are custom.
+    `folder` holds the code of those that are custom. `variables` are those of the worker processes.
     """
     connection = Connection(url, name="tests")
     Registry(connection).push(specs)
     connection.close()
-    supervisor = Supervisor(url, "ms", [Plan(each, 1, folder=str(folder or "")) for each in specs], drain_s=10.0)
+    plans = [Plan(each, processes, folder=str(folder or "")) for each in specs]
+    supervisor = Supervisor(url, "ms", plans, drain_s=10.0, variables=variables)
     thread = threading.Thread(target=supervisor.run)
     thread.start()
     try:
-        eventually(lambda: supervisor.ready == len(specs), within_s=LONG_S)
+        eventually(lambda: supervisor.ready == processes * len(specs), within_s=LONG_S)
         yield supervisor
     finally:
         supervisor.stop()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from millstream.telemetry.worker_traces import WorkerTraces
 from millstream.worker.clock import ServerClock
 from millstream.worker.measuring.threads import Threads
 from millstream.worker.scheduling.counters import Counters
+from millstream.worker.scheduling.histograms import Histograms
 from millstream.worker.shutdown import Shutdown
 from millstream.worker.stage_gate import Stage
 from millstream.worker.supervision.progress import Progress
@@ -16,24 +18,31 @@ from millstream.worker.window import Window
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """One lane of a worker process: its consumer name, window, clock, counters, shutdown, progress page, thread count.
+    """One lane of a worker process: consumer name, window, clock, counters, shutdown, progress page, thread count.
 
     A supervisor reads `progress`, if the process has one. `beside`: pages of the other lanes of the process.
     `stage` wraps each stage of this lane, if the process has several lanes. `service` is the name of its service.
+    `traces` makes its spans, if it exports any.
     """
 
     consumer: str
     window: Window
     clock: ServerClock = field(default_factory=ServerClock)
     counters: Counters = field(default_factory=Counters)
+    histograms: Histograms = field(default_factory=Histograms)
     shutdown: Shutdown = field(default_factory=Shutdown)
     progress: Progress = field(default_factory=Progress.alone)
     threads: Threads = field(default_factory=Threads.unmanaged)
     beside: Sequence[Progress] = ()
     stage: Stage | None = None
     service: str = ""
+    traces: WorkerTraces | None = None
 
     @property
     def is_stuck(self) -> bool:
         """Whether a thread of any lane is stuck: then the process is about to end."""
         return self.progress.is_stuck or any(page.is_stuck for page in self.beside)
+
+    def counts(self) -> dict[str, int]:
+        """Returns all that this lane counts for the metrics of its service, by field."""
+        return self.counters.work() | self.histograms.counts()

@@ -155,6 +155,7 @@ class Lane:
         context.shutdown.check()
         self._heartbeat.stop()
         self._heartbeat.join()
+        self._heartbeat.flush()
         self._leave()
         count = context.counters
         log.info("drained after %d jobs: %d rows in %d forwards", count.jobs, count.rows, count.forwards)

@@ -18,12 +18,16 @@ from contextlib import ExitStack, suppress
 from functools import partial
 
 from millstream.broker.config.load import ServiceSpec, telemetry_of
+from millstream.broker.config.telemetry import TelemetrySettings
 from millstream.broker.config.variables import URL_VARIABLE
 from millstream.broker.contract.errors import ConfigError, MillstreamError, ModelUnavailable, described
 from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection, retrying, translated
 from millstream.telemetry import logs
+from millstream.telemetry.trace_export import exporting
+from millstream.telemetry.traces import Tracing
+from millstream.telemetry.worker_traces import WorkerTraces
 from millstream.worker import host, models
 from millstream.worker.context import Context
 from millstream.worker.isolation import Takeover, isolate
@@ -57,10 +61,21 @@ Load = Callable[[ServiceSpec], Model]
 
 
 class Worker:
-    """One worker process, from its arguments to its exit status. `load` makes the model; default: by `child_args`."""
+    """One worker process, from its arguments to its exit status. `load` makes the model; default: by `child_args`.
 
-    def __init__(self, child_args: ChildArgs, url: str, load: Load | None = None) -> None:
+    `telemetry`: how to export spans; None if that is the program's own affair.
+    """
+
+    def __init__(
+        self,
+        child_args: ChildArgs,
+        url: str,
+        load: Load | None = None,
+        telemetry: TelemetrySettings | None = None,
+    ) -> None:
         self._child_args = child_args
+        self._telemetry = telemetry
+        self._tracing = Tracing(telemetry.traces if telemetry else "auto")
         self._load = load or self._load_model
         self._pages = {each.service: Progress(each.progress_fd) for each in child_args.hosted}
         self._connection = Connection(url, name=f"millstream-worker-{'+'.join(self._pages)}")
@@ -128,6 +143,8 @@ class Worker:
     def work(self) -> None:
         """Works until drained. Raises ModelUnavailable, UnknownService, ConfigError, ThreadFailed, or another error."""
         with ExitStack() as ends:
+            if self._telemetry:
+                ends.enter_context(exporting(self._telemetry, os.environ, self._child_args.consumer))
             # All models are loaded before any is measured: the memory that they leave is what forwards can use.
             loaded = [self._loaded(service, ends) for service in self._pages]
             host.run([self._lane(spec, model) for spec, model in loaded])
@@ -161,9 +178,16 @@ class Worker:
             threads=threads,
             stage=partial(self._gate.stage, spec.name) if self._gate else None,
             service=spec.name,
+            traces=self._traces_of(spec),
             beside=[page for service, page in self._pages.items() if service != spec.name],
         )
         return Lane(context, child_args, self._connection, spec, model, answer)
+
+    def _traces_of(self, spec: ServiceSpec) -> WorkerTraces | None:
+        tracer, model = self._tracing.tracer(), spec.model
+        if tracer is None:
+            return None
+        return WorkerTraces(tracer, spec.name, model.model_name, model.operation, self._child_args.consumer)
 
     def _load_model(self, spec: ServiceSpec) -> Model:
         child_args = self._child_args
@@ -220,7 +244,7 @@ def main() -> int:
     settings = telemetry_of(os.environ).under(os.environ)
     fields = {"service": "+".join(each.service for each in child_args.hosted), "worker": child_args.consumer}
     logs.set_up(settings, f"worker {child_args.consumer}", fields)
-    worker = Worker(child_args, os.environ[URL_VARIABLE])
+    worker = Worker(child_args, os.environ[URL_VARIABLE], telemetry=settings)
     threading.Thread(target=_drain_at_eof, args=(worker, supervisor), name="parent", daemon=True).start()
     drain_on_signals(worker)
     return worker.run()

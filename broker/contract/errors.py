@@ -240,6 +240,9 @@ def _subclasses(cls: type[MillstreamError]) -> Iterable[type[MillstreamError]]:
 # PartialFailure is made in the caller's process, from the errors of its rows; no reply contains it.
 _BY_CODE = {cls.code: cls for cls in _subclasses(MillstreamError) if cls is not PartialFailure}
 
+CODES = frozenset(_BY_CODE)
+"""Codes of the errors that a reply may hold."""
+
 
 def described(error: BaseException) -> str:
     """Returns type and message of any error, at most 500 characters. Never raises."""

@@ -218,7 +218,7 @@ class Generation(NamedTuple):
         calls = value.get("tool_calls", [])
         if not (isinstance(calls, list) and all(isinstance(each, dict) for each in calls)):
             raise Malformed("a result whose tool calls are no list of objects")
-        usage, logprobs = _read_usage(value.get("usage")), _read_logprobs(value.get("logprobs"))
+        usage, logprobs = read_usage(value.get("usage")), _read_logprobs(value.get("logprobs"))
         return cls(text, reason, usage, cast("int | None", seed), logprobs, tuple(cast("list[dict[str, Json]]", calls)))
 
     def json(self) -> dict[str, Json]:
@@ -235,7 +235,8 @@ class Generation(NamedTuple):
         return value
 
 
-def _read_usage(value: Json) -> Usage | None:
+def read_usage(value: Json) -> Usage | None:
+    """Returns the tokens that a result's field `usage` names; None if it has none. Raises Malformed."""
     if value is None:
         return None
     if not (isinstance(value, list) and len(value) == 3 and all(_is_count(each, 0) for each in value)):

@@ -138,6 +138,9 @@ class Operation:
     organization: str = ""
     """Organization on the hub whose models may be named without it, as in sentence-transformers; empty for none."""
 
+    gen_ai: str = ""
+    """Name in the gen_ai conventions of OpenTelemetry, for a prompt that is no chat; empty if they have none."""
+
     example: Mapping[str, Json] = field(default_factory=dict)
     """Options of a call that needs some, for measurements."""
 
@@ -173,6 +176,7 @@ EMBED = Operation(
     "millstream.worker.models.embedding.embedding:load",
     dict.fromkeys(("openai", "tei", "ollama"), "millstream.worker.engines.upstream_model:load_embedding"),
     results="vectors",
+    gen_ai="embeddings",
     check=_check_embed,
     needs_weights=True,
     one_forward=True,
@@ -220,6 +224,7 @@ GENERATE = Operation(
     upstreams=dict.fromkeys(("openai", "ollama"), "millstream.worker.engines.upstream_model:load_llm"),
     row="prompt",
     results="generations",
+    gen_ai="text_completion",
     check=_check_generate,
     uncached="its answers are streamed",
     streams=True,

@@ -121,12 +121,13 @@ class Inspector:
 
 @dataclass(frozen=True, slots=True)
 class _Queue:
-    """The figures of one service, at `now`, server ms. `oldest_at` is in server ms, too."""
+    """The figures of one service, at `now`, server ms. `oldest_at` and `deadline` are in server ms, too."""
 
     now: int
     waiting: Mapping[Priority, int]
     pending: Counter[str]
     oldest_at: int | None
+    deadline: int | None
     live: Sequence[bytes]
     dead_letters: int
     refused: Mapping[str, int]
@@ -139,7 +140,7 @@ class _Queue:
     def read(cls, answers: Iterator[object]) -> _Queue:
         waiting: dict[Priority, int] = {}
         pending: Counter[str] = Counter()
-        oldest: list[int] = []
+        oldest, deadlines = list[int](), list[int]()
         unsettled: dict[Priority, int] = {}
         for priority in PRIORITIES:
             length, group, first = islice(answers, 3)
@@ -147,7 +148,8 @@ class _Queue:
             unsettled[priority] = cast(int, length)
             waiting[priority] = max(0, cast(int, length) - claimed.total())
             pending += claimed
-            oldest += _accepted_at(cast(Entries, first))
+            oldest += _times(cast(Entries, first), b"at")
+            deadlines += _times(cast(Entries, first), b"deadline")
         time, dead_letters, beats, refusals, pause, left_ms, states, drains = islice(answers, 8)
         now = _ms(time)
         refused = {_text(reason): _count(cast(Fields, refusals), reason) for reason in cast(Fields, refusals)}
@@ -158,6 +160,7 @@ class _Queue:
             waiting,
             pending,
             min(oldest, default=None),
+            min(deadlines, default=None),
             live,
             depth,
             refused,
@@ -181,6 +184,7 @@ class _Queue:
             supervisors=self.supervisors,
             unsettled=self.unsettled,
             drained=self.drained,
+            deadline_ms=None if self.deadline is None else self.deadline - self.now,
         )
 
 
@@ -203,9 +207,9 @@ def _pending(group: object) -> Counter[str]:
     return Counter({_text(cast(bytes, each["name"])): cast(int, each["pending"]) for each in consumers})
 
 
-def _accepted_at(first: Entries) -> list[int]:
-    """Returns when the entry was accepted, server ms; empty if there is no entry or it has no valid time."""
-    return [int(at) for _, fields in first if (at := (fields or {}).get(b"at", b"")).isdigit() and len(at) <= 16]
+def _times(first: Entries, field: bytes) -> list[int]:
+    """Returns the time in a field of the entry, server ms; empty if there is no entry or it has no valid time."""
+    return [int(at) for _, fields in first if (at := (fields or {}).get(field, b"")).isdigit() and len(at) <= 16]
 
 
 def _worker(consumer: bytes, fields: Fields, now: int) -> WorkerView:

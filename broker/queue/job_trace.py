@@ -27,7 +27,7 @@ Entries = Sequence[tuple[bytes, dict[bytes, bytes]]]
 
 @dataclass(frozen=True, slots=True)
 class JobTrace:
-    """The state and the times of one job. Times are server ms; `now` is that of the look. None: not known, or not reached.
+    """State and times of one job, in server ms; `now` is the time of the look. None: not known, or not reached.
 
     `attempts`: runs that did not finish, 0.5 for each host lost. `history`: a line for each of them, until the job is
     answered. `error`: code of the error that answered all of its rows. `priority` and `rows` are known while it is in
@@ -91,7 +91,7 @@ def read_traces(
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a job is: the value of its key `seen`, the ms that key has left, and its reply in the hash of its call."""
+    """The value of a job's key `seen`, the ms that key has left, and the job's reply in the hash of its call."""
 
     id: str
     accepted: bytes | None

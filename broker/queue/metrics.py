@@ -6,12 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import redis
+
 from millstream.broker.contract.job import PRIORITIES, Priority
 from millstream.broker.contract.keys import DEFAULT_PREFIX, ServiceKeys
 from millstream.broker.contract.metrics import HISTOGRAMS, THOUSAND, WORK, bucket_fields, sum_field
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.views import ServiceView
 from millstream.broker.transport.connection import Connection, translated
+
+KEPT_MS = 30 * 86_400_000
+"""Lifetime of a service's totals after its last heartbeat, ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +117,13 @@ class Metrics:
         return [decode_metrics(keys, fields) for keys, fields in zip(chosen, found, strict=True)]
 
 
+def add_cached(client: redis.Redis, keys: ServiceKeys, rows: int) -> None:
+    """Adds `rows` that a client found in the cache. Raises redis.RedisError."""
+    # As in the scripts: then the field is new, perhaps with its key, which heartbeats then renew.
+    if client.hincrby(keys.metrics(), "cached", rows) == rows:
+        client.pexpire(keys.metrics(), KEPT_MS)
+
+
 def decode_metrics(keys: ServiceKeys, fields: Mapping[bytes, bytes]) -> ServiceMetrics:
     """Returns the totals that the hash `fields` holds. Fields of newer versions are ignored."""
     counts = {name.decode(errors="replace"): int(value) for name, value in fields.items() if _is_whole(value)}
@@ -122,10 +134,10 @@ def decode_metrics(keys: ServiceKeys, fields: Mapping[bytes, bytes]) -> ServiceM
     return ServiceMetrics(
         service=keys.service,
         jobs={priority: of(f"jobs:{priority}") for priority in PRIORITIES},
-        rows={priority: of(f"accepted:{priority}") for priority in PRIORITIES},
+        rows={priority: of(f"jobs:{priority}") + of(f"further_rows:{priority}") for priority in PRIORITIES},
         refused=_labelled(counts, "refused:"),
-        settled=of("settled"),
-        ok=of("ok"),
+        settled=of("single") + of("settled"),
+        ok=of("single") + of("ok"),
         failed=_labelled(counts, "failed:"),
         buried=_labelled(counts, "buried:"),
         cached=of("cached"),

@@ -267,6 +267,13 @@ class Streams:
             after = f"({page[-1][0].decode()}"
         return purged
 
+    def sizes(self) -> dict[Priority, int]:
+        """Counts the jobs of each priority that wait or run."""
+        pipe = self._client.pipeline(transaction=False)
+        for stream in self._streams:
+            pipe.xlen(stream)
+        return dict(zip(PRIORITIES, cast(list[int], pipe.execute()), strict=True))
+
     def submitted(self, call: str) -> Submitted | None:
         """Returns the state of a detached call; None if its results have expired or it never existed."""
         pipe = self._client.pipeline(transaction=False)

@@ -72,6 +72,8 @@ class ServiceView:
     the server's clock. `refused` counts refused calls by reason; it restarts after a day without one. `supervisors` are
     those of the last day that did not end in order. `unsettled` counts the jobs of each priority, which
     `max_queue_size` limits. `drained` has the order of each worker and host that an operator keeps empty.
+    `deadline_ms`: ms to the nearest deadline of the oldest job of each priority, below 0 if it has passed; None if none
+    of them has one.
     """
 
     name: str
@@ -86,6 +88,7 @@ class ServiceView:
     supervisors: Sequence[SupervisorView] = ()
     unsettled: Mapping[Priority, int] = field(default_factory=dict)
     drained: Mapping[str, Order] = field(default_factory=dict)
+    deadline_ms: int | None = None
 
     @property
     def in_flight(self) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("broker", "worker", "client", "cli", "telemetry")
+PACKAGES = ("broker", "telemetry", "worker", "client", "cli")
 
 # What PYTHONPATH names would be found before the installed wheel.
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

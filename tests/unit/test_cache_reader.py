@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import fakeredis
 import pytest
@@ -14,6 +14,7 @@ from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue.cache import Cached, CacheKey, encode
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection
+from millstream.client import cache_hits
 from millstream.client import cache_reader as module
 from millstream.client.cache_reader import CacheReader
 
@@ -49,10 +50,13 @@ def server() -> Asked:
 
 
 @pytest.fixture
-def reader(server: Asked, monkeypatch: pytest.MonkeyPatch) -> CacheReader:
+def reader(server: Asked, monkeypatch: pytest.MonkeyPatch) -> Iterator[CacheReader]:
+    monkeypatch.setattr(cache_hits, "EVERY_S", 0.01)
     monkeypatch.setattr(Connection, "within", lambda connection, timeout_s: server)
     connection = Connection("redis://nowhere")
-    return CacheReader(connection, Registry(connection))
+    opened = CacheReader(connection, Registry(connection))
+    yield opened
+    opened.close()
 
 
 def test_every_row_with_a_kept_text_has_its_answer_and_each_text_is_asked_for_once(
@@ -199,3 +203,40 @@ def test_where_no_thread_can_start_the_rows_are_computed(
 
     loops.ask("second", {0: "a"})
     assert loops.answered(2)[1] == ("second", {0: HIT})
+
+
+def test_found_rows_are_added_to_the_metrics_of_their_service(reader: CacheReader, server: Asked) -> None:
+    reader.read("echo", CACHE_KEY, {0: "a", 1: "b", 2: "a"}, {})
+    done = threading.Event()
+    reader.read_soon("echo", CACHE_KEY, {0: "a", 1: "b"}, {}, lambda found: done.set())
+    assert done.wait(10.0)
+
+    eventually(lambda: cached(server) == 3)
+
+    assert server.ttl(ServiceKeys("echo").metrics()) > 0
+
+
+def test_rows_found_last_are_added_when_the_client_is_closed(reader: CacheReader, server: Asked) -> None:
+    reader.read("echo", CACHE_KEY, {0: "a"}, {})
+
+    reader.close()
+
+    assert cached(server) == 1
+
+
+def test_no_call_fails_because_its_hits_cannot_be_counted(
+    reader: CacheReader, server: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*args: object) -> int:
+        raise redis.ConnectionError("away")
+
+    monkeypatch.setattr(server, "hincrby", away)
+    reader.read("echo", CACHE_KEY, {0: "a"}, {})
+
+    reader.close()
+
+    assert cached(server) == 0
+
+
+def cached(server: Asked) -> int:
+    return int(server.hget(ServiceKeys("echo").metrics(), "cached") or 0)

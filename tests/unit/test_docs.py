@@ -53,7 +53,7 @@ def test_the_folders_of_the_architecture_page_are_all_packages() -> None:
 
     packages = {
         str(init.parent.relative_to(ROOT))
-        for folder in ("broker", "worker", "client", "cli", "telemetry")
+        for folder in ("broker", "telemetry", "worker", "client", "cli")
         for init in (ROOT / folder).rglob("__init__.py")
     }
     assert packages - listed == {"broker"}

@@ -18,12 +18,13 @@ from millstream.worker.supervision.supervisor import DRAIN_S
 DOCS = Path(__file__).parents[2] / "docs"
 OPERATIONS = (DOCS / "operations.md").read_text(encoding="utf-8")
 FASTAPI = (DOCS / "fastapi.md").read_text(encoding="utf-8")
+TRACING = (DOCS / "tracing.md").read_text(encoding="utf-8")
 
 _LINK = re.compile(r"\]\(([\w./-]+)\)")
 
 
-def quotations() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", FASTAPI, re.MULTILINE | re.DOTALL)
+def quotations(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
 def keys() -> Iterator[tuple[str, str]]:
@@ -54,8 +55,15 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_fastapi_page_quotes_the_example_as_it_is() -> None:
     source = (DOCS / "examples/fastapi_service.py").read_text(encoding="utf-8")
 
-    assert len(quotations()) >= 4
-    assert [quoted for quoted in quotations() if quoted not in source] == []
+    assert len(quotations(FASTAPI)) >= 4
+    assert [quoted for quoted in quotations(FASTAPI) if quoted not in source] == []
+
+
+def test_the_tracing_page_quotes_the_example_as_it_is() -> None:
+    source = (DOCS / "examples/traced_calls.py").read_text(encoding="utf-8")
+
+    assert len(quotations(TRACING)) == 1
+    assert [quoted for quoted in quotations(TRACING) if quoted not in source] == []
 
 
 def test_the_operations_page_lists_every_key_with_its_type() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("broker", "worker", "client", "cli", "telemetry")
+PACKAGES = ("broker", "telemetry", "worker", "client", "cli")
 
 _IMPORT_ONE_BY_ONE = """
 import importlib, sys

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("broker", "worker", "client", "cli", "telemetry")
+FOLDERS = ("broker", "telemetry", "worker", "client", "cli")
 FILES = sorted(str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "broker").rglob("*.lua"))
 

@@ -246,3 +246,15 @@ def test_suspects_are_claimed_beside_rows_that_have_output(monkeypatch: pytest.M
     bench.run(bench.job("a b c"))
 
     assert rooms == [False, True]
+
+
+def test_pieces_of_a_text_and_the_texts_of_each_forward_are_counted() -> None:
+    bench = Bench()
+    jobs = [bench.job("a b c"), bench.job("a")]
+
+    bench.run(*jobs)
+
+    histograms = bench.context.histograms
+    assert sum(histograms["first_token"].counts) == len(jobs)
+    assert sum(histograms["between_tokens"].counts) == 2
+    assert histograms["batch_rows"].total == sum(bench.running)

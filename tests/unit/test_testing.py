@@ -386,3 +386,15 @@ def test_the_fake_for_asyncio_streams_too() -> None:
             assert (stream.text, stream.finish_reason) == ("a ", None)
 
     asyncio.run(use())
+
+
+def test_stats_count_the_rows_that_were_answered() -> None:
+    client = FakeClient(errors={"bad": InputTooLong("long")})
+    client.embed(["a", "b"])
+    with pytest.raises(PartialFailure):
+        client.embed(["c", "bad"])
+
+    stats = client.stats(SERVICE)
+
+    assert (stats.ok, stats.failed, stats.rows) == (3, {"input_too_long": 1}, 4)
+    assert client.stats("other").average_batch is None

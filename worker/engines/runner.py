@@ -12,8 +12,9 @@ from typing import Protocol
 from millstream.broker.contract.errors import MillstreamError, ModelFailed, described
 from millstream.broker.contract.job import Priority, Reply
 from millstream.broker.contract.partial import Record
+from millstream.telemetry.worker_traces import Batch, WorkerTraces
 from millstream.worker.context import Context
-from millstream.worker.engines.base import Engine, Step
+from millstream.worker.engines.base import Engine, Remote, Step
 from millstream.worker.engines.running import Jobs, Running
 from millstream.worker.engines.slot_keeper import HandsOver, SlotKeeper
 from millstream.worker.intake.intake import expired
@@ -58,11 +59,15 @@ class Runner:
         self._window = context.window
         self._clock = context.clock
         self._counters = context.counters
+        self._histograms = context.histograms
+        # Steps of a server collect answers, each of a request of its own: they are no batches.
+        self._has_batches = not isinstance(engine, Remote)
         self._engine = engine
         self._track = context.progress.runner
         self._stage = context.stage
         self._threads = context.threads
         self._service = context.service
+        self._traces = context.traces
         self._finish = finish
         self._emitter = emitter
         self._running = Running(self._track)
@@ -184,9 +189,12 @@ class Runner:
         start = time.monotonic()
         self._track.lap()
         step = self._run_step()
-        self._account(step, time.monotonic() - start)
+        seconds = time.monotonic() - start
+        self._account(step, seconds)
         if self._keeper:
             self._take_output(self._keeper, step)
+        elif self._traces:
+            self._trace_batch(self._traces, step, seconds)
         running = self._running
         if step.rows:
             ended = running.remove(step.rows)
@@ -205,8 +213,10 @@ class Runner:
 
     def _take_output(self, keeper: SlotKeeper, step: Step) -> None:
         running = self._running
+        now, now_s = self._clock.now(), time.monotonic()
         for row, record in step.records:
             if self._emitter and (job := running.jobs.get(row.owner)):
+                self._histograms.add_output(job, now, now_s)
                 self._emitter.put(job, record)
         running.note_records({id(row) for row, _ in step.records})
         if step.displaced:
@@ -233,8 +243,20 @@ class Runner:
         count.busy_ms += round(seconds * 1000)
         if log.isEnabledFor(logging.DEBUG):
             self._log_batch(step, seconds)
+        if self._has_batches and step.tokens:
+            rows = len(self._running.rows) if self._keeper else step.ran
+            self._histograms.add_forward(rows, step.tokens, step.computed)
         if step.computed:
+            count.padding_tokens += step.computed - step.tokens
             self._window.cost.observe(step.computed, seconds)
+
+    def _trace_batch(self, traces: WorkerTraces, step: Step, seconds: float) -> None:
+        """Makes the span of a forward that ended now, with links to the calls of its jobs."""
+        jobs = self._running.jobs.values()
+        contexts = [job.request.trace for job in jobs]
+        made = traces.record_batch(Batch(contexts, step.ran, step.tokens, step.computed, seconds)) or ""
+        for job in jobs:
+            job.batch_trace = made
 
     def _log_batch(self, step: Step, seconds: float) -> None:
         log.debug(

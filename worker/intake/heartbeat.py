@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from millstream.broker.queue.lease import Beat, Lease
 from millstream.broker.transport.connection import is_missing_group, is_transient
 from millstream.worker.context import Context
+from millstream.worker.scheduling.packages import Packages
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ class Heartbeat(threading.Thread):
         self._lease = lease
         self._watch = watch
         self._held_names = context.window.names
+        self._packages = Packages(context.counts)
         self._shutdown = context.shutdown
         self._stopped = threading.Event()
         self._due = threading.Event()
@@ -67,7 +70,7 @@ class Heartbeat(threading.Thread):
         if self._watch.is_stuck():
             return
         try:
-            beat = self._lease.beat(self._consumer, self._watch.status(), self._held_names())
+            beat = self._send()
             self._watch.on_beat(beat)
             if beat.reclaim_due and (returned := self._lease.reclaim()):
                 log.warning("%d jobs of lost workers were given back to the queue", returned)
@@ -77,6 +80,24 @@ class Heartbeat(threading.Thread):
             log.debug("beat: %s", error)
             if is_missing_group(error):
                 self._repair()
+
+    def flush(self) -> None:
+        """Sends what was counted since the last beat, if the server is there. Call it after the thread has ended."""
+        try:
+            # Twice: what the last beat could not confirm, and what was counted since.
+            for _ in range(2):
+                if self._packages.next(time.monotonic()).number:
+                    self._send()
+        except Exception as error:
+            if not is_transient(error) and not is_missing_group(error):
+                raise
+            log.debug("the last counts: %s", error)
+
+    def _send(self) -> Beat:
+        package = self._packages.next(time.monotonic())
+        beat = self._lease.beat(self._consumer, self._watch.status(), self._held_names(), package)
+        self._packages.confirm(package)
+        return beat
 
     def _repair(self) -> None:
         """Registers the service again if needed. The claimer makes groups again, but not while the window is full."""

@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from millstream.broker.contract.codec import encode_reply, origin_of
-from millstream.broker.contract.errors import ModelFailed
+from millstream.broker.contract.errors import CODES, Malformed, MillstreamError, ModelFailed
+from millstream.broker.contract.generation import Usage, read_usage
 from millstream.broker.contract.job import Address, Claim, Reply
 from millstream.broker.contract.stages import Stages
-from millstream.broker.queue.stream_types import Settlement
+from millstream.broker.queue.stream_types import NO_FAILURES, Settlement
 from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Streams
 from millstream.broker.transport.connection import retrying
+from millstream.telemetry.worker_traces import WorkerTraces
 from millstream.worker.context import Context
+from millstream.worker.job_spans import job_of
 from millstream.worker.scheduling.active_job import ActiveJob
 from millstream.worker.supervision.progress import Stage
 
@@ -35,13 +40,13 @@ class Finished(NamedTuple):
     digests: Sequence[str] = ()
     run: ActiveJob | Claim | None = None
 
-    def with_stages(self, worker: str, now: int) -> Reply:
-        """The reply with the stages of its run. `now`: server ms."""
+    def stages(self, worker: str, now: int) -> Stages | None:
+        """The stages of its run, which `worker` settles at `now`, server ms."""
         run = self.run
         if isinstance(run, Claim):
             enqueued = run.job.at if run.job else 0
-            return self.reply._replace(stages=Stages(worker, run.attempts, 0, enqueued, run.at, settled=now))
-        return self.reply._replace(stages=run.stages(worker, now)) if run else self.reply
+            return Stages(worker, run.attempts, 0, enqueued, run.at, settled=now)
+        return run.stages(worker, now) if run else None
 
 
 class CacheWriter(Protocol):
@@ -68,10 +73,13 @@ class Settler(threading.Thread):
         self._origin = origin_of(fingerprint)
         self._consumer = context.consumer
         self._clock = context.clock
+        self._traces = context.traces
         self._streams = streams
         self._cache_writer = cache_writer
         self._window = context.window
         self._counters = context.counters
+        self._histograms = context.histograms
+        self._clock = context.clock
         self._shutdown = context.shutdown
         self._track = context.progress.settler
         self._stage = context.stage
@@ -108,7 +116,7 @@ class Settler(threading.Thread):
         # Before the reply: a caller that has this answer and asks again then finds it in the cache.
         if answers and self._cache_writer:
             self._cache_writer.write(answers)
-        self._write(batch)
+        self._write(ready, batch)
 
     def _encode(self, ready: Sequence[Finished]) -> tuple[list[Settlement], list[tuple[str, bytes]]]:
         """Encodes as many answers as fit one call. Returns the settlements, and the answers to cache.
@@ -134,6 +142,8 @@ class Settler(threading.Thread):
                 break
             self._track.point(place)
             batch.append(self._encode_one(finished))
+            if self._traces:
+                self._trace(self._traces, finished)
             size += len(batch[-1].reply)
             if finished.digests and self._cache_writer:
                 answers += self._cache_writer.encoded(finished)
@@ -141,23 +151,63 @@ class Settler(threading.Thread):
         return batch, answers
 
     def _encode_one(self, finished: Finished) -> Settlement:
+        answer = finished.reply
         try:
             # Only results of detached calls stay on the server, so that `job trace` can read the stages.
-            is_kept = finished.address.call
-            reply = finished.with_stages(self._consumer, self._clock.now()) if is_kept else finished.reply
-            encoded = encode_reply(reply, self._origin)
+            if finished.address.call:
+                answer = answer._replace(stages=finished.stages(self._consumer, self._clock.now()))
+            encoded = encode_reply(answer, self._origin)
         except BaseException as error:  # noqa: BLE001 - a result may have code of its own, and must not fail other jobs
-            encoded = encode_reply(Reply(error=ModelFailed(f"the answer cannot be sent: {type(error).__name__}")))
-        return Settlement(finished.address, encoded, finished.bury)
+            answer = Reply(error=ModelFailed(f"the answer cannot be sent: {type(error).__name__}"))
+            encoded = encode_reply(answer)
+        return Settlement(finished.address, encoded, finished.bury, _failed(answer, finished.address.rows))
 
-    def _write(self, batch: list[Settlement]) -> None:
+    def _trace(self, traces: WorkerTraces, finished: Finished) -> None:
+        now = self._clock.now()
+        if job := job_of(finished.run, finished.reply, finished.stages(self._consumer, now), time.time() * 1000 - now):
+            traces.record_job(job)
+
+    def _write(self, ready: Sequence[Finished], batch: list[Settlement]) -> None:
+        """Settles the first ones of `ready`, encoded in `batch`."""
         # Settling is idempotent, so the call is sent again after a cut connection.
         outcomes = retrying(lambda: self._streams.settle(batch), until=None, stop=None)
-        for settlement, outcome in zip(batch, outcomes, strict=True):
+        answered = []
+        for finished, outcome in zip(ready, outcomes, strict=False):
             if outcome == "late":
                 self._counters.late += 1
             elif outcome == "unwritable":
-                log.error("job %s: its reply could not be written; it is among the dead letters", settlement.address)
+                log.error("job %s: its reply could not be written; it is among the dead letters", finished.address)
             else:
-                self._counters.jobs += 1
+                answered.append(finished)
+        self._count(answered)
         self._window.forget([settlement.address.name for settlement in batch])
+
+    def _count(self, answered: Sequence[Finished]) -> None:
+        count = self._counters
+        count.jobs += len(answered)
+        count.tokens_in += sum([each.reply.tokens for each in answered])
+        self._histograms.add_answers([(each.address, each.reply.timings) for each in answered], self._clock.now())
+        for usage in [_usage(each.reply) for each in answered if each.address.streams]:
+            if usage:
+                count.tokens_out += usage.completion
+                count.tokens_reused += usage.cached
+
+
+def _usage(reply: Reply) -> Usage | None:
+    """Returns the tokens of a generated text; None if the reply does not say."""
+    value = reply.values[0] if reply.values else None
+    try:
+        return read_usage(value.get("usage")) if isinstance(value, dict) else None
+    except Malformed:
+        return None
+
+
+def _failed(reply: Reply, rows: int) -> Mapping[str, int]:
+    """Returns the number of rows with an error, by its code. A code is a class's: their number is limited."""
+    if reply.error is not None:
+        return {_code(reply.error): rows}
+    return Counter(map(_code, reply.errors.values())) if reply.errors else NO_FAILURES
+
+
+def _code(error: MillstreamError) -> str:
+    return error.code if error.code in CODES else MillstreamError.code

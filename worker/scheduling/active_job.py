@@ -41,6 +41,8 @@ class ActiveJob:
     each row's answer; empty if they are not cached. `records`: encoded output of its earlier runs, if it streams.
     `displaced`: number of times that its row left its slot here. `waits_since`: monotonic seconds of the last time.
     `prepared_at`, `ended_at`: server ms at which its rows could run, and had their outcomes; `batch` as in Stages.
+    `batch_trace`: context of the span of its last batch, or "".
+    `output_at`: monotonic seconds of the last piece of its text, None before the first one here.
     """
 
     claim: Claim
@@ -59,6 +61,8 @@ class ActiveJob:
     prepared_at: int = 0
     ended_at: int = 0
     batch: int = 0
+    batch_trace: str = ""
+    output_at: float | None = None
 
     def __post_init__(self) -> None:
         self.name = self.claim.address.name

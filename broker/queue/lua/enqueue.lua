@@ -2,7 +2,7 @@
 -- In order: if a group of one job is refused, later groups of its priority, or of its rate limit, are refused, too.
 -- KEYS[1] HASH the service   KEYS[2..4] STREAM realtime, normal, batch   KEYS[5] HASH the service's token bucket
 -- KEYS[6] STRING paused: 'refusing' refuses new jobs   KEYS[7] HASH refused: reason -> number of calls
--- KEYS[8] HASH metrics: 'jobs:PRIORITY', 'accepted:PRIORITY' (rows), 'refused:REASON' (calls)
+-- KEYS[8] HASH metrics: 'jobs:PRIORITY', 'further_rows:PRIORITY' (beyond one a job), 'refused:REASON' (calls)
 -- KEYS[9..] per group: HASH its tenant's token bucket; HASH its detached call, if it has one; per job: STRING seen
 -- ARGV[1] number of groups; then per group: priority 1..3, jobs, calls to charge, calls to count if refused, id of the
 --         detached call ('' for none); for a detached call: jobs of the whole call, payload, result ttl ms ('' for the
@@ -45,7 +45,7 @@ local depth_limits = {tonumber(spec[8]) or common, tonumber(spec[9]) or common, 
 local depths = {}
 local refusing = redis.call('GET', KEYS[6]) == 'refusing'
 -- What this call accepts, by priority, and refuses, by reason: added to the counters at once in the end.
-local new_jobs_of, new_rows_of, refusals = {0, 0, 0}, {0, 0, 0}, {}
+local added_jobs, further_rows, refusals = {0, 0, 0}, {0, 0, 0}, {}
 
 -- Cached texts of times: many jobs of one call of this script have the same remaining time.
 local moments, lives = {[''] = ''}, {[''] = string.format('%.0f', SEEN_WITHOUT_DEADLINE_MS)}
@@ -77,8 +77,8 @@ local function accept(priority, seen, at, call)
   local entry = redis.call('XADD', KEYS[1 + priority], '*', unpack(words))
   -- With the stream: within one ms another stream may have an entry with this id.
   redis.call('SET', seen, STREAM[priority] .. entry, 'PX', lives[call == '' and remaining or ''])
-  new_jobs_of[priority] = new_jobs_of[priority] + 1
-  new_rows_of[priority] = new_rows_of[priority] + ARGV[at + 2]
+  added_jobs[priority] = added_jobs[priority] + 1
+  if ARGV[at + 2] ~= '1' then further_rows[priority] = further_rows[priority] + ARGV[at + 2] - 1 end
 end
 
 -- Keeps a job known while its caller repeats it, also after it is settled. It is also a write: WAIT covers the last
@@ -262,8 +262,8 @@ for group = 1, tonumber(ARGV[1]) do
   arg, key = arg + 10 * jobs, key + jobs
 end
 for priority, name in ipairs(PRIORITIES) do
-  count('jobs:' .. name, new_jobs_of[priority])
-  count('accepted:' .. name, new_rows_of[priority])
+  count('jobs:' .. name, added_jobs[priority])
+  count('further_rows:' .. name, further_rows[priority])
 end
 for reason, calls in pairs(refusals) do count('refused:' .. reason, calls) end
 return outcomes

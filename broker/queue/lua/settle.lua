@@ -1,6 +1,8 @@
 -- Answers jobs and deletes their entries, each once: the first caller wins, a second one changes nothing.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] STREAM dead letters   KEYS[5] HASH trail
--- KEYS[6] ZSET cancelled   KEYS[7] HASH metrics: 'settled' and 'buried:REASON' (jobs), 'ok' and 'failed:CODE' (rows)
+-- KEYS[6] ZSET cancelled
+-- KEYS[7] HASH metrics: 'single' (jobs of one row with a result); of the others 'settled' (jobs) and 'ok' (rows);
+--   'failed:CODE' (rows), 'buried:REASON' (jobs)
 -- KEYS[8..] per destination of replies: STREAM, HASH of a detached call or STRING; then per job: STRING seen, and
 --   STRING partial if its destination is of jobs that stream
 -- ARGV[1] group  ARGV[2] most dead letters  ARGV[3] unread bytes a reply stream may hold
@@ -34,24 +36,24 @@ local OURS = {reason = true, entry = true, buried = true, priority = true, attem
   history = true, cut = true}
 
 -- What this call adds to the counters: once for each of them in the end.
-local added, ok = {}, 0
+local added, single = {}, 0
 
 local function add(field, n) added[field] = (added[field] or 0) + n end
 
--- Counts the rows of a settled job. `instead` is the code of the error that all of them got instead of their reply.
-local function add_rows(rows, instead)
-  local all_ok = not instead and tonumber(rows)
-  if all_ok then
-    ok = ok + all_ok
+-- Counts a settled job with its rows. `instead` is the code of the error that all of them got instead of their reply.
+local function add_job(rows, instead)
+  if rows == '1' and not instead then
+    single = single + 1
     return
   end
+  add('settled', 1)
   local good, others = string.match(rows, '^(%d+)(.*)$')
   local total = tonumber(good)
   for code, failed in string.gmatch(others, ' (%S+) (%d+)') do
     total = total + failed
     if not instead then add('failed:' .. code, tonumber(failed)) end
   end
-  if instead then add('failed:' .. instead, total) else ok = ok + good end
+  if instead then add('failed:' .. instead, total) else add('ok', tonumber(good)) end
 end
 
 -- Adds to a counter. pcall: counting must not fail a job. A result of `n` says that the field is new, perhaps with its
@@ -155,7 +157,7 @@ local function is_another(seen, name, id)
 end
 
 local INSTEAD = {[UNREAD_INSTEAD] = 'reader_too_slow', [UNWRITABLE] = 'reply_unwritable'}
-local outcomes, retired, settled = {}, {{}, {}, {}}, 0
+local outcomes, retired = {}, {{}, {}, {}}
 local arg, seen = 6 + 3 * DESTINATIONS, 8 + DESTINATIONS
 while arg <= #ARGV do
   local name, destination, job = ARGV[arg], tonumber(ARGV[arg + 1]), ARGV[arg + 2]
@@ -181,8 +183,7 @@ while arg <= #ARGV do
       redis.call('PEXPIRE', KEYS[seen], kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS)
       if streams then redis.call('DEL', KEYS[seen + 1]) end
     end
-    settled = settled + 1
-    add_rows(ARGV[arg + 5], INSTEAD[outcome])
+    add_job(ARGV[arg + 5], INSTEAD[outcome])
     outcomes[#outcomes + 1] = outcome
   end
   arg, seen = arg + 6, seen + (streams and 2 or 1)
@@ -191,7 +192,6 @@ for priority, ids in ipairs(retired) do
   if #ids > 0 then redis.call('XDEL', KEYS[priority], unpack(ids)) end
 end
 for reply_key, ttl in pairs(expiring) do redis.call('PEXPIRE', reply_key, ttl) end
-count('settled', settled)
-count('ok', ok)
+count('single', single)
 for field, n in pairs(added) do count(field, n) end
 return outcomes
