@@ -153,7 +153,8 @@ def _drains(view: ServiceView) -> Iterator[Finding]:
 
 
 def _is_served(view: ServiceView) -> bool:
-    return any(worker.state == "ready" for worker in view.workers)
+    """Returns whether a worker claims jobs, or would if the service was not paused."""
+    return any(worker.state in ("ready", "paused") for worker in view.workers)
 
 
 def _workers(view: ServiceView) -> Iterator[Finding]:
