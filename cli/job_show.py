@@ -63,7 +63,7 @@ def describe(found: CallState) -> Iterator[str]:
         ("call", found.ids.given),
         ("service", found.ids.service),
         ("jobs", f"{found.ids.total}, {found.answered} answered{shown}: {states}"),
-        ("kept", f"for {age(found.kept_ms)}" if found.kept_ms is not None else "until all jobs are answered"),
+        ("kept", f"for {age(found.kept_ms)}" if found.kept_ms is not None else "for result_ttl after the last answer"),
     ]
     yield describe_facts(facts, width)
     yield ""

@@ -37,7 +37,10 @@ class JobState:
 
 @dataclass(frozen=True, slots=True)
 class CallState:
-    """State of what an id names: its first jobs. `answered` counts all of them; `kept_ms` is left to the results."""
+    """State of what an id names: its first jobs. `answered` counts all of them.
+
+    `kept_ms` is left to the results, None until all jobs are answered.
+    """
 
     ids: JobIds
     jobs: Sequence[JobState]
@@ -60,7 +63,7 @@ def read_call(connection: Connection, prefix: str, ids: JobIds) -> CallState:
         jobs = [judge(each, details.get(each.id), holders.get(each.worker), errors.get(each.id)) for each in traces]
         jobs = [_with_letter(connection, keys, each) for each in jobs]
     answered = submitted.answered if submitted else sum(each.state in ("answered", "settled") for each in traces)
-    return CallState(ids, jobs, answered, kept_ms if kept_ms >= 0 else None)
+    return CallState(ids, jobs, answered, kept_ms if kept_ms >= 0 and answered == ids.total else None)
 
 
 def _read_holders(

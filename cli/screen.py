@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import shutil
 import signal
 import sys
 import termios
@@ -38,8 +37,10 @@ class Screen:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Columns and lines."""
-        return shutil.get_terminal_size()
+        """Columns and lines of the terminal; COLUMNS would not follow a change of its size."""
+        columns, lines = os.get_terminal_size(self._terminal)
+        # Some terminals do not know their size.
+        return columns or 80, lines or 24
 
     def read_key(self, timeout_s: float) -> str:
         """Returns the key that is pressed within `timeout_s`, "" if none is."""

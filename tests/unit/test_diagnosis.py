@@ -9,6 +9,7 @@ from workers import spec
 
 from millstream.broker.contract.job import Priority
 from millstream.broker.queue.diagnosis import Finding, diagnose
+from millstream.broker.queue.pause import Pause
 from millstream.broker.queue.server_facts import ServerFacts
 from millstream.broker.queue.supervisors import SupervisorState, SupervisorView
 from millstream.broker.queue.views import ServiceView, WorkerView
@@ -74,6 +75,7 @@ def test_what_is_wrong_with_the_server(server: ServerFacts, expected: tuple[str,
         (replace(WELL, workers=[], returned=1, supervisors=[]), ("error", "no_worker")),
         (replace(WELL, workers=[], returned=1), ("note", "starting")),
         (replace(WELL, drained={"h": "drain"}), ("note", "drained")),
+        (replace(WELL, paused=Pause(), workers=[replace(WORKER, state="paused")]), ("warning", "paused")),
         (replace(WELL, drained={"h": "drain"}, workers=[], supervisors=[DRAINED]), ("warning", "drained")),
         (replace(WELL, drained={"h": "drain"}, workers=[], supervisors=[DRAINED], returned=1), ("error", "drained")),
         (replace(WELL, workers=[replace(WORKER, state="paused")], supervisors=[]), None),
