@@ -165,8 +165,8 @@ async def run(block: Block, names: dict[str, Any]) -> None:
 # -- shell and YAML --------------------------------------------------------------------------------------------
 
 OTHER_COMMANDS = {
-    ".venv/bin/python", "/opt/millstream/bin/pip", "cat", "chmod", "curl", "docker", "export", "install", "jq", "pip", "python",
-    "python3", "redis-cli", "systemctl", "useradd", "uvicorn", "xargs",
+    ".venv/bin/python", "/opt/millstream/bin/pip", "cat", "chmod", "curl", "docker", "export", "install", "jq", "pip",
+    "python", "python3", "redis-cli", "systemctl", "useradd", "uvicorn", "xargs",
 }  # fmt: skip
 
 
