@@ -1,7 +1,8 @@
 """Measures millstream beside references taken in the same run, and prints tables: bench.py queue embed --json FILE.
 
-Suites: queue, embed, dtypes, threads, scale, backlog, open-loop, idle, link, generation; all of them if none is named.
-Medians of several rounds, in which product and reference take turns; in brackets the smallest and the largest value.
+Suites: queue, embed, dtypes, threads, scale, backlog, open-loop, idle, link, generation, generation-smollm2; all if none
+is named. Medians of several rounds, in which product and reference take turns; in brackets the smallest and the largest
+value.
 """
 
 from __future__ import annotations
@@ -20,7 +21,19 @@ import pages
 from measure import Effort, Report, machine, verdicts
 from stage import staged
 
-SUITES = ("queue", "embed", "dtypes", "threads", "scale", "backlog", "open-loop", "idle", "link", "generation")
+SUITES = (
+    "queue",
+    "embed",
+    "dtypes",
+    "threads",
+    "scale",
+    "backlog",
+    "open-loop",
+    "idle",
+    "link",
+    "generation",
+    "generation-smollm2",
+)
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 QUICK_S = 0.2
 
@@ -58,18 +71,13 @@ def chosen(named: Sequence[str]) -> list[str]:
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write all of it there, too."
 )
+@click.option("--contexts", type=click.Choice(["short", "384"]), multiple=True, help="Suites generation: prompts.")
+@click.option("--threads", type=int, multiple=True, help="Suites generation: threads of a forward.")
 @click.option(
-    "--model", type=click.Choice(["tiny", "smollm2"]), multiple=True, help="Suite generation: these models; both."
+    "--dtype", type=click.Choice(["float32", "bfloat16"]), multiple=True, help="Suites generation: of weights."
 )
-@click.option("--contexts", type=click.Choice(["short", "384"]), multiple=True, help="Suite generation: prompts; both.")
-@click.option("--threads", type=int, multiple=True, help="Suite generation: threads of a forward; 1.")
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16"]), multiple=True, help="Suite generation: of weights; float32."
-)
-@click.option(
-    "--place", type=click.Choice(["alone", "busy"]), multiple=True, help="Suite generation: beside what; alone."
-)
-@click.option("--openvino", help="Suite generation: a Python that has OpenVINO GenAI, as one more reference.")
+@click.option("--place", type=click.Choice(["alone", "busy"]), multiple=True, help="Suites generation: beside what.")
+@click.option("--openvino", help="Suites generation: a Python that has OpenVINO GenAI, as one more reference.")
 @click.option("--write-docs", is_flag=True, help=f"Renew the parts of {PAGE.name} that these suites measured.")
 def main(
     suites: tuple[str, ...],
