@@ -1,8 +1,8 @@
 """Measures millstream beside references taken in the same run, and prints tables: bench.py queue embed --json FILE.
 
-Suites: queue, embed, dtypes, threads, scale, backlog, open-loop, idle, link, generation, generation-smollm2; all if none
-is named. Medians of several rounds, in which product and reference take turns; in brackets the smallest and the largest
-value.
+Suites: queue, embed, dtypes, threads, scale, backlog, open-loop, idle, link, generation, generation-smollm2; all if
+none is named. Medians of several rounds, in which product and reference take turns; in brackets the smallest and the
+largest value.
 """
 
 from __future__ import annotations
