@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -162,3 +165,29 @@ def test_the_exporter_outlives_the_server_and_says_so_once(
     lost, found = (record.getMessage() for record in caplog.records if "telemetry" in record.name)
     assert "cannot be reached" in lost
     assert found == "the services can be read again"
+
+
+def test_the_command_serves_until_it_is_told_to_end_also_while_the_server_is_away(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "millstream.cli.main",
+        "exporter",
+        "--url",
+        f"unix://{tmp_path}/no.sock",
+        "--port",
+        "0",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        said = process.stderr.readline()
+        port = re.search(r"http://127\.0\.0\.1:(\d+)/metrics$", said)
+        assert port, said
+        scrape = fetch(int(port[1]))
+        process.terminate()
+        assert process.wait(LONG_S) == 0
+        log = process.stderr.read()
+
+    assert scrape.value("millstream_up") == 0
+    assert log.startswith("millstream: the services cannot be read, so millstream_up is 0: ")
+    assert len(log.splitlines()) == 1
