@@ -30,6 +30,7 @@ from millstream.telemetry.traces import Tracing
 from millstream.telemetry.worker_traces import WorkerTraces
 from millstream.worker import host, models
 from millstream.worker.context import Context
+from millstream.worker.free_memory import give_back_free_memory
 from millstream.worker.isolation import Takeover, isolate
 from millstream.worker.lane import Lane
 from millstream.worker.measuring.agreement import answer_of
@@ -200,6 +201,7 @@ class Worker:
         # job.
         gc.collect()
         gc.freeze()
+        give_back_free_memory()
         if not spec.model.operation.needs_code:
             gc.set_threshold(YOUNG_OBJECTS)
         return model

@@ -13,11 +13,15 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from millstream.worker.free_memory import give_back_free_memory
 from millstream.worker.generation.blocks import BLOCK
 from millstream.worker.scheduling.memory import is_exhaustion
 
 FIRST_BLOCKS = 16
 """Blocks of a new cache. It doubles when it is full."""
+
+MUCH_BYTES = 64 << 20
+"""Size from which on a cache that has grown gives the memory of its smaller copy back."""
 
 
 class BlockLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -143,6 +147,8 @@ class BlockCache(Cache):
         for layer in self.block_layers:
             layer.resize(blocks)
         self.blocks = blocks
+        if self.token_bytes * blocks * BLOCK >= MUCH_BYTES:
+            give_back_free_memory()
 
     @torch.inference_mode()
     def compact(self, moved: dict[int, int]) -> None:
