@@ -24,7 +24,8 @@ _PRIORITIES = frozenset(map(str, Priority))
 class CallOptions(NamedTuple):
     """Options of a call. `timeout` is in seconds, for the whole call; `options` go to the model.
 
-    `op` is the operation that the service must run; if it is empty, the service's own operation runs.
+    `op` is the operation that the service must run; if it is empty, the service's own operation runs. `webhook` is the
+    URL that is told when a detached call is done; None: none.
     """
 
     priority: PriorityName = "normal"
@@ -33,6 +34,7 @@ class CallOptions(NamedTuple):
     tenant: str = ""
     options: Mapping[str, Json] = MappingProxyType({})
     op: str = ""
+    webhook: str | None = None
 
     def until(self, began: float) -> float | None:
         """Returns when the timeout of a call that began at `began` is over; both in monotonic seconds."""

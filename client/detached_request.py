@@ -17,6 +17,7 @@ from millstream.broker.contract.entry_codec import MAX_ROWS
 from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Draft, Json, Priority
 from millstream.broker.contract.operations import BY_OP, Operation
+from millstream.broker.contract.webhook_urls import is_allowed, read_webhook_url
 from millstream.broker.queue.stream_types import DetachedCall, Group
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL
 from millstream.broker.queue.submission import Submission
@@ -31,8 +32,8 @@ from millstream.client.rows import encode_rows, estimate_row_tokens, measure_row
 from millstream.client.split import MAX_PART_BYTES, Part
 from millstream.telemetry.traces import CallSpan, Ending
 
-_PAYLOAD = re.compile(r"(?P<rows>\d+)x(?P<per_job>\d+) (?P<digest>[0-9a-f]*)")
-"""Payload that the server stores with a call: its shape and digest; no digest for calls without an idempotency key."""
+_PAYLOAD = re.compile(r"(?P<rows>\d+)x(?P<per_job>\d+) (?P<rest>.*)")
+"""Payload that the server stores with a call: its shape, digest and webhook; no digest without an idempotency key."""
 
 
 class PendingDetached:
@@ -102,6 +103,7 @@ class DetachedRequest:
         most_rows = 1 if spec.model.operation.streams else min(spec.runtime.batch_size, MAX_ROWS)
         per_job = max(1, min(most_rows, MAX_PART_BYTES // max(1, *sizes.values())))
         request = cls(spec, operation.op, inputs, sizes, opts, deadline, idempotency_key, per_job)
+        _check_webhook(spec, opts.webhook)
         # Raises if the call has too many jobs.
         request._name(per_job)
         return request
@@ -152,9 +154,14 @@ class DetachedRequest:
             digest.update(b"\0" + encode_inputs([_sort_keys(row)], {}))
         return digest.hexdigest()[:32]
 
+    @property
+    def _identity(self) -> str:
+        """What makes the call another one under the same key, beside its shape: digest, and webhook if it has one."""
+        return f"{self.digest} {self.opts.webhook}" if self.opts.webhook else self.digest
+
     def _make_record(self, per_job: int, jobs: int) -> DetachedCall:
         """Returns the record of the call that the server stores."""
-        payload = f"{self._name(per_job).shape} {self.digest}"
+        payload = f"{self._name(per_job).shape} {self._identity}"
         return DetachedCall(self.call, jobs, payload, max(1, round(self.spec.result_ttl * 1000)))
 
     def find_other_per_job(self, calls: DetachedCalls) -> int | None:
@@ -167,7 +174,7 @@ class DetachedRequest:
         with translated(calls.connection.safe_url):
             submitted = calls.streams(self.spec.name).submitted(self.call)
         match = _PAYLOAD.fullmatch(submitted.payload) if submitted else None
-        if match is None or match["digest"] != self.digest or int(match["per_job"]) == self.per_job:
+        if match is None or match["rest"] != self._identity or int(match["per_job"]) == self.per_job:
             return None
         return int(match["per_job"])
 
@@ -205,6 +212,20 @@ class DetachedRequest:
             return Submission(self.spec.name, group, acceptance, until, tenant, on_accepted)
 
         return make
+
+
+def _check_webhook(spec: ServiceSpec, webhook: str | None) -> None:
+    if webhook is None:
+        return
+    try:
+        allowed = is_allowed(read_webhook_url(str(webhook)), spec.webhooks)
+    except ValueError as error:
+        raise InvalidRequest(f"the URL of the webhook {error}") from None
+    if not allowed:
+        raise InvalidRequest(
+            f"service {spec.name!r} does not allow this webhook",
+            hint="add the start of its URL to webhooks.allow in config.yaml, and `millstream config push --replace`",
+        )
 
 
 def _sort_keys(row: Json) -> Json:
