@@ -129,6 +129,15 @@ class Outcome:
     finished_at: str
 
 
+def find_receiver(payload: str) -> WebhookUrl | None:
+    """Returns the receiver that the payload of a detached call names; None if it names none."""
+    match = _PAYLOAD.fullmatch(payload)
+    try:
+        return read_webhook_url(match["url"]) if match else None
+    except ValueError:
+        return None
+
+
 def sign(secret: str, time_s: int, body: bytes) -> str:
     """Returns the signature of `body` at `time_s`, 64 hexadecimal digits."""
     return hmac.new(secret.encode(), f"{time_s}.".encode() + body, hashlib.sha256).hexdigest()

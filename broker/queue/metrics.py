@@ -61,8 +61,9 @@ class ServiceMetrics:
 
     Exact: accepted `jobs` and `rows` by priority; `refused` calls by reason; `settled` jobs, the cancelled and purged
     ones included; of their rows, `ok` and `failed` by error code; jobs that were `buried`, by reason. `cached`: rows
-    that clients found in the cache. `webhooks`: announcements by how they ended. `work`: counters of workers by name, see WORK in contract/metrics.py, and
-    `histograms` by name, both without the last second of workers that were killed.
+    that clients found in the cache. `webhooks`: announcements by how they ended. `work`: counters of workers by
+    name, see WORK in contract/metrics.py, and `histograms` by name, both without the last second of workers that were
+    killed.
     """
 
     service: str
