@@ -14,6 +14,7 @@ from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Json, Priority
 from millstream.broker.contract.operations import BY_OP, Operation
 from millstream.broker.contract.scalars import plain
+from millstream.broker.contract.webhook_urls import WebhookUrl, is_allowed, read_webhook_url
 from millstream.client.services import operation_of
 
 _TENANT = re.compile(r"[A-Za-z0-9_.-]{0,64}")
@@ -69,6 +70,23 @@ class CallOptions(NamedTuple):
             encode_inputs([], self.options)
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidRequest(f"options must be JSON values: {error}") from error
+
+
+def read_webhook(text: str) -> WebhookUrl:
+    """Returns the URL of a webhook. Raises InvalidRequest if it is invalid."""
+    try:
+        return read_webhook_url(str(text))
+    except ValueError as error:
+        raise InvalidRequest(f"the URL of the webhook {error}") from None
+
+
+def check_webhook(spec: ServiceSpec, text: str) -> None:
+    """Raises InvalidRequest if `spec` does not allow this URL of a webhook."""
+    if not is_allowed(read_webhook(text), spec.webhooks):
+        raise InvalidRequest(
+            f"service {spec.name!r} does not allow this webhook",
+            hint="add the start of its URL to webhooks.allow in config.yaml, and `millstream config push --replace`",
+        )
 
 
 _PLAIN_TYPES = frozenset({str, int, float, bool, type(None)})

@@ -17,7 +17,6 @@ from millstream.broker.contract.entry_codec import MAX_ROWS
 from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest, MillstreamError
 from millstream.broker.contract.job import Draft, Json, Priority
 from millstream.broker.contract.operations import BY_OP, Operation
-from millstream.broker.contract.webhook_urls import is_allowed, read_webhook_url
 from millstream.broker.queue.stream_types import DetachedCall, Group
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL
 from millstream.broker.queue.submission import Submission
@@ -103,7 +102,6 @@ class DetachedRequest:
         most_rows = 1 if spec.model.operation.streams else min(spec.runtime.batch_size, MAX_ROWS)
         per_job = max(1, min(most_rows, MAX_PART_BYTES // max(1, *sizes.values())))
         request = cls(spec, operation.op, inputs, sizes, opts, deadline, idempotency_key, per_job)
-        _check_webhook(spec, opts.webhook)
         # Raises if the call has too many jobs.
         request._name(per_job)
         return request
@@ -212,20 +210,6 @@ class DetachedRequest:
             return Submission(self.spec.name, group, acceptance, until, tenant, on_accepted)
 
         return make
-
-
-def _check_webhook(spec: ServiceSpec, webhook: str | None) -> None:
-    if webhook is None:
-        return
-    try:
-        allowed = is_allowed(read_webhook_url(str(webhook)), spec.webhooks)
-    except ValueError as error:
-        raise InvalidRequest(f"the URL of the webhook {error}") from None
-    if not allowed:
-        raise InvalidRequest(
-            f"service {spec.name!r} does not allow this webhook",
-            hint="add the start of its URL to webhooks.allow in config.yaml, and `millstream config push --replace`",
-        )
 
 
 def _sort_keys(row: Json) -> Json:

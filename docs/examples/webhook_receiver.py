@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
-from millstream.client import InvalidRequest
+from millstream.client import MillstreamError
 from millstream.client.webhooks import ID_HEADER, verify
 
 MOST_BYTES = 65_536
@@ -17,13 +18,13 @@ MOST_BYTES = 65_536
 
 class Receiver(BaseHTTPRequestHandler):
     secret = ""
-    seen: set[str] = set()
+    seen: ClassVar[set[str]] = set()
 
     def do_POST(self) -> None:
         body = self.rfile.read(min(int(self.headers.get("Content-Length", 0)), MOST_BYTES))
         try:
             outcome = verify(dict(self.headers), body, self.secret)
-        except InvalidRequest:
+        except MillstreamError:
             self.send_error(400)
             return
         # An announcement may come twice. Real receivers remember its id in their database.

@@ -27,6 +27,7 @@ from millstream.broker.contract.webhooks import (
     choose,
     retry_after_s,
 )
+from millstream.client.call_options import check_webhook
 from millstream.client.testing import FakeClient
 from millstream.client.webhooks import SIGNATURE_HEADER, verify
 from millstream.worker.supervision.webhook_sender import sending
@@ -141,8 +142,15 @@ def test_a_record_without_webhooks_is_as_older_versions_wrote_it() -> None:
 
 @pytest.mark.parametrize("webhook", ["https://evil.com/", "no URL", "https://a@hooks.example.com/mill/", 5])
 def test_a_webhook_that_is_not_allowed_is_refused_when_it_is_submitted(webhook: str) -> None:
-    with FakeClient() as client, pytest.raises(InvalidRequest, match="webhook"):
-        client.submit_detached("embed", ["a"], webhook=webhook)
+    with pytest.raises(InvalidRequest, match="webhook"):
+        check_webhook(spec(*ALLOWED), webhook)
+
+
+def test_a_fake_client_takes_any_webhook_that_is_a_url() -> None:
+    with FakeClient() as client:
+        client.submit_detached("embed", ["a"], webhook="https://any.example.com/")
+        with pytest.raises(InvalidRequest):
+            client.submit_detached("embed", ["a"], webhook="no URL")
 
 
 def test_the_origin_names_the_receiver_without_what_may_be_a_token() -> None:
