@@ -154,7 +154,7 @@ class DetachedRequest:
 
     @property
     def _identity(self) -> str:
-        """What makes the call another one under the same key, beside its shape: digest, and webhook if it has one."""
+        """Digest, and webhook if it has one. With another identity it is another call under the same key."""
         return f"{self.digest} {self.opts.webhook}" if self.opts.webhook else self.digest
 
     def _make_record(self, per_job: int, jobs: int) -> DetachedCall:

@@ -18,6 +18,7 @@ from millstream.broker.contract.errors import Malformed
 from millstream.broker.contract.keys import GROUP, ServiceKeys
 from millstream.broker.contract.webhooks import FIRST_RETRY_S, GIVEN_UP_S, Announcement, retry_after_s
 from millstream.broker.queue.metrics import KEPT_MS
+from millstream.broker.transport.cluster import owner
 from millstream.broker.transport.connection import is_missing_group
 
 log = logging.getLogger(__name__)
@@ -108,15 +109,15 @@ class Webhooks:
         return due
 
     def _decode(self, entries: Entries, attempts: Mapping[str, int]) -> list[Announcement]:
-        taken = []
+        announcements = []
         for entry_id, fields in entries:
             entry = entry_id.decode()
             try:
-                taken.append(Announcement.of(self._keys.service, entry, fields, attempts.get(entry, 1)))
+                announcements.append(Announcement.of(self._keys.service, entry, fields, attempts.get(entry, 1)))
             except Malformed as error:
                 log.error("service %s: entry %s of its webhooks is dropped: %s", self._keys.service, entry, error)
                 self._remove(entry)
-        return taken
+        return announcements
 
     def renew(self, entries: Sequence[str]) -> None:
         """Says that this sender still holds these entries. It is no attempt."""
@@ -144,7 +145,7 @@ class Webhooks:
         return WebhookState(**json.loads(found)) if found else None
 
     def _now(self) -> int:
-        seconds, micros = cast(tuple[int, int], self._client.time())
+        seconds, micros = owner(self._client, self._stream).time()
         return seconds * 1000 + micros // 1000
 
     def _end(self, announcement: Announcement, state: WebhookState) -> None:

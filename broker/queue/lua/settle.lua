@@ -151,7 +151,7 @@ local ANSWERED, UNREAD_INSTEAD, UNWRITABLE = 1, 2, -1
 -- Counts the rows of a reply that have an error.
 local function failures_of(rows)
   local failed = 0
-  for count in string.gmatch(rows, ' %S+ (%d+)') do failed = failed + count end
+  for failures in string.gmatch(rows, ' %S+ (%d+)') do failed = failed + failures end
   return failed
 end
 
