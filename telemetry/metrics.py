@@ -259,5 +259,6 @@ LABELS: Mapping[str, Sequence[str]] = {
     "state": STATES,
     "code": CODES,
     "reason": (*REASONS, *BURIED),
+    "outcome": WEBHOOK_ENDS,
 }
 """Values of the labels beside `service`. Workers of other versions may add some."""
