@@ -42,7 +42,7 @@ _JOBS = "q:realtime q:normal q:batch"
 _LOOK = (
     Grant("hget hmget hgetall exists type ttl pttl memory|usage", read="*"),
     Grant("xlen xrange xrevrange xpending xinfo|groups xinfo|consumers xinfo|stream", read=f"{_JOBS} dead"),
-    Grant("get", read="paused reclaim seen:* partial:*"),
+    Grant("get", read="paused reclaim seen:* partial:* webhook:*"),
     Grant("hlen", read="call:*"),
     Grant("zrange zcount zscore", read="workers cancelled"),
 )
@@ -53,8 +53,9 @@ _CALL = (
     Grant(
         "evalsha",
         write=f"service {_JOBS} bucket bucket:* paused refused seen:* cancelled trail reply:* result:* call:* "
-        "partial:* metrics",
+        "partial:* metrics webhooks",
     ),
+    Grant("xadd pexpire", write="webhooks"),
     Grant("hget hmget", read="service bucket bucket:* call:*"),
     Grant("hset hincrby hexists hstrlen hlen pttl pexpire", write="call:*"),
     Grant("get pttl exists", read="paused seen:* result:*"),
@@ -76,8 +77,10 @@ _WORK = (
     Grant("script|load"),
     Grant(
         "evalsha",
-        write=f"service {_JOBS} paused dead trail cancelled reply:* seen:* result:* call:* partial:* metrics",
+        write=f"service {_JOBS} paused dead trail cancelled reply:* seen:* result:* call:* partial:* metrics webhooks",
     ),
+    Grant("xadd pexpire xlen xreadgroup xclaim xpending xack xdel xgroup|create", write="webhooks"),
+    Grant("set", write="webhook:*"),
     Grant("hset hincrby hmget hstrlen hlen pexpire", write="call:*"),
     Grant("evalsha", write=f"service {_JOBS} paused workers worker:* cancelled reclaim trail bell metrics"),
     Grant("hsetnx", write="service"),

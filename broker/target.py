@@ -15,7 +15,7 @@ from millstream.broker.contract.keys import DEFAULT_PREFIX
 from millstream.broker.transport import eviction
 from millstream.broker.transport.connection import find_url
 
-_SECTIONS = {"models", "services", "redis", "telemetry"}
+_SECTIONS = {"models", "services", "redis", "telemetry", "webhooks"}
 
 
 @dataclass(frozen=True, slots=True)

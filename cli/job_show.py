@@ -54,7 +54,7 @@ def describe(found: CallState) -> Iterator[str]:
     """Yields the lines that show it: facts of one job, or a table of many."""
     width = terminal_width()
     if len(found.jobs) == 1 and found.ids.total == 1:
-        yield describe_facts(_facts(found, found.jobs[0]), width)
+        yield describe_facts([*_facts(found, found.jobs[0]), *_webhook_facts(found)], width)
         return
     counts = Counter(job.state for job in found.jobs)
     states = ", ".join(f"{count} {state}" for state, count in counts.items())
@@ -64,6 +64,7 @@ def describe(found: CallState) -> Iterator[str]:
         ("service", found.ids.service),
         ("jobs", f"{found.ids.total}, {found.answered} answered{shown}: {states}"),
         ("kept", f"for {age(found.kept_ms)}" if found.kept_ms is not None else "for result_ttl after the last answer"),
+        *_webhook_facts(found),
     ]
     yield describe_facts(facts, width)
     yield ""
@@ -95,6 +96,17 @@ def _facts(found: CallState, job: JobState) -> list[tuple[str, str]]:
     if job.letter:
         facts.append(("look", f"millstream dead show {trace.service} {job.letter.id}"))
     return [(name, escape(text)) for name, text in facts]
+
+
+def _webhook_facts(found: CallState) -> list[tuple[str, str]]:
+    if not found.webhook:
+        return []
+    last, is_done = found.webhook.last, found.answered == found.ids.total
+    how = "not sent yet" if is_done else "sent when all jobs are answered"
+    if last:
+        failed = f": {last.reason}" if last.reason else ""
+        how = f"{last.step} at {_time(last.at)}, attempt {last.attempt}{failed}"
+    return [("webhook", escape(f"{found.webhook.origin}: {how}"))]
 
 
 def _describe_state(job: JobState) -> str:
@@ -157,6 +169,7 @@ def as_record(found: CallState) -> dict[str, object]:
         "total": found.ids.total,
         "answered": found.answered,
         "kept_ms": found.kept_ms,
+        "webhook": asdict(found.webhook) if found.webhook else None,
         "jobs": [_job_record(job) for job in found.jobs],
     }
 

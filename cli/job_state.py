@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from millstream.broker.contract.codec import decode_reply
 from millstream.broker.contract.errors import Cancelled, Malformed, MillstreamError, ModelFailed
 from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.contract.webhooks import find_receiver
 from millstream.broker.queue.deadletters import DeadLetters, Letter
 from millstream.broker.queue.inspector import Inspector
 from millstream.broker.queue.job_details import JobDetails, read_details
@@ -15,6 +16,7 @@ from millstream.broker.queue.job_trace import JobTrace, read_traces
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.streams import Streams
 from millstream.broker.queue.views import WorkerView
+from millstream.broker.queue.webhooks import Webhooks, WebhookState
 from millstream.broker.transport.connection import Connection, translated
 from millstream.cli.job_ids import JobIds, unknown
 
@@ -36,16 +38,25 @@ class JobState:
 
 
 @dataclass(frozen=True, slots=True)
+class CallWebhook:
+    """Receiver of a call's outcome, its `origin` alone. `last`: how the last attempt ended, None if there was none."""
+
+    origin: str
+    last: WebhookState | None
+
+
+@dataclass(frozen=True, slots=True)
 class CallState:
     """State of what an id names: its first jobs. `answered` counts all of them.
 
-    `kept_ms` is left to the results, None until all jobs are answered.
+    `kept_ms` is left to the results, None until all jobs are answered. `webhook` is None if the call has none.
     """
 
     ids: JobIds
     jobs: Sequence[JobState]
     answered: int = 0
     kept_ms: int | None = None
+    webhook: CallWebhook | None = None
 
 
 def read_call(connection: Connection, prefix: str, ids: JobIds) -> CallState:
@@ -62,8 +73,14 @@ def read_call(connection: Connection, prefix: str, ids: JobIds) -> CallState:
         kept_ms = int(connection.client.pttl(keys.call(ids.call))) if ids.call else -1
         jobs = [judge(each, details.get(each.id), holders.get(each.worker), errors.get(each.id)) for each in traces]
         jobs = [_with_letter(connection, keys, each) for each in jobs]
+        webhook = _read_webhook(connection, keys, ids.call, submitted.payload) if submitted else None
     answered = submitted.answered if submitted else sum(each.state in ("answered", "settled") for each in traces)
-    return CallState(ids, jobs, answered, kept_ms if kept_ms >= 0 and answered == ids.total else None)
+    return CallState(ids, jobs, answered, kept_ms if kept_ms >= 0 and answered == ids.total else None, webhook)
+
+
+def _read_webhook(connection: Connection, keys: ServiceKeys, call: str, payload: str) -> CallWebhook | None:
+    receiver = find_receiver(payload)
+    return CallWebhook(receiver.origin, Webhooks(connection.client, keys).read_state(call)) if receiver else None
 
 
 def _read_holders(

@@ -30,6 +30,7 @@ from millstream.cli.status import status_line
 from millstream.cli.supervise import supervise
 from millstream.worker.supervision.plan import Plan, preflight
 from millstream.worker.supervision.supervisor import Supervisor
+from millstream.worker.supervision.webhook_sender import sending
 
 EOF_DRAIN_S = 2.0
 """Longest drain, in seconds, after the program that started this command has ended."""
@@ -120,7 +121,9 @@ def _run(config: Config, interrupts: Interrupts, stack: Stack) -> None:
         plans = [Plan(spec, spec.runtime.worker_count, folder=stack.folder) for spec in specs]
         variables = stack.telemetry.variables()
         supervisor = Supervisor(stack.url, prefix, plans, drain_s=stack.drain_s, variables=variables)
-        with status_line(connection.safe_url) as status:
+        names = [spec.name for spec in specs]
+        sender = sending(stack.url, prefix, names, config.webhooks)
+        with sender, status_line(connection.safe_url) as status:
             inspector = Inspector(connection, prefix)
             supervise(supervisor, interrupts, status, inspector, stack.server, whole=stack.whole)
     click.echo("drained: jobs that no worker had claimed wait in the queue")

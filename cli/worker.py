@@ -12,6 +12,7 @@ import click
 
 from millstream.broker.config.load import ServiceSpec
 from millstream.broker.config.telemetry import LogFormat, LogLevel
+from millstream.broker.config.webhooks import WebhookSettings
 from millstream.broker.contract.errors import UnknownService
 from millstream.broker.contract.operations import RUNNABLE, types_with
 from millstream.broker.queue.inspector import Inspector, ServiceView, WorkerView
@@ -100,6 +101,7 @@ def run(
     from millstream.cli.supervise import supervise
     from millstream.worker.supervision.plan import Plan, preflight
     from millstream.worker.supervision.supervisor import Supervisor
+    from millstream.worker.supervision.webhook_sender import sending
 
     telemetry = options.set_up_logs(find_telemetry(os.environ), log_format, log_level)
     target = find_server(url, prefix)
@@ -111,7 +113,8 @@ def run(
         folder = str(Path.cwd())
         plans = [Plan(spec, count or spec.runtime.worker_count, device, folder) for spec in specs]
         supervisor = Supervisor(target.url, target.prefix, plans, drain_s=drain_s, variables=telemetry.variables())
-        supervise(supervisor, interrupts, Lines())
+        with sending(target.url, target.prefix, [spec.name for spec in specs], _own_webhooks()):
+            supervise(supervisor, interrupts, Lines())
     click.echo("drained: jobs that no worker had claimed wait in the queue")
 
 
@@ -216,6 +219,12 @@ def _with_own_settings(specs: Sequence[ServiceSpec]) -> list[ServiceSpec]:
         spec.with_handler(own[spec.name].model.handler).with_key(own[spec.name].model) if spec.name in own else spec
         for spec in specs
     ]
+
+
+def _own_webhooks() -> WebhookSettings:
+    """Returns what this host's own config.yaml says of webhooks. Raises ConfigError if that file is invalid."""
+    config = find_config(os.environ)
+    return config.webhooks if config else WebhookSettings()
 
 
 def _has_code(spec: ServiceSpec) -> bool:

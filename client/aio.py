@@ -234,10 +234,11 @@ class AsyncClient:
         timeout: float | None = None,
         tenant: str = "",
         idempotency_key: str | None = None,
+        webhook: str | None = None,
         **options: Json,
     ) -> Detached:
         """Does as Client.submit_detached. The methods of Detached block: call them with asyncio.to_thread."""
-        opts = CallOptions(priority, timeout, True, tenant, options)
+        opts = CallOptions(priority, timeout, True, tenant, options, webhook=webhook)
         opts = opts.validate()
         until = opts.until(time.monotonic())
         rows, opts = copy_arguments(inputs, opts)

@@ -14,6 +14,7 @@ from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Json, Priority
 from millstream.broker.contract.operations import BY_OP, Operation
 from millstream.broker.contract.scalars import plain
+from millstream.broker.contract.webhook_urls import WebhookUrl, is_allowed, read_webhook_url
 from millstream.client.services import operation_of
 
 _TENANT = re.compile(r"[A-Za-z0-9_.-]{0,64}")
@@ -24,7 +25,8 @@ _PRIORITIES = frozenset(map(str, Priority))
 class CallOptions(NamedTuple):
     """Options of a call. `timeout` is in seconds, for the whole call; `options` go to the model.
 
-    `op` is the operation that the service must run; if it is empty, the service's own operation runs.
+    `op` is the operation that the service must run; if it is empty, the service's own operation runs. `webhook` is the
+    URL that is told when a detached call is done; None: none.
     """
 
     priority: PriorityName = "normal"
@@ -33,6 +35,7 @@ class CallOptions(NamedTuple):
     tenant: str = ""
     options: Mapping[str, Json] = MappingProxyType({})
     op: str = ""
+    webhook: str | None = None
 
     def until(self, began: float) -> float | None:
         """Returns when the timeout of a call that began at `began` is over; both in monotonic seconds."""
@@ -67,6 +70,23 @@ class CallOptions(NamedTuple):
             encode_inputs([], self.options)
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidRequest(f"options must be JSON values: {error}") from error
+
+
+def read_webhook(text: str) -> WebhookUrl:
+    """Returns the URL of a webhook. Raises InvalidRequest if it is invalid."""
+    try:
+        return read_webhook_url(str(text))
+    except ValueError as error:
+        raise InvalidRequest(f"the URL of the webhook {error}") from None
+
+
+def check_webhook(spec: ServiceSpec, text: str) -> None:
+    """Raises InvalidRequest if `spec` does not allow this URL of a webhook."""
+    if not is_allowed(read_webhook(text), spec.webhooks):
+        raise InvalidRequest(
+            f"service {spec.name!r} does not allow this webhook",
+            hint="add the start of its URL to webhooks.allow in config.yaml, and `millstream config push --replace`",
+        )
 
 
 _PLAIN_TYPES = frozenset({str, int, float, bool, type(None)})

@@ -25,7 +25,7 @@ from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.broker.target import find_target
 from millstream.broker.transport.connection import Connection, translated
 from millstream.client.cache_reader import CacheReader
-from millstream.client.call_options import CallOptions, find_operation
+from millstream.client.call_options import CallOptions, check_webhook, find_operation
 from millstream.client.call_request import StreamRequest
 from millstream.client.call_spans import begin_span, follow
 from millstream.client.channel.channel import Channel
@@ -210,6 +210,10 @@ class Calls:
         """
         return spec.model.operation.check(options)
 
+    def check_webhook(self, spec: ServiceSpec, url: str) -> None:
+        """Raises InvalidRequest if a call of `spec` may not have this webhook."""
+        check_webhook(spec, url)
+
     def submit_detached(
         self, service: str, inputs: Sequence[Json], opts: CallOptions, idempotency_key: str | None
     ) -> Detached:
@@ -238,6 +242,8 @@ class Calls:
         """Returns a checked detached call that can be submitted. Raises InvalidRequest."""
         operation = find_operation(spec, opts.op)
         beside = self.check_options(spec, opts.options)
+        if opts.webhook is not None:
+            self.check_webhook(spec, opts.webhook)
         return DetachedRequest.of(spec, operation, inputs, beside, opts, deadline, idempotency_key)
 
     def stats(self, service: str) -> ServiceStats:

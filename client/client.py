@@ -307,17 +307,19 @@ class Client:
         timeout: float | None = None,
         tenant: str = "",
         idempotency_key: str | None = None,
+        webhook: str | None = None,
         **options: Json,
     ) -> Detached:
         """Submits `inputs` as a detached call. Its results stay in Redis for any process that has its id.
 
         The results expire `result_ttl` after the last one. Blocks until the server has accepted all jobs. A second
-        submission with the same `idempotency_key` returns the first call.
+        submission with the same `idempotency_key` returns the first call. When all jobs are answered, the outcome is
+        sent to the URL `webhook`, at least once: config.yaml must allow it, see docs/webhooks.md.
 
         Raises QueueFull, UnknownService, BrokerUnavailable, and InvalidRequest, also if the key was used with other
-        inputs or options.
+        inputs, options or webhook, and if the webhook is not allowed.
         """
-        opts = CallOptions(priority, timeout, True, tenant, options)
+        opts = CallOptions(priority, timeout, True, tenant, options, webhook=webhook)
         return self._calls.submit_detached(service, inputs, opts, idempotency_key)
 
     def job(self, job_id: str) -> Detached:

@@ -31,8 +31,8 @@ from millstream.client.rows import encode_rows, estimate_row_tokens, measure_row
 from millstream.client.split import MAX_PART_BYTES, Part
 from millstream.telemetry.traces import CallSpan, Ending
 
-_PAYLOAD = re.compile(r"(?P<rows>\d+)x(?P<per_job>\d+) (?P<digest>[0-9a-f]*)")
-"""Payload that the server stores with a call: its shape and digest; no digest for calls without an idempotency key."""
+_PAYLOAD = re.compile(r"(?P<rows>\d+)x(?P<per_job>\d+) (?P<rest>.*)")
+"""Payload that the server stores with a call: its shape, digest and webhook; no digest without an idempotency key."""
 
 
 class PendingDetached:
@@ -152,9 +152,14 @@ class DetachedRequest:
             digest.update(b"\0" + encode_inputs([_sort_keys(row)], {}))
         return digest.hexdigest()[:32]
 
+    @property
+    def _identity(self) -> str:
+        """Digest, and webhook if it has one. With another identity it is another call under the same key."""
+        return f"{self.digest} {self.opts.webhook}" if self.opts.webhook else self.digest
+
     def _make_record(self, per_job: int, jobs: int) -> DetachedCall:
         """Returns the record of the call that the server stores."""
-        payload = f"{self._name(per_job).shape} {self.digest}"
+        payload = f"{self._name(per_job).shape} {self._identity}"
         return DetachedCall(self.call, jobs, payload, max(1, round(self.spec.result_ttl * 1000)))
 
     def find_other_per_job(self, calls: DetachedCalls) -> int | None:
@@ -167,7 +172,7 @@ class DetachedRequest:
         with translated(calls.connection.safe_url):
             submitted = calls.streams(self.spec.name).submitted(self.call)
         match = _PAYLOAD.fullmatch(submitted.payload) if submitted else None
-        if match is None or match["digest"] != self.digest or int(match["per_job"]) == self.per_job:
+        if match is None or match["rest"] != self._identity or int(match["per_job"]) == self.per_job:
             return None
         return int(match["per_job"])
 

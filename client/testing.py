@@ -26,7 +26,7 @@ from millstream.broker.queue.streams import Streams
 from millstream.broker.transport.connection import Connection
 from millstream.client.aio import AsyncClient
 from millstream.client.cache_reader import CacheReader
-from millstream.client.call_options import CallOptions
+from millstream.client.call_options import CallOptions, read_webhook
 from millstream.client.calls import NO_HITS, Calls
 from millstream.client.channel.channel import Channel
 from millstream.client.client import Client
@@ -176,6 +176,10 @@ class _FakeCalls(Calls):
             return super().check_options(spec, options)
         read_embed_options(options)
         return 0
+
+    def check_webhook(self, spec: ServiceSpec, url: str) -> None:
+        # No config.yaml says what is allowed, and nothing is sent.
+        read_webhook(url)
 
     def check_detached(
         self,

@@ -29,6 +29,9 @@ REASONS = ("paused", "queue_full", "rate_limited", "over_burst")
 BURIED = ("max_attempts", "malformed", "newer version", "reply_unwritable")
 """Reasons of dead letters."""
 
+WEBHOOK_ENDS = ("delivered", "given_up")
+"""Ends of the announcement of a detached call to its webhook."""
+
 UNWRITABLE = "reply_unwritable"
 """Code of rows whose reply could not be written; they are in a dead letter."""
 
@@ -219,6 +222,13 @@ METRICS: tuple[Metric, ...] = (
         lambda now: _from_zero(now.totals.buried, BURIED),
         "reason",
     ),
+    _counter(
+        "webhooks",
+        "Announcements of detached calls that their webhook accepted, or that were given up.",
+        "announcements",
+        lambda now: _from_zero(now.totals.webhooks, WEBHOOK_ENDS),
+        "outcome",
+    ),
     _counter("rows_cached", "Rows that clients found in the cache.", "rows", lambda now: now.totals.cached),
     _work("batches", "Forwards of the model.", "batches", "forwards"),
     _work("rows_run", "Rows of all batches.", "rows", "rows"),
@@ -249,5 +259,6 @@ LABELS: Mapping[str, Sequence[str]] = {
     "state": STATES,
     "code": CODES,
     "reason": (*REASONS, *BURIED),
+    "outcome": WEBHOOK_ENDS,
 }
 """Values of the labels beside `service`. Workers of other versions may add some."""

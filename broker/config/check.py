@@ -21,6 +21,7 @@ from millstream.broker.config.spec import (
     with_defaults,
 )
 from millstream.broker.config.telemetry import TelemetrySettings
+from millstream.broker.config.webhooks import WebhookSettings
 from millstream.broker.config.yaml import Document, KeyPath
 from millstream.broker.contract.errors import did_you_mean
 from millstream.broker.contract.operations import OPERATIONS, UPSTREAM_BACKENDS, types_with
@@ -40,6 +41,7 @@ class ConfigFile(Settings):
     services: Section[dict[ServiceName, Entry]] = Field(default_factory=dict)
     redis: Section[RedisSettings] = RedisSettings()
     telemetry: Section[TelemetrySettings] = TelemetrySettings()
+    webhooks: Section[WebhookSettings] = WebhookSettings()
 
 
 def check(document: Document) -> ConfigFile:
@@ -57,6 +59,8 @@ def check(document: Document) -> ConfigFile:
 
 def _problems(file: ConfigFile, document: Document) -> Found:
     yield from _unnamed_models(file)
+    if file.webhooks.allow and not file.webhooks.secret_file:
+        yield ("webhooks", "secret_file"), "missing; name a file with the secret that signs what is sent"
     yield from _unknown_models(file, document)
     yield from _long_timeouts(file, document)
     yield from _impossible_caches(file)
@@ -137,7 +141,7 @@ def _reason(error: ErrorDetails, path: KeyPath, document: Document) -> str:
     reason = _REASONS.get(error["type"], error["msg"]).format(**context)
     close = did_you_mean(str(error["input"]), re.findall(r"'([\w-]+)'", str(context.get("expected", ""))))
     # A value under redis and the URL of a server may hold a password, so they are not quoted.
-    is_quoted = path[0] != "redis" and path[-1] not in ("url", "otlp_endpoint")
+    is_quoted = path[0] not in ("redis", "webhooks") and path[-1] not in ("url", "otlp_endpoint")
     actual = f", not {_as_written(error['input'], document.written.get(path))}" if is_quoted else ""
     return reason + actual + (f"; did you mean {close}?" if close else "")
 
@@ -174,6 +178,8 @@ def _known_keys(path: KeyPath) -> list[str]:
             return list(PriorityLimits.model_fields)
         case ("telemetry",):
             return list(TelemetrySettings.model_fields)
+        case ("webhooks",):
+            return list(WebhookSettings.model_fields)
     return list(RedisSettings.model_fields)
 
 

@@ -17,6 +17,7 @@ from millstream.broker.config.check import ConfigFile, check
 from millstream.broker.config.fields import Settings
 from millstream.broker.config.spec import ModelSpec, RedisSettings, Runtime, ServiceSpec
 from millstream.broker.config.telemetry import TelemetrySettings
+from millstream.broker.config.webhooks import WebhookSettings
 from millstream.broker.config.yaml import PREFIX, KeyPath, Place
 from millstream.broker.contract.errors import ConfigError
 from millstream.broker.contract.operations import CALL
@@ -34,6 +35,7 @@ class Config(Settings):
     services: dict[str, ServiceSpec]
     redis: RedisSettings
     telemetry: TelemetrySettings = TelemetrySettings()
+    webhooks: WebhookSettings = WebhookSettings()
     places: dict[KeyPath, Place] = Field(default_factory=dict, repr=False)
 
 
@@ -52,6 +54,7 @@ def load(path: Path | str | None = None, environ: Mapping[str, str] = os.environ
         services=_resolve(file),
         redis=file.redis,
         telemetry=file.telemetry,
+        webhooks=file.webhooks,
         places=document.places,
     )
 
@@ -95,6 +98,7 @@ def _resolve(file: ConfigFile) -> dict[str, ServiceSpec]:
             runtime=entry.runtime,
             result_ttl=file.redis.result_ttl,
             replicated=file.redis.durability == "replicated",
+            webhooks=file.webhooks.allow,
         )
         for name, entry in file.services.items()
     }

@@ -36,6 +36,7 @@ def resolved(config: Config, environ: Mapping[str, str] = os.environ) -> Iterato
     for each in _values(config, ("redis",), config.redis):
         yield _override(each, environ)
     yield from _values(config, ("telemetry",), config.telemetry)
+    yield from _values(config, ("webhooks",), config.webhooks)
 
 
 def _runtime(config: Config, name: str, service: ServiceSpec) -> Iterator[Value]:

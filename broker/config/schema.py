@@ -20,6 +20,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "services": "Services by name: a queue each, as in client.submit(NAME, ...).",
     "redis": "The Redis server that holds the queues.",
     "telemetry": "Logs and traces of this host's processes.",
+    "webhooks": "The receivers that detached calls may name, and the secret that signs what they get.",
     "type": "Kind of the model.",
     "model_name": "The weights: a folder, a model of the hub, or package:PACKAGE/FOLDER inside an installed package.",
     "kind": "How the model is used, if not as its files say. query_likelihood: a causal language model ranks documents "
@@ -81,6 +82,9 @@ DESCRIPTIONS: Mapping[str, str] = {
     "traces": "OpenTelemetry's traces. auto: clients trace if the program has set OpenTelemetry up, workers if an "
     "endpoint is set; on: the same, and an error if it is not possible; off: never.",
     "otlp_endpoint": "Collector that workers send spans to, by OTLP over HTTP; by default OTEL_EXPORTER_OTLP_ENDPOINT.",
+    "allow": "Starts of the URLs that a call may name, such as https://hooks.example.com/millstream/.",
+    "secret_file": "A file whose first line is the secret that signs announcements; further lines: further secrets. "
+    "Only this host's `up` and `worker run` read it.",
     "data_dir": "Folder for the data of the server that `millstream up` starts.",
 }
 

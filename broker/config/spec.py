@@ -249,7 +249,8 @@ class ServiceSpec(Settings):
     """One service with every default filled in. `model_ref` is the model's name in config.yaml.
 
     `result_ttl` is the time in seconds for which the results of a detached call are kept after the last one. If
-    `replicated`, a job counts as accepted only when a replica of the server has it.
+    `replicated`, a job counts as accepted only when a replica of the server has it. `webhooks`: starts of the
+    URLs that a detached call may name.
     """
 
     name: ServiceName
@@ -258,6 +259,7 @@ class ServiceSpec(Settings):
     runtime: Runtime
     result_ttl: float = RESULT_TTL_S
     replicated: bool = False
+    webhooks: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _caches_only_what_can_be(self) -> ServiceSpec:
@@ -288,6 +290,8 @@ class ServiceSpec(Settings):
         """Returns the record for the registry, without OWN_KEYS. Equal specs give equal text."""
         # Newer keys are omitted while they have their defaults, so that older versions write the same record.
         off: dict[str, bool | set[str]] = {} if self.replicated else {"replicated": True}
+        if not self.webhooks:
+            off["webhooks"] = True
         newer = ("attention", "backend", "kernels", "kind", "model_file", "url")
         off["model"] = {name for name in newer if getattr(self.model, name) == ModelSpec.model_fields[name].default}
         if not self.runtime.reserved_slots:

@@ -66,6 +66,14 @@ class ServiceKeys:
         """HASH of a detached call: its payload, and each job's reply; ttl result_ttl after the last reply."""
         return self._key(f"call:{call}")
 
+    def webhooks(self) -> str:
+        """STREAM of calls that are done and whose webhook is to be told; capped; ttl two days after the last one."""
+        return self._key("webhooks")
+
+    def webhook(self, call: str) -> str:
+        """STRING: how the last attempt to tell a call's webhook ended, as JSON; ttl a day after it."""
+        return self._key(f"webhook:{call}")
+
     def result(self, job_id: str) -> str:
         """STRING: the reply to a detached job that a client of an older version sent; ttl result_ttl."""
         return self._key(f"result:{job_id}")

@@ -61,8 +61,9 @@ class ServiceMetrics:
 
     Exact: accepted `jobs` and `rows` by priority; `refused` calls by reason; `settled` jobs, the cancelled and purged
     ones included; of their rows, `ok` and `failed` by error code; jobs that were `buried`, by reason. `cached`: rows
-    that clients found in the cache. `work`: counters of workers by name, see WORK in contract/metrics.py, and
-    `histograms` by name, both without the last second of workers that were killed.
+    that clients found in the cache. `webhooks`: announcements by how they ended. `work`: counters of workers by
+    name, see WORK in contract/metrics.py, and `histograms` by name, both without the last second of workers that were
+    killed.
     """
 
     service: str
@@ -74,6 +75,7 @@ class ServiceMetrics:
     failed: Mapping[str, int]
     buried: Mapping[str, int]
     cached: int
+    webhooks: Mapping[str, int]
     work: Mapping[str, int]
     histograms: Mapping[str, HistogramView]
 
@@ -141,6 +143,7 @@ def decode_metrics(keys: ServiceKeys, fields: Mapping[bytes, bytes]) -> ServiceM
         failed=_labelled(counts, "failed:"),
         buried=_labelled(counts, "buried:"),
         cached=of("cached"),
+        webhooks=_labelled(counts, "webhooks:"),
         work={name: of(f"work:{name}") for name in WORK},
         histograms={name: _histogram(of, name) for name in HISTOGRAMS},
     )

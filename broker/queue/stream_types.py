@@ -18,7 +18,7 @@ LOST, DIVERGED = -1, -2
 class DetachedCall(NamedTuple):
     """The detached call that a group of jobs is part of. `jobs` is the number of jobs of the whole call.
 
-    `payload` identifies the call's rows and shape in at most about 100 characters: later groups with the same `id` are
+    `payload` identifies the call's shape, rows and webhook, see enqueue.lua: later groups with the same `id` are
     refused if their payload differs. Results live for `result_ttl_ms` after the last one; None means the worker's ttl.
     """
 

@@ -57,7 +57,7 @@ _XREADGROUP = b"XREADGROUP"
 fields of the same name."""
 
 CALL_FIELDS = 4
-"""Number of fields of a detached call's hash that are not jobs."""
+"""Number of fields of a detached call's hash that are not jobs, without `failed`, which it has if rows failed."""
 
 _ACCEPTED = Admission()
 _SETTLED: dict[int, Settled] = {1: "answered", 2: "unread", 0: "late", -1: "unwritable"}
@@ -85,6 +85,7 @@ class Streams:
         self._enqueue_keys.append(keys.metrics())
         self._claim_keys = [*self._streams, keys.paused(), keys.workers(), keys.trail()]
         self._settle_keys = [*self._streams, keys.dead(), keys.trail(), keys.cancelled(), keys.metrics()]
+        self._settle_keys.append(keys.webhooks())
         self._result_ttl_ms = result_ttl_ms
         self._unread_bytes = unread_bytes
 
@@ -236,6 +237,7 @@ class Streams:
         outcome.
         """
         keys = [*self._streams, self._keys.cancelled(), self._keys.trail(), self._keys.metrics()]
+        keys.append(self._keys.webhooks())
         args: list[scripts.Argument] = [GROUP, RETURNED, MARKS_KEPT_MS]
         result = b"" if client else CANCELLED
         for job_id in job_ids:
@@ -254,7 +256,7 @@ class Streams:
     def _purge(self, priority: Priority, last: bytes) -> int:
         stream, purged, after = self._keys.stream(priority), 0, "-"
         while page := cast(Entries, self._client.xrange(stream, after, last, count=MAX_JOBS_PER_CALL)):
-            keys = [*self._streams, self._keys.trail(), self._keys.metrics()]
+            keys = [*self._streams, self._keys.trail(), self._keys.metrics(), self._keys.webhooks()]
             args: list[scripts.Argument] = [GROUP, RETURNED, self._unread_bytes]
             for entry, fields in page:
                 address, job, *_ = decode_claim(STREAM_INDEX[priority], entry, flat_fields(fields), 0.0)
@@ -277,10 +279,12 @@ class Streams:
     def submitted(self, call: str) -> Submitted | None:
         """Returns the state of a detached call; None if its results have expired or it never existed."""
         pipe = self._client.pipeline(transaction=False)
-        pipe.hmget(self._keys.call(call), ["payload", "left"])
+        pipe.hmget(self._keys.call(call), ["payload", "left", "failed"])
         pipe.hlen(self._keys.call(call))
-        (payload, unanswered), fields = pipe.execute()
-        return Submitted(payload.decode(), fields - CALL_FIELDS - int(unanswered)) if payload and unanswered else None
+        (payload, unanswered, failed), fields = pipe.execute()
+        if not (payload and unanswered):
+            return None
+        return Submitted(payload.decode(), fields - CALL_FIELDS - (failed is not None) - int(unanswered))
 
     def results(self, call: str, job_ids: Sequence[str]) -> list[bytes | None]:
         """Returns the encoded replies to jobs of a detached call, None for each job that is not answered."""

@@ -12,7 +12,8 @@ from contracts.queue import Queue, draft
 from millstream.broker.contract.codec import decode_reply
 from millstream.broker.contract.errors import Cancelled
 from millstream.broker.contract.job import Claim, Draft, Priority
-from millstream.broker.queue.stream_types import Admission, DetachedCall, Group, Submitted
+from millstream.broker.contract.webhooks import Announcement
+from millstream.broker.queue.stream_types import Admission, DetachedCall, Group, Settlement, Submitted
 
 ACCEPTED, REUSED = Admission(), Admission("reused_key")
 FULL = Admission("queue_full", 0.1, 3)
@@ -208,3 +209,91 @@ class DetachedContract:
         assert claim.address.call == call.id
         assert queue.settle([claim], bury="malformed") == ["answered"]
         assert queue.streams.results(call.id, [drafts[0].id, claim.address.job_id]) == [b"reply", b"reply"]
+
+
+class WebhookContract:
+    """A subclass gives the fixture `queue`."""
+
+    def test_a_call_with_a_webhook_is_announced_in_the_step_that_answers_its_last_job(self, queue: Queue) -> None:
+        call, drafts = hooked(2), [draft(2, client="") for _ in range(2)]
+        leave(queue, call, drafts)
+        claims = queue.claim().claims
+
+        queue.streams.settle([Settlement(claims[0].address, b"one", failed={"model_failed": 1})])
+        assert announced(queue) == []
+        queue.settle(claims[1:])
+
+        (announcement,) = announced(queue)
+        assert (announcement.call, announcement.rows, announcement.failed) == (call.id, 4, 1)
+        assert (announcement.url, announcement.state) == (URL, "partly_failed")
+        assert queue.streams.submitted(call.id) == Submitted(call.payload, 2)
+
+    def test_a_call_is_announced_once_however_often_its_jobs_are_settled_or_sent(self, queue: Queue) -> None:
+        call, drafts = hooked(1), [draft(4, client="")]
+        leave(queue, call, drafts)
+        claims = queue.claim().claims
+
+        assert queue.settle(claims) == ["answered"]
+        assert queue.settle(claims) == ["late"]
+        leave(queue, call, drafts)
+
+        assert [each.state for each in announced(queue)] == ["done"]
+
+    def test_a_call_whose_last_job_is_cancelled_is_announced(self, queue: Queue) -> None:
+        call, drafts = hooked(2), [draft(2, client="") for _ in range(2)]
+        leave(queue, call, drafts)
+
+        queue.streams.cancel([each.id for each in drafts], "", call.id)
+
+        assert [(each.state, each.failed) for each in announced(queue)] == [("failed", 4)]
+
+    def test_a_call_whose_last_job_is_purged_is_announced(self, queue: Queue) -> None:
+        leave(queue, hooked(2), [draft(2, client="") for _ in range(2)])
+
+        assert queue.streams.purge() == 2
+
+        assert [(each.state, each.failed) for each in announced(queue)] == [("failed", 4)]
+
+    def test_a_call_whose_last_job_is_buried_is_announced(self, queue: Queue) -> None:
+        leave(queue, hooked(1), [draft(4, client="")])
+        (claim,) = queue.claim().claims
+
+        queue.streams.settle([Settlement(claim.address, b"no", "max_attempts", {"worker_lost": 4})])
+
+        assert [(each.state, each.failed) for each in announced(queue)] == [("failed", 4)]
+
+    def test_a_call_that_was_not_submitted_to_its_end_is_not_announced(self, queue: Queue) -> None:
+        leave(queue, hooked(2), [draft(2, client="")])
+
+        queue.settle(queue.claim().claims)
+
+        assert announced(queue) == []
+
+    def test_a_call_without_a_webhook_is_not_announced(self, queue: Queue) -> None:
+        leave(queue, detached(1, "4x4 "), [draft(4, client="")])
+
+        queue.settle(queue.claim().claims)
+
+        assert not queue.client.exists(queue.keys.webhooks())
+
+    def test_announcements_that_nobody_sends_are_bounded_and_expire(self, queue: Queue) -> None:
+        long = detached(1, f"4x4  {URL}{'a' * 4_096}")
+        for call in (hooked(1), long):
+            leave(queue, call, [draft(4, client="")])
+        queue.settle(queue.claim().claims)
+
+        assert len(announced(queue)) == 1
+        assert 0 < queue.client.pttl(queue.keys.webhooks()) <= 2 * DAY_MS
+
+
+URL = "https://hooks.example.com/a?b=1"
+
+
+def hooked(jobs: int) -> DetachedCall:
+    """A call of 4 rows that has a webhook."""
+    return detached(jobs, f"4x2  {URL}")
+
+
+def announced(queue: Queue) -> list[Announcement]:
+    entries = queue.client.xrange(queue.keys.webhooks())
+    return [Announcement.of("s", entry.decode(), fields) for entry, fields in entries]

@@ -10,15 +10,18 @@ from typing import cast
 import pytest
 from e2e import ledger
 from integration.topologies import check_commands
+from receivers import SECRET, Receiver, receiving
 from support import eventually
 from topologies import Node, Topology, cluster
 from workers import spec, working
 
+from millstream.broker.config.webhooks import WebhookSettings
 from millstream.broker.contract.errors import BrokerUnavailable, ConfigError
 from millstream.broker.queue.inspector import Inspector
 from millstream.broker.queue.registry import Registry
 from millstream.broker.transport.connection import Connection, check, translated
 from millstream.client import Client
+from millstream.worker.supervision.webhook_sender import sending
 
 SERVICES = ["one", "two", "three"]
 FLOWING = 60
@@ -64,6 +67,23 @@ def test_detached_calls_are_kept_where_their_service_is(worked: Topology) -> Non
 
         assert [client.job(each).result(timeout=30) for each in ids] == [[name] for name in SERVICES * 2]
         assert len(set(ids)) == len(SERVICES)
+
+
+def test_webhooks_of_services_on_different_nodes_are_sent_by_one_sender(
+    servers: Topology, connection: Connection, tmp_path: Path
+) -> None:
+    names, file = [f"hooked-{number}" for number in range(4)], tmp_path / "secret"
+    file.write_text(SECRET)
+    with receiving(Receiver()) as receiver, Client(servers.url) as client:
+        settings = WebhookSettings(allow=(receiver.url(""),), secret_file=file)
+        Registry(connection).push([spec(name).model_copy(update={"webhooks": settings.allow}) for name in names])
+        calls = [client.submit_detached(name, ["a"], webhook=receiver.url()) for name in names]
+        for call in calls:
+            assert call.cancel()
+        with sending(servers.url, "ms", names, settings):
+            eventually(lambda: len(receiver.requests) >= len(calls))
+
+    assert sorted(outcome.id for outcome in receiver.outcomes) == sorted(call.id for call in calls)
 
 
 def test_one_look_shows_the_services_of_all_nodes(worked: Topology, connection: Connection) -> None:

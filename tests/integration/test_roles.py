@@ -14,10 +14,12 @@ import pytest
 import redis
 from click.testing import CliRunner
 from contracts.queue import Queue, draft
+from receivers import SECRET, Receiver, receiving
 from support import eventually
 from workers import LONG_S, remove, spec
 
 from millstream.broker.config.spec import ServiceSpec
+from millstream.broker.config.webhooks import WebhookSettings
 from millstream.broker.contract.errors import BrokerUnavailable, Cancelled, UnknownService, WorkerLost
 from millstream.broker.contract.job import Priority
 from millstream.broker.contract.keys import ServiceKeys
@@ -25,6 +27,7 @@ from millstream.broker.queue import scripts
 from millstream.broker.queue.metrics import Metrics
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.stream_types import Group
+from millstream.broker.queue.webhooks import Webhooks
 from millstream.broker.roles import ROLES, SELECTORS_SINCE, Role
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection, is_transient, translated
@@ -33,6 +36,7 @@ from millstream.client import Client
 from millstream.gateway.dashboard.looks import see
 from millstream.worker.supervision.plan import Plan
 from millstream.worker.supervision.supervisor import Supervisor
+from millstream.worker.supervision.webhook_sender import sending
 
 Enter = Callable[..., str]
 CONFIG = """\
@@ -196,6 +200,26 @@ def test_a_client_cancels_what_was_given_back(enter: Enter, connection: Connecti
 
     assert queue.depth() == 0
     assert queue.claim("w2").claims == []
+
+
+def test_webhooks_are_sent_by_a_user_of_workers_also_for_what_a_client_cancelled(
+    enter: Enter, connection: Connection, echo_spec: ServiceSpec, tmp_path: Path
+) -> None:
+    name, file = echo_spec.name, tmp_path / "secret"
+    file.write_text(SECRET)
+    with receiving(Receiver()) as receiver, Client(enter("client", name)) as client:
+        settings = WebhookSettings(allow=(receiver.url(""),), secret_file=file)
+        Registry(connection).push([echo_spec.model_copy(update={"webhooks": settings.allow})], replace=True)
+        detached = client.submit_detached(name, ["a"], webhook=receiver.url())
+        assert detached.cancel()
+
+        with sending(enter("worker", name), "ms", [name], settings):
+            eventually(lambda: receiver.requests)
+            with opened(enter("viewer", name)) as limited:
+                eventually(lambda: Webhooks(limited.client, ServiceKeys(name)).read_state(detached.id[-32:]))
+                eventually(lambda: Metrics(connection).read(name).webhooks == {"delivered": 1})
+
+    assert [(outcome.id, outcome.state) for outcome in receiver.outcomes] == [(detached.id, "failed")]
 
 
 def test_a_client_reads_the_text_of_a_running_job(enter: Enter, connection: Connection, service: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 from contracts.cancel import CancelContract
 from contracts.claim import ClaimContract
 from contracts.dead import DeadLettersContract
-from contracts.detached import DetachedContract
+from contracts.detached import DetachedContract, WebhookContract
 from contracts.emit import EmitContract
 from contracts.enqueue import EnqueueContract
 from contracts.lease import BeatContract, BellContract, LivenessContract, ReclaimContract, ReleaseContract
@@ -86,6 +86,10 @@ class TestCancel(CancelContract):
 
 
 class TestDetached(DetachedContract):
+    pass
+
+
+class TestWebhooks(WebhookContract):
     pass
 
 

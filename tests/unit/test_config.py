@@ -692,3 +692,36 @@ def test_the_place_of_a_key_is_neither_written_to_the_server_nor_read_from_it(lo
     assert "key" not in spec.to_json()
     assert (read.model.url, read.model.api_key_file, read.model.api_key_env) == ("http://h:1/v1", None, None)
     assert read.with_key(spec.model).model == spec.model
+
+
+def test_webhooks_are_given_to_each_service(load_text: Load) -> None:
+    config = load_text(SMALL % ("echo", "") + "webhooks: {allow: ['https://h.example.com/a/'], secret_file: secret}\n")
+
+    assert {service.webhooks for service in config.services.values()} == {("https://h.example.com/a/",)}
+    assert config.webhooks.secret_file == Path("secret")
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("ftp://h.example.com/", "must be a URL as in"),
+        ("https://user:hidden@h.example.com/", "must have no user, password or fragment"),
+        ("https://h.example.com/?a=hidden", "must have no query"),
+        ("https://h.example.com/a/../hidden", "must have no empty step"),
+    ],
+)
+def test_a_wrong_prefix_of_webhooks_is_told_with_its_line_and_not_quoted(
+    load_text: Load, url: str, reason: str
+) -> None:
+    text = f"webhooks:\n  secret_file: secret\n  allow:\n    - https://h.example.com/\n    - {url}\n"
+
+    (error,) = errors_of(load_text, text)
+
+    assert error.startswith(f"config.yaml:3: webhooks.allow.1: {reason}")
+    assert "hidden" not in error
+
+
+def test_webhooks_without_a_secret_are_an_error(load_text: Load) -> None:
+    (error,) = errors_of(load_text, "webhooks:\n  allow: [https://h.example.com/]\n")
+
+    assert error.startswith("config.yaml:1: webhooks.secret_file: missing")

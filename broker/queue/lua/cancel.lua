@@ -1,7 +1,8 @@
 -- Cancels jobs: deletes a job that waits, and marks one that a worker holds for that worker.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET cancelled   KEYS[5] HASH trail
 -- KEYS[6] HASH metrics: 'settled' (jobs), 'failed:cancelled' (rows)
--- KEYS[7..] per job: STRING seen, HASH or STRING of its result, STRING partial
+-- KEYS[7] STREAM webhooks
+-- KEYS[8..] per job: STRING seen, HASH or STRING of its result, STRING partial
 -- ARGV[1] group  ARGV[2] consumer of returned jobs  ARGV[3] lifetime of a mark, ms
 -- then per job: job id, 'hash' | 'string' | 'none' (a client waits for no reply to a cancelled job), result ttl ms,
 --   result
@@ -10,8 +11,10 @@
 
 local GROUP, RETURNED, MARKS_KEPT_MS = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local SEEN_AFTER_SETTLE_MS = 20000
--- Number of fields of a detached call's hash that are not jobs; time for its caller to submit the rest of the call.
+-- Number of fields of a detached call's hash that are not jobs, without `failed`; time for its caller to submit the
+-- rest of the call.
 local CALL_FIELDS, SUBMITTING_MS = 4, 3600000
+local MAX_PAYLOAD, MOST_WEBHOOKS, WEBHOOKS_KEPT_MS = 4096, 10000, 2 * 86400000
 local METRICS_KEPT_MS = 30 * 86400000
 
 local time = redis.call('TIME')
@@ -34,23 +37,37 @@ local function holder(stream, entry)
   return pending and pending[2]
 end
 
+-- As in settle: announces a call whose jobs are all answered, if its payload has a webhook.
+local function announce(key, payload, failures)
+  if #payload > MAX_PAYLOAD or not string.match(payload, '^%d+x%d+ %x* %S+$') then return end
+  redis.pcall('XADD', KEYS[7], 'MAXLEN', '~', MOST_WEBHOOKS, '*',
+    'call', string.match(key, '[^:]*$'), 'payload', payload, 'failed', failures)
+  redis.pcall('PEXPIRE', KEYS[7], WEBHOOKS_KEPT_MS)
+end
+
 -- As in settle: writes a result of a detached call to its hash, see enqueue. All results of a call expire together, a
 -- ttl after the last one. A result that exists is not replaced.
-local function keep(key, job, ttl, reply)
+local function keep(key, job, ttl, reply, failed)
   local length = redis.pcall('HSTRLEN', key, job)
   if length ~= 0 then return false end
   local new = redis.call('HSET', key, job, reply)
+  if failed > 0 then redis.call('HINCRBY', key, 'failed', failed) end
   if redis.call('HINCRBY', key, 'left', new - 1) > 0 then return true end
-  local jobs, own_ttl = unpack(redis.call('HMGET', key, 'jobs', 'ttl'))
+  local found = redis.call('HMGET', key, 'jobs', 'ttl', 'payload', 'failed')
+  local jobs, own_ttl, payload, failures = unpack(found, 1, 4)
   ttl = tonumber(own_ttl) or tonumber(ttl)
-  if jobs and redis.call('HLEN', key) < CALL_FIELDS + jobs then ttl = math.max(ttl, SUBMITTING_MS) end
+  if jobs and redis.call('HLEN', key) < CALL_FIELDS + (failures and 1 or 0) + jobs then
+    ttl = math.max(ttl, SUBMITTING_MS)
+  elseif payload then
+    announce(key, payload, failures or '0')
+  end
   redis.call('PEXPIRE', key, string.format('%.0f', ttl))
   return true
 end
 
-local function answer(kind, key, job, ttl, result)
+local function answer(kind, key, job, ttl, result, rows)
   if kind == 'hash' then
-    keep(key, job, ttl, result)
+    keep(key, job, ttl, result, rows)
   elseif kind == 'string' then
     redis.pcall('SET', key, result, 'PX', ttl)
   end
@@ -82,7 +99,7 @@ local function cancel(seen, key, partial, job, kind, ttl, result)
   redis.call('XDEL', KEYS[stream], entry)
   jobs_deleted, rows_deleted = jobs_deleted + 1, rows_deleted + rows
   redis.call('DEL', partial)
-  answer(kind, key, job, ttl, result)
+  answer(kind, key, job, ttl, result, rows)
   -- As in settle: a detached job stays known as long as its result; the hash of its call does this for newer clients.
   redis.call('PEXPIRE', seen, kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS)
   return 2
@@ -91,7 +108,7 @@ end
 -- Removes old marks, and those far ahead of the clock, which stepped back since.
 redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', now - MARKS_KEPT_MS)
 redis.call('ZREMRANGEBYSCORE', KEYS[4], now + MARKS_KEPT_MS, '+inf')
-local outcomes, key = {}, 7
+local outcomes, key = {}, 8
 for arg = 4, #ARGV, 4 do
   outcomes[#outcomes + 1] = cancel(KEYS[key], KEYS[key + 1], KEYS[key + 2],
     ARGV[arg], ARGV[arg + 1], ARGV[arg + 2], ARGV[arg + 3])

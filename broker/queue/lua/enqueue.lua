@@ -8,9 +8,10 @@
 --         detached call ('' for none); for a detached call: jobs of the whole call, payload, result ttl ms ('' for the
 --         worker's); then per job: id op rows tokens deadline_in queue_in client tenant trace body
 --         (times in ms from now, '' for none). An entry omits fields that are ''.
--- The hash of a detached call has the fields payload, jobs, left (accepted and not answered), ttl, and one per job: ''
---   until it is answered, then its reply. The whole hash expires at once, see settle. Jobs of the call that were
---   accepted before are skipped; the others of the group are accepted or refused together.
+-- The hash of a detached call has the fields payload (its shape, digest and, if it has one, webhook, after a space
+--   each), jobs, left (accepted and not answered), ttl, failed (rows with an error, if there are any), and one per
+--   job: '' until it is answered, then its reply. The whole hash expires at once, see settle. Jobs of the call that
+--   were accepted before are skipped; the others of the group are accepted or refused together.
 -- Returns per group {1} accepted; {2} accepted before; {0, reason, retry_after_ms, limit} refused
 --   limit: most jobs of its priority if the reason is queue_full, otherwise 0
 -- Reasons: unknown_service, paused, queue_full, rate_limited,

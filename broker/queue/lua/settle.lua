@@ -3,7 +3,8 @@
 -- KEYS[6] ZSET cancelled
 -- KEYS[7] HASH metrics: 'single' (jobs of one row with a result); of the others 'settled' (jobs) and 'ok' (rows);
 --   'failed:CODE' (rows), 'buried:REASON' (jobs)
--- KEYS[8..] per destination of replies: STREAM, HASH of a detached call or STRING; then per job: STRING seen, and
+-- KEYS[8] STREAM webhooks
+-- KEYS[9..] per destination of replies: STREAM, HASH of a detached call or STRING; then per job: STRING seen, and
 --   STRING partial if its destination is of jobs that stream
 -- ARGV[1] group  ARGV[2] most dead letters  ARGV[3] unread bytes a reply stream may hold
 -- ARGV[4] small error reply that replaces replies beyond that  ARGV[5] number of destinations
@@ -23,8 +24,10 @@
 local GROUP, MAX_DEAD, UNREAD_BYTES, UNREAD, DESTINATIONS =
   ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
 local SEEN_AFTER_SETTLE_MS = '20000'
--- Number of fields of a detached call's hash that are not jobs; time for its caller to submit the rest of the call.
+-- Number of fields of a detached call's hash that are not jobs, without `failed`; time for its caller to submit the
+-- rest of the call.
 local CALL_FIELDS, SUBMITTING_MS = 4, 3600000
+local MAX_PAYLOAD, MOST_WEBHOOKS, WEBHOOKS_KEPT_MS = 4096, 10000, 2 * 86400000
 local MAX_FIELDS = 64
 local MAX_BYTES = 1048576
 local FEW_UNREAD = 16
@@ -114,25 +117,47 @@ local function size_of(key)
   return sizes[key]
 end
 
+-- Announces a call whose jobs are all answered, if its payload has a webhook. pcall: a key of another type must not
+-- fail a job.
+local function announce(key, payload, failures)
+  if #payload > MAX_PAYLOAD or not string.match(payload, '^%d+x%d+ %x* %S+$') then return end
+  redis.pcall('XADD', KEYS[8], 'MAXLEN', '~', MOST_WEBHOOKS, '*',
+    'call', string.match(key, '[^:]*$'), 'payload', payload, 'failed', failures)
+  redis.pcall('PEXPIRE', KEYS[8], WEBHOOKS_KEPT_MS)
+end
+
 -- Writes a result of a detached call to its hash, see enqueue. All results of a call expire together, a ttl after the
 -- last one. A result that exists is not replaced.
-local function keep(key, job, ttl, reply)
+local function keep(key, job, ttl, reply, failed)
   local length = redis.pcall('HSTRLEN', key, job)
   if length ~= 0 then return false end
   local new = redis.call('HSET', key, job, reply)
+  if failed > 0 then redis.call('HINCRBY', key, 'failed', failed) end
   if redis.call('HINCRBY', key, 'left', new - 1) > 0 then return true end
-  local jobs, own_ttl = unpack(redis.call('HMGET', key, 'jobs', 'ttl'))
+  local found = redis.call('HMGET', key, 'jobs', 'ttl', 'payload', 'failed')
+  local jobs, own_ttl, payload, failures = unpack(found, 1, 4)
   ttl = tonumber(own_ttl) or tonumber(ttl)
-  if jobs and redis.call('HLEN', key) < CALL_FIELDS + jobs then ttl = math.max(ttl, SUBMITTING_MS) end
+  if jobs and redis.call('HLEN', key) < CALL_FIELDS + (failures and 1 or 0) + jobs then
+    ttl = math.max(ttl, SUBMITTING_MS)
+  elseif payload then
+    announce(key, payload, failures or '0')
+  end
   redis.call('PEXPIRE', key, string.format('%.0f', ttl))
   return true
 end
 
 local ANSWERED, UNREAD_INSTEAD, UNWRITABLE = 1, 2, -1
 
-local function answer(kind, key, job, ttl, reply)
+-- Counts the rows of a reply that have an error.
+local function failures_of(rows)
+  local failed = 0
+  for failures in string.gmatch(rows, ' %S+ (%d+)') do failed = failed + failures end
+  return failed
+end
+
+local function answer(kind, key, job, ttl, reply, rows)
   if kind == 'none' then return ANSWERED end
-  if kind == 'hash' then return keep(key, job, ttl, reply) and ANSWERED or UNWRITABLE end
+  if kind == 'hash' then return keep(key, job, ttl, reply, failures_of(rows)) and ANSWERED or UNWRITABLE end
   if kind == 'string' then
     return redis.pcall('SET', key, reply, 'PX', ttl).err and UNWRITABLE or ANSWERED
   end
@@ -158,7 +183,7 @@ end
 
 local INSTEAD = {[UNREAD_INSTEAD] = 'reader_too_slow', [UNWRITABLE] = 'reply_unwritable'}
 local outcomes, retired = {}, {{}, {}, {}}
-local arg, seen = 6 + 3 * DESTINATIONS, 8 + DESTINATIONS
+local arg, seen = 6 + 3 * DESTINATIONS, 9 + DESTINATIONS
 while arg <= #ARGV do
   local name, destination, job = ARGV[arg], tonumber(ARGV[arg + 1]), ARGV[arg + 2]
   local reply, reason = ARGV[arg + 3], ARGV[arg + 4]
@@ -171,7 +196,7 @@ while arg <= #ARGV do
     outcomes[#outcomes + 1] = 0
   else
     local another = is_another(KEYS[seen], name, id)
-    local outcome = another and UNWRITABLE or answer(kind, KEYS[7 + destination], job, ttl, reply)
+    local outcome = another and UNWRITABLE or answer(kind, KEYS[8 + destination], job, ttl, reply, ARGV[arg + 5])
     if another then reason = 'malformed: its id is another job\'s'
     elseif outcome == UNWRITABLE then reason = 'reply_unwritable' end
     if marked then redis.call('ZREM', KEYS[6], name) end
