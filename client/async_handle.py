@@ -24,6 +24,11 @@ class AsyncHandle:
         self.id = handle.id
 
     @property
+    def version(self) -> str:
+        """Does as Handle.version."""
+        return self._handle.version
+
+    @property
     def rows_done(self) -> int:
         """Number of rows that have their outcome, for a progress bar."""
         return self._handle.rows_done

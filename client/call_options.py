@@ -15,6 +15,7 @@ from millstream.broker.contract.job import Json, Priority
 from millstream.broker.contract.operations import BY_OP, Operation
 from millstream.broker.contract.scalars import plain
 from millstream.client.services import operation_of
+from millstream.client.version_choice import Caller
 
 _TENANT = re.compile(r"[A-Za-z0-9_.-]{0,64}")
 _TRUNCATES: tuple[str, ...] = get_args(Truncate)
@@ -24,7 +25,9 @@ _PRIORITIES = frozenset(map(str, Priority))
 class CallOptions(NamedTuple):
     """Options of a call. `timeout` is in seconds, for the whole call; `options` go to the model.
 
-    `op` is the operation that the service must run; if it is empty, the service's own operation runs.
+    `op` is the operation that the service must run; if it is empty, the service's own operation runs. `version` is the
+    version of the route that must answer, by default the route's choice; `sticky_key` names the caller of a route that
+    keeps a version for each key.
     """
 
     priority: PriorityName = "normal"
@@ -33,6 +36,13 @@ class CallOptions(NamedTuple):
     tenant: str = ""
     options: Mapping[str, Json] = MappingProxyType({})
     op: str = ""
+    version: str = ""
+    sticky_key: str = ""
+
+    @property
+    def caller(self) -> Caller:
+        """The caller, as a route sees it."""
+        return Caller(self.tenant, self.sticky_key, self.version)
 
     def until(self, began: float) -> float | None:
         """Returns when the timeout of a call that began at `began` is over; both in monotonic seconds."""
@@ -56,6 +66,8 @@ class CallOptions(NamedTuple):
             raise InvalidRequest(f"timeout={self.timeout!r} is not a number of seconds above 0")
         if not (isinstance(self.tenant, str) and _TENANT.fullmatch(self.tenant)):
             raise InvalidRequest(f"tenant={self.tenant!r} is not valid", hint="at most 64 of A-Z a-z 0-9 _ . -")
+        if not (isinstance(self.version, str) and isinstance(self.sticky_key, str)):
+            raise InvalidRequest("version= and sticky_key= must be strings", hint="leave them out for the default")
         if self.options:
             self._check_options()
 

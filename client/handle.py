@@ -13,7 +13,7 @@ from millstream.broker.contract.job import Json
 from millstream.broker.queue.stream_types import CancelOutcome
 from millstream.client.channel.wake_chain import wake_chain
 from millstream.client.job_terms import seconds_of, waits_until
-from millstream.client.result import Embeddings
+from millstream.client.result import Embeddings, name_version
 from millstream.client.row_results import RowOutcome
 from millstream.client.transfer import Transfer
 
@@ -82,6 +82,11 @@ class Handle:
         return self._service
 
     @property
+    def version(self) -> str:
+        """Version of the service's route that runs the call; "" without a route."""
+        return self._transfer.version
+
+    @property
     def ready(self) -> bool:
         """Whether every row has its outcome. Does not check the call's deadline: only `wait` and `expire` do."""
         self._check_process()
@@ -130,7 +135,8 @@ class Handle:
         """
         self._wait_or_raise(timeout)
         with self._lock:
-            return self._rows.value((self._transfer.ended - self._transfer.began) * 1000)
+            value = self._rows.value((self._transfer.ended - self._transfer.began) * 1000)
+            return name_version(value, self._transfer.version)
 
     def outcomes(self, timeout: float | None = None) -> list[RowOutcome]:
         """Waits as `result` does, and returns each row's result or error as a value.

@@ -135,6 +135,11 @@ class TextStream(Iterator[str]):
         """The weights as in Embeddings.fingerprint; empty until the iteration has ended."""
         return self._call.fingerprint
 
+    @property
+    def version(self) -> str:
+        """Version of the service's route that runs the job; "" without a route."""
+        return self._call.handle.version
+
     def __iter__(self) -> Self:
         return self
 
@@ -219,6 +224,11 @@ class AsyncTextStream:
     def fingerprint(self) -> str:
         """Does as TextStream.fingerprint."""
         return self._call.fingerprint if self._call else ""
+
+    @property
+    def version(self) -> str:
+        """Does as TextStream.version; "" before the call begins."""
+        return self._call.handle.version if self._call else ""
 
     def __aiter__(self) -> Self:
         return self

@@ -101,6 +101,11 @@ class Transfer:
         self.listeners: list[Callable[[], None]] = []
 
     @property
+    def version(self) -> str:
+        """Version of the call's route that runs it; "" without a route."""
+        return self._terms.version
+
+    @property
     def untouched(self) -> bool:
         """Whether rows were sent and none has an outcome yet."""
         return 0 < self.rows.missing == self._sendable

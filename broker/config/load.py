@@ -15,6 +15,7 @@ from pydantic import Field
 from millstream.broker.config import yaml as config_yaml
 from millstream.broker.config.check import ConfigFile, check
 from millstream.broker.config.fields import Settings
+from millstream.broker.config.route import Route, RouteSpec
 from millstream.broker.config.spec import ModelSpec, RedisSettings, Runtime, ServiceSpec
 from millstream.broker.config.telemetry import TelemetrySettings
 from millstream.broker.config.yaml import PREFIX, KeyPath, Place
@@ -28,13 +29,25 @@ DEFAULT_PATH = Path("config.yaml")
 
 
 class Config(Settings):
-    """A checked configuration. `places` has the place of each value that the file or a variable sets."""
+    """A checked configuration. `places` has the place of each value that the file or a variable sets.
+
+    `services` are those that have a model.
+    """
 
     models: dict[str, ModelSpec]
     services: dict[str, ServiceSpec]
+    routes: dict[str, Route] = Field(default_factory=dict)
     redis: RedisSettings
     telemetry: TelemetrySettings = TelemetrySettings()
     places: dict[KeyPath, Place] = Field(default_factory=dict, repr=False)
+
+    @property
+    def route_specs(self) -> list[RouteSpec]:
+        """The routes with every default filled in."""
+        return [
+            route.resolve(name, self.services[route.service_of(name, next(iter(route.versions)))].model.operation)
+            for name, route in self.routes.items()
+        ]
 
 
 def load(path: Path | str | None = None, environ: Mapping[str, str] = os.environ) -> Config:
@@ -50,6 +63,7 @@ def load(path: Path | str | None = None, environ: Mapping[str, str] = os.environ
     return Config(
         models=file.models,
         services=_resolve(file),
+        routes={name: entry.route for name, entry in file.services.items() if entry.route},
         redis=file.redis,
         telemetry=file.telemetry,
         places=document.places,
@@ -97,6 +111,7 @@ def _resolve(file: ConfigFile) -> dict[str, ServiceSpec]:
             replicated=file.redis.durability == "replicated",
         )
         for name, entry in file.services.items()
+        if entry.model is not None
     }
 
 
