@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import uuid
 from collections import Counter
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from click.testing import CliRunner
 from support import eventually
 from workers import LONG_S, remove, working
 
@@ -21,6 +23,7 @@ from millstream.broker.contract.errors import InvalidRequest, UnknownService
 from millstream.broker.queue.routes import Routes
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
+from millstream.cli.main import main
 from millstream.client import AsyncClient, Client
 from millstream.client.bulk.manifest import read_manifest
 from millstream.client.result import Values
@@ -258,3 +261,43 @@ def test_a_service_without_a_route_costs_no_further_command(
     # The service with its route, the clock and the heartbeats of its workers, the pause.
     assert Counter(sent)["HMGET"] == 1
     assert not {"SMEMBERS", "HGET", "HGETALL"} & set(sent)
+
+
+def test_the_command_shows_sets_promotes_and_takes_back(
+    server: EmbeddedServer, client: Client, route: Callable[..., str]
+) -> None:
+    name = route(90, 10)
+
+    def run(*words: str) -> str:
+        result = CliRunner().invoke(main, ["route", *words, "--url", server.url])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    version_of(client, name, version="v2")
+    assert "v2 25.0%" in run("set", name, "v1=75", "v2=25")
+    (shown,) = json.loads(run("show", name, "--json"))
+    first, second = shown["versions"]
+    assert (first["weight"], second["weight"], second["share"]) == (75, 25, 0.25)
+    assert first["workers"] == second["workers"] == 1
+    assert second["ok"] >= 1
+    assert "v1 0.0%, v2 100.0%" in run("promote", name, "v2")
+    eventually(lambda: version_of(client, name) == "v2", within_s=LONG_S)
+    assert "v1 75.0%" in run("rollback", name)
+    assert f"{name}: sticky none, fallback none" in run("show")
+
+
+def test_the_command_refuses_what_would_send_calls_nowhere(server: EmbeddedServer, route: Callable[..., str]) -> None:
+    name = route(90, 10)
+
+    def failing(*words: str) -> tuple[int, str]:
+        result = CliRunner().invoke(main, ["route", *words, "--url", server.url])
+        return result.exit_code, result.output
+
+    assert failing("set", name, "v2=25") == (2, f"millstream: {NAME_ALL.format(name)}\n")
+    assert failing("set", name, "v1=1", "v2=1", "v3=1")[0] == 4
+    assert failing("promote", "no-such-route", "v2")[0] == 4
+    assert failing("set", name, "v2")[0] == 2
+    assert failing("rollback", name)[0] == 2
+
+
+NAME_ALL = "route {!r} has other versions with a weight (name them too: v1=90)"
