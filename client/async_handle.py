@@ -21,7 +21,11 @@ class AsyncHandle:
 
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
-        self.id = handle.id
+
+    @property
+    def id(self) -> str:
+        """Does as Handle.id."""
+        return self._handle.id
 
     @property
     def version(self) -> str:

@@ -33,6 +33,7 @@ from millstream.client.channel.channel import Channel
 from millstream.client.channel.coalescing import Coalescer
 from millstream.client.detached import Detached
 from millstream.client.detached_request import DetachedRequest, name_call
+from millstream.client.fall_back import Attempt, Fallback
 from millstream.client.growing_text import GrowingText
 from millstream.client.handle import Handle
 from millstream.client.job_terms import JobTerms, Progress
@@ -189,19 +190,52 @@ class Calls:
         The call's timeout counts from `began`, monotonic seconds; None is now. `growing` gets the text of a streaming
         call.
         """
+        operation = find_operation(chosen.spec, opts.op)
+        inputs = encode_rows(operation, inputs)
+        # A deep copy: the caller may change a list in the options.
+        opts = opts._replace(options=copy.deepcopy(opts.options)) if opts.options else opts
+        attempt = self._attempt(chosen, inputs, opts, hits)
+        span = begin_span(self.tracing, chosen.spec, operation, inputs, opts.priority, self.channel.client_id)
+        trace = span.traceparent if span else ""
+        fallback = self._fall_back(chosen.fallback, opts, trace) if chosen.fallback else None
+        terms = attempt.terms._replace(trace=trace) if span else attempt.terms
+        transfer = Transfer(
+            attempt.channel,
+            self.services,
+            terms,
+            inputs,
+            attempt.parts,
+            attempt.given,
+            began,
+            progress,
+            growing,
+            fallback,
+        )
+        if span:
+            follow(span, transfer)
+        return Handle(transfer, owner=self)
+
+    def _fall_back(self, chosen: Chosen, opts: CallOptions, trace: str) -> Fallback:
+        def begin_again(inputs: Sequence[Json]) -> Attempt:
+            attempt = self._attempt(chosen, inputs, opts, NO_HITS)
+            return attempt._replace(terms=attempt.terms._replace(trace=trace))
+
+        return begin_again
+
+    def _attempt(
+        self, chosen: Chosen, inputs: Sequence[Json], opts: CallOptions, hits: Mapping[int, Cached]
+    ) -> Attempt:
+        """Returns a call of encoded `inputs` as it is sent to one service. Raises InvalidRequest."""
         spec = chosen.spec
         operation = find_operation(spec, opts.op)
         beside = self.check_options(spec, opts.options)
-        inputs = encode_rows(operation, inputs)
         parts, refused = split_rows(spec, inputs, hits, beside)
         limits = spec.runtime.limits(opts.priority)
-        span = begin_span(self.tracing, spec, operation, inputs, opts.priority, self.channel.client_id)
         terms = JobTerms(
             service=spec.name,
             op=operation.op,
             priority=Priority(opts.priority),
-            # A deep copy: the caller may change a list in the options.
-            options=copy.deepcopy(opts.options) if opts.options else opts.options,
+            options=opts.options,
             timeout=opts.timeout,
             total_timeout=limits.total_timeout,
             queue_timeout=limits.queue_timeout,
@@ -212,16 +246,12 @@ class Calls:
             rate_per_tenant=bool(opts.tenant) and spec.rate_per_tenant,
             idle_timeout=spec.runtime.total_timeout,
             at_once=spec.runtime.batch_size if operation.streams else 1,
-            trace=span.traceparent if span else "",
             version=chosen.version,
         )
         # If a service caches its answers, equal jobs in flight share theirs, too.
         channel = self._coalescer if spec.runtime.enable_cache else self.channel
         given: dict[int, MillstreamError | Cached] = {**refused, **hits} if refused or hits else {}
-        transfer = Transfer(channel, self.services, terms, inputs, parts, given, began, progress, growing)
-        if span:
-            follow(span, transfer)
-        return Handle(transfer, owner=self)
+        return Attempt(channel, terms, parts, given)
 
     def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> int:
         """Returns the UTF-8 bytes that the model of `spec` reads beside each row.

@@ -64,10 +64,15 @@ class Known:
         return bool(self.live_workers) and not self.paused and self.away is None
 
     @property
+    def has_no_workers(self) -> bool:
+        """Whether the server said that no worker lives, and no pause is the reason."""
+        return self.away is None and not (self.live_workers or self.paused)
+
+    @property
     def stuck(self) -> bool:
         """Whether a call without a time limit should end: the server is unreachable, or no worker lives and no pause
         is the reason."""
-        return self.away is not None or not (self.live_workers or self.paused)
+        return self.away is not None or self.has_no_workers
 
     def why_late(self, sent_at: float | None = None) -> MillstreamError:
         """Returns the error of a call whose deadline is over: no server, a lost job, no live worker, a pause, or slow.

@@ -30,8 +30,16 @@ class TextCall:
     def __init__(self, handle: Handle, growing: GrowingText) -> None:
         self.handle = handle
         self.growing = growing
-        self.so_far = PartialText(handle.id)
+        self._so_far = (handle.id, PartialText(handle.id))
         self._error: MillstreamError | None = None
+
+    @property
+    def so_far(self) -> PartialText:
+        """The text that the server has of the job, which is another one after a fallback."""
+        job_id = self.handle.id
+        if self._so_far[0] != job_id:
+            self._so_far = (job_id, PartialText(job_id))
+        return self._so_far[1]
 
     @property
     def finish_reason(self) -> str | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner
@@ -19,25 +21,39 @@ from workers import LONG_S, remove, working
 
 from millstream.broker.config.route import RouteSpec
 from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
-from millstream.broker.contract.errors import InvalidRequest, UnknownService
+from millstream.broker.contract.errors import InvalidRequest, ModelFailed, UnknownService
+from millstream.broker.queue.inspector import Inspector
+from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.routes import Routes
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.cli.main import main
 from millstream.client import AsyncClient, Client
 from millstream.client.bulk.manifest import read_manifest
+from millstream.client.call_options import CallOptions
 from millstream.client.result import Values
-from millstream.client.services import Services
+from millstream.client.services import KnownRoute, Services
+from millstream.client.version_choice import Caller
+from millstream.worker.supervision.supervisor import Supervisor
 
 ROWS = [f"row {at}" for at in range(3_000)]
 
 
 ANSWERS = """
+import time
+
 def v1(payloads):
     return ["v1"] * len(payloads)
 
 def v2(payloads):
     return ["v2"] * len(payloads)
+
+def slow(payloads):
+    time.sleep(0.05)
+    return ["v2"] * len(payloads)
+
+def broken(payloads):
+    raise RuntimeError("broken")
 """
 """Code of two versions: each row's answer is the version that made it."""
 
@@ -54,13 +70,30 @@ def versions(server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -
         remove(server.url, each.name)
 
 
-def version_spec(name: str, version: str) -> ServiceSpec:
+def version_spec(name: str, version: str, **runtime: object) -> ServiceSpec:
     return ServiceSpec(
         name=f"{name}@{version}",
         model=ModelSpec(type="custom", handler=f"answers:{version}"),
         model_ref=version,
-        runtime=Runtime(batch_size=8),
+        runtime=Runtime.model_validate({"batch_size": 8, **runtime}),
     )
+
+
+@pytest.fixture
+def other(
+    server: EmbeddedServer, connection: Connection, tmp_path: Path
+) -> Iterator[Callable[..., AbstractContextManager[Supervisor]]]:
+    """Runs a worker of one more service with the code `answers:HANDLER`."""
+    (tmp_path / "answers.py").write_text(ANSWERS)
+    names = set()
+
+    def run(spec: ServiceSpec) -> AbstractContextManager[Supervisor]:
+        names.add(spec.name)
+        return working(server.url, spec, folder=tmp_path)
+
+    yield run
+    for name in names:
+        remove(server.url, name)
 
 
 @pytest.fixture
@@ -76,7 +109,7 @@ def route(connection: Connection, routes: Routes, versions: Mapping[str, str]) -
     def make(v1: float, v2: float, **settings: object) -> str:
         name = f"route-{uuid.uuid4().hex[:8]}"
         weights = {"v1": v1, "v2": v2}
-        record = {"name": name, "services": versions, "weights": weights, **settings}
+        record = {"name": name, "services": versions, "weights": weights, "sticky": "none", **settings}
         routes.push([RouteSpec.model_validate(record)])
         made.append(name)
         return name
@@ -162,7 +195,7 @@ def test_no_call_mixes_versions_while_the_weights_change(
         while not over.is_set():
             weights.reverse()
             routes.change(name, lambda standing: standing.weighted(weights[0]))
-            over.wait(0.05)
+            over.wait(0.37)
 
     changer = threading.Thread(target=change)
     changer.start()
@@ -301,3 +334,113 @@ def test_the_command_refuses_what_would_send_calls_nowhere(server: EmbeddedServe
 
 
 NAME_ALL = "route {!r} has other versions with a weight (name them too: v1=90)"
+
+
+# -- fallback ------------------------------------------------------------------------------------------------------
+
+
+def test_a_broken_version_fails_no_call_of_a_route_with_a_fallback(
+    client: Client, route: Callable[..., str], versions: Mapping[str, str], other: Callable[..., Any]
+) -> None:
+    spec = version_spec(f"other-{uuid.uuid4().hex[:8]}", "broken")
+    with other(spec):
+        name = route(0, 100, services={"v1": versions["v1"], "v2": spec.name}, fallback="v1")
+
+        result = cast(Values, client.submit(name, list(ROWS), timeout=LONG_S).result())
+
+        assert result == ["v1"] * len(ROWS)
+        assert result.version == "v1"
+        with pytest.raises(ModelFailed):
+            client.submit(name, ["a"], version="v2").result(LONG_S)
+        assert asyncio.run(_call_async(client, name)) == ("v1", ["v1"])
+
+
+async def _call_async(client: Client, name: str) -> tuple[str, list[object]]:
+    async with AsyncClient(client._calls.connection.url) as other:
+        result = cast(Values, await (await other.submit(name, ["a"], timeout=LONG_S)))
+        return result.version, list(result)
+
+
+def test_a_full_queue_is_left_for_the_fallback(
+    client: Client, connection: Connection, route: Callable[..., str], versions: Mapping[str, str]
+) -> None:
+    # Chosen by hand: a route sends no calls to a version of which no worker lives.
+    spec = version_spec(f"other-{uuid.uuid4().hex[:8]}", "v2", max_queue_size=1)
+    Registry(connection).push([spec])
+    name = route(1, 0, services={"v1": versions["v1"], "v2": spec.name}, fallback="v1")
+    try:
+        client.submit(spec.name, ["fills the queue"])
+        eventually(lambda: sum(client.stats(spec.name).sizes.values()) == 1, within_s=LONG_S)
+        services = client._calls.services
+        target = cast(KnownRoute, services.read_target(name))
+        chosen = services.choose(target, Caller(version="v2"))._replace(
+            fallback=services.choose(target, Caller(version="v1"))
+        )
+
+        handle = client._calls.begin(chosen, ["a"], CallOptions())
+
+        assert handle.result(LONG_S) == ["v1"]
+        assert handle.version == "v1"
+    finally:
+        remove(client._calls.connection.url, spec.name)
+
+
+def test_killed_workers_fail_no_call_and_get_calls_again_when_they_are_back(
+    client: Client, route: Callable[..., str], versions: Mapping[str, str], other: Callable[..., Any]
+) -> None:
+    spec = version_spec(f"other-{uuid.uuid4().hex[:8]}", "slow")
+    found: list[str] = []
+    failed: list[Exception] = []
+    over = threading.Event()
+
+    def call() -> None:
+        while not over.is_set():
+            try:
+                result = cast(Values, client.submit(name, ["a"] * 20).result(LONG_S))
+                assert list(result) == [result.version] * 20
+                found.append(result.version)
+            except Exception as error:  # noqa: BLE001 - each is a failed call
+                failed.append(error)
+
+    name = ""
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    try:
+        with other(spec) as supervisor:
+            name = route(50, 50, services={"v1": versions["v1"], "v2": spec.name}, fallback="v1")
+            for thread in threads:
+                thread.start()
+            eventually(lambda: {"v1", "v2"} <= set(found), within_s=LONG_S)
+            inspector = Inspector(client._calls.connection)
+            (view,) = inspector.services([spec.name])
+            supervisor.stop()
+            for worker in view.workers:
+                os.kill(worker.pid, signal.SIGKILL)
+        seen = len(found)
+        eventually(lambda: found[seen:].count("v1") > 500 and "v2" not in found[-200:], within_s=LONG_S)
+        with other(spec):
+            seen = len(found)
+            eventually(lambda: "v2" in found[seen:], within_s=LONG_S)
+            over.set()
+            for thread in threads:
+                thread.join(LONG_S)
+    finally:
+        over.set()
+
+    assert failed == []
+
+
+def test_no_version_without_a_worker_is_promoted_but_by_force(
+    server: EmbeddedServer, connection: Connection, route: Callable[..., str], versions: Mapping[str, str]
+) -> None:
+    spec = version_spec(f"other-{uuid.uuid4().hex[:8]}", "v2")
+    Registry(connection).push([spec])
+    name = route(1, 0, services={"v1": versions["v1"], "v2": spec.name})
+    try:
+        refused = CliRunner().invoke(main, ["route", "promote", name, "v2", "--url", server.url])
+        forced = CliRunner().invoke(main, ["route", "promote", name, "v2", "--force", "--url", server.url])
+
+        assert refused.exit_code == 6
+        assert "--force" in refused.output
+        assert forced.exit_code == 0
+    finally:
+        remove(server.url, spec.name)
