@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from millstream.broker.contract.keys import DEFAULT_PREFIX, ServiceKeys, services_key
+from millstream.broker.contract.keys import DEFAULT_PREFIX, ServiceKeys, routes_key, services_key
 
 Role = Literal["viewer", "client", "worker", "admin"]
 
@@ -68,6 +68,7 @@ _CALL = (
     Grant("hgetall", read="metrics"),
     Grant("zadd zremrangebyscore pexpire", write="cancelled"),
     Grant("set pexpire", write="seen:* result:*"),
+    Grant("get set", write="pinned:*"),
     Grant("xadd xread xdel pexpire", write="reply:*"),
     Grant("get mget getrange", read="partial:*"),
     Grant("del", write="partial:*"),
@@ -114,7 +115,7 @@ _GRANTS: dict[Role, tuple[Grant, ...]] = {
 }
 
 _SERVICES: dict[Role, str] = dict.fromkeys(_GRANTS, "smembers") | {"admin": "smembers sadd srem"}
-"""Commands of each role on the set of service names."""
+"""Commands of each role on the sets of names of services and routes."""
 
 ROLES: tuple[Role, ...] = tuple(_GRANTS)
 """All roles, the one with the fewest rights first."""
@@ -178,7 +179,7 @@ def _least(command: str) -> Role | None:
 def _on_keys(role: Role, services: Sequence[str], prefix: str) -> Iterator[tuple[list[str], list[str]]]:
     """Yields the commands and the key patterns of each grant of `role`."""
     access = "%R~" if role != "admin" else "~"
-    yield _plus(_SERVICES[role]), [f"{access}{services_key(prefix)}"]
+    yield _plus(_SERVICES[role]), [f"{access}{services_key(prefix)}", f"{access}{routes_key(prefix)}"]
     if role in ("worker", "admin"):
         yield _plus(_UPSTREAM), [f"~{prefix}:upstream:*"]
     for grant in _GRANTS[role]:

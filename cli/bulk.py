@@ -79,6 +79,7 @@ def bulk() -> None:
     help="Do only every Nth shard, from the Ith on: N jobs on several hosts, each with a FOLDER of its own.",
 )
 @_tenant
+@click.option("--version", default="", metavar="NAME", help="Version that gets all rows, if the service is a route.")
 @options.url
 @options.prefix
 def run(
@@ -94,6 +95,7 @@ def run(
     window: int,
     part: str,
     tenant: str,
+    version: str,
     url: str | None,
     prefix: str | None,
 ) -> None:
@@ -122,6 +124,7 @@ def run(
             window=window,
             part=part,
             tenant=tenant,
+            version=version,
             progress=display.show,
             **given,
         )

@@ -43,13 +43,15 @@ def config() -> None:
 @json_output(", with every limit of each service")
 def check(path: Path, as_json: bool) -> None:
     """Check PATH, by default ./config.yaml, and show each service's main values."""
-    services = load_and_warn(path).services
+    loaded = load_and_warn(path)
+    services = loaded.services
     if as_json:
         click.echo(json.dumps([_record(service) for service in services.values()], ensure_ascii=False, indent=2))
         return
     if services:
         click.echo(table(services.values(), terminal_width()))
-    click.echo(f"{path}: ok, {len(services)} {'service' if len(services) == 1 else 'services'}")
+    routes = f", {len(loaded.routes)} {'route' if len(loaded.routes) == 1 else 'routes'}" if loaded.routes else ""
+    click.echo(f"{path}: ok, {len(services)} {'service' if len(services) == 1 else 'services'}{routes}")
 
 
 @config.command()
@@ -60,10 +62,14 @@ def check(path: Path, as_json: bool) -> None:
 @click.option("--replace", is_flag=True, help="Change services that are registered with other values.")
 @allow_eviction
 def push(path: Path, url: str | None, replace: bool, allow_eviction: bool) -> None:
-    """Check PATH, by default ./config.yaml, and publish its services in Redis."""
+    """Check PATH, by default ./config.yaml, and publish its services and routes in Redis.
+
+    A route on the server whose weights differ is kept without --replace: it may have been changed while calls go on.
+    """
     loaded = load_and_warn(path)
     # Imported here: the Redis client takes 250 ms, and the other commands of this group do not need it.
     from millstream.broker.queue.registry import Registry
+    from millstream.broker.queue.routes import Routes
     from millstream.broker.transport import eviction
     from millstream.broker.transport.connection import Connection, find_url
     from millstream.broker.transport.connection import check as check_server
@@ -73,12 +79,22 @@ def push(path: Path, url: str | None, replace: bool, allow_eviction: bool) -> No
     try:
         check_server(connection, allow_eviction=allow)
         changed = Registry(connection, loaded.redis.key_prefix).push(loaded.services.values(), replace=replace)
+        routes, differing = Routes(connection, loaded.redis.key_prefix).push(loaded.route_specs, replace)
     finally:
         connection.close()
     for name in changed:
         click.echo(f"{name}: published")
-    if not changed:
+    for name in routes:
+        click.echo(f"{name}: route published")
+    for name in differing:
+        click.echo(route_kept(name))
+    if not (changed or routes or differing):
         click.echo("nothing to change")
+
+
+def route_kept(name: str) -> str:
+    """Returns the line for a route that a push did not change."""
+    return f"{name}: the server's route differs and is kept; `millstream config push --replace` takes the file's"
 
 
 @config.command()

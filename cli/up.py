@@ -17,13 +17,14 @@ from millstream.broker.config.variables import URL_VARIABLE
 from millstream.broker.contract.errors import ConfigError
 from millstream.broker.queue.inspector import Inspector
 from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.routes import Routes
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.server.engine import version_text
 from millstream.broker.transport import eviction
 from millstream.broker.transport.access import secured
 from millstream.broker.transport.connection import Connection, check
 from millstream.cli import options
-from millstream.cli.config import config_path, load_and_warn
+from millstream.cli.config import config_path, load_and_warn, route_kept
 from millstream.cli.interrupts import Interrupts, interrupt_at_eof
 from millstream.cli.server import connect, redis_cli
 from millstream.cli.status import status_line
@@ -118,6 +119,8 @@ def _run(config: Config, interrupts: Interrupts, stack: Stack) -> None:
         registry = Registry(connection, prefix)
         _introduce(connection, stack, registry.keys(specs[0].name).streams()[1])
         registry.push(specs, replace=stack.replace)
+        for name in Routes(connection, prefix).push(config.route_specs, stack.replace)[1]:
+            click.echo(route_kept(name))
         plans = [Plan(spec, spec.runtime.worker_count, folder=stack.folder) for spec in specs]
         variables = stack.telemetry.variables()
         supervisor = Supervisor(stack.url, prefix, plans, drain_s=stack.drain_s, variables=variables)

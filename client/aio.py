@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, cast, overload
 
-from millstream.broker.config.spec import PriorityName, ServiceSpec
+from millstream.broker.config.spec import PriorityName
 from millstream.broker.contract.embedding import EmbedOptions, Encoding, InputType, Truncate
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Json
@@ -44,6 +44,7 @@ from millstream.client.mapping import map_rows_async
 from millstream.client.rerank import Ranking
 from millstream.client.result import Embeddings
 from millstream.client.rows import copy_arguments
+from millstream.client.services import Known, KnownRoute
 from millstream.client.stats import ServiceStats
 from millstream.client.streaming import AsyncTextStream, TextCall
 
@@ -86,6 +87,8 @@ class AsyncClient:
         wait: bool = True,
         truncate: Truncate | None = None,
         tenant: str = "",
+        version: str = "",
+        sticky_key: str = "",
         input_type: InputType | None = None,
         prompt: str | None = None,
         dimensions: int | None = None,
@@ -93,7 +96,7 @@ class AsyncClient:
         encoding: Encoding = "float32",
     ) -> Embeddings:
         """Does as Client.embed."""
-        opts = CallOptions(priority, timeout, wait, tenant)
+        opts = CallOptions(priority, timeout, wait, tenant, version=version, sticky_key=sticky_key)
         model = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding)
         return await self._run(prepare_embed(service, texts, opts, model))
 
@@ -110,11 +113,13 @@ class AsyncClient:
         wait: bool = True,
         truncate: Truncate | None = None,
         tenant: str = "",
+        version: str = "",
+        sticky_key: str = "",
         scores: Scores | None = None,
         instruction: str | None = None,
     ) -> Ranking:
         """Does as Client.rerank."""
-        opts = CallOptions(priority, timeout, wait, tenant)
+        opts = CallOptions(priority, timeout, wait, tenant, version=version, sticky_key=sticky_key)
         model = RerankOptions(query, scores, instruction, truncate)
         return await self._run(prepare_rerank(service, documents, opts, model, top_n, return_documents))
 
@@ -127,10 +132,18 @@ class AsyncClient:
         timeout: float | None = None,
         wait: bool = True,
         tenant: str = "",
+        version: str = "",
+        sticky_key: str = "",
         **options: Json,
     ) -> AsyncHandle:
         """Does as Client.submit."""
-        return AsyncHandle(await self._start(service, inputs, CallOptions(priority, timeout, wait, tenant, options)))
+        return AsyncHandle(
+            await self._start(
+                service,
+                inputs,
+                CallOptions(priority, timeout, wait, tenant, options, version=version, sticky_key=sticky_key),
+            )
+        )
 
     async def call(
         self,
@@ -141,9 +154,15 @@ class AsyncClient:
         timeout: float | None = None,
         wait: bool = True,
         tenant: str = "",
+        version: str = "",
+        sticky_key: str = "",
     ) -> Any:
         """Does as Client.call."""
-        return await self._run(prepare_call(service, payload, CallOptions(priority, timeout, wait, tenant)))
+        return await self._run(
+            prepare_call(
+                service, payload, CallOptions(priority, timeout, wait, tenant, version=version, sticky_key=sticky_key)
+            )
+        )
 
     def map(
         self,
@@ -154,6 +173,8 @@ class AsyncClient:
         ordered: bool = True,
         priority: PriorityName = "batch",
         tenant: str = "",
+        version: str = "",
+        sticky_key: str = "",
         results: Results = "values",
         **options: Json,
     ) -> AsyncGenerator[Any, None]:
@@ -161,7 +182,8 @@ class AsyncClient:
 
         To cancel the rest at once, call `aclose` of the generator, or use contextlib.aclosing.
         """
-        opts, progress = CallOptions(priority, None, True, tenant, options), Progress()
+        opts = CallOptions(priority, None, True, tenant, options, version=version, sticky_key=sticky_key)
+        progress = Progress()
         return map_rows_async(
             lambda rows: self._start(service, rows, opts, progress), inputs, MapWindow(window, ordered, results)
         )
@@ -175,13 +197,15 @@ class AsyncClient:
         timeout: float | None = None,
         wait: bool = True,
         tenant: str = "",
+        version: str = "",
+        sticky_key: str = "",
         **options: Json,
     ) -> AsyncTextStream:
         """Does as Client.stream: `async for piece in client.stream(...)`, or `async with client.stream(...) as stream`.
 
         The call begins with the first piece that is awaited, or with `async with`, and then raises its errors.
         """
-        opts = CallOptions(priority, timeout, wait, tenant, options)
+        opts = CallOptions(priority, timeout, wait, tenant, options, version=version, sticky_key=sticky_key)
         return self._open(StreamRequest(service, cast(Json, payload), opts))
 
     @overload
@@ -233,16 +257,24 @@ class AsyncClient:
         priority: PriorityName = "batch",
         timeout: float | None = None,
         tenant: str = "",
+        version: str = "",
+        sticky_key: str = "",
         idempotency_key: str | None = None,
         webhook: str | None = None,
         **options: Json,
     ) -> Detached:
         """Does as Client.submit_detached. The methods of Detached block: call them with asyncio.to_thread."""
-        opts = CallOptions(priority, timeout, True, tenant, options, webhook=webhook)
+        opts = CallOptions(
+            priority, timeout, True, tenant, options, webhook=webhook, version=version, sticky_key=sticky_key
+        )
         opts = opts.validate()
         until = opts.until(time.monotonic())
         rows, opts = copy_arguments(inputs, opts)
-        spec = await self._spec(service, until)
+        target = await self._target(service, until)
+        if idempotency_key is None:
+            spec = self._calls.choose_detached(target, opts, None)
+        else:
+            spec = await self._in_thread(self._calls.choose_detached, target, opts, idempotency_key)
         request = self._calls.check_detached(spec, rows, opts, until, idempotency_key)
         try:
             return await await_acceptance(request.begin(self._calls, request.per_job))
@@ -287,15 +319,17 @@ class AsyncClient:
         until = opts.until(began)
         services = self._calls.services
         name = service or services.known_only(BY_OP[opts.op].type)
-        spec = services.known(name) if name else None
-        if spec is None or spec.runtime.enable_cache:
+        target = services.known_target(name) if name else None
+        if target is None:
             # The caller may change its inputs while this waits for the server.
             inputs, opts = copy_arguments(inputs, opts)
-        if spec is None:
-            spec = await self._spec(name or await self._only(opts.op, until), until)
-        cached = spec.runtime.enable_cache
-        hits = await arrival(partial(self._calls.read_cache_soon, spec, inputs, opts)) if cached else NO_HITS
-        return self._calls.begin(spec, inputs, opts, hits, began, progress)
+            target = await self._target(name or await self._only(opts.op, until), until)
+        chosen = self._calls.choose(target, opts, progress)
+        hits = NO_HITS
+        if chosen.spec.runtime.enable_cache:
+            inputs, opts = copy_arguments(inputs, opts)
+            hits = await arrival(partial(self._calls.read_cache_soon, chosen.spec, inputs, opts))
+        return self._calls.begin(chosen, inputs, opts, hits, began, progress)
 
     def _open(self, request: StreamRequest) -> AsyncTextStream:
         async def begin() -> TextCall:
@@ -303,8 +337,8 @@ class AsyncClient:
             began = time.monotonic()
             until = opts.until(began)
             (row,), opts = copy_arguments([request.row], opts)
-            spec = await self._spec(request.service or await self._only(opts.op, until), until)
-            return self._calls.begin_stream(spec, row, opts, began)
+            target = await self._target(request.service or await self._only(opts.op, until), until)
+            return self._calls.begin_stream(self._calls.choose(target, opts), row, opts, began)
 
         async def read_partial(call: TextCall) -> Delta:
             return await self._in_thread(self._calls.read_partial, call)
@@ -318,10 +352,12 @@ class AsyncClient:
             return known
         return await await_answer(services.ask_only(model_type), until)
 
-    async def _spec(self, service: str, until: float | None) -> ServiceSpec:
-        """Does as Services.read."""
+    async def _target(self, name: str, until: float | None) -> Known | KnownRoute:
+        """Does as Services.read_target."""
         services = self._calls.services
-        return services.known(service) or (await await_answer(services.ask(service), until)).spec
+        if target := services.known_target(name):
+            return target
+        return await await_answer(services.ask_target(name), until)
 
     async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._calls.executor, partial(function, *args))

@@ -21,7 +21,16 @@ class AsyncHandle:
 
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
-        self.id = handle.id
+
+    @property
+    def id(self) -> str:
+        """Does as Handle.id."""
+        return self._handle.id
+
+    @property
+    def version(self) -> str:
+        """Does as Handle.version."""
+        return self._handle.version
 
     @property
     def rows_done(self) -> int:

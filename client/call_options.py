@@ -16,6 +16,7 @@ from millstream.broker.contract.operations import BY_OP, Operation
 from millstream.broker.contract.scalars import plain
 from millstream.broker.contract.webhook_urls import WebhookUrl, is_allowed, read_webhook_url
 from millstream.client.services import operation_of
+from millstream.client.version_choice import Caller
 
 _TENANT = re.compile(r"[A-Za-z0-9_.-]{0,64}")
 _TRUNCATES: tuple[str, ...] = get_args(Truncate)
@@ -26,7 +27,8 @@ class CallOptions(NamedTuple):
     """Options of a call. `timeout` is in seconds, for the whole call; `options` go to the model.
 
     `op` is the operation that the service must run; if it is empty, the service's own operation runs. `webhook` is the
-    URL that is told when a detached call is done; None: none.
+    URL that is told when a detached call is done; None: none. `version` is the version of the route that must answer,
+    by default the route's choice; `sticky_key` names the caller of a route that keeps a version for each key.
     """
 
     priority: PriorityName = "normal"
@@ -36,6 +38,13 @@ class CallOptions(NamedTuple):
     options: Mapping[str, Json] = MappingProxyType({})
     op: str = ""
     webhook: str | None = None
+    version: str = ""
+    sticky_key: str = ""
+
+    @property
+    def caller(self) -> Caller:
+        """The caller, as a route sees it."""
+        return Caller(self.tenant, self.sticky_key, self.version)
 
     def until(self, began: float) -> float | None:
         """Returns when the timeout of a call that began at `began` is over; both in monotonic seconds."""
@@ -59,6 +68,8 @@ class CallOptions(NamedTuple):
             raise InvalidRequest(f"timeout={self.timeout!r} is not a number of seconds above 0")
         if not (isinstance(self.tenant, str) and _TENANT.fullmatch(self.tenant)):
             raise InvalidRequest(f"tenant={self.tenant!r} is not valid", hint="at most 64 of A-Z a-z 0-9 _ . -")
+        if not (isinstance(self.version, str) and isinstance(self.sticky_key, str)):
+            raise InvalidRequest("version= and sticky_key= must be strings", hint="leave them out for the default")
         if self.options:
             self._check_options()
 

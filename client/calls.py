@@ -21,6 +21,7 @@ from millstream.broker.contract.partial import Delta
 from millstream.broker.queue.cache import Cached, CacheKey
 from millstream.broker.queue.metrics import Metrics
 from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.routes import Routes
 from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
 from millstream.broker.target import find_target
 from millstream.broker.transport.connection import Connection, translated
@@ -31,15 +32,17 @@ from millstream.client.call_spans import begin_span, follow
 from millstream.client.channel.channel import Channel
 from millstream.client.channel.coalescing import Coalescer
 from millstream.client.detached import Detached
-from millstream.client.detached_request import DetachedRequest
+from millstream.client.detached_request import DetachedRequest, name_call
+from millstream.client.fall_back import Attempt, Fallback
 from millstream.client.growing_text import GrowingText
 from millstream.client.handle import Handle
 from millstream.client.job_terms import JobTerms, Progress
 from millstream.client.rows import encode_rows, measure_rows, split_rows
-from millstream.client.services import Services, operation_of
+from millstream.client.services import Known, KnownRoute, Services, operation_of
 from millstream.client.stats import ServiceStats
 from millstream.client.streaming import TextCall, TextStream
 from millstream.client.transfer import Transfer
+from millstream.client.version_choice import Chosen
 from millstream.telemetry.traces import Tracing
 from millstream.telemetry.traces import check as check_traces
 
@@ -65,6 +68,7 @@ class Calls:
         self.channel = Channel(self.connection, self.registry)
         self._coalescer = Coalescer(self.channel)
         self.services = Services(self.connection, self.registry)
+        self._routes = Routes(self.connection, target.prefix)
         self._metrics = Metrics(self.connection, target.prefix)
         self._cache_reader = CacheReader(self.connection, self.registry)
         self._partials: dict[str, Streams] = {}
@@ -83,33 +87,48 @@ class Calls:
         opts = opts.validate()
         # The timeout starts here, because reading the service can wait for the server.
         began = time.monotonic()
-        spec = self._read_spec(service, opts, began)
-        hits = self.read_cache(spec, inputs, opts) if spec.runtime.enable_cache else {}
-        return self.begin(spec, inputs, opts, hits, began, progress)
+        chosen = self._choose(service, opts, began, progress)
+        hits = self.read_cache(chosen.spec, inputs, opts) if chosen.spec.runtime.enable_cache else {}
+        return self.begin(chosen, inputs, opts, hits, began, progress)
 
     def start_stream(self, request: StreamRequest) -> TextStream:
         """Does as Client.stream."""
         opts = request.opts.validate()
         began = time.monotonic()
-        call = self.begin_stream(self._read_spec(request.service, opts, began), request.row, opts, began)
+        call = self.begin_stream(self._choose(request.service, opts, began), request.row, opts, began)
         return TextStream(call, self.read_partial)
 
-    def _read_spec(self, service: str | None, opts: CallOptions, began: float) -> ServiceSpec:
+    def _choose(self, service: str | None, opts: CallOptions, began: float, progress: Progress | None = None) -> Chosen:
         until = opts.until(began)
-        return self.services.read(service or self.services.only(BY_OP[opts.op].type, until), until)
+        name = service or self.services.only(BY_OP[opts.op].type, until)
+        return self.choose(self.services.read_target(name, until), opts, progress)
 
-    def begin_stream(self, spec: ServiceSpec, payload: object, opts: CallOptions, began: float) -> TextCall:
+    def choose(self, target: Known | KnownRoute, opts: CallOptions, progress: Progress | None = None) -> Chosen:
+        """Returns the service that gets a call to `target`. Does not block. Raises InvalidRequest, UnknownService.
+
+        The calls of one map, which share a `progress`, go to one version: their results were given out before the next
+        call begins, so they could not be taken back.
+        """
+        caller = opts.caller
+        if progress is None:
+            return self.services.choose(target, caller)
+        chosen = self.services.choose(target, caller._replace(version=progress.version or caller.version))
+        progress.version = chosen.version
+        return chosen._replace(fallback=None)
+
+    def begin_stream(self, chosen: Chosen, payload: object, opts: CallOptions, began: float) -> TextCall:
         """Sends one job whose text can be read while it grows, and does not block. `opts` are checked.
 
         Raises InvalidRequest if the service does not stream, or `payload` is not JSON.
         """
+        spec = chosen.spec
         if not spec.model.operation.streams:
             raise InvalidRequest(
                 f"service {spec.name!r} is of type {spec.model.type!r}, which does not stream",
                 hint="`call` returns its result",
             )
         growing = GrowingText()
-        return TextCall(self.begin(spec, [cast(Json, payload)], opts, began=began, growing=growing), growing)
+        return TextCall(self.begin(chosen, [cast(Json, payload)], opts, began=began, growing=growing), growing)
 
     def read_partial(self, call: TextCall) -> Delta:
         """Returns the text so far of a running job, as the server has it, behind what was read before.
@@ -158,7 +177,7 @@ class Calls:
 
     def begin(
         self,
-        spec: ServiceSpec,
+        chosen: Chosen,
         inputs: Sequence[Json],
         opts: CallOptions,
         hits: Mapping[int, Cached] = NO_HITS,
@@ -166,23 +185,57 @@ class Calls:
         progress: Progress | None = None,
         growing: GrowingText | None = None,
     ) -> Handle:
-        """Does as `start`, with checked `opts`, the service's spec and the cached answers `hits`. Does not block.
+        """Does as `start`, with checked `opts`, the chosen service and the cached answers `hits`. Does not block.
 
         The call's timeout counts from `began`, monotonic seconds; None is now. `growing` gets the text of a streaming
         call.
         """
+        operation = find_operation(chosen.spec, opts.op)
+        inputs = encode_rows(operation, inputs)
+        # A deep copy: the caller may change a list in the options.
+        opts = opts._replace(options=copy.deepcopy(opts.options)) if opts.options else opts
+        attempt = self._attempt(chosen, inputs, opts, hits)
+        span = begin_span(self.tracing, chosen.spec, operation, inputs, opts.priority, self.channel.client_id)
+        trace = span.traceparent if span else ""
+        fallback = self._fall_back(chosen.fallback, opts, trace) if chosen.fallback else None
+        terms = attempt.terms._replace(trace=trace) if span else attempt.terms
+        transfer = Transfer(
+            attempt.channel,
+            self.services,
+            terms,
+            inputs,
+            attempt.parts,
+            attempt.given,
+            began,
+            progress,
+            growing,
+            fallback,
+        )
+        if span:
+            follow(span, transfer)
+        return Handle(transfer, owner=self)
+
+    def _fall_back(self, chosen: Chosen, opts: CallOptions, trace: str) -> Fallback:
+        def begin_again(inputs: Sequence[Json]) -> Attempt:
+            attempt = self._attempt(chosen, inputs, opts, NO_HITS)
+            return attempt._replace(terms=attempt.terms._replace(trace=trace))
+
+        return begin_again
+
+    def _attempt(
+        self, chosen: Chosen, inputs: Sequence[Json], opts: CallOptions, hits: Mapping[int, Cached]
+    ) -> Attempt:
+        """Returns a call of encoded `inputs` as it is sent to one service. Raises InvalidRequest."""
+        spec = chosen.spec
         operation = find_operation(spec, opts.op)
         beside = self.check_options(spec, opts.options)
-        inputs = encode_rows(operation, inputs)
         parts, refused = split_rows(spec, inputs, hits, beside)
         limits = spec.runtime.limits(opts.priority)
-        span = begin_span(self.tracing, spec, operation, inputs, opts.priority, self.channel.client_id)
         terms = JobTerms(
             service=spec.name,
             op=operation.op,
             priority=Priority(opts.priority),
-            # A deep copy: the caller may change a list in the options.
-            options=copy.deepcopy(opts.options) if opts.options else opts.options,
+            options=opts.options,
             timeout=opts.timeout,
             total_timeout=limits.total_timeout,
             queue_timeout=limits.queue_timeout,
@@ -193,15 +246,12 @@ class Calls:
             rate_per_tenant=bool(opts.tenant) and spec.rate_per_tenant,
             idle_timeout=spec.runtime.total_timeout,
             at_once=spec.runtime.batch_size if operation.streams else 1,
-            trace=span.traceparent if span else "",
+            version=chosen.version,
         )
         # If a service caches its answers, equal jobs in flight share theirs, too.
         channel = self._coalescer if spec.runtime.enable_cache else self.channel
         given: dict[int, MillstreamError | Cached] = {**refused, **hits} if refused or hits else {}
-        transfer = Transfer(channel, self.services, terms, inputs, parts, given, began, progress, growing)
-        if span:
-            follow(span, transfer)
-        return Handle(transfer, owner=self)
+        return Attempt(channel, terms, parts, given)
 
     def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> int:
         """Returns the UTF-8 bytes that the model of `spec` reads beside each row.
@@ -220,7 +270,18 @@ class Calls:
         """Does as Client.submit_detached, with `opts`."""
         opts = opts.validate()
         until = opts.until(time.monotonic())
-        spec = self.services.read(service, until)
+        target = self.services.read_target(service, until)
+        return self.submit_to(self.choose_detached(target, opts, idempotency_key), inputs, opts, until, idempotency_key)
+
+    def submit_to(
+        self,
+        spec: ServiceSpec,
+        inputs: Sequence[Json],
+        opts: CallOptions,
+        until: float | None,
+        idempotency_key: str | None,
+    ) -> Detached:
+        """Does as Client.submit_detached, for this service whether it has a route or not, with checked `opts`."""
         request = self.check_detached(spec, inputs, opts, until, idempotency_key)
         try:
             return request.begin(self, request.per_job).wait()
@@ -230,6 +291,23 @@ class Calls:
             if per_job is None:
                 raise
             return request.begin(self, per_job).wait()
+
+    def choose_detached(self, target: Known | KnownRoute, opts: CallOptions, key: str | None) -> ServiceSpec:
+        """Returns the service that gets a detached call. Waits for the server if the call has an idempotency key.
+
+        A call with a key goes to the version that it went to first: a change of weights must not run it twice. Raises
+        InvalidRequest, UnknownService, BrokerUnavailable.
+        """
+        chosen, caller = self.services.choose(target, opts.caller), opts.caller
+        if key is None or isinstance(target, Known):
+            return chosen.spec
+        name = target.route.name
+        first = self._routes.pin(name, name_call(name, opts.tenant, key), chosen.version)
+        if first != chosen.version and caller.version:
+            raise InvalidRequest(
+                f"this idempotency key was used for version {first!r}", hint="use another key for another version"
+            )
+        return self.services.choose(target, caller._replace(version=first)).spec
 
     def check_detached(
         self,

@@ -96,6 +96,8 @@ class Client:
         wait: bool = True,
         truncate: Truncate | None = None,
         tenant: str = "",
+        version: str = "",
+        sticky_key: str = "",
         input_type: InputType | None = None,
         prompt: str | None = None,
         dimensions: int | None = None,
@@ -117,10 +119,13 @@ class Client:
         raises QueueFull at once instead of waiting for room. `truncate` "start" or "end" cuts texts that are too long;
         `.truncated` of the result lists them.
 
+        If `service` is a route, `version` names the version that must answer. Otherwise the route chooses one, for each
+        tenant or each `sticky_key` as it says, and `.version` of the result names it.
+
         Raises DeadlineExceeded, NoWorkers, QueueFull (with retry_after, seconds), InvalidRequest, InputTooLong,
         UnknownService, BrokerUnavailable; PartialFailure (errors by index) if only some texts failed.
         """
-        opts = CallOptions(priority, timeout, wait, tenant)
+        opts = CallOptions(priority, timeout, wait, tenant, version=version, sticky_key=sticky_key)
         model = EmbedOptions(truncate, input_type, prompt, dimensions, normalize, encoding)
         return self._run(prepare_embed(service, texts, opts, model))
 
@@ -137,6 +142,8 @@ class Client:
         wait: bool = True,
         truncate: Truncate | None = None,
         tenant: str = "",
+        version: str = "",
+        sticky_key: str = "",
         scores: Scores | None = None,
         instruction: str | None = None,
     ) -> Ranking:
@@ -150,7 +157,7 @@ class Client:
 
         Raises as `embed` does; the results of PartialFailure are the scores of the other documents, by index.
         """
-        opts = CallOptions(priority, timeout, wait, tenant)
+        opts = CallOptions(priority, timeout, wait, tenant, version=version, sticky_key=sticky_key)
         model = RerankOptions(query, scores, instruction, truncate)
         return self._run(prepare_rerank(service, documents, opts, model, top_n, return_documents))
 
@@ -163,6 +170,8 @@ class Client:
         timeout: float | None = None,
         wait: bool = True,
         tenant: str = "",
+        version: str = "",
+        sticky_key: str = "",
         **options: Json,
     ) -> Handle:
         """Sends `inputs`, one row each, and returns at once; the handle's `result` waits. Raises as `embed` does.
@@ -172,7 +181,11 @@ class Client:
         `instruction`. A sparse embedding model answers {"indices": [...], "values": [...]} for each text, by rising
         index. A row of a custom service is any JSON value.
         """
-        return self._calls.start(service, inputs, CallOptions(priority, timeout, wait, tenant, options))
+        return self._calls.start(
+            service,
+            inputs,
+            CallOptions(priority, timeout, wait, tenant, options, version=version, sticky_key=sticky_key),
+        )
 
     def call(
         self,
@@ -183,6 +196,8 @@ class Client:
         timeout: float | None = None,
         wait: bool = True,
         tenant: str = "",
+        version: str = "",
+        sticky_key: str = "",
     ) -> Any:
         """Returns what the service's function returned for `payload`: a JSON value or a vector, float32 [dim].
 
@@ -190,7 +205,11 @@ class Client:
         InvalidRequest if `payload` is not JSON, ModelFailed if the function failed on it, and otherwise as `embed`
         does.
         """
-        return self._run(prepare_call(service, payload, CallOptions(priority, timeout, wait, tenant)))
+        return self._run(
+            prepare_call(
+                service, payload, CallOptions(priority, timeout, wait, tenant, version=version, sticky_key=sticky_key)
+            )
+        )
 
     def stream(
         self,
@@ -201,6 +220,8 @@ class Client:
         timeout: float | None = None,
         wait: bool = True,
         tenant: str = "",
+        version: str = "",
+        sticky_key: str = "",
         **options: Json,
     ) -> TextStream:
         """Returns an iterator over the text that the service generates for `payload`, any JSON value, while it grows.
@@ -211,7 +232,7 @@ class Client:
         Raises InvalidRequest if the service does not stream, UnknownService, BrokerUnavailable. The iterator raises the
         other errors of `embed`, and StreamDiverged.
         """
-        opts = CallOptions(priority, timeout, wait, tenant, options)
+        opts = CallOptions(priority, timeout, wait, tenant, options, version=version, sticky_key=sticky_key)
         return self._calls.start_stream(StreamRequest(service, cast(Json, payload), opts))
 
     @overload
@@ -228,8 +249,9 @@ class Client:
         A list of prompts gives a list of results in the same order; each prompt is a job of its own. The model reads
         the prompt as it is, without a chat template: see `chat`.
 
-        `options` are `service`, `priority`, `timeout`, `wait` and `tenant`, as in `embed`, and GenerateOptions:
-        max_tokens, temperature, top_p, top_k, min_p, seed, stop, stop_token_ids, presence_penalty, frequency_penalty,
+        `options` are `service`, `priority`, `timeout`, `wait`, `tenant`, `version` and `sticky_key`, as in `embed`, and
+        GenerateOptions: max_tokens, temperature, top_p, top_k, min_p, seed, stop, stop_token_ids, presence_penalty,
+        frequency_penalty,
         repetition_penalty, logit_bias, logprobs, response_format, ignore_eos. Those that are left out have the model's
         defaults. `service` may be omitted if exactly one llm service is registered. Without `timeout` the call ends if
         no text came for the service's total_timeout.
@@ -284,6 +306,8 @@ class Client:
         ordered: bool = True,
         priority: PriorityName = "batch",
         tenant: str = "",
+        version: str = "",
+        sticky_key: str = "",
         results: Results = "values",
         **options: Json,
     ) -> Generator[Any, None, None]:
@@ -291,9 +315,11 @@ class Client:
 
         Results come in the order of the inputs, or with `ordered=False` as (index, result) pairs as soon as they are
         there. A row that fails raises its error; with `results="outcomes"` the error is yielded instead. If the
-        iteration ends early, by an error or by the generator's `close`, the rest is cancelled.
+        iteration ends early, by an error or by the generator's `close`, the rest is cancelled. If `service` is a route,
+        all rows go to one version, and there is no fallback.
         """
-        opts, progress = CallOptions(priority, None, True, tenant, options), Progress()
+        opts = CallOptions(priority, None, True, tenant, options, version=version, sticky_key=sticky_key)
+        progress = Progress()
         return map_rows(
             lambda rows: self._calls.start(service, rows, opts, progress), inputs, MapWindow(window, ordered, results)
         )
@@ -306,6 +332,8 @@ class Client:
         priority: PriorityName = "batch",
         timeout: float | None = None,
         tenant: str = "",
+        version: str = "",
+        sticky_key: str = "",
         idempotency_key: str | None = None,
         webhook: str | None = None,
         **options: Json,
@@ -319,7 +347,9 @@ class Client:
         Raises QueueFull, UnknownService, BrokerUnavailable, and InvalidRequest, also if the key was used with other
         inputs, options or webhook, and if the webhook is not allowed.
         """
-        opts = CallOptions(priority, timeout, True, tenant, options, webhook=webhook)
+        opts = CallOptions(
+            priority, timeout, True, tenant, options, webhook=webhook, version=version, sticky_key=sticky_key
+        )
         return self._calls.submit_detached(service, inputs, opts, idempotency_key)
 
     def job(self, job_id: str) -> Detached:
@@ -341,6 +371,7 @@ class Client:
         part: str = "1/1",
         priority: PriorityName = "batch",
         tenant: str = "",
+        version: str = "",
         progress: Callable[[BulkProgress], object] = lambda _: None,
         **options: Json,
     ) -> BulkProgress:
@@ -349,6 +380,8 @@ class Client:
         The same call goes on if an earlier one ended before its end: shards of `shard_rows` rows that are finished are
         not computed again, and rows that are still in the queue are adopted. Memory is bounded by `window`, the number
         of rows in flight. Blocks until the end, and returns the last progress; `progress` gets it every 2 s or sooner.
+
+        `version` names the version of a route that gets all rows.
 
         `input` is a file of JSON lines, CSV, Parquet or lines of text, by its suffix or `input_format`; a folder of
         text files; or "-", standard input. `column` is the field that is sent, by default the whole line; `id_column`
@@ -361,7 +394,7 @@ class Client:
         Raises InvalidRequest if the input, an option or the model was changed since the run began, and says what;
         UnknownService; BrokerUnavailable if the server is away for 5 minutes; MillstreamError if the disk is full.
         """
-        opts = CallOptions(priority, None, True, tenant, options)
+        opts = CallOptions(priority, None, True, tenant, options, version=version)
         plan = BulkPlan(
             service, str(input), Path(output), opts, input_format, format, column, id_column, shard_rows, window, part
         )

@@ -13,7 +13,7 @@ MAX_JOBS = 100_000
 """Jobs that one detached call has at most."""
 
 _ID = re.compile(
-    r"(?P<service>[A-Za-z0-9][A-Za-z0-9_.-]{0,63}):(?P<rows>[1-9]\d{0,8})x(?P<per_job>[1-9]\d{0,3}):(?P<call>[0-9a-f]{32})"
+    r"(?P<service>[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}):(?P<rows>[1-9]\d{0,8})x(?P<per_job>[1-9]\d{0,3}):(?P<call>[0-9a-f]{32})"
 )
 
 

@@ -108,8 +108,7 @@ class DetachedRequest:
 
     def __post_init__(self) -> None:
         """Sets the call's id and digest."""
-        named = f"{self.spec.name}\0{self.opts.tenant}\0{self.key}".encode()
-        call = secrets.token_hex(16) if self.key is None else hashlib.sha256(named).hexdigest()[:32]
+        call = secrets.token_hex(16) if self.key is None else name_call(self.spec.name, self.opts.tenant, self.key)
         object.__setattr__(self, "call", call)
         object.__setattr__(self, "digest", "" if self.key is None else self._compute_digest())
 
@@ -210,6 +209,11 @@ class DetachedRequest:
             return Submission(self.spec.name, group, acceptance, until, tenant, on_accepted)
 
         return make
+
+
+def name_call(service: str, tenant: str, key: str) -> str:
+    """Returns the id of a call with an idempotency key: 32 hexadecimal digits."""
+    return hashlib.sha256(f"{service}\0{tenant}\0{key}".encode()).hexdigest()[:32]
 
 
 def _sort_keys(row: Json) -> Json:

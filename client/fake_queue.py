@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -18,6 +19,7 @@ from millstream.broker.queue.submission import Submission
 from millstream.client.channel.requests import Cancellation
 from millstream.client.fake_model import FakeModel, fake_deltas
 from millstream.client.services import Known
+from millstream.client.version_choice import Caller, Chosen
 
 SERVICE, RERANKER, GENERATOR = EMBED.op, RERANK.op, GENERATE.op
 """Names of the services that calls without `service` go to: `embed`, `rerank` and `generate`."""
@@ -101,6 +103,15 @@ class FakeServices:
 
     read = known
 
+    def known_target(self, name: str, until: float | None = None) -> Known:
+        return self.last_known(name)
+
+    read_target = known_target
+
+    def choose(self, target: Known, caller: Caller) -> Chosen:
+        """Returns the service; it has every version that a call asks for."""
+        return Chosen(target.spec, caller.version)
+
     def fingerprint(self, service: str) -> str:
         return ""
 
@@ -113,7 +124,7 @@ class FakeServices:
         return 1
 
     def last_known(self, service: str) -> Known:
-        return Known(self.known(service), "", 1, False, 0.0)
+        return Known(self.known(service), "", 1, False, time.monotonic())
 
     def explain(self, service: str, tell: Callable[[Known], None]) -> None:
         tell(self.last_known(service))

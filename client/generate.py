@@ -26,7 +26,7 @@ PromptInput = str | Sequence[int]
 class GenerateKeywords(TypedDict, total=False):
     """Keywords of `generate`, `chat` and their streams; all may be left out.
 
-    `service` to `tenant` are those of Client.embed. The others go to the model: GenerateOptions explains them.
+    `service` to `sticky_key` are those of Client.embed. The others go to the model: GenerateOptions explains them.
     """
 
     service: str | None
@@ -34,6 +34,8 @@ class GenerateKeywords(TypedDict, total=False):
     timeout: float | None
     wait: bool
     tenant: str
+    version: str
+    sticky_key: str
     max_tokens: int | None
     temperature: float | None
     top_p: float | None
@@ -56,10 +58,10 @@ class Generated:
     """A generated text. `finish_reason`: "stop" if the model or a stop string ended it, "length", or "deadline".
 
     `usage` has "prompt_tokens", "completion_tokens", and "cached_tokens": tokens of the prompt that were computed
-    before. It is empty if the worker counts none. The same call with `seed` gives the same text again, if `version`,
-    which names the weights, is the same. `logprobs` has one item for each token if the call asked for them.
-    `tool_calls` are calls of tools, each {"name": ..., "arguments": {...}}. `timings` are in ms: `queue`, `inference`
-    and `total`.
+    before. It is empty if the worker counts none. The same call with `seed` gives the same text again if `fingerprint`,
+    which names the weights, is the same. `version` is that of the route, or without a route equal to `fingerprint`.
+    `logprobs` has one item for each token if the call asked for them. `tool_calls` are calls of tools, each
+    {"name": ..., "arguments": {...}}. `timings` are in ms: `queue`, `inference` and `total`.
     """
 
     text: str
@@ -70,18 +72,20 @@ class Generated:
     logprobs: tuple[Logprob, ...] | None = None
     tool_calls: tuple[Mapping[str, Json], ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
+    fingerprint: str = ""
 
     @classmethod
-    def of(cls, generation: Generation, version: str, timings: Mapping[str, float]) -> Generated:
+    def of(cls, generation: Generation, fingerprint: str, timings: Mapping[str, float]) -> Generated:
         return cls(
             generation.text,
             generation.finish_reason,
             name_usage(generation.usage),
             generation.seed,
-            version,
+            fingerprint,
             generation.logprobs,
             generation.tool_calls,
             timings,
+            fingerprint,
         )
 
     def timed(self, timings: Mapping[str, float]) -> Generated:
@@ -96,6 +100,7 @@ class Generated:
             "usage": dict(self.usage),
             "seed": self.seed,
             "version": self.version,
+            "fingerprint": self.fingerprint,
             "logprobs": None if self.logprobs is None else [_logprob(each) for each in self.logprobs],
             "tool_calls": [dict(each) for each in self.tool_calls],
             "timings": dict(self.timings),
@@ -118,6 +123,10 @@ def _logprob(each: Logprob) -> Json:
     return {"token": each.token, "logprob": each.logprob, "top": top}
 
 
+_OF_CALL = ("priority", "timeout", "wait", "tenant", "version", "sticky_key")
+"""Keywords that are options of the call, not of the model."""
+
+
 def read_keywords(keywords: Mapping[str, object]) -> tuple[str | None, CallOptions]:
     """Returns the service, None for the only one, and the options of a call with GenerateKeywords.
 
@@ -125,7 +134,7 @@ def read_keywords(keywords: Mapping[str, object]) -> tuple[str | None, CallOptio
     """
     given = dict(keywords)
     service = cast("str | None", given.pop("service", None))
-    of_call = {name: given.pop(name) for name in ("priority", "timeout", "wait", "tenant") if name in given}
+    of_call = {name: given.pop(name) for name in _OF_CALL if name in given}
     options = GenerateOptions.read({name: _option(name, value) for name, value in given.items()}).json()
     return service, CallOptions(**cast(dict[str, Any], of_call))._replace(options=options, op=GENERATE.op)
 

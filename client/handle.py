@@ -13,8 +13,8 @@ from millstream.broker.contract.job import Json
 from millstream.broker.queue.stream_types import CancelOutcome
 from millstream.client.channel.wake_chain import wake_chain
 from millstream.client.job_terms import seconds_of, waits_until
-from millstream.client.result import Embeddings
-from millstream.client.row_results import RowOutcome
+from millstream.client.result import Embeddings, name_version
+from millstream.client.row_results import RowOutcome, RowResults
 from millstream.client.transfer import Transfer
 
 CANCEL_S = 5.0
@@ -61,9 +61,8 @@ class Handle:
         # This reference keeps the client alive: an unreferenced client closes itself, and would end this call.
         self._owner = owner
         self._growing = transfer.growing
-        self._service = transfer.service
         self._transfer = transfer
-        self._lock, self._rows = transfer.lock, transfer.rows
+        self._lock = transfer.lock
         try:
             transfer.pump()
         except BaseException:
@@ -73,13 +72,23 @@ class Handle:
 
     @property
     def id(self) -> str:
-        """Id of the call, which is the id of its first job."""
+        """Id of the call, which is the id of its first job. It changes if the call falls back to another version."""
         return self._transfer.id
 
     @property
     def service(self) -> str:
         """Name of the service that runs the call."""
-        return self._service
+        return self._transfer.service
+
+    @property
+    def version(self) -> str:
+        """Version of the service's route that runs the call; "" without a route."""
+        return self._transfer.version
+
+    @property
+    def _rows(self) -> RowResults:
+        # Others after a fallback.
+        return self._transfer.rows
 
     @property
     def ready(self) -> bool:
@@ -130,7 +139,8 @@ class Handle:
         """
         self._wait_or_raise(timeout)
         with self._lock:
-            return self._rows.value((self._transfer.ended - self._transfer.began) * 1000)
+            value = self._rows.value((self._transfer.ended - self._transfer.began) * 1000)
+            return name_version(value, self._transfer.version)
 
     def outcomes(self, timeout: float | None = None) -> list[RowOutcome]:
         """Waits as `result` does, and returns each row's result or error as a value.

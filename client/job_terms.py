@@ -41,7 +41,7 @@ class JobTerms(NamedTuple):
     any length goes on while it makes progress; a piece of a growing text is progress, too. Without both it ends when no
     job was answered for `idle_timeout` and no worker is alive. `most_jobs` is the largest number of jobs in flight;
     `at_once` is the number of jobs that one worker runs at the same time. `trace` is the context of the call's span, or
-    "".
+    "". `version` is the version of the call's route, or "".
     """
 
     service: str
@@ -59,6 +59,7 @@ class JobTerms(NamedTuple):
     idle_timeout: float | None = None
     at_once: int = 1
     trace: str = ""
+    version: str = ""
 
     def draft(
         self, job_id: str, rows: Sequence[Json], tokens: int, client: str, end: float | None, now: float
@@ -115,10 +116,14 @@ def waits_until(timeout: float | None) -> float | None:
 
 
 class Progress:
-    """Time `at` which a job of a call, or of the calls of one map, was last answered; monotonic seconds."""
+    """Time `at` which a job of a call, or of the calls of one map, was last answered; monotonic seconds.
+
+    `version` is the version of a route that all calls of a map go to, "" before the first one.
+    """
 
     def __init__(self, at: float | None = None) -> None:
         self.at = time.monotonic() if at is None else at
+        self.version = ""
 
 
 class Watch(Protocol):

@@ -26,14 +26,15 @@ class Ranking(list[Ranked]):
     """Ranked documents, the best first; equal scores keep the documents' order.
 
     `usage["tokens"]` counts the tokens that the model ran for all documents, including the query if it is read with
-    each of them; `truncated` lists the documents that were cut, by their place in the call; `timings` and `fingerprint`
-    are those of Embeddings.
+    each of them; `truncated` lists the documents that were cut, by their place in the call; `timings`, `fingerprint`
+    and `version` are those of Embeddings.
     """
 
     usage: Mapping[str, int] = MappingProxyType({})
     truncated: tuple[int, ...] = ()
     timings: Timings = MappingProxyType({})
     fingerprint: str = ""
+    version: str = ""
 
     @classmethod
     def of(cls, result: Embeddings | list[Json], top_n: int | None, documents: Sequence[str] | None) -> Ranking:
@@ -44,7 +45,7 @@ class Ranking(list[Ranked]):
         ranking = cls(Ranked(index, scores[index], texts[index]) for index in order)
         if isinstance(result, Values):
             ranking.usage, ranking.truncated, ranking.timings = result.usage, result.truncated, result.timings
-            ranking.fingerprint = result.fingerprint
+            ranking.fingerprint, ranking.version = result.fingerprint, result.version
         return ranking
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -22,13 +23,15 @@ class Embeddings(np.ndarray[Any, np.dtype[Any]]):
     uint8 holds one bit for each number of a vector. `usage["tokens"]` counts the tokens that the model ran, special
     tokens included; `truncated` lists the texts that were cut; `timings` is in ms: `queue` and `inference` of the
     slowest job, `total` of the whole call. `fingerprint` identifies the weights that made all vectors: vectors of
-    different fingerprints must not be compared. It is empty if a worker did not report it.
+    different fingerprints must not be compared. It is empty if a worker did not report it. `version` is the version of
+    the route that made all vectors, empty without a route.
     """
 
     usage: Mapping[str, int] = MappingProxyType({})
     truncated: tuple[int, ...] = ()
     timings: Timings = MappingProxyType({})
     fingerprint: str = ""
+    version: str = ""
 
     @classmethod
     def of(
@@ -42,7 +45,7 @@ class Embeddings(np.ndarray[Any, np.dtype[Any]]):
     def __array_finalize__(self, origin: object) -> None:
         if isinstance(origin, Embeddings):
             self.usage, self.truncated, self.timings = origin.usage, origin.truncated, origin.timings
-            self.fingerprint = origin.fingerprint
+            self.fingerprint, self.version = origin.fingerprint, origin.version
 
 
 class Values(list[Json]):
@@ -55,6 +58,7 @@ class Values(list[Json]):
     truncated: tuple[int, ...] = ()
     timings: Timings = MappingProxyType({})
     fingerprint: str = ""
+    version: str = ""
 
     @classmethod
     def of(
@@ -66,6 +70,20 @@ class Values(list[Json]):
         return result
 
 
+def name_version(result: Embeddings | list[Json], version: str) -> Embeddings | list[Json]:
+    """Returns the result of a call with the version of its route; `version` is "" without a route."""
+    if version and isinstance(result, Embeddings):
+        result.version = version
+    elif version and isinstance(result, Values):
+        result.version = version
+        result[:] = [_versioned(each, version) for each in cast(list[object], result)]
+    return result
+
+
+def _versioned(row: object, version: str) -> Json:
+    return cast(Json, replace(row, version=version) if isinstance(row, Generated) else row)
+
+
 def generations(result: Embeddings | list[Json]) -> list[Generated]:
     """Returns the texts of a call's rows. Raises ModelFailed if a row's result has another shape."""
     if not isinstance(result, Values):
@@ -75,7 +93,8 @@ def generations(result: Embeddings | list[Json]) -> list[Generated]:
 
 
 def _read(value: object, result: Values) -> Generated:
-    return Generated.of(read_generation(value), result.fingerprint, result.timings)
+    text = Generated.of(read_generation(value), result.fingerprint, result.timings)
+    return replace(text, version=result.version) if result.version else text
 
 
 def read_generation(value: object) -> Generation:
@@ -100,4 +119,4 @@ def to_vectors(result: Embeddings | list[Json], single: bool) -> Embeddings:
                 hint="client.submit(SERVICE, texts).result() is a list of them",
             )
         return Embeddings.of(np.zeros((0, 0), dtype=np.float32), 0, (), {})
-    return Embeddings.of(result[0], result.usage["tokens"], result.truncated, result.timings) if single else result
+    return result[0].view(Embeddings) if single else result

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from millstream.broker.config.load import ServiceSpec
+from millstream.broker.config.route import RouteSpec
 from millstream.broker.contract.errors import (
     BrokerUnavailable,
     DeadlineExceeded,
@@ -21,9 +24,11 @@ from millstream.broker.contract.operations import RUNNABLE, Operation
 from millstream.broker.queue.admission import resume_hint
 from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.pause import find_pause
-from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.registry import Registered, Registry
+from millstream.broker.queue.routes import Routes
 from millstream.broker.transport.connection import Connection, translated
 from millstream.client.asker import REFRESH_WAIT_S, Asker, Question
+from millstream.client.version_choice import Caller, Chosen, choose_service, choose_version
 
 FRESH_S = 1.0
 """Seconds for which a description of a service is reused."""
@@ -54,10 +59,20 @@ class Known:
         return time.monotonic() - self.read_at <= FRESH_S
 
     @property
+    def takes_jobs(self) -> bool:
+        """Whether a job that is sent to the service would run: a worker lives, and the service is not paused."""
+        return bool(self.live_workers) and not self.paused and self.away is None
+
+    @property
+    def has_no_workers(self) -> bool:
+        """Whether the server said that no worker lives, and no pause is the reason."""
+        return self.away is None and not (self.live_workers or self.paused)
+
+    @property
     def stuck(self) -> bool:
         """Whether a call without a time limit should end: the server is unreachable, or no worker lives and no pause
         is the reason."""
-        return self.away is not None or not (self.live_workers or self.paused)
+        return self.away is not None or self.has_no_workers
 
     def why_late(self, sent_at: float | None = None) -> MillstreamError:
         """Returns the error of a call whose deadline is over: no server, a lost job, no live worker, a pause, or slow.
@@ -88,6 +103,19 @@ class Known:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class KnownRoute:
+    """A route, and its versions' services as last read. `read_at` is as in Known; -inf while they were not all read."""
+
+    route: RouteSpec
+    read_at: float = -math.inf
+
+    @property
+    def fresh(self) -> bool:
+        """Does as Known.fresh."""
+        return time.monotonic() - self.read_at <= FRESH_S
+
+
 def operation_of(spec: ServiceSpec) -> Operation:
     """Returns the operation of this service's jobs.
 
@@ -110,6 +138,7 @@ class Services:
         self._registry = registry
         self._asker = Asker()
         self._known: dict[str, Known] = {}
+        self._routes: dict[str, KnownRoute] = {}
         self._only: dict[str, tuple[str, float]] = {}
 
     def after_fork(self) -> None:
@@ -136,6 +165,43 @@ class Services:
         question = self.ask(service)
         question.wait(until)
         return question.answer().spec
+
+    def known_target(self, name: str) -> Known | KnownRoute | None:
+        """Returns what calls to `name` go to, if it was read within FRESH_S, else None. Does not ask the server."""
+        target = self._routes.get(name) or self._known.get(name)
+        return target if target and target.fresh else None
+
+    def ask_target(self, name: str) -> Question[Known | KnownRoute]:
+        """Asks the server what calls to `name` go to: a service, or a route with its services."""
+        return self._asker.ask(
+            ("call", name), lambda: self._find_target(name), self._routes.get(name) or self._known.get(name)
+        )
+
+    def read_target(self, name: str, until: float | None = None) -> Known | KnownRoute:
+        """Returns what calls to `name` go to. Waits and raises as `read` does."""
+        if target := self.known_target(name):
+            return target
+        question = self.ask_target(name)
+        question.wait(until)
+        return question.answer()
+
+    def choose(self, target: Known | KnownRoute, who: Caller) -> Chosen:
+        """Returns the service that gets a call to `target`. Does not ask the server.
+
+        Raises InvalidRequest if the call names a version that `target` does not have, and UnknownService.
+        """
+        if isinstance(target, Known):
+            return choose_service(target.spec, who)
+        route = target.route
+        known = {version: self._known.get(service) for version, service in route.services.items()}
+        ready = {version for version, each in known.items() if each and each.takes_jobs}
+        version = choose_version(route, ready, who)
+        chosen, fallback = known[version], known.get(route.fallback or "")
+        if chosen is None:
+            raise self._registry.unregistered(route, version)
+        if fallback is None or who.version or version == route.fallback or not route.crosses:
+            return Chosen(chosen.spec, version)
+        return Chosen(chosen.spec, version, Chosen(fallback.spec, route.fallback or ""))
 
     def ask(self, service: str) -> Question[Known]:
         """Asks the server about `service`. Calls that ask at the same time share the answer."""
@@ -225,6 +291,8 @@ class Services:
 
     def _find_only(self, model_type: str) -> str:
         names = [name for name in self._registry.names() if self._fresh(name).spec.model.type == model_type]
+        if len(names) > 1 or any("@" in name for name in names):
+            names = self._replace_versions(names)
         if len(names) == 1:
             self._only[model_type] = (names[0], time.monotonic())
             return names[0]
@@ -237,6 +305,35 @@ class Services:
             hint="run `millstream up` or `millstream config push`",
         )
 
+    def _replace_versions(self, services: list[str]) -> list[str]:
+        """Returns the names of which a caller chooses one: routes stand for the services of their versions."""
+        routes = [route for name in self._route_names() if (route := self._registry.look_up(name)[1])]
+        found = [route for route in routes if set(route.services.values()) <= set(services)]
+        versions = {service for route in found for service in route.services.values()}
+        return sorted({*(route.name for route in found), *(set(services) - versions)})
+
+    def _route_names(self) -> list[str]:
+        return Routes(self._connection, self._registry.prefix).names()
+
+    def _find_target(self, name: str) -> Known | KnownRoute:
+        """Reads `name` from the server, and the services of its versions if it is a route. In the asker's thread.
+
+        Raises as `_read` does.
+        """
+        known = self._refresh(name)
+        target = self._routes.get(name)
+        if target is None:
+            if known is None:
+                raise self._registry.unknown(name)
+            return known
+        for service in target.route.services.values():
+            if service != name:
+                # A version that is not registered gets no calls.
+                with suppress(UnknownService):
+                    self._read(service)
+        self._routes[name] = target = replace(target, read_at=time.monotonic())
+        return target
+
     def _fresh(self, service: str) -> Known:
         known = self._known.get(service)
         return known if known and known.fresh else self._read(service)
@@ -246,22 +343,42 @@ class Services:
 
         Raises UnknownService, and BrokerUnavailable if the service was never read.
         """
-        try:
-            spec, fingerprint, token = self._registry.describe(service)
-            with translated(self._connection.safe_url):
-                keys = self._registry.keys(service)
-                live = Lease(self._connection.client, keys).live_workers()
-                paused = find_pause(self._connection.client, keys) is not None
-        except BrokerUnavailable as error:
-            before = self._known.get(service)
-            if before is None:
-                raise
-            known = replace(before, read_at=time.monotonic(), away=error.with_traceback(None))
-        else:
-            known = Known(spec, fingerprint, live, paused, time.monotonic(), token=token)
-            known = replace(known, emptied_at=self._emptied_at(known))
-        self._known[service] = known
+        known = self._refresh(service)
+        if known is None:
+            route = self._routes.get(service)
+            raise self._registry.unknown(service, route.route if route else None)
         return known
+
+    def _refresh(self, name: str) -> Known | None:
+        """Reads the service and the route of this name, and notes both. Returns the service, None if there is none."""
+        try:
+            registered, route = self._registry.look_up(name)
+            known = self._describe(name, registered) if registered else None
+        except BrokerUnavailable as error:
+            before = self._known.get(name)
+            if before is None and name not in self._routes:
+                raise
+            known = before and replace(before, read_at=time.monotonic(), away=error.with_traceback(None))
+        else:
+            if route is None:
+                self._routes.pop(name, None)
+            else:
+                standing = self._routes.get(name)
+                self._routes[name] = replace(standing, route=route) if standing else KnownRoute(route)
+        if known:
+            self._known[name] = known
+        else:
+            self._known.pop(name, None)
+        return known
+
+    def _describe(self, name: str, registered: Registered) -> Known:
+        spec, fingerprint, token = registered
+        with translated(self._connection.safe_url):
+            keys = self._registry.keys(name)
+            live = Lease(self._connection.client, keys).live_workers()
+            paused = find_pause(self._connection.client, keys) is not None
+        known = Known(spec, fingerprint, live, paused, time.monotonic(), token=token)
+        return replace(known, emptied_at=self._emptied_at(known))
 
     def _emptied_at(self, known: Known) -> float:
         """Returns when the server was last seen to have lost its data, monotonic seconds; 0 is never.

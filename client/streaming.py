@@ -30,8 +30,16 @@ class TextCall:
     def __init__(self, handle: Handle, growing: GrowingText) -> None:
         self.handle = handle
         self.growing = growing
-        self.so_far = PartialText(handle.id)
+        self._so_far = (handle.id, PartialText(handle.id))
         self._error: MillstreamError | None = None
+
+    @property
+    def so_far(self) -> PartialText:
+        """The text that the server has of the job, which is another one after a fallback."""
+        job_id = self.handle.id
+        if self._so_far[0] != job_id:
+            self._so_far = (job_id, PartialText(job_id))
+        return self._so_far[1]
 
     @property
     def finish_reason(self) -> str | None:
@@ -135,6 +143,11 @@ class TextStream(Iterator[str]):
         """The weights as in Embeddings.fingerprint; empty until the iteration has ended."""
         return self._call.fingerprint
 
+    @property
+    def version(self) -> str:
+        """Version of the service's route that runs the job; "" without a route."""
+        return self._call.handle.version
+
     def __iter__(self) -> Self:
         return self
 
@@ -219,6 +232,11 @@ class AsyncTextStream:
     def fingerprint(self) -> str:
         """Does as TextStream.fingerprint."""
         return self._call.fingerprint if self._call else ""
+
+    @property
+    def version(self) -> str:
+        """Does as TextStream.version; "" before the call begins."""
+        return self._call.handle.version if self._call else ""
 
     def __aiter__(self) -> Self:
         return self

@@ -46,6 +46,7 @@ from millstream.client.handle import Handle
 from millstream.client.job_terms import Progress
 from millstream.client.services import Services
 from millstream.client.stats import ServiceStats
+from millstream.client.version_choice import Chosen
 
 __all__ = [
     "FAKE_VERSION",
@@ -159,7 +160,7 @@ class _FakeCalls(Calls):
 
     def begin(
         self,
-        spec: ServiceSpec,
+        chosen: Chosen,
         inputs: Sequence[Json],
         opts: CallOptions,
         hits: Mapping[int, Cached] = NO_HITS,
@@ -167,8 +168,8 @@ class _FakeCalls(Calls):
         progress: Progress | None = None,
         growing: GrowingText | None = None,
     ) -> Handle:
-        handle = super().begin(spec, inputs, opts, hits, began, progress, growing)
-        self.made.append(Call(spec.name, list(inputs), opts))
+        handle = super().begin(chosen, inputs, opts, hits, began, progress, growing)
+        self.made.append(Call(chosen.spec.name, list(inputs), opts))
         return handle
 
     def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> int:

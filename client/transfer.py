@@ -30,6 +30,7 @@ from millstream.broker.queue.cache import Cached
 from millstream.broker.queue.stream_types import CancelOutcome
 from millstream.client.channel.requests import Cancellation
 from millstream.client.channel.wake_chain import wake_chain
+from millstream.client.fall_back import FIRST_SHARE, Attempt, Fallback, falls_back, impatient
 from millstream.client.flow import Flow
 from millstream.client.growing_text import GrowingText
 from millstream.client.job_terms import CallChannel, JobTerms, Progress, Watch, new_job_id
@@ -40,6 +41,9 @@ from millstream.client.split import Part
 EXPLAIN_S = 0.25
 """Seconds after its deadline that a call waits at most to learn from the server why it is late."""
 
+
+WATCH_S = 2.0
+"""Seconds between two looks of a call with a fallback whether a worker of its service lives."""
 
 CONCLUDE_S = 0.5
 """Seconds after its deadline that a call waits for a text that has begun: a worker ends the text at the deadline, and
@@ -57,7 +61,8 @@ class _SentJob(NamedTuple):
 class Transfer:
     """Sends one call's jobs and is their sink. Wakes `waiters` and calls `listeners` when rows get an outcome.
 
-    `growing` gets the text of a call of one job, if its operation streams; waiters are woken for each piece, too.
+    `growing` gets the text of a call of one job, if its operation streams; waiters are woken for each piece, too. If a
+    call has a `fallback`, it starts again there when a job fails: `id`, `service`, `version` and `rows` then change.
     """
 
     def __init__(
@@ -71,34 +76,45 @@ class Transfer:
         began: float | None = None,
         progress: Progress | None = None,
         growing: GrowingText | None = None,
+        fallback: Fallback | None = None,
     ) -> None:
         """Prepares the jobs. `began`: monotonic seconds, None is now. `progress`: that of the call's map."""
         began = time.monotonic() if began is None else began
         progress = progress or Progress(began)
-        self.id = self._first_id = self._charged_with = new_job_id()
         self.lock = threading.RLock()
-        self.rows = RowResults(len(inputs), given, BY_OP[terms.op].results)
         self.began = self.ended = began
-        self._channel = channel
         self._watch = watch
-        self._terms = terms
-        self.service = terms.service
         # A copy, because the caller may change its list later.
         self._inputs = list(inputs)
-        self._unsent = deque(parts)
         self._in_flight: dict[str, _SentJob] = {}
-        self._sendable = self.rows.missing
-        self._end = None if terms.timeout is None else began + terms.timeout
         self._progress = progress
         self.growing = growing
+        self._fallback, self._waits, self._text_began = fallback, terms.wait, False
+        self._set_up(Attempt(channel, impatient(terms) if fallback else terms, parts, given))
         # The start of a call counts as progress: a map starts its later calls long after its first.
         progress.at = max(progress.at, began)
-        # None until the call needs a window: most calls have only one job.
-        self._flow: Flow | None = None
-        self._looked_at = began
+        self._looked_at = self._watched_at = began
         self._explain_by: float | None = None
         self.waiters: list[threading.Lock] = []
         self.listeners: list[Callable[[], None]] = []
+
+    def _set_up(self, attempt: Attempt) -> None:
+        """Prepares the jobs of an attempt, with no outcome of an earlier one."""
+        terms = attempt.terms
+        self.id = self._first_id = self._charged_with = new_job_id()
+        self.rows = RowResults(len(self._inputs), attempt.given, BY_OP[terms.op].results)
+        self._channel, self._terms, self.service = attempt.channel, terms, terms.service
+        self._unsent = deque(attempt.parts)
+        self._sendable = self.rows.missing
+        share = FIRST_SHARE if self._fallback else 1.0
+        self._end = None if terms.timeout is None else self.began + terms.timeout * share
+        # None until the call needs a window: most calls have only one job.
+        self._flow: Flow | None = None
+
+    @property
+    def version(self) -> str:
+        """Version of the call's route that runs it; "" without a route."""
+        return self._terms.version
 
     @property
     def untouched(self) -> bool:
@@ -166,7 +182,7 @@ class Transfer:
             if job := self._in_flight.get(job_id):
                 if not job.emitted:
                     self._in_flight[job_id] = job._replace(emitted=True)
-                self._progress.at = time.monotonic()
+                self._progress.at, self._text_began = time.monotonic(), True
                 if self.growing is not None and self.growing.add(decode_delta(delta)):
                     self._tell()
 
@@ -177,8 +193,14 @@ class Transfer:
         """
         with self.lock:
             jobs = [self._in_flight.pop(job_id) for job_id in job_ids if job_id in self._in_flight]
-            again = [each for each in jobs if self._may_run_again(each, error)]
+            if self._waits and not self._terms.wait and isinstance(error, RateLimited):
+                # Its caller waits, and no other version is a way around a rate limit.
+                self._terms, again = self._terms._replace(wait=True), jobs
+            else:
+                again = [each for each in jobs if self._may_run_again(each, error)]
             lost = [each.part for each in jobs if each not in again]
+            if lost and self._starts_again(error):
+                lost = again = []
             self._unsent.extendleft(each.part for each in again)
             if self._charged_with in job_ids:
                 self._charged_with = ""
@@ -196,6 +218,8 @@ class Transfer:
         if error is not None and self._may_run_again(job, error):
             self._unsent.appendleft(job.part)
             return
+        if self._starts_again(outcome):
+            return
         if not isinstance(error, DeadlineExceeded):
             self._progress.at = time.monotonic()
             if self._unsent and self._flow:
@@ -212,6 +236,20 @@ class Transfer:
         if isinstance(error, DeadlineExceeded):
             return error.phase != "inference"
         return self._terms.wait and isinstance(error, QueueFull | RateLimited | ServicePaused)
+
+    def _starts_again(self, outcome: Reply | MillstreamError) -> bool:
+        """Starts the whole call again on its fallback, if it has one and `outcome` is a reason. Returns whether it did.
+
+        The caller then calls `pump`. Results of the first version are thrown away: no answer mixes versions. A text
+        of which the caller may have been given a part is not generated again.
+        """
+        fallback = self._fallback
+        if fallback is None or (self.growing is not None and self._text_began) or not falls_back(outcome):
+            return False
+        self._take_in_flight()
+        self._fallback, self._progress.at = None, time.monotonic()
+        self._set_up(fallback(self._inputs))
+        return True
 
     def _place(self, parts: Sequence[Part], outcome: Reply | MillstreamError) -> None:
         if parts:
@@ -246,10 +284,19 @@ class Transfer:
     def expires_at(self) -> float | None:
         """Returns when to call `expire`, monotonic seconds; None if the call has no limit.
 
-        While the server is being asked why the call is late, it is the end of that wait.
+        While the server is being asked about the service, it is the end of that wait. A call with a fallback asks every
+        WATCH_S whether a worker lives.
         """
         if self._explain_by is not None:
             return self._explain_by
+        end = self._find_end()
+        if self._fallback is None:
+            return end
+        watch = self._watched_at + WATCH_S
+        return watch if end is None else min(end, watch)
+
+    def _find_end(self) -> float | None:
+        """Returns when the call is late, monotonic seconds; None if it has no limit."""
         if self._end is not None:
             return self._end + CONCLUDE_S if self._has_begun_text else self._end
         if self._terms.total_timeout is not None:
@@ -277,7 +324,11 @@ class Transfer:
             if self._explain_by is None:
                 return
             self._explain_by, now = None, time.monotonic()
-            end = self.expires_at()
+            self._watched_at = now
+            if known.has_no_workers and self.rows.missing and self._starts_again(known.why_late()):
+                self.pump()
+                return
+            end = self._find_end()
             if not self.rows.missing or end is None or now < end:
                 return
             self._looked_at = now
@@ -286,7 +337,13 @@ class Transfer:
                 self._give_up(known)
 
     def _give_up(self, known: Known) -> None:
-        """Gives each row its error: the last refusal if its job was not accepted yet, else why the service is late."""
+        """Gives each row its error: the last refusal if its job was not accepted yet, else why the service is late.
+
+        If the call has a fallback, it starts again there.
+        """
+        if self._starts_again(known.why_late()):
+            self.pump()
+            return
         jobs, self._in_flight = self._in_flight, {}
         refusals = {job_id: self._channel.refusal_of(job_id) for job_id in jobs}
         with suppress(BrokerUnavailable):

@@ -11,6 +11,8 @@ from pydantic_core import ErrorDetails
 
 from millstream.broker.config.fields import Section, ServiceName, Settings
 from millstream.broker.config.rate_limit import RateLimit
+from millstream.broker.config.route import OptionalRoute, Route, Version
+from millstream.broker.config.route_check import check_routes
 from millstream.broker.config.spec import (
     ModelSpec,
     PriorityLimits,
@@ -28,10 +30,14 @@ from millstream.broker.contract.operations import OPERATIONS, UPSTREAM_BACKENDS,
 
 
 class Entry(Settings):
-    """A service as it is written in the file: `model` is the name of an entry under `models`."""
+    """A service as it is written in the file: `model` is the name of an entry under `models`.
 
-    model: str
+    An entry with `route` sends calls to other services. It may have a model, too: that service is one of its versions.
+    """
+
+    model: str | None = None
     runtime: Section[Runtime]
+    route: OptionalRoute = None
 
 
 class ConfigFile(Settings):
@@ -62,6 +68,7 @@ def _problems(file: ConfigFile, document: Document) -> Found:
     if file.webhooks.allow and not file.webhooks.secret_file:
         yield ("webhooks", "secret_file"), "missing; name a file with the secret that signs what is sent"
     yield from _unknown_models(file, document)
+    yield from _routes(file, document)
     yield from _long_timeouts(file, document)
     yield from _impossible_caches(file)
     yield from _impossible_slots(file)
@@ -134,9 +141,10 @@ _REASONS = {
 def _reason(error: ErrorDetails, path: KeyPath, document: Document) -> str:
     if error["type"] == "extra_forbidden":
         return f"unknown key; {_fix_for_key(path)}"
+    if error["type"] == "missing" and path[-1] == "versions":
+        return "missing; name the versions with their weights, as in {v1: 90, v2: 10}"
     if error["type"] == "missing":
-        known = _mapping(document.tree.get("models")) if path[-1] == "model" else list(OPERATIONS)
-        return f"missing; name one of: {', '.join(known)}"
+        return f"missing; name one of: {', '.join(OPERATIONS)}"
     context = error.get("ctx", {})
     reason = _REASONS.get(error["type"], error["msg"]).format(**context)
     close = did_you_mean(str(error["input"]), re.findall(r"'([\w-]+)'", str(context.get("expected", ""))))
@@ -170,6 +178,10 @@ def _known_keys(path: KeyPath) -> list[str]:
             return list(ModelSpec.model_fields)
         case ("services", _):
             return list(Entry.model_fields)
+        case ("services", _, "route"):
+            return list(Route.model_fields)
+        case ("services", _, "route", "versions", _):
+            return list(Version.model_fields)
         case ("services", _, "runtime"):
             return list(Runtime.model_fields)
         case ("services", _, "runtime", "rate_limit"):
@@ -259,16 +271,30 @@ def _kinds(name: str, model: ModelSpec) -> Found:
 
 def _unknown_models(file: ConfigFile, document: Document) -> Found:
     known = list(_mapping(document.tree.get("models")))
+    # The file as it is written: an entry with another mistake is not in `file`.
+    for name, written in _mapping(document.tree.get("services")).items():
+        if isinstance(written, dict) and written.get("model") is None and written.get("route") is None:
+            yield ("services", name, "model"), f"missing; name one of: {', '.join(known)}"
     for name, entry in file.services.items():
-        if entry.model not in known:
+        if entry.model is not None and entry.model not in known:
             close = did_you_mean(entry.model, known)
             fix = f"did you mean {close}?" if close else f"known are: {', '.join(known) or 'none'}"
             yield ("services", name, "model"), f"no model named {entry.model}; {fix}"
 
 
+def _routes(file: ConfigFile, document: Document) -> Found:
+    written = _mapping(document.tree.get("services"))
+    for name, entry in file.services.items():
+        if entry.model is None and entry.route and _mapping(written.get(name)).get("runtime") is not None:
+            yield ("services", name, "runtime"), "has no effect on a route; set it for the services of its versions"
+    models = {name: file.models.get(entry.model) for name, entry in file.services.items() if entry.model is not None}
+    routes = {name: entry.route for name, entry in file.services.items() if entry.route}
+    yield from check_routes(routes, {name: model.operation if model else None for name, model in models.items()})
+
+
 def _impossible_caches(file: ConfigFile) -> Found:
     for name, entry in file.services.items():
-        model = file.models.get(entry.model)
+        model = file.models.get(entry.model or "")
         if model and model.operation.uncached and entry.runtime.enable_cache:
             yield ("services", name, "runtime", "enable_cache"), no_cache(model.operation)
 
@@ -278,7 +304,7 @@ def _impossible_slots(file: ConfigFile) -> Found:
         path, runtime, model = (
             ("services", name, "runtime", "reserved_slots"),
             entry.runtime,
-            file.models.get(entry.model),
+            file.models.get(entry.model or ""),
         )
         if runtime.reserved_slots and model and not model.operation.streams:
             those = types_with(lambda each: each.streams)

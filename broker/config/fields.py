@@ -19,7 +19,7 @@ from pydantic_core import CoreSchema
 from millstream.broker.config.units import DURATION_PATTERN, SIZE_PATTERN, seconds, size
 from millstream.broker.config.url import ACCEPTED, canonical, read_url
 
-SERVICE_NAME = "[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
+SERVICE_NAME = "[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}"
 _PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _DOTTED = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 _HANDLER = re.compile(f"{_DOTTED}:{_DOTTED}")
@@ -63,7 +63,7 @@ def _automatic(value: str) -> str | None:
 
 def _service_name(name: str) -> str:
     if not re.fullmatch(SERVICE_NAME, name):
-        raise ValueError("a service name has 1 to 64 of A-Z a-z 0-9 _ . - and starts with a letter or digit")
+        raise ValueError("a service name has 1 to 64 of A-Z a-z 0-9 _ . @ - and starts with a letter or digit")
     return name
 
 

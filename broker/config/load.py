@@ -15,6 +15,7 @@ from pydantic import Field
 from millstream.broker.config import yaml as config_yaml
 from millstream.broker.config.check import ConfigFile, check
 from millstream.broker.config.fields import Settings
+from millstream.broker.config.route import Route, RouteSpec
 from millstream.broker.config.spec import ModelSpec, RedisSettings, Runtime, ServiceSpec
 from millstream.broker.config.telemetry import TelemetrySettings
 from millstream.broker.config.webhooks import WebhookSettings
@@ -29,14 +30,26 @@ DEFAULT_PATH = Path("config.yaml")
 
 
 class Config(Settings):
-    """A checked configuration. `places` has the place of each value that the file or a variable sets."""
+    """A checked configuration. `places` has the place of each value that the file or a variable sets.
+
+    `services` are those that have a model.
+    """
 
     models: dict[str, ModelSpec]
     services: dict[str, ServiceSpec]
+    routes: dict[str, Route] = Field(default_factory=dict)
     redis: RedisSettings
     telemetry: TelemetrySettings = TelemetrySettings()
     webhooks: WebhookSettings = WebhookSettings()
     places: dict[KeyPath, Place] = Field(default_factory=dict, repr=False)
+
+    @property
+    def route_specs(self) -> list[RouteSpec]:
+        """The routes with every default filled in."""
+        return [
+            route.resolve(name, self.services[route.service_of(name, next(iter(route.versions)))].model.operation)
+            for name, route in self.routes.items()
+        ]
 
 
 def load(path: Path | str | None = None, environ: Mapping[str, str] = os.environ) -> Config:
@@ -52,6 +65,7 @@ def load(path: Path | str | None = None, environ: Mapping[str, str] = os.environ
     return Config(
         models=file.models,
         services=_resolve(file),
+        routes={name: entry.route for name, entry in file.services.items() if entry.route},
         redis=file.redis,
         telemetry=file.telemetry,
         webhooks=file.webhooks,
@@ -101,6 +115,7 @@ def _resolve(file: ConfigFile) -> dict[str, ServiceSpec]:
             webhooks=file.webhooks.allow,
         )
         for name, entry in file.services.items()
+        if entry.model is not None
     }
 
 

@@ -33,6 +33,8 @@ def resolved(config: Config, environ: Mapping[str, str] = os.environ) -> Iterato
     for name, service in config.services.items():
         yield _value(config, ("services", name), ("model",), service.model_ref)
         yield from _runtime(config, name, service)
+    for name, route in config.routes.items():
+        yield from _values(config, ("services", name, "route"), route)
     for each in _values(config, ("redis",), config.redis):
         yield _override(each, environ)
     yield from _values(config, ("telemetry",), config.telemetry)

@@ -27,6 +27,11 @@ def services_key(prefix: str = DEFAULT_PREFIX) -> str:
     return f"{prefix}:services"
 
 
+def routes_key(prefix: str = DEFAULT_PREFIX) -> str:
+    """SET of names of routes; no ttl."""
+    return f"{prefix}:routes"
+
+
 def upstream_key(url: str, prefix: str = DEFAULT_PREFIX) -> str:
     """HASH: limit of the server at `url`, and the requests that each worker has running there; ttl an hour."""
     return f"{prefix}:upstream:{hashlib.sha256(url.encode()).hexdigest()[:16]}"
@@ -45,6 +50,10 @@ class ServiceKeys:
     def spec(self) -> str:
         """HASH: spec as JSON, limits as fields, version; no ttl; written by `up` and `config push` only."""
         return self._key("service")
+
+    def pinned(self, call: str) -> str:
+        """STRING: the version that a detached call with an idempotency key went to; ttl PINNED_MS of routes.py."""
+        return self._key(f"pinned:{call}")
 
     def stream(self, priority: Priority) -> str:
         """STREAM of jobs; no ttl. Settled entries are deleted, so XLEN = waiting + in flight."""

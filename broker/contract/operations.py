@@ -108,6 +108,9 @@ class Operation:
     uncached: str = ""
     """Reason why answers cannot be cached; empty if they can."""
 
+    compared: bool = False
+    """Whether results of different calls are compared, so that a caller should stay with one version of the model."""
+
     streams: bool = False
     """Whether a job has one row whose text grows and is shown while it runs."""
 
@@ -176,6 +179,7 @@ EMBED = Operation(
     "millstream.worker.models.embedding.embedding:load",
     dict.fromkeys(("openai", "tei", "ollama"), "millstream.worker.engines.upstream_model:load_embedding"),
     results="vectors",
+    compared=True,
     gen_ai="embeddings",
     check=_check_embed,
     needs_weights=True,
@@ -197,6 +201,7 @@ RERANK = Operation(
     "millstream.worker.models.reranking.reranker:load",
     dict.fromkeys(("openai", "tei"), "millstream.worker.engines.upstream_model:load_reranker"),
     results="scores",
+    compared=True,
     check=_check_rerank,
     needs_weights=True,
     one_forward=True,

@@ -12,6 +12,7 @@ from redis import WatchError
 from redis.typing import EncodableT, FieldT
 
 from millstream.broker.config.load import ServiceSpec
+from millstream.broker.config.route import RouteSpec
 from millstream.broker.config.spec import discard
 from millstream.broker.contract.answer import (
     Answer,
@@ -32,6 +33,9 @@ from millstream.broker.transport.connection import Connection, translated
 
 SPEC_VERSION = 1
 """Version of the format of a registered service."""
+
+ROUTE = "route"
+"""Field of a service with its route, as JSON; see routes.py. A route whose name is no service's has no other field."""
 
 TOKEN = "token"
 """Field of a service with a random text, which changes if the server loses its data."""
@@ -61,7 +65,7 @@ class Registry:
 
     def __init__(self, connection: Connection, prefix: str = DEFAULT_PREFIX) -> None:
         self._connection = connection
-        self._prefix = prefix
+        self._prefix = self.prefix = prefix
 
     def keys(self, service: str) -> ServiceKeys:
         return ServiceKeys(service, self._prefix)
@@ -129,12 +133,20 @@ class Registry:
 
     def describe(self, service: str) -> Registered:
         """Returns the service as it is registered. Raises UnknownService, with the most similar name."""
-        key = self.keys(service).spec()
+        registered, route = self.look_up(service)
+        if registered is None:
+            raise self.unknown(service, route)
+        return registered
+
+    def look_up(self, name: str) -> tuple[Registered | None, RouteSpec | None]:
+        """Returns the service and the route of this name, None for each that is not registered. One round trip."""
+        key = self.keys(name).spec()
         with translated(self._connection.safe_url):
-            stored, fingerprint, token = self._connection.client.hmget(key, "spec", "fingerprint", TOKEN)
-        if stored is None:
-            raise self._unknown(service)
-        return Registered(ServiceSpec.from_json(_text(stored)), _text(fingerprint or ""), _text(token or ""))
+            stored, fingerprint, token, route = self._connection.client.hmget(key, "spec", "fingerprint", TOKEN, ROUTE)
+        registered = None
+        if stored is not None:
+            registered = Registered(ServiceSpec.from_json(_text(stored)), _text(fingerprint or ""), _text(token or ""))
+        return registered, RouteSpec.from_json(route) if route else None
 
     def record(self, service: str) -> Record | None:
         """Returns the record of `service`; None if the server does not have it, or its name is not registered."""
@@ -162,12 +174,23 @@ class Registry:
                     return True
         return False
 
+    def unregistered(self, route: RouteSpec, version: str) -> UnknownService:
+        """Returns the error for a call to a version whose service is not registered."""
+        return UnknownService(
+            f"route {route.name!r}: no service {route.services[version]!r}, its version {version!r}",
+            hint="register it with `millstream config push`, or change the weights: `millstream route set`",
+        )
+
     def names(self) -> list[str]:
         """Returns the names of the registered services, sorted."""
         with translated(self._connection.safe_url):
             return sorted(_text(name) for name in self._connection.client.smembers(services_key(self._prefix)))
 
-    def _unknown(self, service: str) -> UnknownService:
+    def unknown(self, service: str, route: RouteSpec | None = None) -> UnknownService:
+        """Returns the error for a name that is no service's. `route` is the route of that name, if there is one."""
+        if route:
+            services = ", ".join(route.services.values())
+            return UnknownService(f"{service!r} is a route, not a service", hint=f"its services are {services}")
         names = self.names()
         near = did_you_mean(service, names)
         if near:

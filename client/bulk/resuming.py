@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from millstream.broker.config.spec import ServiceSpec
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.client.bulk.files import spool
-from millstream.client.bulk.manifest import SPOOL, Manifest, Note
+from millstream.client.bulk.manifest import SPOOL, Manifest, Note, read_manifest
 from millstream.client.bulk.opening import open_source
 from millstream.client.bulk.plan import STDIN, BulkPlan
 from millstream.client.bulk.sources import Source
+from millstream.client.calls import Calls
+from millstream.client.services import KnownRoute
 
 
 def open_input(plan: BulkPlan, spec: ServiceSpec) -> Source:
@@ -46,6 +50,29 @@ def begin(manifest: Manifest, plan: BulkPlan, spec: ServiceSpec, source: Source,
             hint="undo the change, or give a new folder as output",
         )
     return before.run
+
+
+def pin_version(calls: Calls, plan: BulkPlan) -> BulkPlan:
+    """Returns the plan of a run whose rows all go to one service. Waits for the server.
+
+    If the plan's service is a route, it is the service of the run so far, or of the version that the plan names, or of
+    the version that the route chooses. Raises InvalidRequest, UnknownService, BrokerUnavailable.
+    """
+    target = calls.services.read_target(plan.service)
+    standing = _service_so_far(plan) if isinstance(target, KnownRoute) and not plan.opts.version else None
+    if isinstance(target, KnownRoute) and standing in target.route.services.values():
+        return replace(plan, service=str(standing))
+    service = calls.services.choose(target, plan.opts.caller).spec.name
+    return replace(plan, service=service, opts=plan.opts._replace(version=""))
+
+
+def _service_so_far(plan: BulkPlan) -> str | None:
+    """Returns the service of the run in the plan's folder; None if it has not begun."""
+    # A damaged manifest is reported when the run opens it.
+    with suppress(InvalidRequest):
+        record, _ = read_manifest(plan.output)
+        return record.header.service if record.header else None
+    return None
 
 
 def find_changed_shards(source: Source, notes: list[Note]) -> list[str]:

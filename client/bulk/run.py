@@ -16,7 +16,7 @@ from millstream.client.bulk.merging import Sink
 from millstream.client.bulk.plan import BulkPlan
 from millstream.client.bulk.progress import BulkProgress, Pace
 from millstream.client.bulk.results import collect
-from millstream.client.bulk.resuming import begin, open_input
+from millstream.client.bulk.resuming import begin, open_input, pin_version
 from millstream.client.bulk.sending import Chunk, Group, Sending
 from millstream.client.bulk.sinks import find_sink, name_part
 from millstream.client.bulk.sources import Source
@@ -31,6 +31,7 @@ def run_bulk(calls: Calls, plan: BulkPlan, report: Report) -> BulkProgress:
     """Does as Client.bulk. `report` gets the progress at the start, after each call, and every 2 s."""
     plan.check()
     opts = plan.opts.validate()
+    plan = pin_version(calls, plan)
     spec = calls.services.read(plan.service)
     sink = find_sink(plan.output_format, find_operation(spec, opts.op), bodies=plan.input_format == "openai")
     # Checks the options before anything is written. Requests in OpenAI's shape have options of their own.

@@ -20,6 +20,7 @@ from millstream.broker.contract.errors import (
     MillstreamError,
     ResultExpired,
 )
+from millstream.broker.contract.job import Json
 from millstream.broker.transport.connection import is_transient
 from millstream.client.bulk.items import Row, Shard
 from millstream.client.bulk.row_groups import RowGroup, group_rows
@@ -173,8 +174,14 @@ class Sending:
         if chunk.rows:
             inputs = [chunk.owner.rows[at].value for at in chunk.rows]
             chunk.detached = _insist(
-                lambda: self._calls.submit_detached(self._spec.name, inputs, chunk.opts, chunk.key)  # type: ignore[arg-type]
+                lambda: self._submit(inputs, chunk.opts, chunk.key)  # type: ignore[arg-type]
             )
+
+    def _submit(self, inputs: Sequence[Json], opts: CallOptions, key: str) -> Detached:
+        # Not by the name alone: a route of the same name would choose the service again.
+        opts = opts.validate()
+        spec = self._calls.services.read(self._spec.name)
+        return self._calls.submit_to(spec, inputs, opts, None, key)
 
     def receive(self, chunk: Chunk, report: Callable[[], object]) -> None:
         """Waits until the chunk is computed, and puts the outcomes into its group. Raises as `send` does.

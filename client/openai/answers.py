@@ -128,7 +128,7 @@ def _completion(
         "model": stamp.model,
         "choices": choices,
         "usage": _usage(texts),
-        "system_fingerprint": texts[0].version or None,
+        "system_fingerprint": texts[0].fingerprint or None,
     }
 
 

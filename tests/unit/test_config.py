@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from millstream.broker.config.load import Config, ServiceSpec, given_service, load, unenforced
+from millstream.broker.config.route import RouteSpec
 from millstream.broker.config.spec import PriorityName, RedisSettings
 from millstream.broker.config.units import seconds, size
 from millstream.broker.contract.errors import ConfigError
@@ -352,7 +353,7 @@ def test_every_error_of_a_file_is_reported_at_once_with_line_reason_and_fix(load
         "config.yaml:15: services.other.batch_size: unknown key; did you mean runtime.batch_size?",
         "config.yaml:16: services.third.model: missing; name one of: m, n",
         "config.yaml:16: services.third.runtime: must be a mapping, not [1]",
-        "config.yaml:17: services.bad name: a service name has 1 to 64 of A-Z a-z 0-9 _ . - and starts with a letter "
+        "config.yaml:17: services.bad name: a service name has 1 to 64 of A-Z a-z 0-9 _ . @ - and starts with a letter "
         "or digit, not 'bad name'",
         "config.yaml:18: redis: must be a mapping",
     ]
@@ -725,3 +726,77 @@ def test_webhooks_without_a_secret_are_an_error(load_text: Load) -> None:
     (error,) = errors_of(load_text, "webhooks:\n  allow: [https://h.example.com/]\n")
 
     assert error.startswith("config.yaml:1: webhooks.secret_file: missing")
+
+
+ROUTE = """
+models: {a: {type: echo}, b: {type: embedding, model_name: m}}
+services:
+  chat@v1: {model: a}
+  chat@v2: {model: a}
+  vectors: {model: b}
+  chat: {route: %s}
+"""
+
+
+def test_a_route_names_its_versions_services_and_has_the_defaults_of_their_type(load_text: Load) -> None:
+    config = load_text(ROUTE % "{versions: {v1: 90, v2: 10}, fallback: v1}")
+
+    (route,) = config.route_specs
+    assert (route.name, route.services) == ("chat", {"v1": "chat@v1", "v2": "chat@v2"})
+    assert (route.weights, route.sticky, route.fallback, route.crosses) == ({"v1": 90, "v2": 10}, "none", "v1", True)
+    assert set(config.services) == {"chat@v1", "chat@v2", "vectors"}
+    assert RouteSpec.from_json(route.to_json()) == route
+
+
+def test_a_service_may_be_a_version_of_the_route_with_its_own_name(load_text: Load) -> None:
+    config = load_text("""
+        models: {b: {type: embedding, model_name: m}}
+        services:
+          embed: {model: b, route: {versions: {v1: {service: embed, weight: 1}, v2: 0}}}
+          embed@v2: {model: b}
+        """)
+
+    (route,) = config.route_specs
+    assert route.services == {"v1": "embed", "v2": "embed@v2"}
+    assert (route.sticky, route.crosses) == ("tenant", False)
+    assert "embed" in config.services
+
+
+@pytest.mark.parametrize(
+    ("route", "message"),
+    [
+        ("{}", "route.versions: missing; name the versions with their weights, as in {v1: 90, v2: 10}"),
+        ("{versions: {}}", "route.versions: one version needs a weight above 0, as in {v1: 90, v2: 10}"),
+        ("{versions: {v1: 0}}", "route.versions: one version needs a weight above 0, as in {v1: 90, v2: 10}"),
+        ("{versions: {v1: -1}}", "route.versions.v1.weight: must be at least 0.0, not -1"),
+        ("{versions: {v1: much}}", "route.versions.v1.weight: must be a number, not 'much'"),
+        ("{versions: {v3: 1}}", "route.versions.v3: no service named chat@v3; did you mean chat@v2?"),
+        (
+            "{versions: {v1: 1, x: {service: vectors}}}",
+            "route.versions.x: vectors is of type embedding, the others of echo",
+        ),
+        ("{versions: {v1: 1}, fallback: v2}", "route.fallback: no version named v2; known are: v1"),
+        (
+            "{versions: {v1: 1}, sticky: often}",
+            "route.sticky: must be 'tenant', 'key' or 'none', not 'often'",
+        ),
+        ("{version: {v1: 1}, versions: {v1: 1}}", "route.version: unknown key; did you mean versions?"),
+        (
+            "{versions: {x: {service: vectors, weight: 1}}, fallback: x}",
+            "route.fallback: vectors of two versions must not be compared; leave it out, or set "
+            "fallback_across_versions: true",
+        ),
+    ],
+)
+def test_a_mistake_in_a_route_is_told_with_its_line(load_text: Load, route: str, message: str) -> None:
+    assert f"config.yaml:7: services.chat.{message}" in errors_of(load_text, ROUTE % route)
+
+
+def test_an_entry_without_model_and_route_is_told_and_so_is_a_limit_of_a_route(load_text: Load) -> None:
+    assert errors_of(load_text, "models: {a: {type: echo}}\nservices: {s: {}}") == [
+        "config.yaml:2: services.s.model: missing; name one of: a"
+    ]
+    text = ROUTE % "{versions: {v1: 1}}, runtime: {batch_size: 3}"
+    assert errors_of(load_text, text) == [
+        "config.yaml:7: services.chat.runtime: has no effect on a route; set it for the services of its versions"
+    ]

@@ -210,6 +210,7 @@ def test_a_result_can_be_written_as_json(fake: FakeClient) -> None:
         "usage": {"prompt_tokens": 2, "completion_tokens": 2, "cached_tokens": 0},
         "seed": 0,
         "version": FAKE_VERSION,
+        "fingerprint": FAKE_VERSION,
         "logprobs": None,
         "tool_calls": [],
         "timings": dict(text.timings),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from millstream.broker.contract.job import PRIORITIES
-from millstream.broker.contract.keys import ServiceKeys, services_key
+from millstream.broker.contract.keys import ServiceKeys, routes_key, services_key
 from millstream.broker.server.engine import FLOORS
 from millstream.cli.main import exit_codes
 from millstream.worker.supervision.supervisor import DRAIN_S
@@ -30,6 +30,7 @@ def quotations(page: str) -> list[str]:
 def keys() -> Iterator[tuple[str, str]]:
     """Every key of the service embed with its type: as the methods build it, their arguments as <placeholders>."""
     yield services_key(), _type(services_key)
+    yield routes_key(), _type(routes_key)
     for name, method in inspect.getmembers(ServiceKeys, inspect.isfunction):
         wanted = [each for each in inspect.signature(method).parameters if each != "self"]
         if name.startswith("_") or name == "streams":

@@ -17,7 +17,7 @@ from millstream.broker.contract.codec import encode_reply
 from millstream.broker.contract.entry_codec import FIELDS, OPTIONAL
 from millstream.broker.contract.errors import ModelFailed
 from millstream.broker.contract.job import Reply
-from millstream.broker.contract.keys import ServiceKeys, services_key
+from millstream.broker.contract.keys import ServiceKeys, routes_key, services_key
 from millstream.broker.contract.stages import Stages
 from millstream.broker.queue import substitutes
 from millstream.broker.queue.scripts import Name
@@ -61,7 +61,7 @@ def test_every_key_is_there() -> None:
         "digest": "<digest>",
         "consumer": "<consumer>",
     }
-    made = {services_key(), "ms:upstream:<url>", *keys.streams(), keys.bucket("<tenant>")}
+    made = {services_key(), routes_key(), "ms:upstream:<url>", *keys.streams(), keys.bucket("<tenant>")}
     for name, method in inspect.getmembers(keys, inspect.ismethod):
         if name.startswith("_") or name in ("stream", "streams"):
             continue

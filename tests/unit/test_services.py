@@ -7,12 +7,14 @@ from typing import cast
 
 import pytest
 
+from millstream.broker.config.route import RouteSpec
 from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
-from millstream.broker.contract.errors import BrokerUnavailable, UnknownService
+from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest, UnknownService
 from millstream.broker.queue.registry import Registered, Registry
 from millstream.broker.transport.connection import Connection
 from millstream.client import services as module
 from millstream.client.services import Services
+from millstream.client.version_choice import Caller
 
 
 class FakeRegistry:
@@ -23,17 +25,19 @@ class FakeRegistry:
         self.away = False
         self.gate = threading.Event()
         self.gate.set()
+        self.services = {"embed"}
+        self.routes: dict[str, RouteSpec] = {}
 
     def names(self) -> list[str]:
         self._ask()
         return ["embed"]
 
-    def describe(self, service: str) -> Registered:
+    def look_up(self, name: str) -> tuple[Registered | None, RouteSpec | None]:
         self._ask()
-        if service != "embed":
-            raise UnknownService(f"no service {service!r}")
-        model = ModelSpec(type="embedding", model_name="m")
-        return Registered(ServiceSpec(name=service, model=model, model_ref="m", runtime=Runtime()), "weights")
+        return (_registered(name) if name in self.services else None), self.routes.get(name)
+
+    def unknown(self, name: str, route: RouteSpec | None = None) -> UnknownService:
+        return UnknownService(f"no service {name!r}")
 
     def keys(self, service: str) -> None: ...
 
@@ -42,6 +46,11 @@ class FakeRegistry:
         self.gate.wait(10)
         if self.away:
             raise BrokerUnavailable("away")
+
+
+def _registered(name: str) -> Registered:
+    model = ModelSpec(type="embedding", model_name="m")
+    return Registered(ServiceSpec(name=name, model=model, model_ref="m", runtime=Runtime()), "weights")
 
 
 @pytest.fixture
@@ -126,3 +135,48 @@ def test_the_weights_of_a_service_are_known_while_the_server_says_them(
     services.read("embed")
 
     assert services.fingerprint("embed") == ""
+
+
+def test_a_call_to_a_service_without_a_route_asks_the_server_once(services: Services, registry: FakeRegistry) -> None:
+    target = services.read_target("embed")
+
+    assert services.choose(target, Caller()).spec.name == "embed"
+    assert services.read_target("embed") is target
+    assert services.live("embed", lambda: None) == 2
+    assert services.read("embed").name == "embed"
+    assert registry.asked == 1
+
+
+def test_a_call_to_a_route_goes_to_the_service_of_one_version(services: Services, registry: FakeRegistry) -> None:
+    registry.services = {"embed", "embed@v2"}
+    registry.routes["embed"] = RouteSpec(
+        name="embed", services={"v1": "embed", "v2": "embed@v2"}, weights={"v1": 1.0, "v2": 1.0}, sticky="tenant"
+    )
+    target = services.read_target("embed")
+    asked = registry.asked
+
+    chosen = {services.choose(target, Caller(f"tenant-{at}")).spec.name for at in range(50)}
+
+    assert chosen == {"embed", "embed@v2"}
+    assert services.choose(target, Caller(version="v2")).version == "v2"
+    assert registry.asked == asked
+    with pytest.raises(InvalidRequest, match="has no version 'v3'"):
+        services.choose(target, Caller(version="v3"))
+
+
+def test_the_route_of_a_name_that_is_no_service_is_no_service(services: Services, registry: FakeRegistry) -> None:
+    registry.routes["all"] = RouteSpec(name="all", services={"v1": "embed"}, weights={"v1": 1.0})
+
+    assert services.choose(services.read_target("all"), Caller()).spec.name == "embed"
+    with pytest.raises(UnknownService):
+        services.read("all")
+
+
+def test_a_version_that_is_not_registered_is_named(
+    services: Services, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.routes["all"] = RouteSpec(name="all", services={"v1": "gone"}, weights={"v1": 1.0})
+    monkeypatch.setattr(FakeRegistry, "unregistered", Registry.unregistered, raising=False)
+
+    with pytest.raises(UnknownService, match="no service 'gone', its version 'v1'"):
+        services.choose(services.read_target("all"), Caller())

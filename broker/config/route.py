@@ -1,0 +1,123 @@
+"""The settings of a route: versions of a service, each a service of its own, and each one's part of the calls."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from millstream.broker.config.fields import AlsoAccepts, Section, ServiceName, Settings
+from millstream.broker.contract.errors import ConfigError
+from millstream.broker.contract.operations import Operation
+
+VERSION_NAME = "[A-Za-z0-9][A-Za-z0-9_.-]{0,31}"
+
+Sticky = Literal["tenant", "key", "none"]
+"""Callers that keep their version: those of one tenant, those with one key, or none."""
+
+
+def _version_name(name: str) -> str:
+    if not re.fullmatch(VERSION_NAME, name):
+        raise ValueError("a version has 1 to 32 of A-Z a-z 0-9 _ . - and starts with a letter or digit")
+    return name
+
+
+def _weight(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def _weight_alone(value: object) -> object:
+    return {"weight": value} if isinstance(value, int | float | str) else value
+
+
+Weight = Annotated[Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)], BeforeValidator(_weight)]
+VersionName = Annotated[str, AfterValidator(_version_name)]
+
+
+class Version(Settings):
+    """One version: its weight relative to the others, and its service if that is not ROUTE@VERSION."""
+
+    weight: Weight = 0.0
+    service: ServiceName | None = None
+
+
+class Route(Settings):
+    """A route as it is written in the file. `sticky` None means the default of the versions' type."""
+
+    versions: dict[VersionName, Annotated[Version, BeforeValidator(_weight_alone), AlsoAccepts([{"type": "number"}])]]
+    sticky: Sticky | None = None
+    fallback: VersionName | None = None
+    fallback_across_versions: bool = False
+
+    def service_of(self, route: str, version: str) -> str:
+        """Returns the name of a version's service."""
+        return self.versions[version].service or f"{route}@{version}"
+
+    def resolve(self, route: str, operation: Operation) -> RouteSpec:
+        """Returns the route with every default filled in. `operation` is that of its versions."""
+        return RouteSpec(
+            name=route,
+            services={version: self.service_of(route, version) for version in self.versions},
+            weights={version: each.weight for version, each in self.versions.items()},
+            sticky=self.sticky or ("tenant" if operation.compared else "none"),
+            fallback=self.fallback,
+            crosses=self.fallback_across_versions or operation.results != "vectors",
+        )
+
+
+OptionalRoute = Section[Route] | None
+
+
+class RouteSpec(BaseModel):
+    """A route with every default filled in, as the server has it.
+
+    `services` and `weights` are by version. `fallback` is the version that repeats calls which fail. If `crosses` is
+    false, a caller never gets another version than its own. `previous` are the weights before the last change.
+    """
+
+    # Unknown keys are those of newer versions.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: ServiceName
+    services: dict[VersionName, ServiceName] = Field(min_length=1)
+    weights: dict[VersionName, Weight]
+    sticky: Sticky = "none"
+    fallback: VersionName | None = None
+    crosses: bool = True
+    previous: dict[VersionName, Weight] | None = None
+
+    @model_validator(mode="after")
+    def _names_its_versions(self) -> RouteSpec:
+        named = {*self.weights, *([self.fallback] if self.fallback else [])}
+        if unknown := sorted(named - set(self.services)):
+            raise ValueError(f"no version {', '.join(unknown)}")
+        return self
+
+    def weighted(self, weights: Mapping[str, float]) -> RouteSpec:
+        """Returns a copy with other weights, which remembers those of before."""
+        return self.model_copy(update={"weights": dict(weights), "previous": self.weights})
+
+    def to_json(self) -> str:
+        """Returns the record for the server."""
+        return self.model_dump_json(exclude_none=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> RouteSpec:
+        """Returns the route in a record. Raises ConfigError if the record cannot be read."""
+        try:
+            return cls.model_validate(json.loads(text))
+        except (ValidationError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"a route's record in Redis cannot be read: {str(error).splitlines()[0]}",
+                hint="write it again with `millstream config push --replace`",
+            ) from error
+
+
+def weights_problem(weights: Mapping[str, float]) -> str:
+    """Returns the reason why these weights cannot be used; "" if they can."""
+    return "" if any(weight > 0 for weight in weights.values()) else "one version needs a weight above 0"

@@ -1,0 +1,200 @@
+"""`millstream route`: shows routes with their versions, and changes their weights while calls go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import click
+
+from millstream.broker.config.route import RouteSpec
+from millstream.broker.config.route_changes import promote, roll_back, set_weights
+from millstream.broker.contract.errors import InvalidRequest, NoWorkers
+from millstream.broker.queue.inspector import Inspector
+from millstream.broker.queue.metrics import Metrics
+from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.routes import Routes
+from millstream.broker.transport.connection import Connection
+from millstream.cli import options
+from millstream.cli.completion import complete_services
+from millstream.cli.groups import Group
+from millstream.cli.server import connect, find_server
+from millstream.cli.table import fit, terminal_width
+
+_route = click.argument("route", shell_complete=complete_services)
+_force = click.option("--force", is_flag=True, help="Also if no worker of a version is alive.")
+
+_HEADING = ("ROUTE", "VERSION", "SERVICE", "WEIGHT", "SHARE", "WORKERS", "WAITING", "JOBS", "OK", "FAILED", "REFUSED")
+
+
+class VersionView(NamedTuple):
+    """A version of a route as it is seen now. The counts are totals of its service, see Metrics.
+
+    `share` is the part of the calls by weight, 0 to 1; `jobs` are accepted ones; `ok` and `failed` are rows.
+    """
+
+    route: str
+    version: str
+    service: str
+    weight: float
+    share: float
+    workers: int
+    waiting: int
+    jobs: int
+    ok: int
+    failed: int
+    refused: int
+
+
+@click.group("route", cls=Group)
+def route() -> None:
+    """Show the routes between versions of a service, and change their weights while calls go on."""
+
+
+@route.command()
+@click.argument("names", metavar="[ROUTE]...", nargs=-1, shell_complete=complete_services)
+@options.url
+@options.prefix
+@options.json_output()
+def show(names: Sequence[str], url: str | None, prefix: str | None, as_json: bool) -> None:
+    """Show the versions of each ROUTE, by default of all: weights, live workers, waiting jobs, answers and failures.
+
+    JOBS to REFUSED are totals of the version's service: accepted jobs, answered and failed rows, refused calls.
+    """
+    with _open(url, prefix) as (connection, routes, key_prefix):
+        found = [routes.read(name) for name in names or routes.names()]
+        views = [view for each in found for view in _versions(connection, key_prefix, each)]
+    if as_json:
+        click.echo(json.dumps([_record(each, views) for each in found], indent=2))
+    elif found:
+        click.echo(fit([_HEADING, *map(_row, views)], terminal_width(), ("REFUSED", "WAITING", "SERVICE", "JOBS")))
+        for each in found:
+            click.echo(f"{each.name}: sticky {each.sticky}, fallback {each.fallback or 'none'}")
+    else:
+        click.echo("no route is registered here: see docs/routes.md")
+
+
+@route.command("set")
+@_route
+@click.argument("weights", metavar="VERSION=WEIGHT...", nargs=-1, required=True)
+@_force
+@options.url
+@options.prefix
+def set_(route: str, weights: Sequence[str], force: bool, url: str | None, prefix: str | None) -> None:
+    """Give the versions of ROUTE other weights, such as v1=75 v2=25.
+
+    Each version with a weight must be named. A new version v3 is the service ROUTE@v3, which must be registered.
+    """
+    given = dict(map(_read_weight, weights))
+    _change(route, url, prefix, force, lambda standing: set_weights(standing, given))
+
+
+@route.command("promote")
+@_route
+@click.argument("version")
+@_force
+@options.url
+@options.prefix
+def promote_(route: str, version: str, force: bool, url: str | None, prefix: str | None) -> None:
+    """Send all calls of ROUTE to VERSION."""
+    _change(route, url, prefix, force, lambda standing: promote(standing, version))
+
+
+@route.command()
+@_route
+@_force
+@options.url
+@options.prefix
+def rollback(route: str, force: bool, url: str | None, prefix: str | None) -> None:
+    """Give the versions of ROUTE the weights that they had before the last change."""
+    _change(route, url, prefix, force, roll_back)
+
+
+def _change(
+    name: str, url: str | None, prefix: str | None, force: bool, change: Callable[[RouteSpec], RouteSpec]
+) -> None:
+    """Changes a route's weights and prints them. Clients follow within a second."""
+    with _open(url, prefix) as (connection, routes, key_prefix):
+        planned = change(routes.read(name))
+        _check_services(Registry(connection, key_prefix), planned)
+        if not force:
+            _check_workers(connection, key_prefix, planned)
+        changed = routes.change(name, change)
+    whole = sum(changed.weights.values())
+    shares = ", ".join(f"{version} {weight / whole:.1%}" for version, weight in changed.weights.items())
+    click.echo(f"{name}: {shares}; clients follow within a second")
+
+
+def _check_services(registry: Registry, route: RouteSpec) -> None:
+    """Raises UnknownService if the service of a version is not registered, InvalidRequest if types differ."""
+    types = {service: registry.read(service).model.type for service in route.services.values()}
+    if len(set(types.values())) > 1:
+        named = ", ".join(f"{service} is {of}" for service, of in types.items())
+        raise InvalidRequest(f"the versions of route {route.name!r} are of different types: {named}")
+
+
+def _check_workers(connection: Connection, prefix: str, route: RouteSpec) -> None:
+    for view in _versions(connection, prefix, route):
+        if view.weight and not view.workers:
+            raise NoWorkers(
+                f"no worker of service {view.service!r}, version {view.version!r}, is alive",
+                hint="start one first; --force changes the weights anyway",
+            )
+
+
+def _versions(connection: Connection, prefix: str, route: RouteSpec) -> Iterator[VersionView]:
+    names = list(route.services.values())
+    views, totals = Inspector(connection, prefix).services(names), Metrics(connection, prefix).services(names)
+    whole = sum(route.weights.values()) or 1.0
+    for (version, service), view, total in zip(route.services.items(), views, totals, strict=True):
+        weight = route.weights.get(version, 0.0)
+        yield VersionView(
+            route=route.name,
+            version=version,
+            service=service,
+            weight=weight,
+            share=weight / whole,
+            workers=len(view.workers),
+            waiting=sum(view.waiting.values()),
+            jobs=sum(total.jobs.values()),
+            ok=total.ok,
+            failed=sum(total.failed.values()),
+            refused=sum(total.refused.values()),
+        )
+
+
+def _record(route: RouteSpec, views: Sequence[VersionView]) -> dict[str, object]:
+    versions = [view._asdict() for view in views if view.route == route.name]
+    return {
+        "route": route.name,
+        "sticky": route.sticky,
+        "fallback": route.fallback,
+        "previous": route.previous,
+        "versions": [{key: value for key, value in each.items() if key != "route"} for each in versions],
+    }
+
+
+def _row(view: VersionView) -> tuple[str, ...]:
+    figures = (view.workers, view.waiting, view.jobs, view.ok, view.failed, view.refused)
+    shares = (f"{view.weight:g}", f"{view.share:.1%}")
+    return (view.route, view.version, view.service, *shares, *map(str, figures))
+
+
+def _read_weight(text: str) -> tuple[str, float]:
+    version, equals, weight = text.partition("=")
+    try:
+        number = float(weight)
+    except ValueError:
+        number = -1.0
+    if not (version and equals and 0 <= number <= 1e6):
+        raise click.UsageError(f"{text!r} is not VERSION=WEIGHT with a weight from 0 to 1000000, such as v2=25.")
+    return version, number
+
+
+@contextmanager
+def _open(url: str | None, prefix: str | None) -> Iterator[tuple[Connection, Routes, str]]:
+    target = find_server(url, prefix)
+    with connect(target.url) as connection:
+        yield connection, Routes(connection, target.prefix), target.prefix
