@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Iterable, Mapping
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from millstream.broker.config.fields import Section, ServiceName, Settings
@@ -169,30 +169,30 @@ def _fix_for_key(path: KeyPath) -> str:
     return f"known are: {', '.join(known)}"
 
 
+_SECTIONS: Mapping[KeyPath, type[BaseModel]] = {
+    (): ConfigFile,
+    ("models", "*"): ModelSpec,
+    ("services", "*"): Entry,
+    ("services", "*", "route"): Route,
+    ("services", "*", "route", "versions", "*"): Version,
+    ("services", "*", "runtime"): Runtime,
+    ("services", "*", "runtime", "rate_limit"): RateLimit,
+    ("services", "*", "runtime", "priorities", "*"): PriorityLimits,
+    ("telemetry",): TelemetrySettings,
+    ("webhooks",): WebhookSettings,
+    ("redis",): RedisSettings,
+}
+"""The sections of a file; "*" is any name."""
+
+
 def _known_keys(path: KeyPath) -> list[str]:
     """Returns the keys that are allowed under `path`."""
-    match path:
-        case ():
-            return list(ConfigFile.model_fields)
-        case ("models", _):
-            return list(ModelSpec.model_fields)
-        case ("services", _):
-            return list(Entry.model_fields)
-        case ("services", _, "route"):
-            return list(Route.model_fields)
-        case ("services", _, "route", "versions", _):
-            return list(Version.model_fields)
-        case ("services", _, "runtime"):
-            return list(Runtime.model_fields)
-        case ("services", _, "runtime", "rate_limit"):
-            return list(RateLimit.model_fields)
-        case ("services", _, "runtime", "priorities", _):
-            return list(PriorityLimits.model_fields)
-        case ("telemetry",):
-            return list(TelemetrySettings.model_fields)
-        case ("webhooks",):
-            return list(WebhookSettings.model_fields)
-    return list(RedisSettings.model_fields)
+    (section,) = [
+        each
+        for pattern, each in _SECTIONS.items()
+        if len(pattern) == len(path) and all(key in ("*", name) for key, name in zip(pattern, path, strict=True))
+    ]
+    return list(section.model_fields)
 
 
 Found = Iterable[tuple[KeyPath, str]]
