@@ -146,7 +146,7 @@ class Webhooks:
 
     def _now(self) -> int:
         seconds, micros = owner(self._client, self._stream).time()
-        return seconds * 1000 + micros // 1000
+        return int(seconds) * 1000 + int(micros) // 1000
 
     def _end(self, announcement: Announcement, state: WebhookState) -> None:
         self._write(announcement.call, state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
+from typing import cast
 
 import pytest
 from contracts.queue import Queue, draft
@@ -14,6 +15,7 @@ from millstream.broker.contract.errors import Cancelled
 from millstream.broker.contract.job import Claim, Draft, Priority
 from millstream.broker.contract.webhooks import Announcement
 from millstream.broker.queue.stream_types import Admission, DetachedCall, Group, Settlement, Submitted
+from millstream.broker.queue.webhooks import Entries
 
 ACCEPTED, REUSED = Admission(), Admission("reused_key")
 FULL = Admission("queue_full", 0.1, 3)
@@ -295,5 +297,5 @@ def hooked(jobs: int) -> DetachedCall:
 
 
 def announced(queue: Queue) -> list[Announcement]:
-    entries = queue.client.xrange(queue.keys.webhooks())
+    entries = cast(Entries, queue.client.xrange(queue.keys.webhooks()))
     return [Announcement.of("s", entry.decode(), fields) for entry, fields in entries]

@@ -24,6 +24,7 @@ from millstream.broker.config.webhooks import WebhookSettings
 from millstream.broker.contract import webhooks as contract
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.contract.webhook_urls import read_webhook_url
 from millstream.broker.queue import webhooks as queue_module
 from millstream.broker.queue.metrics import Metrics
 from millstream.broker.server.embedded import EmbeddedServer
@@ -214,7 +215,7 @@ def test_a_receiver_that_hangs_does_not_delay_others(
 
 def test_a_receiver_that_hangs_is_cut_off(receiver: Receiver) -> None:
     receiver.hangs.set()
-    url = contract.read_webhook_url(receiver.url("hang"))
+    url = read_webhook_url(receiver.url("hang"))
 
     assert webhook_request.post(url, {}, b"{}", limit_s=0.2) == "no answer within 0.2 s"
 
