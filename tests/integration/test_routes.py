@@ -221,6 +221,7 @@ def test_a_map_goes_to_one_version(client: Client, route: Callable[..., str], ro
 
     assert next(rows) == "v1"
     routes.change(name, lambda standing: standing.weighted({"v1": 0.0, "v2": 1.0}))
+    eventually(lambda: version_of(client, name) == "v2", within_s=LONG_S)
 
     assert set(rows) == {"v1"}
 

@@ -127,8 +127,10 @@ def test_the_whole_call_starts_again_and_results_of_the_first_version_are_thrown
     call.answer(first, Reply(values=["v2", "v2"]))
     call.answer(second, reply)
     call.answer(second, Reply(values=["v2", "v2"]))
+    begun_again = call.channel.jobs("s@v1")
+    call.answer(begun_again[1], Reply(values=["v1", "v1"]))
     assert not call.handle.ready
-    call.finish()
+    call.answer(begun_again[0], Reply(values=["v1", "v1"]))
 
     result = call.handle.result(0)
     assert list(result) == ["v1"] * 4
