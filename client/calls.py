@@ -37,8 +37,9 @@ from millstream.client.fall_back import Attempt, Fallback
 from millstream.client.growing_text import GrowingText
 from millstream.client.handle import Handle
 from millstream.client.job_terms import JobTerms, Progress
+from millstream.client.known import Known, KnownRoute
 from millstream.client.rows import encode_rows, measure_rows, split_rows
-from millstream.client.services import Known, KnownRoute, Services, operation_of
+from millstream.client.services import Services, operation_of
 from millstream.client.stats import ServiceStats
 from millstream.client.streaming import TextCall, TextStream
 from millstream.client.transfer import Transfer

@@ -34,8 +34,8 @@ from millstream.client.fall_back import FIRST_SHARE, Attempt, Fallback, falls_ba
 from millstream.client.flow import Flow
 from millstream.client.growing_text import GrowingText
 from millstream.client.job_terms import CallChannel, JobTerms, Progress, Watch, new_job_id
+from millstream.client.known import Known
 from millstream.client.row_results import RowResults
-from millstream.client.services import Known
 from millstream.client.split import Part
 
 EXPLAIN_S = 0.25

@@ -32,8 +32,8 @@ from millstream.client.fall_back import Attempt, falls_back
 from millstream.client.growing_text import GrowingText
 from millstream.client.handle import Handle
 from millstream.client.job_terms import JobTerms
+from millstream.client.known import Known
 from millstream.client.result import Values
-from millstream.client.services import Known
 from millstream.client.split import split
 from millstream.client.transfer import WATCH_S, Transfer
 
