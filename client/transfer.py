@@ -28,9 +28,10 @@ from millstream.broker.contract.operations import BY_OP, STREAMING_OPS
 from millstream.broker.contract.partial import decode_delta
 from millstream.broker.queue.cache import Cached
 from millstream.broker.queue.stream_types import CancelOutcome
+from millstream.client.attempt import Attempt, Fallback
 from millstream.client.channel.requests import Cancellation
 from millstream.client.channel.wake_chain import wake_chain
-from millstream.client.fall_back import FIRST_SHARE, Attempt, Fallback, falls_back, impatient
+from millstream.client.fall_back import FIRST_SHARE, falls_back, impatient
 from millstream.client.flow import Flow
 from millstream.client.growing_text import GrowingText
 from millstream.client.job_terms import CallChannel, JobTerms, Progress, Watch, new_job_id

@@ -27,8 +27,9 @@ from millstream.broker.contract.errors import (
 from millstream.broker.contract.job import Json, Priority, Reply
 from millstream.broker.contract.partial import Delta, encode_delta
 from millstream.broker.queue.submission import Submission
+from millstream.client.attempt import Attempt
 from millstream.client.channel.requests import Cancellation
-from millstream.client.fall_back import Attempt, falls_back
+from millstream.client.fall_back import falls_back
 from millstream.client.growing_text import GrowingText
 from millstream.client.handle import Handle
 from millstream.client.job_terms import JobTerms
