@@ -219,6 +219,20 @@ def test_a_text_that_its_caller_may_have_seen_is_not_generated_again() -> None:
         call.handle.result(0)
 
 
+def test_a_text_has_half_of_the_timeout_to_begin_and_all_of_it_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    late, begun = Call(timeout=10.0, growing=GrowingText()), Call(timeout=10.0, growing=GrowingText())
+    assert {draft.deadline for each in late.channel.sent for draft in each.group.drafts} == {late.transfer.began + 10.0}
+    begun.transfer.emitted(begun.channel.jobs("s@v2")[0], encode_delta(Delta(0, "a ")))
+    now = begun.transfer.began + 5.0
+    monkeypatch.setattr("millstream.client.handle.time.monotonic", lambda: now)
+
+    late.handle.expire()
+    begun.handle.expire()
+
+    assert len(late.channel.jobs("s@v1")) == 1
+    assert begun.channel.jobs("s@v1") == []
+
+
 def test_a_text_that_has_not_begun_is() -> None:
     call = Call(growing=GrowingText())
 
