@@ -83,13 +83,14 @@ class Watch:
 class Call:
     """A call of four rows, in jobs of two, to v2, with v1 as its fallback."""
 
-    def __init__(self, timeout: float | None = None, wait: bool = True, growing: GrowingText | None = None) -> None:
+    def __init__(
+        self, timeout: float | None = None, wait: bool = True, op: str = "echo", growing: GrowingText | None = None
+    ) -> None:
         self.channel, self.watch = Channel(), Watch()
-        rows = ROWS[:1] if growing else ROWS
+        rows = ROWS if op == "echo" else ROWS[:1]
         parts = split(dict.fromkeys(range(len(rows)), 1), 2, 100)
 
         def terms(version: str) -> JobTerms:
-            op = "stream" if growing else "echo"
             return JobTerms(f"s@{version}", op, Priority.NORMAL, {}, timeout, 60.0, None, wait, 8, version=version)
 
         self.transfer = Transfer(
@@ -208,7 +209,7 @@ def test_half_of_the_timeout_is_for_the_fallback() -> None:
 
 
 def test_a_text_that_its_caller_may_have_seen_is_not_generated_again() -> None:
-    call = Call(growing=GrowingText())
+    call = Call(op="stream", growing=GrowingText())
     (job_id,) = call.channel.jobs("s@v2")
     call.transfer.emitted(job_id, encode_delta(Delta(0, "a ")))
 
@@ -220,7 +221,7 @@ def test_a_text_that_its_caller_may_have_seen_is_not_generated_again() -> None:
 
 
 def test_a_text_has_half_of_the_timeout_to_begin_and_all_of_it_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    late, begun = Call(timeout=10.0, growing=GrowingText()), Call(timeout=10.0, growing=GrowingText())
+    late, begun = Call(timeout=10.0, op="stream"), Call(timeout=10.0, op="stream")
     assert {draft.deadline for each in late.channel.sent for draft in each.group.drafts} == {late.transfer.began + 10.0}
     begun.transfer.emitted(begun.channel.jobs("s@v2")[0], encode_delta(Delta(0, "a ")))
     now = begun.transfer.began + 5.0
@@ -234,7 +235,7 @@ def test_a_text_has_half_of_the_timeout_to_begin_and_all_of_it_to_end(monkeypatc
 
 
 def test_a_text_that_has_not_begun_is() -> None:
-    call = Call(growing=GrowingText())
+    call = Call(op="stream", growing=GrowingText())
 
     call.answer(call.channel.jobs("s@v2")[0], Reply(error=ModelFailed("broken")))
 
