@@ -208,7 +208,7 @@ class Transfer:
                 again = [each for each in jobs if self._may_run_again(each, error)]
             lost = [each.part for each in jobs if each not in again]
             if lost and self._starts_again(error):
-                lost = again = []
+                lost, again = [], []
             self._unsent.extendleft(each.part for each in again)
             if self._charged_with in job_ids:
                 self._charged_with = ""
