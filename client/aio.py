@@ -38,13 +38,13 @@ from millstream.client.generate import Generated, GenerateKeywords, PromptInput
 from millstream.client.generate_stream import AsyncGenerateStream
 from millstream.client.handle import Handle
 from millstream.client.job_terms import Progress
+from millstream.client.known import Known, KnownRoute
 from millstream.client.local import START_S, Local
 from millstream.client.map_window import MapWindow, Results
 from millstream.client.mapping import map_rows_async
 from millstream.client.rerank import Ranking
 from millstream.client.result import Embeddings
 from millstream.client.rows import copy_arguments
-from millstream.client.services import Known, KnownRoute
 from millstream.client.stats import ServiceStats
 from millstream.client.streaming import AsyncTextStream, TextCall
 

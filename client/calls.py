@@ -14,17 +14,18 @@ from types import MappingProxyType
 from typing import cast
 
 from millstream.broker.config.load import ServiceSpec
-from millstream.broker.contract.errors import InvalidRequest, MillstreamError, described
-from millstream.broker.contract.job import Json, Priority
+from millstream.broker.contract.errors import InvalidRequest, described
+from millstream.broker.contract.job import Json
 from millstream.broker.contract.operations import BY_OP
 from millstream.broker.contract.partial import Delta
 from millstream.broker.queue.cache import Cached, CacheKey
 from millstream.broker.queue.metrics import Metrics
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.routes import Routes
-from millstream.broker.queue.streams import MAX_JOBS_PER_CALL, Streams
+from millstream.broker.queue.streams import Streams
 from millstream.broker.target import find_target
 from millstream.broker.transport.connection import Connection, translated
+from millstream.client.attempt import Attempt, Fallback, prepare_attempt
 from millstream.client.cache_reader import CacheReader
 from millstream.client.call_options import CallOptions, check_webhook, find_operation
 from millstream.client.call_request import StreamRequest
@@ -33,12 +34,12 @@ from millstream.client.channel.channel import Channel
 from millstream.client.channel.coalescing import Coalescer
 from millstream.client.detached import Detached
 from millstream.client.detached_request import DetachedRequest, name_call
-from millstream.client.fall_back import Attempt, Fallback
 from millstream.client.growing_text import GrowingText
 from millstream.client.handle import Handle
-from millstream.client.job_terms import JobTerms, Progress
-from millstream.client.rows import encode_rows, measure_rows, split_rows
-from millstream.client.services import Known, KnownRoute, Services, operation_of
+from millstream.client.job_terms import Progress
+from millstream.client.known import Known, KnownRoute
+from millstream.client.rows import encode_rows, measure_rows
+from millstream.client.services import Services, operation_of
 from millstream.client.stats import ServiceStats
 from millstream.client.streaming import TextCall, TextStream
 from millstream.client.transfer import Transfer
@@ -225,33 +226,10 @@ class Calls:
     def _attempt(
         self, chosen: Chosen, inputs: Sequence[Json], opts: CallOptions, hits: Mapping[int, Cached]
     ) -> Attempt:
-        """Returns a call of encoded `inputs` as it is sent to one service. Raises InvalidRequest."""
         spec = chosen.spec
-        operation = find_operation(spec, opts.op)
-        beside = self.check_options(spec, opts.options)
-        parts, refused = split_rows(spec, inputs, hits, beside)
-        limits = spec.runtime.limits(opts.priority)
-        terms = JobTerms(
-            service=spec.name,
-            op=operation.op,
-            priority=Priority(opts.priority),
-            options=opts.options,
-            timeout=opts.timeout,
-            total_timeout=limits.total_timeout,
-            queue_timeout=limits.queue_timeout,
-            wait=opts.wait,
-            most_jobs=_limit_jobs(spec.runtime.queue_size(opts.priority)),
-            tenant=opts.tenant,
-            replicated=spec.replicated,
-            rate_per_tenant=bool(opts.tenant) and spec.rate_per_tenant,
-            idle_timeout=spec.runtime.total_timeout,
-            at_once=spec.runtime.batch_size if operation.streams else 1,
-            version=chosen.version,
-        )
         # If a service caches its answers, equal jobs in flight share theirs, too.
         channel = self._coalescer if spec.runtime.enable_cache else self.channel
-        given: dict[int, MillstreamError | Cached] = {**refused, **hits} if refused or hits else {}
-        return Attempt(channel, terms, parts, given)
+        return prepare_attempt(channel, chosen, inputs, opts, hits, self.check_options(spec, opts.options))
 
     def check_options(self, spec: ServiceSpec, options: Mapping[str, Json]) -> int:
         """Returns the UTF-8 bytes that the model of `spec` reads beside each row.
@@ -358,11 +336,6 @@ class Calls:
         self.executor = _make_executor()
         self._cache_reader.after_fork()
         self._partials = {}
-
-
-def _limit_jobs(queue_size: int) -> int:
-    """Returns how many jobs one call keeps in flight at most: never more than a quarter of its priority's queue."""
-    return max(1, min(queue_size // 4, MAX_JOBS_PER_CALL))
 
 
 _living: weakref.WeakSet[Calls] = weakref.WeakSet()

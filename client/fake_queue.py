@@ -18,7 +18,7 @@ from millstream.broker.queue.streams import Streams
 from millstream.broker.queue.submission import Submission
 from millstream.client.channel.requests import Cancellation
 from millstream.client.fake_model import FakeModel, fake_deltas
-from millstream.client.services import Known
+from millstream.client.known import Known
 from millstream.client.version_choice import Caller, Chosen
 
 SERVICE, RERANKER, GENERATOR = EMBED.op, RERANK.op, GENERATE.op

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
-
 from millstream.broker.contract.errors import BrokerUnavailable, MillstreamError, RateLimited, UnknownService
-from millstream.broker.contract.job import Json, Reply
-from millstream.broker.queue.cache import Cached
-from millstream.client.job_terms import CallChannel, JobTerms
-from millstream.client.split import Part
+from millstream.broker.contract.job import Reply
+from millstream.client.job_terms import JobTerms
 
 FIRST_SHARE = 0.5
 """Share of a call's timeout after which it falls back if it is not answered. The fallback needs time, too."""
-
-
-class Attempt(NamedTuple):
-    """A call as it is sent to one service: its jobs, and the rows in `given` that have their outcome before."""
-
-    channel: CallChannel
-    terms: JobTerms
-    parts: Sequence[Part]
-    given: Mapping[int, MillstreamError | Cached]
-
-
-Fallback = Callable[[Sequence[Json]], Attempt]
-"""Makes the attempt on the fallback from the call's rows as they are sent."""
 
 
 def impatient(terms: JobTerms) -> JobTerms:

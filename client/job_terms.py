@@ -18,7 +18,7 @@ from millstream.broker.contract.scalars import plain
 from millstream.broker.queue.stream_types import Group
 from millstream.broker.queue.submission import Sink, Submission
 from millstream.client.channel.requests import Cancellation
-from millstream.client.services import Known
+from millstream.client.known import Known
 
 _random = random.Random(secrets.randbits(256))
 

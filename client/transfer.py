@@ -28,14 +28,15 @@ from millstream.broker.contract.operations import BY_OP, STREAMING_OPS
 from millstream.broker.contract.partial import decode_delta
 from millstream.broker.queue.cache import Cached
 from millstream.broker.queue.stream_types import CancelOutcome
+from millstream.client.attempt import Attempt, Fallback
 from millstream.client.channel.requests import Cancellation
 from millstream.client.channel.wake_chain import wake_chain
-from millstream.client.fall_back import FIRST_SHARE, Attempt, Fallback, falls_back, impatient
+from millstream.client.fall_back import FIRST_SHARE, falls_back, impatient
 from millstream.client.flow import Flow
 from millstream.client.growing_text import GrowingText
 from millstream.client.job_terms import CallChannel, JobTerms, Progress, Watch, new_job_id
+from millstream.client.known import Known
 from millstream.client.row_results import RowResults
-from millstream.client.services import Known
 from millstream.client.split import Part
 
 EXPLAIN_S = 0.25
@@ -106,8 +107,15 @@ class Transfer:
         self._channel, self._terms, self.service = attempt.channel, terms, terms.service
         self._unsent = deque(attempt.parts)
         self._sendable = self.rows.missing
-        share = FIRST_SHARE if self._fallback else 1.0
-        self._end = None if terms.timeout is None else self.began + terms.timeout * share
+        self._end = None if terms.timeout is None else self.began + terms.timeout
+        self._begin_by: float | None = None
+        if self._fallback and terms.timeout is not None:
+            half = self.began + terms.timeout * FIRST_SHARE
+            # A worker cuts a text at its deadline, so a text has all of the time once it has begun.
+            if terms.op in STREAMING_OPS:
+                self._begin_by = half
+            else:
+                self._end = half
         # None until the call needs a window: most calls have only one job.
         self._flow: Flow | None = None
 
@@ -200,7 +208,7 @@ class Transfer:
                 again = [each for each in jobs if self._may_run_again(each, error)]
             lost = [each.part for each in jobs if each not in again]
             if lost and self._starts_again(error):
-                lost = again = []
+                lost, again = [], []
             self._unsent.extendleft(each.part for each in again)
             if self._charged_with in job_ids:
                 self._charged_with = ""
@@ -293,6 +301,8 @@ class Transfer:
         if self._fallback is None:
             return end
         watch = self._watched_at + WATCH_S
+        if self._begin_by is not None and self._watched_at < self._begin_by:
+            watch = min(watch, self._begin_by)
         return watch if end is None else min(end, watch)
 
     def _find_end(self) -> float | None:
@@ -325,7 +335,7 @@ class Transfer:
                 return
             self._explain_by, now = None, time.monotonic()
             self._watched_at = now
-            if known.has_no_workers and self.rows.missing and self._starts_again(known.why_late()):
+            if self._should_leave(known, now) and self._starts_again(known.why_late()):
                 self.pump()
                 return
             end = self._find_end()
@@ -335,6 +345,11 @@ class Transfer:
             endless = self._end is None and self._terms.total_timeout is None
             if known.stuck or not endless:
                 self._give_up(known)
+
+    def _should_leave(self, known: Known, now: float) -> bool:
+        """Returns whether a call with a fallback leaves its version: no worker lives, or its text has not begun."""
+        is_late = self._begin_by is not None and now >= self._begin_by and not self._text_began
+        return self.rows.missing > 0 and (known.has_no_workers or is_late)
 
     def _give_up(self, known: Known) -> None:
         """Gives each row its error: the last refusal if its job was not accepted yet, else why the service is late.

@@ -15,7 +15,7 @@ from millstream.client.bulk.opening import open_source
 from millstream.client.bulk.plan import STDIN, BulkPlan
 from millstream.client.bulk.sources import Source
 from millstream.client.calls import Calls
-from millstream.client.services import KnownRoute
+from millstream.client.known import KnownRoute
 
 
 def open_input(plan: BulkPlan, spec: ServiceSpec) -> Source:

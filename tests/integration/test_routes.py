@@ -22,17 +22,22 @@ from workers import LONG_S, remove, working
 from millstream.broker.config.route import RouteSpec
 from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.contract.errors import InvalidRequest, ModelFailed, UnknownService
+from millstream.broker.contract.operations import CALL
 from millstream.broker.queue.inspector import Inspector
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.routes import Routes
+from millstream.broker.roles import Role, rules
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
+from millstream.cli.calling import find_service
 from millstream.cli.main import main
+from millstream.cli.server import find_server
 from millstream.client import AsyncClient, Client
 from millstream.client.bulk.manifest import read_manifest
 from millstream.client.call_options import CallOptions
+from millstream.client.known import KnownRoute
 from millstream.client.result import Values
-from millstream.client.services import KnownRoute, Services
+from millstream.client.services import Services
 from millstream.client.version_choice import Caller
 from millstream.worker.supervision.supervisor import Supervisor
 
@@ -221,6 +226,7 @@ def test_a_map_goes_to_one_version(client: Client, route: Callable[..., str], ro
 
     assert next(rows) == "v1"
     routes.change(name, lambda standing: standing.weighted({"v1": 0.0, "v2": 1.0}))
+    eventually(lambda: version_of(client, name) == "v2", within_s=LONG_S)
 
     assert set(rows) == {"v1"}
 
@@ -444,3 +450,40 @@ def test_no_version_without_a_worker_is_promoted_but_by_force(
         assert forced.exit_code == 0
     finally:
         remove(server.url, spec.name)
+
+
+def test_a_command_calls_a_route(server: EmbeddedServer, route: Callable[..., str]) -> None:
+    target, name = find_server(server.url, None), route(50, 50)
+
+    found = find_service(target.url, target.prefix, name, CALL, lambda operation: True, wait_s=LONG_S)
+
+    assert found == name
+
+
+def test_users_of_the_roles_call_show_and_change_a_route(
+    server: EmbeddedServer, connection: Connection, route: Callable[..., str]
+) -> None:
+    name, users = route(100, 0), []
+
+    def login(role: Role) -> str:
+        users.append(f"{role}-{uuid.uuid4().hex[:8]}")
+        version = tuple(map(int, connection.client.info("server")["redis_version"].split(".")))
+        given = ["ACL", "SETUSER", users[-1], "nopass", *rules(role, version)]
+        connection.client.execute_command(*given)  # type: ignore[no-untyped-call]
+        return f"{server.url}?username={users[-1]}&password=any"
+
+    def run(url: str, *words: str) -> int:
+        return CliRunner().invoke(main, ["route", *words, "--url", url]).exit_code
+
+    try:
+        viewer, admin = login("viewer"), login("admin")
+        with Client(login("client")) as client:
+            assert version_of(client, name) == "v1"
+            detached = client.submit_detached(name, ["a"], idempotency_key="as a user")
+            assert detached.result(LONG_S) == ["v1"]
+        assert run(viewer, "show", name) == run(viewer, "show") == 0
+        assert run(viewer, "promote", name, "v2") != 0
+        assert run(admin, "promote", name, "v2") == 0
+    finally:
+        for user in users:
+            connection.client.acl_deluser(user)

@@ -27,13 +27,14 @@ from millstream.broker.contract.errors import (
 from millstream.broker.contract.job import Json, Priority, Reply
 from millstream.broker.contract.partial import Delta, encode_delta
 from millstream.broker.queue.submission import Submission
+from millstream.client.attempt import Attempt
 from millstream.client.channel.requests import Cancellation
-from millstream.client.fall_back import Attempt, falls_back
+from millstream.client.fall_back import falls_back
 from millstream.client.growing_text import GrowingText
 from millstream.client.handle import Handle
 from millstream.client.job_terms import JobTerms
+from millstream.client.known import Known
 from millstream.client.result import Values
-from millstream.client.services import Known
 from millstream.client.split import split
 from millstream.client.transfer import WATCH_S, Transfer
 
@@ -82,13 +83,14 @@ class Watch:
 class Call:
     """A call of four rows, in jobs of two, to v2, with v1 as its fallback."""
 
-    def __init__(self, timeout: float | None = None, wait: bool = True, growing: GrowingText | None = None) -> None:
+    def __init__(
+        self, timeout: float | None = None, wait: bool = True, op: str = "echo", growing: GrowingText | None = None
+    ) -> None:
         self.channel, self.watch = Channel(), Watch()
-        rows = ROWS[:1] if growing else ROWS
+        rows = ROWS if op == "echo" else ROWS[:1]
         parts = split(dict.fromkeys(range(len(rows)), 1), 2, 100)
 
         def terms(version: str) -> JobTerms:
-            op = "stream" if growing else "echo"
             return JobTerms(f"s@{version}", op, Priority.NORMAL, {}, timeout, 60.0, None, wait, 8, version=version)
 
         self.transfer = Transfer(
@@ -127,8 +129,10 @@ def test_the_whole_call_starts_again_and_results_of_the_first_version_are_thrown
     call.answer(first, Reply(values=["v2", "v2"]))
     call.answer(second, reply)
     call.answer(second, Reply(values=["v2", "v2"]))
+    begun_again = call.channel.jobs("s@v1")
+    call.answer(begun_again[1], Reply(values=["v1", "v1"]))
     assert not call.handle.ready
-    call.finish()
+    call.answer(begun_again[0], Reply(values=["v1", "v1"]))
 
     result = call.handle.result(0)
     assert list(result) == ["v1"] * 4
@@ -205,7 +209,7 @@ def test_half_of_the_timeout_is_for_the_fallback() -> None:
 
 
 def test_a_text_that_its_caller_may_have_seen_is_not_generated_again() -> None:
-    call = Call(growing=GrowingText())
+    call = Call(op="stream", growing=GrowingText())
     (job_id,) = call.channel.jobs("s@v2")
     call.transfer.emitted(job_id, encode_delta(Delta(0, "a ")))
 
@@ -216,8 +220,22 @@ def test_a_text_that_its_caller_may_have_seen_is_not_generated_again() -> None:
         call.handle.result(0)
 
 
+def test_a_text_has_half_of_the_timeout_to_begin_and_all_of_it_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    late, begun = Call(timeout=10.0, op="stream"), Call(timeout=10.0, op="stream")
+    assert {draft.deadline for each in late.channel.sent for draft in each.group.drafts} == {late.transfer.began + 10.0}
+    begun.transfer.emitted(begun.channel.jobs("s@v2")[0], encode_delta(Delta(0, "a ")))
+    now = begun.transfer.began + 5.0
+    monkeypatch.setattr("millstream.client.handle.time.monotonic", lambda: now)
+
+    late.handle.expire()
+    begun.handle.expire()
+
+    assert len(late.channel.jobs("s@v1")) == 1
+    assert begun.channel.jobs("s@v1") == []
+
+
 def test_a_text_that_has_not_begun_is() -> None:
-    call = Call(growing=GrowingText())
+    call = Call(op="stream", growing=GrowingText())
 
     call.answer(call.channel.jobs("s@v2")[0], Reply(error=ModelFailed("broken")))
 

@@ -43,8 +43,8 @@ from millstream.client.flow import JOBS_PER_WORKER
 from millstream.client.growing_text import GrowingText
 from millstream.client.handle import Handle
 from millstream.client.job_terms import JobTerms, Progress
+from millstream.client.known import Known
 from millstream.client.result import Embeddings, Values
-from millstream.client.services import Known
 from millstream.client.split import split
 from millstream.client.streaming import TextCall, TextStream
 from millstream.client.testing import FakeClient

@@ -12,6 +12,7 @@ from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest, UnknownService
 from millstream.broker.queue.registry import Registered, Registry
 from millstream.broker.transport.connection import Connection
+from millstream.client import known as known_module
 from millstream.client import services as module
 from millstream.client.services import Services
 from millstream.client.version_choice import Caller
@@ -101,7 +102,7 @@ def test_what_was_read_stays_good_while_the_server_is_away(
     services.only("embedding")
     services.read("embed")
     registry.away = True
-    monkeypatch.setattr(module, "FRESH_S", -1.0)
+    monkeypatch.setattr(known_module, "FRESH_S", -1.0)
 
     assert services.read("embed").name == "embed"
     assert services.only("embedding") == "embed"
@@ -129,7 +130,7 @@ def test_the_weights_of_a_service_are_known_while_the_server_says_them(
     assert services.fingerprint("embed") == ""
     services.read("embed")
     assert services.fingerprint("embed") == "weights"
-    monkeypatch.setattr(module, "FRESH_S", -1.0)
+    monkeypatch.setattr(known_module, "FRESH_S", -1.0)
     registry.away = True
 
     services.read("embed")

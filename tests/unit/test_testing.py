@@ -23,7 +23,7 @@ from millstream.broker.contract.errors import (
 )
 from millstream.broker.contract.job import Json
 from millstream.client import AsyncClient, Client, Embeddings
-from millstream.client.testing import SERVICE, AsyncFakeClient, FakeClient
+from millstream.client.testing import FAKE_VERSION, SERVICE, AsyncFakeClient, FakeClient
 
 LLMS = ("chat", "other")
 
@@ -398,3 +398,13 @@ def test_stats_count_the_rows_that_were_answered() -> None:
 
     assert (stats.ok, stats.failed, stats.rows) == (3, {"input_too_long": 1}, 4)
     assert client.stats("other").average_batch is None
+
+
+def test_a_call_may_name_a_version_which_its_result_names(fake: FakeClient) -> None:
+    assert fake.embed("a", version="v2").version == "v2"
+    assert fake.embed(["a", "b"], version="v2").version == "v2"
+    assert fake.rerank("a", ["b"], version="v2").version == "v2"
+    assert fake.generate("a mill", version="v2").version == "v2"
+    assert fake.generate("a mill", version="v2").fingerprint == FAKE_VERSION
+    assert fake.embed("a").version == ""
+    assert fake.calls[0].opts.version == "v2"
