@@ -21,7 +21,7 @@ from millstream.broker.transport.connection import Connection
 from millstream.cli.main import main
 from millstream.client import Client
 
-CONFIG = "models: {m: {type: echo}}\nservices: {docs: {model: m}}\nredis: {url: 'redis://u:secret@127.0.0.1:1'}\n"
+CONFIG = "models: {m: {type: echo}}\nservices: {docs: {model: m}}\nredis: {url: 'redis://u:hidden@127.0.0.1:1'}\n"
 
 LOOKS = {
     "bulk status",
@@ -40,7 +40,7 @@ LOOKS = {
 }
 """Commands that show a state. Each is run here with --json, `bulk status` in test_bulk.py."""
 
-ANSWERS = {"bench", "embed", "generate", "job cancel", "job wait", "tune"}
+ANSWERS = {"bench", "embed", "generate", "job cancel", "job wait", "route show", "tune"}
 """Commands that have --json, too, and tests of their own."""
 
 ACTS = {
@@ -60,6 +60,9 @@ ACTS = {
     "queue pause",
     "queue purge",
     "queue resume",
+    "route promote",
+    "route rollback",
+    "route set",
     "up",
     "worker drain",
     "worker run",
@@ -130,7 +133,7 @@ def test_a_command_prints_json_alone(arguments: Mapping[str, list[str]], command
     assert (done.exit_code, done.stderr) == (1 if command == "doctor" and done.exit_code else 0, "")
     found = json.loads(done.stdout)
     assert found
-    assert "secret" not in done.stdout
+    assert "hidden" not in done.stdout
 
 
 def test_json_of_an_empty_list_is_an_empty_list(arguments: Mapping[str, list[str]], server: EmbeddedServer) -> None:

@@ -135,7 +135,7 @@ def test_a_clients_call_reaches_its_own_environment_alone(
     green.queue.lease.beat("green's", {}, [])
 
     with Client(server.url, prefix=blue.prefix) as client, pytest.raises(NoWorkers):
-        client.submit(SERVICE, ["blue"], timeout=0.3).result()
+        client.submit(SERVICE, ["blue"], timeout=1.0).result()
 
     assert green.queue.claim("green's").claims == []
 

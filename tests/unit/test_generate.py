@@ -32,7 +32,7 @@ def fake() -> FakeClient:
 
 
 def test_the_keywords_are_those_of_a_call_and_of_the_model() -> None:
-    of_call = {"service", *CallOptions._fields} - {"options", "op"}
+    of_call = {"service", *CallOptions._fields} - {"options", "op", "webhook"}
 
     assert set(get_type_hints(GenerateKeywords)) == {*of_call, *GenerateOptions._fields}
 
