@@ -114,7 +114,7 @@ def test_what_others_put_into_a_model_keeps_its_layers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "most"), [("worker.models.kernels.linear", 64), ("worker.generation.matrices", 256)]
+    ("module", "most"), [("worker.models.kernels.linear", 64), ("worker.generation.matrices", 128)]
 )
 def test_programs_of_onednn_that_are_kept_are_few(module: str, most: int) -> None:
     names = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")

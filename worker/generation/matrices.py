@@ -35,8 +35,9 @@ _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Largest relative difference of two products, by dtype; oneDNN is used for no other."""
 
 # oneDNN keeps a program for each shape of the weights and each number of rows: five for each number of texts that grow.
+# Those for parts of prompts, whose numbers of rows seldom come again, only take memory.
 for _capacity in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-    os.environ.setdefault(_capacity, "256")
+    os.environ.setdefault(_capacity, "128")
 
 
 class Product(NamedTuple):
