@@ -3,51 +3,19 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Mapping
 
-from pydantic import BaseModel, Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
-from millstream.broker.config.fields import Section, ServiceName, Settings
-from millstream.broker.config.rate_limit import RateLimit
-from millstream.broker.config.route import OptionalRoute, Route, Version
+from millstream.broker.config.file import ConfigFile
+from millstream.broker.config.reasons import reason_of
 from millstream.broker.config.route_check import check_routes
-from millstream.broker.config.spec import (
-    ModelSpec,
-    PriorityLimits,
-    RedisSettings,
-    Runtime,
-    discard,
-    no_cache,
-    with_defaults,
-)
-from millstream.broker.config.telemetry import TelemetrySettings
-from millstream.broker.config.webhooks import WebhookSettings
+from millstream.broker.config.spec import ModelSpec, discard, no_cache, with_defaults
 from millstream.broker.config.yaml import Document, KeyPath
 from millstream.broker.contract.errors import did_you_mean
 from millstream.broker.contract.operations import OPERATIONS, UPSTREAM_BACKENDS, types_with
 
-
-class Entry(Settings):
-    """A service as it is written in the file: `model` is the name of an entry under `models`.
-
-    An entry with `route` sends calls to other services. It may have a model, too: that service is one of its versions.
-    """
-
-    model: str | None = None
-    runtime: Section[Runtime]
-    route: OptionalRoute = None
-
-
-class ConfigFile(Settings):
-    """The whole file."""
-
-    models: Section[dict[str, ModelSpec]] = Field(default_factory=dict)
-    services: Section[dict[ServiceName, Entry]] = Field(default_factory=dict)
-    redis: Section[RedisSettings] = RedisSettings()
-    telemetry: Section[TelemetrySettings] = TelemetrySettings()
-    webhooks: Section[WebhookSettings] = WebhookSettings()
+Found = Iterable[tuple[KeyPath, str]]
 
 
 def check(document: Document) -> ConfigFile:
@@ -96,7 +64,7 @@ def _validate(document: Document) -> ConfigFile:
                 # A required key may be missing only because the previous round removed its invalid value.
                 if path not in reported:
                     reported.add(path)
-                    document.report(path, _reason(each, path, document))
+                    document.report(path, reason_of(each, path, document))
             for each in error.errors():
                 loc = each["loc"]
                 discard(tree, loc[:-1] if each["type"] == "missing" or loc[-1] == "[key]" else loc)
@@ -115,87 +83,6 @@ def _with_defaults(original: Mapping[str, object]) -> dict[str, object]:
 
 def _mapping(value: object) -> dict[str, object]:
     return value if isinstance(value, dict) else {}
-
-
-_REASONS = {
-    "bool_parsing": "must be true or false",
-    "bool_type": "must be true or false",
-    "dict_type": "must be a mapping",
-    "finite_number": "must be a finite number",
-    "float_parsing": "must be a number",
-    "float_type": "must be a number",
-    "greater_than": "must be more than {gt:g}",
-    "greater_than_equal": "must be at least {ge}",
-    "int_from_float": "must be a whole number",
-    "int_parsing": "must be a whole number",
-    "int_type": "must be a whole number",
-    "literal_error": "must be {expected}",
-    "model_type": "must be a mapping",
-    "path_type": "must be a path",
-    "string_type": "must be text; put it in quotes",
-    "value_error": "{error}",
-}
-"""Our message for each of pydantic's error types."""
-
-
-def _reason(error: ErrorDetails, path: KeyPath, document: Document) -> str:
-    if error["type"] == "extra_forbidden":
-        return f"unknown key; {_fix_for_key(path)}"
-    if error["type"] == "missing" and path[-1] == "versions":
-        return "missing; name the versions with their weights, as in {v1: 90, v2: 10}"
-    if error["type"] == "missing":
-        return f"missing; name one of: {', '.join(OPERATIONS)}"
-    context = error.get("ctx", {})
-    reason = _REASONS.get(error["type"], error["msg"]).format(**context)
-    close = did_you_mean(str(error["input"]), re.findall(r"'([\w-]+)'", str(context.get("expected", ""))))
-    # A value under redis and the URL of a server may hold a password, so they are not quoted.
-    is_quoted = path[0] not in ("redis", "webhooks") and path[-1] not in ("url", "otlp_endpoint")
-    actual = f", not {_as_written(error['input'], document.written.get(path))}" if is_quoted else ""
-    return reason + actual + (f"; did you mean {close}?" if close else "")
-
-
-def _as_written(value: object, written: str | None) -> str:
-    """Returns a value as the file spells it: YAML reads `on` as True and 2026-01-01 as a date."""
-    text = "nothing" if value is None else repr(value) if written is None else written
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _fix_for_key(path: KeyPath) -> str:
-    known = _known_keys(path[:-1])
-    if close := did_you_mean(path[-1], known):
-        return f"did you mean {close}?"
-    if len(path) == 3 and path[0] == "services" and path[-1] in Runtime.model_fields:
-        return f"did you mean runtime.{path[-1]}?"
-    return f"known are: {', '.join(known)}"
-
-
-_SECTIONS: Mapping[KeyPath, type[BaseModel]] = {
-    (): ConfigFile,
-    ("models", "*"): ModelSpec,
-    ("services", "*"): Entry,
-    ("services", "*", "route"): Route,
-    ("services", "*", "route", "versions", "*"): Version,
-    ("services", "*", "runtime"): Runtime,
-    ("services", "*", "runtime", "rate_limit"): RateLimit,
-    ("services", "*", "runtime", "priorities", "*"): PriorityLimits,
-    ("telemetry",): TelemetrySettings,
-    ("webhooks",): WebhookSettings,
-    ("redis",): RedisSettings,
-}
-"""The sections of a file; "*" is any name."""
-
-
-def _known_keys(path: KeyPath) -> list[str]:
-    """Returns the keys that are allowed under `path`."""
-    (section,) = [
-        each
-        for pattern, each in _SECTIONS.items()
-        if len(pattern) == len(path) and all(key in ("*", name) for key, name in zip(pattern, path, strict=True))
-    ]
-    return list(section.model_fields)
-
-
-Found = Iterable[tuple[KeyPath, str]]
 
 
 def _unnamed_models(file: ConfigFile) -> Found:

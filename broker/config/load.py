@@ -13,8 +13,9 @@ from pathlib import Path
 from pydantic import Field
 
 from millstream.broker.config import yaml as config_yaml
-from millstream.broker.config.check import ConfigFile, check
+from millstream.broker.config.check import check
 from millstream.broker.config.fields import Settings
+from millstream.broker.config.file import ConfigFile
 from millstream.broker.config.route import Route, RouteSpec
 from millstream.broker.config.spec import ModelSpec, RedisSettings, Runtime, ServiceSpec
 from millstream.broker.config.telemetry import TelemetrySettings

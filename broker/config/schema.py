@@ -7,8 +7,8 @@ from typing import cast
 
 from pydantic.json_schema import JsonSchemaValue
 
-from millstream.broker.config.check import ConfigFile, Entry
 from millstream.broker.config.fields import SERVICE_NAME
+from millstream.broker.config.file import ConfigFile, Entry
 from millstream.broker.config.spec import PRESETS
 from millstream.broker.contract.operations import OPERATIONS
 
