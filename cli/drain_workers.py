@@ -22,15 +22,7 @@ _MOST_NAMED = 12
 """Names that an error lists at most."""
 
 _places = click.argument("places", metavar="WORKER|HOST...", nargs=-1, required=True)
-_wait_timeout = click.option(
-    "--timeout",
-    "timeout_s",
-    metavar="TIME",
-    callback=options.duration,
-    default="60s",
-    show_default=True,
-    help="Longest wait for the workers to end.",
-)
+_wait_timeout = options.wait_timeout("Longest wait for the workers to end.")
 _no_wait = click.option("--no-wait", is_flag=True, help="Give the order, and do not wait for the workers to end.")
 
 

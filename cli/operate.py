@@ -71,15 +71,7 @@ def purge(service: str, url: str | None, prefix: str | None, yes: bool) -> None:
 @options.service
 @options.url
 @options.prefix
-@click.option(
-    "--timeout",
-    "timeout_s",
-    metavar="TIME",
-    callback=options.duration,
-    default="60s",
-    show_default=True,
-    help="Longest wait.",
-)
+@options.wait_timeout("Longest wait.")
 def drain(service: str, url: str | None, prefix: str | None, timeout_s: float) -> None:
     """Pause SERVICE and wait until no worker holds one of its jobs. SERVICE stays paused."""
     deadline = time.monotonic() + timeout_s

@@ -57,6 +57,19 @@ def duration(_ctx: click.Context, _param: click.Parameter, value: str | None) ->
     return parsed
 
 
+def wait_timeout(text: str) -> Callable[[Command], Command]:
+    """Returns the option `--timeout` of a command that waits for workers, with the help `text`."""
+    return click.option(
+        "--timeout",
+        "timeout_s",
+        metavar="TIME",
+        callback=duration,
+        default="60s",
+        show_default=True,
+        help=text,
+    )
+
+
 log_format = click.option(
     "--log-format",
     type=click.Choice(get_args(LogFormat)),

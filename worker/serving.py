@@ -183,23 +183,16 @@ def _giving_back(worker: Worker) -> Iterator[None]:
 @contextmanager
 def _watched(worker: Worker) -> Iterator[None]:
     """Runs a thread meanwhile that ends this process if the function or a hook is stuck: there is no supervisor."""
-    ended = threading.Event()
 
-    def watch() -> None:
-        while not ended.wait(LOOK_S):
-            if stuck := worker.stuck():
-                log.error("no progress for longer than stall_timeout: this process ends")
-                _give_back(worker, End(STALLED), stuck)
-                logging.shutdown()
-                os._exit(1)
+    def look() -> None:
+        if stuck := worker.stuck():
+            log.error("no progress for longer than stall_timeout: this process ends")
+            _give_back(worker, End(STALLED), stuck)
+            logging.shutdown()
+            os._exit(1)
 
-    thread = threading.Thread(target=watch, name="watch", daemon=True)
-    thread.start()
-    try:
+    with _repeated("watch", LOOK_S, look):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _check_orders(orders: Orders, service: str) -> None:
@@ -215,26 +208,40 @@ def _check_orders(orders: Orders, service: str) -> None:
 @contextmanager
 def _ordered(child_args: ChildArgs, url: str) -> Iterator[None]:
     """Runs a thread meanwhile that follows the orders of operators: a drain is one signal, a stop two."""
-    ended, services = threading.Event(), [each.service for each in child_args.hosted]
+    services = [each.service for each in child_args.hosted]
     connection = Connection(url, name="millstream-orders")
     orders = Orders(connection, child_args.prefix, services)
+    numbers = [signal.SIGTERM, signal.SIGTERM]
 
-    def watch() -> None:
-        numbers = [signal.SIGTERM, signal.SIGTERM]
-        while not ended.wait(ORDER_S):
-            orders.read()
-            order = orders.find(services, child_args.consumer)
-            if order and len(numbers) > (0 if order == "stop" else 1):
-                os.kill(os.getpid(), numbers.pop())
+    def look() -> None:
+        orders.read()
+        order = orders.find(services, child_args.consumer)
+        if order and len(numbers) > (0 if order == "stop" else 1):
+            os.kill(os.getpid(), numbers.pop())
 
-    thread = threading.Thread(target=watch, name="orders", daemon=True)
+    try:
+        with _repeated("orders", ORDER_S, look):
+            yield
+    finally:
+        connection.close()
+
+
+@contextmanager
+def _repeated(name: str, seconds: float, look: Callable[[], object]) -> Iterator[None]:
+    """Runs a thread meanwhile that calls `look` every `seconds`."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(seconds):
+            look()
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        connection.close()
 
 
 def _give_back(worker: Worker, end: End, charged: Charged = NOT_CHARGED) -> None:

@@ -150,7 +150,7 @@ class Webhooks:
 
     def _end(self, announcement: Announcement, state: WebhookState) -> None:
         self._write(announcement.call, state)
-        # Who removes the entry counts it: another sender may have sent the same announcement.
+        # Counted by the sender that removes the entry: another one may have sent the same announcement.
         if self._remove(announcement.entry):
             field = f"webhooks:{state.step.replace(' ', '_')}"
             if self._client.hincrby(self._keys.metrics(), field, 1) == 1:

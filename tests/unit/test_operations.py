@@ -16,7 +16,8 @@ from typing import get_args
 import pytest
 import yaml
 
-from millstream.broker.config.check import ConfigFile, check
+from millstream.broker.config.check import check
+from millstream.broker.config.file import ConfigFile
 from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.config.yaml import Document, Place
 from millstream.broker.contract import operations

@@ -35,7 +35,7 @@ _CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Largest relative difference of two products, by dtype; oneDNN is used for no other."""
 
 # oneDNN keeps a program for each shape of the weights and each number of rows: five for each number of texts that grow.
-# Those for parts of prompts, whose numbers of rows seldom come again, only take memory.
+# Programs for parts of prompts only take memory: their numbers of rows seldom come again.
 for _capacity in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
     os.environ.setdefault(_capacity, "128")
 

@@ -79,7 +79,6 @@ class Settler(threading.Thread):
         self._window = context.window
         self._counters = context.counters
         self._histograms = context.histograms
-        self._clock = context.clock
         self._shutdown = context.shutdown
         self._track = context.progress.settler
         self._stage = context.stage
