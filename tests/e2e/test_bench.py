@@ -82,9 +82,11 @@ def test_a_running_service_is_measured_with_calls_of_its_own(shell: Shell, worki
 def test_its_calls_are_of_so_many_rows_and_let_others_go_first(shell: Shell, url: str) -> None:
     connection = Connection(url, name="tests")
     service = Bystander(connection, echo(""))
-    service.live()
 
-    with shell.background("bench", service.name, "--rows", "3", "--length", "7", "--concurrency", "1"):
+    with (
+        service.living(),
+        shell.background("bench", service.name, "--rows", "3", "--length", "7", "--concurrency", "1"),
+    ):
         claim = service.claim_one()
 
     assert claim.address.priority is Priority.BATCH
@@ -98,9 +100,8 @@ def test_a_reranker_is_asked_a_query(shell: Shell, url: str) -> None:
     connection = Connection(url, name="tests")
     model = ModelSpec(type="reranker", model_name="some/model")
     service = Bystander(connection, echo("").model_copy(update={"model": model}))
-    service.live()
 
-    with shell.background("bench", service.name, "--concurrency", "1"):
+    with service.living(), shell.background("bench", service.name, "--concurrency", "1"):
         claim = service.claim_one()
 
     assert claim.job

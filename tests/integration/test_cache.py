@@ -381,8 +381,8 @@ def test_many_threads_look_up_over_a_handful_of_connections(
         calls = [threads.submit(lambda: client.submit(service.name, ["a"]).result()) for _ in range(2_000)]
 
         assert [call.result() for call in calls] == [["A"]] * 2_000
-        # The registry is read over one more.
-        assert connected(connection) - before <= AT_ONCE + 1
+        # The registry is read over one more, and once a second the hits are added over another.
+        assert connected(connection) - before <= AT_ONCE + 2
 
 
 def connected(connection: Connection) -> int:
