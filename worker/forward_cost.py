@@ -10,20 +10,24 @@ from dataclasses import replace
 from millstream.worker.scheduling.batcher import Budget
 
 NEW_WEIGHT = 0.2
-"""Weight of the latest forward in the running mean of seconds per token."""
+"""Weight of the latest forward in the running mean of its size; in that of all sizes, if it was a full one."""
 
 
 class ForwardCost:
     """Cost and limits of one process's forwards; thread-safe.
 
-    `budget`: the limits of a forward, and its fixed cost in tokens. `seconds_per_token`: 0.0 until one is measured.
-    `smallest_s`: seconds that the smallest forward takes, infinite until it is measured.
+    `budget`: the limits of a forward, and its fixed cost in tokens. `seconds_per_token`: that of full forwards, 0.0
+    until one is measured. `smallest_s`: seconds that the smallest forward takes, infinite until it is measured.
+
+    A small forward says little about a large one: its tokens are dearer, by more than a fixed cost explains. So each
+    size, a power of two, has a mean of its own.
     """
 
     def __init__(self, budget: Budget) -> None:
         self._lock = threading.Lock()
         self._cap = sys.maxsize
         self._inference_s: float | None = None
+        self._by_size: dict[int, float] = {}
         self.budget = budget
         self.seconds_per_token = 0.0
         self.smallest_s = math.inf
@@ -47,17 +51,21 @@ class ForwardCost:
         with self._lock:
             self.budget = replace(self.budget, overhead=overhead)
             self.seconds_per_token = seconds_per_token
+            self._by_size.clear()
             self.smallest_s = smallest_s
 
     def observe(self, computed: int, seconds: float) -> None:
         """Corrects the cost of a token by a forward over `computed` tokens, padding included."""
         rate = seconds / (computed + self.budget.overhead)
-        before = self.seconds_per_token or rate
-        self.seconds_per_token = before + NEW_WEIGHT * (rate - before)
+        size, before = computed.bit_length(), self.seconds_per_token or rate
+        known = self._by_size.get(size, before)
+        self._by_size[size] = known + NEW_WEIGHT * (rate - known)
+        self.seconds_per_token = before + NEW_WEIGHT * min(1.0, computed / self.budget.tokens) * (rate - before)
 
     def predicted_s(self, computed: int) -> float:
         """Predicted seconds of a forward over `computed` tokens; 0.0 until one is measured."""
-        return self.seconds_per_token * (computed + self.budget.overhead)
+        rate = self._by_size.get(computed.bit_length(), self.seconds_per_token)
+        return rate * (computed + self.budget.overhead)
 
     def tokens_in(self, seconds: float) -> int:
         """Tokens that run in `seconds`; 0 until a forward is measured."""

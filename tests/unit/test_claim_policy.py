@@ -29,6 +29,7 @@ from millstream.worker.scheduling.claim_policy import (
 
 ROOM = ClaimBudget(jobs=8, rows=8, tokens=100)
 URGENT = ClaimBudget(jobs=4, rows=4, tokens=100, streams=1, returned=1)
+OF_TWO = URGENT._replace(streams=2, returned=2)
 
 streams = st.integers(0, 3)
 looks = st.builds(
@@ -54,7 +55,7 @@ def states(draw: st.DrawFn) -> State:
     return State(
         draw(looks),
         room,
-        draw(st.sampled_from([None, URGENT])),
+        draw(st.sampled_from([None, URGENT, OF_TWO])),
         waiting,
         empty_handed,
         takes=2,
@@ -81,9 +82,16 @@ def test_while_a_suspect_waits_a_worker_that_is_not_free_claims_only_what_is_mor
     assert not isinstance(step, SleepInRedis)
     if isinstance(step, Overtake) and last_claim.suspects == 1:
         assert state.less_urgent
+        assert step.limit == URGENT
     elif isinstance(step, Claim | Overtake):
         assert max(step.limit.streams, step.limit.returned) < last_claim.suspects
         assert last_claim.suspects < 2 or state.saved[last_claim.suspects - 2] < state.batch_rows
+
+
+def test_a_normal_suspect_is_passed_only_by_realtime_jobs_into_a_full_window() -> None:
+    state = State(LastClaim(2, suspects=2, waited=True), room=None, urgent_room=OF_TWO, waiting=True, takes=2)
+
+    assert next_step(state) == Overtake(OF_TWO._replace(streams=1, returned=1))
 
 
 @given(states())
@@ -118,7 +126,8 @@ def test_nothing_is_claimed_beyond_the_room_nor_at_once_from_a_paused_service(st
         assert state.room is not None
         assert step.limit.rows <= state.room.rows
     if isinstance(step, Overtake):
-        assert (state.last_claim.waited, step.limit) == (True, URGENT)
+        assert state.last_claim.waited
+        assert step.limit in (URGENT, state.urgent_room)
         assert state.room is None or state.last_claim.suspects == 1 or state.last_claim.blocked == 1
     if state.last_claim.paused and not state.last_claim.waited:
         assert step == Pause()

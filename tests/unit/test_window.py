@@ -285,14 +285,22 @@ def test_room_says_what_is_held_and_what_the_next_micro_batch_lacks(window: Wind
     assert said() == (3, 0)
 
 
-def test_a_full_window_has_room_for_one_micro_batch_of_realtime_rows(window: Window) -> None:
-    urgent = window.urgent_room()
-    assert urgent is not None
-    assert (urgent.rows, urgent.tokens, urgent.streams, urgent.returned) == (4, 100, 1, 1)
+def test_a_full_window_has_room_for_a_micro_batch_of_what_is_more_urgent_than_batch_rows(window: Window) -> None:
+    def room() -> tuple[int, int, int] | None:
+        urgent = window.urgent_room()
+        return urgent and (urgent.rows, urgent.streams, urgent.returned)
 
-    window.hold([held_of([3] * 4, claim_of(priority=Priority.REALTIME))])
+    window.hold([held_of([3] * 32, claim_of(priority=Priority.BATCH))])
+    assert room() == (4, 2, 2)
 
-    assert window.urgent_room() is None
+    window.hold([held_of([3] * 3, claim_of("2-0", priority=Priority.NORMAL))])
+    assert room() == (1, 2, 2)
+
+    window.hold([held_of([3], claim_of("3-0", priority=Priority.REALTIME))])
+    assert room() == (3, 1, 1)
+
+    window.hold([held_of([3] * 3, claim_of("4-0", priority=Priority.REALTIME))])
+    assert room() is None
 
 
 def test_a_job_is_large_that_is_more_than_its_class_may_save_or_than_a_window_holds(window: Window) -> None:

@@ -20,8 +20,8 @@ more."""
 HOLD_BATCHES = 8
 """Micro-batches of rows to hold at most."""
 
-REALTIME = 0
-"""Position of realtime jobs in PRIORITIES."""
+REALTIME, NORMAL = 0, 1
+"""Positions of these jobs in PRIORITIES."""
 
 
 class Batches:
@@ -60,12 +60,18 @@ class Batches:
         )
 
     def urgent_room(self) -> ClaimBudget | None:
-        """Budget of a claim of realtime jobs into a full pool; None if a micro-batch of them waits already."""
-        budget = self._cost.budget
-        rows = budget.rows - self._pool.waiting(REALTIME)
-        if rows <= 0:
+        """Budget of a claim into a full pool, of jobs that are more urgent than what fills it.
+
+        Realtime jobs pass all others, normal ones those of priority batch: a pool of the latter holds about a second
+        of work. None if a micro-batch of realtime rows waits already.
+        """
+        most, realtime = self._cost.budget.rows, self._pool.waiting(REALTIME)
+        if realtime >= most:
             return None
-        return ClaimBudget(min(MAX_JOBS_PER_CALL, rows), rows, tokens=budget.tokens, streams=1, returned=1)
+        normal = self._pool.waiting(NORMAL)
+        streams, rows = (2, most - realtime - normal) if realtime + normal < most else (1, most - realtime)
+        tokens = self._cost.budget.tokens
+        return ClaimBudget(min(MAX_JOBS_PER_CALL, rows), rows, tokens=tokens, streams=streams, returned=streams)
 
     def suspect_room(self, stream: int, live_workers: int, held: int) -> ClaimBudget | None:
         """Budget of a claim of suspects of `stream`, 1 to 3, that run before the waiting rows.

@@ -21,8 +21,12 @@ from millstream.broker.contract.job import PRIORITIES
 from millstream.broker.queue.claims import ClaimBudget, Claimed
 from millstream.broker.queue.lease import SUSPECT_ATTEMPTS
 
-SHORTEST_WAIT_S, LONGEST_WAIT_S = 0.02, 0.25
-"""Seconds between two claims of a busy worker, at least and at most. It is shorter if the forward ends sooner."""
+SHORTEST_WAIT_S, LONGEST_WAIT_S = 0.02, 0.05
+"""Seconds between two claims of a busy worker, at least and at most. It is shorter if the forward ends sooner.
+
+An urgent job that is claimed just after a forward began waits for all of it, so a prediction that is too long must not
+make the worker miss the end of the one before.
+"""
 
 SHORTEST_WAIT_OF_SLOTS_S = 0.01
 """SHORTEST_WAIT_S if rows have slots: a more urgent row need not wait for others to end, only for the next step."""
@@ -72,11 +76,11 @@ FIRST = LastClaim()
 class State(NamedTuple):
     """State of one worker at one moment.
 
-    `room`: budget of a claim, None if the window is full. `urgent_room`: budget of a claim of realtime jobs into a full
-    window, None if there is none. `waiting`: rows wait for the runner. `empty_handed`: every entry is settled and no
-    forward runs. `takes`: micro-batches taken so far. `forward_left_s`: predicted seconds until the running forward
-    ends. `saved`: rows that normal and batch jobs may run before more urgent ones, 0 if such rows wait here.
-    `batch_rows`: rows of a micro-batch. `less_urgent`: rows of normal or batch jobs wait for the runner.
+    `room`: budget of a claim, None if the window is full. `urgent_room`: budget of a claim into a full window, of jobs
+    more urgent than what fills it; None if there is none. `waiting`: rows wait for the runner. `empty_handed`: every
+    entry is settled and no forward runs. `takes`: micro-batches taken so far. `forward_left_s`: predicted seconds until
+    the running forward ends. `saved`: rows that normal and batch jobs may run before more urgent ones, 0 if such rows
+    wait here. `batch_rows`: rows of a micro-batch. `less_urgent`: rows of normal or batch jobs wait for the runner.
     `suspect_room`: budget of a claim of suspects that run before the waiting rows, None if they have to wait until the
     worker is free. `has_slots`: rows have slots of an engine, for many steps. `is_apart`: the suspects of the last
     claim have output, so other rows may run beside them.
@@ -106,7 +110,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Overtake:
-    """Claim realtime jobs within `limit`, though the window is full or the worker has to become free."""
+    """Claim more urgent jobs within `limit`, though the window is full or the worker has to become free."""
 
     limit: ClaimBudget
 
@@ -156,10 +160,10 @@ def next_step(state: State) -> Step:
     if last_claim.suspects and state.suspect_room and not state.empty_handed:
         return RunSuspects(state.suspect_room._replace(streams=last, returned=last_claim.suspects))
     if not last:
-        return _past_a_full_window(state) if last_claim.suspects == 1 and state.less_urgent else WaitUntilEmpty()
+        return _past_a_full_window(state, 1) if last_claim.suspects == 1 and state.less_urgent else WaitUntilEmpty()
     with_room = _last_with_room(state)
     if state.room is None or (state.waiting and not with_room):
-        return _past_a_full_window(state)
+        return _past_a_full_window(state, last)
     if not last_claim.paused:
         if state.waiting and not last_claim.waited and _is_exhausted(state):
             return _wait_for_take(state)
@@ -220,9 +224,10 @@ def _rest(state: State, room: ClaimBudget) -> Step | None:
     return SleepInRedis(room._replace(empty_handed=False) if room.empty_handed else room)
 
 
-def _past_a_full_window(state: State) -> Step:
-    if state.last_claim.waited and state.urgent_room is not None:
-        return Overtake(state.urgent_room)
+def _past_a_full_window(state: State, last: int) -> Step:
+    """Claims what is more urgent than the waiting rows, of the first `last` streams."""
+    if state.last_claim.waited and (room := state.urgent_room) is not None:
+        return Overtake(_first_of(room, min(room.streams, last), min(room.returned, last)))
     return _wait_for_take(state)
 
 
