@@ -165,12 +165,12 @@ _OURS = frozenset(inspect.signature(Client.bulk).parameters) - {"options"}
 
 def _say_how_to_go_on() -> None:
     words = shlex.join(["millstream", *sys.argv[1:]])
-    click.echo(f"millstream: stopped; rows in flight go on in the queue. To go on: {words}", err=True)
+    click.echo(f"millstream: stopped; rows in flight go on in the queue\nTo go on: {words}", err=True)
 
 
 def _report(done: BulkProgress, what: str) -> None:
     """Prints what a finished run has done, `what` in words. Exits as a call does of which some rows failed."""
-    click.echo(f"{quantity(done.rows, 'row')} {what}, {done.failed} failed: {escape(str(done.output))}", err=True)
+    click.echo(f"{quantity(done.rows, 'row')} {what}, {done.failed:,} failed: {escape(str(done.output))}", err=True)
     if done.failed:
         click.echo(f"millstream: the rows that failed are in {escape(str(done.output / ERRORS))}", err=True)
         click.get_current_context().exit(PartialFailure.exit_code)

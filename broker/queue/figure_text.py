@@ -17,8 +17,8 @@ def age(ms: int | None) -> str:
 
 
 def quantity(count: int, noun: str) -> str:
-    """Returns text such as "1 job" or "3 jobs"."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    """Returns text such as "1 job" or "3,000 jobs"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def number(value: float | None, digits: int) -> str:

@@ -105,7 +105,9 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_does_no_finished_shard_a
 
 
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(site: Site, shell: Shell) -> None:
-    write_rows(shell.home)
+    # So many that the run is not over before the keys are pressed.
+    count = 3 * ROWS
+    write_rows(shell.home, count)
 
     with Terminal(shell, words(site)) as terminal:
         await_shards(shell.home, 2)
@@ -121,7 +123,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(site: Site, shell: Shell) ->
             assert len(line) < 80
     assert shell.run("bulk", "status", "done").out.decode().startswith("state    stopped\n")
     assert shell.run(*words(site)).code == 9
-    check(shell.home)
+    check(shell.home, count)
 
 
 def test_a_full_disk_ends_the_run_with_one_line_and_it_goes_on(site: Site, shell: Shell) -> None:

@@ -91,7 +91,7 @@ class Dataset:
 
     rdd = write = property(lambda self: self)
 
-    def map_batches(self, worker: Any, *, batch_size: int, concurrency: int) -> Dataset:
+    def map_batches(self, worker: Any, *, batch_size: int, concurrency: int, num_cpus: float) -> Dataset:
         batch = worker()({name: [row[name] for row in self.rows] for name in self.rows[0]})
         return Dataset([dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)])
 
