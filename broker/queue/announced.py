@@ -31,8 +31,9 @@ def queue_announced(pipe: redis.client.Pipeline, keys: ServiceKeys) -> None:
     pipe.xinfo_consumers(keys.webhooks(), GROUP)
 
 
-def read_announced(count: object, first: object, senders: object, now: int) -> Announced:
+def read_announced(answers: Sequence[object], now: int) -> Announced:
     """Returns the figures, given the replies. `now`: server ms."""
+    count, first, senders = answers
     made = [int(entry.partition(b"-")[0]) for entry, _ in cast(Sequence[tuple[bytes, object]], first or [])]
     idle = [cast(int, each["idle"]) for each in cast(Sequence[Mapping[str, object]], senders or [])]
     return Announced(cast(int, count), max(0, now - min(made, default=now)), min(idle, default=None))

@@ -153,7 +153,7 @@ class _Queue:
             pending += claimed
             oldest += _times(cast(Entries, first), b"at")
             deadlines += _times(cast(Entries, first), b"deadline")
-        time, dead_letters, beats, refusals, pause, left_ms, states, drains, *webhooks = islice(answers, 11)
+        time, dead_letters, beats, refusals, pause, left_ms, states, drains, *announced = islice(answers, 11)
         now = _ms(time)
         refused = {_text(reason): _count(cast(Fields, refusals), reason) for reason in cast(Fields, refusals)}
         live = [name for name, beat in cast(list[tuple[bytes, float]], beats) if is_live(beat, now)]
@@ -171,7 +171,7 @@ class _Queue:
             supervisors=read_supervisors(states, now),
             unsettled=unsettled,
             drained=read_drains(drains),
-            announced=read_announced(*webhooks, now),
+            announced=read_announced(announced, now),
         )
 
     def view(self, service: str, workers: Mapping[tuple[str, str], WorkerView]) -> ServiceView:
