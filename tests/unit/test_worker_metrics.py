@@ -266,6 +266,7 @@ def test_the_first_piece_of_a_text_counts_from_acceptance_and_the_others_from_th
     histograms.add_output(job, NOW + 90, 10.05)
 
     assert histograms["first_token"].total == 40
+    assert job.first_output_at == NOW + 40
     assert histograms["between_tokens"].total == pytest.approx(50.0)
 
 

@@ -93,8 +93,10 @@ class Histograms:
         """Adds a piece of the text of `job` at `now`, server ms, and `now_s`, monotonic seconds."""
         if job.output_at is not None:
             self._between.add(((now_s - job.output_at) * 1000,))
-        elif not job.records:
-            self._first.add((max(0, now - job.request.at),))
+        else:
+            job.first_output_at = now
+            if not job.records:
+                self._first.add((max(0, now - job.request.at),))
         job.output_at = now_s
 
     def add_answers(self, answers: Sequence[Answer], now: int) -> None:
