@@ -9,6 +9,7 @@ if a row is not OK.
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -45,8 +46,8 @@ CUTS: Sequence[tuple[str, str, str]] = (
 
 IN_FLIGHT = (256, 64, 1)
 
-PARTS = ("all processes", "worker", "server")
-"""Whose CPU time: `all processes` are the server, the worker, their supervisor and the client."""
+PARTS = ("all processes", "server and worker", "server", "worker")
+"""Whose CPU time: `all processes` are the server, the worker, their supervisor and the client, which counts nothing."""
 
 HEADING = ("in flight", "CPU of", "without, us", "with, us", "with / without", "95 % of the median", "verdict")
 
@@ -85,7 +86,8 @@ class Spent(NamedTuple):
 def spent(mill: Mill, order: Order) -> Spent:
     """Runs `order`."""
     pids = {"worker": mill.workers, "server": mill.servers}
-    pids["all processes"] = [mill.up.pid, *pids["worker"], *pids["server"]]
+    pids["server and worker"] = [*pids["worker"], *pids["server"]]
+    pids["all processes"] = [mill.up.pid, *pids["server and worker"]]
     before = {part: cpu_s(each) for part, each in pids.items()}
     result = mill.driver.run(order)
     used = {part: cpu_s(each) - before[part] for part, each in pids.items()}
@@ -99,13 +101,16 @@ class Costs:
 
     checkouts: Mapping[Side, Checkout]
     seconds: float
+    in_flight: Sequence[int]
     rounds: Rounds = field(default_factory=Rounds)
 
     def pairs(self, numbers: Sequence[int]) -> None:
-        """Runs these pairs with the same processes."""
+        """Runs these pairs with the same processes. A process is a few percent slower or faster all of its life, so pairs
+        with the same ones say little more than one.
+        """
         with ExitStack() as ends:
             mills = {side: ends.enter_context(working(self.checkouts[side], "echo")) for side in order_of(numbers[0])}
-            for in_flight in IN_FLIGHT:
+            for in_flight in self.in_flight:
                 order = Order("threads", in_flight, self.seconds, LENGTH)
                 for mill in mills.values():
                     mill.driver.run(order)
@@ -121,7 +126,7 @@ class Costs:
             self.rounds.add(f"{order.in_flight} {part} {side}", us)
 
     def table(self) -> Table:
-        rows = [self._row(in_flight, part) for in_flight, part in product(IN_FLIGHT, PARTS)]
+        rows = [self._row(in_flight, part) for in_flight, part in product(self.in_flight, PARTS)]
         pairs = len(next(iter(self.rounds.values.values())))
         return Table("CPU time of one call, with and without counting", HEADING, rows, f"Medians of {pairs} pairs.")
 
@@ -139,20 +144,25 @@ def verdict(low: float, high: float) -> str:
 
 
 @click.command(help=__doc__)
-@click.option("--pairs", type=click.IntRange(min=1), default=36, show_default=True)
-@click.option(
-    "--restart-every", type=click.IntRange(min=1), default=4, show_default=True, help="Pairs with the same processes."
-)
+@click.option("--pairs", type=click.IntRange(min=1), default=20, show_default=True)
 @click.option("--seconds", type=click.FloatRange(min=0.2), default=0.3, show_default=True, help="Of one run.")
-def main(pairs: int, restart_every: int, seconds: float) -> None:
+@click.option("--in-flight", type=click.IntRange(min=1), multiple=True, default=IN_FLIGHT, show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write all values there.")
+def main(pairs: int, seconds: float, in_flight: Sequence[int], json_file: Path | None) -> None:
     # Otherwise servers and workers would outlive this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     click.echo("\n".join(f"{name}: {value}" for name, value in machine().items()) + "\n")
     with tempfile.TemporaryDirectory(prefix="metrics-cost-") as home:
-        costs = Costs({"old": copied(Path(home) / "without", CUTS), "new": copied(Path(home) / "with")}, seconds)
-        compare(costs.pairs, batches(range(pairs), restart_every))
+        checkouts: Mapping[Side, Checkout] = {
+            "old": copied(Path(home) / "without", CUTS),
+            "new": copied(Path(home) / "with"),
+        }
+        costs = Costs(checkouts, seconds, in_flight)
+        compare(costs.pairs, batches(range(pairs), 1))
     found = costs.table()
     click.echo(found.text())
+    if json_file:
+        json_file.write_text(json.dumps(costs.rounds.values), encoding="utf-8")
     sys.exit(0 if all(row[-1] == "OK" for row in found.rows) else 1)
 
 

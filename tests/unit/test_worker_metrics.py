@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millstream.broker.contract.errors import InputTooLong, MillstreamError, ModelFailed
-from millstream.broker.contract.job import PRIORITIES, Address, Claim, Priority, Reply
+from millstream.broker.contract.job import PRIORITIES, Claim, Priority, Reply
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.contract.metrics import TIMES_MS, bucket_fields
 from millstream.broker.queue.lease import NO_PACKAGE, Beat, Lease, Package
@@ -303,12 +303,9 @@ def test_histograms_of_answers_have_each_value_in_its_bucket(calls: list[list[tu
     histograms, expected = Histograms(), Counter[str]()
 
     for call in calls:
-        answers = [
-            Finished(Address(f"{stream}:1-0", at=NOW - ms), Reply(timings={"queue": float(max(0, ms)), "inference": s}))
-            for stream, ms, s in call
-        ]
-        histograms.add_answers(answers, NOW)
+        answers = histograms.answers()
         for stream, ms, s in call:
+            answers[stream].extend((max(0, ms), ms, s))
             priority = PRIORITIES[int(stream) - 1]
             for name, value in ((f"wait:{priority}", max(0, ms)), (f"total:{priority}", max(0, ms)), ("inference", s)):
                 expected[bucket_fields(name)[bisect_left(TIMES_MS, value)]] += 1

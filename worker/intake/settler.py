@@ -185,18 +185,24 @@ class Settler(threading.Thread):
         self._window.forget([settlement.address.name for settlement in batch])
 
     def _count(self, answered: Sequence[Finished]) -> None:
-        count, tokens, streamed = self._counters, 0, []
+        """Counts jobs that were answered now. It runs for every job, so it makes no call for each."""
+        now, tokens, waiting = self._clock.now(), 0, self._histograms.answers()
         for finished in answered:
-            reply = finished.reply
+            address, reply = finished.address, finished.reply
             tokens += reply.tokens
-            if finished.address.streams:
-                streamed.append(reply)
-        count.jobs += len(answered)
-        count.tokens_in += tokens
-        self._histograms.add_answers(answered, self._clock.now())
-        for usage in filter(None, map(_usage, streamed)):
-            count.tokens_out += usage.completion
-            count.tokens_reused += usage.cached
+            # A job that never ran has no times.
+            if timings := reply.timings:
+                times = waiting[address.name[0]]
+                times += (timings["queue"], now - address.at, timings["inference"])
+            if address.streams:
+                self._count_text(reply)
+        self._counters.jobs += len(answered)
+        self._counters.tokens_in += tokens
+
+    def _count_text(self, reply: Reply) -> None:
+        if usage := _usage(reply):
+            self._counters.tokens_out += usage.completion
+            self._counters.tokens_reused += usage.cached
 
 
 def _usage(reply: Reply) -> Usage | None:

@@ -7,25 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 
-from millstream.broker.contract.job import PRIORITIES, Address, Reply
+from millstream.broker.contract.job import PRIORITIES
 from millstream.broker.contract.metrics import HISTOGRAMS, THOUSAND, Histogram, bucket_fields, sum_field
 from millstream.worker.scheduling.active_job import ActiveJob
 
 MOST_WAITING = 500
 """Rows that wait at most until they are put into buckets: so many at once cost a fifth of one after another."""
-
-
-class Answer(Protocol):
-    """An answered job, as the settler has it."""
-
-    @property
-    def address(self) -> Address: ...
-    @property
-    def reply(self) -> Reply: ...
 
 
 class _Observed:
@@ -63,7 +53,8 @@ class _Observed:
         # A copy: meanwhile the other thread may add.
         if not (values := waiting.copy()):
             return histograms
-        columns = np.fromiter(values, np.float64, len(values)).reshape(-1, len(self._names)).T
+        # No value is negative, but times are differences of a clock that may step back.
+        columns = np.maximum(np.fromiter(values, np.float64, len(values)), 0.0).reshape(-1, len(self._names)).T
         return [each.plus(column[~np.isnan(column)]) for each, column in zip(histograms, columns, strict=True)]
 
 
@@ -76,7 +67,7 @@ class Histograms:
             str(number): _Observed(f"wait:{priority}", f"total:{priority}", "inference")
             for number, priority in enumerate(PRIORITIES, start=1)
         }
-        self._unfolded = 0
+        self._waiting = {stream: observed.state[1] for stream, observed in self._answers.items()}
         self._forwards = _Observed("batch_rows", "batch_tokens", "padding")
         self._first, self._between = _Observed("first_token"), _Observed("between_tokens")
         self._fields = {name: (bucket_fields(name), sum_field(name)) for name in HISTOGRAMS}
@@ -96,24 +87,20 @@ class Histograms:
         else:
             job.first_output_at = now
             if not job.records:
-                self._first.add((max(0, now - job.request.at),))
+                self._first.add((now - job.request.at,))
         job.output_at = now_s
 
-    def add_answers(self, answers: Sequence[Answer], now: int) -> None:
-        """Adds jobs that were settled at `now`, server ms. Jobs that never ran do not count."""
-        observed = self._answers
-        # This runs for every job, and a call for each of them would take twice the time.
-        for answer in answers:
-            if timings := answer.reply.timings:
-                address = answer.address
-                total = now - address.at
-                waiting = observed[address.name[0]].state[1]
-                waiting += (timings["queue"], total if total > 0 else 0, timings["inference"])
-        self._unfolded += len(answers)
-        if self._unfolded >= MOST_WAITING:
-            self._unfolded = 0
-            for each in observed.values():
-                each.fold()
+    def answers(self) -> Mapping[str, list[float]]:
+        """Returns lists by the number of the stream, for the settler, which asks for them each time.
+
+        It adds three times of each answered job that ran: to its first forward, to its end, and in the model.
+        """
+        # Not a method for each job: it would take twice the time.
+        if sum(map(len, self._waiting.values())) >= 3 * MOST_WAITING:
+            for observed in self._answers.values():
+                observed.fold()
+            self._waiting = {stream: observed.state[1] for stream, observed in self._answers.items()}
+        return self._waiting
 
     def counts(self) -> dict[str, int]:
         """Returns all fields so far that are not zero."""
