@@ -105,8 +105,9 @@ class Costs:
     rounds: Rounds = field(default_factory=Rounds)
 
     def pairs(self, numbers: Sequence[int]) -> None:
-        """Runs these pairs with the same processes. A process is a few percent slower or faster all of its life, so pairs
-        with the same ones say little more than one.
+        """Runs these pairs with the same processes.
+
+        A process is a few percent slower or faster all of its life, so several pairs say little more than one.
         """
         with ExitStack() as ends:
             mills = {side: ends.enter_context(working(self.checkouts[side], "echo")) for side in order_of(numbers[0])}
