@@ -82,8 +82,16 @@ class Mill:
         count = round(2 * seconds * self.driver.run(order).rate)
         return replace(self, texts=mix(MOST_TEXTS)[: max(LEAST_TEXTS, count)])
 
+    @property
+    def workers(self) -> Sequence[int]:
+        return [pid for pid in children(self.up.pid) if b"millstream.worker.process" in _command_line(pid)]
+
+    @property
+    def servers(self) -> Sequence[int]:
+        return [pid for pid in children(self.up.pid) if b"-server" in _command_line(pid)]
+
     def worker_cpu_s(self) -> float:
-        return cpu_s(pid for pid in children(self.up.pid) if b"millstream.worker.process" in _command_line(pid))
+        return cpu_s(self.workers)
 
     def queue(self, verb: str) -> None:
         """`millstream queue pause` or `resume`."""

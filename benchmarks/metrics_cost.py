@@ -1,42 +1,55 @@
 """Measures what counting costs: the product beside a copy of itself that counts nothing, in pairs of short runs.
 
-Both are copies of the working tree, run by this interpreter; from one of them the code that counts is taken out. The
-measures and their order are those of paired.py, with an echo model. A ratio is with / without: 0.98 is a cost of 2 %. A
-measure is OK if the upper 95 % bound of its median ratio is not below 0.98. Exit status 1 if one is not.
+Both are copies of the working tree, run by this interpreter; from one of them the code that counts is taken out. Each
+answers calls of one text with an echo model, for as many threads as are in flight. The measure is the CPU time of a
+call, which other load on the machine changes less than its rate. A ratio is with / without: 1.02 is a cost of 2 %. OK
+means that its median is at most that by its upper 95 % bound, TOO MUCH that it is more by the lower one. Exit status 1
+if a row is not OK.
 """
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from shutil import copy2
+from typing import NamedTuple
 
 import click
-from checkouts import Checkout
+from checkouts import LENGTH, Checkout, Mill, working
 from corpus import batches
-from measure import Cell, Table, interval_of_median, machine
-from paired import MEASURES, Comparison, Side, compare
+from driver import Order
+from measure import Cell, Rounds, Table, cpu_s, interval_of_median, machine
+from paired import SIDES, Side, compare, order_of
 
 ROOT = Path(__file__).resolve().parents[1]
-LEAST = 0.98
+MOST = 1.02
 
 _SETTLER, _RUNNER = "worker/intake/settler.py", "worker/engines/runner.py"
 
 CUTS: Sequence[tuple[str, str, str]] = (
     *((f"broker/queue/lua/{script}.lua", "if n > 0 and", "if false and") for script in ("enqueue", "settle")),
     (_SETTLER, "self._count(answered)", "self._counters.jobs += len(answered)"),
-    (_SETTLER, "_failed(answer, finished.address.rows)", "NO_FAILURES"),
+    (_SETTLER, "if answer.error is None and not answer.errors:", "if True:"),
     (_RUNNER, "self._histograms.add_forward(rows, step.tokens, step.computed)", "pass"),
     (_RUNNER, "self._histograms.add_output(job, now, now_s)", "pass"),
     ("worker/scheduling/packages.py", "dict(self._read())", "dict[str, int]()"),
 )
 """File, the text in it that counts, which it has once, and what stands there in the copy that counts nothing."""
 
-HEADING = ("measure", "without", "with", "with / without", "95 % of the median", "upper bound", "verdict")
+IN_FLIGHT = (256, 64, 1)
+
+PARTS = ("all processes", "server and worker", "server", "worker")
+"""Whose CPU time: `all processes` are the server, the worker, their supervisor and the client, which counts nothing."""
+
+HEADING = ("in flight", "CPU of", "without, us", "with, us", "with / without", "95 % of the median", "verdict")
 
 
 def copied(folder: Path, cuts: Sequence[tuple[str, str, str]] = ()) -> Checkout:
@@ -63,27 +76,80 @@ def _write_commands(folder: Path) -> None:
         (commands / name).chmod(0o755)
 
 
-def table(comparison: Comparison, pairs: int) -> Table:
-    rows = [_row(comparison, name) for name in MEASURES["echo"]]
-    return Table("With / without counting", HEADING, rows, f"Medians of {pairs} pairs.")
+class Spent(NamedTuple):
+    """One run: its calls, and the CPU seconds of each part."""
+
+    calls: int
+    cpu_s: Mapping[str, float]
 
 
-def _row(comparison: Comparison, name: str) -> list[Cell]:
-    without, counting = comparison.rounds[f"{name} old"], comparison.rounds[f"{name} new"]
-    ratio = counting.over(without)
-    low, high = interval_of_median(ratio.values)
-    verdict = "OK" if high >= LEAST else "SLOWER"
-    figures = [f"{ratio.median:.3f}", f"{low:.3f}-{high:.3f}", f"{high:.3f}", verdict]
-    return [name, without.median, counting.median, *figures]
+def spent(mill: Mill, order: Order) -> Spent:
+    """Runs `order`."""
+    pids = {"worker": mill.workers, "server": mill.servers}
+    pids["server and worker"] = [*pids["worker"], *pids["server"]]
+    pids["all processes"] = [mill.up.pid, *pids["server and worker"]]
+    before = {part: cpu_s(each) for part, each in pids.items()}
+    result = mill.driver.run(order)
+    used = {part: cpu_s(each) - before[part] for part, each in pids.items()}
+    used["all processes"] += result.cpu_s
+    return Spent(result.calls, used)
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """CPU microseconds a call, in pairs of runs. A pair runs each side twice, in the order there and back."""
+
+    checkouts: Mapping[Side, Checkout]
+    seconds: float
+    in_flight: Sequence[int]
+    rounds: Rounds = field(default_factory=Rounds)
+
+    def pairs(self, numbers: Sequence[int]) -> None:
+        """Runs these pairs with the same processes.
+
+        A process is a few percent slower or faster all of its life, so several pairs say little more than one.
+        """
+        with ExitStack() as ends:
+            mills = {side: ends.enter_context(working(self.checkouts[side], "echo")) for side in order_of(numbers[0])}
+            for in_flight in self.in_flight:
+                order = Order("threads", in_flight, self.seconds, LENGTH)
+                for mill in mills.values():
+                    mill.driver.run(order)
+                for number in numbers:
+                    self._pair(mills, order, order_of(number))
+
+    def _pair(self, mills: Mapping[Side, Mill], order: Order, sides: Sequence[Side]) -> None:
+        runs: dict[Side, list[Spent]] = {side: [] for side in sides}
+        for side in (*sides, *reversed(sides)):
+            runs[side].append(spent(mills[side], order))
+        for (side, found), part in product(runs.items(), PARTS):
+            us = 1e6 * sum(run.cpu_s[part] for run in found) / sum(run.calls for run in found)
+            self.rounds.add(f"{order.in_flight} {part} {side}", us)
+
+    def table(self) -> Table:
+        rows = [self._row(in_flight, part) for in_flight, part in product(self.in_flight, PARTS)]
+        pairs = len(next(iter(self.rounds.values.values())))
+        return Table("CPU time of one call, with and without counting", HEADING, rows, f"Medians of {pairs} pairs.")
+
+    def _row(self, in_flight: int, part: str) -> list[Cell]:
+        without, counting = (self.rounds[f"{in_flight} {part} {side}"] for side in SIDES)
+        ratio = counting.over(without)
+        low, high = interval_of_median(ratio.values)
+        figures = [f"{ratio.median:.3f}", f"{low:.3f}-{high:.3f}", verdict(low, high)]
+        return [in_flight, part, f"{without.median:.1f}", f"{counting.median:.1f}", *figures]
+
+
+def verdict(low: float, high: float) -> str:
+    """Returns what the bounds of a ratio of costs prove."""
+    return "OK" if high <= MOST else "TOO MUCH" if low > MOST else "UNDECIDED"
 
 
 @click.command(help=__doc__)
-@click.option("--pairs", type=click.IntRange(min=1), default=9, show_default=True)
-@click.option(
-    "--restart-every", type=click.IntRange(min=1), default=5, show_default=True, help="Pairs with the same processes."
-)
-@click.option("--seconds", type=click.FloatRange(min=0.2), default=1.0, show_default=True, help="Of one closed loop.")
-def main(pairs: int, restart_every: int, seconds: float) -> None:
+@click.option("--pairs", type=click.IntRange(min=1), default=20, show_default=True)
+@click.option("--seconds", type=click.FloatRange(min=0.2), default=0.3, show_default=True, help="Of one run.")
+@click.option("--in-flight", type=click.IntRange(min=1), multiple=True, default=IN_FLIGHT, show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write all values there.")
+def main(pairs: int, seconds: float, in_flight: Sequence[int], json_file: Path | None) -> None:
     # Otherwise servers and workers would outlive this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     click.echo("\n".join(f"{name}: {value}" for name, value in machine().items()) + "\n")
@@ -92,9 +158,12 @@ def main(pairs: int, restart_every: int, seconds: float) -> None:
             "old": copied(Path(home) / "without", CUTS),
             "new": copied(Path(home) / "with"),
         }
-        comparison = Comparison(checkouts, seconds, ("echo",))
-        found = table(comparison, compare(comparison, batches(range(pairs), restart_every)))
+        costs = Costs(checkouts, seconds, in_flight)
+        compare(costs.pairs, batches(range(pairs), 1))
+    found = costs.table()
     click.echo(found.text())
+    if json_file:
+        json_file.write_text(json.dumps(costs.rounds.values), encoding="utf-8")
     sys.exit(0 if all(row[-1] == "OK" for row in found.rows) else 1)
 
 

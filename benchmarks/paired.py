@@ -135,14 +135,14 @@ def _run(measure: Measured, mills: Mapping[Side, Mill], seconds: float, side: Si
     return measure(mills[side], seconds)
 
 
-def compare(comparison: Comparison, parts: Iterable[Sequence[int]]) -> int:
+def compare(run: Callable[[Sequence[int]], None], parts: Iterable[Sequence[int]]) -> int:
     """Run all pairs of `parts`, or as many as fit into LIMIT_S; how many that were."""
     began, done, longest_s = time.monotonic(), 0, 0.0
     for numbers in parts:
         if time.monotonic() - began + longest_s > LIMIT_S:
             break
         part_began = time.monotonic()
-        comparison.pairs(numbers)
+        run(numbers)
         longest_s = max(longest_s, time.monotonic() - part_began)
         done += len(numbers)
         click.echo(f"{done} pairs after {time.monotonic() - began:.0f} s", err=True)
@@ -176,7 +176,7 @@ def main(
     head = {**machine(), "old": checkouts["old"].described(), "new": checkouts["new"].described()}
     click.echo("\n".join(f"{name}: {value}" for name, value in head.items()) + "\n")
     comparison = Comparison(checkouts, seconds, (model,) if model else tuple(MEASURES))
-    done = compare(comparison, batches(range(pairs), restart_every))
+    done = compare(comparison.pairs, batches(range(pairs), restart_every))
     found = table(comparison, done)
     click.echo(found.text())
     if done < pairs:

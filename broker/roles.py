@@ -41,7 +41,7 @@ _JOBS = "q:realtime q:normal q:batch"
 
 _LOOK = (
     Grant("hget hmget hgetall exists type ttl pttl memory|usage", read="*"),
-    Grant("xlen xrange xrevrange xpending xinfo|groups xinfo|consumers xinfo|stream", read=f"{_JOBS} dead"),
+    Grant("xlen xrange xrevrange xpending xinfo|groups xinfo|consumers xinfo|stream", read=f"{_JOBS} dead webhooks"),
     Grant("get", read="paused reclaim seen:* partial:* webhook:*"),
     Grant("hlen", read="call:*"),
     Grant("zrange zcount zscore", read="workers cancelled"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
 import click
 
+from millstream.broker.config.telemetry import LogFormat, LogLevel
 from millstream.broker.contract.errors import ConfigError
+from millstream.broker.target import find_telemetry
 from millstream.cli import options
 from millstream.cli.interrupts import Interrupts
 from millstream.cli.server import connect, find_server
@@ -32,6 +35,8 @@ PORT = 8870
 @click.option(
     "--allowed-host", "allowed_hosts", metavar="NAME", multiple=True, help="Accept this name, such as a proxy's."
 )
+@options.log_format
+@options.log_level
 def dashboard(
     url: str | None,
     prefix: str | None,
@@ -42,6 +47,8 @@ def dashboard(
     read_only: bool,
     root_path: str,
     allowed_hosts: tuple[str, ...],
+    log_format: LogFormat | None,
+    log_level: LogLevel | None,
 ) -> None:
     """Serve a web page on the queues: services, batches, workers, dead letters, and what is wrong with them.
 
@@ -56,6 +63,7 @@ def dashboard(
         name, _, role = new_user.rpartition(":")
         click.echo(new_line(name, role, _ask_password(name)))
         return
+    options.set_up_logs(find_telemetry(os.environ), log_format, log_level)
     users = read_users(password_file) if password_file else None
     settings = make_settings(
         host, has_users=users is not None, root_path=root_path, allowed_hosts=allowed_hosts, read_only=read_only

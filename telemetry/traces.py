@@ -40,6 +40,7 @@ GEN_AI_OPERATION = "gen_ai.operation.name"
 GEN_AI_PROVIDER = "gen_ai.provider.name"
 GEN_AI_MODEL = "gen_ai.request.model"
 INPUT_TOKENS = "gen_ai.usage.input_tokens"
+CACHED_TOKENS = "gen_ai.usage.cache_read.input_tokens"
 OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 FINISH_REASONS = "gen_ai.response.finish_reasons"
 ERROR_TYPE = "error.type"
@@ -225,6 +226,13 @@ def extract(trace: str) -> Context:
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     return TraceContextTextMapPropagator().extract({"traceparent": trace}, no_parent())
+
+
+def below(span: Span) -> Context:
+    """Returns the context of spans below `span`."""
+    from opentelemetry.trace import set_span_in_context
+
+    return set_span_in_context(span, no_parent())
 
 
 def no_parent() -> Context:

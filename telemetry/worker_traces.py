@@ -1,4 +1,7 @@
-"""Spans of a worker: one for each job, below the span of its call, and one for each batch, with links to the calls."""
+"""Spans of a worker: one for each job, below the span of its call, and one for each batch, with links to the calls.
+
+The span of a text that grew has two below it: its prefill, and its decoding.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from millstream.broker.contract.stages import Stages
 from millstream.telemetry import traces
 from millstream.telemetry.traces import (
     Ending,
+    below,
     end_span,
     extract,
     gen_ai,
@@ -23,7 +27,7 @@ from millstream.telemetry.traces import (
 )
 
 if TYPE_CHECKING:
-    from opentelemetry.trace import Tracer
+    from opentelemetry.trace import Span, Tracer
     from opentelemetry.util.types import AttributeValue
 
 
@@ -40,7 +44,8 @@ class Batch(NamedTuple):
 class Job(NamedTuple):
     """A job that is settled. `trace`: context of its call. `batch_trace`: that of its batch, or "".
 
-    `clock_ms`: the local clock's lead over the server's.
+    `clock_ms`: the local clock's lead over the server's. `first_output`: server ms of the first piece of a text in this
+    run, 0 if there was none. `cached_tokens`: those of its prompt that were computed before.
     """
 
     id: str
@@ -51,6 +56,8 @@ class Job(NamedTuple):
     stages: Stages
     clock_ms: float
     ending: Ending
+    first_output: int = 0
+    cached_tokens: int = 0
 
 
 class WorkerTraces:
@@ -123,7 +130,30 @@ class WorkerTraces:
         for field, name in traces.EVENTS.items():
             if at := getattr(stages, field):
                 span.add_event(name, timestamp=_nanoseconds(at, job.clock_ms))
+        if job.first_output and stages.started:
+            self._record_text(span, job)
         end_span(span, job.ending, _nanoseconds(stages.settled, job.clock_ms))
+
+    def _record_text(self, span: Span, job: Job) -> None:
+        """Makes the spans of a text's two parts, below that of its job. A text that failed has no numbers of tokens."""
+        begin, first, end = job.stages.started, job.first_output, job.stages.ended or job.stages.settled
+        used: dict[str, dict[str, AttributeValue]] = {
+            "prefill": {traces.INPUT_TOKENS: job.ending.input_tokens, traces.CACHED_TOKENS: job.cached_tokens},
+            "decode": {traces.OUTPUT_TOKENS: job.ending.output_tokens},
+        }
+        for part, (start, stop) in {"prefill": (begin, first), "decode": (first, end)}.items():
+            attributes: dict[str, AttributeValue] = {
+                traces.DESTINATION: self._service,
+                **({} if job.ending.error else used[part]),
+            }
+            made = self._tracer.start_span(
+                f"{part} {self._service}",
+                context=below(span),
+                attributes=attributes,
+                start_time=_nanoseconds(start, job.clock_ms),
+            )
+            # The two times are taken one after another, each rounded to ms.
+            made.end(_nanoseconds(max(start, stop), job.clock_ms))
 
 
 def _nanoseconds(server_ms: int, clock_ms: float) -> int | None:

@@ -19,16 +19,20 @@ def job_of(run: ActiveJob | Claim | None, reply: Reply, stages: Stages | None, c
     request = run.request if isinstance(run, ActiveJob) else run.job if run else None
     if request is None or stages is None or not request.trace:
         return None
-    batch_trace = run.batch_trace if isinstance(run, ActiveJob) else ""
+    batch_trace, first_output = (run.batch_trace, run.first_output_at) if isinstance(run, ActiveJob) else ("", 0)
     is_chat = request.body.startswith(_CHAT)
-    return Job(request.id, request.trace, batch_trace, is_chat, request.rows, stages, clock_ms, _ending(reply))
+    text = _generation(reply)
+    cached = text.usage.cached if text and text.usage else 0
+    ending = _ending(reply, text)
+    return Job(
+        request.id, request.trace, batch_trace, is_chat, request.rows, stages, clock_ms, ending, first_output, cached
+    )
 
 
-def _ending(reply: Reply) -> Ending:
+def _ending(reply: Reply, text: Generation | None) -> Ending:
     error = reply.error or next(iter(reply.errors.values()), None)
     if error:
         return Ending(error.code, reply.tokens)
-    text = _generation(reply)
     if text is None:
         return Ending(input_tokens=reply.tokens)
     used = text.usage

@@ -24,6 +24,9 @@ EARLY_DEATHS = 3
 NEARLY_FULL = 0.8
 """Share of max_queue_size, or of the server's memory, from which on there is a warning."""
 
+UNSENT_MS = 1000 * LEASE_S
+"""Age of a webhook's announcement, and time since a sender looked for some, ms, from which on there is a warning."""
+
 SKEW_MS = 2_000
 """Difference between two clocks from which on times in logs mislead."""
 
@@ -114,6 +117,7 @@ def _of_service(spec: ServiceSpec, view: ServiceView) -> Iterator[Finding]:
     yield from _weights(view)
     yield from _lost(view)
     yield from _full(spec, view)
+    yield from _webhooks(view)
     if view.dead_letters:
         yield Finding(
             "note",
@@ -260,6 +264,22 @@ def _full(spec: ServiceSpec, view: ServiceView) -> Iterator[Finding]:
                 + (": further ones are refused" if is_full else "; when it is full, further ones are refused"),
                 "add workers, raise max_queue_size, or send less",
             )
+
+
+def _webhooks(view: ServiceView) -> Iterator[Finding]:
+    waiting = view.announced
+    # A new announcement has no sender yet, and a sender that lives looks every second.
+    if waiting.oldest_ms < UNSENT_MS or (waiting.unsent_ms is not None and waiting.unsent_ms < UNSENT_MS):
+        return
+    yield Finding(
+        "warning",
+        view.name,
+        "no_webhook_sender",
+        f"{waiting.count} webhook{'' if waiting.count == 1 else 's'} waiting, the oldest for "
+        f"{waiting.oldest_ms / 1000:.0f} s, and no live supervisor sends them",
+        "name webhooks.allow and webhooks.secret_file in the config.yaml of a host with a supervisor, then start it "
+        f"again, such as with millstream worker run {_word(view.name)}",
+    )
 
 
 # -- hosts -----------------------------------------------------------------------------------------------------------

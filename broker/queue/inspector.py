@@ -12,6 +12,7 @@ import redis
 
 from millstream.broker.contract.job import PRIORITIES, Priority
 from millstream.broker.contract.keys import DEFAULT_PREFIX, GROUP, RETURNED, ServiceKeys
+from millstream.broker.queue.announced import Announced, queue_announced, read_announced
 from millstream.broker.queue.drains import Order, queue_drains, read_drains
 from millstream.broker.queue.lease import is_live
 from millstream.broker.queue.pause import Pause, queue_pause, read_pause
@@ -94,6 +95,7 @@ class Inspector:
             queue_pause(pipe, keys)
             queue_supervisors(pipe, keys)
             queue_drains(pipe, keys)
+            queue_announced(pipe, keys)
         answers = iter(_answers(pipe))
         return [_Queue.read(answers) for _ in services]
 
@@ -135,6 +137,7 @@ class _Queue:
     supervisors: Sequence[SupervisorView]
     unsettled: Mapping[Priority, int]
     drained: Mapping[str, Order]
+    announced: Announced
 
     @classmethod
     def read(cls, answers: Iterator[object]) -> _Queue:
@@ -150,7 +153,7 @@ class _Queue:
             pending += claimed
             oldest += _times(cast(Entries, first), b"at")
             deadlines += _times(cast(Entries, first), b"deadline")
-        time, dead_letters, beats, refusals, pause, left_ms, states, drains = islice(answers, 8)
+        time, dead_letters, beats, refusals, pause, left_ms, states, drains, *announced = islice(answers, 11)
         now = _ms(time)
         refused = {_text(reason): _count(cast(Fields, refusals), reason) for reason in cast(Fields, refusals)}
         live = [name for name, beat in cast(list[tuple[bytes, float]], beats) if is_live(beat, now)]
@@ -168,6 +171,7 @@ class _Queue:
             supervisors=read_supervisors(states, now),
             unsettled=unsettled,
             drained=read_drains(drains),
+            announced=read_announced(announced, now),
         )
 
     def view(self, service: str, workers: Mapping[tuple[str, str], WorkerView]) -> ServiceView:
@@ -184,6 +188,7 @@ class _Queue:
             supervisors=self.supervisors,
             unsettled=self.unsettled,
             drained=self.drained,
+            announced=self.announced,
             deadline_ms=None if self.deadline is None else self.deadline - self.now,
         )
 

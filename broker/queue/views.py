@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from millstream.broker.contract.job import Priority
+from millstream.broker.queue.announced import Announced
 from millstream.broker.queue.drains import Order
 from millstream.broker.queue.pause import Pause
 from millstream.broker.queue.supervisors import SupervisorView
@@ -73,7 +74,7 @@ class ServiceView:
     those of the last day that did not end in order. `unsettled` counts the jobs of each priority, which
     `max_queue_size` limits. `drained` has the order of each worker and host that an operator keeps empty.
     `deadline_ms`: ms to the nearest deadline of the oldest job of each priority, below 0 if it has passed; None if none
-    of them has one.
+    of them has one. `announced`: announcements that wait for their webhooks.
     """
 
     name: str
@@ -89,6 +90,7 @@ class ServiceView:
     unsettled: Mapping[Priority, int] = field(default_factory=dict)
     drained: Mapping[str, Order] = field(default_factory=dict)
     deadline_ms: int | None = None
+    announced: Announced = field(default_factory=Announced)
 
     @property
     def in_flight(self) -> int:

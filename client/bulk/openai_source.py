@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from millstream.broker.contract.errors import InvalidRequest
+from millstream.client.bulk.custom_ids import check_unique
+from millstream.client.bulk.files import reading
 from millstream.client.bulk.items import Mark, Row, RowCall, Shard
-from millstream.client.bulk.sources import LineSource, read_json
+from millstream.client.bulk.sources import Lines, LineSource, parse, read_json
 from millstream.client.openai.batch import BatchRequest, read_line
 
 
@@ -16,6 +18,19 @@ class OpenAISource(LineSource):
 
     def __init__(self, path: Path, shard_rows: int) -> None:
         super().__init__(path, shard_rows, lambda lines: read_json(lines, None, None))
+
+    def check(self) -> None:
+        """Reads the whole file. Raises InvalidRequest if a custom_id is repeated."""
+        check_unique(self._read_ids)
+
+    def _read_ids(self) -> Iterator[tuple[int, str]]:
+        with reading(self._path), self._path.open("rb") as file:
+            for number, line in enumerate(Lines(file, 0), 1):
+                value = parse(line) if line.strip() else None
+                custom_id = value.get("custom_id") if isinstance(value, dict) else None
+                # A line without a valid one fails by itself.
+                if isinstance(custom_id, str):
+                    yield number, custom_id
 
     def _count(self, row: Row) -> int:
         """Returns about how many rows a request has. So the memory of a shard does not depend on their number."""

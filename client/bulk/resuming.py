@@ -11,6 +11,7 @@ from millstream.broker.config.spec import ServiceSpec
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.client.bulk.files import spool
 from millstream.client.bulk.manifest import SPOOL, Manifest, Note, read_manifest
+from millstream.client.bulk.openai_source import OpenAISource
 from millstream.client.bulk.opening import open_source
 from millstream.client.bulk.plan import STDIN, BulkPlan
 from millstream.client.bulk.sources import Source
@@ -34,6 +35,9 @@ def begin(manifest: Manifest, plan: BulkPlan, spec: ServiceSpec, source: Source,
     """
     now, before = plan.describe(spec, source), manifest.header
     if before is None:
+        # Once: later the input is known to be the same.
+        if isinstance(source, OpenAISource):
+            source.check()
         manifest.begin(now)
         return now.run
     changes = before.find_changes(now)

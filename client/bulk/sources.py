@@ -206,15 +206,22 @@ def read_json(lines: Lines, column: str | None, id_column: str | None) -> Iterat
     """Yields the row of each line with a JSON value."""
     for line in lines:
         if line.strip():
-            yield _parse(line, column, id_column)
+            yield _make_row(line, column, id_column)
 
 
-def _parse(line: str, column: str | None, id_column: str | None) -> Row:
-    """Returns the row of a line: all of its JSON value, or one field of it."""
+def parse(line: str) -> Json | InvalidRequest:
+    """Returns the JSON value of a line, or the error if it has none."""
     try:
-        value = cast(Json, _DECODER.decode(line))
+        return cast(Json, _DECODER.decode(line))
     except (ValueError, RecursionError) as error:
-        return Row(None, InvalidRequest(f"not JSON: {error}"[:200]))
+        return InvalidRequest(f"not JSON: {error}"[:200])
+
+
+def _make_row(line: str, column: str | None, id_column: str | None) -> Row:
+    """Returns the row of a line: all of its JSON value, or one field of it."""
+    value = parse(line)
+    if isinstance(value, InvalidRequest):
+        return Row(None, value)
     if column is None and id_column is None:
         return Row(None, value)
     if not isinstance(value, dict):

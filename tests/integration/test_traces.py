@@ -21,6 +21,7 @@ from opentelemetry.trace import Tracer
 from support import eventually
 from workers import remove, spec, working
 
+from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
 from millstream.broker.queue.inspector import Inspector
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
@@ -127,3 +128,19 @@ def test_a_collector_that_fails_costs_no_job_and_delays_no_drain(server: Embedde
             began = time.monotonic()
         # The exporter repeats a request for up to 10 s.
         assert time.monotonic() - began < 5.0
+
+
+def test_a_text_has_its_prefill_and_its_decoding_below_its_job(server: EmbeddedServer, name: str) -> None:
+    model = ModelSpec(type="echo-stream", model_name="sleep:0.02")
+    speaker = ServiceSpec(name=name, model=model, model_ref="m", runtime=Runtime())
+    with collecting() as (collector, endpoint):
+        exporter = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_BSP_SCHEDULE_DELAY": "60000"}
+        with working(server.url, speaker, variables=exporter), Client(server.url) as client:
+            client._calls.tracing = Given()
+            client.submit(name, ["one two three four"], timeout=60).result()
+
+    job, prefill, decode = (collector.the_only(kind) for kind in ("job", "prefill", "decode"))
+    assert prefill.parent_span_id == decode.parent_span_id == job.span_id
+    assert job.start_time_unix_nano <= prefill.start_time_unix_nano < prefill.end_time_unix_nano
+    assert prefill.end_time_unix_nano == decode.start_time_unix_nano < decode.end_time_unix_nano
+    assert decode.end_time_unix_nano <= job.end_time_unix_nano

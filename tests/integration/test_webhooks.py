@@ -25,7 +25,9 @@ from millstream.broker.contract import webhooks as contract
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.contract.webhook_urls import read_webhook_url
+from millstream.broker.queue import diagnosis
 from millstream.broker.queue import webhooks as queue_module
+from millstream.broker.queue.examination import examine
 from millstream.broker.queue.metrics import Metrics
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
@@ -119,6 +121,34 @@ def test_each_call_is_announced_once_and_its_results_stay(
     assert sorted(path for path, _, _ in receiver.requests) == sorted(f"/hook?n={number}" for number in range(20))
     assert [client.job(outcome.id).result(5) for outcome in receiver.outcomes] == [["a", "b"]] * 20
     assert Metrics(connection).read(nobody.name).webhooks == {"delivered": 20}
+
+
+def test_doctor_says_that_webhooks_wait_and_nobody_sends_them(
+    client: Client,
+    connection: Connection,
+    nobody: Bystander,
+    secret_file: Path,
+    send: Sending,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(diagnosis, "UNSENT_MS", 300)
+
+    def is_unsent() -> bool:
+        found = examine(connection, names=[nobody.name]).findings
+        return "no_webhook_sender" in {each.cause for each in found}
+
+    with receiving(Receiver()) as gone:
+        pass
+    nobody.push(webhooks=(gone.url(),))
+    assert not is_unsent()
+    end_one(client, nobody, gone.url())
+
+    eventually(is_unsent)
+    with send():
+        # The receiver is down, so the announcement stays.
+        eventually(lambda: not is_unsent())
+    assert not is_empty(connection, nobody.name)
+    eventually(is_unsent)
 
 
 def test_a_receiver_that_was_down_is_told_when_it_is_up(

@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from millstream.broker.contract.errors import InvalidRequest, ModelFailed
+from millstream.client.bulk.custom_ids import check_unique
 from millstream.client.bulk.items import Mark
 from millstream.client.bulk.opening import open_source
 from millstream.client.testing import GENERATOR, RERANKER, SERVICE, FakeClient
@@ -132,6 +135,45 @@ def test_a_request_that_fails_is_an_error_in_both_shapes_and_harms_no_other(tmp_
     assert [line["response"] and line["response"]["status_code"] for line in lines] == [500, 400, 400, 400, None]
     assert [line["response"]["body"]["error"]["param"] for line in lines[1:3]] == ["temperature", "dimensions"]
     assert lines[4]["error"]["code"] == "invalid_request"
+
+
+def test_a_repeated_custom_id_is_refused_with_both_lines_before_anything_is_sent(tmp_path: Path) -> None:
+    lines = [embed(f"id-{n}", "a") for n in range(6)]
+    files = Files(tmp_path, lines[0], "", "no JSON", embed(None, "a"), *lines[1:], lines[3], embed(None, "a"), lines[1])
+    client = FakeClient()
+
+    with pytest.raises(InvalidRequest, match=r"custom_id 'id-3' of line 10 is that of line 7, too"):
+        files.run(client, SERVICE, shard_rows=2)
+
+    assert client.calls == []
+    assert files.lines() == []
+    files.source.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert files.run(client, SERVICE).rows == 6
+
+
+@given(st.lists(st.text("ab", max_size=3)))
+def test_the_first_line_that_repeats_an_id_is_found(names: list[str]) -> None:
+    seen: dict[str, int] = {}
+    lines = list(enumerate(names, 1))
+    expected = next(((line, seen[name]) for line, name in lines if seen.setdefault(name, line) < line), None)
+
+    refusal = ""
+    try:
+        check_unique(lambda: iter(lines))
+    except InvalidRequest as error:
+        refusal = str(error)
+
+    assert bool(refusal) == (expected is not None)
+    if expected:
+        assert f"of line {expected[0]} is that of line {expected[1]}, too" in refusal
+
+
+def test_different_ids_of_one_hash_are_no_repeat() -> None:
+    class Alike(str):
+        def __hash__(self) -> int:
+            return 7
+
+    check_unique(lambda: enumerate(map(Alike, "abc"), 1))
 
 
 def test_every_line_comes_once_from_any_shard_on(tmp_path: Path) -> None:

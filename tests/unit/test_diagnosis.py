@@ -8,6 +8,7 @@ import pytest
 from workers import spec
 
 from millstream.broker.contract.job import Priority
+from millstream.broker.queue.announced import Announced
 from millstream.broker.queue.diagnosis import Finding, diagnose
 from millstream.broker.queue.pause import Pause
 from millstream.broker.queue.server_facts import ServerFacts
@@ -79,6 +80,11 @@ def test_what_is_wrong_with_the_server(server: ServerFacts, expected: tuple[str,
         (replace(WELL, drained={"h": "drain"}, workers=[], supervisors=[DRAINED]), ("warning", "drained")),
         (replace(WELL, drained={"h": "drain"}, workers=[], supervisors=[DRAINED], returned=1), ("error", "drained")),
         (replace(WELL, workers=[replace(WORKER, state="paused")], supervisors=[]), None),
+        (replace(WELL, announced=Announced(2, 4_000, None)), None),
+        (replace(WELL, announced=Announced(2, 60_000, None)), ("warning", "no_webhook_sender")),
+        (replace(WELL, announced=Announced(2, 60_000, 1_000)), None),
+        (replace(WELL, announced=Announced(2, 60_000, 6_000)), ("warning", "no_webhook_sender")),
+        (replace(WELL, announced=Announced(0, 0, 60_000)), None),
         (replace(WELL, supervisors=[replace(SUPERVISOR, age_ms=6_000)]), ("warning", "dead_supervisor")),
         (replace(WELL, supervisors=[replace(SUPERVISOR, clock_ms=9_000)]), ("warning", "clock_skew")),
     ],

@@ -33,6 +33,17 @@ def test_a_text_has_the_tokens_of_its_usage_and_its_finish_reason() -> None:
     assert ending(Reply(values=values, tokens=16)) == Ending("", 7, 9, ["length"])
 
 
+def test_a_text_has_the_time_of_its_first_piece_and_the_tokens_of_its_prompt_that_were_computed_before() -> None:
+    run = active()
+    run.first_output_at = 1_234
+    values: list[Json] = [{"text": "x", "finish_reason": "length", "usage": [7, 9, 2]}]
+
+    made = job_of(run, Reply(values=values, tokens=16), STAGES, 0.0)
+
+    assert made
+    assert (made.first_output, made.cached_tokens) == (1_234, 2)
+
+
 def test_vectors_and_other_values_have_the_tokens_of_the_job() -> None:
     assert ending(Reply(vectors=np.ones((1, 2), np.float32), tokens=3)) == Ending("", 3)
     assert ending(Reply(values=[{"text": 1}], tokens=3)) == Ending("", 3)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 
 import pytest
@@ -13,7 +17,7 @@ import pytest
 from millstream.broker.config.load import telemetry_of
 from millstream.broker.config.telemetry import TelemetrySettings
 from millstream.broker.contract.errors import ConfigError
-from millstream.telemetry.logs import JsonLines, TextLines, stack_of, without_passwords
+from millstream.telemetry.logs import JsonLines, TextLines, stack_of, text_lines, without_passwords
 
 
 def record(message: str, *args: object, error: BaseException | None = None) -> logging.LogRecord:
@@ -57,6 +61,58 @@ def test_a_record_of_one_of_several_services_names_that_one() -> None:
 
 def test_a_line_of_text_begins_with_the_process() -> None:
     assert TextLines("worker 100%").format(record("ready: %s", "m")) == "worker 100%: ready: m"
+
+
+class Output(io.StringIO):
+    """Standard error: a terminal or a file."""
+
+    def __init__(self, is_terminal: bool) -> None:
+        super().__init__()
+        self._is_terminal = is_terminal
+
+    def isatty(self) -> bool:
+        return self._is_terminal
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "environ", "line"),
+    [
+        (True, {"TERM": "xterm"}, "{at} \x1b[33mWARNING \x1b[0m worker 1: ready"),
+        (True, {"TERM": "xterm", "NO_COLOR": ""}, "{at} \x1b[33mWARNING \x1b[0m worker 1: ready"),
+        (True, {"TERM": "xterm", "NO_COLOR": "1"}, "{at} WARNING  worker 1: ready"),
+        (True, {"TERM": "dumb"}, "{at} WARNING  worker 1: ready"),
+        (True, {}, "{at} WARNING  worker 1: ready"),
+        (False, {"TERM": "xterm"}, "worker 1: ready"),
+    ],
+)
+def test_only_a_terminal_shows_time_and_level_and_colours_only_if_they_are_wanted(
+    is_terminal: bool, environ: Mapping[str, str], line: str
+) -> None:
+    each = record("ready")
+    at = time.strftime("%H:%M:%S", time.localtime(each.created))
+
+    assert text_lines("worker 1", Output(is_terminal), environ).format(each) == line.format(at=at)
+
+
+def test_a_process_on_a_terminal_logs_in_colours_and_one_with_a_pipe_does_not() -> None:
+    program = """
+import logging
+from millstream.broker.config.telemetry import TelemetrySettings
+from millstream.telemetry import logs
+logs.set_up(TelemetrySettings())
+logging.getLogger("millstream.worker").error("redis://:s3cr3t@host is away")
+"""
+    environ = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"TERM": "xterm"}
+    ours, its = os.openpty()
+    subprocess.run([sys.executable, "-c", program], stderr=its, env=environ, timeout=60, check=True)
+    piped = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environ, timeout=60, check=True)
+    os.close(its)
+    shown = os.read(ours, 4096).decode()
+    os.close(ours)
+
+    message = "millstream: redis://:***@host is away"
+    assert re.fullmatch(rf"\d\d:\d\d:\d\d \x1b\[31mERROR   \x1b\[0m {re.escape(message)}\r\n", shown)
+    assert piped.stderr.decode() == f"{message}\n"
 
 
 @pytest.mark.parametrize(

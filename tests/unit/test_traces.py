@@ -248,6 +248,39 @@ def test_a_job_is_below_its_call_and_has_its_stages_as_events(tracer: Tracer, sp
     assert (found["messaging.message.id"], found["millstream.batch.rows"]) == ("a" * 32, 3)
 
 
+def test_a_text_has_its_prefill_and_its_decoding_below_its_job(tracer: Tracer, spans: InMemorySpanExporter) -> None:
+    worker = WorkerTraces(tracer, "chat", "smollm", GENERATE, "w-1")
+
+    worker.record_job(Job("a" * 32, TRACE, "", True, 1, STAGES, 5.0, Ending("", 7, 9, ["stop"]), 1_040, 3))
+
+    prefill, decode, job = spans.get_finished_spans()
+    assert job.context
+    for part, name, start, end in (
+        (prefill, "prefill chat", 1_025_000_000, 1_045_000_000),
+        (decode, "decode chat", 1_045_000_000, 1_065_000_000),
+    ):
+        assert part.parent
+        assert (part.name, part.parent.span_id) == (name, job.context.span_id)
+        assert (part.start_time, part.end_time) == (start, end)
+    assert attributes(prefill)["gen_ai.usage.input_tokens"] == 7
+    assert attributes(prefill)["gen_ai.usage.cache_read.input_tokens"] == 3
+    assert attributes(decode)["gen_ai.usage.output_tokens"] == 9
+
+
+def test_a_text_that_failed_has_parts_without_tokens_and_one_without_output_has_none(
+    tracer: Tracer, spans: InMemorySpanExporter
+) -> None:
+    worker = WorkerTraces(tracer, "chat", "smollm", GENERATE, "w-1")
+
+    worker.record_job(Job("a" * 32, TRACE, "", True, 1, STAGES, 0.0, Ending("model_failed", 7), 1_040))
+    worker.record_job(Job("b" * 32, TRACE, "", True, 1, STAGES, 0.0, Ending("model_failed", 7)))
+
+    *parts, _, alone = spans.get_finished_spans()
+    assert [part.name for part in parts] == ["prefill chat", "decode chat"]
+    assert all("gen_ai" not in name for part in parts for name in attributes(part))
+    assert alone.name == "job chat"
+
+
 def test_an_operation_without_conventions_has_no_attributes_of_them(
     tracer: Tracer, spans: InMemorySpanExporter
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from typing import cast
 
 import fakeredis
@@ -13,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millstream.broker.contract.errors import InputTooLong, MillstreamError, ModelFailed
-from millstream.broker.contract.job import Claim, Priority, Reply
+from millstream.broker.contract.job import PRIORITIES, Claim, Priority, Reply
 from millstream.broker.contract.keys import ServiceKeys
+from millstream.broker.contract.metrics import TIMES_MS, bucket_fields
 from millstream.broker.queue.lease import NO_PACKAGE, Beat, Lease, Package
 from millstream.worker.context import Context
 from millstream.worker.engines.one_shot import OneShot
@@ -23,7 +26,7 @@ from millstream.worker.intake.heartbeat import Heartbeat, Watch
 from millstream.worker.intake.settler import Finished, Settler
 from millstream.worker.models.echo import EchoModel
 from millstream.worker.scheduling.batcher import Budget
-from millstream.worker.scheduling.histograms import Histograms
+from millstream.worker.scheduling.histograms import MOST_WAITING, Histograms
 from millstream.worker.scheduling.packages import REPEATED_S, Packages
 from millstream.worker.window import Window
 
@@ -263,6 +266,7 @@ def test_the_first_piece_of_a_text_counts_from_acceptance_and_the_others_from_th
     histograms.add_output(job, NOW + 90, 10.05)
 
     assert histograms["first_token"].total == 40
+    assert job.first_output_at == NOW + 40
     assert histograms["between_tokens"].total == pytest.approx(50.0)
 
 
@@ -273,3 +277,39 @@ def test_a_text_that_goes_on_after_another_worker_has_no_first_piece_here() -> N
     histograms.add_output(job, NOW + 40, 10.0)
 
     assert sum(histograms["first_token"].counts) == 0
+
+
+def test_values_are_counted_in_time_and_none_is_lost_however_many_there_are() -> None:
+    histograms = Histograms()
+    rows = 2 * MOST_WAITING + 7
+
+    for number in range(rows):
+        histograms.add_forward(1 + number % 4, 10, 0)
+    read = [histograms["batch_rows"] for _ in range(2)]
+
+    assert [each.counts.sum() for each in read] == [rows, rows]
+    assert histograms["batch_tokens"].total == 10 * rows
+    assert histograms["padding"].counts.sum() == 0
+
+
+@given(
+    st.lists(
+        st.lists(st.tuples(st.sampled_from("123"), st.integers(-5, 400_000), st.floats(0.0, 4e5)), max_size=300),
+        max_size=6,
+    )
+)
+def test_histograms_of_answers_have_each_value_in_its_bucket(calls: list[list[tuple[str, int, float]]]) -> None:
+    """Against one bisection a value."""
+    histograms, expected = Histograms(), Counter[str]()
+
+    for call in calls:
+        answers = histograms.answers()
+        for stream, ms, s in call:
+            answers[stream].extend((max(0, ms), ms, s))
+            priority = PRIORITIES[int(stream) - 1]
+            for name, value in ((f"wait:{priority}", max(0, ms)), (f"total:{priority}", max(0, ms)), ("inference", s)):
+                expected[bucket_fields(name)[bisect_left(TIMES_MS, value)]] += 1
+
+    found = histograms.counts()
+    assert {field: count for field, count in found.items() if not field.endswith(":sum")} == expected
+    assert found.get("inference:sum", 0) == pytest.approx(1000 * sum(s for call in calls for *_, s in call), abs=1)

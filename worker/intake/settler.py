@@ -15,7 +15,7 @@ from millstream.broker.contract.errors import CODES, Malformed, MillstreamError,
 from millstream.broker.contract.generation import Usage, read_usage
 from millstream.broker.contract.job import Address, Claim, Reply
 from millstream.broker.contract.stages import Stages
-from millstream.broker.queue.stream_types import NO_FAILURES, Settlement
+from millstream.broker.queue.stream_types import Settlement
 from millstream.broker.queue.streams import MAX_BYTES_PER_CALL, MAX_JOBS_PER_CALL, Streams
 from millstream.broker.transport.connection import retrying
 from millstream.telemetry.worker_traces import WorkerTraces
@@ -159,6 +159,9 @@ class Settler(threading.Thread):
         except BaseException as error:  # noqa: BLE001 - a result may have code of its own, and must not fail other jobs
             answer = Reply(error=ModelFailed(f"the answer cannot be sent: {type(error).__name__}"))
             encoded = encode_reply(answer)
+        # The usual case, kept fast: no row has an error.
+        if answer.error is None and not answer.errors:
+            return Settlement(finished.address, encoded, finished.bury)
         return Settlement(finished.address, encoded, finished.bury, _failed(answer, finished.address.rows))
 
     def _trace(self, traces: WorkerTraces, finished: Finished) -> None:
@@ -182,14 +185,24 @@ class Settler(threading.Thread):
         self._window.forget([settlement.address.name for settlement in batch])
 
     def _count(self, answered: Sequence[Finished]) -> None:
-        count = self._counters
-        count.jobs += len(answered)
-        count.tokens_in += sum([each.reply.tokens for each in answered])
-        self._histograms.add_answers([(each.address, each.reply.timings) for each in answered], self._clock.now())
-        for usage in [_usage(each.reply) for each in answered if each.address.streams]:
-            if usage:
-                count.tokens_out += usage.completion
-                count.tokens_reused += usage.cached
+        """Counts jobs that were answered now. It runs for every job, so it makes no call for each."""
+        now, tokens, waiting = self._clock.now(), 0, self._histograms.answers()
+        for finished in answered:
+            address, reply = finished.address, finished.reply
+            tokens += reply.tokens
+            # A job that never ran has no times.
+            if timings := reply.timings:
+                times = waiting[address.name[0]]
+                times += (timings["queue"], now - address.at, timings["inference"])
+            if address.streams:
+                self._count_text(reply)
+        self._counters.jobs += len(answered)
+        self._counters.tokens_in += tokens
+
+    def _count_text(self, reply: Reply) -> None:
+        if usage := _usage(reply):
+            self._counters.tokens_out += usage.completion
+            self._counters.tokens_reused += usage.cached
 
 
 def _usage(reply: Reply) -> Usage | None:
@@ -203,9 +216,7 @@ def _usage(reply: Reply) -> Usage | None:
 
 def _failed(reply: Reply, rows: int) -> Mapping[str, int]:
     """Returns the number of rows with an error, by its code. A code is a class's: their number is limited."""
-    if reply.error is not None:
-        return {_code(reply.error): rows}
-    return Counter(map(_code, reply.errors.values())) if reply.errors else NO_FAILURES
+    return {_code(reply.error): rows} if reply.error else Counter(map(_code, reply.errors.values()))
 
 
 def _code(error: MillstreamError) -> str:

@@ -43,6 +43,7 @@ class ActiveJob:
     `prepared_at`, `ended_at`: server ms at which its rows could run, and had their outcomes; `batch` as in Stages.
     `batch_trace`: context of the span of its last batch, or "".
     `output_at`: monotonic seconds of the last piece of its text, None before the first one here.
+    `first_output_at`: server ms of the first one here, 0 before it.
     """
 
     claim: Claim
@@ -63,6 +64,7 @@ class ActiveJob:
     batch: int = 0
     batch_trace: str = ""
     output_at: float | None = None
+    first_output_at: int = 0
 
     def __post_init__(self) -> None:
         self.name = self.claim.address.name

@@ -5,68 +5,115 @@ Each is observed by one thread: forwards and outputs by the runner, answers by t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
-from millstream.broker.contract.job import PRIORITIES, Address
+import numpy as np
+
+from millstream.broker.contract.job import PRIORITIES
 from millstream.broker.contract.metrics import HISTOGRAMS, THOUSAND, Histogram, bucket_fields, sum_field
 from millstream.worker.scheduling.active_job import ActiveJob
+
+MOST_WAITING = 500
+"""Rows that wait at most until they are put into buckets: so many at once cost a fifth of one after another."""
+
+
+class _Observed:
+    """Histograms that are observed together: a row has one value of each, NaN if it has none.
+
+    For one thread that adds rows, and others that read.
+    """
+
+    __slots__ = ("_names", "state")
+
+    def __init__(self, *names: str) -> None:
+        self._names = names
+        # The histograms, and values that are not in them yet. Replaced as a whole, for threads that read.
+        self.state: tuple[Sequence[Histogram], list[float]] = (
+            [Histogram.empty(HISTOGRAMS[name]) for name in names],
+            [],
+        )
+
+    def add(self, row: Sequence[float]) -> None:
+        waiting = self.state[1]
+        waiting += row
+        if len(waiting) >= MOST_WAITING * len(row):
+            self.fold()
+
+    def fold(self) -> None:
+        """Puts all values into buckets."""
+        self.state = (self._read(), [])
+
+    def read(self) -> Iterable[tuple[str, Histogram]]:
+        """Returns each histogram with its name."""
+        return zip(self._names, self._read(), strict=True)
+
+    def _read(self) -> Sequence[Histogram]:
+        histograms, waiting = self.state
+        # A copy: meanwhile the other thread may add.
+        if not (values := waiting.copy()):
+            return histograms
+        # No value is negative, but times are differences of a clock that may step back.
+        columns = np.maximum(np.fromiter(values, np.float64, len(values)), 0.0).reshape(-1, len(self._names)).T
+        return [each.plus(column[~np.isnan(column)]) for each, column in zip(histograms, columns, strict=True)]
 
 
 class Histograms:
     """All histograms of the contract. Times are in ms."""
 
     def __init__(self) -> None:
-        self._by_name = {name: Histogram(bounds) for name, bounds in HISTOGRAMS.items()}
-        self._fields = {name: (bucket_fields(name), sum_field(name)) for name in HISTOGRAMS}
-        # By the number of the stream, with which an entry's name begins: each answer needs them.
-        self._by_stream = {
-            str(number): (self._by_name[f"wait:{priority}"], self._by_name[f"total:{priority}"])
+        # By the number of the stream, with which an entry's name begins: each answer needs it.
+        self._answers = {
+            str(number): _Observed(f"wait:{priority}", f"total:{priority}", "inference")
             for number, priority in enumerate(PRIORITIES, start=1)
         }
+        self._waiting = {stream: observed.state[1] for stream, observed in self._answers.items()}
+        self._forwards = _Observed("batch_rows", "batch_tokens", "padding")
+        self._first, self._between = _Observed("first_token"), _Observed("between_tokens")
+        self._fields = {name: (bucket_fields(name), sum_field(name)) for name in HISTOGRAMS}
 
     def __getitem__(self, name: str) -> Histogram:
-        return self._by_name[name]
+        return self._read()[name]
 
     def add_forward(self, rows: int, tokens: int, computed: int) -> None:
         """Adds a forward over `rows`. `computed`: tokens with padding, 0 if unknown."""
-        self._by_name["batch_rows"].observe(rows)
-        self._by_name["batch_tokens"].observe(computed or tokens)
-        if tokens and computed:
-            self._by_name["padding"].observe(computed / tokens)
+        padding = computed / tokens if tokens and computed else math.nan
+        self._forwards.add((rows, computed or tokens, padding))
 
     def add_output(self, job: ActiveJob, now: int, now_s: float) -> None:
         """Adds a piece of the text of `job` at `now`, server ms, and `now_s`, monotonic seconds."""
         if job.output_at is not None:
-            self._by_name["between_tokens"].observe((now_s - job.output_at) * 1000)
-        elif not job.records:
-            self._by_name["first_token"].observe(max(0, now - job.request.at))
+            self._between.add(((now_s - job.output_at) * 1000,))
+        else:
+            job.first_output_at = now
+            if not job.records:
+                self._first.add((now - job.request.at,))
         job.output_at = now_s
 
-    def add_answers(self, answers: Iterable[tuple[Address, Mapping[str, float]]], now: int) -> None:
-        """Adds jobs that were settled at `now`, server ms, with their timings. Jobs that never ran do not count."""
-        # Collected first: this runs for every job, and a call for each value would take twice the time.
-        waits: dict[str, list[float]] = {}
-        totals: dict[str, list[float]] = {}
-        inferences: list[float] = []
-        for address, timings in answers:
-            if timings:
-                stream, total = address.name[0], now - address.at
-                if stream not in waits:
-                    waits[stream], totals[stream] = [], []
-                waits[stream].append(timings["queue"])
-                totals[stream].append(total if total > 0 else 0.0)
-                inferences.append(timings["inference"])
-        for stream, (wait, total_time) in self._by_stream.items():
-            if stream in waits:
-                wait.observe_all(waits[stream])
-                total_time.observe_all(totals[stream])
-        self._by_name["inference"].observe_all(inferences)
+    def answers(self) -> Mapping[str, list[float]]:
+        """Returns lists by the number of the stream, for the settler, which asks for them each time.
+
+        It adds three times of each answered job that ran: to its first forward, to its end, and in the model.
+        """
+        # Not a method for each job: it would take twice the time.
+        if sum(map(len, self._waiting.values())) >= 3 * MOST_WAITING:
+            for observed in self._answers.values():
+                observed.fold()
+            self._waiting = {stream: observed.state[1] for stream, observed in self._answers.items()}
+        return self._waiting
 
     def counts(self) -> dict[str, int]:
         """Returns all fields so far that are not zero."""
         found: dict[str, int] = {}
-        for name, histogram in self._by_name.items():
+        for name, histogram in self._read().items():
             buckets, total = self._fields[name]
-            found.update(zip(buckets, histogram.counts, strict=True))
+            found.update(zip(buckets, histogram.counts.tolist(), strict=True))
             found[total] = round(histogram.total * THOUSAND)
         return {field: count for field, count in found.items() if count}
+
+    def _read(self) -> Mapping[str, Histogram]:
+        found: dict[str, Histogram] = {}
+        for observed in (*self._answers.values(), self._forwards, self._first, self._between):
+            for name, histogram in observed.read():
+                found[name] = found[name].merged(histogram) if name in found else histogram
+        return found

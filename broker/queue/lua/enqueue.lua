@@ -262,9 +262,11 @@ for group = 1, tonumber(ARGV[1]) do
   end
   arg, key = arg + 10 * jobs, key + jobs
 end
-for priority, name in ipairs(PRIORITIES) do
-  count('jobs:' .. name, added_jobs[priority])
-  count('further_rows:' .. name, further_rows[priority])
+for priority, jobs in ipairs(added_jobs) do
+  if jobs > 0 then
+    count('jobs:' .. PRIORITIES[priority], jobs)
+    count('further_rows:' .. PRIORITIES[priority], further_rows[priority])
+  end
 end
 for reason, calls in pairs(refusals) do count('refused:' .. reason, calls) end
 return outcomes
