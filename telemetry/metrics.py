@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from millstream.broker.contract import errors
 from millstream.broker.contract.job import PRIORITIES, Priority
+from millstream.broker.queue.canary_state import STATUSES
 from millstream.broker.queue.metrics import HistogramView, ServiceMetrics, backlog_s
 from millstream.broker.queue.views import ServiceView
 
@@ -58,11 +60,20 @@ STATES = ("ready", "paused", "away", "draining")
 """States of live workers: `away` if the server behind them cannot be reached."""
 
 
+NO_SHARES: Mapping[str, float] = MappingProxyType({})
+
+
 class Reading(NamedTuple):
-    """A service now, and its totals."""
+    """A service now, and its totals.
+
+    `shares` are its parts of the calls, 0 to 1, by route that it is a version of. `canary` is the state of the canary
+    that was started last for it, "" for none.
+    """
 
     view: ServiceView
     totals: ServiceMetrics
+    shares: Mapping[str, float] = NO_SHARES
+    canary: str = ""
 
 
 Values = Mapping[str, float]
@@ -189,6 +200,21 @@ METRICS: tuple[Metric, ...] = (
         "state",
     ),
     _gauge("paused", "1 if the service is paused.", "", lambda now: float(now.view.paused is not None)),
+    _gauge(
+        "route_share",
+        "Part of a route's calls that the service gets as one of its versions, 0 to 1.",
+        "ratio",
+        lambda now: now.shares,
+        "route",
+    ),
+    _gauge(
+        "canary",
+        "1 for the state of the canary that was started last for the service; no series if its route's weights were "
+        "changed since.",
+        "",
+        lambda now: {each: float(each == now.canary) for each in STATUSES} if now.canary else None,
+        "status",
+    ),
     _gauge("dead_letters", "Dead letters that are stored.", "jobs", lambda now: now.view.dead_letters),
     _counter(
         "jobs_accepted", "Jobs that were accepted.", "jobs", lambda now: _by_priority(now.totals.jobs), "priority"
@@ -260,5 +286,7 @@ LABELS: Mapping[str, Sequence[str]] = {
     "code": CODES,
     "reason": (*REASONS, *BURIED),
     "outcome": WEBHOOK_ENDS,
+    "status": STATUSES,
+    "route": (),
 }
-"""Values of the labels beside `service`. Workers of other versions may add some."""
+"""Values of the labels beside `service`; none for a label of names. Workers of other versions may add some."""

@@ -49,6 +49,18 @@ class HistogramView:
             lower, below = bound, below + count
         return lower if self.count else None
 
+    def above(self, value: float) -> float:
+        """Returns how many values are above `value`, interpolated within its bucket.
+
+        Of values above the last bound nothing else is known: none of them is above a `value` beyond that bound.
+        """
+        found, lower = 0.0, 0.0
+        for bound, count in zip(self.bounds, self.counts, strict=False):
+            if value < bound:
+                found += count * min(1.0, (bound - value) / (bound - lower))
+            lower = bound
+        return found + (self.counts[-1] if value < lower else 0)
+
     def since(self, earlier: HistogramView) -> HistogramView:
         """Returns the values observed after `earlier` was read; all of them if the totals began again meanwhile."""
         counts = [now - before for now, before in zip(self.counts, earlier.counts, strict=True)]

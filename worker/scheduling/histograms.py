@@ -60,6 +60,7 @@ class Histograms:
             if stream in waits:
                 wait.observe_all(waits[stream])
                 total_time.observe_all(totals[stream])
+                self._by_name["latency"].observe_all(totals[stream])
         self._by_name["inference"].observe_all(inferences)
 
     def counts(self) -> dict[str, int]:
