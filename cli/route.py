@@ -14,6 +14,7 @@ from millstream.cli import options
 from millstream.cli.completion import complete_services
 from millstream.cli.groups import Group
 from millstream.cli.route_canary import canary, canary_record, tell_canary
+from millstream.cli.route_shadows import ShadowView, find_shadows, tell_shadows
 from millstream.cli.route_views import (
     CanaryNow,
     VersionView,
@@ -52,13 +53,18 @@ def show(names: Sequence[str], url: str | None, prefix: str | None, as_json: boo
     with open_routes(url, prefix) as (connection, routes, key_prefix):
         found = [routes.read(name) for name in names or routes.names()]
         views = [view for each in found for view in find_versions(connection, key_prefix, each)]
+        shadows = {each.name: find_shadows(connection, key_prefix, each) for each in found}
         canaries = {each.name: find_canary(connection, key_prefix, each) for each in found}
     if as_json:
-        click.echo(json.dumps([_record(each, views, canaries[each.name]) for each in found], indent=2))
+        click.echo(
+            json.dumps([_record(each, views, shadows[each.name], canaries[each.name]) for each in found], indent=2)
+        )
     elif found:
         click.echo(fit([_HEADING, *map(_row, views)], terminal_width(), ("REFUSED", "WAITING", "SERVICE", "JOBS")))
         for each in found:
             click.echo(f"{each.name}: sticky {each.sticky}, fallback {each.fallback or 'none'}")
+            for line in tell_shadows(each, shadows[each.name]):
+                click.echo(line)
             if canary_now := canaries[each.name]:
                 click.echo(tell_canary(each, *canary_now))
     else:
@@ -116,13 +122,16 @@ def _change(
     click.echo(f"{name}: {shares}; clients follow within a second")
 
 
-def _record(route: RouteSpec, views: Sequence[VersionView], canary_now: CanaryNow | None) -> dict[str, object]:
+def _record(
+    route: RouteSpec, views: Sequence[VersionView], shadows: Sequence[ShadowView], canary_now: CanaryNow | None
+) -> dict[str, object]:
     versions = [view._asdict() for view in views if view.route == route.name]
     return {
         "route": route.name,
         "sticky": route.sticky,
         "fallback": route.fallback,
         "previous": route.previous,
+        "shadows": [shadow._asdict() for shadow in shadows],
         "canary": canary_record(*canary_now) if canary_now else None,
         "versions": [{key: value for key, value in each.items() if key != "route"} for each in versions],
     }

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from millstream.broker.contract import errors
 from millstream.broker.contract.job import PRIORITIES, Priority
+from millstream.broker.contract.metrics import SHADOW_ENDS
 from millstream.broker.queue.canary_state import STATUSES
 from millstream.broker.queue.metrics import HistogramView, ServiceMetrics, backlog_s
 from millstream.broker.queue.views import ServiceView
@@ -255,6 +256,13 @@ METRICS: tuple[Metric, ...] = (
         lambda now: _from_zero(now.totals.webhooks, WEBHOOK_ENDS),
         "outcome",
     ),
+    _counter(
+        "shadows",
+        "Copies of calls to another version: compared with the call, failed, or dropped by client or queue.",
+        "calls",
+        lambda now: _from_zero(now.totals.shadows, SHADOW_ENDS),
+        "outcome",
+    ),
     _counter("rows_cached", "Rows that clients found in the cache.", "rows", lambda now: now.totals.cached),
     _work("batches", "Forwards of the model.", "batches", "forwards"),
     _work("rows_run", "Rows of all batches.", "rows", "rows"),
@@ -274,6 +282,14 @@ METRICS: tuple[Metric, ...] = (
         "first_token_seconds", "Time from acceptance to the first piece of a generated text.", "seconds", "first_token"
     ),
     _histogram("between_tokens_seconds", "Time between two pieces of a generated text.", "seconds", "between_tokens"),
+    _histogram(
+        "shadow_agreement",
+        "Agreement of copies with their calls, 0 to 1: cosine of vectors, rank correlation of scores, else share of "
+        "equal rows.",
+        "ratio",
+        "shadow_agreement",
+    ),
+    _histogram("shadow_latency_seconds", "Time to the answer of a copy.", "seconds", "shadow_latency"),
     _histogram("batch_rows", "Rows of a forward.", "rows", "batch_rows"),
     _histogram("batch_tokens", "Tokens of a forward, padding included.", "tokens", "batch_tokens"),
     _histogram("padding_ratio", "Computed tokens for each token of the inputs; 1 without padding.", "ratio", "padding"),
@@ -285,7 +301,7 @@ LABELS: Mapping[str, Sequence[str]] = {
     "state": STATES,
     "code": CODES,
     "reason": (*REASONS, *BURIED),
-    "outcome": WEBHOOK_ENDS,
+    "outcome": (*WEBHOOK_ENDS, *SHADOW_ENDS),
     "status": STATUSES,
     "route": (),
 }

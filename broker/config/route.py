@@ -27,6 +27,7 @@ def _weight_alone(value: object) -> object:
     return {"weight": value} if isinstance(value, int | float | str) else value
 
 
+Share = Annotated[Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)], BeforeValidator(_weight)]
 Weight = Annotated[Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)], BeforeValidator(_weight)]
 
 
@@ -45,6 +46,7 @@ class Route(Settings):
     fallback: VersionName | None = None
     fallback_across_versions: bool = False
     canary: Canary | None = None
+    shadow: dict[VersionName, Share] = Field(default_factory=dict)
 
     def service_of(self, route: str, version: str) -> str:
         """Returns the name of a version's service."""
@@ -59,6 +61,7 @@ class Route(Settings):
             sticky=self.sticky or ("tenant" if operation.compared else "none"),
             fallback=self.fallback,
             crosses=self.fallback_across_versions or operation.results != "vectors",
+            shadow=self.shadow,
             canary=CanaryPlan(**self.canary.model_dump()) if self.canary else None,
         )
 
@@ -70,8 +73,9 @@ class RouteSpec(BaseModel):
     """A route with every default filled in, as the server has it.
 
     `services` and `weights` are by version. `fallback` is the version that repeats calls which fail. If `crosses` is
-    false, a caller never gets another version than its own. `previous` are the weights before the last change. `canary`
-    is the file's plan. `canary_run` names the canary whose state has the weights in effect, "" if `weights` are.
+    false, a caller never gets another version than its own. `previous` are the weights before the last change. `shadow`
+    are the shares of the calls, 0 to 1, that versions get copies of. `canary` is the file's plan. `canary_run` names
+    the canary whose state has the weights in effect, "" if `weights` are.
     """
 
     # Unknown keys are those of newer versions.
@@ -84,12 +88,13 @@ class RouteSpec(BaseModel):
     fallback: VersionName | None = None
     crosses: bool = True
     previous: dict[VersionName, Weight] | None = None
+    shadow: dict[VersionName, Share] = Field(default_factory=dict)
     canary: CanaryPlan | None = None
     canary_run: str = ""
 
     @model_validator(mode="after")
     def _names_its_versions(self) -> RouteSpec:
-        named = {*self.weights, *([self.fallback] if self.fallback else [])}
+        named = {*self.weights, *self.shadow, *([self.fallback] if self.fallback else [])}
         if unknown := sorted(named - set(self.services)):
             raise ValueError(f"no version {', '.join(unknown)}")
         return self

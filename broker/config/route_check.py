@@ -41,9 +41,14 @@ def _versions(path: KeyPath, name: str, route: Route, services: Mapping[str, Ope
 
 
 def _canary(path: KeyPath, route: Route) -> Found:
+    known = ", ".join(route.versions)
     if route.canary and route.canary.to not in route.versions:
-        known = ", ".join(route.versions)
         yield (*path, "canary", "to"), f"no version named {route.canary.to}; known are: {known}"
+    for version in route.shadow:
+        if version not in route.versions:
+            yield (*path, "shadow", version), f"no version named {version}; known are: {known}"
+    if sum(route.shadow.values()) > 1:
+        yield (*path, "shadow"), "the shares are more than 1 together"
 
 
 def _fallback(path: KeyPath, name: str, route: Route, services: Mapping[str, Operation | None]) -> Found:

@@ -68,6 +68,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "fallback": "The version that runs a call again if its own version refuses it or fails.",
     "fallback_across_versions": "Allow a fallback for an embedding service, whose vectors of two versions differ.",
     "canary": "The canary that `millstream route canary start` begins.",
+    "shadow": "Versions that get copies of calls to compare their answers, and the share of the calls, 0 to 1.",
     "to": "The version that gets more and more of the calls.",
     "steps": "Its parts of the calls, percent, one after the other.",
     "every": "Time of each step; then the version is judged.",
