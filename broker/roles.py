@@ -56,7 +56,7 @@ _CALL = (
         "partial:* metrics webhooks",
     ),
     Grant("xadd pexpire", write="webhooks"),
-    Grant("hget hmget", read="service bucket bucket:* call:*"),
+    Grant("hget hmget", read="service canary bucket bucket:* call:*"),
     Grant("hset hincrby hexists hstrlen hlen pttl pexpire", write="call:*"),
     Grant("get pttl exists", read="paused seen:* result:*"),
     Grant("mget", read="cache:*"),
@@ -85,6 +85,7 @@ _WORK = (
     Grant("hset hincrby hmget hstrlen hlen pexpire", write="call:*"),
     Grant("evalsha", write=f"service {_JOBS} paused workers worker:* cancelled reclaim trail bell metrics"),
     Grant("hsetnx", write="service"),
+    Grant("evalsha hset hmget", write="canary"),
     Grant("xreadgroup xack xclaim xdel xgroup|create xgroup|setid xgroup|delconsumer", write=f"{_JOBS} bell"),
     Grant("zadd zrem pexpire", write="workers cancelled"),
     Grant("hset hdel hincrby del pexpire", write="worker:* trail supervisors"),
@@ -130,6 +131,7 @@ _SCRIPTS: dict[str, Role] = {
     "release": "worker",
     "reclaim": "worker",
     "slots": "worker",
+    "canary": "worker",
     "purge": "admin",
 }
 

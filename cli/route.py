@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import click
 
 from millstream.broker.config.route import RouteSpec
 from millstream.broker.config.route_changes import promote, roll_back, set_weights
-from millstream.broker.contract.errors import InvalidRequest, NoWorkers
-from millstream.broker.queue.inspector import Inspector
-from millstream.broker.queue.metrics import Metrics
 from millstream.broker.queue.registry import Registry
-from millstream.broker.queue.routes import Routes
-from millstream.broker.transport.connection import Connection
 from millstream.cli import options
 from millstream.cli.completion import complete_services
 from millstream.cli.groups import Group
-from millstream.cli.server import connect, find_server
+from millstream.cli.route_canary import canary, canary_record, tell_canary
+from millstream.cli.route_shadows import ShadowView, find_shadows, tell_shadows
+from millstream.cli.route_views import (
+    CanaryNow,
+    VersionView,
+    check_services,
+    check_workers,
+    find_canary,
+    find_versions,
+    open_routes,
+)
 from millstream.cli.table import fit, terminal_width
 
 _route = click.argument("route", shell_complete=complete_services)
@@ -29,28 +32,12 @@ _force = click.option("--force", is_flag=True, help="Also if no worker of a vers
 _HEADING = ("ROUTE", "VERSION", "SERVICE", "WEIGHT", "SHARE", "WORKERS", "WAITING", "JOBS", "OK", "FAILED", "REFUSED")
 
 
-class VersionView(NamedTuple):
-    """A version of a route as it is seen now. The counts are totals of its service, see Metrics.
-
-    `share` is the part of the calls by weight, 0 to 1; `jobs` are accepted ones; `ok` and `failed` are rows.
-    """
-
-    route: str
-    version: str
-    service: str
-    weight: float
-    share: float
-    workers: int
-    waiting: int
-    jobs: int
-    ok: int
-    failed: int
-    refused: int
-
-
 @click.group("route", cls=Group)
 def route() -> None:
     """Show the routes between versions of a service, and change their weights while calls go on."""
+
+
+route.add_command(canary)
 
 
 @route.command()
@@ -63,15 +50,23 @@ def show(names: Sequence[str], url: str | None, prefix: str | None, as_json: boo
 
     JOBS to REFUSED are totals of the version's service: accepted jobs, answered and failed rows, refused calls.
     """
-    with _open(url, prefix) as (connection, routes, key_prefix):
+    with open_routes(url, prefix) as (connection, routes, key_prefix):
         found = [routes.read(name) for name in names or routes.names()]
-        views = [view for each in found for view in _versions(connection, key_prefix, each)]
+        views = [view for each in found for view in find_versions(connection, key_prefix, each)]
+        shadows = {each.name: find_shadows(connection, key_prefix, each) for each in found}
+        canaries = {each.name: find_canary(connection, key_prefix, each) for each in found}
     if as_json:
-        click.echo(json.dumps([_record(each, views) for each in found], indent=2))
+        click.echo(
+            json.dumps([_record(each, views, shadows[each.name], canaries[each.name]) for each in found], indent=2)
+        )
     elif found:
         click.echo(fit([_HEADING, *map(_row, views)], terminal_width(), ("REFUSED", "WAITING", "SERVICE", "JOBS")))
         for each in found:
             click.echo(f"{each.name}: sticky {each.sticky}, fallback {each.fallback or 'none'}")
+            for line in tell_shadows(each, shadows[each.name]):
+                click.echo(line)
+            if canary_now := canaries[each.name]:
+                click.echo(tell_canary(each, *canary_now))
     else:
         click.echo("no route is registered here: see docs/routes.md")
 
@@ -116,62 +111,28 @@ def _change(
     name: str, url: str | None, prefix: str | None, force: bool, change: Callable[[RouteSpec], RouteSpec]
 ) -> None:
     """Changes a route's weights and prints them. Clients follow within a second."""
-    with _open(url, prefix) as (connection, routes, key_prefix):
+    with open_routes(url, prefix) as (connection, routes, key_prefix):
         planned = change(routes.read(name))
-        _check_services(Registry(connection, key_prefix), planned)
+        check_services(Registry(connection, key_prefix), planned)
         if not force:
-            _check_workers(connection, key_prefix, planned)
+            check_workers(connection, key_prefix, planned)
         changed = routes.change(name, change)
     whole = sum(changed.weights.values())
     shares = ", ".join(f"{version} {weight / whole:.1%}" for version, weight in changed.weights.items())
     click.echo(f"{name}: {shares}; clients follow within a second")
 
 
-def _check_services(registry: Registry, route: RouteSpec) -> None:
-    """Raises UnknownService if the service of a version is not registered, InvalidRequest if types differ."""
-    types = {service: registry.read(service).model.type for service in route.services.values()}
-    if len(set(types.values())) > 1:
-        named = ", ".join(f"{service} is {of}" for service, of in types.items())
-        raise InvalidRequest(f"the versions of route {route.name!r} are of different types: {named}")
-
-
-def _check_workers(connection: Connection, prefix: str, route: RouteSpec) -> None:
-    for view in _versions(connection, prefix, route):
-        if view.weight and not view.workers:
-            raise NoWorkers(
-                f"no worker of service {view.service!r}, version {view.version!r}, is alive",
-                hint="start one first; --force changes the weights anyway",
-            )
-
-
-def _versions(connection: Connection, prefix: str, route: RouteSpec) -> Iterator[VersionView]:
-    names = list(route.services.values())
-    views, totals = Inspector(connection, prefix).services(names), Metrics(connection, prefix).services(names)
-    whole = sum(route.weights.values()) or 1.0
-    for (version, service), view, total in zip(route.services.items(), views, totals, strict=True):
-        weight = route.weights.get(version, 0.0)
-        yield VersionView(
-            route=route.name,
-            version=version,
-            service=service,
-            weight=weight,
-            share=weight / whole,
-            workers=len(view.workers),
-            waiting=sum(view.waiting.values()),
-            jobs=sum(total.jobs.values()),
-            ok=total.ok,
-            failed=sum(total.failed.values()),
-            refused=sum(total.refused.values()),
-        )
-
-
-def _record(route: RouteSpec, views: Sequence[VersionView]) -> dict[str, object]:
+def _record(
+    route: RouteSpec, views: Sequence[VersionView], shadows: Sequence[ShadowView], canary_now: CanaryNow | None
+) -> dict[str, object]:
     versions = [view._asdict() for view in views if view.route == route.name]
     return {
         "route": route.name,
         "sticky": route.sticky,
         "fallback": route.fallback,
         "previous": route.previous,
+        "shadows": [shadow._asdict() for shadow in shadows],
+        "canary": canary_record(*canary_now) if canary_now else None,
         "versions": [{key: value for key, value in each.items() if key != "route"} for each in versions],
     }
 
@@ -191,10 +152,3 @@ def _read_weight(text: str) -> tuple[str, float]:
     if not (version and equals and 0 <= number <= 1e6):
         raise click.UsageError(f"{text!r} is not VERSION=WEIGHT with a weight from 0 to 1000000, such as v2=25.")
     return version, number
-
-
-@contextmanager
-def _open(url: str | None, prefix: str | None) -> Iterator[tuple[Connection, Routes, str]]:
-    target = find_server(url, prefix)
-    with connect(target.url) as connection:
-        yield connection, Routes(connection, target.prefix), target.prefix

@@ -29,6 +29,7 @@ from millstream.cli.interrupts import Interrupts, interrupt_at_eof
 from millstream.cli.server import connect, redis_cli
 from millstream.cli.status import status_line
 from millstream.cli.supervise import supervise
+from millstream.worker.supervision.canary_driver import driving
 from millstream.worker.supervision.plan import Plan, preflight
 from millstream.worker.supervision.supervisor import Supervisor
 from millstream.worker.supervision.webhook_sender import sending
@@ -125,8 +126,8 @@ def _run(config: Config, interrupts: Interrupts, stack: Stack) -> None:
         variables = stack.telemetry.variables()
         supervisor = Supervisor(stack.url, prefix, plans, drain_s=stack.drain_s, variables=variables)
         names = [spec.name for spec in specs]
-        sender = sending(stack.url, prefix, names, config.webhooks)
-        with sender, status_line(connection.safe_url) as status:
+        sender, driver = sending(stack.url, prefix, names, config.webhooks), driving(stack.url, prefix, names)
+        with sender, driver, status_line(connection.safe_url) as status:
             inspector = Inspector(connection, prefix)
             supervise(supervisor, interrupts, status, inspector, stack.server, whole=stack.whole)
     click.echo("drained: jobs that no worker had claimed wait in the queue")

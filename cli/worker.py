@@ -99,6 +99,7 @@ def run(
     """
     # Imported here: these take 50 ms, and `worker ls` does not need them.
     from millstream.cli.supervise import supervise
+    from millstream.worker.supervision.canary_driver import driving
     from millstream.worker.supervision.plan import Plan, preflight
     from millstream.worker.supervision.supervisor import Supervisor
     from millstream.worker.supervision.webhook_sender import sending
@@ -113,7 +114,9 @@ def run(
         folder = str(Path.cwd())
         plans = [Plan(spec, count or spec.runtime.worker_count, device, folder) for spec in specs]
         supervisor = Supervisor(target.url, target.prefix, plans, drain_s=drain_s, variables=telemetry.variables())
-        with sending(target.url, target.prefix, [spec.name for spec in specs], _own_webhooks()):
+        names = [spec.name for spec in specs]
+        sender = sending(target.url, target.prefix, names, _own_webhooks())
+        with sender, driving(target.url, target.prefix, names):
             supervise(supervisor, interrupts, Lines())
     click.echo("drained: jobs that no worker had claimed wait in the queue")
 

@@ -40,6 +40,8 @@ from millstream.client.job_terms import Progress
 from millstream.client.known import Known, KnownRoute
 from millstream.client.rows import encode_rows, measure_rows
 from millstream.client.services import Services, operation_of
+from millstream.client.shadow_counts import ShadowCounts
+from millstream.client.shadows import TIMEOUT_S, ShadowCall, Shadows
 from millstream.client.stats import ServiceStats
 from millstream.client.streaming import TextCall, TextStream
 from millstream.client.transfer import Transfer
@@ -72,6 +74,7 @@ class Calls:
         self._routes = Routes(self.connection, target.prefix)
         self._metrics = Metrics(self.connection, target.prefix)
         self._cache_reader = CacheReader(self.connection, self.registry)
+        self._shadows = Shadows(ShadowCounts(self.connection, self.registry))
         self._partials: dict[str, Streams] = {}
         _living.add(self)
         self.executor = _make_executor()
@@ -115,7 +118,7 @@ class Calls:
             return self.services.choose(target, caller)
         chosen = self.services.choose(target, caller._replace(version=progress.version or caller.version))
         progress.version = chosen.version
-        return chosen._replace(fallback=None)
+        return chosen._replace(fallback=None, shadow=None)
 
     def begin_stream(self, chosen: Chosen, payload: object, opts: CallOptions, began: float) -> TextCall:
         """Sends one job whose text can be read while it grows, and does not block. `opts` are checked.
@@ -214,6 +217,17 @@ class Calls:
         )
         if span:
             follow(span, transfer)
+        if chosen.shadow:
+            self._shadows.follow(ShadowCall(chosen.shadow, inputs, opts, transfer, self._send_shadow))
+        return Handle(transfer, owner=self)
+
+    def _send_shadow(self, call: ShadowCall) -> Handle:
+        """Sends a copy of a call, which costs no caller's limit anything, and does not wait for room."""
+        opts = call.opts._replace(priority="batch", timeout=TIMEOUT_S, wait=False, tenant="")
+        # Not through the coalescer: a caller whose job is the same would wait at priority batch.
+        attempt = self._attempt(call.chosen, call.inputs, opts, NO_HITS)._replace(channel=self.channel)
+        terms = attempt.terms._replace(charged=False)
+        transfer = Transfer(self.channel, self.services, terms, call.inputs, attempt.parts, attempt.given)
         return Handle(transfer, owner=self)
 
     def _fall_back(self, chosen: Chosen, opts: CallOptions, trace: str) -> Fallback:
@@ -320,6 +334,7 @@ class Calls:
         """Ends threads and connections. Calls that other threads wait for get BrokerUnavailable."""
         self.channel.flush(FLUSH_S)
         self._cache_reader.close()
+        self._shadows.close()
         _close(self.channel, self.services)
 
     def flush(self, timeout: float) -> None:
@@ -335,6 +350,7 @@ class Calls:
         self.services.after_fork()
         self.executor = _make_executor()
         self._cache_reader.after_fork()
+        self._shadows.after_fork()
         self._partials = {}
 
 

@@ -41,7 +41,8 @@ class JobTerms(NamedTuple):
     any length goes on while it makes progress; a piece of a growing text is progress, too. Without both it ends when no
     job was answered for `idle_timeout` and no worker is alive. `most_jobs` is the largest number of jobs in flight;
     `at_once` is the number of jobs that one worker runs at the same time. `trace` is the context of the call's span, or
-    "". `version` is the version of the call's route, or "".
+    "". `version` is the version of the call's route, or "". A call that is not `charged` costs no rate limit anything,
+    and is not counted if it is refused.
     """
 
     service: str
@@ -60,6 +61,7 @@ class JobTerms(NamedTuple):
     at_once: int = 1
     trace: str = ""
     version: str = ""
+    charged: bool = True
 
     def draft(
         self, job_id: str, rows: Sequence[Json], tokens: int, client: str, end: float | None, now: float
@@ -86,7 +88,8 @@ class JobTerms(NamedTuple):
         for together in [[draft] for draft in drafts] if self.wait else [drafts]:
             first = together[0]
             calls = int(first.id == charged_with)
-            group = Group(self.priority, together, calls, self.replicated, refusals=calls)
+            cost, refusals = (calls, calls) if self.charged else (-1, 0)
+            group = Group(self.priority, together, cost, self.replicated, refusals=refusals)
             submissions.append(Submission(self.service, group, sink, first.deadline if self.wait else 0.0, tenant))
         return submissions
 

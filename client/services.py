@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 
 from millstream.broker.config.load import ServiceSpec
+from millstream.broker.config.route import RouteSpec
 from millstream.broker.contract.errors import (
     BrokerUnavailable,
     InvalidRequest,
@@ -23,7 +25,7 @@ from millstream.broker.queue.routes import Routes
 from millstream.broker.transport.connection import Connection, translated
 from millstream.client.asker import REFRESH_WAIT_S, Asker, Question
 from millstream.client.known import FRESH_S, Known, KnownRoute
-from millstream.client.version_choice import Caller, Chosen, choose_service, choose_version
+from millstream.client.version_choice import Caller, Chosen, choose_service, choose_shadow, choose_version
 
 
 def operation_of(spec: ServiceSpec) -> Operation:
@@ -109,9 +111,18 @@ class Services:
         chosen, fallback = known[version], known.get(route.fallback or "")
         if chosen is None:
             raise self._registry.unregistered(route, version)
-        if fallback is None or who.version or version == route.fallback or not route.crosses:
-            return Chosen(chosen.spec, version)
-        return Chosen(chosen.spec, version, Chosen(fallback.spec, route.fallback or ""))
+        again = None
+        if fallback and not who.version and version != route.fallback and route.crosses:
+            again = Chosen(fallback.spec, route.fallback or "")
+        return Chosen(chosen.spec, version, again, self._choose_shadow(route, ready, version, who))
+
+    def _choose_shadow(self, route: RouteSpec, ready: Collection[str], version: str, who: Caller) -> Chosen | None:
+        """Returns the version that gets a copy of the call; None for nearly all calls."""
+        if not route.shadow or who.version:
+            return None
+        shadow = choose_shadow(route, ready, version, random.random())
+        known = self._known.get(route.services[shadow]) if shadow else None
+        return Chosen(known.spec, shadow) if known else None
 
     def ask(self, service: str) -> Question[Known]:
         """Asks the server about `service`. Calls that ask at the same time share the answer."""

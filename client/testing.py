@@ -45,6 +45,8 @@ from millstream.client.growing_text import GrowingText
 from millstream.client.handle import Handle
 from millstream.client.job_terms import Progress
 from millstream.client.services import Services
+from millstream.client.shadow_counts import ShadowCounts
+from millstream.client.shadows import Shadows
 from millstream.client.stats import ServiceStats
 from millstream.client.version_choice import Chosen
 
@@ -156,6 +158,7 @@ class _FakeCalls(Calls):
         self.channel = cast(Channel, FakeChannel(model, self.faults, self.streams))
         self.services = cast(Services, FakeServices(types))
         self._cache_reader = CacheReader(self.connection, self.registry)
+        self._shadows = Shadows(ShadowCounts(self.connection, self.registry))
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="millstream-fake")
 
     def begin(

@@ -26,11 +26,15 @@ class Caller(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """Service that gets a call. `version` is "" without a route; `fallback` repeats the call if it fails."""
+    """Service that gets a call. `version` is "" without a route; `fallback` repeats the call if it fails.
+
+    `shadow` gets a copy of the call.
+    """
 
     spec: ServiceSpec
     version: str = ""
     fallback: Chosen | None = None
+    shadow: Chosen | None = None
 
 
 def choose_service(spec: ServiceSpec, caller: Caller) -> Chosen:
@@ -59,6 +63,20 @@ def choose_version(route: RouteSpec, ready: Collection[str], caller: Caller) -> 
             return str(route.fallback)
         weights = able or weights
     return rendezvous(weights, f"{route.name}\0{_identity(route, caller)}")
+
+
+def choose_shadow(route: RouteSpec, ready: Collection[str], version: str, draw: float) -> str:
+    """Returns the version that gets a copy of a call to `version`, "" for none. `draw` is random, 0 to 1.
+
+    Versions that are not ready get none. A canary judges its versions by their calls, so there are none beside it.
+    """
+    if route.canary_run:
+        return ""
+    for shadow, share in route.shadow.items():
+        if draw < share:
+            return shadow if shadow != version and shadow in ready else ""
+        draw -= share
+    return ""
 
 
 def rendezvous(weights: Mapping[str, float], identity: str) -> str:

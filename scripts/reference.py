@@ -200,7 +200,9 @@ def metrics_page() -> str:
         label = f"`{each.label}`" if each.label else ""
         lines.append(f"| `{each.name}` | {each.kind} | {label} | {each.unit} | {_cell(each.help)} |")
     lines += ["", "A histogram has series with `_bucket`, `_sum` and `_count` behind its name.", "", "## Labels", ""]
-    lines += [f"- `{label}`: {', '.join(f'`{value}`' for value in values)}" for label, values in LABELS.items()]
+    lines += [
+        f"- `{label}`: {', '.join(f'`{value}`' for value in values) or 'names'}" for label, values in LABELS.items()
+    ]
     return "\n".join(lines) + "\n"
 
 

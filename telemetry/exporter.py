@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.metrics_core import (
@@ -22,6 +23,7 @@ from millstream.broker.contract.errors import ConfigError, MillstreamError, desc
 from millstream.broker.contract.keys import DEFAULT_PREFIX
 from millstream.broker.queue.inspector import Inspector
 from millstream.broker.queue.metrics import HistogramView, Metrics
+from millstream.broker.queue.routes import Routes
 from millstream.broker.transport.connection import Connection
 from millstream.telemetry.metrics import METRICS, UP, UP_HELP, Metric, Reading
 
@@ -30,14 +32,31 @@ log = logging.getLogger(__name__)
 
 def reader(connection: Connection, prefix: str = DEFAULT_PREFIX) -> Callable[[], list[Reading]]:
     """Returns a function that reads all registered services. It raises BrokerUnavailable and other errors of ours."""
-    inspector, metrics = Inspector(connection, prefix), Metrics(connection, prefix)
+    inspector, metrics, routes = Inspector(connection, prefix), Metrics(connection, prefix), Routes(connection, prefix)
 
     def read() -> list[Reading]:
         views = inspector.services()
         totals = metrics.services([view.name for view in views])
-        return [Reading(*each) for each in zip(views, totals, strict=True)]
+        shares, canaries = _read_routes(routes)
+        return [
+            Reading(view, total, shares.get(view.name, {}), canaries.get(view.name, ""))
+            for view, total in zip(views, totals, strict=True)
+        ]
 
     return read
+
+
+def _read_routes(routes: Routes) -> tuple[Mapping[str, Mapping[str, float]], Mapping[str, str]]:
+    """Returns the parts of the calls by service and route, and the state of its last canary by service."""
+    shares: defaultdict[str, dict[str, float]] = defaultdict(dict)
+    canaries: dict[str, str] = {}
+    for route in routes.in_effect():
+        whole = sum(route.weights.values()) or 1.0
+        for version, service in route.services.items():
+            shares[service][route.name] = route.weights.get(version, 0.0) / whole
+        if canary := routes.canary(route):
+            canaries[route.services[canary.state.plan.to]] = canary.state.status
+    return shares, canaries
 
 
 class ServiceCollector(Collector):

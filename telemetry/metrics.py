@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from millstream.broker.contract import errors
 from millstream.broker.contract.job import PRIORITIES, Priority
+from millstream.broker.contract.metrics import SHADOW_ENDS
+from millstream.broker.queue.canary_state import STATUSES
 from millstream.broker.queue.metrics import HistogramView, ServiceMetrics, backlog_s
 from millstream.broker.queue.views import ServiceView
 
@@ -58,11 +61,20 @@ STATES = ("ready", "paused", "away", "draining")
 """States of live workers: `away` if the server behind them cannot be reached."""
 
 
+NO_SHARES: Mapping[str, float] = MappingProxyType({})
+
+
 class Reading(NamedTuple):
-    """A service now, and its totals."""
+    """A service now, and its totals.
+
+    `shares` are its parts of the calls, 0 to 1, by route that it is a version of. `canary` is the state of the canary
+    that was started last for it, "" for none.
+    """
 
     view: ServiceView
     totals: ServiceMetrics
+    shares: Mapping[str, float] = NO_SHARES
+    canary: str = ""
 
 
 Values = Mapping[str, float]
@@ -189,6 +201,21 @@ METRICS: tuple[Metric, ...] = (
         "state",
     ),
     _gauge("paused", "1 if the service is paused.", "", lambda now: float(now.view.paused is not None)),
+    _gauge(
+        "route_share",
+        "Part of a route's calls that the service gets as one of its versions, 0 to 1.",
+        "ratio",
+        lambda now: now.shares,
+        "route",
+    ),
+    _gauge(
+        "canary",
+        "1 for the state of the canary that was started last for the service; no series if its route's weights were "
+        "changed since.",
+        "",
+        lambda now: {each: float(each == now.canary) for each in STATUSES} if now.canary else None,
+        "status",
+    ),
     _gauge("dead_letters", "Dead letters that are stored.", "jobs", lambda now: now.view.dead_letters),
     _counter(
         "jobs_accepted", "Jobs that were accepted.", "jobs", lambda now: _by_priority(now.totals.jobs), "priority"
@@ -229,6 +256,13 @@ METRICS: tuple[Metric, ...] = (
         lambda now: _from_zero(now.totals.webhooks, WEBHOOK_ENDS),
         "outcome",
     ),
+    _counter(
+        "shadows",
+        "Copies of calls to another version: compared with the call, failed, or dropped by client or queue.",
+        "calls",
+        lambda now: _from_zero(now.totals.shadows, SHADOW_ENDS),
+        "outcome",
+    ),
     _counter("rows_cached", "Rows that clients found in the cache.", "rows", lambda now: now.totals.cached),
     _work("batches", "Forwards of the model.", "batches", "forwards"),
     _work("rows_run", "Rows of all batches.", "rows", "rows"),
@@ -248,6 +282,14 @@ METRICS: tuple[Metric, ...] = (
         "first_token_seconds", "Time from acceptance to the first piece of a generated text.", "seconds", "first_token"
     ),
     _histogram("between_tokens_seconds", "Time between two pieces of a generated text.", "seconds", "between_tokens"),
+    _histogram(
+        "shadow_agreement",
+        "Agreement of copies with their calls, 0 to 1: cosine of vectors, rank correlation of scores, else share of "
+        "equal rows.",
+        "ratio",
+        "shadow_agreement",
+    ),
+    _histogram("shadow_latency_seconds", "Time to the answer of a copy.", "seconds", "shadow_latency"),
     _histogram("batch_rows", "Rows of a forward.", "rows", "batch_rows"),
     _histogram("batch_tokens", "Tokens of a forward, padding included.", "tokens", "batch_tokens"),
     _histogram("padding_ratio", "Computed tokens for each token of the inputs; 1 without padding.", "ratio", "padding"),
@@ -259,6 +301,8 @@ LABELS: Mapping[str, Sequence[str]] = {
     "state": STATES,
     "code": CODES,
     "reason": (*REASONS, *BURIED),
-    "outcome": WEBHOOK_ENDS,
+    "outcome": (*WEBHOOK_ENDS, *SHADOW_ENDS),
+    "status": STATUSES,
+    "route": (),
 }
-"""Values of the labels beside `service`. Workers of other versions may add some."""
+"""Values of the labels beside `service`; none for a label of names. Workers of other versions may add some."""

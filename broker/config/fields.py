@@ -20,6 +20,7 @@ from millstream.broker.config.units import DURATION_PATTERN, SIZE_PATTERN, secon
 from millstream.broker.config.url import ACCEPTED, canonical, read_url
 
 SERVICE_NAME = "[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}"
+VERSION_NAME = "[A-Za-z0-9][A-Za-z0-9_.-]{0,31}"
 _PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _DOTTED = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 _HANDLER = re.compile(f"{_DOTTED}:{_DOTTED}")
@@ -64,6 +65,12 @@ def _automatic(value: str) -> str | None:
 def _service_name(name: str) -> str:
     if not re.fullmatch(SERVICE_NAME, name):
         raise ValueError("a service name has 1 to 64 of A-Z a-z 0-9 _ . @ - and starts with a letter or digit")
+    return name
+
+
+def _version_name(name: str) -> str:
+    if not re.fullmatch(VERSION_NAME, name):
+        raise ValueError("a version has 1 to 32 of A-Z a-z 0-9 _ . - and starts with a letter or digit")
     return name
 
 
@@ -152,6 +159,7 @@ OptionalDuration = Annotated[
 ]
 BatchTokens = Annotated[int | Literal["auto"], BeforeValidator(_tokens)]
 ServiceName = Annotated[str, AfterValidator(_service_name)]
+VersionName = Annotated[str, AfterValidator(_version_name)]
 KeyPrefix = Annotated[str, AfterValidator(_key_prefix)]
 RedisUrl = Annotated[str | None, AfterValidator(_redis_url)]
 Device = Annotated[str | None, AfterValidator(_automatic)]

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from millstream.broker.config.fields import AlsoAccepts, Section, ServiceName, Settings
+from millstream.broker.config.canary import Canary, CanaryPlan
+from millstream.broker.config.fields import AlsoAccepts, Section, ServiceName, Settings, VersionName
 from millstream.broker.contract.errors import ConfigError
 from millstream.broker.contract.operations import Operation
 
-VERSION_NAME = "[A-Za-z0-9][A-Za-z0-9_.-]{0,31}"
-
 Sticky = Literal["tenant", "key", "none"]
 """Callers that keep their version: those of one tenant, those with one key, or none."""
-
-
-def _version_name(name: str) -> str:
-    if not re.fullmatch(VERSION_NAME, name):
-        raise ValueError("a version has 1 to 32 of A-Z a-z 0-9 _ . - and starts with a letter or digit")
-    return name
 
 
 def _weight(value: object) -> object:
@@ -35,8 +27,8 @@ def _weight_alone(value: object) -> object:
     return {"weight": value} if isinstance(value, int | float | str) else value
 
 
+Share = Annotated[Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)], BeforeValidator(_weight)]
 Weight = Annotated[Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)], BeforeValidator(_weight)]
-VersionName = Annotated[str, AfterValidator(_version_name)]
 
 
 class Version(Settings):
@@ -53,6 +45,8 @@ class Route(Settings):
     sticky: Sticky | None = None
     fallback: VersionName | None = None
     fallback_across_versions: bool = False
+    canary: Canary | None = None
+    shadow: dict[VersionName, Share] = Field(default_factory=dict)
 
     def service_of(self, route: str, version: str) -> str:
         """Returns the name of a version's service."""
@@ -67,6 +61,8 @@ class Route(Settings):
             sticky=self.sticky or ("tenant" if operation.compared else "none"),
             fallback=self.fallback,
             crosses=self.fallback_across_versions or operation.results != "vectors",
+            shadow=self.shadow,
+            canary=CanaryPlan(**self.canary.model_dump()) if self.canary else None,
         )
 
 
@@ -77,7 +73,9 @@ class RouteSpec(BaseModel):
     """A route with every default filled in, as the server has it.
 
     `services` and `weights` are by version. `fallback` is the version that repeats calls which fail. If `crosses` is
-    false, a caller never gets another version than its own. `previous` are the weights before the last change.
+    false, a caller never gets another version than its own. `previous` are the weights before the last change. `shadow`
+    are the shares of the calls, 0 to 1, that versions get copies of. `canary` is the file's plan. `canary_run` names
+    the canary whose state has the weights in effect, "" if `weights` are.
     """
 
     # Unknown keys are those of newer versions.
@@ -90,21 +88,24 @@ class RouteSpec(BaseModel):
     fallback: VersionName | None = None
     crosses: bool = True
     previous: dict[VersionName, Weight] | None = None
+    shadow: dict[VersionName, Share] = Field(default_factory=dict)
+    canary: CanaryPlan | None = None
+    canary_run: str = ""
 
     @model_validator(mode="after")
     def _names_its_versions(self) -> RouteSpec:
-        named = {*self.weights, *([self.fallback] if self.fallback else [])}
+        named = {*self.weights, *self.shadow, *([self.fallback] if self.fallback else [])}
         if unknown := sorted(named - set(self.services)):
             raise ValueError(f"no version {', '.join(unknown)}")
         return self
 
     def weighted(self, weights: Mapping[str, float]) -> RouteSpec:
-        """Returns a copy with other weights, which remembers those of before."""
-        return self.model_copy(update={"weights": dict(weights), "previous": self.weights})
+        """Returns a copy with other weights, which remembers those of before. No canary changes these."""
+        return self.model_copy(update={"weights": dict(weights), "previous": self.weights, "canary_run": ""})
 
     def to_json(self) -> str:
         """Returns the record for the server."""
-        return self.model_dump_json(exclude_none=True)
+        return self.model_dump_json(exclude_none=True, exclude=None if self.canary_run else {"canary_run"})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> RouteSpec:

@@ -21,6 +21,7 @@ def check_routes(routes: Mapping[str, Route], services: Mapping[str, Operation |
         path: KeyPath = ("services", name, "route")
         yield from _versions(path, name, route, services)
         yield from _fallback(path, name, route, services)
+        yield from _canary(path, route)
 
 
 def _versions(path: KeyPath, name: str, route: Route, services: Mapping[str, Operation | None]) -> Found:
@@ -37,6 +38,17 @@ def _versions(path: KeyPath, name: str, route: Route, services: Mapping[str, Ope
             first = types.setdefault("first", operation.type)
             if operation.type != first:
                 yield (*path, "versions", version), f"{service} is of type {operation.type}, the others of {first}"
+
+
+def _canary(path: KeyPath, route: Route) -> Found:
+    known = ", ".join(route.versions)
+    if route.canary and route.canary.to not in route.versions:
+        yield (*path, "canary", "to"), f"no version named {route.canary.to}; known are: {known}"
+    for version in route.shadow:
+        if version not in route.versions:
+            yield (*path, "shadow", version), f"no version named {version}; known are: {known}"
+    if sum(route.shadow.values()) > 1:
+        yield (*path, "shadow"), "the shares are more than 1 together"
 
 
 def _fallback(path: KeyPath, name: str, route: Route, services: Mapping[str, Operation | None]) -> Found:

@@ -244,6 +244,11 @@ CODES = frozenset(_BY_CODE)
 """Codes of the errors that a reply may hold."""
 
 
+def fault_of(code: str) -> Fault:
+    """Returns whose fault an error with this code is; "service" if the code is unknown."""
+    return _BY_CODE.get(code, MillstreamError).fault
+
+
 def described(error: BaseException) -> str:
     """Returns type and message of any error, at most 500 characters. Never raises."""
     return _unicode(f"{type(error).__name__}: {message_of(error)}"[:500])

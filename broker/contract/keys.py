@@ -55,6 +55,10 @@ class ServiceKeys:
         """STRING: the version that a detached call with an idempotency key went to; ttl PINNED_MS of routes.py."""
         return self._key(f"pinned:{call}")
 
+    def canary(self) -> str:
+        """HASH: the canary of the route of this name, and its driver's lease; gone when the weights are changed."""
+        return self._key("canary")
+
     def stream(self, priority: Priority) -> str:
         """STREAM of jobs; no ttl. Settled entries are deleted, so XLEN = waiting + in flight."""
         return self._key(f"q:{priority}")

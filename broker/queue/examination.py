@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from millstream.broker.config.load import ServiceSpec
@@ -11,6 +11,8 @@ from millstream.broker.contract.keys import DEFAULT_PREFIX
 from millstream.broker.queue.diagnosis import Finding, diagnose
 from millstream.broker.queue.inspector import Inspector
 from millstream.broker.queue.registry import Registry
+from millstream.broker.queue.route_diagnosis import diagnose_canary
+from millstream.broker.queue.routes import Routes
 from millstream.broker.queue.server_facts import ServerFacts, read_server_facts
 from millstream.broker.queue.views import ServiceView
 from millstream.broker.transport.connection import Connection
@@ -52,5 +54,14 @@ def examine(connection: Connection, prefix: str = DEFAULT_PREFIX, names: Sequenc
             unreadable[name] = Finding("error", name, "unreadable_service", error.message, error.hint)
     views = Inspector(connection, prefix).services([*specs, *unreadable])
     pairs = [(specs[view.name], view) for view in views if view.name in specs]
-    found = diagnose(pairs, servers) if pairs or not unreadable else []
-    return Examination(views, specs, servers, [*unreadable.values(), *found])
+    found: Sequence[Finding] = diagnose(pairs, servers) if pairs or not unreadable else []
+    found = [*unreadable.values(), *found, *_examine_routes(Routes(connection, prefix), names)]
+    return Examination(views, specs, servers, found)
+
+
+def _examine_routes(routes: Routes, names: Sequence[str]) -> Iterator[Finding]:
+    """Yields what is found of the routes that have one of the services `names`, or of all."""
+    for route in routes.records():
+        if not names or {*names} & {route.name, *route.services.values()}:
+            canary = routes.canary(route)
+            yield from diagnose_canary(route, canary) if canary else ()

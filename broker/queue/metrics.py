@@ -49,6 +49,18 @@ class HistogramView:
             lower, below = bound, below + count
         return lower if self.count else None
 
+    def above(self, value: float) -> float:
+        """Returns how many values are above `value`, interpolated within its bucket.
+
+        Of values above the last bound nothing else is known: none of them is above a `value` beyond that bound.
+        """
+        found, lower = 0.0, 0.0
+        for bound, count in zip(self.bounds, self.counts, strict=False):
+            if value < bound:
+                found += count * min(1.0, (bound - value) / (bound - lower))
+            lower = bound
+        return found + (self.counts[-1] if value < lower else 0)
+
     def since(self, earlier: HistogramView) -> HistogramView:
         """Returns the values observed after `earlier` was read; all of them if the totals began again meanwhile."""
         counts = [now - before for now, before in zip(self.counts, earlier.counts, strict=True)]
@@ -61,7 +73,8 @@ class ServiceMetrics:
 
     Exact: accepted `jobs` and `rows` by priority; `refused` calls by reason; `settled` jobs, the cancelled and purged
     ones included; of their rows, `ok` and `failed` by error code; jobs that were `buried`, by reason. `cached`: rows
-    that clients found in the cache. `webhooks`: announcements by how they ended. `work`: counters of workers by
+    that clients found in the cache. `webhooks`: announcements by how they ended. `shadows`: copies of calls to other
+    versions by how they ended. `work`: counters of workers by
     name, see WORK in contract/metrics.py, and `histograms` by name, both without the last second of workers that were
     killed.
     """
@@ -76,6 +89,7 @@ class ServiceMetrics:
     buried: Mapping[str, int]
     cached: int
     webhooks: Mapping[str, int]
+    shadows: Mapping[str, int]
     work: Mapping[str, int]
     histograms: Mapping[str, HistogramView]
 
@@ -126,6 +140,16 @@ def add_cached(client: redis.Redis, keys: ServiceKeys, rows: int) -> None:
         client.pexpire(keys.metrics(), KEPT_MS)
 
 
+def add_counts(client: redis.Redis, keys: ServiceKeys, counts: Mapping[str, int]) -> None:
+    """Adds what a client counted to these fields. Raises redis.RedisError."""
+    pipe = client.pipeline(transaction=False)
+    for field, count in counts.items():
+        if count:
+            pipe.hincrby(keys.metrics(), field, count)
+    pipe.pexpire(keys.metrics(), KEPT_MS)
+    pipe.execute()
+
+
 def decode_metrics(keys: ServiceKeys, fields: Mapping[bytes, bytes]) -> ServiceMetrics:
     """Returns the totals that the hash `fields` holds. Fields of newer versions are ignored."""
     counts = {name.decode(errors="replace"): int(value) for name, value in fields.items() if _is_whole(value)}
@@ -144,6 +168,7 @@ def decode_metrics(keys: ServiceKeys, fields: Mapping[bytes, bytes]) -> ServiceM
         buried=_labelled(counts, "buried:"),
         cached=of("cached"),
         webhooks=_labelled(counts, "webhooks:"),
+        shadows=_labelled(counts, "shadow:"),
         work={name: of(f"work:{name}") for name in WORK},
         histograms={name: _histogram(of, name) for name in HISTOGRAMS},
     )

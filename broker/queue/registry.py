@@ -26,6 +26,7 @@ from millstream.broker.contract.answer import (
 from millstream.broker.contract.errors import ConfigError, QueueFull, UnknownService, did_you_mean
 from millstream.broker.contract.keys import DEFAULT_PREFIX, ServiceKeys, services_key
 from millstream.broker.queue.admission import limit_fields
+from millstream.broker.queue.canary_weights import read_with_canary
 from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.streams import Streams
 from millstream.broker.transport.cluster import owner
@@ -139,14 +140,18 @@ class Registry:
         return registered
 
     def look_up(self, name: str) -> tuple[Registered | None, RouteSpec | None]:
-        """Returns the service and the route of this name, None for each that is not registered. One round trip."""
-        key = self.keys(name).spec()
+        """Returns the service and the route of this name, None for each that is not registered.
+
+        One round trip, and another one if a canary has changed the weights of the route.
+        """
+        keys, client = self.keys(name), self._connection.client
         with translated(self._connection.safe_url):
-            stored, fingerprint, token, route = self._connection.client.hmget(key, "spec", "fingerprint", TOKEN, ROUTE)
+            stored, fingerprint, token, record = client.hmget(keys.spec(), "spec", "fingerprint", TOKEN, ROUTE)
+            route = read_with_canary(client, keys, cast(bytes | None, record))
         registered = None
         if stored is not None:
             registered = Registered(ServiceSpec.from_json(_text(stored)), _text(fingerprint or ""), _text(token or ""))
-        return registered, RouteSpec.from_json(route) if route else None
+        return registered, route
 
     def record(self, service: str) -> Record | None:
         """Returns the record of `service`; None if the server does not have it, or its name is not registered."""

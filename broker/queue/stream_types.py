@@ -31,7 +31,8 @@ class DetachedCall(NamedTuple):
 class Group(NamedTuple):
     """Jobs of one call and tenant, which are accepted or refused together.
 
-    `calls` is the cost for the rate limit on requests: 1, or 0 for the later groups of a call. `replicated`: the jobs
+    `calls` is the cost for the rate limit on requests: 1, or 0 for the later groups of a call; -1 is no cost for any
+    limit. `replicated`: the jobs
     count as accepted once a replica has them. `refusals` is added to the count of refused calls if the group is
     refused: `calls`, and 0 when it is sent again. Jobs of a detached `call` that were accepted before are skipped.
     """

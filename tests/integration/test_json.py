@@ -60,6 +60,8 @@ ACTS = {
     "queue pause",
     "queue purge",
     "queue resume",
+    "route canary start",
+    "route canary stop",
     "route promote",
     "route rollback",
     "route set",

@@ -16,11 +16,11 @@ from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner
+from routed import ANSWERS, routing, version_spec
 from support import eventually
 from workers import LONG_S, remove, working
 
-from millstream.broker.config.route import RouteSpec
-from millstream.broker.config.spec import ModelSpec, Runtime, ServiceSpec
+from millstream.broker.config.spec import ServiceSpec
 from millstream.broker.contract.errors import InvalidRequest, ModelFailed, UnknownService
 from millstream.broker.contract.operations import CALL
 from millstream.broker.queue.inspector import Inspector
@@ -44,25 +44,6 @@ from millstream.worker.supervision.supervisor import Supervisor
 ROWS = [f"row {at}" for at in range(3_000)]
 
 
-ANSWERS = """
-import time
-
-def v1(payloads):
-    return ["v1"] * len(payloads)
-
-def v2(payloads):
-    return ["v2"] * len(payloads)
-
-def slow(payloads):
-    time.sleep(0.05)
-    return ["v2"] * len(payloads)
-
-def broken(payloads):
-    raise RuntimeError("broken")
-"""
-"""Code of two versions: each row's answer is the version that made it."""
-
-
 @pytest.fixture(scope="module")
 def versions(server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, str]]:
     """Two versions of a custom service, each with a worker."""
@@ -73,15 +54,6 @@ def versions(server: EmbeddedServer, tmp_path_factory: pytest.TempPathFactory) -
         yield {"v1": specs[0].name, "v2": specs[1].name}
     for each in specs:
         remove(server.url, each.name)
-
-
-def version_spec(name: str, version: str, **runtime: object) -> ServiceSpec:
-    return ServiceSpec(
-        name=f"{name}@{version}",
-        model=ModelSpec(type="custom", handler=f"answers:{version}"),
-        model_ref=version,
-        runtime=Runtime.model_validate({"batch_size": 8, **runtime}),
-    )
 
 
 @pytest.fixture
@@ -107,22 +79,14 @@ def routes(connection: Connection) -> Routes:
 
 
 @pytest.fixture
-def route(connection: Connection, routes: Routes, versions: Mapping[str, str]) -> Iterator[Callable[..., str]]:
+def route(connection: Connection, versions: Mapping[str, str]) -> Iterator[Callable[..., str]]:
     """Makes a route of the two versions. Returns its name."""
-    made = []
+    with ExitStack() as made:
 
-    def make(v1: float, v2: float, **settings: object) -> str:
-        name = f"route-{uuid.uuid4().hex[:8]}"
-        weights = {"v1": v1, "v2": v2}
-        record = {"name": name, "services": versions, "weights": weights, "sticky": "none", **settings}
-        routes.push([RouteSpec.model_validate(record)])
-        made.append(name)
-        return name
+        def make(v1: float, v2: float, **settings: object) -> str:
+            return made.enter_context(routing(connection, v1=v1, v2=v2, **{"services": versions, **settings}))  # type: ignore[arg-type]
 
-    yield make
-    for name in made:
-        connection.client.unlink(*connection.client.scan_iter(f"ms:{{{name}}}:*", count=1000))
-        connection.client.srem("ms:routes", name)
+        yield make
 
 
 def version_of(client: Client, service: str, **who: str) -> str:

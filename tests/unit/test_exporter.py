@@ -50,7 +50,7 @@ def reading(service: str = "docs", **fields: int) -> Reading:
     counts |= {sum_field(name): 1000 for name in HISTOGRAMS}
     counts |= {name.replace("__", ":"): value for name, value in fields.items()}
     totals = decode_metrics(ServiceKeys(service), {name.encode(): b"%d" % value for name, value in counts.items()})
-    return Reading(view, totals)
+    return Reading(view, totals, {"chat": 0.25}, "running")
 
 
 def output(*readings: Reading) -> Scrape:

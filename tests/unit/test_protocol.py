@@ -12,6 +12,8 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from millstream.broker.config.canary import CanaryPlan
+from millstream.broker.config.route import RouteSpec
 from millstream.broker.contract import codec, entry_codec, errors
 from millstream.broker.contract.codec import encode_reply
 from millstream.broker.contract.entry_codec import FIELDS, OPTIONAL
@@ -95,6 +97,7 @@ def test_the_bounds_are_those_of_the_code(said: str) -> None:
 def test_every_error_it_names_exists() -> None:
     codes = {cls.code for _, cls in inspect.getmembers(errors, inspect.isclass) if hasattr(cls, "code")}
 
-    named = set(re.findall(r"`([a-z]+_[a-z_]+)`", TEXT)) - {*FIELDS, "retry_after"}
+    fields = {*RouteSpec.model_fields, *CanaryPlan.model_fields}
+    named = set(re.findall(r"`([a-z]+_[a-z_]+)`", TEXT)) - {*FIELDS, *fields, "retry_after"}
     assert named <= codes
     assert {"reply_too_large", "reader_too_slow", "unsupported_version", "mixed_models"} <= named

@@ -56,6 +56,6 @@ def test_a_record_that_cannot_be_read_says_how_to_write_it_again(record: bytes) 
 
 
 def test_keys_of_newer_versions_are_passed_over() -> None:
-    text = ROUTE.to_json()[:-1] + ',"canary":{"to":"v2"}}'
+    text = ROUTE.to_json()[:-1] + ',"mirror":{"to":"v2"}}'
 
     assert RouteSpec.from_json(text) == ROUTE

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from millstream.broker.contract.job import PRIORITIES
-from millstream.broker.contract.metrics import HISTOGRAMS, THOUSAND, Histogram, bucket_fields, sum_field
+from millstream.broker.contract.metrics import HISTOGRAMS, Histogram, fields_of
 from millstream.worker.scheduling.active_job import ActiveJob
 
 MOST_WAITING = 500
@@ -19,18 +19,20 @@ MOST_WAITING = 500
 
 
 class _Observed:
-    """Histograms that are observed together: a row has one value of each, NaN if it has none.
+    """Histograms that are observed together: a row has one value for each of `columns`, NaN if it has none.
 
-    For one thread that adds rows, and others that read.
+    `columns`: names of the histograms that get its values. For one thread that adds rows, and others that read.
     """
 
-    __slots__ = ("_names", "state")
+    __slots__ = ("_names", "_places", "_width", "state")
 
-    def __init__(self, *names: str) -> None:
-        self._names = names
+    def __init__(self, *columns: Sequence[str]) -> None:
+        self._names = [name for names in columns for name in names]
+        self._places = [place for place, names in enumerate(columns) for _ in names]
+        self._width = len(columns)
         # The histograms, and values that are not in them yet. Replaced as a whole, for threads that read.
         self.state: tuple[Sequence[Histogram], list[float]] = (
-            [Histogram.empty(HISTOGRAMS[name]) for name in names],
+            [Histogram.empty(HISTOGRAMS[name]) for name in self._names],
             [],
         )
 
@@ -54,8 +56,9 @@ class _Observed:
         if not (values := waiting.copy()):
             return histograms
         # No value is negative, but times are differences of a clock that may step back.
-        columns = np.maximum(np.fromiter(values, np.float64, len(values)), 0.0).reshape(-1, len(self._names)).T
-        return [each.plus(column[~np.isnan(column)]) for each, column in zip(histograms, columns, strict=True)]
+        columns = np.maximum(np.fromiter(values, np.float64, len(values)), 0.0).reshape(-1, self._width).T
+        found = [column[~np.isnan(column)] for column in columns]
+        return [each.plus(found[place]) for each, place in zip(histograms, self._places, strict=True)]
 
 
 class Histograms:
@@ -64,13 +67,12 @@ class Histograms:
     def __init__(self) -> None:
         # By the number of the stream, with which an entry's name begins: each answer needs it.
         self._answers = {
-            str(number): _Observed(f"wait:{priority}", f"total:{priority}", "inference")
+            str(number): _Observed([f"wait:{priority}"], [f"total:{priority}", "latency"], ["inference"])
             for number, priority in enumerate(PRIORITIES, start=1)
         }
         self._waiting = {stream: observed.state[1] for stream, observed in self._answers.items()}
-        self._forwards = _Observed("batch_rows", "batch_tokens", "padding")
-        self._first, self._between = _Observed("first_token"), _Observed("between_tokens")
-        self._fields = {name: (bucket_fields(name), sum_field(name)) for name in HISTOGRAMS}
+        self._forwards = _Observed(["batch_rows"], ["batch_tokens"], ["padding"])
+        self._first, self._between = _Observed(["first_token"]), _Observed(["between_tokens"])
 
     def __getitem__(self, name: str) -> Histogram:
         return self._read()[name]
@@ -104,12 +106,11 @@ class Histograms:
 
     def counts(self) -> dict[str, int]:
         """Returns all fields so far that are not zero."""
-        found: dict[str, int] = {}
-        for name, histogram in self._read().items():
-            buckets, total = self._fields[name]
-            found.update(zip(buckets, histogram.counts.tolist(), strict=True))
-            found[total] = round(histogram.total * THOUSAND)
-        return {field: count for field, count in found.items() if count}
+        return {
+            field: count
+            for name, histogram in self._read().items()
+            for field, count in fields_of(name, histogram).items()
+        }
 
     def _read(self) -> Mapping[str, Histogram]:
         found: dict[str, Histogram] = {}

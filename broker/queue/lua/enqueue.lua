@@ -4,7 +4,7 @@
 -- KEYS[6] STRING paused: 'refusing' refuses new jobs   KEYS[7] HASH refused: reason -> number of calls
 -- KEYS[8] HASH metrics: 'jobs:PRIORITY', 'further_rows:PRIORITY' (beyond one a job), 'refused:REASON' (calls)
 -- KEYS[9..] per group: HASH its tenant's token bucket; HASH its detached call, if it has one; per job: STRING seen
--- ARGV[1] number of groups; then per group: priority 1..3, jobs, calls to charge, calls to count if refused, id of the
+-- ARGV[1] number of groups; then per group: priority 1..3, jobs, calls to charge (-1: it costs nothing), calls to count if refused, id of the
 --         detached call ('' for none); for a detached call: jobs of the whole call, payload, result ttl ms ('' for the
 --         worker's); then per job: id op rows tokens deadline_in queue_in client tenant trace body
 --         (times in ms from now, '' for none). An entry omits fields that are ''.
@@ -176,7 +176,7 @@ local function refusal(priority, bucket, arg, calls, jobs)
   if not known then return 'unknown_service', 0 end
   if refusing then return 'paused', RETRY_PAUSED_AFTER_MS end
   if is_full(priority, jobs) then return 'queue_full', RETRY_AFTER_MS end
-  if limited then return charge(bucket, cost_of(arg, calls, jobs)) end
+  if limited and calls >= 0 then return charge(bucket, cost_of(arg, calls, jobs)) end
 end
 
 -- pcall: if the server's memory is full, the groups are still refused, without the count.
