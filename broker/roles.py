@@ -38,6 +38,8 @@ _CONNECT = (
 )
 
 _JOBS = "q:realtime q:normal q:batch"
+_TENANTS = "index:* turn:* past:*"
+"""Keys of a service with `fair`."""
 
 _LOOK = (
     Grant("hget hmget hgetall exists type ttl pttl memory|usage", read="*"),
@@ -45,6 +47,7 @@ _LOOK = (
     Grant("get", read="paused reclaim seen:* partial:* webhook:*"),
     Grant("hlen", read="call:*"),
     Grant("zrange zcount zscore", read="workers cancelled"),
+    Grant("zcard zrange", read=_TENANTS),
 )
 
 # No script|load: a user who may load scripts may load one that never ends. Workers load all scripts, see scripts.py.
@@ -53,8 +56,10 @@ _CALL = (
     Grant(
         "evalsha",
         write=f"service {_JOBS} bucket bucket:* paused refused seen:* cancelled trail reply:* result:* call:* "
-        "partial:* metrics webhooks",
+        f"partial:* metrics webhooks bell {_TENANTS}",
     ),
+    Grant("zscore zmscore zlexcount zadd zrem exists del", write=_TENANTS),
+    Grant("xadd", write="bell"),
     Grant("xadd pexpire", write="webhooks"),
     Grant("hget hmget", read="service bucket bucket:* call:*"),
     Grant("hset hincrby hexists hstrlen hlen pttl pexpire", write="call:*"),
@@ -83,7 +88,8 @@ _WORK = (
     Grant("xadd pexpire xlen xreadgroup xclaim xpending xack xdel xgroup|create", write="webhooks"),
     Grant("set", write="webhook:*"),
     Grant("hset hincrby hmget hstrlen hlen pexpire", write="call:*"),
-    Grant("evalsha", write=f"service {_JOBS} paused workers worker:* cancelled reclaim trail bell metrics"),
+    Grant("evalsha", write=f"service {_JOBS} paused workers worker:* cancelled reclaim trail bell metrics {_TENANTS}"),
+    Grant("zscore zmscore zrangebylex zadd zrem zremrangebyscore pexpire del", write=_TENANTS),
     Grant("hsetnx", write="service"),
     Grant("xreadgroup xack xclaim xdel xgroup|create xgroup|setid xgroup|delconsumer", write=f"{_JOBS} bell"),
     Grant("zadd zrem pexpire", write="workers cancelled"),
@@ -131,6 +137,10 @@ _SCRIPTS: dict[str, Role] = {
     "reclaim": "worker",
     "slots": "worker",
     "purge": "admin",
+    "enqueue_fair": "client",
+    "cancel_fair": "client",
+    "claim_fair": "worker",
+    "purge_fair": "admin",
 }
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Literal
 
+from fair_model import Shares
+
 from millstream.broker.contract.job import PRIORITIES, Claim, Priority
 from millstream.broker.contract.keys import RETURNED
 from millstream.broker.queue.claims import ClaimBudget, Claimed
@@ -47,6 +49,7 @@ class Entry:
     waits: bool = False
     unwanted: bool = False
     ended_at: float = 0.0
+    tenant: str = ""
 
     @property
     def pending(self) -> bool:
@@ -78,13 +81,27 @@ class Model:
     deaths: int = 0
     in_use: set[Priority] = field(default_factory=set)
     """Priorities of which a new job was delivered."""
+    shares: dict[Priority, Shares] = field(default_factory=dict)
+    """Of a service with `fair`, whose jobs that wait are taken in their order; otherwise empty."""
+    most_of_tenant: int = MAX_IN_ALL
 
     def live(self, priority: Priority | None = None) -> list[Entry]:
         """Accepted and not settled."""
         return [e for e in self.entries.values() if e.where != "ended" and priority in (None, e.priority)]
 
     def waiting(self, priority: Priority) -> list[Entry]:
-        return [entry for entry in self.live(priority) if entry.where == "waiting"]
+        """In the order in which they are taken."""
+        waiting = [entry for entry in self.live(priority) if entry.where == "waiting"]
+        if not self.shares:
+            return waiting
+        known = [self.entries[job_id] for job_id in self.shares[priority].order()]
+        return known + [entry for entry in waiting if entry not in known]
+
+    def add(self, entry: Entry) -> None:
+        """The job is accepted."""
+        self.entries[entry.job_id] = entry
+        if self.shares:
+            self.shares[entry.priority].add(entry.tenant, (entry.job_id, entry.tokens))
 
     def returned(self, priorities: Collection[Priority] = PRIORITIES) -> list[Entry]:
         return [entry for entry in self.live() if entry.where == "returned" and entry.priority in priorities]
@@ -107,15 +124,20 @@ class Model:
         """What `consumer` holds without knowing."""
         return [entry for entry in self.held(consumer) if entry.job_id not in self.hands[consumer]]
 
-    def refusal(self, priority: Priority, jobs: int) -> str:
+    def refusal(self, priority: Priority, jobs: int, tenant: str = "") -> str:
         """Why so many new jobs are turned away; empty where they are accepted."""
         if self.paused == "refusing":
             return "paused"
-        return "queue_full" if len(self.live(priority)) + jobs > MAX_JOBS[priority] else ""
+        if len(self.live(priority)) + jobs > MAX_JOBS[priority]:
+            return "queue_full"
+        own = self.shares[priority].waiting.get(tenant, ()) if self.shares else ()
+        return "tenant_full" if len(own) + jobs > self.most_of_tenant else ""
 
     def hand_over(self, entry: Entry, consumer: str) -> None:
         if entry.where == "waiting":
             self.in_use.add(entry.priority)
+            if self.shares:
+                assert self.shares[entry.priority].take() == entry.job_id
         entry.where, entry.holder, entry.idle = "held", consumer, False
 
     def give_back(self, entry: Entry, attempts: float) -> None:
@@ -138,6 +160,8 @@ class Model:
 
     def end(self, entry: Entry, reply: bytes | None, now: float) -> None:
         """The job is over; `reply` is None when its caller gets none."""
+        if self.shares and entry.where == "waiting":
+            self.shares[entry.priority].remove(entry.tenant, entry.job_id)
         entry.where, entry.ended_at = "ended", now
         if reply is not None:
             self.replies.setdefault(entry.client, []).append((entry.job_id, reply))

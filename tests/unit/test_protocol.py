@@ -12,6 +12,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from millstream.broker.config.spec import Runtime
 from millstream.broker.contract import codec, entry_codec, errors
 from millstream.broker.contract.codec import encode_reply
 from millstream.broker.contract.entry_codec import FIELDS, OPTIONAL
@@ -20,7 +21,8 @@ from millstream.broker.contract.job import Reply
 from millstream.broker.contract.keys import ServiceKeys, routes_key, services_key
 from millstream.broker.contract.stages import Stages
 from millstream.broker.queue import substitutes
-from millstream.broker.queue.scripts import Name
+from millstream.broker.queue.admission import limit_fields
+from millstream.broker.queue.scripts import NAMES, Name
 from millstream.broker.roles import _SCRIPTS
 
 TEXT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
@@ -60,6 +62,7 @@ def test_every_key_is_there() -> None:
         "call": "<call>",
         "digest": "<digest>",
         "consumer": "<consumer>",
+        "priority": "<priority>",
     }
     made = {services_key(), routes_key(), "ms:upstream:<url>", *keys.streams(), keys.bucket("<tenant>")}
     for name, method in inspect.getmembers(keys, inspect.ismethod):
@@ -95,6 +98,6 @@ def test_the_bounds_are_those_of_the_code(said: str) -> None:
 def test_every_error_it_names_exists() -> None:
     codes = {cls.code for _, cls in inspect.getmembers(errors, inspect.isclass) if hasattr(cls, "code")}
 
-    named = set(re.findall(r"`([a-z]+_[a-z_]+)`", TEXT)) - {*FIELDS, "retry_after"}
+    named = set(re.findall(r"`([a-z]+_[a-z_]+)`", TEXT)) - {*FIELDS, "retry_after", *NAMES, *limit_fields(Runtime())}
     assert named <= codes
     assert {"reply_too_large", "reader_too_slow", "unsupported_version", "mixed_models"} <= named
