@@ -38,7 +38,7 @@ _CONNECT = (
 )
 
 _JOBS = "q:realtime q:normal q:batch"
-_TENANTS = "index:* turn:* past:*"
+_TENANTS = "index:* turn:* past:* parked:* in_flight tenants"
 """Keys of a service with `fair`."""
 
 _LOOK = (
@@ -58,7 +58,7 @@ _CALL = (
         write=f"service {_JOBS} bucket bucket:* paused refused seen:* cancelled trail reply:* result:* call:* "
         f"partial:* metrics webhooks bell {_TENANTS}",
     ),
-    Grant("zscore zmscore zlexcount zadd zrem exists del", write=_TENANTS),
+    Grant("zscore zmscore zlexcount zadd zrem zunionstore hget hdel exists del pexpire", write=_TENANTS),
     Grant("xadd", write="bell"),
     Grant("xadd pexpire", write="webhooks"),
     Grant("hget hmget", read="service bucket bucket:* call:*"),
@@ -83,13 +83,15 @@ _WORK = (
     Grant("script|load"),
     Grant(
         "evalsha",
-        write=f"service {_JOBS} paused dead trail cancelled reply:* seen:* result:* call:* partial:* metrics webhooks",
+        write=f"service {_JOBS} paused dead trail cancelled reply:* seen:* result:* call:* partial:* metrics webhooks "
+        f"bell {_TENANTS}",
     ),
     Grant("xadd pexpire xlen xreadgroup xclaim xpending xack xdel xgroup|create", write="webhooks"),
     Grant("set", write="webhook:*"),
     Grant("hset hincrby hmget hstrlen hlen pexpire", write="call:*"),
     Grant("evalsha", write=f"service {_JOBS} paused workers worker:* cancelled reclaim trail bell metrics {_TENANTS}"),
-    Grant("zscore zmscore zrangebylex zadd zrem zremrangebyscore pexpire del", write=_TENANTS),
+    Grant("zscore zmscore zlexcount zrangebylex zrangebyscore zremrangebyscore", write=_TENANTS),
+    Grant("zadd zrem zunionstore hget hset hdel pexpire del", write=_TENANTS),
     Grant("hsetnx", write="service"),
     Grant("xreadgroup xack xclaim xdel xgroup|create xgroup|setid xgroup|delconsumer", write=f"{_JOBS} bell"),
     Grant("zadd zrem pexpire", write="workers cancelled"),
@@ -140,6 +142,7 @@ _SCRIPTS: dict[str, Role] = {
     "enqueue_fair": "client",
     "cancel_fair": "client",
     "claim_fair": "worker",
+    "settle_fair": "worker",
     "purge_fair": "admin",
 }
 

@@ -84,6 +84,8 @@ class Model:
     shares: dict[Priority, Shares] = field(default_factory=dict)
     """Of a service with `fair`, whose jobs that wait are taken in their order; otherwise empty."""
     most_of_tenant: int = MAX_IN_ALL
+    taken: dict[Priority, list[Entry]] = field(default_factory=dict)
+    """While a claim is checked: what it took of those that waited, in order."""
 
     def live(self, priority: Priority | None = None) -> list[Entry]:
         """Accepted and not settled."""
@@ -92,10 +94,22 @@ class Model:
     def waiting(self, priority: Priority) -> list[Entry]:
         """In the order in which they are taken."""
         waiting = [entry for entry in self.live(priority) if entry.where == "waiting"]
+        able = self.able(priority)
+        return able + [entry for entry in waiting if entry not in able]
+
+    def able(self, priority: Priority) -> list[Entry]:
+        """Those that wait and may be taken now."""
+        waiting = [entry for entry in self.live(priority) if entry.where == "waiting"]
         if not self.shares:
             return waiting
-        known = [self.entries[job_id] for job_id in self.shares[priority].order()]
-        return known + [entry for entry in waiting if entry not in known]
+        taken = self.taken.get(priority, [])
+        order = [self.entries[job_id] for job_id in self.shares[priority].order()]
+        unknown = [
+            e
+            for e in waiting
+            if all((e.job_id, e.tokens) not in jobs for jobs in self.shares[priority].waiting.values())
+        ]
+        return taken + [entry for entry in [*order, *unknown] if entry not in taken]
 
     def add(self, entry: Entry) -> None:
         """The job is accepted."""
@@ -162,6 +176,10 @@ class Model:
         """The job is over; `reply` is None when its caller gets none."""
         if self.shares and entry.where == "waiting":
             self.shares[entry.priority].remove(entry.tenant, entry.job_id)
+        elif self.shares:
+            self.shares[entry.priority].in_flight[entry.tenant] -= 1
+            for shares in self.shares.values():
+                shares.come_back(entry.tenant)
         entry.where, entry.ended_at = "ended", now
         if reply is not None:
             self.replies.setdefault(entry.client, []).append((entry.job_id, reply))
@@ -187,7 +205,7 @@ def check_claim(model: Model, limit: ClaimBudget, claimed: Claimed) -> None:
     _check_share(model, entries, limit)
     _check_order(model, entries, claimed, limit)
     _check_blocked(model, entries, claimed.blocked, limit)
-    waiting = [e for each in allowed for e in model.waiting(each)]
+    waiting = [e for each in allowed for e in model.able(each)]
     returned = [e for e in model.returned(PRIORITIES[: limit.returned]) if not e.suspect or model.may_run(e)]
     if limit.empty_handed and (waiting or returned):
         assert entries, "an idle worker was given nothing"
@@ -245,7 +263,7 @@ def _check_order(model: Model, taken: Sequence[Entry], claimed: Claimed, limit: 
         mine = [entry for entry in taken if entry.priority == priority]
         returned = model.returned([priority])
         waited = [entry for entry in returned if not entry.suspect] if at < limit.returned else []
-        waited += model.waiting(priority)
+        waited += model.able(priority)
         plain = [entry for entry in mine if not entry.suspect]
         assert plain == waited[: len(plain)], "overtaken within its stream"
         assert claimed.waiting[at] == len(returned) + len(model.waiting(priority)) - len(mine)
@@ -263,7 +281,7 @@ def _check_blocked(model: Model, taken: Sequence[Entry], blocked: int, limit: Cl
     assert blocked <= max(limit.streams, limit.returned)
     priority = PRIORITIES[blocked - 1]
     innocents = [entry for entry in model.returned([priority]) if not entry.suspect]
-    queued = (innocents if blocked <= limit.returned else []) + model.waiting(priority)
+    queued = (innocents if blocked <= limit.returned else []) + model.able(priority)
     first = next(entry for entry in queued if entry not in taken)
     rows, tokens = (sum(sizes) for sizes in zip(*[(each.rows, each.tokens) for each in [*taken, first]], strict=True))
     assert rows > limit.rows or tokens > limit.tokens, "no room for what fits"

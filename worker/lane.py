@@ -244,6 +244,7 @@ class Lane:
         """Applies settings pushed since the last beat. Raises ConfigError if the service runs other weights now."""
         self._registration.keep()
         self._claimed_streams.forget_fairness()
+        self._streams.forget_fairness()
         try:
             self._limit(self._registry.read(self._spec.name).runtime)
         except (UnknownService, ConfigError) as error:

@@ -151,25 +151,27 @@ def claims(stage: Stage, seconds: float) -> Report:
         f"{MANY_TENANTS:,} tenants": ("tenant", MANY_TENANTS, jobs),
         f"1 tenant, {DEEP} times the jobs": ("tenant", 1, DEEP * jobs),
     }
-    queues, rounds = dict[str, tuple[Streams, int]](), Rounds()
+    queues, rounds, memory = dict[str, Streams](), Rounds(), dict[str, float]()
     for number, (name, (fair, tenants, waiting)) in enumerate(kinds.items()):
         spec = echo(f"claims-{number}", max_queue_size=2 * waiting, fair=fair)
         stage.register(spec)
         streams = Streams(stage.connection.client, stage.keys(spec))
         streams.create_groups()
+        before = _memory(stage)
         _fill(streams, [f"tenant-{each % tenants}" for each in range(waiting)])
-        queues[name] = streams, tenants
+        memory[name] = (_memory(stage) - before) / waiting
+        queues[name] = streams
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        for name, (streams, tenants) in queues.items():
-            rounds.add(name, _claim_us(stage, streams, tenants))
+        for name, streams in queues.items():
+            rounds.add(name, _claim_us(stage, streams))
     one, many, deep = (rounds[name] for name in list(kinds)[1:])
-    lines: Grid = [[name, kinds[name][2], rounds[name], rounds[name].over(one)] for name in kinds]
+    lines: Grid = [[name, kinds[name][2], rounds[name], rounds[name].over(one), memory[name]] for name in kinds]
     return Report(
         [
             Table(
                 f"A claim of {CLAIMED} jobs",
-                ["", "jobs waiting", "us", "/ 1 tenant"],
+                ["", "jobs waiting", "us", "/ 1 tenant", "bytes a job"],
                 lines,
                 "Time of the server alone.",
             )
@@ -181,7 +183,7 @@ def claims(stage: Stage, seconds: float) -> Report:
     )
 
 
-def _claim_us(stage: Stage, streams: Streams, tenants: int, times: int = 20) -> float:
+def _claim_us(stage: Stage, streams: Streams, times: int = 20) -> float:
     """Microseconds of the server for a claim, in the mean of `times`. What was claimed is settled and sent anew."""
     limit = ClaimBudget(jobs=CLAIMED, rows=CLAIMED, tokens=10**9)
     spent = 0.0
@@ -193,6 +195,10 @@ def _claim_us(stage: Stage, streams: Streams, tenants: int, times: int = 20) -> 
         streams.settle([Settlement(claim.address, _REPLY) for claim in found])
         _fill(streams, [claim.job.tenant if claim.job else "" for claim in found])
     return spent / times
+
+
+def _memory(stage: Stage) -> int:
+    return int(cast(Mapping[str, int], stage.connection.client.info("memory"))["used_memory"])
 
 
 def _evalsha_us(stage: Stage) -> float:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.json_schema import JsonSchemaValue
 
-from millstream.broker.config.fields import NO_LIMIT, AlsoAccepts, Rate, Settings
+from millstream.broker.config.fields import NO_LIMIT, AlsoAccepts, Count, Rate, Settings
 
 MOST_WEIGHTS = 1_000
 """Most tenants with a weight of their own: each is a field of the service on the server."""
@@ -24,10 +24,14 @@ Tenant = Annotated[str, AfterValidator(_tenant)]
 
 
 class Fair(Settings):
-    """Shares the claims of each priority among the tenants that wait: `weights` of tenants, 1 for all others."""
+    """Shares the claims of each priority among the tenants that wait: `weights` of tenants, 1 for all others.
+
+    `max_in_flight`: most jobs of one tenant that workers hold, of all priorities. None is no limit.
+    """
 
     per: Literal["tenant"] = "tenant"
     weights: Annotated[dict[Tenant, Rate], Field(max_length=MOST_WEIGHTS)] = Field(default={})
+    max_in_flight: Count | None = None
 
 
 _TENANT: JsonSchemaValue = {"const": "tenant"}

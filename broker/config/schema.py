@@ -47,6 +47,7 @@ DESCRIPTIONS: Mapping[str, str] = {
     "jobs": "Most jobs of one priority, those that run included.",
     "per_tenant": "Most jobs of one tenant that wait in one priority; needs `fair`.",
     "fair": "tenant: tenants that wait share the claims of each priority; or a mapping with weights.",
+    "max_in_flight": "Most jobs of one tenant that workers hold at a time, of all priorities.",
     "weights": "A tenant's share relative to the others, which have 1.",
     "overflow": "Class in which calls beyond the limit run, instead of being refused: normal or batch.",
     "worker_count": "Worker processes on each host that runs `millstream up`.",

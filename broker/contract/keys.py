@@ -82,6 +82,18 @@ class ServiceKeys:
         """ZSET: tenant without waiting jobs -> its virtual time, while that is ahead; ttl a day after a claim."""
         return self._key(f"past:{priority}")
 
+    def parked(self, priority: Priority) -> str:
+        """ZSET: tenant that has max_in_flight jobs in flight -> when that was seen, server ms; no ttl, as turn."""
+        return self._key(f"parked:{priority}")
+
+    def in_flight(self) -> str:
+        """ZSET: jobs in flight, by tenant, of a service with max_in_flight; ttl a day after a claim."""
+        return self._key("in_flight")
+
+    def tenants(self) -> str:
+        """HASH: job in flight -> its tenant, of a service with max_in_flight; ttl a day after a claim."""
+        return self._key("tenants")
+
     def reply(self, client: str) -> str:
         """STREAM of replies to one client process, which deletes the replies that it has read; ttl set by settle."""
         return self._key(f"reply:{client}")

@@ -43,6 +43,7 @@ def limit_fields(runtime: Runtime) -> dict[str, str | int | float]:
         "rate_per": rate.per or "",
         "rate_beyond": STREAM_INDEX[Priority(rate.overflow)] if rate.overflow else "",
         "fair": FAIR if runtime.fair else "",
+        "max_in_flight": (runtime.fair and runtime.fair.max_in_flight) or "",
         "max_queue_tenant": runtime.tenant_jobs or "",
         # How many tenants have a weight, so that claims without any look for none.
         "fair_weights": len(weights),

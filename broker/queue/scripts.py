@@ -27,6 +27,7 @@ Name = Literal[
     "claim_fair",
     "cancel_fair",
     "purge_fair",
+    "settle_fair",
 ]
 NAMES: tuple[Name, ...] = get_args(Name)
 """The scripts, one for each verb, and for some a second one for services with `fair`."""
@@ -40,7 +41,13 @@ T = TypeVar("T")
 _FOLDER = resources.files("millstream.broker.queue").joinpath("lua")
 
 
-_FAIR_PARTS = {"enqueue": "fair_enqueue", "claim": "fair_claim", "cancel": "fair_delete", "purge": "fair_delete"}
+_FAIR_PARTS = {
+    "enqueue": "fair_enqueue",
+    "claim": "fair_claim",
+    "settle": "fair_settle",
+    "cancel": "fair_delete",
+    "purge": "fair_delete",
+}
 """File that a script of a service with `fair` has besides `fair` and its own."""
 
 _INSERTED_AT = b"-- fair parts\n"

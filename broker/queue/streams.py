@@ -57,8 +57,11 @@ _XREADGROUP = b"XREADGROUP"
 """The command as bytes: redis-py has no callback for it, so it does not make a dict of each entry, which would merge
 fields of the same name."""
 
-_FAIR_NAMES: Mapping[Literal["claim", "cancel", "purge"], scripts.Name] = {
+Verb = Literal["claim", "settle", "cancel", "purge"]
+
+_FAIR_NAMES: Mapping[Verb, scripts.Name] = {
     "claim": "claim_fair",
+    "settle": "settle_fair",
     "cancel": "cancel_fair",
     "purge": "purge_fair",
 }
@@ -93,8 +96,8 @@ class Streams:
         self._claim_keys = [*self._streams, keys.paused(), keys.workers(), keys.trail()]
         self._settle_keys = [*self._streams, keys.dead(), keys.trail(), keys.cancelled(), keys.metrics()]
         self._settle_keys.append(keys.webhooks())
-        by_tenant = [kind(each) for kind in (keys.index, keys.turn, keys.past) for each in PRIORITIES]
-        self._fair_keys = [keys.spec(), self._bell, *by_tenant]
+        by_tenant = [kind(each) for kind in (keys.index, keys.turn, keys.past, keys.parked) for each in PRIORITIES]
+        self._fair_keys = [keys.spec(), self._bell, keys.in_flight(), keys.tenants(), *by_tenant]
         self._fairness: str | None = None
         self._result_ttl_ms = result_ttl_ms
         self._unread_bytes = unread_bytes
@@ -109,7 +112,7 @@ class Streams:
             self._fairness = cast(bytes, self._client.hget(self._keys.spec(), FAIR_FIELD) or b"").decode()
         return bool(self._fairness)
 
-    def _run(self, name: Literal["claim", "cancel", "purge"], keys: list[str], args: Sequence[scripts.Argument]) -> Any:
+    def _run(self, name: Verb, keys: list[str], args: Sequence[scripts.Argument]) -> Any:
         if self._is_fair():
             return scripts.run(self._client, _FAIR_NAMES[name], [*keys, *self._fair_keys], args)
         return scripts.run(self._client, name, keys, args)
@@ -250,7 +253,7 @@ class Streams:
             args += (kind, ttl, int(streams))
         keys += jobs
         args += words
-        return [_SETTLED[outcome] for outcome in scripts.run(self._client, "settle", keys, args)]
+        return [_SETTLED[outcome] for outcome in self._run("settle", keys, args)]
 
     def emit(self, consumer: str, emissions: Sequence[Emission]) -> list[int]:
         """Appends records of at most MAX_JOBS_PER_CALL jobs that `consumer` runs, and shows their text to clients.

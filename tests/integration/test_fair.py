@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 from bystander import Bystander
-from contracts.queue import Queue, draft, ids
+from contracts.queue import CALLER, Queue, draft, ids
 from redis.typing import EncodableT, FieldT
 from support import eventually
 from workers import LONG_S, remove, spec, working
@@ -22,7 +22,7 @@ from millstream.broker.contract.keys import GROUP
 from millstream.broker.queue import scripts
 from millstream.broker.queue.claims import ClaimBudget, Claimed
 from millstream.broker.queue.inspector import Inspector
-from millstream.broker.queue.stream_types import Group
+from millstream.broker.queue.stream_types import Group, Settlement
 from millstream.broker.queue.streams import Streams
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
@@ -119,6 +119,97 @@ def test_a_tenant_whose_queue_is_full_refuses_itself_alone(client: Client, bysta
         service.answer(*claims)
     assert served[:3].count(other.id) == 1
     assert [job for job in served if job != other.id] == [handle.id for handle in flood]
+
+
+def test_a_tenant_has_so_many_jobs_in_flight_and_another_one_once_one_is_settled(bystander: Made) -> None:
+    service = bystander(fair={"max_in_flight": 2})
+    queue = service.queue
+    put(queue, "aaaaab")
+    first = queue.claim()
+    assert tenants(first) == "aba"
+    assert tenants(queue.claim("w2")) == ""
+    put(queue, "a", Priority.REALTIME)
+    assert tenants(queue.claim("w2")) == ""
+
+    service.answer(next(claim for claim in first.claims if claim.job and claim.job.tenant == "a"))
+
+    (urgent,) = queue.claim("w2").claims
+    assert urgent.address.priority == Priority.REALTIME
+    assert tenants(queue.claim("w2")) == ""
+
+
+def test_a_job_that_its_worker_lost_stays_in_flight_until_it_is_settled(bystander: Made) -> None:
+    service = bystander(fair={"max_in_flight": 1})
+    queue = service.queue
+    (lost, next_one) = put(queue, "aa")
+    queue.lease.beat("w1", {}, [])
+    assert ids(queue.claim("w1").claims) == [lost]
+
+    queue.lease.release("w1", gone=True)
+
+    again = queue.claim("w2")
+    assert ids(again.claims) == [lost]
+    service.answer(*again.claims)
+    assert ids(queue.claim("w2").claims) == [next_one]
+
+
+def test_a_cancelled_job_makes_room_for_the_next_one_of_its_tenant(bystander: Made) -> None:
+    queue = bystander(fair={"max_in_flight": 1}).queue
+    (lost, next_one) = put(queue, "aa")
+    queue.lease.beat("w1", {}, [])
+    queue.claim("w1")
+    assert queue.claim("w2").claims == []
+    queue.lease.release("w1", gone=True)
+
+    assert queue.streams.cancel([lost], CALLER) == ["waiting"]
+
+    assert ids(queue.claim("w2").claims) == [next_one]
+
+
+def test_a_settled_job_wakes_a_worker_for_the_next_one_of_its_tenant(bystander: Made) -> None:
+    service = bystander(fair={"max_in_flight": 1})
+    queue = service.queue
+    (_, next_one) = put(queue, "aa")
+    first = queue.claim("w1")
+    for _ in range(4):
+        # What rang for these two.
+        queue.wait("w2")
+    woken: list[Claimed] = []
+    sleeper = threading.Thread(target=lambda: woken.append(queue.wait("w2", LONG_S, jobs=8)))
+    sleeper.start()
+    eventually(lambda: queue.client.info("clients")["blocked_clients"] > 0)
+
+    service.answer(*first.claims)
+    sleeper.join(LONG_S)
+
+    assert ids(woken[0].claims) == [next_one]
+
+
+def test_a_job_that_an_older_worker_settled_is_not_in_flight_for_ever(bystander: Made) -> None:
+    queue = bystander(fair={"max_in_flight": 1}).queue
+    (_, next_one) = put(queue, "aa")
+    first = queue.claim("w1")
+    assert queue.claim("w1").claims == []
+    older = Streams(queue.client, queue.keys)
+    older._fairness = ""
+    assert older.settle([Settlement(claim.address, b"{}") for claim in first.claims]) == ["answered"]
+
+    queue.client.zadd(queue.keys.parked(Priority.NORMAL), {"a": queue.now() - 60_000})
+
+    assert ids(queue.claim("w1").claims) == [next_one]
+
+
+def test_a_limit_that_was_removed_holds_nobody(bystander: Made) -> None:
+    service = bystander(fair={"max_in_flight": 1})
+    queue = service.queue
+    put(queue, "aaa")
+    assert len(queue.claim("w1").claims) == 1
+    assert queue.claim("w1").claims == []
+
+    service.push(runtime=Runtime(fair=Fair()))
+    queue.client.zadd(queue.keys.parked(Priority.NORMAL), {"a": queue.now() - 60_000})
+
+    assert tenants(queue.claim("w1")) == "aa"
 
 
 def test_a_job_that_a_worker_got_past_the_index_is_not_given_out_again(bystander: Made) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
+from copy import deepcopy
 from typing import cast
 
 import pytest
 from fair_model import Shares
 from hypothesis import strategies as st
-from hypothesis.stateful import invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, precondition, rule
 from queue_machine import CLIENTS, QueueMachine, group, make_draft, run_short_or_long, worker
 from queue_model import MAX_IN_ALL, Entry
 from redis.typing import EncodableT, FieldT
@@ -33,6 +34,7 @@ EXAMPLES, LONG_EXAMPLES = 80, 10_000
 COUNTED = (
     "refused: tenant_full",
     "claimed: another tenant's older job waits",
+    "parked",
     "indexed: of an older client",
     "cancelled: waiting",
 )
@@ -51,15 +53,26 @@ class FairMachine(QueueMachine):
         }
         fields |= {f"weight:{tenant}": weight for tenant, weight in WEIGHTS.items()}
         self.queue.client.hset(self.keys.spec(), mapping=fields)
-        self.model.shares = {priority: Shares(WEIGHTS) for priority in PRIORITIES}
+        in_flight = Counter[str]()
+        self.model.shares = {each: Shares(WEIGHTS, in_flight=in_flight) for each in PRIORITIES}
         self.model.most_of_tenant = MOST_OF_TENANT
+        self.most_in_flight: int | None = None
         self.unindexed: list[Entry] = []
         """Entries of older clients that are not in the index."""
+
+    @initialize(most=st.sampled_from([None, 2, 4]))
+    def limit_in_flight(self, most: int | None) -> None:
+        self.count("rule: limit in flight", times=most is not None)
+        self.most_in_flight = most
+        if most:
+            self.queue.client.hset(self.keys.spec(), "max_in_flight", most)
+            for shares in self.model.shares.values():
+                shares.most = most
 
     @property
     def allowed_without_ttl(self) -> set[str]:
         return super().allowed_without_ttl | {
-            key(priority) for key in (self.keys.index, self.keys.turn) for priority in PRIORITIES
+            key(priority) for key in (self.keys.index, self.keys.turn, self.keys.parked) for priority in PRIORITIES
         }
 
     @precondition(lambda self: len(self.model.live()) < MAX_IN_ALL)
@@ -127,7 +140,15 @@ class FairMachine(QueueMachine):
 
     def _check_claimed(self, limit: ClaimBudget, claimed: Claimed) -> None:
         self._note_indexed(claimed)
+        model, shares = self.model, deepcopy(self.model.shares)
+        taken = [entry for claim in claimed.claims if (entry := model.entries[claim.address.job_id]).where == "waiting"]
+        # One after the other: what a tenant has in flight counts for all priorities.
+        for entry in taken:
+            assert shares[entry.priority].take() == entry.job_id, "not its turn"
+        standing, model.shares = model.shares, shares
+        model.taken = {priority: [entry for entry in taken if entry.priority == priority] for priority in PRIORITIES}
         super()._check_claimed(limit, claimed)
+        model.shares, model.taken = standing, {}
         for claim in claimed.claims:
             entry = self.model.entries[claim.address.job_id]
             older = [e for e in self.model.live(entry.priority) if e.where == "waiting" and e.name < entry.name]
@@ -141,12 +162,26 @@ class FairMachine(QueueMachine):
             assert sorted(members) == sorted(map(member, waiting))
 
     @invariant()
+    def what_is_in_flight_is_noted_with_its_tenant(self) -> None:
+        pending = [entry for entry in self.model.live() if entry.pending and self.most_in_flight]
+        held = {entry.name: entry.tenant for entry in pending}
+        found = cast(dict[bytes, bytes], self.queue.client.hgetall(self.keys.tenants()))
+        members = cast(list[bytes], self.queue.client.zrange(self.keys.in_flight(), 0, -1))
+        assert {name.decode(): tenant.decode() for name, tenant in found.items()} == held
+        assert sorted(members) == sorted(f"{tenant}\0{name}".encode() for name, tenant in held.items())
+
+    @invariant()
     def each_tenant_that_waits_has_its_turn(self) -> None:
         for priority in PRIORITIES:
             shares, turn = self.model.shares[priority], self.keys.turn(priority)
             found = cast(list[tuple[bytes, float]], self.queue.client.zrange(turn, 0, -1, withscores=True))
             times = {tenant.decode(): time for tenant, time in found}
-            waiting = [tenant for tenant, jobs in shares.waiting.items() if jobs]
+            stopped = cast(list[bytes], self.queue.client.zrange(self.keys.parked(priority), 0, -1))
+            parked = {each.decode() for each in stopped}
+            assert parked.isdisjoint(times)
+            self.count("parked", times=bool(parked))
+            assert {each for each in parked if shares.in_flight[each] < shares.most} == set()
+            waiting = [tenant for tenant, jobs in shares.waiting.items() if jobs and tenant not in parked]
             assert {each: times.get(each) for each in waiting} == {each: shares.turn[each] for each in waiting}
 
 

@@ -6,13 +6,14 @@
 
 local NEVER_IDLE_MS = '4000000000000000'
 local PAGE, RETURN_PAGE = 100, 500
+-- Time after which a parked tenant is looked at again: a worker without settle_fair may have ended its jobs.
+local LOOK_MS = 1000
 -- Most entries and tenants without jobs that one claim finds and removes.
 local MOST_STALE = 1000
 local LONGEST_PAGE = 128
-local PAST_KEPT_MS = 86400000
 
-local fairness, weighted = unpack(redis.call('HMGET', SPEC, 'fair', 'fair_weights'))
-weighted = tonumber(weighted or 0) > 0
+local fairness, weighted, most_in_flight = unpack(redis.call('HMGET', SPEC, 'fair', 'fair_weights', 'max_in_flight'))
+weighted, most_in_flight = tonumber(weighted or 0) > 0, tonumber(most_in_flight or '')
 
 local function entry_id(of)
   local ms, seq = string.match(of, '%z0*(%d+)%-0*(%d+)$')
@@ -45,6 +46,7 @@ local function deliver_free(stream, ids)
     end
   end
   groups[stream]['pending'] = groups[stream]['pending'] + #ids - missing
+  return held
 end
 
 -- Indexes a page of entries behind the cursor. Those that somebody holds are left out. If there are none and the index
@@ -129,22 +131,79 @@ local function oldest(stream, tenant)
   return tenant.members[tenant.at]
 end
 
+local function count_in_flight(tenant)
+  return redis.call('ZLEXCOUNT', IN_FLIGHT, '[' .. tenant .. '\0', '(' .. tenant .. '\1')
+end
+
+-- Tells if a tenant has as many jobs in flight as it may.
+local function is_at_most(tenant)
+  if not most_in_flight then return false end
+  tenant.in_flight = tenant.in_flight or count_in_flight(tenant.tenant)
+  return tenant.in_flight >= most_in_flight
+end
+
+-- Parks a tenant that is next, until one of its jobs is settled.
+local function park(queue, tenant)
+  tenant.is_parked, queue.touched[tenant], queue.head = true, true, queue.head + 1
+  queue.parked[#queue.parked + 1], queue.parked[#queue.parked + 2] = now, tenant.tenant
+end
+
+-- Looks whether the jobs in flight of one parked tenant are still pending, and forgets the others.
+local function check_parked(stream)
+  local tenant = redis.call('ZRANGEBYSCORE', PARKED[stream], '-inf', now - LOOK_MS, 'LIMIT', 0, 1)[1]
+  if not tenant then return end
+  -- First a write that is allowed at maxmemory.
+  redis.call('ZREM', PARKED[stream], tenant)
+  for _, found in ipairs(redis.call('ZRANGEBYLEX', IN_FLIGHT, '[' .. tenant .. '\0', '(' .. tenant .. '\1')) do
+    local name = string.match(found, '%z(.*)$')
+    local id = string.sub(name, 3)
+    if not redis.call('XPENDING', KEYS[tonumber(string.sub(name, 1, 1))], GROUP, id, id, 1)[1] then
+      redis.call('ZREM', IN_FLIGHT, found)
+      redis.call('HDEL', TENANTS, name)
+    end
+  end
+  if not most_in_flight or count_in_flight(tenant) < most_in_flight then
+    join(stream, tenant)
+    unpark(tenant)
+  else
+    redis.call('ZADD', PARKED[stream], now, tenant)
+  end
+end
+
+-- Notes what was delivered as in flight.
+local function note_in_flight(stream, takers, held)
+  local members, names = {}, {}
+  for id, tenant in pairs(takers) do
+    if held[id] then
+      local name = stream .. ':' .. id
+      members[#members + 1], members[#members + 2] = 0, tenant .. '\0' .. name
+      names[#names + 1], names[#names + 2] = name, tenant
+    end
+  end
+  if #names == 0 then return end
+  redis.call('ZADD', IN_FLIGHT, unpack(members))
+  redis.call('HSET', TENANTS, unpack(names))
+  redis.call('PEXPIRE', IN_FLIGHT, PAST_KEPT_MS)
+  redis.call('PEXPIRE', TENANTS, PAST_KEPT_MS)
+end
+
 -- Writes what the claim changed: taken members, and the times of tenants.
 local function write_turns(stream, queue)
   if #queue.gone > 0 then redis.call('ZREM', INDEX[stream], unpack(queue.gone)) end
   if not next(queue.touched) then return end
   local turns, ended, past = {}, {}, {exact(queue.served), SERVED}
   for tenant in pairs(queue.touched) do
-    local words = oldest(stream, tenant) and turns or past
+    local words = not tenant.is_parked and oldest(stream, tenant) and turns or past
     words[#words + 1], words[#words + 2] = exact(tenant.time), tenant.tenant
     if words == past then ended[#ended + 1] = tenant.tenant end
   end
   if #ended > 0 then redis.call('ZREM', TURN[stream], unpack(ended)) end
   if #turns > 0 then redis.call('ZADD', TURN[stream], unpack(turns)) end
+  if #queue.parked > 0 then redis.call('ZADD', PARKED[stream], unpack(queue.parked)) end
   redis.call('ZADD', PAST[stream], unpack(past))
   redis.call('ZREMRANGEBYSCORE', PAST[stream], '-inf', '(' .. exact(queue.served))
   redis.call('PEXPIRE', PAST[stream], PAST_KEPT_MS)
-  if #turns == 0 and redis.call('EXISTS', INDEX[stream]) == 0 then redis.call('DEL', TURN[stream]) end
+  if #turns == 0 then end_turns(stream) end
 end
 
 -- Charges a tenant for a job that was taken, or skips one that is gone, and moves on to its next one.
@@ -164,32 +223,36 @@ local function free_entry(stream, id, too_many)
   return redis.call('XRANGE', KEYS[stream], id, id)[1]
 end
 
+-- Returns the ids of the jobs that were taken, and the tenant of each.
 local function take_in_turn(stream, queue, too_many)
-  local ids, stale = {}, 0
+  local ids, takers, stale = {}, {}, 0
   local tenant = next_tenant(stream, queue)
-  -- Somebody deleted `turn`, or the server evicted it.
+  -- Somebody deleted `turn`, or the server evicted it. A parked tenant stays parked.
   local lost = not tenant and redis.call('ZRANGE', INDEX[stream], 0, 0)[1]
   if lost then join(stream, string.match(lost, '^[^%z]*')) end
   while tenant and not full and stale < MOST_STALE do
-    local found = oldest(stream, tenant)
+    local found = not is_at_most(tenant) and oldest(stream, tenant)
     local id = found and entry_id(found)
     local entry = id and free_entry(stream, id, too_many)
     if entry then
       local r, t = cost(entry[2])
       if not may_take(stream, r, t) then break end
       take(stream, id, 1, entry[2], r, t, 0)
-      ids[#ids + 1] = id
+      ids[#ids + 1], takers[id] = id, tenant.tenant
+      tenant.in_flight = tenant.in_flight and tenant.in_flight + 1
       advance(queue, tenant, job_tokens)
     elseif found then
       stale = stale + 1
       advance(queue, tenant, 0)
+    elseif is_at_most(tenant) then
+      park(queue, tenant)
     else
       stale = stale + 1
       queue.touched[tenant], queue.head = true, queue.head + 1
     end
     tenant = next_tenant(stream, queue)
   end
-  return ids
+  return ids, takers
 end
 
 local function take_fairly(stream)
@@ -199,12 +262,14 @@ local function take_fairly(stream)
     index_page(stream, extra < 0)
     extra = surplus(stream)
   end
+  if most_in_flight or redis.call('EXISTS', PARKED[stream]) == 1 then check_parked(stream) end
   local served = tonumber(redis.call('ZSCORE', PAST[stream], SERVED) or 0)
-  local queue = {list = {}, head = 1, loaded = 0, all = false, served = served, gone = {}, touched = {}}
-  local ids = take_in_turn(stream, queue, extra > 0)
+  local queue = {list = {}, head = 1, loaded = 0, all = false, served = served, gone = {}, touched = {}, parked = {}}
+  local ids, takers = take_in_turn(stream, queue, extra > 0)
   write_turns(stream, queue)
   if #ids == 0 then return end
-  deliver_free(stream, ids)
+  local held = deliver_free(stream, ids)
+  if most_in_flight then note_in_flight(stream, takers, held) end
   if extra == 0 then
     redis.call('XGROUP', 'SETID', KEYS[stream], GROUP, '$')
     last[stream] = ids[#ids]
@@ -226,7 +291,7 @@ local function dissolve(stream)
   end
   redis.call('ZREM', INDEX[stream], unpack(members))
   if #ids > 0 then hold(stream, ids, RETURNED) end
-  if redis.call('EXISTS', INDEX[stream]) == 0 then redis.call('DEL', TURN[stream], PAST[stream]) end
+  if redis.call('EXISTS', INDEX[stream]) == 0 then redis.call('DEL', TURN[stream], PAST[stream], PARKED[stream]) end
 end
 
 if fairness == 'tenant' then
