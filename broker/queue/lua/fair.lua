@@ -40,13 +40,11 @@ local function member(tenant, id) -- luacheck: ignore 211
   return tenant .. '\0' .. string.rep('0', 13 - #ms) .. ms .. '-' .. string.rep('0', 10 - #seq) .. seq
 end
 
-local function exact(number) return string.format('%.17g', number) end
-
 -- Makes a tenant wait for its turn, if it does not and is not parked.
 local function join(stream, tenant)
   if redis.call('ZSCORE', TURN[stream], tenant) or redis.call('ZSCORE', PARKED[stream], tenant) then return end
   local own, served = unpack(redis.call('ZMSCORE', PAST[stream], tenant, SERVED))
-  redis.call('ZADD', TURN[stream], exact(math.max(tonumber(own or 0), tonumber(served or 0))), tenant)
+  redis.call('ZADD', TURN[stream], math.max(tonumber(own or 0), tonumber(served or 0)), tenant)
 end
 
 -- Ends all turns of a stream of which no job waits. The times stay known.

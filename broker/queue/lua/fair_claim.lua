@@ -6,11 +6,14 @@
 
 local NEVER_IDLE_MS = '4000000000000000'
 local PAGE, RETURN_PAGE = 100, 500
+-- Number of tenants that are loaded first, and then at a time.
+local FIRST_TENANTS, MORE_TENANTS = 4, 16
 -- Time after which a parked tenant is looked at again: a worker without settle_fair may have ended its jobs.
 local LOOK_MS = 1000
 -- Most entries and tenants without jobs that one claim finds and removes.
 local MOST_STALE = 1000
-local LONGEST_PAGE = 128
+-- Members of a tenant that are read first, and then at a time.
+local MEMBERS = {'2', '8', '32', '128'}
 
 local fairness, weighted, most_in_flight = unpack(redis.call('HMGET', SPEC, 'fair', 'fair_weights', 'max_in_flight'))
 weighted, most_in_flight = tonumber(weighted or 0) > 0, tonumber(most_in_flight or '')
@@ -80,7 +83,7 @@ local function surplus(stream)
 end
 
 local function is_before(one, other)
-  return one.time < other.time or (one.time == other.time and one.tenant < other.tenant)
+  return one.time < other.time or (one.time == other.time and one.name < other.name)
 end
 
 -- Puts a tenant in its place among those that are loaded.
@@ -94,19 +97,25 @@ local function place(queue, tenant)
   list[at] = tenant
 end
 
-local function load_tenants(stream, queue)
-  local size = math.max(4, 3 * queue.loaded)
-  local found = redis.call('ZRANGE', TURN[stream], queue.loaded, queue.loaded + size - 1, 'WITHSCORES')
+-- Returns the weights of tenants that have one of their own, as text, by their position in `found`.
+local function weights_of(found)
+  if not weighted or #found == 0 then return {} end
   local names = {}
   for i = 1, #found, 2 do names[#names + 1] = 'weight:' .. found[i] end
-  local weights = weighted and #names > 0 and redis.call('HMGET', SPEC, unpack(names)) or {}
-  for i, name in ipairs(names) do
-    local tenant = {tenant = string.sub(name, 8), time = tonumber(found[2 * i]), members = {}, at = 1, size = 2}
-    tenant.weight = tonumber(weights[i] or 1) or 1
-    queue.horizon = {tenant = tenant.tenant, time = tenant.time}
+  return redis.call('HMGET', SPEC, unpack(names))
+end
+
+local function load_tenants(stream, queue)
+  local size = queue.loaded == 0 and FIRST_TENANTS or MORE_TENANTS
+  local found = redis.call('ZRANGE', TURN[stream], queue.loaded, queue.loaded + size - 1, 'WITHSCORES')
+  local weights = weights_of(found)
+  for i = 1, #found, 2 do
+    local tenant = {name = found[i], time = tonumber(found[i + 1]), at = 1, page = 1}
+    tenant.weight = tonumber(weights[(i + 1) / 2] or 1) or 1
     place(queue, tenant)
   end
-  queue.loaded, queue.all = queue.loaded + #names, #names < size
+  if #found > 0 then queue.horizon = {name = found[#found - 1], time = tonumber(found[#found])} end
+  queue.loaded, queue.all = queue.loaded + #found / 2, #found < 2 * size
 end
 
 -- Returns the tenant with the least time. Tenants are loaded as far as one of them may be it.
@@ -119,16 +128,15 @@ end
 
 -- Returns the oldest member of a tenant in the index; nil if it has none.
 local function oldest(stream, tenant)
-  while tenant.at > #tenant.members do
+  local members = tenant.members
+  while not members or tenant.at > #members do
     if tenant.is_done then return nil end
-    local from = tenant.last and '(' .. tenant.last or '[' .. tenant.tenant .. '\0'
-    tenant.members = redis.call('ZRANGEBYLEX', INDEX[stream], from, '(' .. tenant.tenant .. '\1',
-      'LIMIT', 0, tenant.size)
-    tenant.is_done = #tenant.members < tenant.size
-    tenant.at, tenant.last = 1, tenant.members[#tenant.members] or tenant.last
-    tenant.size = math.min(4 * tenant.size, LONGEST_PAGE)
+    local from, size = tenant.last and '(' .. tenant.last or '[' .. tenant.name .. '\0', MEMBERS[tenant.page]
+    members = redis.call('ZRANGEBYLEX', INDEX[stream], from, '(' .. tenant.name .. '\1', 'LIMIT', '0', size)
+    tenant.members, tenant.at, tenant.last = members, 1, members[#members] or tenant.last
+    tenant.is_done, tenant.page = #members < tonumber(size), math.min(tenant.page + 1, #MEMBERS)
   end
-  return tenant.members[tenant.at]
+  return members[tenant.at]
 end
 
 local function count_in_flight(tenant)
@@ -138,14 +146,14 @@ end
 -- Tells if a tenant has as many jobs in flight as it may.
 local function is_at_most(tenant)
   if not most_in_flight then return false end
-  tenant.in_flight = tenant.in_flight or count_in_flight(tenant.tenant)
+  tenant.in_flight = tenant.in_flight or count_in_flight(tenant.name)
   return tenant.in_flight >= most_in_flight
 end
 
 -- Parks a tenant that is next, until one of its jobs is settled.
 local function park(queue, tenant)
   tenant.is_parked, queue.touched[tenant], queue.head = true, true, queue.head + 1
-  queue.parked[#queue.parked + 1], queue.parked[#queue.parked + 2] = now, tenant.tenant
+  queue.parked[#queue.parked + 1], queue.parked[#queue.parked + 2] = now, tenant.name
 end
 
 -- Looks whether the jobs in flight of one parked tenant are still pending, and forgets the others.
@@ -191,17 +199,17 @@ end
 local function write_turns(stream, queue)
   if #queue.gone > 0 then redis.call('ZREM', INDEX[stream], unpack(queue.gone)) end
   if not next(queue.touched) then return end
-  local turns, ended, past = {}, {}, {exact(queue.served), SERVED}
+  local turns, ended, past = {}, {}, {queue.served, SERVED}
   for tenant in pairs(queue.touched) do
     local words = not tenant.is_parked and oldest(stream, tenant) and turns or past
-    words[#words + 1], words[#words + 2] = exact(tenant.time), tenant.tenant
-    if words == past then ended[#ended + 1] = tenant.tenant end
+    words[#words + 1], words[#words + 2] = tenant.time, tenant.name
+    if words == past then ended[#ended + 1] = tenant.name end
   end
   if #ended > 0 then redis.call('ZREM', TURN[stream], unpack(ended)) end
   if #turns > 0 then redis.call('ZADD', TURN[stream], unpack(turns)) end
   if #queue.parked > 0 then redis.call('ZADD', PARKED[stream], unpack(queue.parked)) end
   redis.call('ZADD', PAST[stream], unpack(past))
-  redis.call('ZREMRANGEBYSCORE', PAST[stream], '-inf', '(' .. exact(queue.served))
+  redis.call('ZREMRANGEBYSCORE', PAST[stream], '-inf', string.format('(%.17g', queue.served))
   redis.call('PEXPIRE', PAST[stream], PAST_KEPT_MS)
   if #turns == 0 then end_turns(stream) end
 end
@@ -238,7 +246,7 @@ local function take_in_turn(stream, queue, too_many)
       local r, t = cost(entry[2])
       if not may_take(stream, r, t) then break end
       take(stream, id, 1, entry[2], r, t, 0)
-      ids[#ids + 1], takers[id] = id, tenant.tenant
+      ids[#ids + 1], takers[id] = id, tenant.name
       tenant.in_flight = tenant.in_flight and tenant.in_flight + 1
       advance(queue, tenant, job_tokens)
     elseif found then
@@ -250,7 +258,7 @@ local function take_in_turn(stream, queue, too_many)
       stale = stale + 1
       queue.touched[tenant], queue.head = true, queue.head + 1
     end
-    tenant = next_tenant(stream, queue)
+    tenant = not full and next_tenant(stream, queue)
   end
   return ids, takers
 end
