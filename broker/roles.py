@@ -38,6 +38,8 @@ _CONNECT = (
 )
 
 _JOBS = "q:realtime q:normal q:batch"
+_TENANTS = "index:* turn:* past:* parked:* in_flight tenants"
+"""Keys of a service with `fair`."""
 
 _LOOK = (
     Grant("hget hmget hgetall exists type ttl pttl memory|usage", read="*"),
@@ -45,6 +47,7 @@ _LOOK = (
     Grant("get", read="paused reclaim seen:* partial:* webhook:*"),
     Grant("hlen", read="call:*"),
     Grant("zrange zcount zscore", read="workers cancelled"),
+    Grant("zcard zrange", read=_TENANTS),
 )
 
 # No script|load: a user who may load scripts may load one that never ends. Workers load all scripts, see scripts.py.
@@ -53,8 +56,10 @@ _CALL = (
     Grant(
         "evalsha",
         write=f"service {_JOBS} bucket bucket:* paused refused seen:* cancelled trail reply:* result:* call:* "
-        "partial:* metrics webhooks",
+        f"partial:* metrics webhooks bell {_TENANTS}",
     ),
+    Grant("zscore zmscore zlexcount zadd zrem zunionstore hget hdel exists del pexpire", write=_TENANTS),
+    Grant("xadd", write="bell"),
     Grant("xadd pexpire", write="webhooks"),
     Grant("hget hmget", read="service canary bucket bucket:* call:*"),
     Grant("hset hincrby hexists hstrlen hlen pttl pexpire", write="call:*"),
@@ -78,12 +83,15 @@ _WORK = (
     Grant("script|load"),
     Grant(
         "evalsha",
-        write=f"service {_JOBS} paused dead trail cancelled reply:* seen:* result:* call:* partial:* metrics webhooks",
+        write=f"service {_JOBS} paused dead trail cancelled reply:* seen:* result:* call:* partial:* metrics webhooks "
+        f"bell {_TENANTS}",
     ),
     Grant("xadd pexpire xlen xreadgroup xclaim xpending xack xdel xgroup|create", write="webhooks"),
     Grant("set", write="webhook:*"),
     Grant("hset hincrby hmget hstrlen hlen pexpire", write="call:*"),
-    Grant("evalsha", write=f"service {_JOBS} paused workers worker:* cancelled reclaim trail bell metrics"),
+    Grant("evalsha", write=f"service {_JOBS} paused workers worker:* cancelled reclaim trail bell metrics {_TENANTS}"),
+    Grant("zscore zmscore zlexcount zrangebylex zrangebyscore zremrangebyscore", write=_TENANTS),
+    Grant("zadd zrem zunionstore hget hset hdel pexpire del", write=_TENANTS),
     Grant("hsetnx", write="service"),
     Grant("evalsha hset hmget", write="canary"),
     Grant("xreadgroup xack xclaim xdel xgroup|create xgroup|setid xgroup|delconsumer", write=f"{_JOBS} bell"),
@@ -133,6 +141,11 @@ _SCRIPTS: dict[str, Role] = {
     "slots": "worker",
     "canary": "worker",
     "purge": "admin",
+    "enqueue_fair": "client",
+    "cancel_fair": "client",
+    "claim_fair": "worker",
+    "settle_fair": "worker",
+    "purge_fair": "admin",
 }
 
 

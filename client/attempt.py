@@ -57,7 +57,7 @@ def prepare_attempt(
         most_jobs=_limit_jobs(spec.runtime.queue_size(opts.priority)),
         tenant=opts.tenant,
         replicated=spec.replicated,
-        rate_per_tenant=bool(opts.tenant) and spec.rate_per_tenant,
+        limits_tenants=bool(opts.tenant) and spec.limits_tenants,
         idle_timeout=spec.runtime.total_timeout,
         at_once=spec.runtime.batch_size if operation.streams else 1,
         version=chosen.version,

@@ -199,7 +199,7 @@ class DetachedRequest:
         Jobs are admitted one by one, as the queue has room. The first one is charged for the call.
         """
         record, priority = self._make_record(per_job, len(drafts)), Priority(self.opts.priority)
-        tenant = self.opts.tenant if self.spec.rate_per_tenant else ""
+        tenant = self.opts.tenant if self.spec.limits_tenants else ""
         first = drafts[0].id
 
         def make(draft: Draft, until: float, acceptance: Acceptance) -> Submission:

@@ -56,7 +56,7 @@ class JobTerms(NamedTuple):
     most_jobs: int
     tenant: str = ""
     replicated: bool = False
-    rate_per_tenant: bool = False
+    limits_tenants: bool = False
     idle_timeout: float | None = None
     at_once: int = 1
     trace: str = ""
@@ -83,7 +83,7 @@ class JobTerms(NamedTuple):
         If the call does not wait for room, returns one submission for all jobs, which are accepted or refused together.
         The rate limit counts the call once, with the job `charged_with`.
         """
-        tenant = self.tenant if self.rate_per_tenant else ""
+        tenant = self.tenant if self.limits_tenants else ""
         submissions = []
         for together in [[draft] for draft in drafts] if self.wait else [drafts]:
             first = together[0]

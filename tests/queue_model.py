@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Literal
 
+from fair_model import Shares
+
 from millstream.broker.contract.job import PRIORITIES, Claim, Priority
 from millstream.broker.contract.keys import RETURNED
 from millstream.broker.queue.claims import ClaimBudget, Claimed
@@ -47,6 +49,7 @@ class Entry:
     waits: bool = False
     unwanted: bool = False
     ended_at: float = 0.0
+    tenant: str = ""
 
     @property
     def pending(self) -> bool:
@@ -78,13 +81,41 @@ class Model:
     deaths: int = 0
     in_use: set[Priority] = field(default_factory=set)
     """Priorities of which a new job was delivered."""
+    shares: dict[Priority, Shares] = field(default_factory=dict)
+    """Of a service with `fair`, whose jobs that wait are taken in their order; otherwise empty."""
+    most_of_tenant: int = MAX_IN_ALL
+    taken: dict[Priority, list[Entry]] = field(default_factory=dict)
+    """While a claim is checked: what it took of those that waited, in order."""
 
     def live(self, priority: Priority | None = None) -> list[Entry]:
         """Accepted and not settled."""
         return [e for e in self.entries.values() if e.where != "ended" and priority in (None, e.priority)]
 
     def waiting(self, priority: Priority) -> list[Entry]:
-        return [entry for entry in self.live(priority) if entry.where == "waiting"]
+        """In the order in which they are taken."""
+        waiting = [entry for entry in self.live(priority) if entry.where == "waiting"]
+        able = self.able(priority)
+        return able + [entry for entry in waiting if entry not in able]
+
+    def able(self, priority: Priority) -> list[Entry]:
+        """Those that wait and may be taken now."""
+        waiting = [entry for entry in self.live(priority) if entry.where == "waiting"]
+        if not self.shares:
+            return waiting
+        taken = self.taken.get(priority, [])
+        order = [self.entries[job_id] for job_id in self.shares[priority].order()]
+        unknown = [
+            e
+            for e in waiting
+            if all((e.job_id, e.tokens) not in jobs for jobs in self.shares[priority].waiting.values())
+        ]
+        return taken + [entry for entry in [*order, *unknown] if entry not in taken]
+
+    def add(self, entry: Entry) -> None:
+        """The job is accepted."""
+        self.entries[entry.job_id] = entry
+        if self.shares:
+            self.shares[entry.priority].add(entry.tenant, (entry.job_id, entry.tokens))
 
     def returned(self, priorities: Collection[Priority] = PRIORITIES) -> list[Entry]:
         return [entry for entry in self.live() if entry.where == "returned" and entry.priority in priorities]
@@ -107,15 +138,20 @@ class Model:
         """What `consumer` holds without knowing."""
         return [entry for entry in self.held(consumer) if entry.job_id not in self.hands[consumer]]
 
-    def refusal(self, priority: Priority, jobs: int) -> str:
+    def refusal(self, priority: Priority, jobs: int, tenant: str = "") -> str:
         """Why so many new jobs are turned away; empty where they are accepted."""
         if self.paused == "refusing":
             return "paused"
-        return "queue_full" if len(self.live(priority)) + jobs > MAX_JOBS[priority] else ""
+        if len(self.live(priority)) + jobs > MAX_JOBS[priority]:
+            return "queue_full"
+        own = self.shares[priority].waiting.get(tenant, ()) if self.shares else ()
+        return "tenant_full" if len(own) + jobs > self.most_of_tenant else ""
 
     def hand_over(self, entry: Entry, consumer: str) -> None:
         if entry.where == "waiting":
             self.in_use.add(entry.priority)
+            if self.shares:
+                assert self.shares[entry.priority].take() == entry.job_id
         entry.where, entry.holder, entry.idle = "held", consumer, False
 
     def give_back(self, entry: Entry, attempts: float) -> None:
@@ -138,6 +174,12 @@ class Model:
 
     def end(self, entry: Entry, reply: bytes | None, now: float) -> None:
         """The job is over; `reply` is None when its caller gets none."""
+        if self.shares and entry.where == "waiting":
+            self.shares[entry.priority].remove(entry.tenant, entry.job_id)
+        elif self.shares:
+            self.shares[entry.priority].in_flight[entry.tenant] -= 1
+            for shares in self.shares.values():
+                shares.come_back(entry.tenant)
         entry.where, entry.ended_at = "ended", now
         if reply is not None:
             self.replies.setdefault(entry.client, []).append((entry.job_id, reply))
@@ -163,7 +205,7 @@ def check_claim(model: Model, limit: ClaimBudget, claimed: Claimed) -> None:
     _check_share(model, entries, limit)
     _check_order(model, entries, claimed, limit)
     _check_blocked(model, entries, claimed.blocked, limit)
-    waiting = [e for each in allowed for e in model.waiting(each)]
+    waiting = [e for each in allowed for e in model.able(each)]
     returned = [e for e in model.returned(PRIORITIES[: limit.returned]) if not e.suspect or model.may_run(e)]
     if limit.empty_handed and (waiting or returned):
         assert entries, "an idle worker was given nothing"
@@ -221,7 +263,7 @@ def _check_order(model: Model, taken: Sequence[Entry], claimed: Claimed, limit: 
         mine = [entry for entry in taken if entry.priority == priority]
         returned = model.returned([priority])
         waited = [entry for entry in returned if not entry.suspect] if at < limit.returned else []
-        waited += model.waiting(priority)
+        waited += model.able(priority)
         plain = [entry for entry in mine if not entry.suspect]
         assert plain == waited[: len(plain)], "overtaken within its stream"
         assert claimed.waiting[at] == len(returned) + len(model.waiting(priority)) - len(mine)
@@ -239,7 +281,7 @@ def _check_blocked(model: Model, taken: Sequence[Entry], blocked: int, limit: Cl
     assert blocked <= max(limit.streams, limit.returned)
     priority = PRIORITIES[blocked - 1]
     innocents = [entry for entry in model.returned([priority]) if not entry.suspect]
-    queued = (innocents if blocked <= limit.returned else []) + model.waiting(priority)
+    queued = (innocents if blocked <= limit.returned else []) + model.able(priority)
     first = next(entry for entry in queued if entry not in taken)
     rows, tokens = (sum(sizes) for sizes in zip(*[(each.rows, each.tokens) for each in [*taken, first]], strict=True))
     assert rows > limit.rows or tokens > limit.tokens, "no room for what fits"

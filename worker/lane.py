@@ -86,7 +86,8 @@ class Lane:
         self._intake = Intake(model, spec.runtime.max_attempts, track=self._progress.claimer)
         self._policy = Policy(BatchDelay(0.0), {}, FairShare({}, 0), supervised=child_args.supervised)
         self._settler = Settler(context, self._streams, self._cache_writer, model.fingerprint)
-        queue = Queue(Streams(connection.blocking(SLEEP_S), keys), self._lease)
+        self._claimed_streams = Streams(connection.blocking(SLEEP_S), keys)
+        queue = Queue(self._claimed_streams, self._lease)
         self._claimer = Claimer(context, queue, self._intake, self._policy, self._settler.put)
         self._inference_timeouts: dict[Priority, float | None] = {}
         self._registration = Registration(self._registry, spec)
@@ -242,6 +243,8 @@ class Lane:
     def _renew(self) -> None:
         """Applies settings pushed since the last beat. Raises ConfigError if the service runs other weights now."""
         self._registration.keep()
+        self._claimed_streams.forget_fairness()
+        self._streams.forget_fairness()
         try:
             self._limit(self._registry.read(self._spec.name).runtime)
         except (UnknownService, ConfigError) as error:
@@ -262,7 +265,8 @@ class Lane:
         window = self._context.window
         tokens = most_tokens(runtime, window.auto_tokens)
         rows = min(runtime.batch_size, MOST_ROWS)
-        window.limit(rows, tokens, runtime.queue_timeout, shortest, runtime.reserved_slots)
+        is_fair = runtime.fair is not None
+        window.limit(rows, tokens, runtime.queue_timeout, shortest, runtime.reserved_slots, is_fair)
         shares = {each: runtime.shares[each.value] for each in PRIORITIES}
         self._policy.fair_share.change(shares, SAVED_BATCHES * runtime.batch_size)
         self._intake.max_attempts = runtime.max_attempts

@@ -73,10 +73,11 @@ class Window:
         queue_timeout_s: float | None,
         inference_timeout_s: float | None = None,
         reserved_slots: int = 0,
+        is_fair: bool = False,
     ) -> None:
-        """Applies changed limits, from the next micro-batch on."""
+        """Applies changed limits, from the next micro-batch on. `is_fair`: tenants share the claims."""
         self.cost.limit(rows, tokens, inference_timeout_s)
-        self._batches.limit(queue_timeout_s)
+        self._batches.limit(queue_timeout_s, is_fair)
         if self._slots:
             self._slots.reserved = reserved_slots
 

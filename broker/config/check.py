@@ -40,6 +40,7 @@ def _problems(file: ConfigFile, document: Document) -> Found:
     yield from _long_timeouts(file, document)
     yield from _impossible_caches(file)
     yield from _impossible_slots(file)
+    yield from _tenants(file)
     for name, model in file.models.items():
         if model.device and model.devices:
             yield ("models", name, "devices"), "device is set too; keep one of them"
@@ -198,6 +199,13 @@ def _impossible_slots(file: ConfigFile) -> Found:
             yield path, f"only type {those} has slots, this is {model.type}; leave it out"
         elif runtime.reserved_slots and runtime.reserved_slots >= runtime.batch_size:
             yield path, f"all {runtime.batch_size} slots of batch_size would be reserved; lower it or raise batch_size"
+
+
+def _tenants(file: ConfigFile) -> Found:
+    for name, entry in file.services.items():
+        path: KeyPath = ("services", name, "runtime", "max_queue_size", "per_tenant")
+        if entry.runtime.tenant_jobs and not entry.runtime.fair:
+            yield path, "only a service with fair counts the jobs of a tenant; set fair: tenant, or leave it out"
 
 
 _AT_MOST = (

@@ -36,12 +36,6 @@ def _count(value: object) -> object:
     return value
 
 
-def _queue_size(value: object) -> object:
-    if isinstance(value, dict):
-        raise ValueError("must be a whole number (a priority's own limit is priorities.NAME.max_queue_size)")
-    return _count(value)
-
-
 def _tokens(value: object) -> object:
     if value == "auto":
         return value
@@ -143,8 +137,6 @@ _SIZE: JsonSchemaValue = {"type": "string", "pattern": SIZE_PATTERN}
 Count = Annotated[Annotated[int, Field(ge=1)], BeforeValidator(_count)]
 CountOrZero = Annotated[Annotated[int, Field(ge=0)], BeforeValidator(_count)]
 """A Count, or 0."""
-QueueSize = Annotated[Annotated[int, Field(ge=1)], BeforeValidator(_queue_size)]
-"""A Count that holds for each priority."""
 Rate = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)], BeforeValidator(_count)]
 Duration = Annotated[Annotated[float, Field(ge=0)], BeforeValidator(seconds), AlsoAccepts([_DURATION])]
 Span = Annotated[Annotated[float, Field(gt=0)], BeforeValidator(seconds), AlsoAccepts([_DURATION])]

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
+from millstream.broker.config.fair import OptionalFair
 from millstream.broker.config.fields import (
     BatchTokens,
     Count,
@@ -22,7 +23,6 @@ from millstream.broker.config.fields import (
     Limit,
     OptionalDuration,
     PathBelow,
-    QueueSize,
     Rate,
     RedisUrl,
     Section,
@@ -33,6 +33,7 @@ from millstream.broker.config.fields import (
     UpstreamUrl,
     Variable,
 )
+from millstream.broker.config.queue_size import JobsOrQueueSize, QueueSize
 from millstream.broker.config.rate_limit import OptionalRateLimit
 from millstream.broker.contract.errors import ConfigError
 from millstream.broker.contract.operations import (
@@ -102,7 +103,7 @@ class Runtime(Settings):
 
     batch_size: Count = 32
     batch_timeout: Duration = 0.01
-    max_queue_size: QueueSize = 10_000
+    max_queue_size: JobsOrQueueSize = 10_000
     worker_count: Count = 1
     queue_timeout: Limit = None
     inference_timeout: Limit = None
@@ -117,6 +118,7 @@ class Runtime(Settings):
     cache_ttl: Limit = None
     truncate: Literal["none", "start", "end"] = "none"
     reserved_slots: CountOrZero = 0
+    fair: OptionalFair = None
     priorities: Section[dict[PriorityName, Section[PriorityLimits]]] = Field(default={})
 
     @classmethod
@@ -147,13 +149,22 @@ class Runtime(Settings):
             "inference_timeout": self.inference_timeout,
             "total_timeout": None if priority == "batch" else self.total_timeout,
             "batch_timeout": self.batch_timeout,
-            "max_queue_size": self.max_queue_size,
+            "max_queue_size": self._queue_jobs,
         }
         return PriorityLimits.model_validate(inherited | own.model_dump(exclude_none=True))
 
     def queue_size(self, priority: PriorityName) -> int:
         """Returns the most jobs of one priority that the queue holds: its own `max_queue_size`, or the service's."""
-        return self.limits(priority).max_queue_size or self.max_queue_size
+        return self.limits(priority).max_queue_size or self._queue_jobs
+
+    @property
+    def _queue_jobs(self) -> int:
+        return self.max_queue_size.jobs if isinstance(self.max_queue_size, QueueSize) else self.max_queue_size
+
+    @property
+    def tenant_jobs(self) -> int | None:
+        """Most jobs of one tenant that may wait in each priority; None is no limit of its own."""
+        return self.max_queue_size.per_tenant if isinstance(self.max_queue_size, QueueSize) else None
 
     @property
     def shares(self) -> dict[PriorityName, float]:
@@ -268,9 +279,10 @@ class ServiceSpec(Settings):
         return self
 
     @property
-    def rate_per_tenant(self) -> bool:
-        """Whether the rate limit counts each tenant apart."""
-        return self.runtime.rate_limit is not None and self.runtime.rate_limit.per == "tenant"
+    def limits_tenants(self) -> bool:
+        """Whether a limit counts each tenant apart, so that one may be refused and another accepted."""
+        rate = self.runtime.rate_limit
+        return self.runtime.tenant_jobs is not None or (rate is not None and rate.per == "tenant")
 
     def with_handler(self, handler: str | None) -> ServiceSpec:
         """Returns a copy with the code that this host's own file names for the service."""
@@ -294,8 +306,7 @@ class ServiceSpec(Settings):
             off["webhooks"] = True
         newer = ("attention", "backend", "kernels", "kind", "model_file", "url")
         off["model"] = {name for name in newer if getattr(self.model, name) == ModelSpec.model_fields[name].default}
-        if not self.runtime.reserved_slots:
-            off["runtime"] = {"reserved_slots"}
+        off["runtime"] = {name for name in ("reserved_slots", "fair") if not getattr(self.runtime, name)}
         return self.model_dump_json(exclude=off)
 
     @classmethod

@@ -68,8 +68,35 @@ class ServiceKeys:
         return [self.stream(priority) for priority in PRIORITIES]
 
     def bell(self) -> str:
-        """STREAM that wakes idle workers if jobs were given back; at most 4 entries; no ttl."""
+        """STREAM that wakes idle workers if jobs were given back, and if new ones came to a service with `fair`.
+
+        At most 16 entries; no ttl.
+        """
         return self._key("bell")
+
+    def index(self, priority: Priority) -> str:
+        """ZSET: jobs that wait, by tenant, of a service with `fair`; no ttl, gone with the last job that waits."""
+        return self._key(f"index:{priority}")
+
+    def turn(self, priority: Priority) -> str:
+        """ZSET: tenant with waiting jobs -> its virtual time, see fair.lua; no ttl, gone with the index."""
+        return self._key(f"turn:{priority}")
+
+    def past(self, priority: Priority) -> str:
+        """ZSET: tenant without waiting jobs -> its virtual time, while that is ahead; ttl a day after a claim."""
+        return self._key(f"past:{priority}")
+
+    def parked(self, priority: Priority) -> str:
+        """ZSET: tenant that has max_in_flight jobs in flight -> when that was seen, server ms; no ttl, as turn."""
+        return self._key(f"parked:{priority}")
+
+    def in_flight(self) -> str:
+        """ZSET: jobs in flight, by tenant, of a service with max_in_flight; ttl a day after a claim."""
+        return self._key("in_flight")
+
+    def tenants(self) -> str:
+        """HASH: job in flight -> its tenant, of a service with max_in_flight; ttl a day after a claim."""
+        return self._key("tenants")
 
     def reply(self, client: str) -> str:
         """STREAM of replies to one client process, which deletes the replies that it has read; ttl set by settle."""

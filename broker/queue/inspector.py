@@ -14,6 +14,7 @@ from millstream.broker.contract.job import PRIORITIES, Priority
 from millstream.broker.contract.keys import DEFAULT_PREFIX, GROUP, RETURNED, ServiceKeys
 from millstream.broker.queue.announced import Announced, queue_announced, read_announced
 from millstream.broker.queue.drains import Order, queue_drains, read_drains
+from millstream.broker.queue.fair_index import oldest_indexed
 from millstream.broker.queue.lease import is_live
 from millstream.broker.queue.pause import Pause, queue_pause, read_pause
 from millstream.broker.queue.registry import Registry
@@ -70,15 +71,18 @@ class Inspector:
 
         Raises BrokerUnavailable.
         """
-        stream = self._registry.keys(service).stream(priority)
+        keys = self._registry.keys(service)
+        stream = keys.stream(priority)
         with translated(self._connection.safe_url):
             after, returned = self._positions(stream, count)
+            indexed = oldest_indexed(self._connection.client, keys, priority, count)
             pipe = self._connection.client.pipeline(transaction=False)
-            for entry_id in returned:
-                pipe.xrange(stream, entry_id, entry_id)
+            for name in [*(entry_id.decode() for entry_id in returned), *indexed]:
+                pipe.xrange(stream, name, name)
             pipe.xrange(stream, f"({after}", count=count)
-            found = [entry for entries in cast(list[Entries], pipe.execute()) for entry in entries]
-        return Peek(stream, after, [_entry(entry_id, fields or {}) for entry_id, fields in found[:count]])
+            # An entry of the index may be behind the last id, too.
+            found = dict(entry for entries in cast(list[Entries], pipe.execute()) for entry in entries)
+        return Peek(stream, after, [_entry(entry_id, found[entry_id] or {}) for entry_id in list(found)[:count]])
 
     def _queues(self, services: Sequence[ServiceKeys]) -> list[_Queue]:
         pipe = self._connection.client.pipeline(transaction=False)

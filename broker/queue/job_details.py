@@ -9,8 +9,11 @@ from typing import cast
 import redis
 
 from millstream.broker.contract.errors import Malformed
+from millstream.broker.contract.job import PRIORITIES
 from millstream.broker.contract.keys import GROUP, RETURNED, ServiceKeys
 from millstream.broker.contract.partial import decode_records, text_of
+from millstream.broker.queue.admission import FAIR_FIELD
+from millstream.broker.queue.fair_index import count_before
 from millstream.broker.transport.connection import Connection, is_missing_group, translated
 
 MOST_AHEAD = 1_000
@@ -25,7 +28,8 @@ Entries = Sequence[tuple[bytes, Mapping[bytes, bytes]]]
 class JobDetails:
     """Facts of a job in its stream. `deadline`: server ms, None if it has none.
 
-    `ahead`: jobs of its priority that are claimed before it, None if it does not wait or more than MOST_AHEAD are.
+    `ahead`: jobs of its priority that are claimed before it, None if it does not wait or more than MOST_AHEAD are. If
+    the service has `fair`, only those of its tenant.
     `text`: characters generated so far, None if it has not generated any.
     """
 
@@ -50,7 +54,18 @@ def read_details(connection: Connection, keys: ServiceKeys, job_ids: Sequence[st
         for stream, entry in places.values():
             pipe.xrange(keys.streams()[stream - 1], entry, entry)
         found = cast(list[Entries], pipe.execute()) if places else []
-        ahead = _count_ahead(connection, keys, set(places.values()))
+        entries = [dict(each[0][1]) if each else {} for each in found]
+        tenants = dict(
+            zip(
+                places.values(),
+                [fields.get(b"tenant", b"").decode(errors="replace") for fields in entries],
+                strict=True,
+            )
+        )
+        if connection.client.hget(keys.spec(), FAIR_FIELD):
+            ahead = _count_own(connection, keys, tenants)
+        else:
+            ahead = _count_ahead(connection, keys, set(tenants))
     partials = dict(zip(job_ids, answers[1::2], strict=True))
     return {
         job_id: _details(dict(entries[0][1]), ahead.get(places[job_id]), partials[job_id])
@@ -92,6 +107,14 @@ def _length(partial: bytes) -> int | None:
         return len(text_of(decode_records(partial)))
     except Malformed:
         return None
+
+
+def _count_own(connection: Connection, keys: ServiceKeys, tenants: Mapping[Place, str]) -> dict[Place, int]:
+    """Returns how many jobs of its tenant are claimed before each of these: the rest depends on the other tenants."""
+    return {
+        (stream, entry): count_before(connection.client, keys, PRIORITIES[stream - 1], tenant, entry)
+        for (stream, entry), tenant in tenants.items()
+    }
 
 
 def _count_ahead(connection: Connection, keys: ServiceKeys, places: set[Place]) -> dict[Place, int]:

@@ -25,7 +25,7 @@ from millstream.broker.contract.answer import (
 )
 from millstream.broker.contract.errors import ConfigError, QueueFull, UnknownService, did_you_mean
 from millstream.broker.contract.keys import DEFAULT_PREFIX, ServiceKeys, services_key
-from millstream.broker.queue.admission import limit_fields
+from millstream.broker.queue.admission import FAIR_FIELD, WAS_FAIR, WEIGHT, limit_fields
 from millstream.broker.queue.canary_weights import read_with_canary
 from millstream.broker.queue.lease import Lease
 from millstream.broker.queue.streams import Streams
@@ -228,8 +228,15 @@ class Registry:
         # in another slot, so it cannot be part of the transaction.
         Streams(self._connection.client, keys).create_groups()
         self._connection.client.sadd(services_key(self._prefix), spec.name)
+        fields = _fields(spec)
+        found = cast(Record, self._connection.client.hgetall(keys.spec()))
+        removed = [name for name in found if name.startswith(WEIGHT.encode()) and name.decode() not in fields]
+        if not fields[FAIR_FIELD] and found.get(FAIR_FIELD.encode()):
+            fields[FAIR_FIELD] = WAS_FAIR
         with owner(self._connection.client, keys.spec()).pipeline() as pipe:
-            pipe.hset(keys.spec(), mapping=_fields(spec))
+            if removed:
+                pipe.hdel(keys.spec(), *removed)
+            pipe.hset(keys.spec(), mapping=fields)
             pipe.hincrby(keys.spec(), "revision", 1)
             pipe.hsetnx(keys.spec(), TOKEN, _new_token())
             pipe.execute()

@@ -12,7 +12,27 @@ import redis
 from millstream.broker.transport.cluster import load
 from millstream.broker.transport.link import exchange
 
-Name = Literal["enqueue", "claim", "settle", "beat", "cancel", "release", "reclaim", "purge", "emit", "slots", "canary"]
+Name = Literal[
+    "enqueue",
+    "claim",
+    "settle",
+    "beat",
+    "cancel",
+    "release",
+    "reclaim",
+    "purge",
+    "emit",
+    "slots",
+    "canary",
+    "enqueue_fair",
+    "claim_fair",
+    "cancel_fair",
+    "purge_fair",
+    "settle_fair",
+]
+NAMES: tuple[Name, ...] = get_args(Name)
+"""The scripts, one for each verb, and for some a second one for services with `fair`."""
+
 Argument = str | bytes | int
 T = TypeVar("T")
 
@@ -20,7 +40,34 @@ T = TypeVar("T")
 # Read at import, not at the first call: reading imports modules, and a process that is forked while another thread
 # imports one would wait for that import for ever.
 _FOLDER = resources.files("millstream.broker.queue").joinpath("lua")
-_SOURCES: dict[Name, bytes] = {name: _FOLDER.joinpath(f"{name}.lua").read_bytes() for name in get_args(Name)}
+
+
+_FAIR_PARTS = {
+    "enqueue": "fair_enqueue",
+    "claim": "fair_claim",
+    "settle": "fair_settle",
+    "cancel": "fair_delete",
+    "purge": "fair_delete",
+}
+"""File that a script of a service with `fair` has besides `fair` and its own."""
+
+_INSERTED_AT = b"-- fair parts\n"
+"""The line of a script that is replaced by these two files."""
+
+
+def _read(name: str) -> bytes:
+    return _FOLDER.joinpath(f"{name}.lua").read_bytes()
+
+
+def _source(name: Name) -> bytes:
+    verb = name.removesuffix("_fair")
+    if verb == name:
+        return _read(name)
+    # Scripts of their own: services without `fair` pay nothing.
+    return _read(verb).replace(_INSERTED_AT, _read("fair") + _read(_FAIR_PARTS[verb]))
+
+
+_SOURCES: dict[Name, bytes] = {name: _source(name) for name in NAMES}
 _DIGESTS = {name: hashlib.sha1(source, usedforsecurity=False).hexdigest() for name, source in _SOURCES.items()}
 
 

@@ -45,13 +45,14 @@ class Group(NamedTuple):
     call: DetachedCall | None = None
 
 
-Refusal = Literal["unknown_service", "paused", "queue_full", "rate_limited", "over_burst", "reused_key"]
+Refusal = Literal["unknown_service", "paused", "queue_full", "tenant_full", "rate_limited", "over_burst", "reused_key"]
 
 
 class Admission(NamedTuple):
     """The server's decision on a group. `refused` is the reason, "" if it was accepted; `retry_after` is in seconds.
 
-    `limit` is the most jobs of the group's priority that the queue holds, if the reason is queue_full.
+    `limit` is the most jobs of the group's priority that the queue holds if the reason is queue_full, the most that may
+    wait of its tenant if it is tenant_full.
     """
 
     refused: Refusal | Literal[""] = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, Literal, cast
 
 import redis
 
@@ -13,6 +13,7 @@ from millstream.broker.contract.job import PRIORITIES, Address, Draft, Priority
 from millstream.broker.contract.keys import GROUP, RETURNED, STREAM_INDEX, ServiceKeys
 from millstream.broker.contract.partial import encode_delta
 from millstream.broker.queue import scripts
+from millstream.broker.queue.admission import FAIR, FAIR_FIELD
 from millstream.broker.queue.claims import ClaimBudget, Claimed, decode_claim, decode_claimed, flat_fields
 from millstream.broker.queue.lease import LEASE_MS
 from millstream.broker.queue.stream_types import (
@@ -56,6 +57,15 @@ _XREADGROUP = b"XREADGROUP"
 """The command as bytes: redis-py has no callback for it, so it does not make a dict of each entry, which would merge
 fields of the same name."""
 
+Verb = Literal["claim", "settle", "cancel", "purge"]
+
+_FAIR_NAMES: Mapping[Verb, scripts.Name] = {
+    "claim": "claim_fair",
+    "settle": "settle_fair",
+    "cancel": "cancel_fair",
+    "purge": "purge_fair",
+}
+
 CALL_FIELDS = 4
 """Number of fields of a detached call's hash that are not jobs, without `failed`, which it has if rows failed."""
 
@@ -86,8 +96,26 @@ class Streams:
         self._claim_keys = [*self._streams, keys.paused(), keys.workers(), keys.trail()]
         self._settle_keys = [*self._streams, keys.dead(), keys.trail(), keys.cancelled(), keys.metrics()]
         self._settle_keys.append(keys.webhooks())
+        by_tenant = [kind(each) for kind in (keys.index, keys.turn, keys.past, keys.parked) for each in PRIORITIES]
+        self._fair_keys = [keys.spec(), self._bell, keys.in_flight(), keys.tenants(), *by_tenant]
+        self._fairness: str | None = None
         self._result_ttl_ms = result_ttl_ms
         self._unread_bytes = unread_bytes
+
+    def forget_fairness(self) -> None:
+        """Lets the next claim read again whether the service has `fair`. From any thread."""
+        self._fairness = None
+
+    def _is_fair(self) -> bool:
+        """Whether the service has `fair`, or had it: its scripts then look after the index of tenants."""
+        if self._fairness is None:
+            self._fairness = cast(bytes, self._client.hget(self._keys.spec(), FAIR_FIELD) or b"").decode()
+        return bool(self._fairness)
+
+    def _run(self, name: Verb, keys: list[str], args: Sequence[scripts.Argument]) -> Any:
+        if self._is_fair():
+            return scripts.run(self._client, _FAIR_NAMES[name], [*keys, *self._fair_keys], args)
+        return scripts.run(self._client, name, keys, args)
 
     def create_groups(self) -> None:
         """Creates streams and groups that are missing. A group starts at the first entry, so it skips no job."""
@@ -125,12 +153,27 @@ class Streams:
             for draft in drafts:
                 keys.append(seen + draft.id)
                 args += _draft_args(draft, now)
-        if any(group.replicated for group in groups):
-            return self._enqueue_replicated(keys, args)
-        return [_admission(outcome) for outcome in scripts.run(self._client, "enqueue", keys, args)]
+        replicated = any(group.replicated for group in groups)
+        if not self._fairness:
+            try:
+                return self._enqueue("enqueue", keys, args, replicated)
+            except redis.exceptions.ResponseError as error:
+                # No further command finds it out: most services are not fair.
+                if not str(error).startswith("FAIR"):
+                    raise
+                self._fairness = FAIR
+        return self._enqueue("enqueue_fair", [*keys, *self._fair_keys], args, replicated)
 
-    def _enqueue_replicated(self, keys: Sequence[str], args: Sequence[scripts.Argument]) -> list[Admission]:
-        outcomes, replicas = scripts.run_copied(self._client, "enqueue", keys, args, REPLICA_MS)
+    def _enqueue(
+        self,
+        name: Literal["enqueue", "enqueue_fair"],
+        keys: Sequence[str],
+        args: Sequence[scripts.Argument],
+        replicated: bool,
+    ) -> list[Admission]:
+        if not replicated:
+            return [_admission(outcome) for outcome in scripts.run(self._client, name, keys, args)]
+        outcomes, replicas = scripts.run_copied(self._client, name, keys, args, REPLICA_MS)
         admissions = [_admission(outcome) for outcome in outcomes]
         if not replicas and not all(admission.refused for admission in admissions):
             raise BrokerUnavailable(
@@ -141,18 +184,25 @@ class Streams:
 
     def claim(self, consumer: str, limit: ClaimBudget) -> Claimed:
         """Claims waiting jobs within `limit`, without blocking. A malformed entry becomes a claim without a job."""
-        return decode_claimed([], scripts.run(self._client, "claim", *self._claim_words(consumer, limit)))
+        return decode_claimed([], self._run("claim", *self._claim_words(consumer, limit)))
 
     def wait(self, consumer: str, wait_s: float, limit: ClaimBudget) -> Claimed:
         """Blocks until a new job comes, at most `wait_s` seconds, and claims it and further jobs within `limit`.
 
         Each new job wakes one of the waiting workers. That job is the first claim, even if the service is paused. Jobs
-        that were given back wake up to 4 workers.
+        that were given back wake up to 4 workers. If the service has `fair`, a new job only wakes up to 16 workers.
         """
         block_ms = max(1, round(wait_s * 1000))
+        keys, args = self._claim_words(consumer, limit)
+        name: Literal["claim", "claim_fair"] = "claim"
+        watched = [*self._streams, self._bell]
+        if self._is_fair():
+            name, keys = "claim_fair", [*keys, *self._fair_keys]
+            # The streams would give out their oldest job, whoever's turn it is.
+            watched = [self._bell] if self._fairness == FAIR else watched
         command: list[scripts.Argument] = [_XREADGROUP, "GROUP", GROUP, consumer, "COUNT", 1, "BLOCK", block_ms]
-        command += ["STREAMS", *self._streams, self._bell, ">", ">", ">", ">"]
-        woken, rest = scripts.run_after(self._client, command, "claim", *self._claim_words(consumer, limit))
+        command += ["STREAMS", *watched, *([">"] * len(watched))]
+        woken, rest = scripts.run_after(self._client, command, name, keys, args)
         # UNBLOCKED is the error of Redis 7.0 if a stream is deleted meanwhile. The next claim raises the reason.
         if isinstance(woken, Exception) and "UNBLOCKED" not in str(woken):
             raise woken
@@ -203,7 +253,7 @@ class Streams:
             args += (kind, ttl, int(streams))
         keys += jobs
         args += words
-        return [_SETTLED[outcome] for outcome in scripts.run(self._client, "settle", keys, args)]
+        return [_SETTLED[outcome] for outcome in self._run("settle", keys, args)]
 
     def emit(self, consumer: str, emissions: Sequence[Emission]) -> list[int]:
         """Appends records of at most MAX_JOBS_PER_CALL jobs that `consumer` runs, and shows their text to clients.
@@ -245,7 +295,7 @@ class Streams:
             # The script takes a key for each job, even if it writes nothing there.
             keys += (self._keys.seen(job_id), key, self._keys.partial(job_id))
             args += (job_id, "none" if client else kind, ttl, result)
-        return [_CANCEL_OUTCOMES[outcome] for outcome in scripts.run(self._client, "cancel", keys, args)]
+        return [_CANCEL_OUTCOMES[outcome] for outcome in self._run("cancel", keys, args)]
 
     def purge(self) -> int:
         """Deletes all jobs that wait now, and answers each with Cancelled. Returns how many. Running jobs go on."""
@@ -265,7 +315,7 @@ class Streams:
                 deadline = job.deadline if job else 0
                 args += (STREAM_INDEX[priority], address.entry, address.job_id, kind, ttl, deadline, PURGED)
                 args.append(address.rows)
-            purged += sum(scripts.run(self._client, "purge", keys, args))
+            purged += sum(self._run("purge", keys, args))
             after = f"({page[-1][0].decode()}"
         return purged
 

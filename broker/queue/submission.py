@@ -24,7 +24,7 @@ class Submission(NamedTuple):
     """Jobs to be accepted together.
 
     Refused jobs are sent again until `until`, monotonic seconds: None means for ever, 0.0 never. `tenant` is set if
-    each tenant has its own rate limit. `accepted` is called once the server has the jobs.
+    each tenant has its own limits. `accepted` is called once the server has the jobs.
     """
 
     service: str

@@ -111,7 +111,8 @@ class Submitter:
         for line, submissions in lines.items():
             admission = first[line]
             why = partial(_refusal, submissions[0].service, line[0], admission)
-            self._send_later(submissions, why, admission.retry_after, whole_queue=admission.refused != "rate_limited")
+            of_tenant = admission.refused in ("rate_limited", "tenant_full")
+            self._send_later(submissions, why, admission.retry_after, whole_queue=not of_tenant)
 
     def _handle_failure(self, batch: Sequence[Submission], error: Exception) -> None:
         ours = _ours(error)

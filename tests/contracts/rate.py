@@ -149,3 +149,36 @@ class RateContract:
         self.send(queue)
 
         assert 10 <= queue.client.ttl(queue.keys.bucket()) <= 11
+
+    def test_what_is_beyond_the_limit_runs_in_the_class_that_takes_it(self, queue: Queue) -> None:
+        self.limit(queue, requests=2, per="tenant", beyond=3)
+
+        sent = [draft(tenant="acme") for _ in range(4)]
+        other = draft(tenant="other")
+        groups = [Group(Priority.REALTIME, [each]) for each in (*sent, other)]
+
+        assert queue.streams.enqueue(groups) == [ACCEPTED] * 5
+        kept = [fields[b"id"].decode() for _, fields in queue.jobs(Priority.REALTIME)]
+        beyond = [fields[b"id"].decode() for _, fields in queue.jobs(Priority.BATCH)]
+        assert (kept, beyond) == ([sent[0].id, sent[1].id, other.id], [sent[2].id, sent[3].id])
+        assert queue.totals().jobs[Priority.BATCH] == 2
+
+    def test_a_group_that_exceeds_a_full_bucket_runs_in_the_class_that_takes_it(self, queue: Queue) -> None:
+        self.limit(queue, rows=2, beyond=2)
+
+        assert queue.streams.enqueue([Group(Priority.REALTIME, [draft(rows=3)])]) == [ACCEPTED]
+        assert len(queue.jobs(Priority.NORMAL)) == 1
+
+    def test_what_is_beyond_the_limit_is_refused_if_that_class_is_full(self, queue: Queue) -> None:
+        self.limit(queue, requests=1, beyond=3)
+        queue.client.hset(queue.keys.spec(), "max_queue_batch", 1)
+
+        groups = [Group(Priority.REALTIME, [draft()]) for _ in range(3)]
+
+        assert queue.streams.enqueue(groups) == [ACCEPTED, ACCEPTED, Admission("queue_full", 0.1, 1)]
+
+    def test_a_batch_job_beyond_the_limit_stays_a_batch_job(self, queue: Queue) -> None:
+        self.limit(queue, requests=1, beyond=2)
+
+        assert queue.streams.enqueue([Group(Priority.BATCH, [draft()]) for _ in range(2)]) == [ACCEPTED] * 2
+        assert len(queue.jobs(Priority.BATCH)) == 2

@@ -61,6 +61,14 @@ def test_services_on_different_nodes_are_called_through_one_client(worked: Topol
         ]
 
 
+def test_tenants_share_the_claims_of_a_service(servers: Topology) -> None:
+    with working(servers.url, spec("fair", batch_size=4, fair={"max_in_flight": 8})), Client(servers.url) as client:
+        handles = [client.submit("fair", [f"{n}"], tenant="ab"[n % 2]) for n in range(60)]
+        client.submit_detached("fair", ["x"], tenant="c").cancel()
+
+        assert [handle.result(timeout=30) for handle in handles] == [[f"{n}"] for n in range(60)]
+
+
 def test_detached_calls_are_kept_where_their_service_is(worked: Topology) -> None:
     with Client(worked.url) as client:
         ids = [client.submit_detached(name, [name], idempotency_key="once").id for name in SERVICES * 2]

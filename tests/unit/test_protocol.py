@@ -14,6 +14,7 @@ import pytest
 
 from millstream.broker.config.canary import CanaryPlan
 from millstream.broker.config.route import RouteSpec
+from millstream.broker.config.spec import Runtime
 from millstream.broker.contract import codec, entry_codec, errors
 from millstream.broker.contract.codec import encode_reply
 from millstream.broker.contract.entry_codec import FIELDS, OPTIONAL
@@ -22,7 +23,8 @@ from millstream.broker.contract.job import Reply
 from millstream.broker.contract.keys import ServiceKeys, routes_key, services_key
 from millstream.broker.contract.stages import Stages
 from millstream.broker.queue import substitutes
-from millstream.broker.queue.scripts import Name
+from millstream.broker.queue.admission import limit_fields
+from millstream.broker.queue.scripts import NAMES, Name
 from millstream.broker.roles import _SCRIPTS
 
 TEXT = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text(encoding="utf-8")
@@ -62,6 +64,7 @@ def test_every_key_is_there() -> None:
         "call": "<call>",
         "digest": "<digest>",
         "consumer": "<consumer>",
+        "priority": "<priority>",
     }
     made = {services_key(), routes_key(), "ms:upstream:<url>", *keys.streams(), keys.bucket("<tenant>")}
     for name, method in inspect.getmembers(keys, inspect.ismethod):
@@ -97,7 +100,7 @@ def test_the_bounds_are_those_of_the_code(said: str) -> None:
 def test_every_error_it_names_exists() -> None:
     codes = {cls.code for _, cls in inspect.getmembers(errors, inspect.isclass) if hasattr(cls, "code")}
 
-    fields = {*RouteSpec.model_fields, *CanaryPlan.model_fields}
-    named = set(re.findall(r"`([a-z]+_[a-z_]+)`", TEXT)) - {*FIELDS, *fields, "retry_after"}
+    fields = {*RouteSpec.model_fields, *CanaryPlan.model_fields, *FIELDS, *NAMES, *limit_fields(Runtime())}
+    named = set(re.findall(r"`([a-z]+_[a-z_]+)`", TEXT)) - {*fields, "retry_after", "in_flight"}
     assert named <= codes
     assert {"reply_too_large", "reader_too_slow", "unsupported_version", "mixed_models"} <= named

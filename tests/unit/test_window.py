@@ -46,6 +46,16 @@ def asleep(window: Window, action: Callable[[], object]) -> Callable[[], object]
     return result
 
 
+def test_a_worker_of_a_fair_service_holds_one_micro_batch(window: Window) -> None:
+    """A job of a tenant that just came waits for all that is held."""
+    window.limit(4, 100, None, is_fair=True)
+
+    room = window.room(1, 3, (1, 1))
+
+    assert room is not None
+    assert (room.rows, room.tokens) == (4, 100)
+
+
 def test_rows_come_back_as_the_jobs_they_came_from(window: Window) -> None:
     jobs = [held_of([3, 3]), held_of([3]), held_of([3, 3])]
     window.hold(jobs)

@@ -32,10 +32,16 @@ class Batches:
         self._cost = cost
         self.limit(None)
 
-    def limit(self, queue_timeout_s: float | None) -> None:
-        """Applies a changed limit."""
+    def limit(self, queue_timeout_s: float | None, is_fair: bool = False) -> None:
+        """Applies changed limits. `is_fair`: tenants share the claims, so one micro-batch is held.
+
+        A job of a tenant that just came waits for all that is held here.
+        """
         self._hold_s = HOLD_S if queue_timeout_s is None else min(HOLD_S, queue_timeout_s / 2)
         self._least_batches = LEAST_BATCHES if queue_timeout_s is None else 1
+        self._hold_batches = HOLD_BATCHES
+        if is_fair:
+            self._hold_s, self._least_batches, self._hold_batches = 0.0, 1, 1
 
     def room(
         self, held: int, empty_handed: bool, live_workers: int, max_attempts: int, last_job: tuple[int, int]
@@ -43,7 +49,7 @@ class Batches:
         """Budget of a claim now; None if the pool is full. The arguments are those of ClaimBudget."""
         budget, waiting = self._cost.budget, self._pool.count
         most = max(self._least_batches * budget.tokens, self._cost.tokens_in(self._hold_s))
-        rows, tokens = HOLD_BATCHES * budget.rows - waiting, most - self._pool.tokens
+        rows, tokens = self._hold_batches * budget.rows - waiting, most - self._pool.tokens
         if rows <= 0 or tokens <= 0:
             return None
         return ClaimBudget(

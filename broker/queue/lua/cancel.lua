@@ -79,6 +79,8 @@ local function count(field, n)
   if n > 0 and redis.pcall('HINCRBY', KEYS[6], field, n) == n then redis.pcall('PEXPIRE', KEYS[6], METRICS_KEPT_MS) end
 end
 local jobs_deleted, rows_deleted = 0, 0
+-- Set by fair_delete.lua: unindex(stream, entry id), before the entry is deleted.
+local unindex -- luacheck: ignore 221
 
 local function cancel(seen, key, partial, job, kind, ttl, result)
   local accepted = redis.call('GET', seen)
@@ -96,6 +98,7 @@ local function cancel(seen, key, partial, job, kind, ttl, result)
     redis.pcall('XACK', KEYS[stream], GROUP, entry)
     redis.pcall('HDEL', KEYS[5], stream .. ':' .. entry, stream .. ':' .. entry .. ':batch')
   end
+  if unindex then unindex(stream, entry) end
   redis.call('XDEL', KEYS[stream], entry)
   jobs_deleted, rows_deleted = jobs_deleted + 1, rows_deleted + rows
   redis.call('DEL', partial)
@@ -104,6 +107,8 @@ local function cancel(seen, key, partial, job, kind, ttl, result)
   redis.call('PEXPIRE', seen, kind == 'string' and ttl or SEEN_AFTER_SETTLE_MS)
   return 2
 end
+
+-- fair parts
 
 -- Removes old marks, and those far ahead of the clock, which stepped back since.
 redis.call('ZREMRANGEBYSCORE', KEYS[4], '-inf', now - MARKS_KEPT_MS)

@@ -285,6 +285,8 @@ local function take_new(stream)
   fresh[stream] = fresh[stream] - #ids
 end
 
+-- fair parts
+
 local function take_stream(stream)
   if stream <= LAST_RETURNED then
     take_innocents(stream)

@@ -13,9 +13,12 @@
 --   job: '' until it is answered, then its reply. The whole hash expires at once, see settle. Jobs of the call that
 --   were accepted before are skipped; the others of the group are accepted or refused together.
 -- Returns per group {1} accepted; {2} accepted before; {0, reason, retry_after_ms, limit} refused
---   limit: most jobs of its priority if the reason is queue_full, otherwise 0
--- Reasons: unknown_service, paused, queue_full, rate_limited,
+--   limit: most jobs of its priority if the reason is queue_full, most waiting jobs of a tenant in it if it is
+--     tenant_full, otherwise 0
+-- Reasons: unknown_service, paused, queue_full, tenant_full, rate_limited,
 --   over_burst (it costs more than a full token bucket), reused_key (the call has another payload)
+-- Raises FAIR if the service has `fair` and this is not enqueue_fair, which scripts.py makes of this file and of
+--   fair.lua and fair_enqueue.lua.
 
 local ACCEPTED, ACCEPTED_BEFORE, REFUSED = 1, 2, 0
 local SEEN_AFTER_DEADLINE_MS = 60000
@@ -35,10 +38,12 @@ local seconds = time[1] + time[2] / 1000000
 
 local spec = redis.call('HMGET', KEYS[1], 'version', 'max_queue_size',
   'rate_requests', 'rate_rows', 'rate_tokens', 'rate_burst_s', 'rate_per',
-  'max_queue_realtime', 'max_queue_normal', 'max_queue_batch')
+  'max_queue_realtime', 'max_queue_normal', 'max_queue_batch', 'fair', 'max_queue_tenant', 'rate_beyond')
 local known, burst_s, per_tenant = spec[1], tonumber(spec[6]) or 1, spec[7] == 'tenant'
 local rates = {requests = tonumber(spec[3]), rows = tonumber(spec[4]), tokens = tonumber(spec[5])}
 local limited = next(rates) ~= nil
+-- Class that takes what is beyond the rate limit, 1..3; nil: it is refused.
+local overflow = tonumber(spec[13])
 -- Most jobs in each stream. A record that an older version wrote has '' for a priority without a limit of its own.
 local common = tonumber(spec[2])
 local depth_limits = {tonumber(spec[8]) or common, tonumber(spec[9]) or common, tonumber(spec[10]) or common}
@@ -64,6 +69,10 @@ local function add(words, name, value)
   if value ~= '' then words[#words + 1], words[#words + 2] = name, value end
 end
 
+-- Set by fair_enqueue.lua. index_job(priority, tenant, entry id): notes an accepted job.
+-- tenant_limit(priority, arg, jobs): returns the limit on the waiting jobs of a tenant if a group exceeds it.
+local index_job, tenant_limit -- luacheck: ignore 221
+
 local function accept(priority, seen, at, call)
   local remaining = ARGV[at + 4]
   local words = {'v', '1', 'id', ARGV[at], 'at', now_text, 'op', ARGV[at + 1],
@@ -78,6 +87,7 @@ local function accept(priority, seen, at, call)
   local entry = redis.call('XADD', KEYS[1 + priority], '*', unpack(words))
   -- With the stream: within one ms another stream may have an entry with this id.
   redis.call('SET', seen, STREAM[priority] .. entry, 'PX', lives[call == '' and remaining or ''])
+  if index_job then index_job(priority, ARGV[at + 7], entry) end
   added_jobs[priority] = added_jobs[priority] + 1
   if ARGV[at + 2] ~= '1' then further_rows[priority] = further_rows[priority] + ARGV[at + 2] - 1 end
 end
@@ -172,10 +182,17 @@ local function is_full(priority, jobs)
   return depth_limits[priority] and depths[priority] + jobs > depth_limits[priority]
 end
 
+local function lack_of_room(priority, arg, jobs)
+  if is_full(priority, jobs) then return 'queue_full', RETRY_AFTER_MS, depth_limits[priority] end
+  local limit = tenant_limit and tenant_limit(priority, arg, jobs)
+  if limit then return 'tenant_full', RETRY_AFTER_MS, limit end
+end
+
 local function refusal(priority, bucket, arg, calls, jobs)
   if not known then return 'unknown_service', 0 end
   if refusing then return 'paused', RETRY_PAUSED_AFTER_MS end
-  if is_full(priority, jobs) then return 'queue_full', RETRY_AFTER_MS end
+  local reason, retry_after, limit = lack_of_room(priority, arg, jobs)
+  if reason then return reason, retry_after, limit end
   if limited and calls >= 0 then return charge(bucket, cost_of(arg, calls, jobs)) end
 end
 
@@ -187,32 +204,39 @@ local function count_refusals(reason, calls)
   refusals[reason] = (refusals[reason] or 0) + calls
 end
 
--- The first refusal of each priority that is full, and of each priority and token bucket that is empty.
+-- The first refusal of each priority that is full, and of each priority and token bucket, or tenant, that is.
 local closed
 
 local function decide(priority, bucket, arg, calls, jobs)
   if closed then
-    local earlier = closed[priority] or closed[priority .. bucket]
-    if earlier then return earlier[1], earlier[2] end
+    local earlier = closed[priority] or closed[priority .. bucket] or closed[priority .. '\0' .. ARGV[arg + 7]]
+    if earlier then return unpack(earlier) end
   end
-  local reason, retry_after = refusal(priority, bucket, arg, calls, jobs)
+  local reason, retry_after, limit = refusal(priority, bucket, arg, calls, jobs)
   -- Only single jobs: a larger group needs more room than jobs behind it, and must not block them.
   if reason and jobs == 1 then
     closed = closed or {}
-    if reason == 'queue_full' then closed[priority] = {reason, retry_after} end
-    if reason == 'rate_limited' then closed[priority .. bucket] = {reason, retry_after} end
+    local refused = {reason, retry_after, limit}
+    if reason == 'queue_full' then closed[priority] = refused end
+    if reason == 'tenant_full' then closed[priority .. '\0' .. ARGV[arg + 7]] = refused end
+    if reason == 'rate_limited' then closed[priority .. bucket] = refused end
   end
-  return reason, retry_after
+  return reason, retry_after, limit
 end
 
--- Returns the refusal of a group, nil if its `jobs` new jobs are accepted.
+-- Returns the refusal of a group; or nil if its `jobs` new jobs are accepted, and their priority.
 local function refuse(priority, bucket, arg, calls, jobs, to_count)
-  local reason, retry_after = decide(priority, bucket, arg, calls, jobs)
+  local reason, retry_after, limit = decide(priority, bucket, arg, calls, jobs)
+  if overflow and (reason == 'rate_limited' or reason == 'over_burst') then
+    priority = math.max(priority, overflow)
+    reason, retry_after, limit = lack_of_room(priority, arg, jobs)
+  end
   if reason then
     count_refusals(reason, to_count)
-    return {REFUSED, reason, retry_after, reason == 'queue_full' and depth_limits[priority] or 0}
+    return {REFUSED, reason, retry_after, limit or 0}
   end
   depths[priority] = depths[priority] + jobs
+  return nil, priority
 end
 
 local function enter(priority, bucket, arg, seen, jobs, calls, to_count)
@@ -220,9 +244,9 @@ local function enter(priority, bucket, arg, seen, jobs, calls, to_count)
     for job = 0, jobs - 1 do note_repeat(KEYS[seen + job]) end
     return {ACCEPTED_BEFORE}
   end
-  local refused = refuse(priority, bucket, arg, calls, jobs, to_count)
+  local refused, class = refuse(priority, bucket, arg, calls, jobs, to_count)
   if refused then return refused end
-  for job = 0, jobs - 1 do accept(priority, KEYS[seen + job], arg + 10 * job, '') end
+  for job = 0, jobs - 1 do accept(class, KEYS[seen + job], arg + 10 * job, '') end
   return {ACCEPTED}
 end
 
@@ -233,9 +257,9 @@ local function enter_detached(priority, bucket, arg, seen, jobs, calls, to_count
     renew(record)
     return {ACCEPTED_BEFORE}
   end
-  local refused = refuse(priority, bucket, arg, calls, #new, to_count)
+  local refused, class = refuse(priority, bucket, arg, calls, #new, to_count)
   if refused then return refused end
-  for _, job in ipairs(new) do accept(priority, KEYS[seen + job], arg + 10 * job, record.call) end
+  for _, job in ipairs(new) do accept(class, KEYS[seen + job], arg + 10 * job, record.call) end
   note(record, arg, new)
   return {ACCEPTED}
 end
@@ -246,6 +270,9 @@ local function count(field, n)
   if n > 0 and redis.pcall('HINCRBY', KEYS[8], field, n) == n then redis.pcall('PEXPIRE', KEYS[8], METRICS_KEPT_MS) end
 end
 
+-- fair parts
+
+if spec[11] == 'tenant' and not index_job then return redis.error_reply('FAIR the service needs enqueue_fair') end
 local outcomes = {}
 local arg, key = 2, 9
 for group = 1, tonumber(ARGV[1]) do

@@ -81,6 +81,11 @@ local function count(field, n)
   if n > 0 and redis.pcall('HINCRBY', KEYS[5], field, n) == n then redis.pcall('PEXPIRE', KEYS[5], METRICS_KEPT_MS) end
 end
 
+-- Set by fair_delete.lua: unindex(stream, entry id), before the entry is deleted.
+local unindex -- luacheck: ignore 221
+
+-- fair parts
+
 local outcomes, jobs_deleted, rows_deleted = {}, 0, 0
 local arg, key = 4, 7
 while arg <= #ARGV do
@@ -91,6 +96,7 @@ while arg <= #ARGV do
   if not owner or owner == RETURNED then
     -- Both are allowed at maxmemory, and then so are the writes after them.
     redis.call('XACK', stream, GROUP, entry)
+    if unindex then unindex(tonumber(ARGV[arg]), entry) end
     gone = redis.call('XDEL', stream, entry)
     local name = ARGV[arg] .. ':' .. entry
     if owner then redis.call('HDEL', KEYS[4], name, name .. ':batch') end

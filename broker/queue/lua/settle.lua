@@ -181,6 +181,11 @@ local function is_another(seen, name, id)
   return type(accepted) == 'string' and accepted ~= name and accepted ~= id
 end
 
+-- Set by fair_settle.lua: free_job(stream, entry id), for each job that ends.
+local free_job -- luacheck: ignore 221
+
+-- fair parts
+
 local INSTEAD = {[UNREAD_INSTEAD] = 'reader_too_slow', [UNWRITABLE] = 'reply_unwritable'}
 local outcomes, retired = {}, {{}, {}, {}}
 local arg, seen = 6 + 3 * DESTINATIONS, 9 + DESTINATIONS
@@ -201,6 +206,7 @@ while arg <= #ARGV do
     elseif outcome == UNWRITABLE then reason = 'reply_unwritable' end
     if marked then redis.call('ZREM', KEYS[6], name) end
     if trailed then end_trail(past, name) end
+    if free_job then free_job(priority, id) end
     if reason ~= '' then bury(priority, id, reason, past) end
     retired[priority][#retired[priority] + 1] = id
     -- A detached job stays known as long as its result; the hash of its call does this for newer clients.
