@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,7 +23,7 @@ class Context:
 
     A supervisor reads `progress`, if the process has one. `beside`: pages of the other lanes of the process.
     `stage` wraps each stage of this lane, if the process has several lanes. `service` is the name of its service.
-    `traces` makes its spans, if it exports any.
+    `traces` makes its spans, if it exports any. `order`: its model's `priority`, by which late lanes take turns.
     """
 
     consumer: str
@@ -37,6 +38,7 @@ class Context:
     stage: Stage | None = None
     service: str = ""
     traces: WorkerTraces | None = None
+    order: float = math.inf
 
     @property
     def is_stuck(self) -> bool:

@@ -17,7 +17,8 @@ class ForwardCost:
     """Cost and limits of one process's forwards; thread-safe.
 
     `budget`: the limits of a forward, and its fixed cost in tokens. `seconds_per_token`: 0.0 until one is measured.
-    `smallest_s`: seconds that the smallest forward takes, infinite until it is measured.
+    `smallest_s`: seconds that the smallest forward takes, infinite until it is measured. `job_s`: mean seconds of a job
+    in the model, 0.0 until one is measured.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -27,6 +28,7 @@ class ForwardCost:
         self.budget = budget
         self.seconds_per_token = 0.0
         self.smallest_s = math.inf
+        self.job_s = 0.0
 
     def limit(self, rows: int, tokens: int, inference_timeout_s: float | None = None) -> None:
         """Applies changed limits, from the next micro-batch on."""
@@ -54,6 +56,10 @@ class ForwardCost:
         rate = seconds / (computed + self.budget.overhead)
         before = self.seconds_per_token or rate
         self.seconds_per_token = before + NEW_WEIGHT * (rate - before)
+
+    def observe_job(self, seconds: float) -> None:
+        """Corrects the time of a job by one that was in the model for `seconds`."""
+        self.job_s += NEW_WEIGHT * (seconds - self.job_s) if self.job_s else seconds
 
     def predicted_s(self, computed: int) -> float:
         """Predicted seconds of a forward over `computed` tokens; 0.0 until one is measured."""

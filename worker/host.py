@@ -84,7 +84,7 @@ class DeviceShare:
 
     def step(self) -> bool:
         """Gives one turn to the lane that comes next. Returns whether any lane had work."""
-        place = self._turn.next([runner.urgency for runner in self._runners], time.monotonic())
+        place = self._turn.next([runner.work for runner in self._runners], time.monotonic())
         if place is None:
             return False
         runner = self._runners[place]

@@ -45,6 +45,7 @@ from millstream.worker.models.base import (
 )
 from millstream.worker.scheduling.batch_delay import BatchDelay
 from millstream.worker.scheduling.fair_share import SAVED_BATCHES, FairShare
+from millstream.worker.scheduling.slack import targets
 from millstream.worker.supervision.child_args import ChildArgs
 from millstream.worker.supervision.progress import MOST_ENTRIES, State
 from millstream.worker.supervision.registrar import Registration
@@ -264,6 +265,8 @@ class Lane:
         rows = min(runtime.batch_size, MOST_ROWS)
         window.limit(rows, tokens, runtime.queue_timeout, shortest, runtime.reserved_slots)
         shares = {each: runtime.shares[each.value] for each in PRIORITIES}
+        if self._context.stage:
+            window.targets = targets(runtime.target)
         self._policy.fair_share.change(shares, SAVED_BATCHES * runtime.batch_size)
         self._intake.max_attempts = runtime.max_attempts
         self._cache_writer.ttl_s = runtime.cache_s

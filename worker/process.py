@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
+from math import inf
 
 from millstream.broker.config.load import ServiceSpec, telemetry_of
 from millstream.broker.config.telemetry import TelemetrySettings
@@ -180,6 +181,7 @@ class Worker:
             stage=partial(self._gate.stage, spec.name) if self._gate else None,
             service=spec.name,
             traces=self._traces_of(spec),
+            order=inf if spec.model.priority is None else spec.model.priority,
             beside=[page for service, page in self._pages.items() if service != spec.name],
         )
         return Lane(context, child_args, self._connection, spec, model, answer)

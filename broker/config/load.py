@@ -121,7 +121,7 @@ def _resolve(file: ConfigFile) -> dict[str, ServiceSpec]:
 
 
 _NOT_ENFORCED: Mapping[str, frozenset[str]] = {
-    "models": frozenset({"warmup", "priority"}),
+    "models": frozenset({"warmup"}),
     "services": frozenset({"memory_limit"}),
     "redis": frozenset(),
 }

@@ -97,7 +97,8 @@ class Runtime(Settings):
     """A service's limits. Times are in seconds, `memory_limit` is in bytes; None is no limit.
 
     `max_queue_size` limits the jobs of each priority by itself, those that run included. Of the `batch_size` slots of a
-    text generator, `reserved_slots` run realtime jobs only.
+    text generator, `reserved_slots` run realtime jobs only. `target`: response time of realtime and normal jobs to aim
+    at.
     """
 
     batch_size: Count = 32
@@ -117,6 +118,7 @@ class Runtime(Settings):
     cache_ttl: Limit = None
     truncate: Literal["none", "start", "end"] = "none"
     reserved_slots: CountOrZero = 0
+    target: Limit = None
     priorities: Section[dict[PriorityName, Section[PriorityLimits]]] = Field(default={})
 
     @classmethod
@@ -294,8 +296,7 @@ class ServiceSpec(Settings):
             off["webhooks"] = True
         newer = ("attention", "backend", "kernels", "kind", "model_file", "url")
         off["model"] = {name for name in newer if getattr(self.model, name) == ModelSpec.model_fields[name].default}
-        if not self.runtime.reserved_slots:
-            off["runtime"] = {"reserved_slots"}
+        off["runtime"] = {name for name in ("reserved_slots", "target") if not getattr(self.runtime, name)}
         return self.model_dump_json(exclude=off)
 
     @classmethod

@@ -512,13 +512,12 @@ def test_only_a_value_that_asks_for_something_is_called_unenforced(
 
 
 def test_unenforced_values_of_models_and_variables_name_their_place(load_text: Load) -> None:
-    text = "models: {m: {type: echo, warmup: false}}"
+    text = "models: {m: {type: echo, warmup: false}, n: {type: echo}}"
 
-    lines = unenforced(load_text(text, {"MILLSTREAM_MODELS__M__PRIORITY": "1"}))
+    lines = unenforced(load_text(text, {"MILLSTREAM_MODELS__N__WARMUP": "false"}))
 
     assert lines == [
-        "priority is accepted, but not enforced yet (MILLSTREAM_MODELS__M__PRIORITY m)",
-        "warmup is accepted, but not enforced yet (config.yaml:1 m)",
+        "warmup is accepted, but not enforced yet (config.yaml:1 m, MILLSTREAM_MODELS__N__WARMUP n)",
     ]
 
 

@@ -43,6 +43,7 @@ class ActiveJob:
     `prepared_at`, `ended_at`: server ms at which its rows could run, and had their outcomes; `batch` as in Stages.
     `batch_trace`: context of the span of its last batch, or "".
     `output_at`: monotonic seconds of the last piece of its text, None before the first one here.
+    `due_at`: server ms, `tokens`: of all its rows; both 0 until a window with targets holds it.
     """
 
     claim: Claim
@@ -63,6 +64,8 @@ class ActiveJob:
     batch: int = 0
     batch_trace: str = ""
     output_at: float | None = None
+    due_at: float = 0.0
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         self.name = self.claim.address.name
@@ -80,6 +83,11 @@ class ActiveJob:
         in_model_s = self.in_model_s(now)
         self.running_since = None
         self.inference_ms = in_model_s * 1000
+
+    def note_due(self, due_at: float) -> None:
+        """Notes when it is due, server ms, and how many tokens its rows have."""
+        self.due_at = due_at
+        self.tokens = sum([row.tokens + row.output_tokens for row in self.prepared if isinstance(row, Prepared)])
 
     def rows(self) -> Rows:
         """The prepared rows, with rank and urgency."""
