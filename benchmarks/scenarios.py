@@ -50,6 +50,7 @@ SCENARIOS: Mapping[str, Scenario | Bulk] = {
     "interrupt": Scenario("interrupt:run", 15.0),
     "chat": Scenario("chat:tiny", 45.0),
     "chat-smollm2": Scenario("chat:smollm2", 165.0),
+    "pool": Scenario("pool:run", 120.0),
     "bulk-beside": Bulk("bulk_beside:run", 5_000),
     "bulk-beside-echo": Bulk("bulk_beside:run_echo", 5_000),
     "bulk-rate-echo": Bulk("bulk_rate:run_echo", 20_000),

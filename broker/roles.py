@@ -44,7 +44,7 @@ _LOOK = (
     Grant("xlen xrange xrevrange xpending xinfo|groups xinfo|consumers xinfo|stream", read=f"{_JOBS} dead"),
     Grant("get", read="paused reclaim seen:* partial:* webhook:*"),
     Grant("hlen", read="call:*"),
-    Grant("zrange zcount zscore", read="workers cancelled"),
+    Grant("zrange zcount zscore", read="workers standby cancelled"),
 )
 
 # No script|load: a user who may load scripts may load one that never ends. Workers load all scripts, see scripts.py.
@@ -83,10 +83,10 @@ _WORK = (
     Grant("xadd pexpire xlen xreadgroup xclaim xpending xack xdel xgroup|create", write="webhooks"),
     Grant("set", write="webhook:*"),
     Grant("hset hincrby hmget hstrlen hlen pexpire", write="call:*"),
-    Grant("evalsha", write=f"service {_JOBS} paused workers worker:* cancelled reclaim trail bell metrics"),
+    Grant("evalsha", write=f"service {_JOBS} paused workers standby worker:* cancelled reclaim trail bell metrics"),
     Grant("hsetnx", write="service"),
     Grant("xreadgroup xack xclaim xdel xgroup|create xgroup|setid xgroup|delconsumer", write=f"{_JOBS} bell"),
-    Grant("zadd zrem pexpire", write="workers cancelled"),
+    Grant("zadd zrem pexpire", write="workers standby cancelled"),
     Grant("hset hdel hincrby del pexpire", write="worker:* trail supervisors"),
     Grant("hincrby pexpire", write="metrics"),
     Grant("get set del pexpire", write="reclaim"),
@@ -130,6 +130,7 @@ _SCRIPTS: dict[str, Role] = {
     "release": "worker",
     "reclaim": "worker",
     "slots": "worker",
+    "look": "worker",
     "purge": "admin",
 }
 

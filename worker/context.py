@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from millstream.telemetry.worker_traces import WorkerTraces
@@ -24,6 +24,8 @@ class Context:
     A supervisor reads `progress`, if the process has one. `beside`: pages of the other lanes of the process.
     `stage` wraps each stage of this lane, if the process has several lanes. `service` is the name of its service.
     `traces` makes its spans, if it exports any. `order`: its model's `priority`, by which late lanes take turns.
+    `figures` returns further fields for its heartbeat. `number` counts the lanes of its service in this process,
+    from 0.
     """
 
     consumer: str
@@ -39,6 +41,8 @@ class Context:
     service: str = ""
     traces: WorkerTraces | None = None
     order: float = math.inf
+    figures: Callable[[], Mapping[str, str | int]] = dict
+    number: int = 0
 
     @property
     def is_stuck(self) -> bool:

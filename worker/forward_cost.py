@@ -51,6 +51,15 @@ class ForwardCost:
             self.seconds_per_token = seconds_per_token
             self.smallest_s = smallest_s
 
+    def resume(self, earlier: ForwardCost) -> None:
+        """Applies what another instance measured of the same model on this device."""
+        with self._lock:
+            self._cap = earlier._cap
+            tokens = min(self.budget.tokens, self._cap)
+            self.budget = replace(self.budget, tokens=tokens, overhead=earlier.budget.overhead)
+            self.seconds_per_token, self.smallest_s = earlier.seconds_per_token, earlier.smallest_s
+            self.job_s = earlier.job_s
+
     def observe(self, computed: int, seconds: float) -> None:
         """Corrects the cost of a token by a forward over `computed` tokens, padding included."""
         rate = seconds / (computed + self.budget.overhead)

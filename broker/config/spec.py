@@ -214,6 +214,8 @@ class ModelSpec(Settings):
     max_length: Count | None = None
     warmup: bool | None = None
     priority: int | None = None
+    # In a pool: it never leaves the memory.
+    keep: bool = False
     # Only a worker's own file names code: a handler is neither written to Redis nor read from it.
     handler: Handler | None = Field(default=None, exclude=True)
     # A server that already runs, see UPSTREAM_BACKENDS.
@@ -294,7 +296,7 @@ class ServiceSpec(Settings):
         off: dict[str, bool | set[str]] = {} if self.replicated else {"replicated": True}
         if not self.webhooks:
             off["webhooks"] = True
-        newer = ("attention", "backend", "kernels", "kind", "model_file", "url")
+        newer = ("attention", "backend", "keep", "kernels", "kind", "model_file", "url")
         off["model"] = {name for name in newer if getattr(self.model, name) == ModelSpec.model_fields[name].default}
         off["runtime"] = {name for name in ("reserved_slots", "target") if not getattr(self.runtime, name)}
         return self.model_dump_json(exclude=off)

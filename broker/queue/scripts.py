@@ -12,7 +12,7 @@ import redis
 from millstream.broker.transport.cluster import load
 from millstream.broker.transport.link import exchange
 
-Name = Literal["enqueue", "claim", "settle", "beat", "cancel", "release", "reclaim", "purge", "emit", "slots"]
+Name = Literal["enqueue", "claim", "settle", "beat", "cancel", "release", "reclaim", "purge", "emit", "slots", "look"]
 Argument = str | bytes | int
 T = TypeVar("T")
 

@@ -498,8 +498,8 @@ def test_what_is_set_but_not_enforced_yet_is_one_line_a_key_with_its_places(load
     [
         ("max_batch_tokens: auto", []),
         ("max_batch_tokens: 99, rate_limit: null, enable_cache: false, cache_ttl: none, priorities: {}", []),
-        ("stall_timeout: 5m, memory_limit: 2GB, enable_cache: true, cache_ttl: 2h", ["memory_limit"]),
-        ("memory_limit: 2GB, priorities: {batch: {share: 1}}", ["memory_limit"]),
+        ("stall_timeout: 5m, memory_limit: 2GB, enable_cache: true, cache_ttl: 2h", []),
+        ("memory_limit: 2GB, priorities: {batch: {share: 1}}, target: 2s", []),
         ("preset: throughput, batch_size: 3, truncate: end, max_attempts: 1", []),
     ],
 )

@@ -139,7 +139,7 @@ def test_lanes_whose_jobs_fit_before_they_are_due_are_never_late(lanes: list[tup
     # The device is half idle, and every period has room for all turns and for one that has begun before.
     periods = [2 * len(lanes) * longest + spare for _, spare in lanes]
     turn, now = DeviceTurn(len(lanes)), 0.0
-    due = [period for period in periods]
+    due = list(periods)
     at = [0.0] * len(lanes)
     for _ in range(60):
         works = [
