@@ -51,6 +51,7 @@ SCENARIOS: Mapping[str, Scenario | Bulk] = {
     "chat": Scenario("chat:tiny", 45.0),
     "chat-smollm2": Scenario("chat:smollm2", 165.0),
     "pool": Scenario("pool:run", 120.0),
+    "pool-slow": Scenario("pool_slow:run", 80.0),
     "bulk-beside": Bulk("bulk_beside:run", 5_000),
     "bulk-beside-echo": Bulk("bulk_beside:run_echo", 5_000),
     "bulk-rate-echo": Bulk("bulk_rate:run_echo", 20_000),

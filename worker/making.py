@@ -45,7 +45,7 @@ Load = Callable[[ServiceSpec], Model]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a lane shares with others. `turn` gives the device to the calling thread for one forward.
+    """Things that a lane shares with others. `turn` gives the device to the calling thread for one forward.
 
     `figures` returns fields for its heartbeat. `number` counts the lanes of its service in this process, from 0.
     """
@@ -93,6 +93,7 @@ class LaneMaker:
         self._tokens: dict[str, int | None] = {}
         self._began: dict[str, int] = {}
         self._loading: dict[str, int] = {}
+        self._forwards: dict[str, int] = {}
         self.sizes: dict[str, Size] = {}
         self.failing = child_args.hosted[0].service
 
@@ -160,10 +161,11 @@ class LaneMaker:
 
     def _measure_size(self, spec: ServiceSpec) -> None:
         """Notes the size of the model. Raises ModelUnavailable if it exceeds the service's `memory_limit`."""
-        began = self._began[spec.name]
-        # A later load runs no full warm-up, so its peak says nothing new.
-        before = self.sizes.get(spec.name, Size())
-        held = max(before.held, self._meter.peak() - began)
+        began, used = self._began[spec.name], self._meter.used()
+        # A later load runs no full warm-up, so its peak says nothing new. But it says more of the weights: the first
+        # one may import libraries.
+        forward = self._forwards.setdefault(spec.name, max(0, self._meter.peak() - used))
+        held = max(0, used - began) + forward
         self.sizes[spec.name] = Size(held, max(held, self._loading[spec.name] - began))
         limit = spec.runtime.memory_limit
         if limit is not None and held > limit:

@@ -334,8 +334,8 @@ class Window:
         with self._lock:
             cost, since = self.cost, time.monotonic()
             if self._slots:
-                left = [(job, max(0.0, cost.job_s - job.in_model_s(since))) for job in self._jobs.values()]
-                return slack_together(Due((job.due_at - now) / 1000, left_s) for job, left_s in left)
+                work = [(job, max(0.0, cost.job_s - job.in_model_s(since))) for job in self._jobs.values()]
+                return slack_together(Due((job.due_at - now) / 1000, work_s) for job, work_s in work)
             token_s = cost.seconds_per_token
             jobs = [Due((job.due_at - now) / 1000, token_s * job.tokens) for job in self._jobs.values()]
             return slack_in_order(jobs, token_s * cost.budget.overhead)

@@ -75,7 +75,7 @@ class Run:
 
 
 def run(stage: Stage, seconds: float) -> Report:
-    specs = _specs(_save_cross_encoder(stage.home / "cross"))
+    specs = _specs(save_cross_encoder(stage.home / "cross"))
     Registry(stage.connection).push(specs)
     sizes, whole = _measured(stage, specs)
     limit = whole - min(sizes.values()) // 2
@@ -104,7 +104,7 @@ def _spec(name: str, model: ModelSpec, **runtime: object) -> ServiceSpec:
     return ServiceSpec(name=name, model=model, model_ref=name, runtime=settings)
 
 
-def _save_cross_encoder(folder: Path) -> Path:
+def save_cross_encoder(folder: Path) -> Path:
     """A cross-encoder with random weights, as large as MiniLM."""
     tokenizer = AutoTokenizer.from_pretrained(str(locate(MINILM)))
     torch.manual_seed(SEED)

@@ -8,7 +8,7 @@ from millstream.worker.measuring.memory_use import ProcessMemory
 
 
 class CudaMemory(ProcessMemory):
-    """What this process has reserved on one CUDA device, torch's cache included."""
+    """Memory that this process has reserved on one CUDA device, torch's cache included."""
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)

@@ -90,20 +90,20 @@ def _fits(model: Standing, free: int | None) -> bool:
     return free is None or free > model.loading
 
 
-def _make_room(models: Sequence[Standing], wanted: int, memory: Memory, now: float) -> Swap | None:
-    model, free = models[wanted], memory.free
+def _make_room(models: Sequence[Standing], place: int, memory: Memory, now: float) -> Swap | None:
+    model, free = models[place], memory.free
     if free is None or _fits(model, free):
-        return Swap((), wanted)
+        return Swap((), place)
     leaving: list[int] = []
     for at in _by_slack(models):
         if _may_leave(models[at], model, memory, now):
             leaving.append(at)
             free += models[at].held
             if _fits(model, free):
-                return Swap(leaving, wanted)
+                return Swap(leaving, place)
     alone = not any(each.resident for at, each in enumerate(models) if at not in leaving)
     # Alone it may try: memory that is not free then is that of the process itself, or of caches.
-    return Swap(leaving, wanted) if alone else None
+    return Swap(leaving, place) if alone else None
 
 
 def _by_slack(models: Sequence[Standing]) -> list[int]:
@@ -112,19 +112,19 @@ def _by_slack(models: Sequence[Standing]) -> list[int]:
     return sorted(resident, key=lambda at: (models[at].urgency, -models[at].since), reverse=True)
 
 
-def _may_leave(model: Standing, wanted: Standing, memory: Memory, now: float) -> bool:
-    if model.keep or now - model.since < _residence_s(model, wanted, memory):
+def _may_leave(model: Standing, candidate: Standing, memory: Memory, now: float) -> bool:
+    if model.keep or now - model.since < _residence_s(model, candidate, memory):
         return False
-    if wanted.keep or not model.has_jobs:
+    if candidate.keep or not model.has_jobs:
         return True
-    is_pressed = wanted.slack_s <= wanted.load_s
-    return is_pressed and wanted.urgency <= model.urgency
+    is_pressed = candidate.slack_s <= candidate.load_s
+    return is_pressed and candidate.urgency <= model.urgency
 
 
-def _residence_s(model: Standing, wanted: Standing, memory: Memory) -> float:
+def _residence_s(model: Standing, candidate: Standing, memory: Memory) -> float:
     if memory.residence_s is not None:
         return memory.residence_s
-    return max(LEAST_RESIDENCE_S, RESIDENCE_FACTOR * max(model.load_s, wanted.load_s))
+    return max(LEAST_RESIDENCE_S, RESIDENCE_FACTOR * max(model.load_s, candidate.load_s))
 
 
 def _spared(models: Sequence[Standing]) -> int | None:
