@@ -200,6 +200,9 @@ class LaneMaker:
 @contextmanager
 def _in_turns(model: Model, turn: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """Makes each forward of `model` take a turn of the device meanwhile, since lanes of other models may have it."""
+    if turn is nullcontext:
+        yield
+        return
     forward = model.forward
 
     def forward_in_turn(rows: list) -> object:  # type: ignore[type-arg]

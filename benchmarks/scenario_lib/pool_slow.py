@@ -1,9 +1,9 @@
 """Two models take turns, and one of them gets three times slower amid the run: which deadlines are missed?
 
 Texts to embed come every 0.1 s and keep a third of the device busy. Every 2.5 s a list to rank comes, which takes a
-quarter of its target. Halfway through, each list becomes three times as long, so its forwards take three times as long. The static
-order, the embedding model first, keeps all targets before that. Afterwards it cannot: what the texts leave of the
-device until a list is due is less than the list needs. The order by slack can, since the list begins earlier.
+quarter of its target. Halfway through, each list becomes three times as long, so its work takes three times as long.
+The static order, the embedding model first, keeps all targets before that. Afterwards it cannot: what the texts leave
+of the device until a list is due is less than the list needs. The order by slack can, since the list begins earlier.
 
 Both orders run in one process, one after the other, with a worker's models, windows and turns, but without a server.
 """

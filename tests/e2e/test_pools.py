@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import time
+import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from e2e.pools import held_jobs, pool_of
-from e2e.sites import custom, echo
+from e2e.cli_support import Shell
+from e2e.pools import TESTS, held_jobs, pool_of
+from e2e.sites import custom, echo, site_of
+from e2e.supervisors import supervising
 from support import eventually
 
 from millstream.broker.config.load import ServiceSpec
 from millstream.broker.queue.inspector import Inspector
 from millstream.broker.queue.metrics import Metrics
+from millstream.client import Client
+from millstream.worker.supervision.plan import Plan
 
 MB = 1_000_000
 SIZES = {"Small": 60 * MB, "Middle": 80 * MB, "Large": 100 * MB}
@@ -143,6 +149,35 @@ def test_a_model_that_is_larger_than_its_memory_limit_is_not_loaded(url: str, tm
         states = pool.supervision.supervisor.states
         eventually(lambda: "memory_limit is 50 MB" in states()[specs[0].name].unloaded, within_s=30.0)
         pool.loaded(1)
+
+
+def test_a_worker_of_its_own_keeps_to_its_memory_limit_too(url: str, tmp_path: Path) -> None:
+    spec = custom("heavy:Large", memory_limit=50 * MB)
+    with site_of(url, spec, tmp_path), supervising(url, Plan(spec, 1, folder=str(TESTS))) as supervision:
+        supervision.join(30.0)
+
+        assert "memory_limit is 50 MB" in supervision.supervisor.refusals()[spec.name]
+
+
+def test_worker_run_starts_a_pool_of_the_file_and_worker_ls_shows_what_is_in_memory(url: str, tmp_path: Path) -> None:
+    shell, names = Shell(tmp_path, url), [f"test-{uuid.uuid4().hex[:12]}" for _ in range(2)]
+    services = ", ".join(f"{name}: {{model: e}}" for name in names)
+    (tmp_path / "config.yaml").write_text(
+        f"models: {{e: {{type: echo}}}}\nservices: {{{services}}}\n"
+        f"pools: {{both: {{device: cpu, services: [{', '.join(names)}], memory: 4GB}}}}\n"
+    )
+    assert shell.run("config", "push").code == 0
+    with shell.background("worker", "run", "--pool", "both") as running, Client(url) as client:
+        for name in names:
+            assert client.submit(name, ["text"]).result(timeout=30.0) == ["text"]
+        eventually(lambda: len(running.children()) == 1)
+        seen = json.loads(shell.run("worker", "ls", "--json").out)
+        mine = [each for each in seen if each["service"] in names]
+        assert {each["pid"] for each in mine} == set(running.children())
+        assert [(each["state"], each["resident"], each["loads"]) for each in mine] == [("ready", True, 1)] * 2
+        running.interrupt()
+        assert running.process.wait(30.0) == 0
+    assert [each for each in json.loads(shell.run("worker", "ls", "--json").out) if each["service"] in names] == []
 
 
 @pytest.mark.parametrize("when", ["at rest", "in a swap"])

@@ -93,9 +93,11 @@ class Pool:
 
     def _drain(self) -> None:
         for place, tenant in enumerate(self._tenants):
-            if lane := self._share.remove(place):
-                lane.drain()
+            resident = tenant.resident
+            if resident and self._share.remove(place):
+                resident.lane.drain()
                 tenant.resident = None
+                self._close(tenant.spec.name, resident)
         # A load may take long, and holds no job. A lane that leaves settles what it held.
         while self._keeper.is_alive() and not self._loads:
             self._keeper.join(DRAINED_LOOK_S)
@@ -205,6 +207,7 @@ class Pool:
         if not self._share.put(place, resident.lane):
             resident.lane.drain()
             tenant.resident = None
+            self._close(name, resident)
             return
         used = memory(self._meter.used())
         log.info("%s is in memory of pool %s after %.1f s: %s are in use", name, self._args.name, now - began, used)
