@@ -52,6 +52,8 @@ SCENARIOS: Mapping[str, Scenario | Bulk] = {
     "chat-smollm2": Scenario("chat:smollm2", 165.0),
     "tenants": Scenario("tenants:run", 60.0),
     "tenants-claims": Scenario("tenants:claims", 20.0),
+    "pool": Scenario("pool:run", 120.0),
+    "pool-slow": Scenario("pool_slow:run", 80.0),
     "bulk-beside": Bulk("bulk_beside:run", 5_000),
     "bulk-beside-echo": Bulk("bulk_beside:run_echo", 5_000),
     "bulk-rate-echo": Bulk("bulk_rate:run_echo", 20_000),

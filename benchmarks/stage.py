@@ -138,21 +138,29 @@ class Stage:
         """
         self.register(spec)
         wanted = len(self.live(spec)) + count
-        command = [sys.executable, "-P", "-m", "millstream.cli.main", "worker", "run", spec.name, "--count", str(count)]
+        process = self._worker_run([spec.name, "--count", str(count)], folder or self.home)
+        until(lambda: process.poll() is not None or len(self.live(spec)) >= wanted)
+        if process.poll() is not None:
+            raise RuntimeError(f"workers of {spec.name} ended: {self.log[-2_000:]}")
+        return Team(process)
+
+    def pool(self, name: str, folder: Path) -> Team:
+        """Start the processes of a pool of the config.yaml in `folder`. Its services must be registered."""
+        return Team(self._worker_run(["--pool", name], folder))
+
+    def _worker_run(self, words: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-P", "-m", "millstream.cli.main", "worker", "run", *words]
         with (self.home / "workers.log").open("ab") as log:
             process = subprocess.Popen(
                 command,
-                cwd=folder or self.home,
+                cwd=folder,
                 env=self.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
         self._ends.callback(_drain, process)
-        until(lambda: process.poll() is not None or len(self.live(spec)) >= wanted)
-        if process.poll() is not None:
-            raise RuntimeError(f"workers of {spec.name} ended: {self.log[-2_000:]}")
-        return Team(process)
+        return process
 
     def live(self, spec: ServiceSpec) -> Sequence[WorkerView]:
         """The workers, as each said at its last beat."""

@@ -15,7 +15,7 @@ from millstream.broker.contract.keys import DEFAULT_PREFIX
 from millstream.broker.transport import eviction
 from millstream.broker.transport.connection import find_url
 
-_SECTIONS = {"models", "services", "redis", "telemetry", "webhooks"}
+_SECTIONS = {"models", "services", "pools", "redis", "telemetry", "webhooks"}
 
 
 @dataclass(frozen=True, slots=True)

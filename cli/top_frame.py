@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from millstream.broker.contract.job import PRIORITIES, Priority
 from millstream.broker.queue import figure_text
-from millstream.broker.queue.figure_text import rate, seconds
+from millstream.broker.queue.figure_text import memory, rate, seconds
 from millstream.broker.queue.metrics import HistogramView, ServiceMetrics, backlog_s
 from millstream.broker.queue.pace import Look, Pace, WorkerPace, merge
 from millstream.broker.queue.views import ServiceView, WorkerView
@@ -60,9 +60,23 @@ _WORKERS = (
     "PADDING",
     "JOBS",
     "ERRORS",
+    "MEMORY",
+    "LOADS/MIN",
     "AGE",
 )
-_SPARE_WORKERS = ("ERRORS", "PADDING", "ROWS/FORWARD", "JOBS", "AGE", "DEVICE", "ROWS/S", "RUNNING", "SERVICE")
+_SPARE_WORKERS = (
+    "LOADS/MIN",
+    "ERRORS",
+    "PADDING",
+    "ROWS/FORWARD",
+    "JOBS",
+    "MEMORY",
+    "AGE",
+    "DEVICE",
+    "ROWS/S",
+    "RUNNING",
+    "SERVICE",
+)
 _NOTHING = ("",) * len(_SERVICES)
 
 
@@ -178,6 +192,8 @@ def _worker_row(service: str, worker: WorkerView, pace: WorkerPace | None) -> tu
         "PADDING": number(worker.padding, 2),
         "JOBS": str(worker.jobs),
         "ERRORS": str(worker.errors),
+        "MEMORY": memory(worker.memory),
+        "LOADS/MIN": str(worker.loads_minute) if worker.memory else "-",
         "AGE": age(worker.age_ms or None),
     }
     return tuple(escape(cell) for cell in _row(_WORKERS, cells))

@@ -17,6 +17,7 @@ from millstream.cli.config import load_and_warn
 from millstream.cli.options import SecondsRange
 from millstream.cli.table import align, bar, quantity
 from millstream.worker import models
+from millstream.worker.making import use_threads
 from millstream.worker.measuring import tuning
 from millstream.worker.measuring.cores import cores
 from millstream.worker.measuring.probe import auto_tokens, most_tokens
@@ -24,7 +25,6 @@ from millstream.worker.measuring.threads import Threads, waiting
 from millstream.worker.measuring.tuning import Cell, best, same
 from millstream.worker.measuring.warmup import warm_up
 from millstream.worker.models.base import Model, Prepared
-from millstream.worker.process import use_threads
 from millstream.worker.scheduling.batcher import Budget
 from millstream.worker.supervision.plan import preflight
 from millstream.worker.window import Window

@@ -30,7 +30,7 @@ from millstream.cli.server import connect, redis_cli
 from millstream.cli.status import status_line
 from millstream.cli.supervise import supervise
 from millstream.worker.supervision.canary_driver import driving
-from millstream.worker.supervision.plan import Plan, preflight
+from millstream.worker.supervision.plan import plans_of, preflight
 from millstream.worker.supervision.supervisor import Supervisor
 from millstream.worker.supervision.webhook_sender import sending
 
@@ -122,7 +122,7 @@ def _run(config: Config, interrupts: Interrupts, stack: Stack) -> None:
         registry.push(specs, replace=stack.replace)
         for name in Routes(connection, prefix).push(config.route_specs, stack.replace)[1]:
             click.echo(route_kept(name))
-        plans = [Plan(spec, spec.runtime.worker_count, folder=stack.folder) for spec in specs]
+        plans = plans_of(config, stack.folder)
         variables = stack.telemetry.variables()
         supervisor = Supervisor(stack.url, prefix, plans, drain_s=stack.drain_s, variables=variables)
         names = [spec.name for spec in specs]

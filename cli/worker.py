@@ -11,10 +11,12 @@ from pathlib import Path
 import click
 
 from millstream.broker.config.load import ServiceSpec
+from millstream.broker.config.pools import Pool
 from millstream.broker.config.telemetry import LogFormat, LogLevel
 from millstream.broker.config.webhooks import WebhookSettings
-from millstream.broker.contract.errors import UnknownService
+from millstream.broker.contract.errors import ConfigError, UnknownService
 from millstream.broker.contract.operations import RUNNABLE, types_with
+from millstream.broker.queue.figure_text import memory
 from millstream.broker.queue.inspector import Inspector, ServiceView, WorkerView
 from millstream.broker.queue.registry import Registry
 from millstream.broker.target import find_config, find_telemetry
@@ -41,6 +43,8 @@ _HEADING = (
     "TOKENS",
     "READS",
     "THREADS",
+    "MEMORY",
+    "LOADS/MIN",
     "AGE",
     "PAST",
 )
@@ -48,8 +52,10 @@ _SPARE = (
     "PAST",
     "READS",
     "THREADS",
+    "LOADS/MIN",
     "TOKENS",
     "PADDING",
+    "MEMORY",
     "JOBS",
     "PID",
     "HOST",
@@ -76,6 +82,7 @@ for command in (drain_workers.drain, drain_workers.stop, drain_workers.start):
 @options.url
 @options.prefix
 @click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; by default the model's.")
+@click.option("--pool", metavar="POOL", help="A pool of ./config.yaml, instead of services.")
 @click.option("--count", type=click.IntRange(min=1), help="Processes of each service; by default its worker_count.")
 @options.drain_timeout
 @options.allow_eviction
@@ -86,13 +93,14 @@ def run(
     url: str | None,
     prefix: str | None,
     device: str | None,
+    pool: str | None,
     count: int | None,
     drain_s: float,
     allow_eviction: bool,
     log_format: LogFormat | None,
     log_level: LogLevel | None,
 ) -> None:
-    """Run workers for each SERVICE, by default for all services that can run here.
+    """Run workers for each SERVICE, by default for all services that can run here, or those of a pool.
 
     The services are read from the server. Only the code of custom models is not: ./config.yaml names it. Ctrl-C drains:
     workers finish the jobs that they hold. A second Ctrl-C kills.
@@ -100,19 +108,26 @@ def run(
     # Imported here: these take 50 ms, and `worker ls` does not need them.
     from millstream.cli.supervise import supervise
     from millstream.worker.supervision.canary_driver import driving
-    from millstream.worker.supervision.plan import Plan, preflight
+    from millstream.worker.supervision.plan import Plan, pool_plan, preflight
     from millstream.worker.supervision.supervisor import Supervisor
     from millstream.worker.supervision.webhook_sender import sending
 
+    if pool and (services or device or count):
+        raise click.UsageError("--pool names services, device and processes: leave SERVICE, --device and --count out.")
+    own_pool = _find_pool(pool) if pool else None
     telemetry = options.set_up_logs(find_telemetry(os.environ), log_format, log_level)
     target = find_server(url, prefix)
     with Interrupts() as interrupts:
         with connect(target.url) as connection:
             check(connection, allow_eviction=allow_eviction or target.allow_eviction)
-            specs = _choose(Registry(connection, target.prefix), services, connection.safe_url)
+            chosen = own_pool.services if own_pool else services
+            specs = _choose(Registry(connection, target.prefix), chosen, connection.safe_url)
         preflight(specs)
         folder = str(Path.cwd())
-        plans = [Plan(spec, count or spec.runtime.worker_count, device, folder) for spec in specs]
+        if pool and own_pool:
+            plans = [pool_plan(pool, own_pool, {spec.name: spec for spec in specs}, folder)]
+        else:
+            plans = [Plan(spec, count or spec.runtime.worker_count, device, folder) for spec in specs]
         supervisor = Supervisor(target.url, target.prefix, plans, drain_s=drain_s, variables=telemetry.variables())
         names = [spec.name for spec in specs]
         sender = sending(target.url, target.prefix, names, _own_webhooks())
@@ -130,8 +145,10 @@ def list_workers(url: str | None, prefix: str | None, as_json: bool) -> None:
 
     RUNNING is the number of jobs in the current forward, and its age. TEXTS/S and BUSY are averages over the worker's
     life. TOKENS is the most padded tokens of a forward; if max_batch_tokens is auto, the worker measured it. READS is
-    the most tokens of a text that the model could read at start. THREADS is the CPU threads of a forward. PAST is how
-    the previous worker in this place ended.
+    the most tokens of a text that the model could read at start. THREADS is the CPU threads of a forward. MEMORY is
+    what the model of a pool takes, and LOADS/MIN how often it was loaded in the last minute; STATE says whether
+    it is in memory (ready), on standby, being loaded or being evicted. PAST is how the previous worker in this place
+    ended.
     """
     target = find_server(url, prefix)
     with connect(target.url) as connection:
@@ -186,6 +203,8 @@ def _row(service: str, each: WorkerView) -> tuple[str, ...]:
         str(each.batch_tokens or "-"),
         str(each.text_tokens or "-"),
         str(each.threads or "-"),
+        memory(each.memory),
+        str(each.loads_minute) if each.memory else "-",
         age(each.age_ms or None),
         # The text may quote an exception that has several lines.
         escape(" ".join(each.past.split())) or "-",
@@ -222,6 +241,16 @@ def _with_own_settings(specs: Sequence[ServiceSpec]) -> list[ServiceSpec]:
         spec.with_handler(own[spec.name].model.handler).with_key(own[spec.name].model) if spec.name in own else spec
         for spec in specs
     ]
+
+
+def _find_pool(name: str) -> Pool:
+    """Returns the pool of this host's own config.yaml. Raises ConfigError if it has none of that name."""
+    config = find_config(os.environ)
+    pools = config.pools if config else {}
+    if name not in pools:
+        known = f"known are: {', '.join(pools)}" if pools else "add it under pools:"
+        raise ConfigError(f"./config.yaml has no pool named {name}", hint=known)
+    return pools[name]
 
 
 def _own_webhooks() -> WebhookSettings:

@@ -57,8 +57,8 @@ CODES = (
 )
 """Codes of errors that a job's rows may have."""
 
-STATES = ("ready", "paused", "away", "draining")
-"""States of live workers: `away` if the server behind them cannot be reached."""
+STATES = ("ready", "paused", "away", "draining", "standby", "loading", "evicting")
+"""States of live workers: `away` if the server behind them cannot be reached. The last three: of a pool."""
 
 
 NO_SHARES: Mapping[str, float] = MappingProxyType({})
@@ -156,6 +156,11 @@ def _states(view: ServiceView) -> Values:
     return _from_zero(Counter(each.state for each in view.workers), STATES)
 
 
+def _loads(view: ServiceView) -> float | None:
+    pools = [each.loads_minute for each in view.workers if each.memory]
+    return sum(pools) if pools else None
+
+
 METRICS: tuple[Metric, ...] = (
     _gauge(
         "jobs_waiting",
@@ -199,6 +204,18 @@ METRICS: tuple[Metric, ...] = (
         "workers",
         lambda now: _states(now.view),
         "state",
+    ),
+    _gauge(
+        "model_memory_bytes",
+        "Memory of the model in each process of a pool, as measured at its first load. No series without a pool.",
+        "bytes",
+        lambda now: max((each.memory for each in now.view.workers), default=0) or None,
+    ),
+    _gauge(
+        "model_loads_per_minute",
+        "Loads of the model in the last minute, in all processes of pools. No series without a pool.",
+        "loads",
+        lambda now: _loads(now.view),
     ),
     _gauge("paused", "1 if the service is paused.", "", lambda now: float(now.view.paused is not None)),
     _gauge(

@@ -29,7 +29,7 @@ from millstream.gateway.dashboard.users import User
 LOCAL = make_settings("127.0.0.1", has_users=False)
 WORKER = WorkerView(
     "w1", "ready", "h", 1, "cuda:0", "weights", 0, 5_000, 3, 1_500, "was killed by SIGKILL", 10, 40, 5, 100, 110, 1, 0,
-    2_500, 2048, 0, 1, {"rows": 2},
+    2_500, 2048, 0, 1, {"rows": 2}, memory=310_000_000, loads=9, loads_minute=2,
 )  # fmt: skip
 NONE: dict[Priority, int] = dict.fromkeys(Priority, 0)
 DOCS = ServiceView("docs", NONE | {Priority.REALTIME: 4}, {"w1": 3}, 1, 9_500, [WORKER], 2, None, {"queue_full": 7})

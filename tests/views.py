@@ -33,6 +33,9 @@ WORKER = WorkerView(
     text_tokens=512,
     threads=1,
     cuts={},
+    memory=310_000_000,
+    loads=9,
+    loads_minute=2,
 )
 SUPERVISOR = SupervisorView(SupervisorState("h", 1, 1, 1, cores=2), age_ms=100, clock_ms=0)
 NONE: dict[Priority, int] = dict.fromkeys(Priority, 0)

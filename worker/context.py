@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from millstream.telemetry.worker_traces import WorkerTraces
@@ -22,7 +23,9 @@ class Context:
 
     A supervisor reads `progress`, if the process has one. `beside`: pages of the other lanes of the process.
     `stage` wraps each stage of this lane, if the process has several lanes. `service` is the name of its service.
-    `traces` makes its spans, if it exports any.
+    `traces` makes its spans, if it exports any. `order`: its model's `priority`, by which late lanes take turns.
+    `figures` returns further fields for its heartbeat. `number` counts the lanes of its service in this process,
+    from 0.
     """
 
     consumer: str
@@ -37,6 +40,9 @@ class Context:
     stage: Stage | None = None
     service: str = ""
     traces: WorkerTraces | None = None
+    order: float = math.inf
+    figures: Callable[[], Mapping[str, str | int]] = dict
+    number: int = 0
 
     @property
     def is_stuck(self) -> bool:

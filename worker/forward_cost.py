@@ -17,7 +17,8 @@ class ForwardCost:
     """Cost and limits of one process's forwards; thread-safe.
 
     `budget`: the limits of a forward, and its fixed cost in tokens. `seconds_per_token`: that of full forwards, 0.0
-    until one is measured. `smallest_s`: seconds that the smallest forward takes, infinite until it is measured.
+    until one is measured. `smallest_s`: seconds that the smallest forward takes, infinite until it is measured. `job_s`:
+    mean seconds of a job in the model, 0.0 until one is measured.
 
     A small forward says little about a large one: its tokens are dearer, by more than a fixed cost explains. So each
     size, a power of two, has a mean of its own.
@@ -31,6 +32,7 @@ class ForwardCost:
         self.budget = budget
         self.seconds_per_token = 0.0
         self.smallest_s = math.inf
+        self.job_s = 0.0
 
     def limit(self, rows: int, tokens: int, inference_timeout_s: float | None = None) -> None:
         """Applies changed limits, from the next micro-batch on."""
@@ -54,6 +56,16 @@ class ForwardCost:
             self._by_size.clear()
             self.smallest_s = smallest_s
 
+    def resume(self, earlier: ForwardCost) -> None:
+        """Applies what another instance measured of the same model on this device."""
+        with self._lock:
+            self._cap = earlier._cap
+            tokens = min(self.budget.tokens, self._cap)
+            self.budget = replace(self.budget, tokens=tokens, overhead=earlier.budget.overhead)
+            self.seconds_per_token, self.smallest_s = earlier.seconds_per_token, earlier.smallest_s
+            self._by_size = dict(earlier._by_size)
+            self.job_s = earlier.job_s
+
     def observe(self, computed: int, seconds: float) -> None:
         """Corrects the cost of a token by a forward over `computed` tokens, padding included."""
         rate = seconds / (computed + self.budget.overhead)
@@ -61,6 +73,10 @@ class ForwardCost:
         known = self._by_size.get(size, before)
         self._by_size[size] = known + NEW_WEIGHT * (rate - known)
         self.seconds_per_token = before + NEW_WEIGHT * min(1.0, computed / self.budget.tokens) * (rate - before)
+
+    def observe_job(self, seconds: float) -> None:
+        """Corrects the time of a job by one that was in the model for `seconds`."""
+        self.job_s += NEW_WEIGHT * (seconds - self.job_s) if self.job_s else seconds
 
     def predicted_s(self, computed: int) -> float:
         """Predicted seconds of a forward over `computed` tokens; 0.0 until one is measured."""

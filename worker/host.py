@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from millstream.worker.engines.runner import Runner
 from millstream.worker.scheduling.device_turn import DeviceTurn
+
+LOOK_S = 0.5
+"""Seconds between two checks whether a process without work drains."""
 
 
 class Lane(Protocol):
@@ -44,8 +48,10 @@ class Lane(Protocol):
 def run(lanes: Sequence[Lane]) -> None:
     """Works until the process drains. Raises ThreadFailed."""
     try:
-        share = DeviceShare(lanes) if len(lanes) > 1 else None
-        for lane in lanes:
+        share = DeviceShare(len(lanes)) if len(lanes) > 1 else None
+        for place, lane in enumerate(lanes):
+            if share:
+                share.put(place, lane)
             lane.start()
         if share:
             share.run()
@@ -61,38 +67,93 @@ def run(lanes: Sequence[Lane]) -> None:
 
 
 class DeviceShare:
-    """The turns of several lanes."""
+    """The turns of lanes at `count` places; thread-safe, but for `run` and `step`.
 
-    def __init__(self, lanes: Sequence[Lane]) -> None:
-        self._runners = [lane.runner for lane in lanes]
-        self._turn = DeviceTurn(len(lanes))
+    `draining`: whether the process drains. A place without a lane belongs to a model that is not in memory.
+    """
+
+    def __init__(self, count: int, draining: Callable[[], bool] = lambda: True) -> None:
+        self._lanes: list[Lane | None] = [None] * count
+        self._turn = DeviceTurn(count)
+        self._draining = draining
         self._last: Runner | None = None
         self._awake = threading.Event()
-        for lane in lanes:
+        self._changes = threading.Lock()
+        self._device = Queue()
+        self._ended = False
+
+    def put(self, place: int, lane: Lane) -> bool:
+        """Lets `lane` take turns. Returns False, and changes nothing, if the process has ended its turns."""
+        with self._changes:
+            if self._ended:
+                return False
             lane.wake_by(self._awake.set)
+            self._lanes[place] = lane
+            self._awake.set()
+            return True
+
+    def remove(self, place: int) -> Lane | None:
+        """Takes the lane away after its runner has drained; None if it is not there."""
+        with self._changes:
+            lane, self._lanes[place] = self._lanes[place], None
+            if lane and lane.runner is self._last:
+                self._last = None
+            return lane
+
+    @contextmanager
+    def device(self) -> Iterator[None]:
+        """Gives the device to the calling thread: after the running turn, and before any turn that begins later."""
+        with self._device:
+            yield
 
     def run(self) -> None:
-        """Gives turns until every lane has drained."""
+        """Gives turns until the process drains and every lane has drained."""
         while True:
             # Before the lanes are asked: work that arrives meanwhile is then seen by `wait`.
             self._awake.clear()
             if self.step():
                 continue
-            if all(runner.drained for runner in self._runners):
+            if self._end():
                 return
-            self._awake.wait()
+            self._awake.wait(LOOK_S)
 
     def step(self) -> bool:
         """Gives one turn to the lane that comes next. Returns whether any lane had work."""
-        place = self._turn.next([runner.urgency for runner in self._runners], time.monotonic())
-        if place is None:
+        runners = [lane.runner if lane else None for lane in self._lanes]
+        place = self._turn.next([runner.work if runner else None for runner in runners], time.monotonic())
+        runner = None if place is None else runners[place]
+        if place is None or runner is None:
             return False
-        runner = self._runners[place]
-        start = time.monotonic()
-        if runner is not self._last:
-            runner.use_threads()
-            self._last = runner
-        runner.turn()
-        now = time.monotonic()
+        with self._device:
+            start = time.monotonic()
+            if runner is not self._last:
+                runner.use_threads()
+                self._last = runner
+            runner.turn()
+            now = time.monotonic()
         self._turn.end(place, now - start, now)
         return True
+
+    def _end(self) -> bool:
+        with self._changes:
+            self._ended = self._draining() and all(lane is None or lane.runner.drained for lane in self._lanes)
+            return self._ended
+
+
+class Queue:
+    """A lock that threads get in the order in which they asked for it."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._asked = self._served = 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            number = self._asked
+            self._asked += 1
+            self._changed.wait_for(lambda: self._served == number)
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._served += 1
+            self._changed.notify_all()

@@ -45,6 +45,7 @@ from millstream.worker.models.base import (
 )
 from millstream.worker.scheduling.batch_delay import BatchDelay
 from millstream.worker.scheduling.fair_share import SAVED_BATCHES, FairShare
+from millstream.worker.scheduling.slack import targets
 from millstream.worker.supervision.child_args import ChildArgs
 from millstream.worker.supervision.progress import MOST_ENTRIES, State
 from millstream.worker.supervision.registrar import Registration
@@ -147,7 +148,8 @@ class Lane:
         """Settles what the runner finished, and ends the threads in order. Raises ThreadFailed."""
         context = self._context
         context.shutdown.check()
-        self._progress.enter(State.DRAINING)
+        if not context.shutdown.evicting:
+            self._progress.enter(State.DRAINING)
         self._inference_timeout.stop()
         self._inference_timeout.join()
         self._stop_emitter()
@@ -160,6 +162,16 @@ class Lane:
         self._leave()
         count = context.counters
         log.info("drained after %d jobs: %d rows in %d forwards", count.jobs, count.rows, count.forwards)
+
+    def announce(self) -> None:
+        """Publishes its state soon."""
+        self._heartbeat.beat_soon()
+
+    @property
+    def job_s(self) -> float:
+        """Mean seconds of the device for a job; 0.0 before the first one."""
+        count = self._context.counters
+        return count.busy_ms / 1000 / count.jobs if count.jobs else 0.0
 
     def stop(self) -> None:
         """Ends the threads of a process that failed. After `drain` it does nothing."""
@@ -220,7 +232,7 @@ class Lane:
         window = self._context.window
         self._context.clock.set_to(beat.now)
         self._context.threads.update_share()
-        self._claimer.live_workers = beat.live_workers
+        self._claimer.live_workers = beat.ready_workers
         window.end(beat.lost)
         window.forget(beat.lost)
         for job in window.cancel(beat.cancelled):
@@ -268,6 +280,8 @@ class Lane:
         is_fair = runtime.fair is not None
         window.limit(rows, tokens, runtime.queue_timeout, shortest, runtime.reserved_slots, is_fair)
         shares = {each: runtime.shares[each.value] for each in PRIORITIES}
+        if self._context.stage:
+            window.targets = targets(runtime.target)
         self._policy.fair_share.change(shares, SAVED_BATCHES * runtime.batch_size)
         self._intake.max_attempts = runtime.max_attempts
         self._cache_writer.ttl_s = runtime.cache_s
@@ -278,7 +292,8 @@ class Lane:
 
     def _leave(self) -> None:
         try:
-            self._lease.release(self._child_args.consumer, gone=True)
+            # A process whose lane was evicted lives on for its service, and loads the model again when it is needed.
+            self._lease.release(self._child_args.consumer, gone=not self._context.shutdown.evicting)
         except Exception as error:
             # No entry is held any more; the supervisor or a reclaim pass removes the consumer.
             if not is_transient(error):
@@ -286,7 +301,7 @@ class Lane:
 
     def _state(self) -> str:
         if self._context.shutdown.draining:
-            return "draining"
+            return "evicting" if self._context.shutdown.evicting else "draining"
         if isinstance(self._engine, Remote) and self._engine.away:
             return "away"
         return "paused" if self._claimer.paused else "ready"
@@ -308,6 +323,7 @@ class Lane:
             "text_tokens": _text_tokens(self._model),
             "threads": self._context.threads.count if self._on_cpu else 0,
             **self._context.counters.fields(),
+            **self._context.figures(),
         }
 
 

@@ -20,18 +20,38 @@ class Ended(BaseException):
 
 
 class Shutdown:
-    """State of a process's end, shared by its threads; thread-safe. Signal handlers must use a Relay."""
+    """State of a process's end, shared by its threads; thread-safe. Signal handlers must use a Relay.
 
-    def __init__(self) -> None:
+    A lane of a pool has one of its own, `of` that of its process: it may end while the process goes on.
+    """
+
+    def __init__(self, of: Shutdown | None = None) -> None:
         self.stopped = threading.Event()
         self._failure = ""
+        self._process = of
+        self._lanes: list[Shutdown] = []
+        if of:
+            of._lanes.append(self)
+            if of.draining:
+                self.stopped.set()
 
     @property
     def draining(self) -> bool:
         return self.stopped.is_set()
 
+    @property
+    def evicting(self) -> bool:
+        """Whether only this lane ends, because its model leaves the memory of its pool."""
+        return self.draining and self._process is not None and not self._process.draining
+
     def drain(self) -> None:
         self.stopped.set()
+        for lane in list(self._lanes):
+            lane.stopped.set()
+
+    def forget(self, lane: Shutdown) -> None:
+        """Forgets a lane that has ended."""
+        self._lanes.remove(lane)
 
     def pause(self, seconds: float) -> None:
         """Sleeps for `seconds`; returns at once when draining begins."""
@@ -47,6 +67,13 @@ class Shutdown:
             self._failure = f"{threading.current_thread().name} failed: {type(error).__name__}: {error}"
             log.debug("thread failed", exc_info=True)
             self.stopped.set()
+            if self._process:
+                self._process.fail(self._failure)
+
+    def fail(self, reason: str) -> None:
+        """Drains the process because a thread of one of its lanes failed."""
+        self._failure = self._failure or reason
+        self.drain()
 
     def check(self) -> None:
         """Raises ThreadFailed if a guarded thread failed."""

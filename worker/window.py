@@ -18,6 +18,7 @@ from millstream.worker.models.base import Prepared
 from millstream.worker.scheduling.active_job import BY_SHARE, SUSPECT, ActiveJob, Outcome, Rows, priority_of
 from millstream.worker.scheduling.batcher import Budget, Cut, Pool
 from millstream.worker.scheduling.batches import Batches
+from millstream.worker.scheduling.slack import Due, due_at, slack_in_order, slack_together
 from millstream.worker.scheduling.slots import Slots
 
 NO_ROWS: Rows = []
@@ -32,7 +33,8 @@ class Window:
     `cut`: why the last micro-batch ended; for the runner's thread only. `auto_tokens`: the tokens measured on this
     device for `max_batch_tokens: auto`, None if they were not measured. `wake`, if set, is called when rows may be
     taken and when the window is closed: the main thread of several lanes waits for all of their windows. `has_slots`:
-    rows wait for slots of an engine, not for batches.
+    rows wait for slots of an engine, not for batches. `targets`: response times to aim at, seconds, by priority, if the
+    device is shared.
     """
 
     def __init__(self, budget: Budget, queue_timeout_s: float | None = None) -> None:
@@ -46,6 +48,7 @@ class Window:
         self._batches = Batches(self._pool, self.cost)
         self._slots: Slots | None = None
         self.has_slots = False
+        self.targets: Mapping[Priority, float] = {}
         self._claims: Batches | Slots = self._batches
         self.limit(budget.rows, budget.tokens, queue_timeout_s)
         self._chosen: Rows = []
@@ -99,6 +102,8 @@ class Window:
             cancelled = [job for job in jobs if job.name in self._cancelled] if self._cancelled else []
             live = [job for job in jobs if job not in cancelled] if cancelled else jobs
             self._cancelled.clear()
+            for job in live if self.targets else ():
+                job.note_due(due_at(job.request, self.targets[job.claim.address.priority]))
             self._unsettled.update([job.name for job in jobs])
             self._jobs.update({job.name: job for job in live})
             self._pool.add([row for job in live for row in job.rows()])
@@ -324,6 +329,17 @@ class Window:
         with self._lock:
             ranks = [SUSPECT] if self._is_set_aside else self._pool.ranks()
             return min((priority_of(row) for rank in ranks if (row := self._pool.first(rank))), default=None)
+
+    def slack_s(self, now: int) -> float:
+        """Seconds that the held jobs may still wait at `now`, server ms, by their targets and measured times."""
+        with self._lock:
+            cost, since = self.cost, time.monotonic()
+            if self._slots:
+                work = [(job, max(0.0, cost.job_s - job.in_model_s(since))) for job in self._jobs.values()]
+                return slack_together(Due((job.due_at - now) / 1000, work_s) for job, work_s in work)
+            token_s = cost.seconds_per_token
+            jobs = [Due((job.due_at - now) / 1000, token_s * job.tokens) for job in self._jobs.values()]
+            return slack_in_order(jobs, token_s * cost.budget.overhead)
 
     @property
     def _may_be_taken(self) -> bool:

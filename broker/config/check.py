@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pydantic import ValidationError
 
 from millstream.broker.config.file import ConfigFile
+from millstream.broker.config.pools import check_pools
 from millstream.broker.config.reasons import reason_of
 from millstream.broker.config.route_check import check_routes
 from millstream.broker.config.spec import ModelSpec, discard, no_cache, with_defaults
@@ -37,6 +38,7 @@ def _problems(file: ConfigFile, document: Document) -> Found:
         yield ("webhooks", "secret_file"), "missing; name a file with the secret that signs what is sent"
     yield from _unknown_models(file, document)
     yield from _routes(file, document)
+    yield from _pools(file, document)
     yield from _long_timeouts(file, document)
     yield from _impossible_caches(file)
     yield from _impossible_slots(file)
@@ -178,6 +180,13 @@ def _routes(file: ConfigFile, document: Document) -> Found:
     models = {name: file.models.get(entry.model) for name, entry in file.services.items() if entry.model is not None}
     routes = {name: entry.route for name, entry in file.services.items() if entry.route}
     yield from check_routes(routes, {name: model.operation if model else None for name, model in models.items()})
+
+
+def _pools(file: ConfigFile, document: Document) -> Found:
+    written = _mapping(document.tree.get("services"))
+    known = [name for name, entry in written.items() if _mapping(entry).get("model") is not None]
+    models = {name: file.models.get(entry.model) for name, entry in file.services.items() if entry.model is not None}
+    yield from check_pools(file.pools, models, known)
 
 
 def _impossible_caches(file: ConfigFile) -> Found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from millstream.broker.config.fields import Section, ServiceName, Settings
+from millstream.broker.config.pools import Pool
 from millstream.broker.config.route import OptionalRoute
 from millstream.broker.config.spec import ModelSpec, RedisSettings, Runtime
 from millstream.broker.config.telemetry import TelemetrySettings
@@ -27,6 +28,7 @@ class ConfigFile(Settings):
 
     models: Section[dict[str, ModelSpec]] = Field(default_factory=dict)
     services: Section[dict[ServiceName, Entry]] = Field(default_factory=dict)
+    pools: Section[dict[str, Pool]] = Field(default_factory=dict)
     redis: Section[RedisSettings] = RedisSettings()
     telemetry: Section[TelemetrySettings] = TelemetrySettings()
     webhooks: Section[WebhookSettings] = WebhookSettings()

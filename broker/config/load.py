@@ -16,6 +16,7 @@ from millstream.broker.config import yaml as config_yaml
 from millstream.broker.config.check import check
 from millstream.broker.config.fields import Settings
 from millstream.broker.config.file import ConfigFile
+from millstream.broker.config.pools import Pool
 from millstream.broker.config.route import Route, RouteSpec
 from millstream.broker.config.spec import ModelSpec, RedisSettings, Runtime, ServiceSpec
 from millstream.broker.config.telemetry import TelemetrySettings
@@ -39,6 +40,7 @@ class Config(Settings):
     models: dict[str, ModelSpec]
     services: dict[str, ServiceSpec]
     routes: dict[str, Route] = Field(default_factory=dict)
+    pools: dict[str, Pool] = Field(default_factory=dict)
     redis: RedisSettings
     telemetry: TelemetrySettings = TelemetrySettings()
     webhooks: WebhookSettings = WebhookSettings()
@@ -67,6 +69,7 @@ def load(path: Path | str | None = None, environ: Mapping[str, str] = os.environ
         models=file.models,
         services=_resolve(file),
         routes={name: entry.route for name, entry in file.services.items() if entry.route},
+        pools=file.pools,
         redis=file.redis,
         telemetry=file.telemetry,
         webhooks=file.webhooks,
@@ -121,8 +124,8 @@ def _resolve(file: ConfigFile) -> dict[str, ServiceSpec]:
 
 
 _NOT_ENFORCED: Mapping[str, frozenset[str]] = {
-    "models": frozenset({"warmup", "priority"}),
-    "services": frozenset({"memory_limit"}),
+    "models": frozenset({"warmup"}),
+    "services": frozenset(),
     "redis": frozenset(),
 }
 

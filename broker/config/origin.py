@@ -35,6 +35,8 @@ def resolved(config: Config, environ: Mapping[str, str] = os.environ) -> Iterato
         yield from _runtime(config, name, service)
     for name, route in config.routes.items():
         yield from _values(config, ("services", name, "route"), route)
+    for name, pool in config.pools.items():
+        yield from _values(config, ("pools", name), pool)
     for each in _values(config, ("redis",), config.redis):
         yield _override(each, environ)
     yield from _values(config, ("telemetry",), config.telemetry)

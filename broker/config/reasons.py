@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from millstream.broker.config.file import ConfigFile, Entry
+from millstream.broker.config.pools import Pool
 from millstream.broker.config.rate_limit import RateLimit
 from millstream.broker.config.route import Route, Version
 from millstream.broker.config.spec import ModelSpec, PriorityLimits, RedisSettings, Runtime
@@ -38,6 +39,11 @@ _REASONS = {
 }
 """Our message for each of pydantic's error types."""
 
+_MISSING_OF_POOLS = {
+    "device": "missing; name the device, as in cuda:0 or cpu",
+    "services": "missing; name the services whose models the pool loads, as in [embed, chat]",
+}
+
 
 def reason_of(error: ErrorDetails, path: KeyPath, document: Document) -> str:
     """Returns what is wrong with the value at `path` of `document`."""
@@ -45,6 +51,8 @@ def reason_of(error: ErrorDetails, path: KeyPath, document: Document) -> str:
         return f"unknown key; {_fix_for_key(path)}"
     if error["type"] == "missing" and path[-1] == "versions":
         return "missing; name the versions with their weights, as in {v1: 90, v2: 10}"
+    if error["type"] == "missing" and path[0] == "pools":
+        return _MISSING_OF_POOLS[path[-1]]
     if error["type"] == "missing":
         return f"missing; name one of: {', '.join(OPERATIONS)}"
     context = error.get("ctx", {})
@@ -80,6 +88,7 @@ _SECTIONS: Mapping[KeyPath, type[BaseModel]] = {
     ("services", "*", "runtime"): Runtime,
     ("services", "*", "runtime", "rate_limit"): RateLimit,
     ("services", "*", "runtime", "priorities", "*"): PriorityLimits,
+    ("pools", "*"): Pool,
     ("telemetry",): TelemetrySettings,
     ("webhooks",): WebhookSettings,
     ("redis",): RedisSettings,

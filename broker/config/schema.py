@@ -17,7 +17,8 @@ DIALECT = "http://json-schema.org/draft-07/schema#"
 
 DESCRIPTIONS: Mapping[str, str] = {
     "models": "Models by name; services refer to them.",
-    "services": "Services by name: a queue each, as in client.submit(NAME, ...).",
+    "services": "Services by name: a queue each, as in client.submit(NAME, ...). Of a pool: those that it runs.",
+    "pools": "Pools by name: processes that run several services, whose models may need more memory than there is.",
     "redis": "The Redis server that holds the queues.",
     "telemetry": "Logs and traces of this host's processes.",
     "webhooks": "The receivers that detached calls may name, and the secret that signs what they get.",
@@ -36,7 +37,8 @@ DESCRIPTIONS: Mapping[str, str] = {
     "model_file": "The exported file, below the model's folder; by default model.onnx or openvino_model.xml.",
     "max_length": "Longest text, in tokens; by default the model's own limit.",
     "warmup": "Whether to run the model once before the first job.",
-    "priority": "Order in which models are loaded.",
+    "priority": "In a pool: of two models with late jobs the one with the smaller number comes first.",
+    "keep": "In a pool: the model never leaves the memory.",
     "handler": "MODULE:FUNCTION to run for a model of type custom, found beside config.yaml or installed.",
     "model": "The model's name under `models`.",
     "runtime": "The service's limits.",
@@ -63,9 +65,10 @@ DESCRIPTIONS: Mapping[str, str] = {
     "max_batch_tokens": "Most tokens in one forward pass, padding included; auto: measured when a worker starts.",
     "stall_timeout": "A worker that makes no progress with its jobs for this long is killed and started again.",
     "max_attempts": "Attempts at a job that may end in a crash before it goes to the dead letters.",
-    "memory_limit": "Most memory of one worker process.",
+    "memory_limit": "Most memory of the model and of its warm-up: one that is measured to need more is not loaded.",
     "truncate": "How to shorten texts that are too long: start or end cuts that part off; none: they are an error.",
     "reserved_slots": "Of the batch_size texts that a generating model writes at once, so many are realtime jobs only.",
+    "target": "In a pool: response time to aim at for realtime and normal jobs; none: 1 s and 5 s.",
     "route": "Versions of this service that share its calls; each is a service of its own.",
     "versions": "The versions by name: a weight, or a weight and a service.",
     "weight": "The version's part of the calls, relative to the other weights.",
@@ -107,6 +110,9 @@ DESCRIPTIONS: Mapping[str, str] = {
     "allow": "Starts of the URLs that a call may name, such as https://hooks.example.com/millstream/.",
     "secret_file": "A file whose first line is the secret that signs announcements; further lines: further secrets. "
     "Only this host's `up` and `worker run` read it.",
+    "memory": "Of a pool: most memory of its process, or of its CUDA device; none: no limit, and all models stay.",
+    "workers": "Worker processes of the pool.",
+    "min_residence": "Time for which a model stays at least; by default five times its load, and 2 s.",
     "data_dir": "Folder for the data of the server that `millstream up` starts.",
 }
 

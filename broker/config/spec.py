@@ -98,7 +98,8 @@ class Runtime(Settings):
     """A service's limits. Times are in seconds, `memory_limit` is in bytes; None is no limit.
 
     `max_queue_size` limits the jobs of each priority by itself, those that run included. Of the `batch_size` slots of a
-    text generator, `reserved_slots` run realtime jobs only.
+    text generator, `reserved_slots` run realtime jobs only. `target`: response time of realtime and normal jobs to aim
+    at.
     """
 
     batch_size: Count = 32
@@ -119,6 +120,7 @@ class Runtime(Settings):
     truncate: Literal["none", "start", "end"] = "none"
     reserved_slots: CountOrZero = 0
     fair: OptionalFair = None
+    target: Limit = None
     priorities: Section[dict[PriorityName, Section[PriorityLimits]]] = Field(default={})
 
     @classmethod
@@ -223,6 +225,8 @@ class ModelSpec(Settings):
     max_length: Count | None = None
     warmup: bool | None = None
     priority: int | None = None
+    # In a pool: it never leaves the memory.
+    keep: bool = False
     # Only a worker's own file names code: a handler is neither written to Redis nor read from it.
     handler: Handler | None = Field(default=None, exclude=True)
     # A server that already runs, see UPSTREAM_BACKENDS.
@@ -304,9 +308,10 @@ class ServiceSpec(Settings):
         off: dict[str, bool | set[str]] = {} if self.replicated else {"replicated": True}
         if not self.webhooks:
             off["webhooks"] = True
-        newer = ("attention", "backend", "kernels", "kind", "model_file", "url")
+        newer = ("attention", "backend", "keep", "kernels", "kind", "model_file", "url")
         off["model"] = {name for name in newer if getattr(self.model, name) == ModelSpec.model_fields[name].default}
-        off["runtime"] = {name for name in ("reserved_slots", "fair") if not getattr(self.runtime, name)}
+        newer_runtime = ("fair", "reserved_slots", "target")
+        off["runtime"] = {name for name in newer_runtime if not getattr(self.runtime, name)}
         return self.model_dump_json(exclude=off)
 
     @classmethod

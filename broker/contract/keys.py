@@ -142,6 +142,10 @@ class ServiceKeys:
         """ZSET: consumer -> its last heartbeat, server ms; ttl a day after the last heartbeat."""
         return self._key("workers")
 
+    def standby(self) -> str:
+        """ZSET: live worker that has to load its model first -> its last heartbeat, server ms; ttl a day after it."""
+        return self._key("standby")
+
     def worker(self, consumer: str) -> str:
         """HASH: status of one worker process, written at each heartbeat; ttl 4 leases."""
         return self._key(f"worker:{consumer}")

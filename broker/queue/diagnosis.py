@@ -218,6 +218,9 @@ def _supervisor(view: ServiceView, supervisor: SupervisorView) -> Iterator[Findi
     elif not supervisor.lives:
         what = f"{who} ended without a drain {supervisor.age_ms / 1000:.0f} s ago; it kept {state.planned} workers"
         yield Finding(severity, view.name, "dead_supervisor", what, f"start it again there, such as with {start}")
+    elif state.unloaded:
+        what = f"a pool under {who} cannot load its model: {state.unloaded}"
+        yield Finding(severity, view.name, "model_not_loaded", what, "mend that; the pool tries it again by itself")
     elif state.failures >= EARLY_DEATHS:
         what = f"{state.failures} workers in a row ended early under {who}; the last one {state.past}"
         fix = f"look at that supervisor's log, and at the dead letters: millstream dead ls {_word(view.name)}"

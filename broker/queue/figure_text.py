@@ -43,6 +43,11 @@ def latency(ms: float | None) -> str:
     return f"{ms:.1f}ms" if ms < 9.95 else f"{ms:.0f}ms" if ms < 999.5 else age(round(ms))
 
 
+def memory(size: int) -> str:
+    """Returns a number of bytes as text such as 310 MB or 1.9 GB; a dash if it is 0, which means unknown."""
+    return "-" if not size else f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
 def iso_time(ms: int) -> str:
     """Returns a time, ms since 1970, in ISO format, UTC, such as 2026-01-31T23:59:59Z."""
     return f"{datetime.fromtimestamp(ms // 1000, UTC):%FT%TZ}"

@@ -246,6 +246,10 @@ def _worker(consumer: bytes, fields: Fields, now: int) -> WorkerView:
         text_tokens=_count(fields, b"text_tokens"),
         threads=_count(fields, b"threads"),
         cuts={_text(name[len(_CUT) :]): _count(fields, name) for name in fields if name.startswith(_CUT)},
+        resident=fields.get(b"resident") != b"0",
+        memory=_count(fields, b"memory"),
+        loads=_count(fields, b"loads"),
+        loads_minute=_count(fields, b"loads_minute"),
     )
 
 

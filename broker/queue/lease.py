@@ -46,7 +46,8 @@ class Beat:
 
     Entries are named 'stream:entry id'. `lost`: held entries that this worker no longer owns. `unknown`: entries
     delivered to this worker that it does not hold: the reply to its claim is under way, or the connection was cut.
-    `cancelled`: held entries that were cancelled since the last heartbeat.
+    `cancelled`: held entries that were cancelled since the last heartbeat. `ready_workers`: live ones whose model is
+    loaded.
     """
 
     now: int
@@ -56,6 +57,7 @@ class Beat:
     lost: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    ready_workers: int = 1
 
 
 class Package(NamedTuple):
@@ -89,13 +91,14 @@ class Lease:
         """
         keys = [*self._keys.streams(), self._keys.workers(), self._keys.worker(consumer)]
         keys += (self._keys.reclaim(), self._keys.cancelled(), self._keys.spec(), self._keys.metrics())
+        keys.append(self._keys.standby())
         args: list[scripts.Argument] = [GROUP, consumer, self._lease_ms, len(status)]
         args += (package.number, len(package.counts))
         for name, value in (*status.items(), *package.counts.items()):
             args += (name, value)
-        now, live, due, revision, *entries = scripts.run(self._client, "beat", keys, [*args, *held])
+        now, live, due, revision, *entries, ready = scripts.run(self._client, "beat", keys, [*args, *held])
         lost, unknown, cancelled = ([each.decode() for each in names] for names in entries)
-        return Beat(now, live, bool(due), revision, lost, unknown, cancelled)
+        return Beat(now, live, bool(due), revision, lost, unknown, cancelled, ready)
 
     def release(
         self,
@@ -127,6 +130,10 @@ class Lease:
         ]
         args += (len(started), *started, *named)
         return int(scripts.run(self._client, "release", keys, args))
+
+    def ring(self) -> None:
+        """Wakes idle workers of the service, one of which is to look at its state."""
+        self._client.xadd(self._keys.bell(), {"returned": 0}, maxlen=4, approximate=False)
 
     def reclaim(self) -> int:
         """Gives back the entries of workers on lost hosts. Returns how many. Any process may call it at any time."""

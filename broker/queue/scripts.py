@@ -24,6 +24,7 @@ Name = Literal[
     "emit",
     "slots",
     "canary",
+    "look",
     "enqueue_fair",
     "claim_fair",
     "cancel_fair",

@@ -28,7 +28,8 @@ class SupervisorState:
 
     `planned` and `ready` count worker processes. `failures` is the largest number of workers of one place that ended
     early in a row, `past` how the last of them ended. `refused` says why no worker is started any more, "" if they are.
-    `cores` is the number of CPU cores that it may use. `drained` counts the places that an operator keeps
+    `unloaded` says why a process of a pool cannot load the model, "" if it can. `cores` is the number of CPU cores that
+    it may use. `drained` counts the places that an operator keeps
     empty, or that are being emptied.
     """
 
@@ -41,6 +42,7 @@ class SupervisorState:
     refused: str = ""
     cores: int = 0
     drained: int = 0
+    unloaded: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,9 @@ class WorkerView:
     that this one replaced ended, "" if there was none. `batch_tokens` is the limit of padded tokens of a forward, 0 if
     unknown. `text_tokens` is the limit of tokens of a text, 0 if there is none or it is unknown. `threads` is the
     number of CPU threads of a forward, 0 if it does not run on the CPU. `cuts` counts forwards by what ended their
-    batch: rows, tokens, time, padding, arrival.
+    batch: rows, tokens, time, padding, arrival. Of a process of a pool: `resident` says whether the model is in memory,
+    `memory` how many bytes it takes, 0 if unknown, and `loads_minute` how often it was loaded in the last minute of all
+    `loads`.
     """
 
     consumer: str
@@ -47,6 +49,10 @@ class WorkerView:
     text_tokens: int
     threads: int
     cuts: Mapping[str, int]
+    resident: bool = True
+    memory: int = 0
+    loads: int = 0
+    loads_minute: int = 0
 
     @property
     def rows_per_s(self) -> float | None:

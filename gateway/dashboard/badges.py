@@ -11,6 +11,7 @@ WORDS = {
     "crash_loop": "workers crash",
     "dead_supervisor": "supervisor died",
     "mixed_weights": "mixed weights",
+    "model_not_loaded": "model not loaded",
     "no_worker": "no worker",
     "paused": "paused",
     "queue_full": "full",

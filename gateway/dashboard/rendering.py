@@ -12,7 +12,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from millstream.broker.contract.job import PRIORITIES
-from millstream.broker.queue.figure_text import age, attempt, iso_time, latency, number, quantity, rate, seconds
+from millstream.broker.queue.figure_text import age, attempt, iso_time, latency, memory, number, quantity, rate, seconds
 from millstream.gateway.dashboard.badges import badges
 
 STATIC = resources.files("millstream.gateway.dashboard") / "static"
@@ -34,6 +34,7 @@ class Renderer:
             "attempt": attempt,
             "iso_time": iso_time,
             "latency": latency,
+            "memory": memory,
             "number": number,
             "part": lambda text: quote(text, safe=""),
             "percent": percent,

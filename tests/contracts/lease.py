@@ -31,6 +31,15 @@ class BeatContract:
 
         assert queue.idle_ms(claim) >= LEASE_MS // 4
 
+    def test_a_worker_that_has_to_load_its_model_lives_and_is_not_ready(self, queue: Queue) -> None:
+        beat = queue.lease.beat
+
+        assert (beat("w1", {}, []).live_workers, beat("w1", {}, []).ready_workers) == (1, 1)
+        assert beat("w2", {"resident": 0}, []).ready_workers == 1
+        assert (beat("w1", {}, []).live_workers, beat("w1", {}, []).ready_workers) == (2, 1)
+        assert beat("w2", {"resident": 1}, []).ready_workers == 2
+        assert beat("w1", {"resident": 0}, []).ready_workers == 1
+
     def test_a_beat_extends_the_entries_of_nobody_else(self, queue: Queue) -> None:
         (claim,) = claims = queue.hold("other", draft())
         queue.age("other", claims)

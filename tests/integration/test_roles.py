@@ -24,6 +24,7 @@ from millstream.broker.contract.errors import BrokerUnavailable, Cancelled, Unkn
 from millstream.broker.contract.job import Priority
 from millstream.broker.contract.keys import ServiceKeys
 from millstream.broker.queue import scripts
+from millstream.broker.queue.look import look
 from millstream.broker.queue.metrics import Metrics
 from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.stream_types import Group
@@ -182,6 +183,22 @@ def test_a_worker_takes_over_what_a_lost_host_held(enter: Enter, connection: Con
 
         assert held.lease.reclaim() == 1
         assert [each.attempts for each in held.claim("w2").claims] == [0.5]
+
+
+def test_a_worker_of_a_pool_looks_at_what_waits_and_stands_by(
+    enter: Enter, connection: Connection, service: str
+) -> None:
+    queue = queue_of(connection, service)
+    queue.open()
+    queue.put(draft())
+
+    with opened(enter("worker", service)) as limited:
+        worker = queue_of(limited, service)
+
+        assert look(limited.client, worker.keys).streams[Priority.NORMAL].jobs == 1
+        assert worker.lease.beat("w1", {"resident": 0}, []).ready_workers == 0
+        assert worker.lease.beat("w1", {"resident": 1}, []).ready_workers == 1
+        worker.lease.ring()
 
 
 def server_ms(connection: Connection) -> int:

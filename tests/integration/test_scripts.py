@@ -10,6 +10,7 @@ from contracts.detached import DetachedContract, WebhookContract
 from contracts.emit import EmitContract
 from contracts.enqueue import EnqueueContract
 from contracts.lease import BeatContract, BellContract, LivenessContract, ReclaimContract, ReleaseContract
+from contracts.look import LookContract
 from contracts.metrics import MetricsContract
 from contracts.pause import PauseContract, PurgeContract
 from contracts.queue import Queue
@@ -46,6 +47,10 @@ class TestSuspects(SuspectsContract):
 
 
 class TestSlots(SlotsContract):
+    pass
+
+
+class TestLook(LookContract):
     pass
 
 

@@ -81,12 +81,12 @@ def test_check_reads_config_yaml_of_the_working_directory(file: Path, monkeypatc
 
 
 def test_check_warns_of_what_is_not_enforced_on_stderr(file: Path) -> None:
-    file.write_text(FILE.replace("total_timeout: none", "memory_limit: 5GB"))
+    file.write_text(FILE.replace("type: echo", "type: echo, warmup: false"))
 
     result = run("config", "check", file)
 
     assert result.exit_code == 0
-    assert result.stderr == f"warning: memory_limit is accepted, but not enforced yet ({file}:5 embed)\n"
+    assert result.stderr == f"warning: warmup is accepted, but not enforced yet ({file}:3 e)\n"
 
 
 def test_check_prints_every_error_on_stderr_and_exits_3(file: Path) -> None:

@@ -498,8 +498,8 @@ def test_what_is_set_but_not_enforced_yet_is_one_line_a_key_with_its_places(load
     [
         ("max_batch_tokens: auto", []),
         ("max_batch_tokens: 99, rate_limit: null, enable_cache: false, cache_ttl: none, priorities: {}", []),
-        ("stall_timeout: 5m, memory_limit: 2GB, enable_cache: true, cache_ttl: 2h", ["memory_limit"]),
-        ("memory_limit: 2GB, priorities: {batch: {share: 1}}", ["memory_limit"]),
+        ("stall_timeout: 5m, memory_limit: 2GB, enable_cache: true, cache_ttl: 2h", []),
+        ("memory_limit: 2GB, priorities: {batch: {share: 1}}, target: 2s", []),
         ("preset: throughput, batch_size: 3, truncate: end, max_attempts: 1", []),
     ],
 )
@@ -512,13 +512,12 @@ def test_only_a_value_that_asks_for_something_is_called_unenforced(
 
 
 def test_unenforced_values_of_models_and_variables_name_their_place(load_text: Load) -> None:
-    text = "models: {m: {type: echo, warmup: false}}"
+    text = "models: {m: {type: echo, warmup: false}, n: {type: echo}}"
 
-    lines = unenforced(load_text(text, {"MILLSTREAM_MODELS__M__PRIORITY": "1"}))
+    lines = unenforced(load_text(text, {"MILLSTREAM_MODELS__N__WARMUP": "false"}))
 
     assert lines == [
-        "priority is accepted, but not enforced yet (MILLSTREAM_MODELS__M__PRIORITY m)",
-        "warmup is accepted, but not enforced yet (config.yaml:1 m)",
+        "warmup is accepted, but not enforced yet (config.yaml:1 m, MILLSTREAM_MODELS__N__WARMUP n)",
     ]
 
 

@@ -69,7 +69,7 @@ def test_the_workers_page_shows_what_they_run_and_how_those_before_them_died() -
 
     text = texts(browser(look(view)).get("/workers").text)
 
-    assert "w1 docs ready cuda:0 3 jobs for 1.5s 8.0 50% 1.10 10 1 5.0s was killed by SIGKILL" in text
+    assert "w1 docs ready cuda:0 3 jobs for 1.5s 8.0 50% 1.10 10 1 310 MB 2 5.0s was killed by SIGKILL" in text
     assert "h:7 docs lives 1 of 2 4 ended with exit code 7" in text
 
 

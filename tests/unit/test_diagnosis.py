@@ -123,3 +123,14 @@ def test_a_drained_place_beside_one_that_starts_is_named_beside_it() -> None:
         "an operator keeps workers away (w1): 0 jobs waiting",
         "workers are starting (1), 0 jobs waiting",
     ]
+
+
+def test_a_model_that_a_pool_cannot_load_is_an_error_without_another_worker() -> None:
+    state = SupervisorState("h", 7, 1, 0, cores=2, unloaded="these weights are broken")
+    alone = replace(WELL, workers=[], supervisors=[SupervisorView(state, age_ms=100, clock_ms=0)])
+
+    (finding,) = [each for each in findings(alone) if each.cause == "model_not_loaded"]
+
+    assert finding.severity == "error"
+    assert "these weights are broken" in finding.what
+    assert ("warning", "model_not_loaded") in found(replace(alone, workers=[WORKER]))

@@ -14,6 +14,7 @@ import yaml
 from click.testing import CliRunner
 from prometheus_client import CollectorRegistry, generate_latest
 from scrapes import Scrape
+from views import WORKER
 
 from millstream.broker.contract.job import PRIORITIES
 from millstream.broker.contract.keys import ServiceKeys
@@ -38,7 +39,7 @@ def reading(service: str = "docs", **fields: int) -> Reading:
         held={"w1": 1},
         returned=1,
         oldest_ms=1000,
-        workers=[],
+        workers=[WORKER],
         dead_letters=1,
         paused=None,
         refused={},

@@ -19,6 +19,7 @@ from millstream.broker.contract.partial import Record, decode_records
 from millstream.worker.intake import hand_over
 from millstream.worker.intake.hand_over import HandOver, Others
 from millstream.worker.scheduling.active_job import ActiveJob
+from millstream.worker.shutdown import Shutdown
 
 
 class Bench(EmitBench):
@@ -173,3 +174,19 @@ def test_a_worker_that_drains_or_is_gone_is_not_ready() -> None:
     bench.queue.client.zadd(bench.queue.keys.workers(), {"w2": lease.now() - 60_000})
 
     assert (alone, ready, draining, others()) == (False, True, False, False)
+
+
+def test_a_lane_that_is_evicted_hands_nothing_over() -> None:
+    bench = Bench()
+    bench.ready = True
+    process = bench.context.shutdown._process = Shutdown()
+    bench.context.shutdown.drain()
+    assert bench.context.shutdown.evicting
+    with bench.works():
+        bench.hand_over.note_drain()
+        assert bench.hand_over._queue.empty()
+        assert not bench.hand_over.is_due
+
+        process.drain()
+        bench.hand_over.note_drain()
+        eventually(lambda: bench.hand_over.is_due)

@@ -96,6 +96,13 @@ class Bench:
         self.calls.append("await_settled")
 
 
+def share_of(*lanes: Bench) -> DeviceShare:
+    share = DeviceShare(len(lanes))
+    for place, lane in enumerate(lanes):
+        share.put(place, lane)
+    return share
+
+
 @contextmanager
 def running(*lanes: Bench) -> Iterator[threading.Thread]:
     thread = threading.Thread(target=host.run, args=(lanes,), daemon=True)
@@ -143,7 +150,7 @@ def test_only_the_lane_that_has_the_device_is_on_its_page() -> None:
     one, two = Bench(Watched()), Bench(EchoStreamModel())
     seen: list[list[Snapshot]] = []
     one.model.on_forward = lambda: seen.append(two.stages)  # type: ignore[union-attr]
-    share = DeviceShare([one, two])
+    share = share_of(one, two)
     (job,) = two.send("a b c d e f g h")
     share.step()
     assert job.started_at
@@ -169,7 +176,7 @@ def test_only_the_lane_that_has_the_device_is_on_its_page() -> None:
 
 def test_rows_that_lost_the_device_spend_no_inference_time_and_go_on_where_they_were() -> None:
     one, two = Bench(EchoModel("sleep:0.2")), Bench(EchoStreamModel("sleep:0.001"))
-    share = DeviceShare([one, two])
+    share = share_of(one, two)
     (job,) = two.send("a b c d e f g h")
     share.step()
     assert job.started_at
@@ -192,7 +199,7 @@ def test_the_more_urgent_lane_is_served_first() -> None:
     order: list[str] = []
     one.model.on_forward = lambda: order.append("one")  # type: ignore[union-attr]
     two.model.on_forward = lambda: order.append("two")  # type: ignore[union-attr]
-    share = DeviceShare([one, two])
+    share = share_of(one, two)
     one.send(*["batch"] * 8, priority=Priority.BATCH)
     two.send(*["urgent"] * 4, priority=Priority.REALTIME)
 
@@ -208,7 +215,7 @@ def test_lanes_of_one_urgency_take_turns() -> None:
     order: list[int] = []
     one.model.on_forward = lambda: order.append(1)  # type: ignore[union-attr]
     two.model.on_forward = lambda: order.append(2)  # type: ignore[union-attr]
-    share = DeviceShare([one, two])
+    share = share_of(one, two)
     one.send(*["text"] * 40)
     two.send(*["text"] * 40)
 
@@ -220,7 +227,7 @@ def test_lanes_of_one_urgency_take_turns() -> None:
 
 def test_rows_that_are_set_aside_are_no_work_until_the_suspects_are_settled() -> None:
     one, two = Bench(EchoModel()), Bench(EchoModel())
-    share = DeviceShare([one, two])
+    share = share_of(one, two)
     one.send("innocent")
 
     with one.window.set_aside():
@@ -236,7 +243,7 @@ def test_rows_that_are_set_aside_are_no_work_until_the_suspects_are_settled() ->
 def test_a_suspect_runs_while_no_other_lane_is_in_a_stage() -> None:
     gate, model, alone = StageGate(), Watched(), list[str | None]()
     lane = Bench(model, partial(gate.stage, "one"))
-    share = DeviceShare([lane])
+    share = share_of(lane)
     model.on_forward = lambda: alone.append(gate._alone)
     for _ in range(2):
         (job,) = lane.send("text")

@@ -20,6 +20,7 @@ from millstream.worker.engines.slot_keeper import HandsOver, SlotKeeper
 from millstream.worker.intake.intake import expired
 from millstream.worker.intake.settler import Finished
 from millstream.worker.scheduling.active_job import ActiveJob, Rows, priority_of
+from millstream.worker.scheduling.device_turn import Work
 from millstream.worker.shutdown import Ended
 from millstream.worker.supervision.progress import Stage
 
@@ -66,6 +67,7 @@ class Runner:
         self._track = context.progress.runner
         self._stage = context.stage
         self._threads = context.threads
+        self._order = context.order
         self._service = context.service
         self._traces = context.traces
         self._finish = finish
@@ -120,6 +122,14 @@ class Runner:
         waiting = self._window.urgency
         running = min(map(priority_of, self._running.rows), default=None)
         return min((each for each in (waiting, running) if each is not None), default=None)
+
+    @property
+    def work(self) -> Work | None:
+        """The work that a turn would find, and its slack; None if there is none."""
+        urgency = self.urgency
+        if urgency is None:
+            return None
+        return Work(urgency, self._window.slack_s(self._clock.now()), self._order)
 
     @property
     def drained(self) -> bool:
@@ -204,6 +214,7 @@ class Runner:
         now = self._clock.now()
         for job in self._window.complete(step.rows, step.outcomes, running.rows, room):
             job.ended_at = now
+            self._window.cost.observe_job(job.inference_ms / 1000)
             self._finish(Finished(job.claim.address, job.reply(), digests=job.digests, run=job))
         # After the replies are made: a reply of large results may be what ends the process.
         if not running.rows:

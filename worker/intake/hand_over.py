@@ -76,8 +76,11 @@ class HandOver(threading.Thread):
         return self._others.live()
 
     def note_drain(self) -> None:
-        """Notes that the worker drains. Only the first call has an effect."""
-        if not self._drains:
+        """Notes that the worker drains. Only the first call has an effect.
+
+        A lane that is evicted runs its jobs itself: no swap of models interrupts them.
+        """
+        if not (self._drains or self._shutdown.evicting):
             self._drains = True
             self._queue.put(())
 

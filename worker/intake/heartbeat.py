@@ -40,7 +40,7 @@ class Heartbeat(threading.Thread):
         self._lease = lease
         self._watch = watch
         self._held_names = context.window.names
-        self._packages = Packages(context.counts)
+        self._packages = Packages(context.counts, context.number)
         self._shutdown = context.shutdown
         self._stopped = threading.Event()
         self._due = threading.Event()

@@ -173,6 +173,11 @@ class Threads:
             self.share = self._share()
             self._choose(model)
 
+    def forget(self) -> None:
+        """Drops the model. The measured rates hold for its next load."""
+        self._model = None
+        self._use = lambda count: None
+
     def update_share(self) -> None:
         """Updates this worker's share of the host's cores."""
         if self._model:

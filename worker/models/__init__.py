@@ -9,9 +9,10 @@ from typing import cast
 from millstream.broker.config.load import ServiceSpec
 from millstream.broker.contract.errors import ModelUnavailable
 from millstream.broker.contract.operations import RUNNABLE
+from millstream.worker.measuring.memory_use import Meter, ProcessMemory
 from millstream.worker.models.base import Model, Prepared, packs
 
-__all__ = ["Loader", "Model", "Prepared", "load", "packs"]
+__all__ = ["Loader", "Model", "Prepared", "load", "meter_of", "packs"]
 
 Loader = Callable[[ServiceSpec, str | None, int, str], Model]
 """Loads the model of a service, as `load` does. The module of each type of model has one."""
@@ -24,6 +25,15 @@ def load(spec: ServiceSpec, device: str | None, threads: int, folder: str = "") 
     is searched in the installed packages, then in `folder`.
     """
     return loader_of(spec)(spec, device, threads, folder)
+
+
+def meter_of(device: str | None) -> Meter:
+    """Returns the meter of the memory in which models on `device` lie."""
+    if device and device.startswith("cuda"):
+        from millstream.worker.models.device_memory import CudaMemory
+
+        return CudaMemory(device)
+    return ProcessMemory()
 
 
 def loader_of(spec: ServiceSpec) -> Loader:

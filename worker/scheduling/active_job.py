@@ -44,6 +44,7 @@ class ActiveJob:
     `batch_trace`: context of the span of its last batch, or "".
     `output_at`: monotonic seconds of the last piece of its text, None before the first one here.
     `first_output_at`: server ms of the first one here, 0 before it.
+    `due_at`: server ms, `tokens`: of all its rows; both 0 until a window with targets holds it.
     """
 
     claim: Claim
@@ -65,6 +66,8 @@ class ActiveJob:
     batch_trace: str = ""
     output_at: float | None = None
     first_output_at: int = 0
+    due_at: float = 0.0
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         self.name = self.claim.address.name
@@ -82,6 +85,11 @@ class ActiveJob:
         in_model_s = self.in_model_s(now)
         self.running_since = None
         self.inference_ms = in_model_s * 1000
+
+    def note_due(self, due_at: float) -> None:
+        """Notes when it is due, server ms, and how many tokens its rows have."""
+        self.due_at = due_at
+        self.tokens = sum([row.tokens + row.output_tokens for row in self.prepared if isinstance(row, Prepared)])
 
     def rows(self) -> Rows:
         """The prepared rows, with rank and urgency."""

@@ -14,17 +14,23 @@ REPEATED_S = 3 * LEASE_S
 """Seconds for which a package is sent again; then it counts as added. The server knows its number for 4 leases, and
 might add it twice after that."""
 
+MOST_PACKAGES = 2**32
+"""Packages of one lane at most."""
+
 
 class Packages:
-    """The packages of one lane. `read` returns all counts since the process started; they never fall."""
+    """The packages of one lane. `read` returns all counts since the lane started; they never fall.
 
-    def __init__(self, read: Callable[[], Mapping[str, int]]) -> None:
+    `number` counts the lanes of the service in this process, from 0: the packages of a later one have higher numbers.
+    """
+
+    def __init__(self, read: Callable[[], Mapping[str, int]], number: int = 0) -> None:
         self._read = read
         self._added: Mapping[str, int] = {}
         self._counted: Mapping[str, int] = {}
         self._open = NO_PACKAGE
         self._began = 0.0
-        self._number = 0
+        self._number = number * MOST_PACKAGES
 
     def next(self, now: float) -> Package:
         """Returns the package to send at `now`, monotonic seconds: the unconfirmed one, or a new one."""

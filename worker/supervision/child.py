@@ -46,6 +46,11 @@ class Child:
         return self.lives and all(page.state == State.READY for page in self.pages.values())
 
     @property
+    def unready(self) -> Mapping[str, str]:
+        """The services whose models it has not loaded, with the reason if a load failed, else ""."""
+        return {name: page.reason for name, page in self.pages.items() if page.state != State.READY}
+
+    @property
     def steady(self) -> bool:
         """Whether it was ready for more than STEADY_S seconds. Loading a model does not count."""
         return self.ready_since is not None and time.monotonic() - self.ready_since > STEADY_S

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from millstream.broker.contract.keys import HOST_LENGTH
+from millstream.worker.pool.args import PoolArgs
 
 if TYPE_CHECKING:
     from millstream.broker.config.spec import ServiceSpec
@@ -63,7 +64,8 @@ class ChildArgs:
     """Arguments of one child, which hosts one or more services. `past`: how its predecessor ended, "" for the first.
 
     `drain_s`: seconds that its drain may take before it is killed. `folder`: folder of its configuration file.
-    `supervised`: a supervisor reads the progress pages after the child's death.
+    `supervised`: a supervisor reads the progress pages after the child's death. `pool`: settings of the pool that it is
+    a process of, None if all of its models are always in memory.
     """
 
     hosted: Sequence[Hosted]
@@ -75,6 +77,7 @@ class ChildArgs:
     folder: str = ""
     supervised: bool = True
     drain_s: float = 30.0
+    pool: PoolArgs | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -82,4 +85,5 @@ class ChildArgs:
     @classmethod
     def from_json(cls, text: str) -> ChildArgs:
         fields = json.loads(text)
-        return cls(**fields | {"hosted": [Hosted(**each) for each in fields["hosted"]]})
+        pool = PoolArgs(**fields["pool"]) if fields["pool"] else None
+        return cls(**fields | {"hosted": [Hosted(**each) for each in fields["hosted"]], "pool": pool})

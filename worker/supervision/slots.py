@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from millstream.broker.queue.supervisors import SupervisorState
@@ -23,7 +23,8 @@ class Slot:
 
     `past`: how its last child ended. `ready`: whether the child was ready at the last check. Other threads read that
     field, since they must not touch a child that may be closed at the same time. `refused`: no child starts again.
-    `consumer`: name of its last child. `drained`: an operator keeps it empty.
+    `consumer`: name of its last child. `drained`: an operator keeps it empty. `unready`: services of a living child
+    whose models are not loaded yet, with the reason if a load failed; None without a child.
     """
 
     plan: Plan
@@ -36,6 +37,13 @@ class Slot:
     refused: bool = False
     consumer: str = ""
     drained: bool = False
+    unready: Mapping[str, str] | None = None
+
+    def is_ready(self, service: str) -> bool:
+        """Whether its child can work for `service`. A pool is ready for one though it cannot load another's model."""
+        if self.plan.pool is None:
+            return self.ready
+        return self.unready is not None and service not in self.unready
 
     def follow(self, orders: Orders, drain_s: float) -> None:
         """Makes the child end if an operator orders it, and notes whether the place is to stay empty."""
@@ -61,7 +69,7 @@ def tally(slots: Sequence[Slot]) -> dict[str, tuple[int, int]]:
     for slot in slots:
         for spec in slot.plan.specs:
             ready, planned = counts.get(spec.name, (0, 0))
-            counts[spec.name] = (ready + slot.ready, planned + 1)
+            counts[spec.name] = (ready + slot.is_ready(spec.name), planned + 1)
     return counts
 
 
@@ -79,7 +87,8 @@ def states(slots: Sequence[Slot]) -> dict[str, SupervisorState]:
         own = [slot for slot in slots if name in {spec.name for spec in slot.plan.specs}]
         worst = max(own, key=lambda slot: slot.failures)
         past, drained = worst.past if worst.failures else "", sum(slot.drained for slot in own)
+        unloaded = next((why for slot in own if slot.plan.pool and (why := (slot.unready or {}).get(name))), "")
         found[name] = SupervisorState(
-            host, pid, planned, ready, worst.failures, past, refused.get(name, ""), cores(), drained
+            host, pid, planned, ready, worst.failures, past, refused.get(name, ""), cores(), drained, unloaded
         )
     return found

@@ -130,6 +130,7 @@ class Supervisor:
         if not slot.child and not (slot.refused or slot.drained) and time.monotonic() >= slot.start_at:
             self._fill(slot)
         slot.ready = slot.child is not None and slot.child.ready
+        slot.unready = slot.child.unready if slot.child else None
 
     @property
     def ready(self) -> int:
@@ -231,6 +232,7 @@ class Supervisor:
             past=slot.past,
             folder=plan.folder,
             drain_s=self._drain_s,
+            pool=plan.pool,
         )
         try:
             # In a new session, so that Ctrl-C in the terminal reaches only the supervisor, which drains its children.
@@ -285,7 +287,7 @@ class Supervisor:
     def _remove(self, slot: Slot, child: Child) -> None:
         self._deaths += [Death(service, child.consumer, child.end_of(service)) for service in child.pages]
         child.close()
-        slot.child, slot.ready = None, False
+        slot.child, slot.ready, slot.unready = None, False, None
 
     def _give_back(self) -> None:
         """Gives the jobs of dead children back, at once or as soon as the server is back."""

@@ -1,13 +1,15 @@
 -- Records a worker's heartbeat, extends the lease on all entries that it owns, and returns changes in what it owns.
 -- KEYS[1..3] STREAM realtime, normal, batch   KEYS[4] ZSET workers   KEYS[5] HASH this worker   KEYS[6] STRING reclaim
--- KEYS[7] ZSET cancelled   KEYS[8] HASH the service   KEYS[9] HASH metrics
+-- KEYS[7] ZSET cancelled   KEYS[8] HASH the service   KEYS[9] HASH metrics   KEYS[10] ZSET standby
 -- ARGV[1] group  ARGV[2] consumer  ARGV[3] lease ms
 -- ARGV[4] n, ARGV[5] number of the package of counters, 0 if there is none, ARGV[6] m
 -- then n pairs of field and value for the worker's hash, m pairs of field and number to add to the metrics, and the
 --   entries it holds, as 'stream:entry id'
+-- A worker whose field `resident` is 0 lives, but has to load its model before it claims: it is not ready.
 -- A package is added once: the worker's hash has the number of its last one, and numbers rise.
 -- Returns {now_ms, live workers, 1 if a reclaim pass is due, revision of the service (each push raises it),
---   {lost: held, but no longer its own}, {unknown: its own, but not held}, {cancelled since the last heartbeat}}
+--   {lost: held, but no longer its own}, {unknown: its own, but not held}, {cancelled since the last heartbeat},
+--   ready workers}
 
 local GROUP, CONSUMER, LEASE = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local DAY_MS, RECLAIM_EVERY_MS, METRICS_KEPT_MS = 86400000, 1000, 30 * 86400000
@@ -21,7 +23,16 @@ redis.call('ZADD', KEYS[4], now, CONSUMER)
 redis.call('PEXPIRE', KEYS[4], DAY_MS)
 local package, metrics_at = tonumber(ARGV[5]), 7 + 2 * ARGV[4]
 local held_at = metrics_at + 2 * ARGV[6]
-for i = 7, metrics_at - 1, 2 do redis.call('HSET', KEYS[5], ARGV[i], ARGV[i + 1]) end
+local ready = true
+for i = 7, metrics_at - 1, 2 do
+  redis.call('HSET', KEYS[5], ARGV[i], ARGV[i + 1])
+  if ARGV[i] == 'resident' and ARGV[i + 1] == '0' then ready = false end
+end
+redis.call('ZREM', KEYS[10], CONSUMER)
+if not ready then
+  redis.call('ZADD', KEYS[10], now, CONSUMER)
+  redis.call('PEXPIRE', KEYS[10], DAY_MS)
+end
 redis.call('HSET', KEYS[5], 'beat', string.format('%.0f', now))
 -- pcall: whatever else may lie under the key of the metrics, the worker lives.
 if package > (tonumber(redis.call('HGET', KEYS[5], 'package')) or 0) then
@@ -65,4 +76,6 @@ if redis.call('EXISTS', KEYS[7]) == 1 then
 end
 local revision = tonumber(redis.call('HGET', KEYS[8], 'revision') or 0)
 -- As is_live of lease.py: the last heartbeat is at most one lease from now, in either direction.
-return {now, redis.call('ZCOUNT', KEYS[4], now - LEASE, now + LEASE), due, revision, lost, unknown, cancelled}
+local live = redis.call('ZCOUNT', KEYS[4], now - LEASE, now + LEASE)
+local standby = redis.call('ZCOUNT', KEYS[10], now - LEASE, now + LEASE)
+return {now, live, due, revision, lost, unknown, cancelled, live - standby}
