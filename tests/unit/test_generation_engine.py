@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -80,6 +80,19 @@ def test_a_sampled_text_is_the_same_alone_in_company_and_after_displacement(mode
     assert crowded.until_done(rows(), rng) == alone
     assert crowded.displaced > 3
     assert together.displaced == 0
+
+
+def test_a_text_is_the_same_if_the_number_of_threads_changes(model: Any) -> None:
+    rng = random.Random(4)
+    jobs = [Job.random(rng, tokens=rng.choice((3, 150)), most=60) for _ in range(8)]
+    samplings: Sequence[Mapping[str, Any]] = ({"temperature": 0.0}, {"temperature": 1.3, "seed": 7})
+
+    for options in samplings:
+        on_one = Run(model, slots=8, part_tokens=64).until_done(rows_of(model, jobs, options), rng)
+        on_others = Run(model, slots=8, part_tokens=64, threads=(1, 2, 3)).until_done(
+            rows_of(model, jobs, options), rng
+        )
+        assert on_others == on_one
 
 
 def test_a_successor_goes_on_behind_the_records(model: Any) -> None:
