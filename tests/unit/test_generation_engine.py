@@ -223,6 +223,32 @@ def test_out_of_memory_displaces_the_youngest_and_lowers_the_cache(model: Any, m
     assert run.engine._holding.pool.most < 2_048 // 64
 
 
+def test_without_memory_the_copies_of_growing_texts_are_freed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    rng = random.Random(7)
+    run = Run(model, slots=8)
+    run.engine.admit(rows_of(model, [Job.random(rng, tokens=60, most=60) for _ in range(8)], {"ignore_eos": True}))
+    for _ in range(4):
+        run.engine.step()
+
+    def copied_bytes() -> int:
+        kept = vars(run.engine._forward._columns).values()
+        return sum(each.untyped_storage().nbytes() for each in kept if isinstance(each, torch.Tensor))
+
+    assert copied_bytes() > 0
+
+    def fails(spans: Any) -> Any:
+        raise MemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.engine._forward, "run", fails)
+        assert run.engine.step().displaced
+
+    assert copied_bytes() == 0
+    assert run.until_done([], rng)
+
+
 def test_a_text_that_runs_out_of_memory_alone_fails(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(8)
     (row,) = rows_of(model, [Job.random(rng)], {})
