@@ -51,15 +51,18 @@ class Host:
 
     def run(self, forwards: int) -> int:
         """Returns the number of threads afterwards. Adds to `lost_s` what trials cost."""
-        for _ in range(forwards):
-            tokens, trials = next(self._sizes), self.trials
+        self.run_sizes([next(self._sizes) for _ in range(forwards)])
+        return self.trials.settled
+
+    def run_sizes(self, sizes: Sequence[int]) -> None:
+        trials = self.trials
+        for tokens in sizes:
             self.counts.append(trials.count)
             noise = self._rng.uniform(0.95, 1.05)
             seconds = noise * self.cost(tokens, trials.count)
             self.lost_s += max(0.0, seconds - noise * self.cost(tokens, trials.settled))
             self.seconds += seconds
             trials.observe(tokens, seconds)
-        return self.trials.settled
 
     def until(self, threads: int, within_s: float) -> None:
         """Runs forwards until that number of threads is used."""
@@ -122,6 +125,18 @@ def test_a_number_that_was_hopelessly_slow_is_found_when_it_is_fast_again() -> N
     host.cost = alone
 
     host.until(2, within_s=10 * MOST_WAIT_S)
+
+
+def test_a_trial_ends_soon_if_nobody_knows_what_its_forwards_cost() -> None:
+    host = Host(2, alone)
+    while host.trials.count == 2:
+        host.run(1)
+    began = len(host.counts)
+
+    host.run_sizes([1_000, 2_000, 4_000, 8_000])
+
+    assert host.counts[began:] == [1, 1, 1, 2]
+    assert host.trials.settled == 2
 
 
 def test_many_threads_climb_down_until_none_waits_and_up_again() -> None:

@@ -20,8 +20,8 @@ RECENT = 5
 LEAST, MOST = 2, 5
 """Forwards of a trial, if all of them are clearly faster or slower, and if not."""
 
-UNKNOWN = 20
-"""Forwards of a trial, at most, if the usual time of most sizes is unknown."""
+UNKNOWN = 3
+"""Forwards of sizes without a usual time that end a trial: it would tell nothing."""
 
 GAIN = 1.05
 """Factor by which another number of threads must be faster to be kept."""
@@ -89,11 +89,21 @@ def rungs(most: int) -> list[int]:
 
 @dataclass(slots=True)
 class Trial:
-    """Forwards on another number of threads, and the seconds by which they were slower than others."""
+    """Forwards on another number of threads, and the seconds by which they were slower than others.
+
+    `unknown`: how many of them had no usual time.
+    """
 
     timed: list[Timed] = field(default_factory=list)
-    forwards: int = 0
+    unknown: int = 0
     lost_s: float = 0.0
+
+    def add(self, timed: Timed | None, usual: float | None, lost_s: float) -> None:
+        """Adds a forward whose size has the `usual` seconds, if any. It counts for the pace if it is `timed`."""
+        self.lost_s += lost_s
+        self.unknown += usual is None
+        if timed:
+            self.timed.append(timed)
 
     def won(self, pace: float) -> bool | None:
         """Whether its number is faster than `pace`; None if it goes on."""
@@ -104,7 +114,7 @@ class Trial:
             return max(factors) < 1
         if len(factors) >= MOST:
             return _pace(self.timed) * GAIN < pace
-        return False if self.forwards >= UNKNOWN else None
+        return False if self.unknown >= UNKNOWN else None
 
 
 class ThreadTrials:
@@ -137,12 +147,16 @@ class ThreadTrials:
         usual = self._usual.of(tokens)
         timed = Timed(seconds, usual) if usual and not first else None
         if self._trial:
-            self._try(self._trial, timed, seconds - (usual or 0.0) * self._pace)
+            self._trial.add(timed, usual, seconds - (usual or 0.0) * self._pace)
+            won = self._trial.won(self._pace)
+            if won is not None:
+                self._end(self._trial, won)
         elif not first:
             self._note(timed, seconds)
             # As if at the usual pace: a size that is first seen beside a busy process is no cheaper than others.
             self._usual.learn(tokens, seconds / self._pace)
-            if other := self._due():
+            # Other sizes may follow, but most follow one of their own.
+            if timed and (other := self._due()):
                 self.count, self._trial, self._is_first = other, Trial(), True
 
     def _note(self, timed: Timed | None, seconds: float) -> None:
@@ -183,15 +197,6 @@ class ThreadTrials:
         here = at.pop(self.settled)
         return sorted(at, key=lambda each: (abs(at[each] - here), (at[each] > here) != upward))
 
-    def _try(self, trial: Trial, timed: Timed | None, lost_s: float) -> None:
-        trial.forwards += 1
-        trial.lost_s += lost_s
-        if timed:
-            trial.timed.append(timed)
-        won = trial.won(self._pace)
-        if won is not None:
-            self._end(trial, won)
-
     def _end(self, trial: Trial, won: bool) -> None:
         self._may_lose_s -= max(0.0, trial.lost_s)
         factor = _pace(trial.timed) / self._pace if trial.timed else 1.0
@@ -202,6 +207,8 @@ class ThreadTrials:
             self._others, self._pace = self._nearest(upward=upward), self._pace * factor
             # The next number in this direction is tried at once.
             wait_s = 0.0 if (self._others[0] > self.settled) == upward else self._wait_s
+        elif not trial.timed:
+            self._is_first, wait_s = True, self._wait_s
         else:
             self._factors[self.count], self._is_first = factor, True
             self._others.remove(self.count)
