@@ -272,9 +272,10 @@ def table(rounds: Rounds, cell: Cell, ways: Sequence[str]) -> Table:
     prompts = "16 to 64" if cell.context == "short" else cell.context
     threads = "one torch thread" if cell.threads == 1 else f"{cell.threads} torch threads"
     beside = "" if cell.place == ALONE else ", beside one process that never pauses"
+    ours = "" if cell.threads == 1 else " The worker's engine chooses its number of threads, up to that, while it runs."
     note = (
         f"Prompts of {prompts} tokens; {threads}, {cell.dtype}{beside}. Seconds from the start of all requests. Same: "
-        "share of the texts that equal those of model.generate."
+        f"share of the texts that equal those of model.generate.{ours}"
     )
     heading = ["way", "useful tokens/s", "/ static", "p50 s", "p95 s", "first p50 s", "first p95 s", "same"]
     beside = "" if cell.place == ALONE else ", beside a busy process"

@@ -4,7 +4,7 @@ It reads an order as a line of JSON, generates all texts of it at once in one of
 
     static    model.generate, a batch of SLOTS requests after the other, each as long as its longest text
     manager   transformers' ContinuousBatchingManager
-    slots     the worker's own engine, if this version has it
+    slots     the worker's own engine, if this version has it; as in a worker, on at most so many threads
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from millstream.broker.contract.errors import MillstreamError
 from millstream.broker.contract.job import Json
 from millstream.worker import models
 from millstream.worker.engines.base import Engine
+from millstream.worker.measuring.threads import Threads
 from millstream.worker.models.base import Generates, Prepared
+from millstream.worker.models.kernels.cpu import use_threads
 from millstream.worker.models.loading.source import locate
 from millstream.worker.scheduling.batcher import Row
 
@@ -62,7 +64,8 @@ Way = Callable[[Sequence[Request]], Times]
 class Library:
     """The model as transformers runs it."""
 
-    def __init__(self, spec: ServiceSpec) -> None:
+    def __init__(self, spec: ServiceSpec, threads: int) -> None:
+        self._threads = threads
         folder = locate(spec.model.model_name)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, spec.model.dtype))
@@ -71,6 +74,7 @@ class Library:
         self._model.generation_config = self._config
 
     def static(self, requests: Sequence[Request]) -> Times:
+        use_threads(self._threads)
         times, began = Times(), time.perf_counter()
         for batch in batches(requests, SLOTS):
             longest = max(len(each.prompt) for each in batch)
@@ -90,6 +94,8 @@ class Library:
         return times
 
     def manager(self, requests: Sequence[Request]) -> Times:
+        # Its thread begins with the number that was set last.
+        use_threads(self._threads)
         settings = ContinuousBatchingConfig(
             page_size=PAGE,
             num_blocks=MOST_TOKENS // PAGE,
@@ -145,16 +151,21 @@ class Slots:
         if not isinstance(self._model, Generates):
             raise RuntimeError("the model brings no engine")
         self._engine: Engine = self._model.start_engine()
+        self._threads = Threads(threads)
+        self._threads.choose(self._model, use_threads)
 
     def slots(self, requests: Sequence[Request]) -> Times:
         waiting = deque(self._row(at, each) for at, each in enumerate(requests))
         first: dict[str, float] = {}
         last: dict[str, float] = {}
         text: dict[str, str] = {}
+        self._threads.apply()
         began = time.perf_counter()
         while waiting or self._engine.busy:
             self._engine.admit(self._next(waiting))
+            start = time.perf_counter()
             step = self._engine.step()
+            self._threads.observe(step.tokens, time.perf_counter() - start)
             now = time.perf_counter() - began
             for row in (*(row for row, _ in step.records), *step.rows):
                 first.setdefault(row.owner, now)
@@ -196,8 +207,7 @@ def options(request: Request) -> dict[str, Any]:
 
 
 def ways(spec: ServiceSpec, threads: int) -> Mapping[str, Way]:
-    torch.set_num_threads(threads)
-    library = Library(spec)
+    library = Library(spec, threads)
     known: dict[str, Way] = {"static": library.static, "manager": library.manager}
     if spec.model.operation.runs:
         known["slots"] = Slots(spec, threads).slots

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,16 +74,26 @@ def rows_of(
 
 
 class Run:
-    """An engine of `model`, and what it did: `displaced` rows, and the texts that ran in each step."""
+    """An engine of `model`, and what it did: `displaced` rows, and the texts that ran in each step.
+
+    Its steps run on each number of `threads` in turn.
+    """
 
     def __init__(
-        self, model: Any, *, slots: int = 12, cache_tokens: int = 8_192, part_tokens: int | None = None
+        self,
+        model: Any,
+        *,
+        slots: int = 12,
+        cache_tokens: int = 8_192,
+        part_tokens: int | None = None,
+        threads: Sequence[int] = (1,),
     ) -> None:
         from millstream.worker.generation.engine import SlotsEngine
         from millstream.worker.generation.forward import Forward
         from millstream.worker.generation.sampling import choose
 
         self.engine = SlotsEngine(Forward(model._model, model._decoder), choose, slots, cache_tokens, part_tokens)
+        self._threads = cycle(threads)
         self.displaced = 0
         self.running: list[int] = []
 
@@ -97,6 +108,8 @@ class Run:
 
         Returns the outcomes by name: the ids as "tokens", the usage without cached tokens, or the error.
         """
+        from millstream.worker.models.kernels.cpu import use_threads
+
         engine, waiting = self.engine, rng.sample(rows, len(rows))
         to_cancel = list(cancelled)
         outcomes: dict[str, Any] = {}
@@ -110,12 +123,14 @@ class Run:
                 waiting = [row for row in waiting if row is not gone]
             if not engine.busy:
                 continue
+            use_threads(next(self._threads))
             step = engine.step()
             self.running.append(len(engine._holding.running))
             self.displaced += len(step.displaced)
             waiting = [*step.displaced, *waiting]
             for row, outcome in zip(step.rows, step.outcomes, strict=True):
                 outcomes[row.owner] = self._read(row, outcome)
+        use_threads(1)
         return outcomes
 
     def _read(self, row: Row[Prepared], outcome: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -80,6 +80,19 @@ def test_a_sampled_text_is_the_same_alone_in_company_and_after_displacement(mode
     assert crowded.until_done(rows(), rng) == alone
     assert crowded.displaced > 3
     assert together.displaced == 0
+
+
+def test_a_text_is_the_same_if_the_number_of_threads_changes(model: Any) -> None:
+    rng = random.Random(4)
+    jobs = [Job.random(rng, tokens=rng.choice((3, 150)), most=60) for _ in range(8)]
+    samplings: Sequence[Mapping[str, Any]] = ({"temperature": 0.0}, {"temperature": 1.3, "seed": 7})
+
+    for options in samplings:
+        on_one = Run(model, slots=8, part_tokens=64).until_done(rows_of(model, jobs, options), rng)
+        on_others = Run(model, slots=8, part_tokens=64, threads=(1, 2, 3)).until_done(
+            rows_of(model, jobs, options), rng
+        )
+        assert on_others == on_one
 
 
 def test_a_successor_goes_on_behind_the_records(model: Any) -> None:
@@ -208,6 +221,32 @@ def test_out_of_memory_displaces_the_youngest_and_lowers_the_cache(model: Any, m
     assert run.until_done(rows_of(model, jobs, options), rng) == good
     assert run.displaced >= 4
     assert run.engine._holding.pool.most < 2_048 // 64
+
+
+def test_without_memory_the_copies_of_growing_texts_are_freed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    rng = random.Random(7)
+    run = Run(model, slots=8)
+    run.engine.admit(rows_of(model, [Job.random(rng, tokens=60, most=60) for _ in range(8)], {"ignore_eos": True}))
+    for _ in range(4):
+        run.engine.step()
+
+    def copied_bytes() -> int:
+        kept = vars(run.engine._forward._columns).values()
+        return sum(each.untyped_storage().nbytes() for each in kept if isinstance(each, torch.Tensor))
+
+    assert copied_bytes() > 0
+
+    def fails(spans: Any) -> Any:
+        raise MemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.engine._forward, "run", fails)
+        assert run.engine.step().displaced
+
+    assert copied_bytes() == 0
+    assert run.until_done([], rng)
 
 
 def test_a_text_that_runs_out_of_memory_alone_fails(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

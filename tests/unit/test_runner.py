@@ -464,6 +464,17 @@ def test_what_it_did_is_counted_and_told(bench: Bench) -> None:
     assert timings["inference"] >= 0
 
 
+def test_the_threads_are_chosen_by_the_time_of_each_forward(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[tuple[int, float]] = []
+    monkeypatch.setattr(bench.context.threads, "observe", lambda *forward: timed.append(forward))
+
+    bench.run(held_of([10, 4]), held_of([3] * 20))
+
+    assert len(timed) == bench.counters.forwards == 3
+    assert sum(tokens for tokens, _ in timed) == bench.counters.padded
+    assert all(seconds > 0 for _, seconds in timed)
+
+
 def test_the_next_batch_begins_with_what_fitted_and_a_push_does_not_undo_it(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -42,7 +42,7 @@ class Device:
         self.ran: list[tuple[int, int]] = []
         self.device_type = device_type
         self.error: Exception | None = None
-        self._cost = cost
+        self.cost = cost
 
     def clock(self) -> float:
         return self.now
@@ -57,7 +57,7 @@ class Device:
         if self.error:
             raise self.error
         self.ran.append((len(rows), self.threads))
-        self.now += self._cost(len(rows), self.threads)
+        self.now += self.cost(len(rows), self.threads)
         return np.ones((len(rows), 1), np.float32)
 
     def samples(self, tokens: int) -> Sequence[Json]:
@@ -162,6 +162,76 @@ def test_threads_wait_for_a_bounded_time_unless_the_operator_says_how() -> None:
     assert waiting({}) == {"GOMP_SPINCOUNT": "10000"}
     assert waiting({"GOMP_SPINCOUNT": "5"}) == waiting({"OMP_WAIT_POLICY": "ACTIVE"}) == {}
     assert describe_waiting({"GOMP_SPINCOUNT": "10000", "HOME": "/"}) == "GOMP_SPINCOUNT=10000"
+
+
+def on_a_busy_host(rows: int, threads: int) -> float:
+    """A forward whose threads wait for a core that another process has."""
+    return 0.02 * rows * (1 if threads == 1 else 1.5)
+
+
+def run(threads: Threads, device: Device, forwards: int = 50) -> set[int]:
+    """Runs forwards as a worker does. Returns the numbers of threads that they ran on."""
+    for _ in range(forwards):
+        before = device.now
+        device.forward([Prepared(8, "a")] * 2)
+        threads.observe(16, device.now - before)
+    return {count for _, count in device.ran[-forwards:]}
+
+
+def test_a_process_that_gets_busy_later_changes_the_number_of_threads(caplog: pytest.LogCaptureFixture) -> None:
+    device = Device(large)
+    threads = choosing(device, 2)
+    assert (threads.count, run(threads, device)) == (2, {1, 2})
+
+    device.cost = on_a_busy_host
+    with caplog.at_level("INFO"):
+        run(threads, device)
+
+    assert (threads.count, device.threads) == (1, 1)
+    assert [record.message for record in caplog.records] == [
+        "threads of a forward: 1 instead of 2, which is faster now"
+    ]
+
+
+def test_a_trial_goes_on_after_another_model_of_the_process() -> None:
+    device = Device(large)
+    threads = choosing(device, 2)
+    while device.threads == 2:
+        run(threads, device, 1)
+
+    device.use(8)
+    threads.apply()
+
+    assert (threads.count, device.threads) == (2, 1)
+
+
+def test_the_operators_number_is_the_most_that_is_tried() -> None:
+    device = Device(large)
+    threads = choosing(device, 8, OMP_NUM_THREADS="2")
+
+    assert run(threads, device) == {1, 2}
+
+
+@pytest.mark.parametrize("value", ["false", "FALSE", " 0"])
+def test_the_operator_can_forbid_other_numbers(value: str) -> None:
+    device = Device(on_a_busy_host)
+    threads = choosing(device, 8, OMP_NUM_THREADS="2", OMP_DYNAMIC=value)
+
+    assert run(threads, device) == {2}
+
+
+def test_another_share_of_the_cores_ends_a_trial() -> None:
+    device, neighbours = Device(large), Neighbours(4)
+    threads = choosing(device, 8, neighbours)
+    while device.threads == 4:
+        run(threads, device, 1)
+
+    neighbours.share = 2
+    threads.update_share()
+    threads.adapt(idle=False)
+
+    assert (threads.count, device.threads) == (2, 2)
+    assert run(threads, device) == {1, 2}
 
 
 def test_workers_that_come_and_go_change_the_number_of_threads() -> None:

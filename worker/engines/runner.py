@@ -201,6 +201,7 @@ class Runner:
         step = self._run_step()
         seconds = time.monotonic() - start
         self._account(step, seconds)
+        self._threads.observe(step.computed or step.tokens, seconds)
         if self._keeper:
             self._take_output(self._keeper, step)
         elif self._traces:

@@ -89,7 +89,9 @@ class Columns:
         self._names: list[int] = []
         self._lengths: list[int] = []
         self._end = self._width = self._rows = 0
-        self._memory = torch.empty(0)
+        # All of them are views of the memory, or of the mask.
+        self._memory = self._stored = self._new = self._keys = self._values = torch.empty(0)
+        self._mask = self._masks = torch.empty(0)
 
     def follow(self, spans: Sequence[Single]) -> list[int] | None:
         """Makes rows for the texts of `spans`. Returns the spans' places in order of rows; None if no copy is made."""
@@ -137,16 +139,19 @@ class Columns:
 
     def _begin(self, texts: int, longest: int) -> None:
         """Makes an empty copy with room for `texts` texts of up to `longest` tokens, and some more."""
-        self._names, self._lengths = [], []
-        self._rows = max(LEAST_ROWS, 1 << (texts - 1).bit_length())
-        self._end, self._width = longest, longest + BLOCK
+        memory = self._memory
+        self.clear()
+        rows, width = max(LEAST_ROWS, 1 << (texts - 1).bit_length()), longest + BLOCK
         first, layers = self._cache.flat[0], len(self._cache.block_layers)
         heads, size = first.shape[1:]
-        shape = (layers, 2, self._rows, heads, size, self._width)
-        if len(self._memory) < math.prod(shape):
-            self._memory = torch.empty(math.prod(shape), dtype=first.dtype)
-        self._stored = self._memory[: math.prod(shape)].view(shape)
-        self._mask = torch.zeros(self._rows, heads, 1, self._width, dtype=first.dtype)
+        shape = (layers, 2, rows, heads, size, width)
+        if len(memory) < math.prod(shape):
+            # Freed before the larger one is made.
+            del memory
+            memory = torch.empty(math.prod(shape), dtype=first.dtype)
+        self._memory, self._stored = memory, memory[: math.prod(shape)].view(shape)
+        self._mask = torch.zeros(rows, heads, 1, width, dtype=first.dtype)
+        self._rows, self._end, self._width = rows, longest, width
 
     def _join(self, spans: Sequence[Single]) -> None:
         """Copies the tokens of texts to new rows, to the columns up to `_end`."""

@@ -212,6 +212,7 @@ class SlotsEngine:
         """Makes room after memory ran out. Returns the less urgent half of the texts, which leave."""
         for held in end.over:
             self._holding.remove(held)
+        self._forward.free_copies()
         displaced = self._holding.shrink()
         # Short parts cost much time, so a text that is not alone leaves instead.
         self._size.most = max(min(LEAST_PART, self._size.most) if displaced else 1, self._size.most // 2)

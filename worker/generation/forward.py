@@ -66,6 +66,11 @@ class Forward:
         self._columns.advance()
         return logits
 
+    def free_copies(self) -> None:
+        """Frees what growing texts have beside their blocks. It is made again if they go on."""
+        if self._columns:
+            self._columns.clear()
+
     def _compute(
         self, spans: Sequence[Span], groups: Groups, order: Sequence[int], together: Together | None = None
     ) -> torch.Tensor:

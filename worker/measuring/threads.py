@@ -1,7 +1,8 @@
 """Chooses the number of threads of a forward: the fastest for this model, up to the process's share of cores.
 
 A tiny model is faster on one thread than on two, a large model on all of them, and a busy process on the same host
-changes both. So the number is measured when a worker starts. Environment variables of the operator take precedence.
+changes both. So the number is measured when a worker starts, and others are tried while it works. Environment variables
+of the operator limit it, or fix it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from millstream.worker.measuring.cores import Claims
 from millstream.worker.measuring.probe import Clock, run
 from millstream.worker.measuring.tuning import mix
 from millstream.worker.models.base import Model, Placed, Prepared
+from millstream.worker.scheduling.thread_trials import ThreadTrials
 
 log = logging.getLogger(__name__)
 
 THREADS = "OMP_NUM_THREADS"
 SPIN = "GOMP_SPINCOUNT"
 POLICY = "OMP_WAIT_POLICY"
+DYNAMIC = "OMP_DYNAMIC"
 
 SPINS = 10_000
 """Rounds that a thread of GNU OpenMP waits for the others before it sleeps. The default is so long that a forward loses
@@ -58,6 +61,11 @@ def operator_threads(environ: Mapping[str, str]) -> int | None:
     """Number of threads that the operator set; None if it is not set, or is no number."""
     first = environ.get(THREADS, "").split(",")[0].strip()
     return int(first) if first.isdigit() and int(first) > 0 else None
+
+
+def fixes_threads(environ: Mapping[str, str]) -> bool:
+    """Whether the operator forbids other numbers of threads than the one at the start."""
+    return environ.get(DYNAMIC, "").strip().lower() in ("false", "0")
 
 
 def counts(most: int) -> list[int]:
@@ -142,6 +150,8 @@ class Threads:
 
     def __init__(self, most: int, environ: Mapping[str, str] = os.environ, claims: Claims | None = None) -> None:
         self._operator = operator_threads(environ)
+        self._is_fixed = fixes_threads(environ)
+        self._trials: ThreadTrials | None = None
         self._waiting = describe_waiting(environ)
         self._claims = claims
         self._most = most
@@ -186,7 +196,23 @@ class Threads:
     def apply(self) -> None:
         """Uses the chosen number again, if another model of this process ran its forwards meanwhile."""
         if self._model:
-            self._use(self.count)
+            self._use(self._trials.count if self._trials else self.count)
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Notes the time of a forward over `tokens`, and uses another number of threads if that is to be tried.
+
+        Must be called in the thread that runs forwards, after each of them. No number is tried beyond the share, or
+        beyond that of the operator.
+        """
+        if self._trials is None or not tokens:
+            return
+        before = self._trials.count
+        self._trials.observe(tokens, seconds)
+        if self._trials.count != before:
+            self._use(self._trials.count)
+        if self._trials.settled != self.count:
+            log.info("threads of a forward: %d instead of %d, which is faster now", self._trials.settled, self.count)
+            self.count = self._trials.settled
 
     def adapt(self, *, idle: bool) -> None:
         """Uses another number of threads if the share changed.
@@ -203,7 +229,7 @@ class Threads:
         try:
             self._choose(self._model)
         except ModelUnavailable as error:
-            self._use(before)
+            self._settle(before)
             log.warning("the number of threads stays unchanged: %s", error)
         if self.count != before:
             log.info("the share of this host's cores is now %d: %s", self._chosen_for, self)
@@ -212,8 +238,7 @@ class Threads:
         """Uses all threads of the share until they are measured, if the largest measured number was the fastest."""
         most = max(self.rates, default=1)
         if self.count != self.share and fastest(self.rates, most) == most:
-            self.count = self.share
-            self._use(self.count)
+            self._settle(self.share)
 
     def _must_measure(self, share: int) -> bool:
         return not self._operator and share > max(self.rates, default=1)
@@ -223,13 +248,16 @@ class Threads:
 
     def _choose(self, model: Model) -> None:
         share = self._chosen_for = self.share
-        if self._operator:
-            self._use(self._operator)
-            return
         if self._must_measure(share):
             self.rates = measure(model, share, self._use, self.clock)
-        self.count = fastest(self.rates, share)
-        self._use(self.count)
+        self._settle(self._operator or fastest(self.rates, share))
+
+    def _settle(self, count: int) -> None:
+        """Uses this number of threads, and forgets what was tried."""
+        self.count = count
+        most = self._operator or max(count, self._chosen_for)
+        self._trials = ThreadTrials(most, count) if most > 1 and not self._is_fixed else None
+        self._use(count)
 
     def _leave(self) -> None:
         if self._claims:
