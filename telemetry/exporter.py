@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -19,25 +19,13 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from millstream.broker.contract.errors import ConfigError, MillstreamError, described
-from millstream.broker.contract.keys import DEFAULT_PREFIX
-from millstream.broker.queue.inspector import Inspector
-from millstream.broker.queue.metrics import HistogramView, Metrics
-from millstream.broker.transport.connection import Connection
+from millstream.broker.queue.metrics import HistogramView
 from millstream.telemetry.metrics import METRICS, UP, UP_HELP, Metric, Reading
 
 log = logging.getLogger(__name__)
 
-
-def reader(connection: Connection, prefix: str = DEFAULT_PREFIX) -> Callable[[], list[Reading]]:
-    """Returns a function that reads all registered services. It raises BrokerUnavailable and other errors of ours."""
-    inspector, metrics = Inspector(connection, prefix), Metrics(connection, prefix)
-
-    def read() -> list[Reading]:
-        views = inspector.services()
-        totals = metrics.services([view.name for view in views])
-        return [Reading(*each) for each in zip(views, totals, strict=True)]
-
-    return read
+PAGE_TYPE = CONTENT_TYPE_LATEST
+"""Content type of a page of metrics."""
 
 
 class ServiceCollector(Collector):
@@ -93,15 +81,25 @@ def family_of(metric: Metric, readings: Sequence[Reading]) -> Family:
     return plain
 
 
+def page_writer(read: Callable[[], Sequence[Reading]]) -> Callable[[], bytes]:
+    """Returns a function that writes all metrics as PAGE_TYPE, for a web server of the caller's own. It blocks."""
+    registry = _make_registry(read)
+    return lambda: generate_latest(registry)
+
+
+def _make_registry(read: Callable[[], Sequence[Reading]]) -> CollectorRegistry:
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(ServiceCollector(read))
+    return registry
+
+
 def serve(read: Callable[[], Sequence[Reading]], host: str, port: int) -> tuple[int, Callable[[], None]]:
     """Serves metrics on `host` and `port`, 0 for any free one. Returns the port, and a function that ends it.
 
     Raises ConfigError if it cannot listen there.
     """
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(ServiceCollector(read))
     try:
-        server, thread = start_http_server(port, addr=host, registry=registry)
+        server, thread = start_http_server(port, addr=host, registry=_make_registry(read))
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {host} port {port}: {error.strerror or error}", hint="choose another --host or --port"

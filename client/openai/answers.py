@@ -18,6 +18,9 @@ from millstream.client.openai.requests import CHAT, COMPLETIONS, EMBEDDINGS, RER
 from millstream.client.result import read_generation
 from millstream.client.row_results import RowOutcome
 
+ARRAY = "array"
+"""Format of embeddings beside "float" and "base64", for callers whose writer of JSON knows arrays."""
+
 
 class Stamp(NamedTuple):
     """Fields of an answer that do not follow from the outcomes. `id` names the answer, without a prefix.
@@ -43,7 +46,7 @@ def answer(call: OpenAICall, outcomes: Sequence[RowOutcome], tokens: int, stamp:
 
 
 def _write_embeddings(call: OpenAICall, outcomes: Sequence[RowOutcome], tokens: int, stamp: Stamp) -> dict[str, Json]:
-    encode = _to_base64 if call.details.get("encoding_format") == "base64" else _to_list
+    encode = _ENCODERS[call.details.get("encoding_format")]
     data: list[Json] = [
         {"object": "embedding", "index": at, "embedding": encode(outcome)} for at, outcome in enumerate(outcomes)
     ]
@@ -64,6 +67,11 @@ def _vector_of(outcome: RowOutcome) -> np.ndarray:
     if not isinstance(outcome, np.ndarray):
         raise ModelFailed(f"the service answers no dense vectors but {type(outcome).__name__}")
     return outcome
+
+
+_ENCODERS: Mapping[Json, Callable[[RowOutcome], Json]] = MappingProxyType(
+    {"float": _to_list, "base64": _to_base64, ARRAY: lambda vector: cast(Json, _vector_of(vector))}
+)
 
 
 def _write_chat(call: OpenAICall, outcomes: Sequence[RowOutcome], tokens: int, stamp: Stamp) -> dict[str, Json]:

@@ -175,7 +175,8 @@ def test_a_field_that_is_missing_wrong_or_not_supported_is_named(url: str, body:
 
 
 def test_token_ids_of_a_foreign_tokenizer_have_a_code_and_a_way_out() -> None:
-    for given in ([1, 2], [[1, 2], [3]]):
+    several: Any = ([1, 2], [[1, 2], [3]])
+    for given in several:
         with pytest.raises(InvalidRequest, match="check_embedding_ctx_length=False") as caught:
             read_request(EMBEDDINGS, {"input": given})
 
