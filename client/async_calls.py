@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar
 
-from millstream.broker.contract.errors import BrokerUnavailable, InvalidRequest
+from millstream.broker.contract.errors import BrokerUnavailable, DeadlineExceeded, InvalidRequest
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.operations import BY_OP
 from millstream.broker.contract.partial import Delta
@@ -20,7 +20,7 @@ from millstream.client.calls import NO_HITS, Calls
 from millstream.client.channel.loop_calls import arrival
 from millstream.client.detached import Detached
 from millstream.client.handle import Handle
-from millstream.client.job_terms import Progress
+from millstream.client.job_terms import Progress, waits_until
 from millstream.client.known import Known, KnownRoute
 from millstream.client.result import Embeddings
 from millstream.client.rows import copy_arguments
@@ -117,18 +117,23 @@ class AsyncCalls:
                 raise
             return await await_acceptance(request.begin(self.calls, per_job))
 
-    async def wait_detached(self, detached: Detached) -> Embeddings | list[Json]:
-        """Does as Detached.result, without a limit: the call's own deadline ends it. Outlasts a server that is away."""
+    async def wait_detached(self, detached: Detached, timeout: float | None) -> Embeddings | list[Json]:
+        """Does as Detached.result, and outlasts a server that is away, for at most `timeout` seconds."""
+        until = waits_until(timeout)
         pause = FIRST_LOOK_S
-        while not await self._is_done(detached):
+        while not await self._is_done(detached, until):
+            if until is not None and time.monotonic() >= until:
+                raise DeadlineExceeded(f"no result within {timeout} s of waiting", phase="total")
             await asyncio.sleep(pause)
             pause = min(LAST_LOOK_S, pause * 1.5)
         return await self.in_thread(detached.result)
 
-    async def _is_done(self, detached: Detached) -> bool:
+    async def _is_done(self, detached: Detached, until: float | None) -> bool:
         try:
             return await self.in_thread(detached.done)
         except BrokerUnavailable:
+            if until is not None and time.monotonic() >= until:
+                raise
             return False
 
     async def only(self, op: str, until: float | None) -> str:

@@ -41,7 +41,7 @@ def make_app(gateway: Gateway) -> ASGIApp:
         app.include_router(router)
     for kind in (MillstreamError, Refusal, HTTPException, CallerGone, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _failed)
-    guarded = Guard(app, keys, settings.hosts)
+    guarded = Guard(app, keys, settings.hosts, settings.origins)
     if not settings.origins:
         return guarded
     return CORSMiddleware(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import orjson
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from millstream.broker.contract.job import Json
@@ -18,13 +18,13 @@ LARGE = 65_536
 """Bytes from which on a body is read, and its call is made, in a thread: smaller ones take less than a millisecond."""
 
 LARGE_ROWS = 64
-"""Rows from which on an answer is written in a thread."""
+"""Rows from which on a call is made, and its answer written, in a thread."""
 
 
 async def read_body(request: Request, most: int) -> dict[str, Json]:
-    """Returns the JSON object of a request's body.
+    """Returns the JSON object of a request's body, and sets `request.state.size`, its bytes.
 
-    Raises Refusal if it has more than `most` bytes or is none, and ClientDisconnect. Sets `request.state.size`, bytes.
+    Raises Refusal if it has more than `most` bytes or is none, and Starlette's ClientDisconnect.
     """
     if request.headers.get("content-encoding", "identity") != "identity":
         raise Refusal(415, "unsupported_encoding", "the body is compressed: send it as it is")
@@ -43,14 +43,18 @@ async def read_body(request: Request, most: int) -> dict[str, Json]:
     return cast(dict[str, Json], value)
 
 
-def is_large(request: Request) -> bool:
-    """Returns whether the body of a request was large."""
-    return int(getattr(request.state, "size", 0)) > LARGE
+def is_large(request: Request, rows: int) -> bool:
+    """Returns whether a request whose body was read, and that asks for `rows` results, is worth a thread."""
+    return rows > LARGE_ROWS or int(request.state.size) > LARGE
 
 
-async def write_answer(body: Any, rows: int = 1, headers: Mapping[str, str] | None = None) -> Response:
-    """Returns an answer with `body`, made of `rows` results, as JSON. Arrays of NumPy become lists."""
-    content = await asyncio.to_thread(to_json, body) if rows > LARGE_ROWS else to_json(body)
+async def write_answer(make: Callable[[], object], rows: int = 1, headers: Mapping[str, str] | None = None) -> Response:
+    """Returns an answer with the body that `make` makes of `rows` results, as JSON. Raises as `make` does."""
+
+    def write() -> bytes:
+        return to_json(make())
+
+    content = await asyncio.to_thread(write) if rows > LARGE_ROWS else write()
     return Response(content, media_type="application/json", headers=headers)
 
 
@@ -76,6 +80,3 @@ def _parse(body: bytearray) -> object:
 
 def _too_large(most: int) -> Refusal:
     return Refusal(413, "request_too_large", f"the body has more than {most} bytes: send it in several requests")
-
-
-__all__ = ["ClientDisconnect", "is_large", "read_body", "to_json", "write_answer"]

@@ -12,7 +12,13 @@ import numpy as np
 from starlette.requests import Request
 
 from millstream.broker.config.fields import SERVICE_NAME
-from millstream.broker.contract.errors import InvalidRequest, MillstreamError, PartialFailure, UnknownService
+from millstream.broker.contract.errors import (
+    InvalidRequest,
+    MillstreamError,
+    ModelFailed,
+    PartialFailure,
+    UnknownService,
+)
 from millstream.broker.contract.job import Json
 from millstream.client.async_handle import AsyncHandle
 from millstream.client.call_options import CallOptions
@@ -34,6 +40,12 @@ class Results(NamedTuple):
     tokens: int
     timings: Mapping[str, float]
     version: str
+
+    def vectors(self) -> np.ndarray:
+        """Returns the results as one array, float32 [rows, dim]. Raises ModelFailed if they are no dense vectors."""
+        if not all(isinstance(row, np.ndarray) for row in self.rows):
+            raise ModelFailed("the service answers no dense vectors")
+        return np.stack(self.rows, dtype=np.float32)  # type: ignore[arg-type]
 
     @property
     def headers(self) -> dict[str, str]:
@@ -64,8 +76,8 @@ async def _run(request: Request, call: OpenAICall, opts: CallOptions, key: str |
         own = opts._replace(timeout=timeout)
         if key is not None:
             detached = await gateway.calls.submit_detached(service, call.rows, own, key)
-            return await gateway.calls.wait_detached(detached)
-        handle = await gateway.calls.start(service, call.rows, own, in_thread=is_large(request))
+            return await gateway.calls.wait_detached(detached, timeout)
+        handle = await gateway.calls.start(service, call.rows, own, in_thread=is_large(request, len(call.rows)))
         return await AsyncHandle(handle).result()
 
     try:

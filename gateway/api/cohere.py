@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -40,16 +40,7 @@ async def embed(request: Request) -> Response:
     opts = take_terms(request.headers, body, key_of(request))
     call = read_embed(body)
     results = await run(request, call, opts)
-    vectors = np.stack(cast(Sequence[np.ndarray], results.rows))
-    types = cast(list[str], call.details["types"])
-    written: dict[str, Any] = {
-        "id": stamp_of(results.service).id,
-        "response_type": "embeddings_by_type",
-        "embeddings": {name: ENCODERS[name](vectors) for name in types},
-        "texts": call.rows,
-        "meta": _meta(results),
-    }
-    return await write_answer(written, len(results.rows), results.headers)
+    return await write_answer(lambda: _write_embed(call, results), len(results.rows), results.headers)
 
 
 @router.post(RERANK_PATH)
@@ -60,7 +51,8 @@ async def rerank(request: Request) -> Response:
     results = await run(request, call, opts)
     stamp = stamp_of(results.service)
     ranked = answer(call, results.rows, results.tokens, stamp)["results"]
-    return await write_answer({"id": stamp.id, "results": ranked, "meta": _meta(results)}, 1, results.headers)
+    written = {"id": stamp.id, "results": ranked, "meta": _meta(results)}
+    return await write_answer(lambda: written, headers=results.headers)
 
 
 def read_embed(body: Mapping[str, Json]) -> OpenAICall:
@@ -92,6 +84,17 @@ def read_rerank(body: Mapping[str, Json]) -> OpenAICall:
     fields.finish()
     # Answered as Jina's API does, whose results have the same shape.
     return OpenAICall(RERANKINGS, RERANK.op, rows, options, model, {"top_n": top_n})
+
+
+def _write_embed(call: OpenAICall, results: Results) -> dict[str, object]:
+    vectors = results.vectors()
+    return {
+        "id": stamp_of(results.service).id,
+        "response_type": "embeddings_by_type",
+        "embeddings": {name: ENCODERS[name](vectors) for name in cast(list[str], call.details["types"])},
+        "texts": call.rows,
+        "meta": _meta(results),
+    }
 
 
 def _read_model(fields: Fields) -> str:
@@ -141,7 +144,7 @@ def _to_bits(vectors: np.ndarray) -> np.ndarray:
 
 
 ENCODERS: Mapping[str, Callable[[np.ndarray], object]] = {
-    "float": lambda vectors: np.ascontiguousarray(vectors, np.float32),
+    "float": lambda vectors: vectors,
     "base64": _to_base64,
     "ubinary": lambda vectors: _to_bits(vectors).tolist(),
     "binary": lambda vectors: (_to_bits(vectors).astype(np.int16) - 128).tolist(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -35,10 +35,15 @@ _HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
 
 
 class Guard:
-    """ASGI middleware. `keys` is None if whoever connects may do all: then only this host can."""
+    """ASGI middleware. `keys` is None if whoever connects may do all: then only this host can.
 
-    def __init__(self, app: ASGIApp, keys: KeyRing | None, hosts: frozenset[str]) -> None:
-        self._app, self._keys, self._hosts = app, keys, hosts
+    `hosts` and `origins` are as in Settings.
+    """
+
+    def __init__(
+        self, app: ASGIApp, keys: KeyRing | None, hosts: frozenset[str], origins: Collection[str] = ()
+    ) -> None:
+        self._app, self._keys, self._hosts, self._origins = app, keys, hosts, origins
         self._open = Places(MOST_OPEN, "overloaded", f"this process serves {MOST_OPEN} requests already")
         self._by_key: dict[str, int] = {}
 
@@ -67,8 +72,8 @@ class Guard:
         if self._hosts and host_name(host) not in self._hosts:
             raise Refusal(421, "unknown_host", "unknown host name: start the gateway with --allowed-host NAME")
         # A browser needs no key on this host, so its pages of other sites must not call.
-        source = headers.get("sec-fetch-site", ""), headers.get("origin", "")
-        if self._keys is None and is_foreign(*source, host, self._hosts):
+        site, origin = headers.get("sec-fetch-site", ""), headers.get("origin", "")
+        if self._keys is None and origin not in self._origins and is_foreign(site, origin, host, self._hosts):
             raise Refusal(403, "foreign_origin", "this request came from another site's page")
 
     def _find_key(self, path: str, headers: Headers) -> Key:

@@ -51,17 +51,18 @@ async def metrics(request: Request) -> Response:
 
 @router.get("/admin/backlog")
 async def backlogs(request: Request) -> Response:
-    found = [(view.name, _backlog(view, totals)) for view, totals in await gateway_of(request).readings.get()]
-    key = key_of(request)
-    return await write_answer({"services": {name: each for name, each in found if key.allows(name)}})
+    readings, key = await gateway_of(request).readings.get(), key_of(request)
+    found = {view.name: _backlog(view, totals) for view, totals in readings if key.allows(view.name)}
+    return await write_answer(lambda: {"services": found})
 
 
 @router.get("/admin/backlog/{name}")
 async def backlog(request: Request, name: str) -> Response:
-    for view, totals in await gateway_of(request).readings.get():
-        if view.name == name and key_of(request).allows(name):
-            return await write_answer(_backlog(view, totals))
-    raise UnknownService(f"no service {name[:80]!r}")
+    readings = await gateway_of(request).readings.get()
+    found = next((_backlog(view, totals) for view, totals in readings if view.name == name), None)
+    if found is None or not key_of(request).allows(name):
+        raise UnknownService(f"no service {name[:80]!r}")
+    return await write_answer(lambda: found)
 
 
 def _backlog(view: ServiceView, totals: ServiceMetrics) -> dict[str, Json]:

@@ -17,14 +17,15 @@ router = APIRouter()
 async def list_models(request: Request) -> Response:
     names = await gateway_of(request).models.get()
     key = key_of(request)
-    return await write_answer({"object": "list", "data": [_model(name) for name in names if key.allows(name)]})
+    found = [_model(name) for name in names if key.allows(name)]
+    return await write_answer(lambda: {"object": "list", "data": found})
 
 
 @router.get("/v1/models/{name}")
 async def show_model(request: Request, name: str) -> Response:
     if name not in await gateway_of(request).models.get() or not key_of(request).allows(name):
         raise UnknownService(f"no service {name[:80]!r}")
-    return await write_answer(_model(name))
+    return await write_answer(lambda: _model(name))
 
 
 def _model(name: str) -> dict[str, Json]:

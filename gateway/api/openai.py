@@ -58,8 +58,10 @@ async def _answer(request: Request, url: str) -> Response:
         await growing.ready()
         return EventStream(request, growing, Chunks(call, stamp_of(growing.service)))
     results = await run(request, call, opts)
-    written = answer(_with_arrays(call), results.rows, results.tokens, stamp_of(results.service))
-    return await write_answer(written, len(results.rows), results.headers)
+    stamp, shaped = stamp_of(results.service), _with_arrays(call)
+    return await write_answer(
+        lambda: answer(shaped, results.rows, results.tokens, stamp), len(results.rows), results.headers
+    )
 
 
 def _with_arrays(call: OpenAICall) -> OpenAICall:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -16,7 +15,7 @@ from millstream.client.openai.fields import Fields, StreamFormat, wrong_field
 from millstream.client.openai.requests import MAX_INPUTS, OpenAICall
 from millstream.client.row_results import RowOutcome
 from millstream.gateway.api.bodies import read_body, write_answer
-from millstream.gateway.api.calling import run, stamp_of
+from millstream.gateway.api.calling import Results, run, stamp_of
 from millstream.gateway.api.state import gateway_of, key_of
 from millstream.gateway.api.streaming import EventStream, GrowingAnswer
 from millstream.gateway.api.terms import take_terms
@@ -35,14 +34,7 @@ async def call_service(request: Request, name: str) -> Response:
         await growing.ready()
         return EventStream(request, growing, TextEvents())
     results = await run(request, call, opts)
-    outputs = [_output(row) for row in results.rows]
-    written: dict[str, Any] = {
-        "id": stamp_of(results.service).id,
-        "service": results.service,
-        **({"output": outputs[0]} if call.details["single"] else {"outputs": outputs}),
-        "usage": {"total_tokens": results.tokens},
-    }
-    return await write_answer(written, len(outputs), results.headers)
+    return await write_answer(lambda: _write(call, results), len(results.rows), results.headers)
 
 
 def read_call(name: str, body: Mapping[str, Json]) -> OpenAICall:
@@ -63,6 +55,16 @@ def read_call(name: str, body: Mapping[str, Json]) -> OpenAICall:
     stream = StreamFormat(usage=True) if streams else None
     given = options if isinstance(options, dict) else {}
     return OpenAICall("/v1/services", "", rows, given, name, {"single": inputs is None}, stream)
+
+
+def _write(call: OpenAICall, results: Results) -> dict[str, object]:
+    outputs = [_output(row) for row in results.rows]
+    return {
+        "id": stamp_of(results.service).id,
+        "service": results.service,
+        **({"output": outputs[0]} if call.details["single"] else {"outputs": outputs}),
+        "usage": {"total_tokens": results.tokens},
+    }
 
 
 class TextEvents:

@@ -62,7 +62,7 @@ class GrowingAnswer:
         try:
             await while_connected(self._request.receive, self._wait_for_first())
         except BaseException:
-            self._next.cancel()
+            await self.close()
             raise
 
     async def _wait_for_first(self) -> None:
@@ -72,22 +72,22 @@ class GrowingAnswer:
 
     async def pieces(self) -> AsyncIterator[str]:
         """Yields the pieces of the text, and "" after each PING_S without one. Raises the call's error."""
-        try:
-            while True:
-                await asyncio.wait({self._next}, timeout=PING_S)
-                if not self._next.done():
-                    yield ""
-                    continue
-                piece = self._next.result()
-                if piece is None:
-                    return
-                self._next = asyncio.create_task(self._advance())
-                yield piece
-        finally:
-            # Cancelling the step cancels the job, unless its text is complete.
-            self._next.cancel()
-            if self._stream:
-                await self._stream.close()
+        while True:
+            await asyncio.wait({self._next}, timeout=PING_S)
+            if not self._next.done():
+                yield ""
+                continue
+            piece = self._next.result()
+            if piece is None:
+                return
+            self._next = asyncio.create_task(self._advance())
+            yield piece
+
+    async def close(self) -> None:
+        """Cancels the job, unless its text is complete."""
+        self._next.cancel()
+        if self._stream:
+            await self._stream.close()
 
     def whole(self) -> Generated:
         """Returns the whole text, once `pieces` has ended."""
@@ -142,6 +142,8 @@ class EventStream(Response):
             ending = b"".join(map(_event, self._write.end(self._answer.whole()))) + DONE
         except Exception as error:  # noqa: BLE001 - a stream never ends silently, whatever went wrong
             ending = self._error(error)
+        finally:
+            await self._answer.close()
         await self._send(send, ending, last=True)
 
     def _error(self, error: Exception) -> bytes:

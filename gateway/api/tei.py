@@ -6,13 +6,12 @@ Below /tei/NAME they are those of one service; without it, of the only service t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, Response
 
-from millstream.broker.contract.errors import InvalidRequest
+from millstream.broker.contract.errors import InvalidRequest, UnknownService
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.operations import EMBED, RERANK
 from millstream.client.openai.answers import answer
@@ -36,8 +35,7 @@ async def embed(request: Request, service: str = "") -> Response:
     body = await read_body(request, gateway_of(request).settings.max_body)
     opts = take_terms(request.headers, body, key_of(request))
     results = await run(request, read_embed(body, service), opts)
-    vectors = np.stack(cast(Sequence[np.ndarray], results.rows))
-    return await write_answer(np.ascontiguousarray(vectors), len(vectors), results.headers)
+    return await write_answer(results.vectors, len(results.rows), results.headers)
 
 
 @router.post("/rerank")
@@ -54,14 +52,16 @@ async def rerank(request: Request, service: str = "") -> Response:
     written: Any = answer(call, results.rows, results.tokens, stamp_of(results.service))
     if not is_jinas:
         written = [_ranked(each) for each in written["results"]]
-    return await write_answer(written, 1, results.headers)
+    return await write_answer(lambda: written, headers=results.headers)
 
 
 @router.get("/info")
 @router.get("/tei/{service}/info")
 async def info(request: Request, service: str = "") -> Response:
     name = await find_service(request, OpenAICall("/info", EMBED.op, [], {}, service), None)
-    return await write_answer({"model_id": name, "max_client_batch_size": MAX_INPUTS, "auto_truncate": False})
+    if name not in await gateway_of(request).models.get():
+        raise UnknownService(f"no service {name[:80]!r}")
+    return await write_answer(lambda: {"model_id": name, "max_client_batch_size": MAX_INPUTS, "auto_truncate": False})
 
 
 @router.get("/tei/{service}/health")

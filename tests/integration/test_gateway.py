@@ -17,7 +17,7 @@ import openai
 import pytest
 from bystander import Bystander
 from contracts.queue import Queue, draft
-from gateways import LONG_S, Running, acting, gateway
+from gateways import LONG_S, Running, acting, events, gateway
 from support import eventually
 from workers import remove, spec, working
 
@@ -152,8 +152,15 @@ def test_pages_of_other_sites_may_call_only_if_they_are_allowed(server: Embedded
     with gateway(server.url, keys=file) as closed, gateway(server.url, keys=file, origins=(page,)) as opened:
         answers = [httpx.options(f"{each.url}/v1/embeddings", headers=asked) for each in (closed, opened)]
 
+    with gateway(server.url, origins=(page,)) as keyless:
+        called = [
+            keyless.get("/v1/models", **{"Origin": origin, "Sec-Fetch-Site": "cross-site"}).status_code
+            for origin in (page, "https://evil.example")
+        ]
+
     assert "access-control-allow-origin" not in answers[0].headers
     assert answers[1].headers["access-control-allow-origin"] == page
+    assert called == [200, 403]
 
 
 # -- services --------------------------------------------------------------------------------------------------------
@@ -177,6 +184,20 @@ def test_a_row_that_fails_fails_its_request_and_is_named(running: Running, custo
 @pytest.mark.parametrize("body", [{}, {"input": 1, "inputs": [1]}, {"inputs": []}, {"input": 1, "option": {}}], ids=str)
 def test_a_call_of_a_service_that_is_none_is_400(running: Running, custom: str, body: object) -> None:
     assert running.post(f"/v1/services/{custom}", body).status_code == 400
+
+
+def test_a_service_that_streams_gives_pieces_and_its_result(server: EmbeddedServer, running: Running) -> None:
+    name = f"test-stream-{uuid.uuid4().hex[:8]}"
+    model = ModelSpec(type="echo-stream", model_name="sleep:0.01")
+    with working(server.url, ServiceSpec(name=name, model=model, model_ref="m", runtime=Runtime())):
+        *pieces, result, done = events(running.post(f"/v1/services/{name}", {"input": "a b c d", "stream": True}))
+        whole = running.post(f"/v1/services/{name}", {"input": "a b"}).json()["output"]
+        options = running.post(f"/v1/services/{name}", {"input": "a b", "options": {"max_tokens": 1}}).json()["output"]
+    remove(server.url, name)
+
+    assert "".join(each["delta"] for each in pieces) == "a b c d"
+    assert (result["output"]["text"], result["output"]["finish_reason"], done) == ("a b c d", "stop", "[DONE]")
+    assert (whole["text"], options["text"]) == ("a b", "a ")
 
 
 # -- once ------------------------------------------------------------------------------------------------------------
