@@ -6,6 +6,7 @@ import base64
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import numpy as np
@@ -25,6 +26,9 @@ from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.stream_types import Settlement
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
+from millstream.client.calls import Calls
+from millstream.client.handle import Handle
+from millstream.gateway.api import bodies
 
 DIMENSION = 8
 
@@ -84,12 +88,31 @@ def test_numbers_are_lists_and_an_answer_says_how_long_it_took(running: Running,
     assert answer.headers["x-request-id"] == "mine-1"
 
 
-def test_a_request_of_2048_texts_is_one_call(running: Running, sdk: openai.OpenAI, embedder: str) -> None:
+def test_a_large_request_is_split_and_written_off_the_event_loop(
+    sdk: openai.OpenAI, embedder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, write, threads = Calls.begin, bodies.to_json, list[str]()
+
+    def begin_here(calls: Calls, *args: Any) -> Handle:
+        threads.append(threading.current_thread().name)
+        return begin(calls, *args)
+
+    def write_here(value: Any) -> bytes:
+        threads.append(threading.current_thread().name)
+        return write(value)
+
+    monkeypatch.setattr(Calls, "begin", begin_here)
+    monkeypatch.setattr(bodies, "to_json", write_here)
     texts = [f"text {n} of the mill on the stream" for n in range(2_048)]
 
-    found = sdk.embeddings.create(model=embedder, input=texts)
+    small = sdk.embeddings.create(model=embedder, input="a")
+    (loop,) = set(threads)
+    threads.clear()
+    large = sdk.embeddings.create(model=embedder, input=texts)
 
-    assert len(found.data) == len(texts)
+    assert (len(small.data), len(large.data)) == (1, len(texts))
+    assert len(threads) == 2
+    assert loop not in threads
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------
