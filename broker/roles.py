@@ -13,7 +13,7 @@ from typing import Literal
 
 from millstream.broker.contract.keys import DEFAULT_PREFIX, ServiceKeys, routes_key, services_key
 
-Role = Literal["viewer", "client", "worker", "admin"]
+Role = Literal["viewer", "client", "gateway", "worker", "admin"]
 
 SELECTORS_SINCE = (7, 0)
 """Version of Redis and Valkey from which on ACLs have selectors."""
@@ -122,6 +122,7 @@ _OPERATE = (
 _GRANTS: dict[Role, tuple[Grant, ...]] = {
     "viewer": _LOOK,
     "client": _CALL,
+    "gateway": (*_LOOK, *_CALL),
     "worker": (*_LOOK, *_WORK),
     "admin": (*_LOOK, *_CALL, *_WORK, *_OPERATE),
 }

@@ -72,7 +72,7 @@ def acl(
             raise click.BadParameter(f"{word!r} cannot be part of a key")
     words = [*_password(password_file, nopass), *rules(role, version, services, start)]
     click.echo(" ".join([*(["user"] if users_acl else ["ACL", "SETUSER"]), name, *words]))
-    if version[:2] < SELECTORS_SINCE and role in ("client", "worker"):
+    if version[:2] < SELECTORS_SINCE and role in ("client", "gateway", "worker"):
         note = "note: before 7.0 a user may run all of its commands on all of its keys; see docs/operations.md"
         click.echo(note, err=True)
 

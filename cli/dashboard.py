@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -10,9 +9,9 @@ from pathlib import Path
 import click
 
 from millstream.broker.config.telemetry import LogFormat, LogLevel
-from millstream.broker.contract.errors import ConfigError
 from millstream.broker.target import find_telemetry
 from millstream.cli import options
+from millstream.cli.extras import check_installed
 from millstream.cli.interrupts import Interrupts
 from millstream.cli.server import connect, find_server
 
@@ -55,7 +54,7 @@ def dashboard(
     Users of the role viewer look; operators may pause and resume services, and run dead letters again or remove them.
     Without --password-file everybody on this host is an operator.
     """
-    _check_installed()
+    check_installed("dashboard", "fastapi", "jinja2", "uvicorn")
     from millstream.gateway.dashboard.settings import make_settings
     from millstream.gateway.dashboard.users import new_line, read_users
 
@@ -69,25 +68,15 @@ def dashboard(
         host, has_users=users is not None, root_path=root_path, allowed_hosts=allowed_hosts, read_only=read_only
     )
     target = find_server(url, prefix)
-    from millstream.gateway.dashboard.server import Server, listen
+    from millstream.gateway.addresses import in_url
+    from millstream.gateway.dashboard.server import Server
+    from millstream.gateway.web_server import listen
 
     with connect(target.url) as connection, listen(host, port) as listening, Interrupts() as interrupts:
         server = Server(connection, target.prefix, settings, users)
         interrupts.attach(server)
-        shown = f"[{host}]" if ":" in host else host
-        click.echo(f"dashboard: http://{shown}:{listening.getsockname()[1]}{settings.root_path}/")
+        click.echo(f"dashboard: http://{in_url(host)}:{listening.getsockname()[1]}{settings.root_path}/")
         server.serve_on(listening)
-
-
-def _check_installed() -> None:
-    """Raises ConfigError if the packages of the extra are missing."""
-    try:
-        for name in ("fastapi", "jinja2", "uvicorn"):
-            importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"the dashboard's packages are missing: {error}", hint='pip install "millstream[dashboard]"'
-        ) from None
 
 
 def _ask_password(name: str) -> str:

@@ -13,6 +13,7 @@ from millstream.broker.target import find_telemetry
 from millstream.cli import options
 from millstream.cli.interrupts import Interrupts
 from millstream.cli.server import connect, find_server
+from millstream.telemetry.readings import reader
 
 PORT = 9478
 
@@ -53,7 +54,7 @@ def exporter(
     services, and neither payloads nor ids; anybody who reaches the port can read them. Needs the extra `metrics`.
     """
     try:
-        from millstream.telemetry.exporter import reader, serve
+        from millstream.telemetry.exporter import serve
     except ImportError as error:
         raise ConfigError(
             f"the exporter needs prometheus_client, which cannot be imported: {error}",

@@ -47,11 +47,13 @@ COMMANDS = {
     "exporter": Lazy("millstream.cli.exporter:exporter", "Serve the metrics of all services to Prometheus."),
     "generate": Lazy("millstream.cli.generate:generate", "Generate text through the queue."),
     "job": Lazy("millstream.cli.job:job", "Look at single jobs, wait for their results, or cancel them."),
+    "key": Lazy("millstream.cli.key:key", "Make, list and revoke the API keys of `millstream serve`."),
     "queue": Lazy("millstream.cli.queue:queue", "Show, pause, drain or empty the queues."),
     "route": Lazy(
         "millstream.cli.route:route",
         "Show the routes between versions of a service, and change their weights while calls go on.",
     ),
+    "serve": Lazy("millstream.cli.serve:serve", "Serve the API of OpenAI, Cohere, Jina and TEI in front of the queue."),
     "top": Lazy("millstream.cli.top:top", "Show services, workers and latencies, and keep them up to date."),
     "tune": Lazy("millstream.cli.tune:tune", "Measure with which batch limits a service is fastest on this machine."),
     "up": Lazy("millstream.cli.up:up", "Start a server if none is configured, and workers for each service."),

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, cast, overload
 
 from millstream.broker.config.spec import PriorityName
 from millstream.broker.contract.embedding import EmbedOptions, Encoding, InputType, Truncate
-from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Json
-from millstream.broker.contract.operations import BY_OP
-from millstream.broker.contract.partial import Delta
 from millstream.broker.contract.prompt import Message
 from millstream.broker.contract.rerank import RerankOptions, Scores
+from millstream.client.async_calls import AsyncCalls
 from millstream.client.async_handle import AsyncHandle
-from millstream.client.awaiting import await_acceptance, await_answer
 from millstream.client.call_options import CallOptions
 from millstream.client.call_request import (
     CallRequest,
@@ -31,22 +26,18 @@ from millstream.client.call_request import (
     prepare_rerank,
     to_stream,
 )
-from millstream.client.calls import NO_HITS, Calls
-from millstream.client.channel.loop_calls import arrival
+from millstream.client.calls import Calls
 from millstream.client.detached import Detached
 from millstream.client.generate import Generated, GenerateKeywords, PromptInput
 from millstream.client.generate_stream import AsyncGenerateStream
-from millstream.client.handle import Handle
 from millstream.client.job_terms import Progress
-from millstream.client.known import Known, KnownRoute
 from millstream.client.local import START_S, Local
 from millstream.client.map_window import MapWindow, Results
 from millstream.client.mapping import map_rows_async
 from millstream.client.rerank import Ranking
 from millstream.client.result import Embeddings
-from millstream.client.rows import copy_arguments
 from millstream.client.stats import ServiceStats
-from millstream.client.streaming import AsyncTextStream, TextCall
+from millstream.client.streaming import AsyncTextStream
 
 T = TypeVar("T")
 
@@ -61,6 +52,7 @@ class AsyncClient:
 
     def __init__(self, url: str | None = None, *, prefix: str | None = None) -> None:
         self._calls = Calls(url, prefix)
+        self._async_calls = AsyncCalls(self._calls)
 
     @classmethod
     async def local(
@@ -138,7 +130,7 @@ class AsyncClient:
     ) -> AsyncHandle:
         """Does as Client.submit."""
         return AsyncHandle(
-            await self._start(
+            await self._async_calls.start(
                 service,
                 inputs,
                 CallOptions(priority, timeout, wait, tenant, options, version=version, sticky_key=sticky_key),
@@ -185,7 +177,9 @@ class AsyncClient:
         opts = CallOptions(priority, None, True, tenant, options, version=version, sticky_key=sticky_key)
         progress = Progress()
         return map_rows_async(
-            lambda rows: self._start(service, rows, opts, progress), inputs, MapWindow(window, ordered, results)
+            lambda rows: self._async_calls.start(service, rows, opts, progress),
+            inputs,
+            MapWindow(window, ordered, results),
         )
 
     def stream(
@@ -206,7 +200,7 @@ class AsyncClient:
         The call begins with the first piece that is awaited, or with `async with`, and then raises its errors.
         """
         opts = CallOptions(priority, timeout, wait, tenant, options, version=version, sticky_key=sticky_key)
-        return self._open(StreamRequest(service, cast(Json, payload), opts))
+        return self._async_calls.open(StreamRequest(service, cast(Json, payload), opts))
 
     @overload
     async def generate(self, prompt: PromptInput, **options: Unpack[GenerateKeywords]) -> Generated: ...
@@ -227,7 +221,7 @@ class AsyncClient:
 
         The call begins with the first piece that is awaited, or with `async with`, and then raises its errors.
         """
-        return AsyncGenerateStream(self._open(to_stream(prepare_generate(prompt, options))))
+        return AsyncGenerateStream(self._async_calls.open(to_stream(prepare_generate(prompt, options))))
 
     async def chat(
         self,
@@ -247,7 +241,7 @@ class AsyncClient:
         **options: Unpack[GenerateKeywords],
     ) -> AsyncGenerateStream:
         """Does as Client.chat_stream; begins as `generate_stream` does."""
-        return AsyncGenerateStream(self._open(to_stream(prepare_chat(messages, tools, options))))
+        return AsyncGenerateStream(self._async_calls.open(to_stream(prepare_chat(messages, tools, options))))
 
     async def submit_detached(
         self,
@@ -267,22 +261,7 @@ class AsyncClient:
         opts = CallOptions(
             priority, timeout, True, tenant, options, webhook=webhook, version=version, sticky_key=sticky_key
         )
-        opts = opts.validate()
-        until = opts.until(time.monotonic())
-        rows, opts = copy_arguments(inputs, opts)
-        target = await self._target(service, until)
-        if idempotency_key is None:
-            spec = self._calls.choose_detached(target, opts, None)
-        else:
-            spec = await self._in_thread(self._calls.choose_detached, target, opts, idempotency_key)
-        request = self._calls.check_detached(spec, rows, opts, until, idempotency_key)
-        try:
-            return await await_acceptance(request.begin(self._calls, request.per_job))
-        except InvalidRequest:
-            per_job = await self._in_thread(request.find_other_per_job, self._calls)
-            if per_job is None:
-                raise
-            return await await_acceptance(request.begin(self._calls, per_job))
+        return await self._async_calls.submit_detached(service, inputs, opts, idempotency_key)
 
     def job(self, job_id: str) -> Detached:
         """Does as Client.job. The methods of Detached block: call them with asyncio.to_thread."""
@@ -290,13 +269,13 @@ class AsyncClient:
 
     async def stats(self, service: str) -> ServiceStats:
         """Does as Client.stats."""
-        return await self._in_thread(self._calls.stats, service)
+        return await self._async_calls.in_thread(self._calls.stats, service)
 
     async def close(self) -> None:
         """Does as Client.close."""
-        await self._in_thread(self._calls.close)
+        await self._async_calls.in_thread(self._calls.close)
         if self._local:
-            await self._in_thread(self._local.stop)
+            await self._async_calls.in_thread(self._local.stop)
 
     async def __aenter__(self) -> Self:
         return self
@@ -307,57 +286,5 @@ class AsyncClient:
         await self.close()
 
     async def _run(self, request: CallRequest[T]) -> T:
-        handle = await self._start(request.service, request.inputs, request.opts)
+        handle = await self._async_calls.start(request.service, request.inputs, request.opts)
         return request.convert(await AsyncHandle(handle).result())
-
-    async def _start(
-        self, service: str | None, inputs: Sequence[Json], opts: CallOptions, progress: Progress | None = None
-    ) -> Handle:
-        """Does as Calls.start, but awaits the server instead of blocking a thread."""
-        opts = opts.validate()
-        began = time.monotonic()
-        until = opts.until(began)
-        services = self._calls.services
-        name = service or services.known_only(BY_OP[opts.op].type)
-        target = services.known_target(name) if name else None
-        if target is None:
-            # The caller may change its inputs while this waits for the server.
-            inputs, opts = copy_arguments(inputs, opts)
-            target = await self._target(name or await self._only(opts.op, until), until)
-        chosen = self._calls.choose(target, opts, progress)
-        hits = NO_HITS
-        if chosen.spec.runtime.enable_cache:
-            inputs, opts = copy_arguments(inputs, opts)
-            hits = await arrival(partial(self._calls.read_cache_soon, chosen.spec, inputs, opts))
-        return self._calls.begin(chosen, inputs, opts, hits, began, progress)
-
-    def _open(self, request: StreamRequest) -> AsyncTextStream:
-        async def begin() -> TextCall:
-            opts = request.opts.validate()
-            began = time.monotonic()
-            until = opts.until(began)
-            (row,), opts = copy_arguments([request.row], opts)
-            target = await self._target(request.service or await self._only(opts.op, until), until)
-            return self._calls.begin_stream(self._calls.choose(target, opts), row, opts, began)
-
-        async def read_partial(call: TextCall) -> Delta:
-            return await self._in_thread(self._calls.read_partial, call)
-
-        return AsyncTextStream(begin, read_partial)
-
-    async def _only(self, op: str, until: float | None) -> str:
-        """Does as Services.only, for the type of models that runs `op`."""
-        services, model_type = self._calls.services, BY_OP[op].type
-        if known := services.known_only(model_type):
-            return known
-        return await await_answer(services.ask_only(model_type), until)
-
-    async def _target(self, name: str, until: float | None) -> Known | KnownRoute:
-        """Does as Services.read_target."""
-        services = self._calls.services
-        if target := services.known_target(name):
-            return target
-        return await await_answer(services.ask_target(name), until)
-
-    async def _in_thread(self, function: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._calls.executor, partial(function, *args))

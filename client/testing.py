@@ -25,6 +25,7 @@ from millstream.broker.queue.registry import Registry
 from millstream.broker.queue.streams import Streams
 from millstream.broker.transport.connection import Connection
 from millstream.client.aio import AsyncClient
+from millstream.client.async_calls import AsyncCalls
 from millstream.client.cache_reader import CacheReader
 from millstream.client.call_options import CallOptions, read_webhook
 from millstream.client.calls import NO_HITS, Calls
@@ -121,6 +122,7 @@ class AsyncFakeClient(AsyncClient):
         handlers: Mapping[str, Handler] | None = None,
     ) -> None:
         self._calls = self._fake = _make_calls(dim, answers, errors or {}, services, handlers or {})
+        self._async_calls = AsyncCalls(self._calls)
 
     @property
     def calls(self) -> list[Call]:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -20,43 +19,13 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from millstream.broker.contract.errors import ConfigError, MillstreamError, described
-from millstream.broker.contract.keys import DEFAULT_PREFIX
-from millstream.broker.queue.inspector import Inspector
-from millstream.broker.queue.metrics import HistogramView, Metrics
-from millstream.broker.queue.routes import Routes
-from millstream.broker.transport.connection import Connection
+from millstream.broker.queue.metrics import HistogramView
 from millstream.telemetry.metrics import METRICS, UP, UP_HELP, Metric, Reading
 
 log = logging.getLogger(__name__)
 
-
-def reader(connection: Connection, prefix: str = DEFAULT_PREFIX) -> Callable[[], list[Reading]]:
-    """Returns a function that reads all registered services. It raises BrokerUnavailable and other errors of ours."""
-    inspector, metrics, routes = Inspector(connection, prefix), Metrics(connection, prefix), Routes(connection, prefix)
-
-    def read() -> list[Reading]:
-        views = inspector.services()
-        totals = metrics.services([view.name for view in views])
-        shares, canaries = _read_routes(routes)
-        return [
-            Reading(view, total, shares.get(view.name, {}), canaries.get(view.name, ""))
-            for view, total in zip(views, totals, strict=True)
-        ]
-
-    return read
-
-
-def _read_routes(routes: Routes) -> tuple[Mapping[str, Mapping[str, float]], Mapping[str, str]]:
-    """Returns the parts of the calls by service and route, and the state of its last canary by service."""
-    shares: defaultdict[str, dict[str, float]] = defaultdict(dict)
-    canaries: dict[str, str] = {}
-    for route in routes.in_effect():
-        whole = sum(route.weights.values()) or 1.0
-        for version, service in route.services.items():
-            shares[service][route.name] = route.weights.get(version, 0.0) / whole
-        if canary := routes.canary(route):
-            canaries[route.services[canary.state.plan.to]] = canary.state.status
-    return shares, canaries
+PAGE_TYPE = CONTENT_TYPE_LATEST
+"""Content type of a page of metrics."""
 
 
 class ServiceCollector(Collector):
@@ -112,15 +81,25 @@ def family_of(metric: Metric, readings: Sequence[Reading]) -> Family:
     return plain
 
 
+def page_writer(read: Callable[[], Sequence[Reading]]) -> Callable[[], bytes]:
+    """Returns a function that writes all metrics as PAGE_TYPE, for a web server of the caller's own. It blocks."""
+    registry = _make_registry(read)
+    return lambda: generate_latest(registry)
+
+
+def _make_registry(read: Callable[[], Sequence[Reading]]) -> CollectorRegistry:
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(ServiceCollector(read))
+    return registry
+
+
 def serve(read: Callable[[], Sequence[Reading]], host: str, port: int) -> tuple[int, Callable[[], None]]:
     """Serves metrics on `host` and `port`, 0 for any free one. Returns the port, and a function that ends it.
 
     Raises ConfigError if it cannot listen there.
     """
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(ServiceCollector(read))
     try:
-        server, thread = start_http_server(port, addr=host, registry=registry)
+        server, thread = start_http_server(port, addr=host, registry=_make_registry(read))
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {host} port {port}: {error.strerror or error}", hint="choose another --host or --port"

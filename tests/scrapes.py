@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from prometheus_client.parser import text_string_to_metric_families
 
 from millstream.broker.transport.connection import Connection
-from millstream.telemetry.exporter import reader, serve
+from millstream.telemetry.exporter import serve
+from millstream.telemetry.readings import reader
 
 
 class Scrape:

@@ -30,16 +30,17 @@ def working(
     folder: Path | None = None,
     processes: int = 1,
     variables: Mapping[str, str] = NO_VARIABLES,
+    prefix: str = "ms",
 ) -> Iterator[Supervisor]:
     """Worker `processes` for each of `specs`, which are registered, ready and drained in the end.
 
     `folder` holds the code of those that are custom. `variables` are those of the worker processes.
     """
     connection = Connection(url, name="tests")
-    Registry(connection).push(specs)
+    Registry(connection, prefix).push(specs)
     connection.close()
     plans = [Plan(each, processes, folder=str(folder or "")) for each in specs]
-    supervisor = Supervisor(url, "ms", plans, drain_s=10.0, variables=variables)
+    supervisor = Supervisor(url, prefix, plans, drain_s=10.0, variables=variables)
     thread = threading.Thread(target=supervisor.run)
     thread.start()
     try:

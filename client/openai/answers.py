@@ -18,6 +18,9 @@ from millstream.client.openai.requests import CHAT, COMPLETIONS, EMBEDDINGS, RER
 from millstream.client.result import read_generation
 from millstream.client.row_results import RowOutcome
 
+ARRAY = "array"
+"""Format of embeddings beside "float" and "base64", for callers whose writer of JSON knows arrays."""
+
 
 class Stamp(NamedTuple):
     """Fields of an answer that do not follow from the outcomes. `id` names the answer, without a prefix.
@@ -43,7 +46,7 @@ def answer(call: OpenAICall, outcomes: Sequence[RowOutcome], tokens: int, stamp:
 
 
 def _write_embeddings(call: OpenAICall, outcomes: Sequence[RowOutcome], tokens: int, stamp: Stamp) -> dict[str, Json]:
-    encode = _to_base64 if call.details.get("encoding_format") == "base64" else _to_list
+    encode = _ENCODERS[call.details.get("encoding_format")]
     data: list[Json] = [
         {"object": "embedding", "index": at, "embedding": encode(outcome)} for at, outcome in enumerate(outcomes)
     ]
@@ -66,17 +69,30 @@ def _vector_of(outcome: RowOutcome) -> np.ndarray:
     return outcome
 
 
+_ENCODERS: Mapping[Json, Callable[[RowOutcome], Json]] = MappingProxyType(
+    {"float": _to_list, "base64": _to_base64, ARRAY: lambda vector: cast(Json, _vector_of(vector))}
+)
+
+
 def _write_chat(call: OpenAICall, outcomes: Sequence[RowOutcome], tokens: int, stamp: Stamp) -> dict[str, Json]:
     text = _text_of(outcomes[0])
     message: dict[str, Json] = {"role": "assistant", "content": text.text, "refusal": None}
     if text.tool_calls:
-        message["tool_calls"] = [_tool_call(each, stamp, at) for at, each in enumerate(text.tool_calls)]
-    logprobs: Json = None
-    if text.logprobs is not None:
-        logprobs = {"content": [_chat_logprob(each) for each in text.logprobs], "refusal": None}
-    reason = "tool_calls" if text.tool_calls else _reason(text)
-    choice: Json = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": reason}
+        message["tool_calls"] = tool_calls(text, stamp)
+    choice: Json = {"index": 0, "message": message, "logprobs": chat_logprobs(text), "finish_reason": reason_of(text)}
     return _completion("chatcmpl", "chat.completion", [choice], [text], stamp)
+
+
+def tool_calls(text: Generated, stamp: Stamp) -> list[Json]:
+    """Returns the calls of tools in a text, as a message has them."""
+    return [_tool_call(each, stamp, at) for at, each in enumerate(text.tool_calls)]
+
+
+def chat_logprobs(text: Generated) -> Json:
+    """Returns the log probabilities of a chat's text; None if the request asked for none."""
+    if text.logprobs is None:
+        return None
+    return {"content": [_chat_logprob(each) for each in text.logprobs], "refusal": None}
 
 
 def _tool_call(called: Mapping[str, Json], stamp: Stamp, at: int) -> Json:
@@ -97,13 +113,14 @@ def _token(token: str, logprob: float) -> dict[str, Json]:
 def _write_completions(call: OpenAICall, outcomes: Sequence[RowOutcome], tokens: int, stamp: Stamp) -> dict[str, Json]:
     texts = [_text_of(outcome) for outcome in outcomes]
     choices: list[Json] = [
-        {"index": at, "text": text.text, "logprobs": _completion_logprobs(text), "finish_reason": _reason(text)}
+        {"index": at, "text": text.text, "logprobs": completion_logprobs(text), "finish_reason": reason_of(text)}
         for at, text in enumerate(texts)
     ]
     return _completion("cmpl", "text_completion", choices, texts, stamp)
 
 
-def _completion_logprobs(text: Generated) -> Json:
+def completion_logprobs(text: Generated) -> Json:
+    """Returns the log probabilities of a completion; None if the request asked for none."""
     if text.logprobs is None:
         return None
     offsets, at = list[Json](), 0
@@ -127,12 +144,13 @@ def _completion(
         "created": stamp.created,
         "model": stamp.model,
         "choices": choices,
-        "usage": _usage(texts),
+        "usage": usage_of(texts),
         "system_fingerprint": texts[0].fingerprint or None,
     }
 
 
-def _usage(texts: Sequence[Generated]) -> Json:
+def usage_of(texts: Sequence[Generated]) -> Json:
+    """Returns the tokens of texts."""
     prompt, completion, cached = (
         sum(text.usage.get(name, 0) for text in texts)
         for name in ("prompt_tokens", "completion_tokens", "cached_tokens")
@@ -154,7 +172,10 @@ def _text_of(outcome: RowOutcome) -> Generated:
     return Generated.of(read_generation(outcome), "", {})
 
 
-def _reason(text: Generated) -> str:
+def reason_of(text: Generated) -> str:
+    """Returns the finish reason of a text, as OpenAI's API has it."""
+    if text.tool_calls:
+        return "tool_calls"
     # A text that a time limit ended is incomplete, and OpenAI's API has no other name for it.
     return LENGTH if text.finish_reason == DEADLINE else text.finish_reason
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import cast
+from typing import NamedTuple, cast
 
 from millstream.broker.contract.errors import InvalidRequest, did_you_mean
 from millstream.broker.contract.job import Json
@@ -24,6 +24,15 @@ SAMPLING = (
     "ignore_eos",
 )
 """Options of language models whose names and values are the same in OpenAI's API, and those of our own."""
+
+TOKEN_IDS = "token ids are not supported"
+"""Begin of the reason why an input is refused that is token ids: they depend on a tokenizer."""
+
+
+class StreamFormat(NamedTuple):
+    """How an answer is streamed. `usage`: a last chunk has the usage."""
+
+    usage: bool
 
 
 def wrong_field(name: str, reason: str, hint: str = "") -> InvalidRequest:
@@ -74,6 +83,21 @@ class Fields:
             close = did_you_mean(name, self._known)
             hint = f"did you mean {close!r}?" if close else ""
             raise wrong_field(name[:80], f"{self._url} does not support this field", hint)
+
+
+def read_stream(fields: Fields) -> StreamFormat | None:
+    """Returns how the answer is streamed; None if it is not."""
+    streams = fields.take("stream", lambda value: isinstance(value, bool), "true or false")
+    options = fields.take(
+        "stream_options", lambda value: isinstance(value, dict) and streams is True, "an object, if stream=true"
+    )
+    if not streams:
+        return None
+    given = Fields("stream_options", cast(dict[str, Json], options or {}))
+    usage = given.take("include_usage", lambda value: isinstance(value, bool), "true or false")
+    given.ignore("include_obfuscation")
+    given.finish()
+    return StreamFormat(bool(usage))
 
 
 def read_options(fields: Fields, names: Iterable[str] | None = None) -> dict[str, Json]:

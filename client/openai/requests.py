@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import cast
 
 from millstream.broker.contract.errors import InvalidRequest
 from millstream.broker.contract.job import Json
 from millstream.broker.contract.operations import EMBED, GENERATE, RERANK
-from millstream.client.openai.fields import Fields, read_chat_options, read_options, wrong_field
+from millstream.client.openai.fields import (
+    TOKEN_IDS,
+    Fields,
+    StreamFormat,
+    read_chat_options,
+    read_options,
+    read_stream,
+    wrong_field,
+)
 
 Body = Mapping[str, Json]
 """Body of a request or of an answer, as JSON has it."""
 
 EMBEDDINGS, CHAT, COMPLETIONS, RERANKINGS = "/v1/embeddings", "/v1/chat/completions", "/v1/completions", "/v1/rerank"
+
+STREAMING = frozenset({CHAT, COMPLETIONS})
+"""URLs of requests for texts, which can be streamed."""
 
 MAX_INPUTS = 2_048
 """Inputs of one request at most, as in OpenAI's API."""
@@ -29,7 +40,7 @@ class OpenAICall:
     """Call that a request asks for. All `rows` have the same `options`; `op` is the operation that must run.
 
     `url` and `details` are for `answers.answer`: `details` holds what decides the shape of the answer. `model` is what
-    the request names; "" if it names none.
+    the request names; "" if it names none. `stream` is None if the answer is one body.
     """
 
     url: str
@@ -38,10 +49,14 @@ class OpenAICall:
     options: Mapping[str, Json]
     model: str = ""
     details: Mapping[str, Json] = field(default_factory=lambda: MappingProxyType({}))
+    stream: StreamFormat | None = None
 
 
-def read_request(url: str, body: Json) -> OpenAICall:
-    """Returns the call of a request. Raises InvalidRequest, which names the field that is wrong or not supported."""
+def read_request(url: str, body: Json, *, may_stream: bool = False) -> OpenAICall:
+    """Returns the call of a request. Raises InvalidRequest, which names the field that is wrong or not supported.
+
+    `may_stream`: a request for one text may ask for it in pieces.
+    """
     if url not in _READERS:
         raise InvalidRequest(f"url: {str(url)[:80]!r} is not supported", hint=f"one of {', '.join(_READERS)}")
     if not isinstance(body, dict):
@@ -50,9 +65,12 @@ def read_request(url: str, body: Json) -> OpenAICall:
     # `user` and the others say who asks, not what: no result depends on them.
     fields.ignore("user", "safety_identifier", "metadata", "service_tier", "prompt_cache_key")
     model = fields.take("model", _is_text, "a string") or ""
+    stream = read_stream(fields) if may_stream and url in STREAMING else None
     call = _READERS[url](fields, cast(str, model))
     fields.finish()
-    return call
+    if stream and len(call.rows) != 1:
+        raise wrong_field("stream", "a stream has one prompt", "send a request for each")
+    return replace(call, stream=stream)
 
 
 def _read_embeddings(fields: Fields, model: str) -> OpenAICall:
@@ -71,7 +89,7 @@ def _read_texts(value: Json) -> Sequence[Json]:
         if isinstance(each, int | list):
             raise wrong_field(
                 "input",
-                "token ids are not supported: they depend on the model's tokenizer",
+                f"{TOKEN_IDS}: they depend on the model's tokenizer",
                 "send texts; LangChain does with check_embedding_ctx_length=False",
             )
         if not isinstance(each, str):

@@ -12,9 +12,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from millstream.gateway.addresses import host_name, is_foreign
 from millstream.gateway.dashboard.rendering import Renderer
-from millstream.gateway.dashboard.same_origin import is_foreign
-from millstream.gateway.dashboard.settings import Settings, host_name
+from millstream.gateway.dashboard.settings import Settings
 from millstream.gateway.dashboard.sign_in import SignIn
 from millstream.gateway.dashboard.users import Role
 

@@ -10,9 +10,6 @@ import hashlib
 import hmac
 import re
 import secrets
-from urllib.parse import urlsplit
-
-from millstream.gateway.dashboard.settings import host_name
 
 COOKIE = "millstream_dashboard"
 
@@ -40,17 +37,3 @@ def new_session() -> str:
 def is_session(value: str) -> bool:
     """Returns whether `value` has the form of a session."""
     return bool(_SESSION.fullmatch(value))
-
-
-def is_foreign(fetch_site: str, origin: str, host: str, hosts: frozenset[str]) -> bool:
-    """Returns whether the headers Sec-Fetch-Site or Origin say that the request comes from another site's page.
-
-    `host` is the Host header. A proxy may have replaced it; then `hosts`, the allowed names, has the public one.
-    Browsers send Sec-Fetch-Site to https and to this host only, and old ones neither header: then the token decides.
-    """
-    if fetch_site:
-        return fetch_site != "same-origin"
-    if not origin:
-        return False
-    source = urlsplit(origin).hostname or ""
-    return source.lower() not in {host_name(host), *hosts}

@@ -7,22 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import re
 import secrets
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from millstream.broker.contract.errors import ConfigError, InvalidRequest
+from millstream.gateway.private_file import read_private_file
 
 Role = Literal["viewer", "operator"]
 ROLES: tuple[Role, ...] = get_args(Role)
-
-MOST_BYTES = 65_536
-"""Bytes of a password file that are read at most."""
 
 SHORTEST = 8
 """Characters that a new password has at least."""
@@ -63,15 +59,7 @@ def new_line(name: str, role: str, password: str) -> str:
 
 def read_users(file: Path) -> Mapping[str, User]:
     """Returns the users of `file` by name. Raises ConfigError if it is malformed, or if others may change it."""
-    try:
-        with file.open("rb") as stream:
-            mode = os.fstat(stream.fileno()).st_mode
-            text = stream.read(MOST_BYTES).decode()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise ConfigError(f"the password file {file} cannot be read: {reason}", hint=_HOW) from None
-    if mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ConfigError(f"the password file {file} can be changed by other users", hint=f"chmod go-w {file}")
+    text = read_private_file(file, "password file", _HOW)
     users = {user.name: user for user in _users(file, text)}
     if not users:
         raise ConfigError(f"the password file {file} names no user", hint=_HOW)

@@ -12,8 +12,9 @@ from contracts.queue import Queue
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.client import Client
-from millstream.gateway.dashboard.server import Server, listen
+from millstream.gateway.dashboard.server import Server
 from millstream.gateway.dashboard.settings import make_settings
+from millstream.gateway.web_server import listen
 
 
 @dataclass

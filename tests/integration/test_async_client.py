@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bystander import Bystander
@@ -23,7 +24,11 @@ from millstream.broker.contract.job import Json
 from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.client import AsyncClient, Client
+from millstream.client.async_calls import AsyncCalls
 from millstream.client.async_handle import AsyncHandle
+from millstream.client.call_options import CallOptions
+from millstream.client.calls import Calls
+from millstream.client.handle import Handle
 
 CONNECTIONS = 3
 """Of one client to one service: for sending, for reading replies, for reading the registry."""
@@ -262,3 +267,34 @@ def test_several_event_loops_share_a_client(server: EmbeddedServer, echo: str) -
     asyncio.run(client.close())
 
     assert sorted(map(str, answers)) == [str([str(n)]) for n in range(4)]
+
+
+def test_a_call_that_is_cancelled_while_a_thread_begins_it_leaves_no_job(
+    server: EmbeddedServer, bystander: Callable[..., Bystander], service: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = bystander().queue
+    begins, goes_on = threading.Event(), threading.Event()
+    begin, handles = Calls.begin, list[Handle]()
+
+    def slow(calls: Calls, *args: Any) -> Handle:
+        begins.set()
+        assert goes_on.wait(LONG_S)
+        handles.append(begin(calls, *args))
+        return handles[0]
+
+    monkeypatch.setattr(Calls, "begin", slow)
+
+    async def run() -> None:
+        calls = AsyncCalls(Calls(server.url, "ms"))
+        starting = asyncio.create_task(calls.start(service, ["a"], CallOptions(), in_thread=True))
+        await until(begins.is_set)
+        starting.cancel()
+        await asyncio.wait({starting})
+        goes_on.set()
+        await until(lambda: handles)
+        with pytest.raises(Cancelled):
+            await asyncio.to_thread(handles[0].result, LONG_S)
+        await until(lambda: queue.depth() == 0)
+        await asyncio.to_thread(calls.calls.close)
+
+    asyncio.run(run())

@@ -30,9 +30,10 @@ from millstream.gateway.dashboard import actions
 from millstream.gateway.dashboard.app import make_app
 from millstream.gateway.dashboard.looks import Watcher, see
 from millstream.gateway.dashboard.rendering import Renderer
-from millstream.gateway.dashboard.server import Server, listen
+from millstream.gateway.dashboard.server import Server
 from millstream.gateway.dashboard.settings import make_settings
 from millstream.gateway.dashboard.state import Dashboard
+from millstream.gateway.web_server import listen
 
 LOCAL = make_settings("127.0.0.1", has_users=False)
 

@@ -40,7 +40,7 @@ LOOKS = {
 }
 """Commands that show a state. Each is run here with --json, `bulk status` in test_bulk.py."""
 
-ANSWERS = {"bench", "embed", "generate", "job cancel", "job wait", "route show", "tune"}
+ANSWERS = {"bench", "embed", "generate", "job cancel", "job wait", "key ls", "route show", "tune"}
 """Commands that have --json, too, and tests of their own."""
 
 ACTS = {
@@ -56,6 +56,8 @@ ACTS = {
     "dead purge",
     "dead requeue",
     "exporter",
+    "key add",
+    "key revoke",
     "queue drain",
     "queue pause",
     "queue purge",
@@ -65,6 +67,7 @@ ACTS = {
     "route promote",
     "route rollback",
     "route set",
+    "serve",
     "up",
     "worker drain",
     "worker run",

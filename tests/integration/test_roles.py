@@ -14,6 +14,7 @@ import pytest
 import redis
 from click.testing import CliRunner
 from contracts.queue import Queue, draft
+from gateways import gateway
 from receivers import SECRET, Receiver, receiving
 from support import eventually
 from workers import LONG_S, remove, spec
@@ -271,6 +272,20 @@ def test_a_viewer_sees_everything(enter: Enter, connection: Connection, echo_spe
     assert "malformed" in millstream("dead", "show", name, _text(letter), *look)
     with opened(look[1]) as limited:
         assert see(limited, "ms").found.view(name), "what the dashboard reads"
+
+
+def test_a_gateway_calls_and_looks(enter: Enter, echo_spec: ServiceSpec) -> None:
+    name = echo_spec.name
+
+    with at_work(enter("worker", name), echo_spec), gateway(enter("gateway")) as running:
+        called = running.post(f"/v1/services/{name}", {"input": "a"}).json()
+        once = running.post(f"/v1/services/{name}", {"input": "a"}, idempotency_key=name).json()
+        listed = [each["id"] for each in running.get("/v1/models").json()["data"]]
+        looks = [running.get(path).status_code for path in (f"/readyz?service={name}", f"/admin/backlog/{name}")]
+        metrics = running.get("/metrics").text
+
+    assert (called["output"], once["output"], name in listed, looks) == ("a", "a", True, [200, 200])
+    assert f'service="{name}"' in metrics
 
 
 def _text(value: bytes | str | None) -> str:

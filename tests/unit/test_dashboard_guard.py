@@ -11,10 +11,11 @@ from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
 from millstream.broker.contract.errors import ConfigError
+from millstream.gateway.addresses import LOCAL_NAMES, host_name, is_foreign
 from millstream.gateway.dashboard.guard import Guard
 from millstream.gateway.dashboard.rendering import Renderer
-from millstream.gateway.dashboard.same_origin import COOKIE, Tokens, is_foreign, new_session
-from millstream.gateway.dashboard.settings import LOCAL_NAMES, host_name, make_settings
+from millstream.gateway.dashboard.same_origin import COOKIE, Tokens, new_session
+from millstream.gateway.dashboard.settings import make_settings
 from millstream.gateway.dashboard.users import User, new_line, read_users
 
 PAGES = ("/", "/workers", "/services/docs", "/services/docs/history", "/services/docs/pause")

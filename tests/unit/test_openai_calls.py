@@ -17,11 +17,13 @@ from millstream.broker.contract.errors import (
     ModelFailed,
     NoWorkers,
     QueueFull,
+    UnknownService,
 )
 from millstream.broker.contract.generation import GenerateOptions, Logprob
 from millstream.client.generate import Generated
 from millstream.client.openai.answers import Stamp, answer
 from millstream.client.openai.batch import read_line, write_line
+from millstream.client.openai.chunks import Chunks
 from millstream.client.openai.failures import body_of, status_of
 from millstream.client.openai.requests import CHAT, COMPLETIONS, EMBEDDINGS, RERANKINGS, read_request
 
@@ -150,7 +152,6 @@ def test_rankings_are_sorted_and_cut() -> None:
     [
         (EMBEDDINGS, {}, "input"),
         (EMBEDDINGS, {"input": []}, "input"),
-        (EMBEDDINGS, {"input": [1, 2]}, "input"),
         (EMBEDDINGS, {"input": "a", "encoding_format": "int8"}, "encoding_format"),
         (EMBEDDINGS, {"input": "a", "temperature": 1}, "temperature"),
         (CHAT, {"messages": HELLO, "n": 2}, "n"),
@@ -171,6 +172,68 @@ def test_a_field_that_is_missing_wrong_or_not_supported_is_named(url: str, body:
 
     error: Any = body_of(caught.value)["error"]
     assert (error["param"], error["type"], error["code"]) == (param, "invalid_request_error", "invalid_request")
+
+
+def test_token_ids_of_a_foreign_tokenizer_have_a_code_and_a_way_out() -> None:
+    several: Any = ([1, 2], [[1, 2], [3]])
+    for given in several:
+        with pytest.raises(InvalidRequest, match="check_embedding_ctx_length=False") as caught:
+            read_request(EMBEDDINGS, {"input": given})
+
+        error: Any = body_of(caught.value)["error"]
+        assert (error["code"], error["param"]) == ("token_ids_not_supported", "input")
+
+
+def test_codes_that_programs_look_for_are_openais() -> None:
+    unknown: Any = body_of(UnknownService("no service 'm'"))["error"]
+    long: Any = body_of(InputTooLong("5 tokens, the model reads 4"))["error"]
+
+    assert (unknown["code"], unknown["param"]) == ("model_not_found", "model")
+    assert long["code"] == "context_length_exceeded"
+
+
+def test_a_stream_of_a_chat_has_role_pieces_reason_calls_and_usage() -> None:
+    body: Any = {"messages": HELLO, "stream": True, "stream_options": {"include_usage": True}}
+    chunks = Chunks(read_request(CHAT, body, may_stream=True), STAMP)
+    text = Generated(**{**fields_of(TEXT), "tool_calls": ({"name": "f", "arguments": {"x": 1}},)})
+
+    sent: list[Any] = [*chunks.begin(), chunks.piece("a mill"), *chunks.end(text)]
+
+    assert {each["object"] for each in sent} == {"chat.completion.chunk"}
+    deltas = [each["choices"][0]["delta"] for each in sent[:3]]
+    assert deltas[:2] == [{"role": "assistant", "content": ""}, {"content": "a mill"}]
+    (called,) = deltas[2]["tool_calls"]
+    assert (called["index"], called["function"]["name"], sent[2]["choices"][0]["finish_reason"]) == (
+        0,
+        "f",
+        "tool_calls",
+    )
+    assert (sent[3]["choices"], sent[3]["usage"]["total_tokens"]) == ([], 7)
+    assert all(each["usage"] is None for each in sent[:3])
+
+
+def test_a_stream_of_a_completion_has_no_usage_unless_it_asks() -> None:
+    chunks = Chunks(read_request(COMPLETIONS, {"prompt": "a", "stream": True}, may_stream=True), STAMP)
+
+    sent: list[Any] = [*chunks.begin(), chunks.piece("a"), *chunks.end(TEXT)]
+
+    assert [each["choices"][0]["text"] for each in sent] == ["a", ""]
+    assert [each["choices"][0]["finish_reason"] for each in sent] == [None, "stop"]
+    assert not any("usage" in each for each in sent)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": ["a", "b"], "stream": True}, "stream"),
+        ({"prompt": "a", "stream": "yes"}, "stream"),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
+        ({"prompt": "a", "stream": True, "stream_options": {"include_usag": True}}, "include_usag"),
+    ],
+)
+def test_a_stream_that_cannot_be_given_is_refused(body: Any, param: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{param}"):
+        read_request(COMPLETIONS, body, may_stream=True)
 
 
 def test_a_misspelt_field_gets_a_suggestion() -> None:

@@ -172,6 +172,7 @@ EXCEPTIONS = {
     ("client/detached_id.py", "call"): "the group of a pattern that has the id of a detached call",
     ("client/openai/answers.py", "embedding"): "the key of a vector in an answer of OpenAI's shape",
     ("client/openai/requests.py", "echo"): "the field of a request of OpenAI's shape that asks for the prompt, too",
+    ("gateway/api/terms.py", "stream"): "the field of a request that asks for events",
     ("worker/engines/upstream_rows.py", "embedding"): "the key of a vector in a server's answer",
     ("worker/engines/upstream_text.py", "stream"): "the field of a request that asks for events",
     ("worker/models/loading/weights.py", "embedding"): "the attribute of a module that has its table of vectors",
