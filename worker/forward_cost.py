@@ -17,8 +17,8 @@ class ForwardCost:
     """Cost and limits of one process's forwards; thread-safe.
 
     `budget`: the limits of a forward, and its fixed cost in tokens. `seconds_per_token`: that of full forwards, 0.0
-    until one is measured. `smallest_s`: seconds that the smallest forward takes, infinite until it is measured. `job_s`:
-    mean seconds of a job in the model, 0.0 until one is measured.
+    until one is measured. `smallest_s`: seconds that the smallest forward takes, infinite until it is measured.
+    `job_s`: mean seconds of a job in the model, 0.0 until one is measured.
 
     A small forward says little about a large one: its tokens are dearer, by more than a fixed cost explains. So each
     size, a power of two, has a mean of its own.

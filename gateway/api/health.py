@@ -29,7 +29,8 @@ async def healthz() -> Response:
 async def readyz(request: Request, service: str = "") -> Response:
     """Says whether a worker of `service`, or by default of any one, could answer a call now."""
     try:
-        views = [view for view, _ in await gateway_of(request).readings.get() if service in ("", view.name)]
+        readings = await gateway_of(request).readings.get()
+        views = [each.view for each in readings if service in ("", each.view.name)]
         reason = "" if any(map(_takes_jobs, views)) else "no live worker"
     except MillstreamError:
         reason = "the queue's server cannot be reached"
@@ -52,14 +53,14 @@ async def metrics(request: Request) -> Response:
 @router.get("/admin/backlog")
 async def backlogs(request: Request) -> Response:
     readings, key = await gateway_of(request).readings.get(), key_of(request)
-    found = {view.name: _backlog(view, totals) for view, totals in readings if key.allows(view.name)}
+    found = {each.view.name: _backlog(each.view, each.totals) for each in readings if key.allows(each.view.name)}
     return await write_answer(lambda: {"services": found})
 
 
 @router.get("/admin/backlog/{name}")
 async def backlog(request: Request, name: str) -> Response:
     readings = await gateway_of(request).readings.get()
-    found = next((_backlog(view, totals) for view, totals in readings if view.name == name), None)
+    found = next((_backlog(each.view, each.totals) for each in readings if each.view.name == name), None)
     if found is None or not key_of(request).allows(name):
         raise UnknownService(f"no service {name[:80]!r}")
     return await write_answer(lambda: found)

@@ -17,8 +17,6 @@ PAGE = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
 PROMISES = range(1, 20)
 
 _PATH = re.compile(r"`([\w./-]+\.(?:py|lua|toml)|scripts/\w+)(?:::\w+)*`")
-PROMISES = [*range(1, 17), 18]
-
 _TEST = re.compile(r"`(tests/[\w./]+\.py)::(\w+)`")
 
 
