@@ -28,17 +28,35 @@ _INDENT = "    "
 @options.url
 @options.prefix
 @options.json_output(", with a stable name of each cause")
+@click.option("--drift", is_flag=True, help="Also embed fixed texts, and compare their vectors with those of before.")
+@click.option("--accept", is_flag=True, help="With --drift: keep the vectors of now instead of those of before.")
 @click.pass_context
-def doctor(ctx: click.Context, services: tuple[str, ...], url: str | None, prefix: str | None, as_json: bool) -> None:
+def doctor(
+    ctx: click.Context,
+    services: tuple[str, ...],
+    url: str | None,
+    prefix: str | None,
+    as_json: bool,
+    drift: bool,
+    accept: bool,
+) -> None:
     """Look at the server and at SERVICE, or at all services, and say what is wrong with them.
 
-    An error keeps jobs from moving, or loses them; a warning will, or hurts a part. Nothing is changed.
+    An error keeps jobs from moving, or loses them; a warning will, or hurts a part. Nothing is changed, unless --drift
+    keeps vectors: the first ones of each embedding service. It costs each of them a forward.
     """
+    if accept and not drift:
+        raise click.UsageError("--accept is for --drift.")
     target = find_server(url, prefix)
     with connect(target.url) as connection:
         # Raises UnknownService with the name that was probably meant.
         examination = examine(connection, target.prefix, services)
-    findings = examination.findings
+    findings = list(examination.findings)
+    if drift:
+        # Imported here: it loads a client, and `doctor` alone needs none.
+        from millstream.cli.drift import check_drift
+
+        findings += check_drift(target.url, target.prefix, list(examination.specs.values()), accept=accept)
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in findings], ensure_ascii=False, indent=2))
     else:

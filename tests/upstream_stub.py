@@ -41,6 +41,7 @@ class Stub:
     ran: list[tuple[float, int]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     url: str = ""
+    vector: Callable[[str], list[float]] = lambda text: vector(text)
 
     def texts(self, body: Body) -> list[str]:
         """The pieces that answer a request: numbered words, each behind the text that the request has already."""
@@ -188,14 +189,14 @@ class _Handler(BaseHTTPRequestHandler):
             case "/embeddings":
                 assert body["encoding_format"] == "base64"
                 data = [
-                    {"index": at, "embedding": base64.b64encode(struct.pack("<3f", *vector(text))).decode()}
+                    {"index": at, "embedding": base64.b64encode(_packed(self.stub.vector(text))).decode()}
                     for at, text in enumerate(body["input"])
                 ]
                 return {"data": data[::-1], "usage": {"prompt_tokens": 5 * len(data), "total_tokens": 5 * len(data)}}
             case "/api/embed":
-                return {"embeddings": [vector(text) for text in body["input"]], "prompt_eval_count": 3}
+                return {"embeddings": [self.stub.vector(text) for text in body["input"]], "prompt_eval_count": 3}
             case "/embed":
-                return [vector(text) for text in body["inputs"]]
+                return [self.stub.vector(text) for text in body["inputs"]]
             case "/rerank" if "texts" in body:
                 return [{"index": at, "score": float(len(text))} for at, text in enumerate(body["texts"])][::-1]
             case "/rerank":
@@ -276,3 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 def vector(text: str) -> list[float]:
     return [float(len(text)), 1.0, 0.0]
+
+
+def _packed(numbers: list[float]) -> bytes:
+    return struct.pack(f"<{len(numbers)}f", *numbers)

@@ -59,6 +59,10 @@ class ServiceKeys:
         """HASH: the canary of the route of this name, and its driver's lease; gone when the weights are changed."""
         return self._key("canary")
 
+    def drift(self) -> str:
+        """HASH: vectors of fixed texts that an embedding service gave, kept by `doctor --drift`; no ttl."""
+        return self._key("drift")
+
     def stream(self, priority: Priority) -> str:
         """STREAM of jobs; no ttl. Settled entries are deleted, so XLEN = waiting + in flight."""
         return self._key(f"q:{priority}")

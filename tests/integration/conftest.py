@@ -17,7 +17,7 @@ from millstream.broker.server.embedded import EmbeddedServer
 from millstream.broker.transport.connection import Connection
 from millstream.client import Client
 
-_KEPT = re.compile(r"(q|index|turn|parked):(realtime|normal|batch)|service|dead|paused|bell")
+_KEPT = re.compile(r"(q|index|turn|parked):(realtime|normal|batch)|service|dead|paused|bell|canary|drift")
 """The keys of a service that may live without a ttl."""
 
 
