@@ -41,7 +41,7 @@ def test_workers_started_separately_share_the_hosts_cores(
         eventually(shared, within_s=30)
 
     said = capfd.readouterr().err
-    assert "GOMP_SPINCOUNT=10000" in said
+    assert "GOMP_SPINCOUNT=3000" in said
     assert " with 1 thread" in said or "(measured)" in said
     remove(server.url, name)
     connection.close()

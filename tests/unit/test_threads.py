@@ -159,7 +159,7 @@ def test_what_is_no_number_of_threads_is_none(value: str) -> None:
 
 
 def test_threads_wait_for_a_bounded_time_unless_the_operator_says_how() -> None:
-    assert waiting({}) == {"GOMP_SPINCOUNT": "10000"}
+    assert waiting({}) == {"GOMP_SPINCOUNT": "3000"}
     assert waiting({"GOMP_SPINCOUNT": "5"}) == waiting({"OMP_WAIT_POLICY": "ACTIVE"}) == {}
     assert describe_waiting({"GOMP_SPINCOUNT": "10000", "HOME": "/"}) == "GOMP_SPINCOUNT=10000"
 

@@ -27,9 +27,9 @@ SPIN = "GOMP_SPINCOUNT"
 POLICY = "OMP_WAIT_POLICY"
 DYNAMIC = "OMP_DYNAMIC"
 
-SPINS = 10_000
-"""Rounds that a thread of GNU OpenMP waits for the others before it sleeps. The default is so long that a forward loses
-a fifth if another process is busy; with no round at all, each operation costs a system call."""
+SPINS = 3_000
+"""Rounds that a thread of GNU OpenMP waits for the others before it sleeps. The default is so long that a forward takes
+twice its time if another process is busy; with no round at all, each operation costs a system call."""
 
 GAIN = 1.03
 """Factor by which more threads must be faster to be preferred."""
