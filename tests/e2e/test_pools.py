@@ -99,8 +99,8 @@ def test_a_model_that_leaves_answers_first_what_it_holds(url: str, tmp_path: Pat
         pool.sites[0].ledger() as one,
         pool.sites[1].ledger() as two,
     ):
-        (first,) = one.send([["first"]])
-        one.wait_for([first])
+        # After the first round only one of both is in memory; the jobs then bring the slow one there.
+        eventually(lambda: sorted(pool.states()) == ["ready", "standby"], within_s=30.0)
         held = one.send([[f"{number}"] for number in range(6)])
         eventually(lambda: len(held_jobs(pool.sites[0])) >= 2)
         mine = held_jobs(pool.sites[0])
@@ -108,7 +108,7 @@ def test_a_model_that_leaves_answers_first_what_it_holds(url: str, tmp_path: Pat
         two.wait_for([job])
         answered = {job for job in held if one.replies.get(job)}
 
-        assert mine <= answered | {first}
+        assert mine <= answered
         one.wait_for(held)
         assert [one.replies[job][0].values for job in held] == [[f"Slow {number}"] for number in range(6)]
         assert one.answered_more_than_once() == []
