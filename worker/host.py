@@ -119,11 +119,12 @@ class DeviceShare:
 
     def step(self) -> bool:
         """Gives one turn to the lane that comes next. Returns whether any lane had work."""
-        runners = [lane.runner if lane else None for lane in self._lanes]
-        place = self._turn.next([runner.work if runner else None for runner in runners], time.monotonic())
-        runner = None if place is None else runners[place]
-        if place is None or runner is None:
+        place = self._turn.next([lane.runner.work if lane else None for lane in self._lanes], time.monotonic())
+        lane = None if place is None else self._lanes[place]
+        if place is None or lane is None:
             return False
+        # Nothing here refers to the other lanes during this turn: one that is removed meanwhile must free its memory.
+        runner = lane.runner
         with self._device:
             start = time.monotonic()
             if runner is not self._last:

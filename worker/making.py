@@ -94,6 +94,7 @@ class LaneMaker:
         self._began: dict[str, int] = {}
         self._loading: dict[str, int] = {}
         self._forwards: dict[str, int] = {}
+        self._peaks: dict[str, int] = {}
         self.sizes: dict[str, Size] = {}
         self.failing = child_args.hosted[0].service
 
@@ -166,7 +167,11 @@ class LaneMaker:
         # one may import libraries.
         forward = self._forwards.setdefault(spec.name, max(0, self._meter.peak() - used))
         held = max(0, used - began) + forward
-        self.sizes[spec.name] = Size(held, max(held, self._loading[spec.name] - began))
+        peak = max(self._loading[spec.name], self._meter.peak()) - began
+        if spec.name in self.sizes:
+            # The most of all later loads: what a load needs varies with what runs beside it.
+            peak = self._peaks[spec.name] = max(peak, self._peaks.get(spec.name, 0))
+        self.sizes[spec.name] = Size(held, max(held, peak))
         limit = spec.runtime.memory_limit
         if limit is not None and held > limit:
             raise ModelUnavailable(

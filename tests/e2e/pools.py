@@ -37,6 +37,15 @@ class Running:
     def states(self) -> list[str]:
         return [view.state if view else "" for view in self.views()]
 
+    def settled(self, ready: int) -> None:
+        """Until each model was loaded once, and so many are in memory and the others on standby."""
+        eventually(lambda: self._is_settled(ready), within_s=START_S)
+
+    def _is_settled(self, ready: int) -> bool:
+        views = self.views()
+        states = [view.state for view in views if view and view.loads]
+        return states.count("ready") == ready and states.count("standby") == len(views) - ready
+
     def rss(self) -> int:
         """Bytes that the process has in memory."""
         (pid,) = self.supervision.pids

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -268,3 +270,44 @@ def test_a_lane_that_fails_ends_all_and_each_may_settle_what_it_finished() -> No
         host.run([one, two])
 
     assert [lane.calls[-2:] for lane in (one, two)] == [["stop", "await_settled"]] * 2
+
+
+def test_a_lane_that_is_removed_is_referred_to_by_no_running_turn() -> None:
+    one, two = Bench(Watched()), Bench(EchoModel())
+    share = share_of(one, two)
+    one.send("a")
+    two.send("b")
+    while share.step():
+        pass
+    found: list[object] = []
+    gone = weakref.ref(two.runner)
+
+    def remove() -> None:
+        share.remove(1)
+        two.runner = None  # type: ignore[assignment]
+        gc.collect()
+        found.append(gone())
+
+    one.model.on_forward = remove  # type: ignore[union-attr]
+    one.send("c")
+    assert share.step()
+
+    assert found == [None]
+
+
+def test_threads_get_the_device_in_the_order_in_which_they_ask() -> None:
+    share, order = DeviceShare(0), list[int]()
+
+    def use(number: int) -> None:
+        with share.device():
+            order.append(number)
+
+    threads = [threading.Thread(target=use, args=(number,)) for number in range(5)]
+    with share.device():
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            eventually(lambda number=number: share._device._asked == number + 1)  # type: ignore[misc]
+    for thread in threads:
+        thread.join()
+
+    assert order == [0, 1, 2, 3, 4]

@@ -171,6 +171,9 @@ class Pool:
             self._shutdown.pause(DRAINED_LOOK_S)
         if not self._share.remove(place):
             return
+        # Until the turn in which the lane was still asked for work has ended.
+        with self._share.device():
+            pass
         resident.lane.drain()
         tenant.note_left(resident.lane.job_s)
         self._standby.beat_soon()
