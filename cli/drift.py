@@ -30,7 +30,7 @@ def check_drift(url: str, prefix: str, specs: Sequence[ServiceSpec], *, accept: 
     """
     calls = Calls(url, prefix)
     try:
-        embedding = [spec for spec in specs if spec.model.operation.op == EMBED.op]
+        embedding = [spec for spec in specs if spec.model.operation.results == "vectors"]
         return [finding for spec in embedding for finding in _check(calls, spec, accept)]
     finally:
         calls.close()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from millstream.broker.contract.errors import InputTooLong, MillstreamError, ModelFailed
 from millstream.broker.contract.job import PRIORITIES, Claim, Priority, Reply
 from millstream.broker.contract.keys import ServiceKeys
-from millstream.broker.contract.metrics import TIMES_MS, bucket_fields
+from millstream.broker.contract.metrics import HISTOGRAMS, TIMES_MS, bucket_fields
 from millstream.broker.queue.lease import NO_PACKAGE, Beat, Lease, Package
 from millstream.worker.context import Context
 from millstream.worker.engines.one_shot import OneShot
@@ -309,6 +309,7 @@ def test_histograms_of_answers_have_each_value_in_its_bucket(calls: list[list[tu
             priority = PRIORITIES[int(stream) - 1]
             for name, value in ((f"wait:{priority}", max(0, ms)), (f"total:{priority}", max(0, ms)), ("inference", s)):
                 expected[bucket_fields(name)[bisect_left(TIMES_MS, value)]] += 1
+            expected[bucket_fields("latency")[bisect_left(HISTOGRAMS["latency"], max(0, ms))]] += 1
 
     found = histograms.counts()
     assert {field: count for field, count in found.items() if not field.endswith(":sum")} == expected
