@@ -6,7 +6,7 @@ import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from starlette.requests import Request
@@ -67,7 +67,6 @@ async def run(request: Request, call: OpenAICall, opts: CallOptions) -> Results:
 async def _run(request: Request, call: OpenAICall, opts: CallOptions, key: str | None) -> Results:
     gateway = gateway_of(request)
     opts = opts._replace(options=call.options, op=call.op)
-
     service = call.model
 
     async def attempt(timeout: float | None) -> Embeddings | list[Json]:
@@ -81,11 +80,10 @@ async def _run(request: Request, call: OpenAICall, opts: CallOptions, key: str |
         return await AsyncHandle(handle).result()
 
     try:
-        result = await gateway.outage.outlast(attempt, opts.timeout)
+        # Results have their usage and timings, whatever they are.
+        result = cast("Embeddings | Values", await gateway.outage.outlast(attempt, opts.timeout))
     except PartialFailure as error:
         raise _first_of(error) from None
-    if not isinstance(result, Embeddings | Values):
-        return Results(service, [], 0, {}, "")
     rows = list(np.asarray(result)) if isinstance(result, Embeddings) else list(result)
     return Results(service, rows, result.usage.get("tokens", 0), result.timings, result.version)
 

@@ -38,7 +38,7 @@ async def readyz(request: Request, service: str = "") -> Response:
 
 
 def _takes_jobs(view: ServiceView) -> bool:
-    return bool(view.workers) and view.paused is None
+    return view.paused is None and any(worker.state not in ("away", "draining") for worker in view.workers)
 
 
 @router.get("/metrics")
