@@ -18,6 +18,7 @@ from millstream.worker.models.base import Prepared
 from millstream.worker.scheduling.active_job import BY_SHARE, SUSPECT, ActiveJob, Outcome, Rows, priority_of
 from millstream.worker.scheduling.batcher import Budget, Cut, Pool
 from millstream.worker.scheduling.batches import Batches
+from millstream.worker.scheduling.claim_policy import RELIED_ON
 from millstream.worker.scheduling.slack import Due, due_at, slack_in_order, slack_together
 from millstream.worker.scheduling.slots import Slots
 
@@ -59,7 +60,7 @@ class Window:
         self._running = 0
         self._unproven: set[str] = set()
         self._has_unproven_suspect = False
-        self._ends_at = self._stepped_at = self._step_s = 0.0
+        self._ends_at = self._forward_s = self._stepped_at = self._step_s = 0.0
         self._takes = 0
         self._closed = False
         self._is_set_aside = False
@@ -81,6 +82,7 @@ class Window:
         """Applies changed limits, from the next micro-batch on. `is_fair`: tenants share the claims."""
         self.cost.limit(rows, tokens, inference_timeout_s)
         self._batches.limit(queue_timeout_s, is_fair)
+        self._is_fair = is_fair
         if self._slots:
             self._slots.reserved = reserved_slots
 
@@ -196,6 +198,16 @@ class Window:
         """Predicted seconds until the running forward ends; 0.0 if none runs."""
         return max(0.0, self._ends_at - time.monotonic()) if self._running else 0.0
 
+    @property
+    def held_back_s(self) -> float:
+        """Seconds until a worker of a fair service claims the rows of its next forward: 0.0 for others.
+
+        What is claimed late has the jobs of tenants that came meanwhile.
+        """
+        if not self._is_fair or self._slots:
+            return 0.0
+        return max(0.0, self.forward_left_s - (1 - RELIED_ON) * self._forward_s)
+
     def wait_until_empty(self, timeout: float) -> bool:
         """Sleeps until the window is `empty`; False after `timeout` seconds."""
         with self._lock:
@@ -285,7 +297,8 @@ class Window:
             self._chosen = []
             by_time = self._pool.cut == "tokens" and budget.tokens < self.budget.tokens
             self.cut = "time" if by_time else self._pool.cut
-            self._ends_at = time.monotonic() + self.cost.predicted_s(budget.computed(batch))
+            self._forward_s = self.cost.predicted_s(budget.computed(batch))
+            self._ends_at = time.monotonic() + self._forward_s
             self._running += len(batch)
             self._takes += 1
             self._batch_taken.notify_all()

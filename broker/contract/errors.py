@@ -107,7 +107,7 @@ class DeadlineExceeded(MillstreamError):
 
 
 class QueueFull(MillstreamError):
-    """The service has `max_queue_size` jobs of this priority; none of the call's jobs was accepted."""
+    """`max_queue_size` is reached, of this priority or of its tenant; none of the call's jobs was accepted."""
 
     code = "queue_full"
     retryable = True

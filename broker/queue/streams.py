@@ -106,14 +106,16 @@ class Streams:
         """Lets the next claim read again whether the service has `fair`. From any thread."""
         self._fairness = None
 
-    def _is_fair(self) -> bool:
-        """Whether the service has `fair`, or had it: its scripts then look after the index of tenants."""
-        if self._fairness is None:
-            self._fairness = cast(bytes, self._client.hget(self._keys.spec(), FAIR_FIELD) or b"").decode()
-        return bool(self._fairness)
+    def _read_fairness(self) -> str:
+        """Returns FAIR, WAS_FAIR or "": a service that is or was fair has scripts that look after its index."""
+        fairness = self._fairness
+        if fairness is None:
+            fairness = cast(bytes, self._client.hget(self._keys.spec(), FAIR_FIELD) or b"").decode()
+            self._fairness = fairness
+        return fairness
 
     def _run(self, name: Verb, keys: list[str], args: Sequence[scripts.Argument]) -> Any:
-        if self._is_fair():
+        if self._read_fairness():
             return scripts.run(self._client, _FAIR_NAMES[name], [*keys, *self._fair_keys], args)
         return scripts.run(self._client, name, keys, args)
 
@@ -196,10 +198,10 @@ class Streams:
         keys, args = self._claim_words(consumer, limit)
         name: Literal["claim", "claim_fair"] = "claim"
         watched = [*self._streams, self._bell]
-        if self._is_fair():
+        if fairness := self._read_fairness():
             name, keys = "claim_fair", [*keys, *self._fair_keys]
             # The streams would give out their oldest job, whoever's turn it is.
-            watched = [self._bell] if self._fairness == FAIR else watched
+            watched = [self._bell] if fairness == FAIR else watched
         command: list[scripts.Argument] = [_XREADGROUP, "GROUP", GROUP, consumer, "COUNT", 1, "BLOCK", block_ms]
         command += ["STREAMS", *watched, *([">"] * len(watched))]
         woken, rest = scripts.run_after(self._client, command, name, keys, args)

@@ -68,17 +68,17 @@ def test_who_comes_later_is_served_next_and_has_nothing_to_catch_up(bystander: M
 
 
 def test_who_leaves_and_comes_back_gets_no_more_than_who_stays(bystander: Made) -> None:
+    """A tenant with one long job at a time has none waiting in between, and gets as many tokens as the other one."""
     queue = bystander(fair="tenant").queue
-    put(queue, "aaaaaa")
+    put(queue, "a" * 20)
     taken = ""
 
-    for _ in range(3):
-        put(queue, "b")
-        taken += tenants(queue.claim(jobs=1))
-        put(queue, "b")
+    for _ in range(16):
+        if len(taken) == 0 or taken[-1] == "b":
+            queue.put(draft(tokens=15, tenant="b"))
         taken += tenants(queue.claim(jobs=1))
 
-    assert Counter(taken) == {"a": 3, "b": 3}
+    assert Counter(taken) == {"a": 13, "b": 3}
 
 
 def test_a_tenant_with_three_times_the_weight_gets_three_times_the_jobs(bystander: Made) -> None:
@@ -313,6 +313,27 @@ def test_the_plain_script_refuses_jobs_of_a_fair_service(bystander: Made) -> Non
         plain.enqueue([Group(Priority.NORMAL, [draft(tenant="a")])])
 
     assert said == ["enqueue", "enqueue_fair", "enqueue_fair"]
+
+
+def test_a_service_without_fair_runs_no_further_command(bystander: Made) -> None:
+    service = bystander()
+    queue = service.queue
+    put(queue, "a")
+    service.answer(*queue.claim().claims)
+    commands: list[str] = []
+
+    with queue.client.monitor() as seen:  # type: ignore[no-untyped-call]
+        put(queue, "ab")
+        claims = queue.claim().claims
+        service.answer(claims[0])
+        queue.streams.cancel([claims[1].address.job_id], CALLER)
+        queue.client.echo("the end")
+        while "the end" not in "".join(commands[-1:]):
+            commands.append(str(seen.next_command()["command"]))
+
+    of_tenants = (":index:", ":turn:", ":past:", ":parked:", ":in_flight", ":tenants")
+    assert [command for command in commands if any(key in command for key in of_tenants)] == []
+    assert [command for command in commands if command.startswith("HGET ")] == []
 
 
 def test_a_new_job_wakes_a_sleeping_worker(bystander: Made) -> None:

@@ -15,6 +15,7 @@ from millstream.broker.queue.claims import ClaimBudget, Claimed
 from millstream.worker.scheduling.claim_policy import (
     FIRST,
     Claim,
+    HoldBack,
     LastClaim,
     Overtake,
     Pause,
@@ -262,3 +263,11 @@ def test_a_busy_worker_with_slots_looks_sooner_since_rows_can_join_at_each_step(
     full = State(FIRST, None, URGENT, waiting=True, takes=2, has_slots=False)
 
     assert [next_step(full), next_step(full._replace(has_slots=True))] == [WaitForTake(0.02), WaitForTake(0.01)]
+
+
+def test_a_worker_of_a_fair_service_claims_for_its_next_forward_late() -> None:
+    """Jobs of tenants that come meanwhile are among them."""
+    early = State(FIRST, ROOM, takes=2, forward_left_s=0.4, held_back_s=0.3)
+
+    assert next_step(early) == HoldBack(0.3)
+    assert isinstance(next_step(early._replace(held_back_s=0.0)), Claim)

@@ -56,6 +56,19 @@ def test_a_worker_of_a_fair_service_holds_one_micro_batch(window: Window) -> Non
     assert (room.rows, room.tokens) == (4, 100)
 
 
+def test_a_worker_of_a_fair_service_is_held_back_for_most_of_a_forward(window: Window) -> None:
+    window.cost.seconds_per_token = 1.0
+    window.limit(4, 100, None, is_fair=True)
+    window.hold([held_of([10])])
+    assert window.held_back_s == 0.0
+
+    window.take()
+
+    assert 0 < window.held_back_s < 0.75 * window.cost.predicted_s(10)
+    window.limit(4, 100, None)
+    assert window.held_back_s == 0.0
+
+
 def test_rows_come_back_as_the_jobs_they_came_from(window: Window) -> None:
     jobs = [held_of([3, 3]), held_of([3]), held_of([3, 3])]
     window.hold(jobs)

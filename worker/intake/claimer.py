@@ -33,6 +33,9 @@ SLEEP_S = 1.0
 LEAST_WAIT_S = 0.002
 """Seconds of the shortest wait for more jobs."""
 
+LOOK_S = 0.01
+"""Seconds between two looks whether a forward has ended, while a worker of a fair service claims nothing."""
+
 PAUSED_S = 0.25
 """Seconds between two claims from a paused service."""
 
@@ -156,6 +159,7 @@ class Claimer(threading.Thread):
             suspect_room=self._suspect_room() if last_claim.suspects else None,
             has_slots=window.has_slots,
             is_apart=last_claim.alone and window.is_apart,
+            held_back_s=window.held_back_s,
         )
 
     def _suspect_room(self) -> ClaimBudget | None:
@@ -186,6 +190,9 @@ class Claimer(threading.Thread):
                 self._wait_until_empty()
             case claim_policy.RunSuspects(limit):
                 self._run_suspects(limit)
+            case claim_policy.HoldBack(seconds):
+                # The prediction may be too long: the forward may end sooner.
+                self._shutdown.pause(min(seconds, LOOK_S))
             case claim_policy.Pause():
                 self._shutdown.pause(PAUSED_S)
                 self._last_claim = self._last_claim._replace(waited=True)

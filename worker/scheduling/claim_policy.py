@@ -83,7 +83,8 @@ class State(NamedTuple):
     wait here. `batch_rows`: rows of a micro-batch. `less_urgent`: rows of normal or batch jobs wait for the runner.
     `suspect_room`: budget of a claim of suspects that run before the waiting rows, None if they have to wait until the
     worker is free. `has_slots`: rows have slots of an engine, for many steps. `is_apart`: the suspects of the last
-    claim have output, so other rows may run beside them.
+    claim have output, so other rows may run beside them. `held_back_s`: seconds for which a worker of a fair service
+    claims nothing for its next forward.
     """
 
     last_claim: LastClaim
@@ -99,6 +100,7 @@ class State(NamedTuple):
     suspect_room: ClaimBudget | None = None
     has_slots: bool = False
     is_apart: bool = False
+    held_back_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +144,18 @@ class RunSuspects:
 
 
 @dataclass(frozen=True, slots=True)
+class HoldBack:
+    """Wait for `seconds` while a forward runs, or until it ends, and then claim for the next one."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Pause:
     """Wait a moment, since the service is paused."""
 
 
-Step = Claim | Overtake | SleepInRedis | WaitForTake | WaitUntilEmpty | RunSuspects | Pause
+Step = Claim | Overtake | SleepInRedis | WaitForTake | WaitUntilEmpty | RunSuspects | HoldBack | Pause
 
 
 def next_step(state: State) -> Step:
@@ -164,6 +173,8 @@ def next_step(state: State) -> Step:
     with_room = _last_with_room(state)
     if state.room is None or (state.waiting and not with_room):
         return _past_a_full_window(state, last)
+    if state.held_back_s and not state.waiting:
+        return HoldBack(state.held_back_s)
     if not last_claim.paused:
         if state.waiting and not last_claim.waited and _is_exhausted(state):
             return _wait_for_take(state)

@@ -110,9 +110,9 @@ local function load_tenants(stream, queue)
   local found = redis.call('ZRANGE', TURN[stream], queue.loaded, queue.loaded + size - 1, 'WITHSCORES')
   local weights = weights_of(found)
   for i = 1, #found, 2 do
-    local tenant = {name = found[i], time = tonumber(found[i + 1]), at = 1, page = 1}
-    tenant.weight = tonumber(weights[(i + 1) / 2] or 1) or 1
-    place(queue, tenant)
+    -- All fields at once: a table that grows costs as much as a command.
+    place(queue, {name = found[i], time = tonumber(found[i + 1]), weight = tonumber(weights[(i + 1) / 2] or 1) or 1,
+      members = {}, at = 1, page = 1, last = false, is_done = false, in_flight = false, is_touched = false})
   end
   if #found > 0 then queue.horizon = {name = found[#found - 1], time = tonumber(found[#found])} end
   queue.loaded, queue.all = queue.loaded + #found / 2, #found < 2 * size
@@ -129,7 +129,7 @@ end
 -- Returns the oldest member of a tenant in the index; nil if it has none.
 local function oldest(stream, tenant)
   local members = tenant.members
-  while not members or tenant.at > #members do
+  while tenant.at > #members do
     if tenant.is_done then return nil end
     local from, size = tenant.last and '(' .. tenant.last or '[' .. tenant.name .. '\0', MEMBERS[tenant.page]
     members = redis.call('ZRANGEBYLEX', INDEX[stream], from, '(' .. tenant.name .. '\1', 'LIMIT', '0', size)
@@ -150,9 +150,17 @@ local function is_at_most(tenant)
   return tenant.in_flight >= most_in_flight
 end
 
+-- Notes that what the server has of a tenant changes.
+local function touch(queue, tenant)
+  if tenant.is_touched then return end
+  tenant.is_touched = true
+  queue.touched[#queue.touched + 1] = tenant
+end
+
 -- Parks a tenant that is next, until one of its jobs is settled.
 local function park(queue, tenant)
-  tenant.is_parked, queue.touched[tenant], queue.head = true, true, queue.head + 1
+  touch(queue, tenant)
+  tenant.is_parked, queue.head = true, queue.head + 1
   queue.parked[#queue.parked + 1], queue.parked[#queue.parked + 2] = now, tenant.name
 end
 
@@ -198,9 +206,9 @@ end
 -- Writes what the claim changed: taken members, and the times of tenants.
 local function write_turns(stream, queue)
   if #queue.gone > 0 then redis.call('ZREM', INDEX[stream], unpack(queue.gone)) end
-  if not next(queue.touched) then return end
+  if #queue.touched == 0 then return end
   local turns, ended, past = {}, {}, {queue.served, SERVED}
-  for tenant in pairs(queue.touched) do
+  for _, tenant in ipairs(queue.touched) do
     local words = not tenant.is_parked and oldest(stream, tenant) and turns or past
     words[#words + 1], words[#words + 2] = tenant.time, tenant.name
     if words == past then ended[#ended + 1] = tenant.name end
@@ -218,7 +226,7 @@ end
 local function advance(queue, tenant, charged)
   queue.gone[#queue.gone + 1] = tenant.members[tenant.at]
   tenant.at = tenant.at + 1
-  queue.touched[tenant] = true
+  touch(queue, tenant)
   if charged == 0 then return end
   queue.served, queue.head = tenant.time, queue.head + 1
   tenant.time = tenant.time + charged / tenant.weight
@@ -256,7 +264,8 @@ local function take_in_turn(stream, queue, too_many)
       park(queue, tenant)
     else
       stale = stale + 1
-      queue.touched[tenant], queue.head = true, queue.head + 1
+      touch(queue, tenant)
+      queue.head = queue.head + 1
     end
     tenant = not full and next_tenant(stream, queue)
   end
