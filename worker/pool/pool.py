@@ -26,8 +26,8 @@ from millstream.worker.host import DeviceShare
 from millstream.worker.making import LaneMaker, Place
 from millstream.worker.models.base import Closes, Model
 from millstream.worker.pool.args import PoolArgs
+from millstream.worker.pool.member import Member, Resident
 from millstream.worker.pool.standby import Standby
-from millstream.worker.pool.tenant import Resident, Tenant
 from millstream.worker.scheduling.memory import is_exhaustion
 from millstream.worker.scheduling.residence import Memory, next_swap
 from millstream.worker.shutdown import Shutdown
@@ -66,7 +66,7 @@ class Pool:
         self._maker = LaneMaker(child_args, self._registry, pages, tracing, meter=self._meter)
         self._share = DeviceShare(len(pages), lambda: shutdown.draining)
         self._keeper = threading.Thread(target=self._keep, name="pool", daemon=True)
-        self._tenants: list[Tenant] = []
+        self._members: list[Member] = []
         self._base = 0
         self._loads = False
 
@@ -75,37 +75,37 @@ class Pool:
         for name in self._pages:
             spec = retrying(lambda name=name: self._registry.read(name), stop=self._shutdown.stopped)  # type: ignore[misc]
             models.loader_of(spec)
-            self._tenants.append(Tenant(spec))
+            self._members.append(Member(spec))
         # After the libraries are imported, which no eviction undoes.
         self._base = self._meter.used()
-        self._standby = Standby(self._child_args, self._connection, self._tenants, self._shutdown)
+        self._standby = Standby(self._child_args, self._connection, self._members, self._shutdown)
         self._standby.start()
         self._keeper.start()
         try:
             self._share.run()
             self._drain()
         finally:
-            for tenant in self._tenants:
-                if tenant.resident:
-                    tenant.resident.lane.stop()
-                    tenant.resident.lane.await_settled()
+            for member in self._members:
+                if member.resident:
+                    member.resident.lane.stop()
+                    member.resident.lane.await_settled()
             self._standby.stop()
 
     def _drain(self) -> None:
-        for place, tenant in enumerate(self._tenants):
-            resident = tenant.resident
+        for place, member in enumerate(self._members):
+            resident = member.resident
             if resident and self._share.remove(place):
                 resident.lane.drain()
-                tenant.resident = None
-                self._close(tenant.spec.name, resident)
+                member.resident = None
+                self._close(member.spec.name, resident)
         # A load may take long, and holds no job. A lane that leaves settles what it held.
         while self._keeper.is_alive() and not self._loads:
             self._keeper.join(DRAINED_LOOK_S)
         self._standby.stop()
         self._standby.join()
-        for tenant in self._tenants:
-            self._standby.leave(tenant)
-            self._pages[tenant.spec.name].enter(State.DRAINING)
+        for member in self._members:
+            self._standby.leave(member)
+            self._pages[member.spec.name].enter(State.DRAINING)
         self._shutdown.check()
 
     # -- the pool's thread -------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ class Pool:
         """Does the next change of what is in memory. Returns False if none is due."""
         self._look()
         now = time.monotonic()
-        standings = [tenant.standing(now) for tenant in self._tenants]
+        standings = [member.standing(now) for member in self._members]
         swap = next_swap(standings, Memory(self._free(), self._args.residence_s), now)
         if swap is None:
             self._show_ready()
@@ -132,36 +132,36 @@ class Pool:
         return True
 
     def _look(self) -> None:
-        for tenant in self._tenants:
-            if tenant.resident is None:
+        for member in self._members:
+            if member.resident is None:
                 try:
-                    tenant.look = look(self._connection.client, self._registry.keys(tenant.spec.name))
+                    member.look = look(self._connection.client, self._registry.keys(member.spec.name))
                 except Exception as error:
                     if not is_transient(error):
                         raise
-                    tenant.look = None
+                    member.look = None
 
     def _free(self) -> int | None:
         """Bytes that are free under the limit of the pool; None if it has none."""
         if self._args.memory is None:
             return None
-        held = sum(tenant.held for tenant in self._tenants if tenant.resident)
+        held = sum(member.held for member in self._members if member.resident)
         return self._args.memory - max(self._meter.used(), self._base + held)
 
     def _show_ready(self) -> None:
         """Says on the pages that nothing more is to be loaded now. A model whose load failed is not ready."""
-        for tenant in self._tenants:
-            page = self._pages[tenant.spec.name]
-            if tenant.state != "failed" and page.state is State.STARTING:
+        for member in self._members:
+            page = self._pages[member.spec.name]
+            if member.state != "failed" and page.state is State.STARTING:
                 page.enter(State.READY)
 
     def _evict(self, place: int) -> None:
         """Ends the lane at `place` when it has answered all that it holds, and frees the memory of its model."""
-        tenant = self._tenants[place]
-        resident, name = tenant.resident, tenant.spec.name
+        member = self._members[place]
+        resident, name = member.resident, member.spec.name
         if resident is None:
             return
-        tenant.state = "evicting"
+        member.state = "evicting"
         resident.shutdown.drain()
         resident.lane.announce()
         Lease(self._connection.client, self._registry.keys(name)).ring()
@@ -175,7 +175,7 @@ class Pool:
         with self._share.device():
             pass
         resident.lane.drain()
-        tenant.note_left(resident.lane.job_s)
+        member.note_left(resident.lane.job_s)
         self._standby.beat_soon()
         self._close(name, resident)
         del resident
@@ -190,44 +190,44 @@ class Pool:
         resident.connection.close()
 
     def _load(self, place: int) -> None:
-        tenant, free = self._tenants[place], self._free()
-        name, began = tenant.spec.name, time.monotonic()
-        tenant.state, self._loads = "loading", True
+        member, free = self._members[place], self._free()
+        name, began = member.spec.name, time.monotonic()
+        member.state, self._loads = "loading", True
         self._standby.beat_soon()
         try:
-            resident = self._make(tenant)
+            resident = self._make(member)
         except Exception as error:  # noqa: BLE001 - a model that cannot be loaded must not end the others
             if not self._shutdown.draining:
-                self._note_failed(tenant, error, free)
+                self._note_failed(member, error, free)
             return
         finally:
             self._loads = False
         now = time.monotonic()
-        tenant.resident = resident
-        tenant.note_loaded(now - began, now)
+        member.resident = resident
+        member.note_loaded(now - began, now)
         self._pages[name].set_reason("")
         resident.lane.start()
         if not self._share.put(place, resident.lane):
             resident.lane.drain()
-            tenant.resident = None
+            member.resident = None
             self._close(name, resident)
             return
         used = memory(self._meter.used())
         log.info("%s is in memory of pool %s after %.1f s: %s are in use", name, self._args.name, now - began, used)
 
-    def _make(self, tenant: Tenant) -> Resident:
+    def _make(self, member: Member) -> Resident:
         """Loads and measures a model, and makes its lane. Raises anything if that fails."""
-        name = tenant.spec.name
+        name = member.spec.name
         with ExitStack() as undo:
-            with self._beside_forwards(tenant.spec):
-                tenant.spec, model = self._maker.load(name, self._shutdown)
+            with self._beside_forwards(member.spec):
+                member.spec, model = self._maker.load(name, self._shutdown)
             shutdown, connection = Shutdown(self._shutdown), Connection(self._url, name=f"millstream-worker-{name}")
-            place = Place(shutdown, connection, self._share.device, tenant.figures, tenant.loads)
+            place = Place(shutdown, connection, self._share.device, member.figures, member.loads)
             undo.callback(self._undo, name, model, place)
-            lane = self._maker.lane(tenant.spec, model, place)
+            lane = self._maker.lane(member.spec, model, place)
             size = self._maker.sizes[name]
-            tenant.held, tenant.loading = size.held, size.loading
-            self._check_fits(tenant)
+            member.held, member.loading = size.held, size.loading
+            self._check_fits(member)
             undo.pop_all()
             return Resident(model, lane, shutdown, connection)
 
@@ -245,27 +245,27 @@ class Pool:
 
         return beside_forwards(self._share.device)
 
-    def _check_fits(self, tenant: Tenant) -> None:
+    def _check_fits(self, member: Member) -> None:
         """Raises ModelUnavailable if the model exceeds the memory of the pool though no other model is there."""
         limit = self._args.memory
-        if limit is None or any(each.resident for each in self._tenants) or self._meter.used() <= limit:
+        if limit is None or any(each.resident for each in self._members) or self._meter.used() <= limit:
             return
         raise ModelUnavailable(
-            f"its model takes {memory(tenant.held)} beside {memory(self._base)} of the process, and pool "
+            f"its model takes {memory(member.held)} beside {memory(self._base)} of the process, and pool "
             f"{self._args.name!r} has {memory(limit)}",
             hint="raise `memory` of the pool, or lower batch_size or max_batch_tokens",
         )
 
-    def _note_failed(self, tenant: Tenant, error: Exception, free: int | None) -> None:
-        name, why = tenant.spec.name, described(error)
+    def _note_failed(self, member: Member, error: Exception, free: int | None) -> None:
+        name, why = member.spec.name, described(error)
         if is_exhaustion(error) and free is not None:
             # It is tried again with more room.
-            tenant.loading = max(tenant.loading, free + 1)
+            member.loading = max(member.loading, free + 1)
         error.__traceback__ = None
-        tenant.note_failed(why, time.monotonic())
+        member.note_failed(why, time.monotonic())
         page = self._pages[name]
         page.enter(State.STARTING)
         page.set_reason(why)
-        self._standby.leave(tenant)
+        self._standby.leave(member)
         self._meter.free()
         log.error("service %s: its model cannot be loaded, tried again later: %s", name, why)

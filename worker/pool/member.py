@@ -35,7 +35,7 @@ class Resident:
 
 
 @dataclass(slots=True, eq=False)
-class Tenant:
+class Member:
     """State of one service; only the pool's thread writes it.
 
     `held`, `loading`: bytes as in Standing. `load_s`: seconds of the last load. `job_s`: seconds of the device for a
