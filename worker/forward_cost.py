@@ -21,7 +21,7 @@ class ForwardCost:
     `job_s`: mean seconds of a job in the model, 0.0 until one is measured.
 
     A small forward says little about a large one: its tokens are dearer, by more than a fixed cost explains. So each
-    size, a power of two, has a mean of its own.
+    size, a power of two, has a mean of its own. One that was not measured has that of the nearest size.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -53,7 +53,7 @@ class ForwardCost:
         with self._lock:
             self.budget = replace(self.budget, overhead=overhead)
             self.seconds_per_token = seconds_per_token
-            self._by_size.clear()
+            self._by_size = {self.budget.tokens.bit_length(): seconds_per_token}
             self.smallest_s = smallest_s
 
     def resume(self, earlier: ForwardCost) -> None:
@@ -69,19 +69,23 @@ class ForwardCost:
     def observe(self, computed: int, seconds: float) -> None:
         """Corrects the cost of a token by a forward over `computed` tokens, padding included."""
         rate = seconds / (computed + self.budget.overhead)
-        size, before = computed.bit_length(), self.seconds_per_token or rate
-        known = self._by_size.get(size, before)
-        self._by_size[size] = known + NEW_WEIGHT * (rate - known)
+        known, before = self.per_token_s(computed) or rate, self.seconds_per_token or rate
+        self._by_size[computed.bit_length()] = known + NEW_WEIGHT * (rate - known)
         self.seconds_per_token = before + NEW_WEIGHT * min(1.0, computed / self.budget.tokens) * (rate - before)
 
     def observe_job(self, seconds: float) -> None:
         """Corrects the time of a job by one that was in the model for `seconds`."""
         self.job_s += NEW_WEIGHT * (seconds - self.job_s) if self.job_s else seconds
 
+    def per_token_s(self, computed: int) -> float:
+        """Seconds of a token in a forward over `computed` tokens, by those of about its size; 0.0 without any."""
+        size = computed.bit_length()
+        nearest = min(self._by_size, key=lambda each: (abs(each - size), -each), default=None)
+        return self.seconds_per_token if nearest is None else self._by_size[nearest]
+
     def predicted_s(self, computed: int) -> float:
         """Predicted seconds of a forward over `computed` tokens; 0.0 until one is measured."""
-        rate = self._by_size.get(computed.bit_length(), self.seconds_per_token)
-        return rate * (computed + self.budget.overhead)
+        return self.per_token_s(computed) * (computed + self.budget.overhead)
 
     def tokens_in(self, seconds: float) -> int:
         """Tokens that run in `seconds`; 0 until a forward is measured."""

@@ -350,7 +350,7 @@ class Window:
             if self._slots:
                 work = [(job, max(0.0, cost.job_s - job.in_model_s(since))) for job in self._jobs.values()]
                 return slack_together(Due((job.due_at - now) / 1000, work_s) for job, work_s in work)
-            token_s = cost.seconds_per_token
+            token_s = cost.per_token_s(min(self._pool.tokens, cost.budget.tokens))
             jobs = [Due((job.due_at - now) / 1000, token_s * job.tokens) for job in self._jobs.values()]
             return slack_in_order(jobs, token_s * cost.budget.overhead)
 

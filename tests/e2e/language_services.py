@@ -25,7 +25,10 @@ from millstream.client import Client, Generated, GenerateStream
 from millstream.worker.supervision.plan import Plan
 
 CONTEXT = 4_096
-"""Tokens of the models' context: a text to its end takes longer than 2 s."""
+"""Tokens of the models' context."""
+
+USERS_LAYERS = 24
+"""Layers of the model of `users`: a text to its end takes longer than 2 s on any machine."""
 
 SLOTS = 4
 
@@ -60,6 +63,9 @@ def language_services(url: str, home: Path) -> Iterator[Services]:
     import torch
 
     folder = language_models.save_language_model(home / "model", "grouped", torch.float32, context=CONTEXT)
+    slow = language_models.save_language_model(
+        home / "slow", "grouped", torch.float32, context=CONTEXT, num_hidden_layers=USERS_LAYERS
+    )
     plain = Path(shutil.copytree(folder, home / "plain"))
     (plain / "chat_template.jinja").unlink()
     with ExitStack() as ends:
@@ -68,7 +74,7 @@ def language_services(url: str, home: Path) -> Iterator[Services]:
             for spec in (
                 _spec("chat", folder, batch_size=SLOTS, max_batch_tokens=SLOTS * CONTEXT),
                 _spec("small", plain, batch_size=8, max_batch_tokens=SMALL_CACHE),
-                users_service(home, folder),
+                users_service(home, slow),
             )
         )
         for _ in range(2):

@@ -305,7 +305,7 @@ def test_worker_ls_shows_what_runs_and_how_the_worker_before_ended(
         found = json.loads(shell.run("worker", "ls", "--json").out)
 
         line = rf"^{name} +\S+ +\S+ +\d+ +auto +ready +"
-        assert re.search(rf"{line}1 for \d+\.\ds +0 +0\.0 +0% +- +2048 +- +- +\d\.\ds +-$", stuck, re.MULTILINE)
+        assert re.search(rf"{line}1 for \d+\.\ds +0 +0\.0 +0% +- +2048 +- +- +- +- +\d\.\ds +-$", stuck, re.MULTILINE)
         past = r"was killed by SIGKILL during run \(no progress for \d+\.\d s, the stall_timeout is 20 s\)"
         assert re.search(rf"{line}- +\d+ +.* {past}$", listed, re.MULTILINE)
         (record,) = [each for each in found if each["service"] == name]

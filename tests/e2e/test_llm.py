@@ -144,7 +144,7 @@ def test_realtime_texts_that_take_the_slots_change_no_text(
         [f"{PROMPT} {number}" for number in range(4 * SLOTS)],
         service=services.chat.spec.name,
         priority="realtime",
-        max_tokens=300,
+        max_tokens=600,
         ignore_eos=True,
     )
 

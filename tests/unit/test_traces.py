@@ -20,6 +20,7 @@ from millstream.broker.contract.errors import ConfigError, InvalidRequest
 from millstream.broker.contract.operations import ECHO, EMBED, GENERATE
 from millstream.broker.contract.stages import Stages
 from millstream.client import AsyncClient
+from millstream.client.async_calls import AsyncCalls
 from millstream.client.testing import FakeClient
 from millstream.telemetry import trace_export, traces
 from millstream.telemetry.traces import Call, Ending, Tracing, start_call
@@ -114,7 +115,7 @@ def test_a_call_of_the_async_client_is_below_the_span_of_its_task(
     client: FakeClient, tracer: Tracer, spans: InMemorySpanExporter
 ) -> None:
     calls = AsyncClient.__new__(AsyncClient)
-    calls._calls = client._calls
+    calls._async_calls = AsyncCalls(client._calls)
 
     async def request(text: str) -> int:
         with tracer.start_as_current_span(text) as outer:

@@ -114,7 +114,9 @@ class Embedding:
 def _vector(value: Json) -> Vectors:
     if isinstance(value, str):
         return np.frombuffer(base64.b64decode(value, validate=True), "<f4").astype(np.float32)
-    vector = np.asarray(value, np.float32)
+    # A number that float32 cannot hold becomes infinite, and its row fails for that.
+    with np.errstate(over="ignore"):
+        vector = np.asarray(value, np.float32)
     if vector.ndim != 1:
         raise ValueError("not one row of numbers")
     return vector

@@ -4,10 +4,10 @@
 -- KEYS[6] STRING paused: 'refusing' refuses new jobs   KEYS[7] HASH refused: reason -> number of calls
 -- KEYS[8] HASH metrics: 'jobs:PRIORITY', 'further_rows:PRIORITY' (beyond one a job), 'refused:REASON' (calls)
 -- KEYS[9..] per group: HASH its tenant's token bucket; HASH its detached call, if it has one; per job: STRING seen
--- ARGV[1] number of groups; then per group: priority 1..3, jobs, calls to charge (-1: it costs nothing), calls to count if refused, id of the
---         detached call ('' for none); for a detached call: jobs of the whole call, payload, result ttl ms ('' for the
---         worker's); then per job: id op rows tokens deadline_in queue_in client tenant trace body
---         (times in ms from now, '' for none). An entry omits fields that are ''.
+-- ARGV[1] number of groups; then per group: priority 1..3, jobs, calls to charge (-1: it costs nothing), calls to
+--         count if refused, id of the detached call ('' for none); for a detached call: jobs of the whole call, its
+--         payload, result ttl ms ('' for the worker's); then per job: id op rows tokens deadline_in queue_in client
+--         tenant trace body (times in ms from now, '' for none). An entry omits fields that are ''.
 -- The hash of a detached call has the fields payload (its shape, digest and, if it has one, webhook, after a space
 --   each), jobs, left (accepted and not answered), ttl, failed (rows with an error, if there are any), and one per
 --   job: '' until it is answered, then its reply. The whole hash expires at once, see settle. Jobs of the call that
