@@ -79,6 +79,7 @@ class Plan:
     fsync: AppendFsync
     shape: Shape = "single"
     drain_every_s: float | None = None
+    fair: bool = False
 
     @property
     def phases(self) -> tuple[list[Lane], list[Lane]]:
@@ -118,7 +119,7 @@ class Result:
 def run(plan: Plan, home: Path) -> Result:
     """One run from the first process to the verdict."""
     first, then = plan.phases
-    with opened(home, plan.shape, plan.fsync, CALLERS / plan.calls_a_second) as site:
+    with opened(home, plan.shape, plan.fsync, CALLERS / plan.calls_a_second, fair=plan.fair) as site:
         began = time.monotonic()
         records: dict[str, Record] = {}
         drive(first, site, f"{plan.seed}-outages", plan.outages_s, records)
@@ -205,6 +206,7 @@ def heading(site: Site, plan: Plan, evidence: Evidence, took: tuple[float, float
     later = sum(cost.charged_later for _, cost in held)
     return {
         "seed": str(plan.seed),
+        "tenants": "share the claims" if plan.fair else "are not told apart",
         "versions": f"python {platform.python_version()}, redis-py {redis.__version__}, {site.ground.version}",
         "fsync": plan.fsync if plan.shape == "single" else "everysec",
         "duration": f"{lasted_s:.0f} s of faults ({plan.outages_s:.0f} s of outages alone), {drained_s:.1f} s of drain",
@@ -234,6 +236,7 @@ def heading(site: Site, plan: Plan, evidence: Evidence, took: tuple[float, float
     type=click.FloatRange(min=1.0),
     help=f"Seconds from one forced drain to the next; up to {DRAINS_GAP_S:g} by the seed if not given.",
 )
+@click.option("--fair", is_flag=True, help="Tenants share the claims, and have a limit of jobs in flight.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write it all there, too.")
 @click.option("--keep", type=click.Path(path_type=Path, file_okay=False), help="Run in this new folder, and keep it.")
 def main(
@@ -243,6 +246,7 @@ def main(
     fsync: AppendFsync,
     topology: Shape,
     drain_every: float | None,
+    fair: bool,
     json_file: Path | None,
     keep: Path | None,
 ) -> None:
@@ -250,7 +254,7 @@ def main(
     logging.disable(logging.ERROR)
     # As Ctrl-C does: what was started is ended.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    plan = Plan(seconds, seed, (jobs / seconds) if jobs else CALLS_A_SECOND, fsync, topology, drain_every)
+    plan = Plan(seconds, seed, (jobs / seconds) if jobs else CALLS_A_SECOND, fsync, topology, drain_every, fair)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         if keep:
             keep.mkdir(parents=True)

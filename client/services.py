@@ -211,7 +211,9 @@ class Services:
         return known.live_workers
 
     def _find_only(self, model_type: str) -> str:
-        names = [name for name in self._registry.names() if self._fresh(name).spec.model.type == model_type]
+        # A name may be left without its record, as by hand: it is no service.
+        found = ((name, self._fresh(name)) for name in self._registry.names())
+        names = [name for name, known in found if known and known.spec.model.type == model_type]
         if len(names) > 1 or any("@" in name for name in names):
             names = self._replace_versions(names)
         if len(names) == 1:
@@ -255,9 +257,9 @@ class Services:
         self._routes[name] = target = replace(target, read_at=time.monotonic())
         return target
 
-    def _fresh(self, service: str) -> Known:
+    def _fresh(self, service: str) -> Known | None:
         known = self._known.get(service)
-        return known if known and known.fresh else self._read(service)
+        return known if known and known.fresh else self._refresh(service)
 
     def _read(self, service: str) -> Known:
         """Reads `service` from the server, in the asker's thread.

@@ -31,6 +31,7 @@ CALLERS = THREADS + COROUTINES
 AWAY_S = 0.2
 PRIORITIES: tuple[PriorityName, ...] = ("realtime", "normal", "normal", "batch")
 SIZES = (1, 1, 1, 1, 3, 8, 24)
+TENANTS = ("", "acme", "acme", "acme", "brook")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Order:
     priority: PriorityName
     patience_s: float | None
     detached: bool
+    tenant: str = ""
 
 
 @dataclass
@@ -58,7 +60,8 @@ class Desk:
         call = f"{self.name}-{self.made}"
         rows = rows_of(call, self.chance.choice(SIZES))
         patience_s = self.chance.choice((0.0, 0.01, 0.1)) if self.chance.random() < 0.08 else None
-        order = Order(call, rows, self.chance.choice(PRIORITIES), patience_s, self.chance.random() < 0.15)
+        priority, detached = self.chance.choice(PRIORITIES), self.chance.random() < 0.15
+        order = Order(call, rows, priority, patience_s, detached, self.chance.choice(TENANTS))
         self.book.sent(call, rows)
         return order
 
@@ -122,7 +125,7 @@ class Callers:
 
     def _blocking(self, order: Order) -> object:
         try:
-            handle = self.client.submit(self._service, order.rows, priority=order.priority)
+            handle = self.client.submit(self._service, order.rows, priority=order.priority, tenant=order.tenant)
             self._book.accepted(order.call, handle.id)
             if order.patience_s is not None and not handle.wait(order.patience_s):
                 attempted(handle.cancel)
@@ -132,7 +135,9 @@ class Callers:
 
     def _detached(self, order: Order) -> object:
         try:
-            detached = self.client.submit_detached(self._service, order.rows, priority=order.priority)
+            detached = self.client.submit_detached(
+                self._service, order.rows, priority=order.priority, tenant=order.tenant
+            )
             self._book.accepted(order.call, detached.id)
             if order.patience_s is not None:
                 self.over.wait(order.patience_s)
@@ -159,7 +164,7 @@ class Callers:
 
     async def _awaited(self, client: AsyncClient, order: Order) -> object:
         try:
-            handle = await client.submit(self._service, order.rows, priority=order.priority)
+            handle = await client.submit(self._service, order.rows, priority=order.priority, tenant=order.tenant)
             self._book.accepted(order.call, handle.id)
             if order.patience_s is not None:
                 await asyncio.sleep(order.patience_s)

@@ -39,6 +39,9 @@ HOSTS = (WORKER_RUN, hasty.PROGRAM)
 WORKERS_A_HOST = 2
 WORKERS = len(HOSTS) * WORKERS_A_HOST
 MAX_ATTEMPTS = 3
+FAIR = {"weights": {"brook": 2}, "max_in_flight": 12}
+"""Of 32 jobs that the workers run at once, one tenant has 12 at most."""
+
 TOTAL_TIMEOUT_S = 300.0
 """Far beyond any outage here: a call that ends by its time was forgotten."""
 
@@ -87,7 +90,7 @@ def assert_said(process: subprocess.Popen[str]) -> None:
 class Site:
     """All processes of one run. Thread-safe where lanes share it: hosts, clients and the pids in use have a lock."""
 
-    def __init__(self, home: Path, ground: Ground, pace_s: float, ends: ExitStack) -> None:
+    def __init__(self, home: Path, ground: Ground, pace_s: float, ends: ExitStack, *, fair: bool = False) -> None:
         self.home = home
         self.lock = threading.RLock()
         self.spec = echo(
@@ -95,6 +98,7 @@ class Site:
             batch_size=8,
             max_attempts=MAX_ATTEMPTS,
             total_timeout=TOTAL_TIMEOUT_S,
+            **({"fair": FAIR} if fair else {}),
         ).model_copy(update={"replicated": ground.replicated})
         self.keys = ServiceKeys(self.spec.name)
         self.hosts: list[Host] = []
@@ -279,10 +283,10 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 @contextmanager
-def opened(home: Path, shape: Shape, fsync: AppendFsync, pace_s: float) -> Iterator[Site]:
+def opened(home: Path, shape: Shape, fsync: AppendFsync, pace_s: float, *, fair: bool = False) -> Iterator[Site]:
     """A site at work: all workers live, all callers call. Every process it started is ended afterwards."""
     with ExitStack() as ends:
-        site = Site(home, grounds.opened(home, shape, fsync, ends), pace_s, ends)
+        site = Site(home, grounds.opened(home, shape, fsync, ends), pace_s, ends, fair=fair)
         for program in HOSTS:
             site.start_host(program)
         site.await_workers()

@@ -58,6 +58,7 @@ def service(connection: Connection) -> Iterator[str]:
     immortal = {key.decode().removeprefix(prefix) for key in keys if connection.client.ttl(key) == -1}
     if keys:
         connection.client.unlink(*keys)
+    connection.client.srem("ms:services", name)
     assert {key for key in immortal if not _KEPT.fullmatch(key)} == set(), "keys that would stay for ever"
 
 
