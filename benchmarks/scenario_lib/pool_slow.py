@@ -54,7 +54,7 @@ SLOWER = 3
 FORWARD_S = 0.05
 """Seconds of a forward: a list takes several."""
 
-ADAPTS_S, MOST_MISSED, LEAST_MISSED, BEFORE_MISSED = 10.0, 0.05, 0.8, 0.2
+ADAPTS_S, MOST_MISSED, LEAST_MISSED, BEFORE_MISSED = 10.0, 0.02, 0.8, 0.02
 """Seconds after the slow-down from which on the order by slack must keep targets; parts of jobs that may be late, and
 that must be late with the static order; part that may be late with it before."""
 
