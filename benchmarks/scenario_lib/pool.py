@@ -40,7 +40,7 @@ BURST_CALLS, PAUSE_S = 6, (2.0, 12.0)
 
 RESIDENCE_S = 4.0
 TARGETS_S: Mapping[str, float] = {"embed": 20.0, "rerank": 20.0, "chat": 30.0}
-MOST_OVER, MORE_LOADS = 1.05, 1.5
+MOST_OVER, MORE_LOADS = 1.05, 2.0
 """Memory of the process over its limit, at most; loads without a minimum residence over those with one, at least."""
 
 SETTLES_S = 20.0
