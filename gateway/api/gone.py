@@ -25,7 +25,7 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             working.cancel()
-            # What the work does when it is cancelled comes before the end of the request.
+            # The request ends after what the work does when it is cancelled.
             await asyncio.wait({working})
             if working.cancelled() or working.exception() is not None:
                 raise CallerGone

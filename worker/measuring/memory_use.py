@@ -44,7 +44,7 @@ class ProcessMemory:
         return _field("VmRSS")
 
     def begin(self) -> None:
-        # Where it is not allowed, the peak is that of the process's life: too large rather than too small.
+        # If it is not allowed, the peak is that of the process's life: too large rather than too small.
         with suppress(OSError):
             _RESET.write_text(_PEAK)
 
@@ -52,7 +52,7 @@ class ProcessMemory:
         return _field("VmHWM")
 
     def free(self) -> None:
-        # What was frozen after a load is no garbage for the collector before this.
+        # The collector does not look at frozen objects, and a load has frozen the model.
         gc.unfreeze()
         gc.collect()
         gc.freeze()

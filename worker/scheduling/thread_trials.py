@@ -128,7 +128,7 @@ class ThreadTrials:
         self._rungs = sorted({*rungs(most), started})
         self._usual = UsualTimes()
         self._recent: deque[Timed] = deque(maxlen=RECENT)
-        # Of the recent forwards, and of those before them; 0.0 until they were seen.
+        # Paces of the recent forwards, and of those before them; 0.0 until they were seen.
         self._pace, self._usual_pace = 1.0, 0.0
         # The first forward on another number starts threads and prepares kernels for it, so it counts for nothing.
         self._is_first = True
